@@ -1,0 +1,67 @@
+"""The base of every configuration object: frozen, strict, and readable when it fails.
+
+Knows pydantic. Knows nothing of what the options mean.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llmchain_fed.errors import ConfigError
+
+
+class FrozenConfig(BaseModel):
+    """A frozen pydantic model whose failures are `ConfigError`s that name the option and the remedy."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, validate_default=True)
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise ConfigError(explain(error, type(self))) from None
+
+    def __repr__(self) -> str:
+        """Only what differs from the defaults."""
+        fields = type(self).model_fields
+        shown = {name: getattr(self, name) for name in fields}
+        changed = [f"{k}={v!r}" for k, v in shown.items() if v != fields[k].default]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+    __str__ = __repr__
+
+    def replace(self, **changes: Any) -> Any:
+        """A copy with some options changed, validated like a new one.
+
+        Raises:
+            ConfigError: An unknown option or a value out of range.
+        """
+        kept = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**(kept | changes))
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """One sentence per failed option: which, what was passed, what is allowed."""
+    return f"{model.__name__}: " + "; ".join(_sentence(item, model) for item in error.errors())
+
+
+def _sentence(item: Any, model: type[BaseModel]) -> str:
+    where = ".".join(str(part) for part in item["loc"]) or "the options together"
+    if item["type"] == "extra_forbidden":
+        return unknown_option(where, model.model_fields)
+    value = "" if item["type"] == "missing" else f" (got {item['input']!r})" if item["loc"] else ""
+    return f"`{where}`: {item['msg'].removeprefix('Value error, ')}{value}"
+
+
+def unknown_option(name: str, known: Any) -> str:
+    """The sentence for an option nobody knows, with the nearest one that exists.
+
+    >>> unknown_option("batchsize", ["batch_size", "epochs"])
+    'unknown option `batchsize`; did you mean `batch_size`? Valid: batch_size, epochs'
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"did you mean `{near[0]}`? " if near else ""
+    return f"unknown option `{name}`; {hint}Valid: {', '.join(sorted(known))}"

@@ -1,0 +1,111 @@
+"""Every exception this package raises on purpose.
+
+Each says what happened (with values), why it matters and what to do. A failed call leaves weights, history
+and files as they were.
+
+    LLMChainFedError
+    ├── ConfigError                   an option that is unknown, out of range or contradicts another
+    ├── MissingExtraError             an optional dependency is not installed (names the extra)
+    ├── RecipeError                   a prompt or chain recipe that is unknown or not allowed
+    ├── ChainFileError                a saved chain directory that is incomplete, altered or foreign
+    ├── ModelError
+    │   ├── UnsupportedModelError     not a model, LLM or chain that can be trained here
+    │   ├── NotTrainableError         no parameter requires a gradient
+    │   ├── WeightsMismatchError      a state of another adapter or model, or with NaN in it
+    │   └── PromptTooLongError        the prompt leaves no room in the model's context
+    ├── DataError
+    │   ├── EmptyParticipantError     no usable example
+    │   ├── PromptVariablesError      the example's variables are not the prompt's
+    │   └── TemplatedTwiceError       a value already carries the template's text
+    ├── TrainingError
+    │   └── NonFiniteLossError        the loss became NaN or infinite
+    └── FederationError
+        ├── DuplicateParticipantError two participants of one name, or one that trained twice in a round
+        ├── NothingTrainedError       step() before any participant trained
+        ├── QuorumError               fewer updates accepted than the quorum asks for
+        └── UpdateRefusedError        an update that is malformed, foreign, stale or not finite
+"""
+
+
+class LLMChainFedError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(LLMChainFedError):
+    """An option that is unknown, out of range or contradicts another."""
+
+
+class MissingExtraError(LLMChainFedError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+class RecipeError(LLMChainFedError):
+    """A prompt or chain recipe that is unknown, malformed or not allowed."""
+
+
+class ChainFileError(LLMChainFedError):
+    """A saved chain directory that is incomplete, altered or of a foreign format."""
+
+
+class ModelError(LLMChainFedError):
+    """Something about the model itself."""
+
+
+class UnsupportedModelError(ModelError):
+    """Not a model, LLM or chain that can be trained or asked here."""
+
+
+class NotTrainableError(ModelError):
+    """No parameter of the model requires a gradient."""
+
+
+class WeightsMismatchError(ModelError):
+    """A state whose names, shapes or values do not fit this model."""
+
+
+class PromptTooLongError(ModelError):
+    """The prompt leaves no room for an answer in the model's context."""
+
+
+class DataError(LLMChainFedError):
+    """An example, or a source of examples, that cannot be used."""
+
+
+class EmptyParticipantError(DataError):
+    """A participant without a single usable example."""
+
+
+class PromptVariablesError(DataError):
+    """An example whose variables are not those of the prompt."""
+
+
+class TemplatedTwiceError(DataError):
+    """A value that already carries the text of the template it would be put into."""
+
+
+class TrainingError(LLMChainFedError):
+    """Local training could not go on."""
+
+
+class NonFiniteLossError(TrainingError):
+    """The training loss became NaN or infinite."""
+
+
+class FederationError(LLMChainFedError):
+    """A round, or an update within it, that cannot be completed."""
+
+
+class DuplicateParticipantError(FederationError):
+    """Two participants of one name, or one participant that trained twice in a round."""
+
+
+class NothingTrainedError(FederationError):
+    """`step()` was called before any participant had trained in this round."""
+
+
+class QuorumError(FederationError):
+    """Fewer updates were accepted than the quorum asks for."""
+
+
+class UpdateRefusedError(FederationError):
+    """An update that is malformed, foreign, stale, oversized or not finite."""

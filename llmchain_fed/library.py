@@ -1,0 +1,270 @@
+"""Loads recipes by name: `prompts/*.yaml` become LangChain prompts, `chains/*.yaml` become chains.
+
+Knows where the files are, YAML, and LangChain's prompts and parsers; what a file may say stands in `recipes`.
+Knows nothing about training or federation. The model's code is imported only once a chain is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from string import Formatter
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import yaml
+from langchain_core.messages import BaseMessage
+from langchain_core.output_parsers import (
+    BaseOutputParser,
+    CommaSeparatedListOutputParser,
+    JsonOutputParser,
+    StrOutputParser,
+)
+from langchain_core.prompts import FewShotPromptTemplate, PromptTemplate, StringPromptTemplate
+
+from llmchain_fed.errors import RecipeError
+from llmchain_fed.recipes import NAME, ChainSpec, ParserName, PromptSpec
+
+if TYPE_CHECKING:
+    from langchain_core.language_models import BaseLanguageModel
+    from llmchain_fed.chain import LLMChain
+
+__all__ = [
+    "ChainSpec",
+    "PromptSpec",
+    "StripOutputParser",
+    "list_chains",
+    "list_prompts",
+    "load_chain",
+    "load_prompt",
+    "make_parser",
+    "make_prompt",
+    "parser_name",
+]
+
+_SpecT = TypeVar("_SpecT", PromptSpec, ChainSpec)
+
+
+def load_prompt(name: str) -> StringPromptTemplate:
+    r"""The prompt recipe `name` as a LangChain prompt: few-shot where the recipe has examples.
+
+    Raises:
+        RecipeError: No recipe of that name, or one that is not allowed.
+
+    >>> load_prompt("translate").format(text="Page locked")
+    'Translate the following text to French: Page locked\n'
+    >>> load_prompt("translate").format(text="Page locked", language="German")
+    'Translate the following text to German: Page locked\n'
+    """
+    return make_prompt(_read(PromptSpec, name, _folder("prompts")))
+
+
+def load_chain(name: str, *, llm: BaseLanguageModel[Any] | None = None) -> LLMChain:
+    """The chain recipe `name`, ready to invoke.
+
+    Args:
+        name: One of `list_chains()`.
+        llm: The model to use as it is, whatever adapter it has. None loads the recipe's model and puts the
+            recipe's LoRA adapter on it. Either way the recipe's generation defaults and stop strings go along
+            with every call, so a model from elsewhere must understand them.
+
+    Raises:
+        RecipeError: No recipe of that name, or one that is not allowed.
+    """
+    spec = _read(ChainSpec, name, _folder("chains"))
+    prompt = load_prompt(spec.prompt)
+
+    from llmchain_fed.chain import LLMChain
+
+    if llm is None:
+        from llmchain_fed.llm import LocalLLM
+
+        llm = LocalLLM.from_pretrained(spec.model, lora=spec.adapter.to_lora() if spec.adapter else None)
+    return LLMChain(
+        llm=llm, prompt=prompt, output_parser=make_parser(spec.parser), llm_kwargs=spec.llm_kwargs()
+    )
+
+
+def list_prompts() -> list[str]:
+    """Names of the prompt recipes, sorted.
+
+    >>> "translate" in list_prompts()
+    True
+    """
+    return _names(_folder("prompts"))
+
+
+def list_chains() -> list[str]:
+    """Names of the chain recipes, sorted.
+
+    >>> "translate" in list_chains()
+    True
+    """
+    return _names(_folder("chains"))
+
+
+def make_prompt(spec: PromptSpec) -> StringPromptTemplate:
+    """The LangChain prompt a spec describes."""
+    if not spec.examples:
+        return PromptTemplate(
+            template=spec.template,
+            input_variables=list(spec.input_variables),
+            partial_variables=dict(spec.defaults),
+        )
+    # FewShotPromptTemplate formats each example, joins, and formats the whole again: what the first pass lets
+    # out needs its braces doubled (https://github.com/langchain-ai/langchain/issues/3382).
+    return FewShotPromptTemplate(
+        prefix=spec.prefix,
+        examples=[{key: _doubled(value) for key, value in example.items()} for example in spec.examples],
+        example_prompt=PromptTemplate.from_template(_literals_doubled(spec.example_template)),
+        example_separator=_doubled(spec.separator),
+        suffix=spec.template,
+        input_variables=list(spec.input_variables),
+        partial_variables=dict(spec.defaults),
+    )
+
+
+class StripOutputParser(StrOutputParser):
+    r"""The text without whitespace around it; a stream joined equals the whole parsed at once.
+
+    >>> StripOutputParser().parse(" Page verrouillée\n")
+    'Page verrouillée'
+    """
+
+    @property
+    def _type(self) -> str:
+        return "strip"
+
+    def parse(self, text: str) -> str:
+        """`text` without outer whitespace."""
+        return text.strip()
+
+    def _transform(self, input: Iterator[str | BaseMessage]) -> Iterator[str]:  # noqa: A002 (LangChain's name)
+        held: str | None = None
+        for piece in StrOutputParser()._transform(input):
+            body, held = _hold_back(held, piece)
+            if body:
+                yield body
+
+    async def _atransform(self, input: AsyncIterator[str | BaseMessage]) -> AsyncIterator[str]:  # noqa: A002
+        held: str | None = None
+        async for piece in StrOutputParser()._atransform(input):
+            body, held = _hold_back(held, piece)
+            if body:
+                yield body
+
+
+_PARSERS: dict[ParserName, type[BaseOutputParser[Any]]] = {
+    "text": StrOutputParser,
+    "strip": StripOutputParser,
+    "json": JsonOutputParser,
+    "comma_list": CommaSeparatedListOutputParser,
+}
+
+
+def make_parser(name: ParserName) -> BaseOutputParser[Any]:
+    """A new output parser, by the name recipes use.
+
+    Raises:
+        RecipeError: No parser of that name.
+
+    >>> make_parser("comma_list").parse("bus, tram")
+    ['bus', 'tram']
+    """
+    if name not in _PARSERS:
+        msg = f"no parser is called {name!r}, so an answer could not be read. Use one of {list(_PARSERS)}."
+        raise RecipeError(msg)
+    return _PARSERS[name]()
+
+
+def parser_name(parser: BaseOutputParser[Any]) -> ParserName:
+    """The name of a parser in recipes: the reverse of `make_parser`.
+
+    Raises:
+        RecipeError: A parser of another class, or with settings of its own.
+
+    >>> parser_name(make_parser("strip"))
+    'strip'
+    """
+    for name, kind in _PARSERS.items():
+        if type(parser) is kind and parser == kind():
+            return name
+    msg = (
+        f"{parser!r} has no name in recipes, which hold no class paths and no parser settings. Use one "
+        f"of {list(_PARSERS)}, or put this parser behind the chain: chain | parser."
+    )
+    raise RecipeError(msg)
+
+
+def _hold_back(held: str | None, piece: str) -> tuple[str, str | None]:
+    """What may be shown now, and the whitespace to keep for later; held is None until something was shown."""
+    text = piece.lstrip() if held is None else held + piece
+    body = text.rstrip()
+    return body, text[len(body) :] if body or held is not None else None
+
+
+def _doubled(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def _literals_doubled(template: str) -> str:
+    """The template with its literal braces doubled twice, so that one formatting leaves them doubled once."""
+    parts = [(_doubled(_doubled(literal)), field) for literal, field, _, _ in Formatter().parse(template)]
+    return "".join(literal if field is None else f"{literal}{{{field}}}" for literal, field in parts)
+
+
+def _folder(kind: Literal["prompts", "chains"]) -> Traversable:
+    """Where the recipes are: within an installed package, or beside it in a checkout."""
+    packaged = files("llmchain_fed") / "_library" / kind
+    if packaged.is_dir():
+        return packaged
+    checkout = Path(__file__).resolve().parents[1]
+    if (checkout / "pyproject.toml").is_file() and (checkout / kind).is_dir():
+        return checkout / kind
+    here = Path(__file__).parent
+    msg = f"no {kind} lie in or beside {here}, so the installation is incomplete. Reinstall llmchain-fed."
+    raise RecipeError(msg)
+
+
+def _names(folder: Traversable) -> list[str]:
+    stems = (entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(stem for stem in stems if NAME.fullmatch(stem))
+
+
+def _read(kind: type[_SpecT], name: str, folder: Traversable) -> _SpecT:
+    """The spec in `folder/name.yaml`, or a `RecipeError` that names the file and the remedy."""
+    noun = "prompt" if kind is PromptSpec else "chain"
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        msg = f"{name!r} cannot be the name of a {noun}, so no file was looked for. Use only a-z, 0-9 and _."
+        raise RecipeError(msg)
+    known = _names(folder)
+    if name not in known:
+        msg = f"there is no {noun} called {name!r}. Use one of: {', '.join(known)}."
+        raise RecipeError(msg)
+    try:
+        spec = kind.from_data(_plain_data((folder / f"{name}.yaml").read_text(encoding="utf-8")))
+        if spec.name != name:
+            msg = f"`name` is {spec.name!r}, but the file is called {name!r}; make the two equal"
+            raise RecipeError(msg)
+    except (RecipeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        msg = f"{noun} recipe {name}.yaml is refused, nothing was loaded: {error}. Correct the file."
+        raise RecipeError(msg) from None
+    return spec
+
+
+def _plain_data(text: str) -> object:
+    """YAML as plain data; a key given twice is refused, where `yaml.safe_load` would keep the last."""
+    data = yaml.safe_load(text)
+    nodes = [yaml.compose(text, Loader=yaml.SafeLoader)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value]
+            if repeated := sorted({str(key) for key in keys if keys.count(key) > 1}):
+                msg = f"`{repeated[0]}` is given twice; keep one"
+                raise RecipeError(msg)
+            nodes += [value for _, value in node.value]
+    return data

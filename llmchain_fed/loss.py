@@ -1,0 +1,136 @@
+"""The loss of a batch: negative log-likelihood of the completion's tokens, with logits computed only for them.
+
+Knows modules and labels. Knows nothing about optimizers, examples or rounds.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmchain_fed.data import IGNORE
+from llmchain_fed.errors import DataError
+from llmchain_fed.generation import evaluating
+
+Precision = Literal["fp32", "bf16"]
+
+# module → whether decoder + output embedding give the same logits as the full forward
+_plain_head: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def summed_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    """Σ −log p(token) over the labelled tokens, in nats, and how many tokens that is.
+
+    The head of a language model is a large part of its arithmetic (a fifth for SmolLM2) and prompts need no logits:
+    where the module is a decoder with a linear head, which is checked once against its full forward, only labelled
+    positions go through the head.
+
+    Args:
+        module: A Hugging Face module, or any that takes the batch by keyword and returns an object with `.logits`
+            or `.loss`.
+        batch: `labels` (B, T) with −100 where no loss is wanted, and the module's inputs.
+
+    Raises:
+        DataError: The batch is no mapping with labels, or the module returns neither loss nor logits.
+    """
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        msg = (
+            f"a batch is a mapping with input_ids, attention_mask and labels, got {_describe(batch)}. "
+            "Let the DataLoader's collate_fn return such mappings."
+        )
+        raise DataError(msg)
+    labels = batch["labels"]
+    parts = _decoder_and_head(module)
+    if parts is not None and _is_plain(module, parts, batch):
+        wanted = labels[:, 1:] != IGNORE  # (B, T-1): position t predicts token t + 1
+        logits = _logits(parts, batch, wanted)  # (tokens, V)
+        return F.cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="sum"), int(wanted.sum())
+    return _full_loss(module, batch)
+
+
+def _full_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    output = module(**batch)
+    labels = batch["labels"]
+    shifted = not getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+    count = int((labels[:, 1:] != IGNORE).sum()) if shifted and labels.dim() > 1 else int((labels != IGNORE).sum())
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        msg = f"{type(module).__name__} returned no `.loss` for a batch with labels. Wrap it so that forward(**batch) does."
+        raise DataError(msg)
+    return loss * count, count  # the module's own loss is the mean over these tokens
+
+
+def _decoder_and_head(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """The parts of a decoder-only Hugging Face model, or None where there are no such parts."""
+    peft_config = getattr(module, "active_peft_config", None)
+    if peft_config is not None:
+        if getattr(peft_config, "is_prompt_learning", False):
+            return None
+        module = module.get_base_model()  # type: ignore[operator]
+    decoder, find_head = getattr(module, "base_model", None), getattr(module, "get_output_embeddings", None)
+    if not isinstance(decoder, nn.Module) or decoder is module or find_head is None:
+        return None
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        return None
+    head = find_head()
+    return (decoder, head) if isinstance(head, nn.Module) else None
+
+
+def _logits(parts: tuple[nn.Module, nn.Module], batch: Mapping[str, Tensor], wanted: Tensor) -> Tensor:
+    decoder, head = parts
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    hidden = decoder(**inputs, use_cache=False).last_hidden_state  # (B, T, H)
+    logits: Tensor = head(hidden[:, :-1][wanted])
+    return logits
+
+
+@torch.no_grad()
+def _is_plain(module: nn.Module, parts: tuple[nn.Module, nn.Module], batch: Mapping[str, Tensor]) -> bool:
+    """Compares both ways once per module: a head may also scale, cap or project (Gemma, Cohere, OPT)."""
+    known = _plain_head.get(module)
+    if known is None:
+        row = {k: v[:1] for k, v in batch.items()}
+        wanted = row["labels"][:, 1:] != IGNORE
+        if not bool(wanted.any()):
+            return False
+        with evaluating(module):
+            full = module(**{k: v for k, v in row.items() if k != "labels"}).logits[:, :-1][wanted].float()
+            try:
+                short = _logits(parts, row, wanted).float()
+            except (TypeError, AttributeError):  # a decoder of another signature or output
+                short = None
+        known = short is not None and torch.allclose(full, short, rtol=1e-2, atol=1e-2 * float(full.std()))
+        _plain_head[module] = known
+    return known
+
+
+def _describe(batch: Any) -> str:
+    return f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+
+
+@contextmanager
+def computing_in(precision: Precision, module: nn.Module) -> Iterator[None]:
+    """Forward passes inside run in this precision; the weights afterwards are the very same.
+
+    bf16 is autocast, and frozen float32 weights are swapped for bfloat16 copies meanwhile: otherwise autocast would
+    convert them anew in every forward. Trainable weights stay in float32.
+    """
+    if precision == "fp32":
+        yield
+        return
+    kept = {p: p.data for p in module.parameters() if not p.requires_grad and p.dtype == torch.float32}
+    device = next((p.device.type for p in module.parameters()), "cpu")
+    try:
+        for parameter in kept:
+            parameter.data = parameter.data.to(torch.bfloat16)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            yield
+    finally:
+        for parameter, data in kept.items():
+            parameter.data = data

@@ -1,0 +1,381 @@
+"""LocalModel: a Hugging Face module and its tokenizer, asked for text and for named weights.
+
+Knows torch, transformers and PEFT. Knows nothing of LangChain, examples, training or federation.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, StoppingCriteriaList
+
+from llmchain_fed import embedded, weights
+from llmchain_fed.errors import ConfigError, NotTrainableError, PromptTooLongError, UnsupportedModelError
+from llmchain_fed.generation import (
+    Completion,
+    GenerationOptions,
+    StopOnText,
+    checked_stops,
+    chunks,
+    cut_at_stop,
+    evaluating,
+    pad_rows,
+    seeded,
+    stream_text,
+)
+
+Kind = Literal["causal", "seq2seq"]
+
+
+class LocalModel:
+    """A trainable local model: text in, text out, and its weights as named tensors.
+
+    Wraps any causal or sequence-to-sequence Hugging Face module, plain, PEFT-wrapped or quantised, and never moves
+    it: a module stays on the device where it is. One lock keeps generation and training on it apart, so that chains
+    in several threads may share it.
+
+    Args:
+        module: The module. Its trainable parameters (those that require a gradient) are what a federation learns.
+        tokenizer: Its tokenizer; without one only ready tensors can be used.
+        name: What to call it in logs and saved chains; by default the module's own name.
+
+    Raises:
+        UnsupportedModelError: `module` is not an `nn.Module`.
+    """
+
+    def __init__(self, module: nn.Module, tokenizer: Any = None, *, name: str | None = None) -> None:
+        if not isinstance(module, nn.Module):
+            msg = f"LocalModel wraps a torch nn.Module, got {type(module).__name__}. Use LocalModel.from_pretrained for a name."
+            raise UnsupportedModelError(msg)
+        self.module = module
+        self.tokenizer = tokenizer
+        self.name = name or getattr(getattr(module, "config", None), "name_or_path", "") or type(module).__name__
+        self._lock = threading.RLock()
+        self._fingerprint = weights.base_fingerprint(module)
+        self._loads = 0
+        self._hash: tuple[tuple[int, int], str] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        lora: LoraConfig | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> LocalModel:
+        """Loads a model by hub id, folder, or the embedded name `"smollm2-135m-instruct"`.
+
+        Args:
+            name_or_path: What to load. Weights are read from safetensors only.
+            lora: Adds this adapter and trains it alone. Its random start is drawn from a fixed seed, so that every
+                participant and every rerun starts from the same one.
+            dtype: Of the base; float32 by default. An adapter is kept in float32.
+            device: Where to put it; by default CUDA or MPS when there is one, else the CPU.
+
+        Raises:
+            MissingExtraError: The embedded model needs the extra `gguf`.
+        """
+        path = embedded.resolve(name_or_path)
+        config = AutoConfig.from_pretrained(path)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        module = auto.from_pretrained(path, dtype=dtype or torch.float32, use_safetensors=True)
+        if lora is not None:
+            lora = copy.deepcopy(lora)
+            lora.task_type = lora.task_type or (
+                TaskType.SEQ_2_SEQ_LM if config.is_encoder_decoder else TaskType.CAUSAL_LM
+            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                module = get_peft_model(module, lora)
+        module.to(device or _best_device()).eval()
+        return cls(module, AutoTokenizer.from_pretrained(path), name=name_or_path)
+
+    def __repr__(self) -> str:
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.parameters())
+        return f"LocalModel({self.name!r}, {self.kind}, {trainable:,} of {total:,} parameters trainable, on {self.device})"
+
+    # --- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def kind(self) -> Kind:
+        """`"seq2seq"` for an encoder-decoder, else `"causal"`."""
+        return "seq2seq" if getattr(self._config, "is_encoder_decoder", False) else "causal"
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs belong: the device of its first parameter."""
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    @property
+    def context_length(self) -> int | None:
+        """tokens: prompt and answer together; None when positions are not limited (T5)."""
+        length = getattr(self._config, "max_position_embeddings", None)
+        return int(length) if length else None
+
+    @property
+    def pad_id(self) -> int:
+        """The padding token's id; models without one pad with their end token, behind an attention mask."""
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        return int(pad) if pad is not None else (self.eos_ids or (0,))[0]
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer; the tokenizer's own, which training appends, comes first."""
+        configured = getattr(getattr(self.module, "generation_config", None), "eos_token_id", None)
+        ids = [getattr(self.tokenizer, "eos_token_id", None)]
+        ids += configured if isinstance(configured, list) else [configured]
+        return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+
+    @property
+    def _config(self) -> Any:
+        return getattr(self.module, "config", None)
+
+    def fingerprint(self) -> str:
+        """Which base weights these are, as hex: taken when the object was made, adapters left out."""
+        return self._fingerprint
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Holds the lock, so that nobody generates with or trains this module meanwhile."""
+        with self._lock:
+            yield
+
+    # --- weights ----------------------------------------------------------------------------------------------------
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters, as for an optimizer: `torch.optim.Adam(model.parameters())`."""
+        return self.module.parameters()
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Stable name → the module's own parameter.
+
+        Raises:
+            NotTrainableError: No parameter requires a gradient.
+        """
+        found = weights.trainable_parameters(self.module)
+        if not found:
+            msg = (
+                f"no parameter of {self.name!r} requires a gradient, so nothing can be learnt. Pass lora=LoraConfig(...) "
+                "to from_pretrained, or unfreeze the parameters to train."
+            )
+            raise NotTrainableError(msg)
+        return found
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Copies of the trainable tensors on the CPU by stable name; tied ones once.
+
+        Raises:
+            NotTrainableError: No parameter requires a gradient.
+        """
+        with self._lock:
+            return weights.copy_state(self.trainable_parameters())
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Makes `state` the trainable weights; all of it or, if it does not fit, nothing.
+
+        Raises:
+            WeightsMismatchError: Other names, other shapes, not floating point, NaN or infinite values.
+        """
+        with self._lock:
+            parameters = self.trainable_parameters()
+            weights.check_state(parameters, state)
+            weights.write_state(parameters, state)
+            self._loads += 1
+
+    @property
+    def weights_version(self) -> str:
+        """`"{loads}-{hash}"`: changes with every load and with every optimizer step on the module."""
+        with self._lock:
+            found = weights.trainable_parameters(self.module)
+            # torch counts in-place changes of a tensor: a new sum means that the hash is out of date.
+            stamp = (self._loads, sum(p._version for p in found.values()))
+            if self._hash is None or self._hash[0] != stamp:
+                self._hash = (stamp, weights.content_hash(found))
+            return f"{self._loads}-{self._hash[1]}"
+
+    # --- text -------------------------------------------------------------------------------------------------------
+
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Prompt texts → token ids, the one way for training and for generation.
+
+        A causal prompt never ends in an end token, which some tokenizers append: the answer has yet to come.
+
+        Args:
+            texts: Prompts as text.
+            add_special_tokens: False for text that carries its special tokens already (a rendered chat template).
+
+        Raises:
+            UnsupportedModelError: There is no tokenizer.
+        """
+        rows: list[list[int]] = self._tokenize(list(texts), add_special_tokens=add_special_tokens)
+        if self.kind == "causal" and add_special_tokens:
+            eos = getattr(self.tokenizer, "eos_token", None)
+            ends = self.eos_ids[:1]
+            rows = [r[:-1] if r and r[-1] in ends and not t.endswith(eos) else r for r, t in zip(rows, texts, strict=True)]
+        return rows
+
+    def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
+        """Completions → token ids with the end token behind each, so that the model learns to stop."""
+        eos = list(self.eos_ids[:1])
+        if self.kind == "causal":
+            return [row + eos for row in self._tokenize(list(texts), add_special_tokens=False)]
+        rows: list[list[int]] = self._tokenize(None, text_target=list(texts), add_special_tokens=True)
+        return [row if eos and row[-1:] == eos else row + eos for row in rows]
+
+    def _tokenize(self, texts: list[str] | None, **options: Any) -> list[list[int]]:
+        if self.tokenizer is None:
+            msg = f"{self.name!r} has no tokenizer, so text cannot become tokens. Pass LocalModel(module, tokenizer) or ready tensors."
+            raise UnsupportedModelError(msg)
+        if not (texts or options.get("text_target")):
+            return []
+        # verbose=False: the tokenizer's own warning about length; ours is an error or a count in a report
+        ids: list[list[int]] = self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
+        return ids
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        stop: Sequence[str] | None = None,
+        add_special_tokens: bool = True,
+        batch_size: int = 32,
+        **options: Any,
+    ) -> list[str]:
+        """The answers to `prompts`, in their order, without the prompts.
+
+        Args:
+            prompts: Rendered texts.
+            stop: Strings before which an answer ends.
+            add_special_tokens: See `encode`.
+            batch_size: Prompts computed together.
+            **options: Fields of `GenerationOptions`: `max_new_tokens=256`, `temperature=0.0`, `num_beams=1` …
+
+        Raises:
+            ConfigError: An unknown option or a value out of range.
+            PromptTooLongError: A prompt leaves no room in the context.
+        """
+        done = self.complete(prompts, stop=stop, add_special_tokens=add_special_tokens, batch_size=batch_size, **options)
+        return [completion.text for completion in done]
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        *,
+        stop: Sequence[str] | None = None,
+        add_special_tokens: bool = True,
+        batch_size: int = 32,
+        **options: Any,
+    ) -> list[Completion]:
+        """Like `generate`, with token counts and the reason why each answer ended."""
+        if isinstance(prompts, str):
+            msg = f"`prompts` is a list of texts, got one text {prompts[:40]!r}. Pass [text]."
+            raise ConfigError(msg)
+        settings, stops = GenerationOptions(**options), checked_stops(stop)
+        rows = self.encode(prompts, add_special_tokens=add_special_tokens)
+        rooms = [self._room(row, settings.max_new_tokens) for row in rows]
+        # Neighbours in length share a batch; so do only prompts with the same room for their answers.
+        order = sorted(range(len(rows)), key=lambda i: (-rooms[i], len(rows[i])))
+        done: dict[int, Completion] = {}
+        for chunk in chunks(order, rooms, batch_size):
+            limited = settings.replace(max_new_tokens=rooms[chunk[0]])
+            new_ids = self._generate_ids([rows[i] for i in chunk], limited, stops)
+            done |= {i: self._completion(len(rows[i]), ids, stops) for i, ids in zip(chunk, new_ids, strict=True)}
+        return [done[i] for i in range(len(rows))]
+
+    def stream(
+        self, prompt: str, *, stop: Sequence[str] | None = None, add_special_tokens: bool = True, **options: Any
+    ) -> Iterator[str]:
+        """The answer piece by piece; joined it equals `generate([prompt])[0]`.
+
+        Errors are raised here, at once. Closing the iterator stops the computation at the next token.
+
+        Raises:
+            ConfigError: An unknown option or a value out of range.
+            PromptTooLongError: The prompt leaves no room in the context.
+        """
+        settings, stops = GenerationOptions(**options), checked_stops(stop)
+        (row,) = self.encode([prompt], add_special_tokens=add_special_tokens)
+        settings = settings.replace(max_new_tokens=self._room(row, settings.max_new_tokens))
+        if settings.num_beams > 1:  # beams are only known at the end
+            return iter([self._completion(len(row), self._generate_ids([row], settings, stops)[0], stops).text])
+
+        def work(streamer: Any, abandoned: Any) -> None:
+            self._generate_ids([row], settings, stops, streamer=streamer, criteria=[abandoned])
+
+        return stream_text(work, lambda ids: self._decode(self._until_end(ids)), stops)
+
+    def _room(self, row: Sequence[int], wanted: int) -> int:
+        """How many tokens the answer to this prompt may have."""
+        if not row:
+            msg = "the prompt is empty: there is no token to go on from. Render some text first."
+            raise ConfigError(msg)
+        if self.context_length is None:
+            return wanted
+        room = self.context_length - (len(row) if self.kind == "causal" else 0)
+        if room < 1 or len(row) > self.context_length:
+            msg = (
+                f"the prompt has {len(row)} tokens and the model's context holds {self.context_length}: there is no room "
+                "for an answer. Shorten the input; nothing is cut silently."
+            )
+            raise PromptTooLongError(msg)
+        return min(wanted, room)
+
+    def _generate_ids(
+        self,
+        rows: Sequence[Sequence[int]],
+        settings: GenerationOptions,
+        stops: Sequence[str],
+        *,
+        streamer: Any = None,
+        criteria: Sequence[Any] = (),
+    ) -> list[list[int]]:
+        """Rows of prompt ids → rows of new ids as `generate` leaves them, with the end token and padding."""
+        left = self.kind == "causal"  # a causal model goes on from the last column: that must be the prompt's end
+        ids, mask = pad_rows(rows, self.pad_id, left=left)  # (B, T) both
+        skip = ids.shape[1] if left else 1
+        if stops:
+            criteria = [*criteria, StopOnText(self._decode_rows, stops, skip)]
+        with self._lock, evaluating(self.module), torch.inference_mode(), seeded(settings.seed, self.device):
+            output = self.module.generate(  # type: ignore[operator]
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                generation_config=settings.to_transformers(eos=self.eos_ids, pad=self.pad_id),
+                stopping_criteria=StoppingCriteriaList(criteria),
+                streamer=streamer,
+            )
+        new: list[list[int]] = output[:, skip:].tolist()
+        return new
+
+    def _completion(self, prompt_tokens: int, ids: list[int], stops: Sequence[str]) -> Completion:
+        answer = self._until_end(ids)
+        text = self._decode(answer)
+        cut = cut_at_stop(text, stops)
+        ended = len(answer) < len(ids) or cut != text
+        return Completion(cut, prompt_tokens, len(answer), "stop" if ended else "length")
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        return ids[: next((i for i, token in enumerate(ids) if token in self.eos_ids), len(ids))]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        # the clean-up of spaces would change earlier text while a stream is under way
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def _decode_rows(self, rows: Tensor) -> list[str]:
+        return [self._decode(row) for row in rows.tolist()]
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+

@@ -1,0 +1,250 @@
+"""What a recipe may say: `PromptSpec` for a file of `prompts/`, `ChainSpec` for one of `chains/`.
+
+Knows pydantic and f-strings. Knows nothing about files, LangChain or models. A recipe is data and nothing
+more: no class paths, no jinja2, and no value whose type had to be guessed.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from string import Formatter
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from llmchain_fed._config import unknown_option
+from llmchain_fed.errors import RecipeError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+ParserName = Literal["text", "strip", "json", "comma_list"]
+"""text: as generated; strip: without outer whitespace; json: the parsed value; comma_list: list of str"""
+
+NAME = re.compile(r"[a-z0-9_]+")
+_VARIABLE = re.compile(r"[a-z][a-z0-9_]*")
+_RESERVED = frozenset({"stop", "prompt", "completion"})  # LangChain's own word; the keys of an example
+_HUB_PART = r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*"
+
+Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+Text = Annotated[str, Field(min_length=1)]
+_Item = TypeVar("_Item")
+# YAML has lists where a frozen spec has tuples
+Several = Annotated[tuple[_Item, ...], BeforeValidator(lambda x: tuple(x) if type(x) is list else x)]
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def from_data(cls, data: object) -> Self:
+        """The spec in plain data, as `yaml.safe_load` returns it.
+
+        Raises:
+            RecipeError: Anything that is unknown, missing, of another type or in contradiction.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise RecipeError("; ".join(_sentence(item, cls) for item in error.errors())) from None
+
+
+class PromptSpec(_Spec):
+    """A prompt: an f-string template, what the user must give, and what stands in by default.
+
+    >>> spec = PromptSpec(name="greet", description="Says hello.", template="Greet {who}.",
+    ...                   input_variables=["who"], licence="Apache-2.0")
+    >>> spec.input_variables
+    ('who',)
+    """
+
+    name: Name
+    description: Text
+    template: Text
+    """f-string with plain `{variable}` fields; the part after the examples, if there are any"""
+    input_variables: Annotated[Several[str], Field(min_length=1)]
+    """what the user must give"""
+    defaults: dict[str, str] = {}
+    """variable → its text unless the user gives another (LangChain's partial variables)"""
+    prefix: str = ""
+    """f-string before the examples"""
+    examples: Several[dict[str, str]] = ()
+    """few-shot examples; the values are text as it is, braces included"""
+    example_template: str = ""
+    """f-string over the keys of one example"""
+    separator: str = "\n\n"
+    """text between prefix, examples and template, as it is"""
+    licence: Annotated[str, Field(pattern=r"^[A-Za-z0-9.+-]+$")]
+    """SPDX identifier"""
+
+    @model_validator(mode="after")
+    def _variables_agree(self) -> Self:
+        used = template_variables(self.prefix) | template_variables(self.template)
+        given, fallback = set(self.input_variables), set(self.defaults)
+        if len(given) < len(self.input_variables) or given & fallback:
+            msg = "`input_variables` repeats a variable or shares one with `defaults`; name each once"
+            raise ValueError(msg)
+        if used != given | fallback:
+            hint = "; {{x}} is literal text, {x} a variable" if "{{" in self.template else ""
+            msg = (
+                f"the template uses {sorted(used)}, but `input_variables` and `defaults` declare "
+                f"{sorted(given | fallback)}; make the two equal{hint}"
+            )
+            raise ValueError(msg)
+        if taken := sorted(used & _RESERVED):
+            msg = f"a variable cannot be called {taken[0]!r}, a word chains and examples need; rename it"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _examples_agree(self) -> Self:
+        idle = sorted({"prefix", "example_template", "separator"} & self.model_fields_set)
+        if idle and not self.examples:
+            msg = f"{idle} would do nothing without `examples`; add examples or leave them out"
+            raise ValueError(msg)
+        wanted = template_variables(self.example_template)
+        for number, example in enumerate(self.examples):
+            if set(example) != wanted:
+                msg = f"`examples.{number}` has {sorted(example)}; `example_template` uses {sorted(wanted)}"
+                raise ValueError(msg)
+        return self
+
+
+def _modules(data: object) -> object:
+    if data == "all-linear":
+        return data
+    if type(data) is list and data and all(isinstance(name, str) and name for name in data):
+        return tuple(data)
+    msg = f"`adapter.target_modules` is {_short(data)}; use all-linear or a list of layer names"
+    raise ValueError(msg)
+
+
+class AdapterSpec(_Spec):
+    """The LoRA adapter of a chain; the fields are those of `peft.LoraConfig`."""
+
+    r: Annotated[int, Field(ge=1)]
+    lora_alpha: Annotated[int, Field(ge=1)]
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Annotated[str | tuple[str, ...], BeforeValidator(_modules)] = "all-linear"
+    """names of the layers that get an adapter; a pattern is not allowed"""
+
+    def to_lora(self) -> LoraConfig:
+        """The same as a `peft.LoraConfig`."""
+        from peft import LoraConfig
+
+        modules = self.target_modules
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=modules if isinstance(modules, str) else list(modules),
+        )
+
+
+class GenerationSpec(_Spec):
+    """The generation defaults a recipe may set; what it leaves out, the model decides."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    """tokens"""
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    """0 is greedy"""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    num_beams: Annotated[int, Field(ge=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    seed: int | None = None
+
+
+class ChainSpec(_Spec):
+    r"""A chain: a prompt recipe, the model it was written for, and how to generate and parse.
+
+    >>> ChainSpec(name="greet", description="Says hello.", prompt="greet", stop=["\n"]).llm_kwargs()
+    {'stop': ['\n']}
+    """
+
+    name: Name
+    description: Text
+    prompt: Name
+    """name of a prompt recipe"""
+    model: Annotated[str, Field(pattern=f"^{_HUB_PART}(/{_HUB_PART})?$")] = "smollm2-135m-instruct"
+    """embedded name or hub id, never a path"""
+    adapter: AdapterSpec | None = None
+    """null: no adapter, the whole model is trained"""
+    generation: GenerationSpec = GenerationSpec()
+    stop: Several[Text] = ()
+    """the answer ends before the first of these"""
+    parser: ParserName = "text"
+
+    def llm_kwargs(self) -> dict[str, Any]:
+        """Generation defaults and stop strings, as keyword arguments of a call to the model."""
+        options = self.generation.model_dump(exclude_none=True)
+        return options | ({"stop": list(self.stop)} if self.stop else {})
+
+
+def template_variables(template: str) -> set[str]:
+    """The variables of an f-string template.
+
+    Raises:
+        ValueError: A field that is more than a plain name, or unbalanced braces.
+
+    >>> sorted(template_variables("{a} and {b}, {{literally}}"))
+    ['a', 'b']
+    """
+    try:
+        fields = list(Formatter().parse(template))
+    except ValueError as error:
+        msg = f"the braces of {_short(template)} do not match ({error}); use {{{{ }}}} for literal ones"
+        raise ValueError(msg) from None
+    variables = set()
+    for _, field, format_spec, conversion in fields:
+        if field is None:
+            continue
+        if format_spec or conversion or not _VARIABLE.fullmatch(field):
+            tail = (f"!{conversion}" if conversion else "") + (f":{format_spec}" if format_spec else "")
+            msg = (
+                f"{{{field}{tail}}} is not a plain {{variable}}; attributes, indexes, formats and other "
+                "template languages can run code or fail later. Use a-z, 0-9, _, or {{ }} for literal braces"
+            )
+            raise ValueError(msg)
+        variables.add(field)
+    return variables
+
+
+_PARTS: dict[str, type[BaseModel]] = {"adapter": AdapterSpec, "generation": GenerationSpec}
+_FORMS = {
+    "name": "use only a-z, 0-9 and _",
+    "prompt": "use the name of a prompt recipe: only a-z, 0-9 and _",
+    "model": "use an embedded name or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct, never a path",
+    "licence": "use an SPDX identifier such as Apache-2.0",
+}
+
+
+def _sentence(item: Any, spec: type[BaseModel]) -> str:
+    """One pydantic complaint as a sentence that says which key, what it held and what to write instead."""
+    path = [str(part) for part in item["loc"]]
+    where, value = ".".join(path) or "the recipe", _short(item["input"])
+    match item["type"]:
+        case "extra_forbidden" if where == "template_format":
+            return "`template_format` is not a choice: templates are f-strings, as others can run code. Remove it"
+        case "extra_forbidden":
+            owner = _PARTS.get(path[0], spec) if path[1:] else spec
+            return unknown_option(path[-1], owner.model_fields)
+        case "missing":
+            return f"`{where}` is missing; add it"
+        case "string_type" | "invalid_key":
+            return f"`{where}` is {value}, not text. YAML guesses the type of what has no quotes: quote it"
+        case "string_pattern_mismatch":
+            return f"`{where}` is {value}; {_FORMS[where]}"
+        case "tuple_type":
+            return f"`{where}` is {value}; write a list"
+        case "model_type" | "dict_type":
+            return f"`{where}` is {value}; write keys with values"
+        case "value_error":
+            return str(item["msg"]).removeprefix("Value error, ")
+        case _:
+            return f"`{where}` is {value}: {item['msg']}"
+
+
+def _short(value: object) -> str:
+    return textwrap.shorten(repr(value), 80, placeholder=" …")

@@ -1,0 +1,390 @@
+"""train_locally: the one training loop, for a participant of a federation and for plain fine-tuning alike.
+
+Knows torch optimizers and batches. Knows nothing of LangChain, other participants or aggregation.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import itertools
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from llmchain_fed._config import FrozenConfig
+from llmchain_fed.data import (
+    DataReport,
+    EncodedExamples,
+    Examples,
+    Prompt,
+    bucketed_order,
+    collate,
+    encode_examples,
+    is_ready_tensors,
+)
+from llmchain_fed.errors import ConfigError, EmptyParticipantError, NonFiniteLossError
+from llmchain_fed.generation import evaluating, seeded
+from llmchain_fed.loss import Precision, computing_in, summed_loss
+from llmchain_fed.model import LocalModel
+
+_BY_NAME = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+_DEFAULT_LEARNING_RATE = 2e-4
+
+
+class TrainingConfig(FrozenConfig):
+    """How one participant trains in one round.
+
+    >>> TrainingConfig(learning_rate=5e-4, max_steps=12)
+    TrainingConfig(learning_rate=0.0005, max_steps=12)
+    """
+
+    learning_rate: float | None = Field(default=None, gt=0.0)
+    """by default the optimizer instance's own, else 2e-4"""
+    batch_size: int = Field(default=16, ge=1)
+    """examples per optimizer step"""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """examples per forward pass, to save memory; the step is the same to rounding"""
+    epochs: int | None = Field(default=None, ge=1)
+    """passes over the participant's examples per round; 1 unless `max_steps` is given"""
+    max_steps: int | None = Field(default=None, ge=1)
+    """optimizer steps per round instead; the next round goes on where this one ended"""
+    optimizer: Any = "adamw"
+    """"adamw", "adam", "sgd", a torch.optim class, or an instance whose class and settings are the template"""
+    weight_decay: float | None = Field(default=None, ge=0.0)
+    """by default the optimizer's own"""
+    max_grad_norm: float | None = Field(default=None, gt=0.0)
+    """clips the gradient's L2 norm; None is off"""
+    max_length: int | None = Field(default=None, ge=2)
+    """tokens: longer examples are left out and counted"""
+    proximal_mu: float = Field(default=0.0, ge=0.0)
+    """FedProx: adds mu/2 · ‖w − w_global‖² to the loss (arXiv 1812.06127)"""
+    precision: Precision = "fp32"
+    """bf16: forward and backward in bfloat16, weights and optimizer in float32"""
+    keep_optimizer: bool = False
+    """keep each participant's optimizer state for its next round instead of starting afresh"""
+    seed: int = 0
+    """decides the order of the data and dropout, together with participant and round"""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainingConfig:
+        if self.epochs is not None and self.max_steps is not None:
+            msg = f"give epochs ({self.epochs}) or max_steps ({self.max_steps}), not both: each decides when a round ends."
+            raise ConfigError(msg)
+        self._optimizer_class()
+        return self
+
+    def _optimizer_class(self) -> type[torch.optim.Optimizer]:
+        choice = self.optimizer
+        if isinstance(choice, str) and choice in _BY_NAME:
+            return _BY_NAME[choice]
+        if isinstance(choice, type) and issubclass(choice, torch.optim.Optimizer):
+            return choice
+        if isinstance(choice, torch.optim.Optimizer):
+            if len(choice.param_groups) > 1:
+                msg = f"the template optimizer has {len(choice.param_groups)} parameter groups; only one setting for all can be copied. Use one group."
+                raise ConfigError(msg)
+            return type(choice)
+        msg = f"optimizer is one of {sorted(_BY_NAME)}, a torch.optim class or an instance of one, got {choice!r}."
+        raise ConfigError(msg)
+
+    def make_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """A fresh optimizer over `parameters`.
+
+        Raises:
+            ConfigError: The optimizer takes no `weight_decay` but one was given.
+        """
+        kind = self._optimizer_class()
+        accepted = inspect.signature(kind).parameters
+        options: dict[str, Any] = {}
+        if isinstance(self.optimizer, torch.optim.Optimizer):
+            group = self.optimizer.param_groups[0]
+            options = {k: v for k, v in group.items() if k in accepted and k != "params"}
+        if self.learning_rate is not None or "lr" not in options:
+            options["lr"] = self.learning_rate or _DEFAULT_LEARNING_RATE
+        if self.weight_decay is not None:
+            if "weight_decay" not in accepted:
+                msg = f"{kind.__name__} takes no weight_decay. Leave it out or choose adamw, adam or sgd."
+                raise ConfigError(msg)
+            options["weight_decay"] = self.weight_decay
+        return kind(parameters, **options)  # type: ignore[arg-type]
+
+
+@dataclass
+class TrainingResult:
+    """What one call of `train_locally` did. The model holds the trained weights."""
+
+    loss: float
+    """nats per completion token, mean over the steps"""
+    losses: list[float]
+    """nats per completion token, per step"""
+    examples: int
+    """usable examples the participant holds (n_k)"""
+    tokens: int
+    """completion tokens the participant holds"""
+    steps: int
+    seconds: float
+    next_step: int
+    """where a run with `max_steps` goes on in the data"""
+    report: DataReport
+    optimizer_state: dict[str, Any] | None = field(default=None, repr=False)
+
+
+def train_locally(
+    model: LocalModel,
+    examples: Examples | EncodedExamples,
+    config: TrainingConfig | None = None,
+    *,
+    prompt: Prompt | None = None,
+    participant: str = "local",
+    round: int = 0,  # noqa: A002 (the field's own word)
+    first_step: int = 0,
+    optimizer_state: dict[str, Any] | None = None,
+) -> TrainingResult:
+    """Fine-tunes the model's trainable weights in place on one participant's examples.
+
+    The order of the data and dropout follow from (seed, participant, round): a rerun is bit-identical, and no two
+    rounds repeat their batches. The loss of a batch is the mean over its completion tokens, prompts masked.
+
+    Args:
+        model: What to train; held exclusively meanwhile, and left in evaluation mode.
+        examples: Any form that `read_examples` takes, ready `EncodedExamples`, or a DataLoader of ready tensors.
+        config: How to train.
+        prompt: What renders the examples' inputs: the chain.
+        participant: Whose data this is; part of the randomness.
+        round: Which round this is; part of the randomness.
+        first_step: With `max_steps`: how many batches earlier rounds have consumed.
+        optimizer_state: To go on with instead of a fresh optimizer.
+
+    Raises:
+        EmptyParticipantError: Not a single usable example.
+        NonFiniteLossError: The loss became NaN or infinite; the weights are as before the call.
+        DataError: See `read_examples`.
+        NotTrainableError: No parameter requires a gradient.
+    """
+    config = config or TrainingConfig()
+    data = encoded(examples, model, prompt, config.max_length)
+    parameters = model.trainable_parameters()
+    with model.exclusive():
+        before = {n: p.detach().clone() for n, p in parameters.items()}
+        buffers = {n: b.detach().clone() for n, b in model.module.named_buffers()}
+        try:
+            return _train(model, data, config, before, participant, round, first_step, optimizer_state)
+        except BaseException:
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(before[name])
+            raise
+        finally:
+            for name, buffer in model.module.named_buffers():
+                buffer.copy_(buffers[name])
+            model.module.eval()
+
+
+def _train(
+    model: LocalModel,
+    data: EncodedExamples | Any,
+    config: TrainingConfig,
+    before: Mapping[str, Tensor],
+    participant: str,
+    round_number: int,
+    first_step: int,
+    optimizer_state: dict[str, Any] | None,
+) -> TrainingResult:
+    started = time.perf_counter()
+    parameters = model.trainable_parameters()
+    optimizer = config.make_optimizer(list(parameters.values()))
+    if optimizer_state is not None:
+        optimizer.load_state_dict(optimizer_state)
+    losses: list[float] = []
+    count = _Count()
+    model.module.train()
+    with (
+        seeded(_seed(config.seed, participant, round_number), model.device),
+        computing_in(config.precision, model.module),
+    ):
+        for batches in _steps(data, model, config, participant, round_number, first_step):
+            optimizer.zero_grad(set_to_none=True)
+            loss = _accumulate(model, batches, count)
+            if not math.isfinite(loss):
+                msg = (
+                    f"the loss of {participant!r} became {loss} at step {len(losses) + 1} of round {round_number}: the update "
+                    "would be worthless. Lower the learning rate or set max_grad_norm."
+                )
+                raise NonFiniteLossError(msg)
+            if config.proximal_mu:
+                # the gradient of mu/2 · ‖w − w_global‖²
+                for name, parameter in parameters.items():
+                    if parameter.grad is not None:
+                        parameter.grad.add_(parameter.detach() - before[name], alpha=config.proximal_mu)
+            if config.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+            optimizer.step()
+            losses.append(loss)
+        optimizer.zero_grad(set_to_none=True)
+    if not losses:
+        raise EmptyParticipantError(_empty(participant, "the DataLoader gave no batch"))
+    ready = isinstance(data, EncodedExamples)
+    passes = (config.epochs or 1) if config.max_steps is None else 1
+    return TrainingResult(
+        loss=sum(losses) / len(losses),
+        losses=losses,
+        examples=len(data) if ready else count.examples // passes,
+        tokens=data.report.completion_tokens if ready else count.tokens // passes,
+        steps=len(losses),
+        seconds=time.perf_counter() - started,
+        next_step=first_step + len(losses),
+        report=data.report if ready else DataReport(used=count.examples // passes, completion_tokens=count.tokens // passes),
+        optimizer_state=copy.deepcopy(optimizer.state_dict()) if config.keep_optimizer else None,
+    )
+
+
+@dataclass
+class _Count:
+    examples: int = 0
+    tokens: int = 0
+
+
+def _accumulate(model: LocalModel, batches: list[dict[str, Tensor]], count: _Count) -> float:
+    """Gradients of the mean loss over all tokens of one step's forward passes; returns that loss."""
+    batches = [{k: v.to(model.device) for k, v in batch.items()} for batch in batches]
+    total = sum(int((b["labels"] != -100).sum()) for b in batches) if len(batches) > 1 else 0
+    loss = 0.0
+    for batch in batches:
+        summed, tokens = summed_loss(model.module, batch)
+        if not tokens:
+            continue
+        mean = summed / (total or tokens)
+        mean.backward()  # type: ignore[no-untyped-call]
+        loss += float(mean.detach())
+        count.tokens += tokens
+        count.examples += len(batch["labels"])
+    return loss
+
+
+def _steps(
+    data: EncodedExamples | Any,
+    model: LocalModel,
+    config: TrainingConfig,
+    participant: str,
+    round_number: int,
+    first_step: int,
+) -> Iterator[list[dict[str, Tensor]]]:
+    """The forward passes of each optimizer step."""
+    if not isinstance(data, EncodedExamples):
+        passes = itertools.count() if config.max_steps else range(config.epochs or 1)
+        loader = itertools.chain.from_iterable(data for _ in passes)
+        for batch in itertools.islice(loader, config.max_steps):
+            yield [batch]
+        return
+    lengths = data.lengths()
+    for rows in _batches(lengths, config, participant, round_number, first_step):
+        size = config.micro_batch_size or len(rows)
+        yield [collate([data[i] for i in rows[at : at + size]], model) for at in range(0, len(rows), size)]
+
+
+def _batches(
+    lengths: list[int], config: TrainingConfig, participant: str, round_number: int, first_step: int
+) -> Iterator[list[int]]:
+    if config.max_steps is None:
+        for epoch in range(config.epochs or 1):
+            rng = random.Random(_seed(config.seed, participant, round_number, epoch))  # noqa: S311 (order, no secret)
+            yield from bucketed_order(lengths, config.batch_size, rng)
+        return
+    # The stream of all passes does not depend on the round: rounds walk on through it.
+    per_pass = -(-len(lengths) // config.batch_size)
+    step = first_step
+    while step < first_step + config.max_steps:
+        rng = random.Random(_seed(config.seed, participant, "pass", step // per_pass))  # noqa: S311 (order, no secret)
+        order = bucketed_order(lengths, config.batch_size, rng)[step % per_pass :]
+        order = order[: first_step + config.max_steps - step]
+        yield from order
+        step += len(order)
+
+
+def _seed(*parts: object) -> int:
+    """63 bits from any values, the same on every machine and in every process."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def encoded(
+    examples: Examples | EncodedExamples, model: LocalModel, prompt: Prompt | None, max_length: int | None
+) -> EncodedExamples | Any:
+    """Examples in the form the loop takes; a DataLoader stays as it is.
+
+    Raises:
+        EmptyParticipantError: Not a single usable example.
+        DataError: See `read_examples`.
+    """
+    if is_ready_tensors(examples):
+        return examples
+    data = (
+        examples
+        if isinstance(examples, EncodedExamples)
+        else encode_examples(examples, model, prompt, max_length=max_length)
+    )
+    if not len(data):
+        raise EmptyParticipantError(_empty("the participant", repr(data.report)))
+    return data
+
+
+def _empty(who: str, report: str) -> str:
+    return f"{who} has no usable example ({report}): there is nothing to learn. Check the data path and max_length."
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Held-out loss of the model as it is now."""
+
+    loss: float
+    """nats per completion token"""
+    tokens: int
+    examples: int
+
+
+@torch.no_grad()
+def evaluate_locally(
+    model: LocalModel,
+    examples: Examples | EncodedExamples,
+    *,
+    prompt: Prompt | None = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    precision: Precision = "fp32",
+) -> EvaluationResult:
+    """Mean negative log-likelihood per completion token over all examples.
+
+    Raises:
+        EmptyParticipantError: Not a single usable example.
+        DataError: See `read_examples`.
+    """
+    data = encoded(examples, model, prompt, max_length)
+    total, tokens, count = 0.0, 0, 0
+    with model.exclusive(), evaluating(model.module), computing_in(precision, model.module):
+        for batch in _evaluation_batches(data, model, batch_size):
+            summed, n = summed_loss(model.module, {k: v.to(model.device) for k, v in batch.items()})
+            total, tokens, count = total + float(summed), tokens + n, count + len(batch["labels"])
+    if not tokens:
+        raise EmptyParticipantError(_empty("the evaluation", "no labelled token"))
+    return EvaluationResult(total / tokens, tokens, count)
+
+
+def _evaluation_batches(
+    data: EncodedExamples | Any, model: LocalModel, batch_size: int
+) -> Iterator[dict[str, Tensor]]:
+    if not isinstance(data, EncodedExamples):
+        yield from data
+        return
+    lengths = data.lengths()
+    order = sorted(range(len(data)), key=lengths.__getitem__)
+    for at in range(0, len(order), batch_size):
+        yield collate([data[i] for i in order[at : at + batch_size]], model)

@@ -1,0 +1,125 @@
+"""A module's weights as named tensors: stable names, exact loading, short hashes.
+
+Knows torch modules and PEFT's naming. Knows nothing about text, training or federation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from llmchain_fed.errors import WeightsMismatchError
+
+_SAMPLED_VALUES = 64  # per tensor, for the fingerprint of a base that may be many gigabytes
+
+
+def stable_name(name: str, adapters: Iterable[str] = ()) -> str:
+    """A parameter's name without what only the wrapping adds (PEFT's prefixes, the adapter's name, compile).
+
+    >>> stable_name("base_model.model.model.layers.0.q_proj.lora_A.default.weight", ["default"])
+    'model.layers.0.q_proj.lora_A.weight'
+    """
+    parts = [p for p in name.removeprefix("base_model.model.").split(".") if p not in ("_orig_mod", "base_layer")]
+    known = set(adapters)
+    kept = [p for i, p in enumerate(parts) if not (i and p in known and _is_adapter_slot(parts[i - 1]))]
+    return ".".join(kept)
+
+
+def _is_adapter_slot(part: str) -> bool:
+    return part.startswith("lora_") or part == "modules_to_save"
+
+
+def adapter_names(module: nn.Module) -> list[str]:
+    """The names of a PEFT module's active adapters; empty for a plain module."""
+    active = getattr(module, "active_adapters", None) if hasattr(module, "peft_config") else None
+    names = active() if callable(active) else active
+    return [names] if isinstance(names, str) else list(names or [])
+
+
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Stable name → parameter, for every parameter that requires a gradient; tied ones once."""
+    adapters = adapter_names(module)
+    return {stable_name(n, adapters): p for n, p in module.named_parameters() if p.requires_grad}
+
+
+def copy_state(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU that share no memory with the module."""
+    return {n: p.detach().to("cpu", copy=True).contiguous() for n, p in parameters.items()}
+
+
+def check_state(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Makes sure that a state fits, before any of it is used.
+
+    Raises:
+        WeightsMismatchError: Missing or extra names, another shape, not floating point, NaN or infinite values.
+    """
+    missing, extra = sorted(parameters.keys() - state.keys()), sorted(state.keys() - parameters.keys())
+    if missing or extra:
+        msg = (
+            f"the state lacks {len(missing)} tensors {missing[:3]} and adds {len(extra)} {extra[:3]}: it was made for "
+            "another model or adapter. Use the same base model and LoraConfig."
+        )
+        raise WeightsMismatchError(msg)
+    for name, parameter in parameters.items():
+        value = state[name]
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise WeightsMismatchError(f"{name} is not a floating-point tensor but {_kind(value)}.")  # noqa: EM102
+        if value.shape != parameter.shape:
+            msg = (
+                f"{name} has shape {tuple(value.shape)}, the model's is {tuple(parameter.shape)}: it was made for "
+                "another model or rank. Use the same base model and LoraConfig."
+            )
+            raise WeightsMismatchError(msg)
+        if not bool(torch.isfinite(value).all()):
+            msg = f"{name} holds NaN or infinite values. Lower the learning rate or set max_grad_norm."
+            raise WeightsMismatchError(msg)
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+@torch.no_grad()
+def write_state(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Copies an already checked state into the parameters, in place."""
+    for name, parameter in parameters.items():
+        parameter.copy_(state[name])
+
+
+def content_hash(tensors: Mapping[str, Tensor]) -> str:
+    """64 bits over names, shapes, types and every value, as hex; independent of the mapping's order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().to("cpu").contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(_raw(tensor))
+    return digest.hexdigest()
+
+
+def base_fingerprint(module: nn.Module) -> str:
+    """64 bits that tell one base from another, as hex; adapters do not count.
+
+    Covers every base parameter's name and shape and 64 values of each, rounded to bfloat16, so that the same base
+    held in float32 and in bfloat16 agree. It tells honest mistakes apart; it is no proof against forgery.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    base = {stable_name(n): p for n, p in module.named_parameters() if not _is_adapter(n)}
+    for name, parameter in sorted(base.items()):
+        digest.update(f"{name}:{tuple(parameter.shape)};".encode())
+        if parameter.device.type == "meta" or not parameter.numel():
+            continue
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)][:_SAMPLED_VALUES]
+        digest.update(_raw(sample.to("cpu", torch.bfloat16).contiguous()))
+    return digest.hexdigest()
+
+
+def _is_adapter(name: str) -> bool:
+    return any(_is_adapter_slot(part) for part in name.split("."))
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
