@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -161,11 +161,11 @@ def stream_text(
     work: Callable[[BaseStreamer, StoppingCriteria], None],
     finish: Callable[[list[int]], str],
     stops: Sequence[str],
-) -> Iterator[str]:
+) -> Generator[str, None, list[int]]:
     """Runs `work` in a thread and yields its text piece by piece.
 
     The pieces joined equal `cut_at_stop(finish(all ids), stops)`. An error in `work` is raised here at once, and
-    closing the iterator ends `work` at its next token (TextIteratorStreamer does neither:
+    closing the iterator ends `work` at its next token; the return value is all token ids (TextIteratorStreamer does neither:
     https://github.com/huggingface/transformers/issues/22576).
 
     Args:
@@ -202,6 +202,7 @@ def stream_text(
                 yield ready[len(shown) :]
                 shown = ready
         yield cut_at_stop(finish(ids), stops)[len(shown) :]
+        return ids
     finally:
         abandoned.set()
         worker.join()

@@ -21,10 +21,21 @@ from langchain_core.output_parsers import (
     JsonOutputParser,
     StrOutputParser,
 )
-from langchain_core.prompts import FewShotPromptTemplate, PromptTemplate, StringPromptTemplate
+from langchain_core.prompts import (
+    AIMessagePromptTemplate,
+    BasePromptTemplate,
+    ChatPromptTemplate,
+    FewShotPromptTemplate,
+    HumanMessagePromptTemplate,
+    MessagesPlaceholder,
+    PromptTemplate,
+    StringPromptTemplate,
+    SystemMessagePromptTemplate,
+)
 
 from llmchain_fed.errors import RecipeError
 from llmchain_fed.recipes import NAME, ChainSpec, ParserName, PromptSpec
+from llmchain_fed.saving import MessageData, PromptData
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseLanguageModel
@@ -41,6 +52,8 @@ __all__ = [
     "make_parser",
     "make_prompt",
     "parser_name",
+    "prompt_from_data",
+    "prompt_to_data",
 ]
 
 _SpecT = TypeVar("_SpecT", PromptSpec, ChainSpec)
@@ -195,6 +208,85 @@ def parser_name(parser: BaseOutputParser[Any]) -> ParserName:
         f"of {list(_PARSERS)}, or put this parser behind the chain: chain | parser."
     )
     raise RecipeError(msg)
+
+
+def prompt_to_data(prompt: BasePromptTemplate[Any]) -> PromptData:
+    """A prompt as plain data for `chain.yaml`.
+
+    Raises:
+        RecipeError: A prompt of another kind, a template language other than f-strings, or defaults that are no text.
+    """
+    defaults = dict(prompt.partial_variables)
+    if all(isinstance(v, str) for v in defaults.values()):
+        match prompt:
+            case PromptTemplate(template_format="f-string"):
+                return PromptData(kind="template", template=prompt.template, defaults=defaults)
+            case FewShotPromptTemplate(template_format="f-string", example_selector=None, examples=list() as examples):
+                if all(isinstance(v, str) for example in examples for v in example.values()):
+                    return PromptData(
+                        kind="few_shot",
+                        template=prompt.suffix,
+                        prefix=prompt.prefix,
+                        examples=examples,
+                        example_template=prompt.example_prompt.template,
+                        separator=prompt.example_separator,
+                        defaults=defaults,
+                    )
+            case ChatPromptTemplate():
+                messages = [_message_to_data(message) for message in prompt.messages]
+                return PromptData(kind="chat", messages=messages, defaults=defaults)
+    msg = (
+        f"{type(prompt).__name__} cannot be written as data, so the chain could not be loaded again. Use an f-string "
+        "PromptTemplate, a FewShotPromptTemplate with fixed examples, or a ChatPromptTemplate of text messages."
+    )
+    raise RecipeError(msg)
+
+
+_ROLES = {"system": SystemMessagePromptTemplate, "human": HumanMessagePromptTemplate, "ai": AIMessagePromptTemplate}
+
+
+def _message_to_data(message: Any) -> MessageData:
+    if isinstance(message, MessagesPlaceholder):
+        return MessageData(role="placeholder", template=message.variable_name, optional=message.optional)
+    if isinstance(message, BaseMessage) and message.type in _ROLES and isinstance(message.content, str):
+        return MessageData(role=message.type, template=_doubled(message.content))
+    for role, kind in _ROLES.items():
+        prompt = getattr(message, "prompt", None)
+        if type(message) is kind and isinstance(prompt, PromptTemplate) and prompt.template_format == "f-string":
+            return MessageData(role=role, template=prompt.template)
+    msg = f"the message {message!r:.80} cannot be written as data. Use system, human or ai messages of f-string text."
+    raise RecipeError(msg)
+
+
+def prompt_from_data(data: PromptData) -> BasePromptTemplate[Any]:
+    """The reverse of `prompt_to_data`.
+
+    Raises:
+        RecipeError: A template that LangChain refuses, such as one that reads attributes.
+    """
+    try:
+        if data.kind == "chat":
+            messages = [_message_from_data(message) for message in data.messages]
+            return ChatPromptTemplate(messages).partial(**data.defaults)
+        if data.kind == "few_shot":
+            return FewShotPromptTemplate(
+                prefix=data.prefix,
+                examples=data.examples,
+                example_prompt=PromptTemplate.from_template(data.example_template),
+                example_separator=data.separator,
+                suffix=data.template,
+                input_variables=[],
+            ).partial(**data.defaults)
+        return PromptTemplate.from_template(data.template).partial(**data.defaults)
+    except ValueError as error:
+        msg = f"the saved prompt is refused: {error}"
+        raise RecipeError(msg) from None
+
+
+def _message_from_data(message: MessageData) -> Any:
+    if message.role == "placeholder":
+        return MessagesPlaceholder(message.template, optional=message.optional)
+    return _ROLES[message.role].from_template(message.template)
 
 
 def _hold_back(held: str | None, piece: str) -> tuple[str, str | None]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -45,18 +46,22 @@ class LocalModel:
         module: The module. Its trainable parameters (those that require a gradient) are what a federation learns.
         tokenizer: Its tokenizer; without one only ready tensors can be used.
         name: What to call it in logs and saved chains; by default the module's own name.
+        reference: Hub id or embedded name under which anybody finds the same base; None: a saved chain brings it along.
 
     Raises:
         UnsupportedModelError: `module` is not an `nn.Module`.
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any = None, *, name: str | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, tokenizer: Any = None, *, name: str | None = None, reference: str | None = None
+    ) -> None:
         if not isinstance(module, nn.Module):
             msg = f"LocalModel wraps a torch nn.Module, got {type(module).__name__}. Use LocalModel.from_pretrained for a name."
             raise UnsupportedModelError(msg)
         self.module = module
         self.tokenizer = tokenizer
         self.name = name or getattr(getattr(module, "config", None), "name_or_path", "") or type(module).__name__
+        self.reference = reference
         self._lock = threading.RLock()
         self._fingerprint = weights.base_fingerprint(module)
         self._loads = 0
@@ -96,7 +101,16 @@ class LocalModel:
                 torch.manual_seed(0)
                 module = get_peft_model(module, lora)
         module.to(device or _best_device()).eval()
-        return cls(module, AutoTokenizer.from_pretrained(path), name=name_or_path)
+        reference = None if Path(name_or_path).exists() else name_or_path
+        return cls(module, AutoTokenizer.from_pretrained(path), name=Path(name_or_path).name, reference=reference)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the lock, so that copies and pickles work; a copy has a lock of its own."""
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._lock = threading.RLock()
 
     def __repr__(self) -> str:
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
@@ -194,13 +208,18 @@ class LocalModel:
     @property
     def weights_version(self) -> str:
         """`"{loads}-{hash}"`: changes with every load and with every optimizer step on the module."""
+        return f"{self._loads}-{self.weights_hash}"
+
+    @property
+    def weights_hash(self) -> str:
+        """64 bits over the trainable values as they are now, as hex."""
         with self._lock:
             found = weights.trainable_parameters(self.module)
             # torch counts in-place changes of a tensor: a new sum means that the hash is out of date.
             stamp = (self._loads, sum(p._version for p in found.values()))
             if self._hash is None or self._hash[0] != stamp:
                 self._hash = (stamp, weights.content_hash(found))
-            return f"{self._loads}-{self._hash[1]}"
+            return self._hash[1]
 
     # --- text -------------------------------------------------------------------------------------------------------
 
@@ -293,10 +312,11 @@ class LocalModel:
 
     def stream(
         self, prompt: str, *, stop: Sequence[str] | None = None, add_special_tokens: bool = True, **options: Any
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, Completion]:
         """The answer piece by piece; joined it equals `generate([prompt])[0]`.
 
-        Errors are raised here, at once. Closing the iterator stops the computation at the next token.
+        What is wrong with the call is raised here, what goes wrong later by the iterator, both at once. Closing the
+        iterator stops the computation at the next token. The generator's return value is the `Completion`.
 
         Raises:
             ConfigError: An unknown option or a value out of range.
@@ -305,13 +325,21 @@ class LocalModel:
         settings, stops = GenerationOptions(**options), checked_stops(stop)
         (row,) = self.encode([prompt], add_special_tokens=add_special_tokens)
         settings = settings.replace(max_new_tokens=self._room(row, settings.max_new_tokens))
-        if settings.num_beams > 1:  # beams are only known at the end
-            return iter([self._completion(len(row), self._generate_ids([row], settings, stops)[0], stops).text])
+        return self._pieces(row, settings, stops)
+
+    def _pieces(
+        self, row: list[int], settings: GenerationOptions, stops: Sequence[str]
+    ) -> Generator[str, None, Completion]:
+        if settings.num_beams > 1:  # which beam wins is only known at the end
+            whole = self._completion(len(row), self._generate_ids([row], settings, stops)[0], stops)
+            yield whole.text
+            return whole
 
         def work(streamer: Any, abandoned: Any) -> None:
             self._generate_ids([row], settings, stops, streamer=streamer, criteria=[abandoned])
 
-        return stream_text(work, lambda ids: self._decode(self._until_end(ids)), stops)
+        ids = yield from stream_text(work, lambda ids: self._decode(self._until_end(ids)), stops)
+        return self._completion(len(row), ids, stops)
 
     def _room(self, row: Sequence[int], wanted: int) -> int:
         """How many tokens the answer to this prompt may have."""

@@ -226,7 +226,7 @@ def _sentence(item: Any, spec: type[BaseModel]) -> str:
     where, value = ".".join(path) or "the recipe", _short(item["input"])
     match item["type"]:
         case "extra_forbidden" if where == "template_format":
-            return "`template_format` is not a choice: templates are f-strings, as others can run code. Remove it"
+            return "`template_format` is no choice: only f-strings are read, others can run code. Remove it"
         case "extra_forbidden":
             owner = _PARTS.get(path[0], spec) if path[1:] else spec
             return unknown_option(path[-1], owner.model_fields)
@@ -235,7 +235,7 @@ def _sentence(item: Any, spec: type[BaseModel]) -> str:
         case "string_type" | "invalid_key":
             return f"`{where}` is {value}, not text. YAML guesses the type of what has no quotes: quote it"
         case "string_pattern_mismatch":
-            return f"`{where}` is {value}; {_FORMS[where]}"
+            return f"`{where}` is {value}; {_FORMS.get(where, item['msg'])}"
         case "tuple_type":
             return f"`{where}` is {value}; write a list"
         case "model_type" | "dict_type":

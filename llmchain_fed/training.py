@@ -208,7 +208,7 @@ def _train(
     count = _Count()
     model.module.train()
     with (
-        seeded(_seed(config.seed, participant, round_number), model.device),
+        seeded(seed_of(config.seed, participant, round_number), model.device),
         computing_in(config.precision, model.module),
     ):
         for batches in _steps(data, model, config, participant, round_number, first_step):
@@ -296,21 +296,21 @@ def _batches(
 ) -> Iterator[list[int]]:
     if config.max_steps is None:
         for epoch in range(config.epochs or 1):
-            rng = random.Random(_seed(config.seed, participant, round_number, epoch))  # noqa: S311 (order, no secret)
+            rng = random.Random(seed_of(config.seed, participant, round_number, epoch))  # noqa: S311 (order, no secret)
             yield from bucketed_order(lengths, config.batch_size, rng)
         return
     # The stream of all passes does not depend on the round: rounds walk on through it.
     per_pass = -(-len(lengths) // config.batch_size)
     step = first_step
     while step < first_step + config.max_steps:
-        rng = random.Random(_seed(config.seed, participant, "pass", step // per_pass))  # noqa: S311 (order, no secret)
+        rng = random.Random(seed_of(config.seed, participant, "pass", step // per_pass))  # noqa: S311 (order, no secret)
         order = bucketed_order(lengths, config.batch_size, rng)[step % per_pass :]
         order = order[: first_step + config.max_steps - step]
         yield from order
         step += len(order)
 
 
-def _seed(*parts: object) -> int:
+def seed_of(*parts: object) -> int:
     """63 bits from any values, the same on every machine and in every process."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

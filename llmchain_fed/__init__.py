@@ -1,0 +1,125 @@
+"""llmchain_fed: a LangChain chain that several parties improve together without showing each other their data.
+
+    chain.invoke(x)  →  FederatedAveraging(chain, participants=…).fit(rounds=3)  →  chain.invoke(x)
+
+The public names. torch, transformers and langchain_core load on first use of one that needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from llmchain_fed.errors import (
+    ChainFileError,
+    ConfigError,
+    DataError,
+    DuplicateParticipantError,
+    EmptyParticipantError,
+    FederationError,
+    LLMChainFedError,
+    MissingExtraError,
+    ModelError,
+    NonFiniteLossError,
+    NothingTrainedError,
+    NotTrainableError,
+    PromptTooLongError,
+    PromptVariablesError,
+    QuorumError,
+    RecipeError,
+    TemplatedTwiceError,
+    TrainingError,
+    UnsupportedModelError,
+    UpdateRefusedError,
+    WeightsMismatchError,
+)
+
+if TYPE_CHECKING:
+    from llmchain_fed.chain import LLMChain
+    from llmchain_fed.chat import LocalChatModel
+    from llmchain_fed.data import DataReport, Example
+    from llmchain_fed.federated.averaging import FederatedAveraging, FederatedLearning
+    from llmchain_fed.federated.history import History
+    from llmchain_fed.federated.participant import Participant
+    from llmchain_fed.library import list_chains, list_prompts, load_chain, load_prompt
+    from llmchain_fed.llm import LocalLLM
+    from llmchain_fed.model import LocalModel
+    from llmchain_fed.training import TrainingConfig, evaluate_locally, train_locally
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DataReport": "data",
+    "Example": "data",
+    "FederatedAveraging": "federated.averaging",
+    "FederatedLearning": "federated.averaging",
+    "History": "federated.history",
+    "LLMChain": "chain",
+    "LocalChatModel": "chat",
+    "LocalLLM": "llm",
+    "LocalModel": "model",
+    "Participant": "federated.participant",
+    "TrainingConfig": "training",
+    "evaluate_locally": "training",
+    "list_chains": "library",
+    "list_prompts": "library",
+    "load_chain": "library",
+    "load_prompt": "library",
+    "train_locally": "training",
+}
+
+__all__ = [
+    "ChainFileError",
+    "ConfigError",
+    "DataError",
+    "DataReport",
+    "DuplicateParticipantError",
+    "EmptyParticipantError",
+    "Example",
+    "FederatedAveraging",
+    "FederatedLearning",
+    "FederationError",
+    "History",
+    "LLMChain",
+    "LLMChainFedError",
+    "LocalChatModel",
+    "LocalLLM",
+    "LocalModel",
+    "MissingExtraError",
+    "ModelError",
+    "NonFiniteLossError",
+    "NotTrainableError",
+    "NothingTrainedError",
+    "Participant",
+    "PromptTooLongError",
+    "PromptVariablesError",
+    "QuorumError",
+    "RecipeError",
+    "TemplatedTwiceError",
+    "TrainingConfig",
+    "TrainingError",
+    "UnsupportedModelError",
+    "UpdateRefusedError",
+    "WeightsMismatchError",
+    "__version__",
+    "evaluate_locally",
+    "list_chains",
+    "list_prompts",
+    "load_chain",
+    "load_prompt",
+    "train_locally",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name from its module on first use (PEP 562)."""
+    if name not in _HOMES:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,313 @@
+"""LLMChain: a prompt, a local model and a parser as one Runnable that a federation can train.
+
+Knows LangChain's prompts, parsers and Runnables. Knows nothing about examples, training or participants.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from langchain_core.language_models import BaseLanguageModel
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompt_values import PromptValue
+from langchain_core.prompts import BasePromptTemplate, PromptTemplate
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableSequence
+from langchain_core.runnables.base import RunnableBindingBase
+from pydantic import SkipValidation
+from typing_extensions import override
+
+from llmchain_fed import saving
+from llmchain_fed._config import unknown_option
+from llmchain_fed.chat import LocalChatModel
+from llmchain_fed.errors import ConfigError, PromptVariablesError, UnsupportedModelError
+from llmchain_fed.llm import LocalLLM
+from llmchain_fed.model import LocalModel
+from llmchain_fed.library import make_parser, parser_name, prompt_from_data, prompt_to_data
+
+ChainInput = dict[str, Any] | str
+
+
+class LLMChain(RunnableBindingBase[ChainInput, Any]):
+    r"""`prompt | llm | parser`, and the same object after a federation has trained its model.
+
+    Every Runnable verb works, sync and async, and call-time keywords (`stop`, `max_new_tokens` …) reach the model;
+    in a plain `prompt | llm` they would be dropped by the prompt.
+
+    Args:
+        llm: `LocalLLM`, `LocalChatModel`, or any other LangChain language model (then invoke only).
+        prompt: A template string (f-string), a prompt template, or a `ChatPromptTemplate`.
+        output_parser: What makes the answer out of the model's text; the text itself by default.
+        llm_kwargs: Keywords that go along with every call to the model.
+    """
+
+    prompt: SkipValidation[BasePromptTemplate[Any]]
+    llm: SkipValidation[Runnable[Any, Any]]
+    output_parser: SkipValidation[Runnable[Any, Any]]
+    llm_kwargs: dict[str, Any]
+
+    def __init__(
+        self,
+        *,
+        llm: BaseLanguageModel[Any] | Runnable[Any, Any],
+        prompt: str | BasePromptTemplate[Any],
+        output_parser: Runnable[Any, Any] | None = None,
+        llm_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        prompt = PromptTemplate.from_template(prompt) if isinstance(prompt, str) else prompt
+        if not isinstance(prompt, BasePromptTemplate):
+            msg = f"prompt is an f-string template or a LangChain prompt, got {type(prompt).__name__}."
+            raise ConfigError(msg)
+        parser: Runnable[Any, Any] = output_parser if output_parser is not None else StrOutputParser()
+        kwargs = dict(llm_kwargs or {})
+        for name in options.keys() - RunnableBindingBase.model_fields.keys():
+            known = {"llm", "prompt", "output_parser", "llm_kwargs", *RunnableBindingBase.model_fields} - {"bound", "kwargs"}
+            raise ConfigError(f"LLMChain: {unknown_option(name, known)}")  # noqa: EM102
+        options |= {"prompt": prompt, "llm": llm, "output_parser": parser, "llm_kwargs": kwargs}
+        options["bound"] = prompt | (llm.bind(**kwargs) if kwargs else llm) | parser
+        super().__init__(**options)
+
+    # --- its parts --------------------------------------------------------------------------------------------------
+
+    @property
+    def face(self) -> LocalLLM | LocalChatModel:
+        """The local model's LangChain face, below any `bind` or `with_config`.
+
+        Raises:
+            UnsupportedModelError: The chain's model is not a local one.
+        """
+        found: Any = self.llm
+        while isinstance(found, RunnableBindingBase):
+            found = found.bound
+        if not isinstance(found, (LocalLLM, LocalChatModel)):
+            msg = f"the chain's model is {type(found).__name__}, which has no weights here to train. Use LocalLLM or LocalChatModel."
+            raise UnsupportedModelError(msg)
+        return found
+
+    @property
+    def model(self) -> LocalModel:
+        """The `LocalModel` that answers and that a federation trains."""
+        return self.face.model
+
+    @property
+    def input_variables(self) -> Sequence[str]:
+        """The variables that must be given."""
+        return list(self.prompt.input_variables)
+
+    @property
+    def optional_variables(self) -> Sequence[str]:
+        """The variables that may be given, because the prompt has a default for them."""
+        return [*self.prompt.partial_variables, *self.prompt.optional_variables]
+
+    @property
+    def adds_special_tokens(self) -> bool:
+        """False over a chat model: a chat template writes its special tokens itself."""
+        return not isinstance(self.face, LocalChatModel)
+
+    @property
+    def literals(self) -> Sequence[str]:
+        """The template's fixed texts around the variables, in order; none where they cannot be told."""
+        marks = {name: f"\ue000{i}\ue001" for i, name in enumerate(self.input_variables)}
+        marks |= {name: f"\ue000{name}\ue001" for name in self.prompt.partial_variables}
+        try:
+            value = self.prompt.format_prompt(**marks)
+        except (TypeError, ValueError, KeyError):  # a placeholder of messages, a format specification
+            return []
+        texts = [str(m.content) for m in value.to_messages()]
+        return [literal for text in texts for literal in re.split("\ue000.*?\ue001", text)]
+
+    def render(self, inputs: Mapping[str, Any] | str) -> str:
+        """The text that the model sees for `inputs`; training and invoke both come through here.
+
+        Fires no callbacks, so that examples never reach a tracer.
+
+        Raises:
+            PromptVariablesError: A variable is missing.
+        """
+        if not isinstance(inputs, Mapping):
+            variables = self.input_variables
+            if len(variables) != 1:
+                msg = f"the prompt has the variables {sorted(variables)}, so one value is not enough. Pass a mapping of them."
+                raise PromptVariablesError(msg)
+            inputs = {variables[0]: inputs}
+        missing = sorted(set(self.input_variables) - inputs.keys())
+        if missing:
+            msg = f"the prompt takes {sorted(self.input_variables)}, {missing} is missing from {sorted(map(str, inputs))}."
+            raise PromptVariablesError(msg)
+        value: PromptValue = self.prompt.format_prompt(**inputs)
+        face = self.face
+        return face.render(value.to_messages()) if isinstance(face, LocalChatModel) else value.to_string()
+
+    def generation_options(self) -> dict[str, Any]:
+        """Keywords for `model.generate` that give the answers this chain gives."""
+        kwargs = self._all_llm_kwargs()
+        return self.face.options(kwargs.pop("stop", None), kwargs)
+
+    # --- Runnable ---------------------------------------------------------------------------------------------------
+
+    @override
+    def get_name(self, suffix: str | None = None, *, name: str | None = None) -> str:
+        base = name or self.name or type(self).__name__
+        return f"{base}{suffix.title()}" if suffix else base
+
+    @classmethod
+    @override
+    def is_lc_serializable(cls) -> bool:
+        """False: a LangChain dump cannot hold weights; `save` does."""
+        return False
+
+    def __repr__(self) -> str:
+        return f"LLMChain(prompt={self.prompt!r}, llm={self.llm!r}, output_parser={self.output_parser!r})"
+
+    __str__ = __repr__
+
+    def _with(self, kwargs: Mapping[str, Any]) -> RunnableBindingBase[ChainInput, Any]:
+        """This chain with a call's keywords bound to its model; modules are shared, so this is cheap."""
+        if not kwargs:
+            return self
+        llm_kwargs = self.llm_kwargs | kwargs
+        return self.model_copy(
+            update={"llm_kwargs": llm_kwargs, "bound": self.prompt | self.llm.bind(**llm_kwargs) | self.output_parser}
+        )
+
+    @override
+    def invoke(self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        return super(LLMChain, self._with(kwargs)).invoke(input, config)
+
+    @override
+    async def ainvoke(self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        return await super(LLMChain, self._with(kwargs)).ainvoke(input, config)
+
+    @override
+    def batch(self, inputs: list[ChainInput], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any) -> list[Any]:
+        return super(LLMChain, self._with(kwargs)).batch(inputs, config, return_exceptions=return_exceptions)
+
+    @override
+    async def abatch(
+        self, inputs: list[ChainInput], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
+    ) -> list[Any]:
+        return await super(LLMChain, self._with(kwargs)).abatch(inputs, config, return_exceptions=return_exceptions)
+
+    @override
+    def batch_as_completed(self, inputs: Sequence[ChainInput], config: Any = None, **kwargs: Any) -> Iterator[Any]:
+        exceptions = {k: kwargs.pop(k) for k in ("return_exceptions",) if k in kwargs}
+        yield from super(LLMChain, self._with(kwargs)).batch_as_completed(inputs, config, **exceptions)
+
+    @override
+    async def abatch_as_completed(
+        self, inputs: Sequence[ChainInput], config: Any = None, **kwargs: Any
+    ) -> AsyncIterator[Any]:
+        exceptions = {k: kwargs.pop(k) for k in ("return_exceptions",) if k in kwargs}
+        async for item in super(LLMChain, self._with(kwargs)).abatch_as_completed(inputs, config, **exceptions):
+            yield item
+
+    @override
+    def stream(self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
+        yield from super(LLMChain, self._with(kwargs)).stream(input, config)
+
+    @override
+    async def astream(self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
+        async for item in super(LLMChain, self._with(kwargs)).astream(input, config):
+            yield item
+
+    @override
+    def transform(self, input: Iterator[ChainInput], config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
+        yield from super(LLMChain, self._with(kwargs)).transform(input, config)
+
+    @override
+    async def atransform(
+        self, input: AsyncIterator[ChainInput], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[Any]:
+        async for item in super(LLMChain, self._with(kwargs)).atransform(input, config):
+            yield item
+
+    # --- the verbs people know from the legacy class ----------------------------------------------------------------
+
+    def predict(self, **variables: Any) -> Any:
+        """`chain.predict(text="Page locked")`: invoke with the variables as keywords."""
+        return self.invoke(variables)
+
+    async def apredict(self, **variables: Any) -> Any:
+        """The async twin of `predict`."""
+        return await self.ainvoke(variables)
+
+    def apply(self, inputs: Sequence[ChainInput]) -> list[Any]:
+        """The answers to a list of inputs, computed as one batch."""
+        return self.batch(list(inputs))
+
+    async def aapply(self, inputs: Sequence[ChainInput]) -> list[Any]:
+        """The async twin of `apply`."""
+        return await self.abatch(list(inputs))
+
+    # --- on disk ----------------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the chain with its weights as they are now: `chain.yaml` and safetensors, no pickle, no class paths.
+
+        A LoRA chain over a model that others can load by name is saved as recipe and PEFT adapter folder; otherwise
+        the base's weights and tokenizer come along. The directory is replaced whole or not at all.
+
+        Raises:
+            ChainFileError: The directory holds something else, or the model cannot be stored.
+            RecipeError: The prompt or the parser cannot be written as data.
+        """
+        face = self.face
+        options = {name: getattr(face, name) for name in face.model_fields_set if name not in ("model", "cache")}
+        saving.write(
+            Path(directory),
+            face.model,
+            face="chat" if isinstance(face, LocalChatModel) else "llm",
+            options={k: v for k, v in options.items() if k in type(face).__mro__[1].model_fields},  # type: ignore[attr-defined]
+            llm_kwargs=self._all_llm_kwargs(),
+            prompt=prompt_to_data(self.prompt),
+            parser=parser_name(self.output_parser),
+        )
+
+    def _all_llm_kwargs(self) -> dict[str, Any]:
+        """Also those bound to the model before it came into the chain."""
+        found, kwargs = self.llm, dict(self.llm_kwargs)
+        while isinstance(found, RunnableBindingBase):
+            kwargs = {**found.kwargs, **kwargs}
+            found = found.bound
+        return kwargs
+
+    @classmethod
+    def load(cls, directory: str | Path, *, model: LocalModel | None = None) -> LLMChain:
+        """Reads back what `save` wrote; the answers are the same.
+
+        Args:
+            directory: What `save` wrote. Every file is checked against its SHA-256 first.
+            model: The base to use instead of the one on record; needed for a quantised one.
+
+        Raises:
+            ChainFileError: Incomplete, altered, of another base, or not a saved chain.
+        """
+        path = Path(directory)
+        file = saving.read(path)
+        kind = LocalChatModel if file.face == "chat" else LocalLLM
+        prompt, parser = prompt_from_data(file.prompt), make_parser(file.parser)  # before the weights are read
+        face = kind(model=saving.load_model(path, file.model, model), **file.options)
+        return cls(llm=face, prompt=prompt, output_parser=parser, llm_kwargs=file.llm_kwargs)
+
+
+def find_chain(runnable: Any) -> LLMChain | None:
+    """The LLMChain within `with_config`, `with_retry`, `with_fallbacks` or `prompt | llm | parser`, or None.
+
+    Follows the same attributes as LangChain's legacy chain: `bound`, `runnable`.
+    """
+    while not isinstance(runnable, LLMChain):
+        if isinstance(runnable, RunnableSequence):
+            prompt, llm, *rest = runnable.steps
+            if not isinstance(prompt, BasePromptTemplate):  # chain | something: the chain is what learns
+                runnable = prompt
+                continue
+            parser = rest[0] if len(rest) == 1 else RunnableSequence(*rest) if rest else None
+            return LLMChain(llm=llm, prompt=prompt, output_parser=parser)
+        inner = getattr(runnable, "bound", None) or getattr(runnable, "runnable", None)
+        if inner is None or inner is runnable:
+            return None
+        runnable = inner
+    return runnable

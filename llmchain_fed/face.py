@@ -1,0 +1,114 @@
+"""What the string face and the chat face of a LocalModel share: fields, call-time options, identity.
+
+Knows pydantic and LocalModel. Knows nothing of LangChain: `llm` and `chat` add that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from peft import LoraConfig
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from llmchain_fed._config import unknown_option
+from llmchain_fed.errors import ConfigError
+from llmchain_fed.generation import GenerationOptions
+from llmchain_fed.model import LocalModel
+
+OPTIONS = frozenset(GenerationOptions.model_fields)
+"""Generation options that a face takes as a field and every call takes as a keyword."""
+
+_ALIASES = {"max_tokens": "max_new_tokens"}  # LangChain's standard name → transformers'
+
+
+class LocalFace(BaseModel):
+    """The fields of `LocalLLM` and `LocalChatModel`. Constructors are cheap; only `from_pretrained` reads weights."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    model: LocalModel = Field(exclude=True, repr=False)
+    """what answers; shared, never copied"""
+    max_new_tokens: int = 256
+    min_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    num_beams: int = 1
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    seed: int | None = None
+    stop: list[str] | None = None
+    """strings before which every answer ends, unless a call gives its own"""
+    batch_size: int = Field(default=32, ge=1)
+    """prompts computed together"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_options(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        values = {_ALIASES.get(k, k): v for k, v in values.items()}
+        known = {name for name, f in cls.model_fields.items()} | {f.alias for f in cls.model_fields.values() if f.alias}
+        for name in values.keys() - known - cls._tolerated():
+            raise ConfigError(f"{cls.__name__}: {unknown_option(name, known)}")  # noqa: EM102
+        GenerationOptions(**{k: v for k, v in values.items() if k in OPTIONS})  # a bad value fails here, not at a call
+        return values
+
+    @classmethod
+    def _tolerated(cls) -> frozenset[str]:
+        """Names that are accepted and mean nothing here."""
+        return frozenset()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        lora: LoraConfig | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        **options: Any,
+    ) -> Self:
+        """The short way: `LocalModel.from_pretrained` and this face over it.
+
+        Raises:
+            ConfigError: An unknown option.
+            MissingExtraError: The embedded model needs the extra `gguf`.
+        """
+        cls._known_options(options)  # before minutes go into loading
+        return cls(model=LocalModel.from_pretrained(name_or_path, lora=lora, dtype=dtype, device=device), **options)
+
+    def options(self, stop: Sequence[str] | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Keywords for `LocalModel.complete` and `stream`: this face's defaults under a call's own.
+
+        Raises:
+            ConfigError: A keyword that is no generation option.
+        """
+        given = {_ALIASES.get(k, k): v for k, v in overrides.items() if v is not None}
+        for name in given.keys() - OPTIONS:
+            raise ConfigError(unknown_option(name, {*OPTIONS, "stop"}))
+        own = {name: getattr(self, name) for name in OPTIONS}
+        return own | given | {"stop": self.stop if stop is None else stop}
+
+    def identity(self) -> dict[str, Any]:
+        """What decides an answer: base, weights as they are now, and options. The key of any answer cache."""
+        return {
+            "model_name": self.model.name,
+            "base": self.model.fingerprint(),
+            "weights_version": self.model.weights_version,
+            "batch_size": self.batch_size,
+            "stop": self.stop,
+        } | {name: getattr(self, name) for name in sorted(OPTIONS)}
+
+    def standard_params(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """LangSmith's standard parameters."""
+        given = self.options(None, {k: v for k, v in kwargs.items() if k in OPTIONS | _ALIASES.keys()})
+        name = kwargs.get("model")
+        return {
+            "ls_provider": "llmchain_fed",
+            "ls_model_name": name if isinstance(name, str) else self.model.name,
+            "ls_temperature": given["temperature"],
+            "ls_max_tokens": given["max_new_tokens"],
+        }

@@ -1,0 +1,152 @@
+"""The server rule: how accepted updates become the next global values.
+
+Pure numbers over named tensors: validated updates in, values out. Knows nothing about rounds, models or transport.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from llmchain_fed.errors import ConfigError, FederationError
+
+Weighting = Literal["examples", "tokens", "equal"]
+
+
+class Accumulator(Protocol):
+    """Takes the updates of one round as they arrive."""
+
+    def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
+        """One participant's trained values; they are not kept unless the rule needs them all."""
+
+    def result(self) -> dict[str, Tensor]:
+        """The combined values, in the global state's names and shapes."""
+
+
+class Aggregation(Protocol):
+    """A server rule by name. `fedavg` is one; pass your own object to `FederatedAveraging(aggregation=…)`."""
+
+    name: str
+
+    def start(self, state: Mapping[str, Tensor]) -> Accumulator:
+        """A fresh accumulator for a round that broadcast `state`."""
+
+
+class RunningMean:
+    """Σ n_k/n · w_k, kept up to date update by update (West 1979), in float32 or better.
+
+    The running form needs no total beforehand, holds one state however many updates come, and is exact where it should
+    be: one update gives its own values bit by bit, and so do identical ones.
+
+    >>> mean = RunningMean()
+    >>> mean.add({"w": torch.tensor([1.0])}, weight=1)
+    >>> mean.add({"w": torch.tensor([5.0])}, weight=3)
+    >>> mean.result()["w"]
+    tensor([4.])
+    """
+
+    def __init__(self) -> None:
+        self._mean: dict[str, Tensor] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._total = 0.0
+
+    def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
+        """Takes one participant's values in.
+
+        Raises:
+            FederationError: The weight is not a positive finite number, or names or shapes differ from the first ones.
+        """
+        if not (math.isfinite(weight) and weight > 0):
+            msg = f"an update's weight must be positive and finite, got {weight}. Use its number of examples."
+            raise FederationError(msg)
+        if not self._mean:
+            self._total = float(weight)
+            for name, tensor in tensors.items():
+                self._dtypes[name] = tensor.dtype
+                self._mean[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+            return
+        if tensors.keys() != self._mean.keys():
+            msg = f"updates of different tensors cannot be averaged: {sorted(tensors.keys() ^ self._mean.keys())[:3]} differ."
+            raise FederationError(msg)
+        for name, tensor in tensors.items():  # all shapes first: a failure must not leave half an update in the mean
+            if tensor.shape != self._mean[name].shape:
+                msg = f"{name} has shape {tuple(tensor.shape)}, the others' is {tuple(self._mean[name].shape)}."
+                raise FederationError(msg)
+        self._total += weight
+        for name, tensor in tensors.items():
+            mean = self._mean[name]
+            mean.lerp_(tensor.to(mean.dtype), weight / self._total)  # mean += (w - mean) · n_k / n so far
+
+    def result(self) -> dict[str, Tensor]:
+        """The mean in the updates' own types.
+
+        Raises:
+            FederationError: No update was added.
+        """
+        if not self._mean:
+            msg = "there is no update to average."
+            raise FederationError(msg)
+        return {name: mean.to(self._dtypes[name], copy=True) for name, mean in self._mean.items()}
+
+
+class FedAvg:
+    """FedAvg (arXiv 1602.05629): the weighted mean of every trained tensor.
+
+    Exact for full weights. For LoRA it averages A and B apart ("FedIT", arXiv 2305.05644), which is inexact: the mean of
+    the products B·A is not the product of the means.
+
+    Uplink and downlink are each the size of the trained tensors.
+    """
+
+    def __init__(self, name: str = "fedavg") -> None:
+        self.name = name
+
+    def start(self, state: Mapping[str, Tensor]) -> Accumulator:
+        """A running mean.
+
+        Raises:
+            ConfigError: `fedit` over weights without LoRA factors.
+        """
+        if self.name == "fedit" and not any("lora_" in name for name in state):
+            msg = "aggregation='fedit' averages LoRA factors, and this model trains none. Use 'fedavg', or add a LoRA adapter."
+            raise ConfigError(msg)
+        return RunningMean()
+
+
+AGGREGATIONS: Mapping[str, Callable[[], Aggregation]] = {"fedavg": FedAvg, "fedit": lambda: FedAvg("fedit")}
+
+
+def make_aggregation(choice: str | Aggregation) -> Aggregation:
+    """The rule of that name, or the object itself.
+
+    Raises:
+        ConfigError: Unknown; the valid names are listed.
+    """
+    if isinstance(choice, str):
+        if choice not in AGGREGATIONS:
+            msg = f"unknown aggregation {choice!r}. Valid: {', '.join(sorted(AGGREGATIONS))}, or an object with start()."
+            raise ConfigError(msg)
+        return AGGREGATIONS[choice]()
+    if not callable(getattr(choice, "start", None)):
+        msg = f"aggregation is a name ({', '.join(sorted(AGGREGATIONS))}) or an object with start(state), got {choice!r}."
+        raise ConfigError(msg)
+    return choice
+
+
+def weighted_average(states: Iterable[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
+    """Σ n_k/n · w_k over (values, n_k) pairs, one at a time.
+
+    Raises:
+        FederationError: No pair, a weight that is not positive, or states that do not fit each other.
+
+    >>> weighted_average([({"w": torch.tensor([0.0])}, 1), ({"w": torch.tensor([3.0])}, 2)])["w"]
+    tensor([2.])
+    """
+    mean = RunningMean()
+    for state, weight in states:
+        mean.add(state, weight)
+    return mean.result()

@@ -1,0 +1,383 @@
+"""FederatedAveraging: the round loop. Broadcast → local training → updates → aggregate → load → evaluate.
+
+Knows the seams (transport, aggregation, server optimizer) and the history. Knows nothing about how participants train
+or where they run.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from llmchain_fed._config import unknown_option
+from llmchain_fed.data import Examples
+from llmchain_fed.errors import ConfigError, FederationError, LLMChainFedError, NothingTrainedError
+from llmchain_fed.federated import server_optimizers, wire
+from llmchain_fed.federated.aggregation import Aggregation, Weighting, make_aggregation
+from llmchain_fed.federated.evaluation import Evaluator
+from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
+from llmchain_fed.federated.participant import Participant, as_participants
+from llmchain_fed.federated.peer import LocalPeer, Trainee
+from llmchain_fed.federated.round import OpenRound
+from llmchain_fed.federated.runtime import InProcess, Transport
+from llmchain_fed.federated.server_optimizers import ServerOptimizer
+from llmchain_fed.training import EvaluationResult, TrainingConfig, evaluate_locally, seed_of
+
+
+class FederatedAveraging:
+    """Lets a chain learn from several participants' examples without pooling them.
+
+    In each round every participant starts from the same global weights, trains on its own examples, and hands over its
+    trained weights; their mean Σ n_k/n · w_k is loaded into the chain. Two ways to drive it: `fit(rounds=n)`, or
+    `train(local_data, device_id)` per participant and then `step()`.
+
+    A round that fails or is interrupted leaves chain and history exactly as they were. Updates can leak what they were
+    trained on: this is no privacy guarantee by itself.
+
+    Args:
+        model: A chain (also wrapped by `with_config` or `with_fallbacks`), an LLM, a LocalModel or a torch module.
+        participants: Name → examples, or a list of `Participant`.
+        optimizer: The participants': a name, a torch.optim class, or an instance taken as the template.
+        lr: Their learning rate.
+        batch_size: examples per optimizer step.
+        training: Everything else about local training.
+        aggregation: "fedavg", "fedit" (the same, LoRA factors averaged apart), or an object with `start`.
+        server_optimizer: Moves the global weights along the mean update; None loads the mean itself.
+        runtime: Where participants run; None is this process.
+        evaluation: What held-out loss is measured on: a share of each participant's examples set apart (0.1), a mapping
+            name → examples, or one set of examples for all.
+        weighting: What an update counts by: "examples" (n_k), "tokens" or "equal".
+        participants_per_round: How many are sampled each round: a count, or a share as a float.
+        quorum: Updates without which a round fails.
+        samples: held-out examples per participant whose answers are recorded before and after each round.
+        seed: Decides sampling, the order of data and dropout.
+        progress: Shows a progress bar and a line per round.
+
+    Raises:
+        ConfigError: An unknown option, or options that contradict each other.
+        DuplicateParticipantError: Two participants of one name.
+        NotTrainableError: The model has nothing to train.
+        UnsupportedModelError: `model` is none of the above.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        participants: Mapping[Any, Any] | Iterable[Participant] | None = None,
+        optimizer: Any = None,
+        lr: float | None = None,
+        batch_size: int | None = None,
+        training: TrainingConfig | None = None,
+        aggregation: str | Aggregation = "fedavg",
+        server_optimizer: ServerOptimizer | None = None,
+        runtime: Transport | None = None,
+        evaluation: float | Mapping[str, Examples] | Examples | None = None,
+        weighting: Weighting = "examples",
+        participants_per_round: int | float | None = None,
+        quorum: int = 1,
+        samples: int = 1,
+        seed: int = 0,
+        progress: bool = True,
+        **unknown: Any,
+    ) -> None:
+        for name in unknown:
+            known = set(type(self).__init__.__annotations__) - {"return", "unknown"}
+            raise ConfigError(f"{type(self).__name__}: {unknown_option(name, known)}")  # noqa: EM102
+        self._given = model
+        self._trainee = Trainee.of(model)
+        self._model = self._trainee.model
+        self._training = _training(training, optimizer=optimizer, lr=lr, batch_size=batch_size, seed=seed)
+        self._aggregation = make_aggregation(aggregation)
+        self._aggregation.start(self._model.trainable_state())  # refuses a rule or a model that does not fit, now
+        server_optimizers.check(server_optimizer)
+        self._server_optimizer = server_optimizer
+        if weighting not in ("examples", "tokens", "equal"):
+            msg = f"weighting is 'examples', 'tokens' or 'equal', got {weighting!r}."
+            raise ConfigError(msg)
+        self._weighting: Weighting = weighting
+        self._seed, self._progress = seed, progress
+        named = as_participants(participants)
+        if runtime is not None and named:
+            msg = "give participants (they run in this process) or a runtime (which knows its own), not both."
+            raise ConfigError(msg)
+        self._evaluator = Evaluator(self._trainee, evaluation, samples=samples, seed=seed)
+        named = self._evaluator.divide(named)
+        self._peers = {name: LocalPeer(self._trainee, p, self._training) for name, p in named.items()}
+        self._transport: Transport = runtime if runtime is not None else InProcess(self._peers)
+        self._sampled = _sample_size(participants_per_round, len(self._transport.nodes()))
+        self._quorum = _quorum(quorum, self._sampled)
+        self._joined: dict[str, dict[str, Any]] = {}
+        self._open: OpenRound | None = None
+        self._opened = 0.0
+        self.round = 0
+        """rounds completed"""
+        self.history = History()
+
+    def __repr__(self) -> str:
+        names = self._transport.nodes()
+        shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+        return f"FederatedAveraging({self._model!r}, {len(names)} participants ({shown}), {self.round} rounds completed)"
+
+    def get_model(self) -> Any:
+        """What was passed in: the same object, with the global weights in it."""
+        return self._given
+
+    def evaluate(self, data: Examples) -> EvaluationResult:
+        """Held-out loss of the current global weights on any examples, in nats per completion token.
+
+        Raises:
+            DataError: The examples cannot be used.
+        """
+        return evaluate_locally(self._model, data, prompt=self._trainee.prompt, max_length=self._training.max_length)
+
+    # --- the whole loop ---------------------------------------------------------------------------------------------
+
+    def fit(self, rounds: int, *, patience: int | None = None, min_delta: float = 0.0) -> History:
+        """Runs `rounds` more rounds.
+
+        Args:
+            rounds: At least one.
+            patience: Stop early once the pooled held-out loss has not improved for this many rounds; None never does.
+            min_delta: nats per token that count as an improvement.
+
+        Returns:
+            The history, of earlier calls too.
+
+        Raises:
+            ConfigError: No rounds or no participants; `patience` without evaluation.
+            DataError: A participant's examples cannot be used.
+            QuorumError: A round has too few usable updates; earlier rounds are kept.
+            FederationError: A round opened by `train()` is not closed.
+        """
+        self._check_fit(rounds, patience)
+        self._join()
+        self.history.stopped_early = None
+        best, waited = float("inf"), 0
+        with tqdm(total=rounds, desc="federating", unit="round", disable=not self._progress) as bar:
+            for _ in range(rounds):
+                record = self._run_round(bar)
+                bar.update()
+                if self._progress:
+                    bar.write(f"round {record}")
+                if patience is None or record.held_out_after is None:
+                    continue
+                if waited == 0 and best == float("inf") and record.held_out_before is not None:
+                    best = record.held_out_before
+                improved = record.held_out_after < best - min_delta
+                best, waited = min(best, record.held_out_after), 0 if improved else waited + 1
+                if waited >= patience:
+                    self.history.stopped_early = f"held-out loss did not improve by {min_delta} for {waited} rounds"
+                    break
+        return self.history
+
+    def _check_fit(self, rounds: int, patience: int | None) -> None:
+        if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
+            msg = f"fit runs at least one round, got rounds={rounds!r}."
+            raise ConfigError(msg)
+        if not self._transport.nodes():
+            msg = "there is nobody to learn from. Pass participants={name: examples, …}, or use train() and step()."
+            raise ConfigError(msg)
+        if patience is not None and (patience < 1 or not self._evaluator.active):
+            msg = "patience is at least 1 and needs evaluation=…, which says what held-out loss is measured on."
+            raise ConfigError(msg)
+        if self._open is not None:
+            msg = f"{self._open.trained} have trained in a round that is still open. Call step() first."
+            raise FederationError(msg)
+
+    def _join(self) -> None:
+        """Asks newcomers for what they hold and whether they stand on the same base, prompt and adapter."""
+        newcomers = [node for node in self._transport.nodes() if node not in self._joined]
+        contract = self._trainee.contract()
+        answers: dict[str, dict[str, Any]] = {}
+        for node, answer in self._transport.call("hello", newcomers, b""):
+            if isinstance(answer, LLMChainFedError):
+                raise answer
+            if isinstance(answer, Exception):
+                msg = f"participant {node!r} cannot join: {type(answer).__name__}: {answer}"
+                raise FederationError(msg) from answer
+            answers[node] = json.loads(answer)
+            different = [k for k, v in contract.items() if answers[node]["contract"].get(k) != v]
+            if different:
+                msg = f"participant {node!r} cannot join: its {', '.join(different)} differs from this side's."
+                raise FederationError(msg)
+        self._joined |= answers
+
+    def _run_round(self, bar: Any) -> RoundRecord:
+        started = time.perf_counter()
+        nodes = self._transport.nodes()
+        chosen = self._choose(nodes)
+        before = self._evaluator.measure(self._transport, self._joined)
+        opened = self._begin()
+        for name, answer in self._transport.call("train", chosen, opened.payload):
+            opened.accept(name, answer, num_examples=self._joined.get(name, {}).get("num_examples"))
+            bar.set_postfix_str(name)
+        idle = {name: ParticipantRecord(status="idle") for name in nodes if name not in opened.records}
+        return self._close(opened, started, before, idle)
+
+    def _choose(self, nodes: list[str]) -> list[str]:
+        if self._sampled >= len(nodes):
+            return nodes
+        rng = random.Random(seed_of(self._seed, "sample", self.round))  # noqa: S311 (sampling, no secret)
+        chosen = set(rng.sample(sorted(nodes), self._sampled))
+        return [node for node in nodes if node in chosen]
+
+    # --- one participant at a time ----------------------------------------------------------------------------------
+
+    def train(self, local_data: Examples, device_id: Any) -> ParticipantRecord:
+        """Trains one participant from the current global weights; the chain keeps those until `step()`.
+
+        Args:
+            local_data: Its examples, in any form.
+            device_id: Its name.
+
+        Raises:
+            DuplicateParticipantError: It has trained in this round already.
+            DataError, TrainingError: Its examples or its training failed; nothing has changed.
+            ConfigError: The participants run elsewhere (`runtime=`).
+        """
+        if not isinstance(self._transport, InProcess):
+            msg = "train() works on participants in this process; with runtime=… use fit()."
+            raise ConfigError(msg)
+        name = str(device_id)
+        opened = self._open or self._begin()
+        opened.refuse_twice(name)
+        peer = self._peers.get(name)
+        participant = Participant(name, local_data)
+        if peer is None:
+            peer = LocalPeer(self._trainee, participant, self._training)
+        else:
+            peer.take(participant)
+        update = peer.handle("train", opened.payload)  # what it raises is the caller's to see
+        if self._open is None:
+            self._open, self._opened = opened, time.perf_counter()
+        if name not in self._peers:
+            self._peers[name] = peer
+        return opened.accept(name, update)
+
+    def step(self) -> RoundRecord:
+        """Averages what has been trained since the last step and loads it: w = Σ n_k/n · w_k.
+
+        Raises:
+            NothingTrainedError: Nobody has trained in this round.
+            QuorumError: Too few updates were usable.
+        """
+        if self._open is None:
+            msg = "no participant has trained since the last step(). Call train(local_data, device_id) first."
+            raise NothingTrainedError(msg)
+        record = self._close(self._open, self._opened, {}, {})
+        self._open = None
+        return record
+
+    # --- what both share --------------------------------------------------------------------------------------------
+
+    def _begin(self) -> OpenRound:
+        state = self._model.trainable_state()
+        return OpenRound(self.round, state, self._model.fingerprint(), self._aggregation, self._weighting)
+
+    def _close(
+        self, opened: OpenRound, started: float, before: Mapping[str, Any], idle: Mapping[str, ParticipantRecord]
+    ) -> RoundRecord:
+        """Aggregates and loads; from here on an interruption puts the former weights back."""
+        aggregate = opened.aggregate(self._quorum)
+        new_state = server_optimizers.apply(self._server_optimizer, opened.state, aggregate)
+        record = RoundRecord(round=self.round + 1, participants={**opened.records, **idle})
+        try:
+            self._model.load_state(new_state)
+            after = self._evaluator.measure(self._transport, self._joined) if before else {}
+            self._evaluator.fill(record, before, after)
+            record.update_norm = wire.distance(new_state, opened.state)
+            record.training_seconds = sum(r.seconds or 0.0 for r in opened.records.values())
+            record.weights_version = self._model.weights_version
+            record.seconds = time.perf_counter() - started
+        except BaseException:
+            self._model.load_state(opened.state)
+            raise
+        self.round += 1
+        self.history.append(record)
+        return record
+
+
+class FederatedLearning:
+    """The short form: one data source per participant, one round per epoch.
+
+    Args:
+        model: As for `FederatedAveraging`.
+        data_loader: One source per participant: a mapping, a list, or a single DataLoader for a single participant.
+        optimizer: The participants' template.
+        **options: Further options of `FederatedAveraging`.
+    """
+
+    def __init__(self, model: Any, data_loader: Any, optimizer: Any = None, **options: Any) -> None:
+        if not isinstance(data_loader, Mapping):
+            sources = data_loader if isinstance(data_loader, (list, tuple)) else [data_loader]
+            data_loader = dict(enumerate(sources))
+        self.federation = FederatedAveraging(model, participants=data_loader, optimizer=optimizer, **options)
+
+    def train(self, epoch: int) -> RoundRecord:
+        """One round over all participants.
+
+        Args:
+            epoch: Shown nowhere, counted nowhere: rounds count themselves (`history`).
+        """
+        del epoch
+        return self.federation.fit(rounds=1)[-1]
+
+    def get_global_model(self) -> Any:
+        """What was passed in, with the averaged weights."""
+        return self.federation.get_model()
+
+    @property
+    def history(self) -> History:
+        """The rounds so far."""
+        return self.federation.history
+
+
+def _training(training: TrainingConfig | None, **given: Any) -> TrainingConfig:
+    """One configuration out of `training` and the short options.
+
+    Raises:
+        ConfigError: An option is given in both places with two values.
+    """
+    if training is not None and not isinstance(training, TrainingConfig):
+        msg = f"training is a TrainingConfig, got {type(training).__name__}. Write TrainingConfig(…)."
+        raise ConfigError(msg)
+    config = training or TrainingConfig()
+    changes = {}
+    for name, field in (("optimizer", "optimizer"), ("lr", "learning_rate"), ("batch_size", "batch_size"), ("seed", "seed")):
+        value = given[name]
+        if value is None or (name == "seed" and "seed" in config.model_fields_set):
+            continue
+        if field in config.model_fields_set and getattr(config, field) != value:
+            msg = f"{name}={value!r} contradicts training.{field}={getattr(config, field)!r}. Give it once."
+            raise ConfigError(msg)
+        changes[field] = value
+    replaced: TrainingConfig = config.replace(**changes)
+    return replaced
+
+
+def _sample_size(wanted: float | None, available: int) -> int:
+    if wanted is None:
+        return max(available, 1)
+    share = isinstance(wanted, float)
+    if isinstance(wanted, bool) or not (0 < wanted <= 1 if share else 1 <= wanted <= max(available, 1)):
+        msg = f"participants_per_round is a share in (0, 1] or a count up to {available}, got {wanted!r}."
+        raise ConfigError(msg)
+    return max(1, round(wanted * available)) if share else int(wanted)
+
+
+def _quorum(quorum: int, sampled: int) -> int:
+    if not isinstance(quorum, int) or isinstance(quorum, bool) or quorum < 1:
+        msg = f"quorum is a count of at least 1, got {quorum!r}."
+        raise ConfigError(msg)
+    if quorum > sampled and sampled > 1:
+        msg = f"a quorum of {quorum} can never be met by {sampled} participants a round. Lower it or sample more."
+        raise ConfigError(msg)
+    return quorum
+
+

@@ -1,0 +1,250 @@
+"""History: what happened in each round, as numbers, a table, plots and JSON.
+
+Knows records. Knows nothing about how they came about.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmchain_fed.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+@dataclass
+class ParticipantRecord:
+    """One participant in one round; None where it was not measured."""
+
+    status: str = "absent"
+    """trained, idle (not sampled), failed (its training raised) or refused (its update was)"""
+    reason: str | None = None
+    train_loss: float | None = None
+    """nats per completion token, mean over the round's steps"""
+    held_out_before: float | None = None
+    """nats per completion token under the global weights before the round"""
+    held_out_after: float | None = None
+    examples: int | None = None
+    tokens: int | None = None
+    steps: int | None = None
+    seconds: float | None = None
+    """of local training"""
+    update_norm: float | None = None
+    """L2 norm of local − global"""
+    cosine_to_mean: float | None = None
+    """between this update and the round's mean update, over up to 4,096 evenly spaced coordinates"""
+    bytes_up: int = 0
+    bytes_down: int = 0
+    notes: list[str] = field(default_factory=list)
+    """learning guards: a zero update, one equal to another's, adapter tensors that never changed"""
+
+
+@dataclass
+class Sample:
+    """What the chain wrote for a held-out example before and after the round."""
+
+    participant: str
+    prompt: str
+    reference: str
+    before: str | None = None
+    after: str | None = None
+
+
+@dataclass
+class RoundRecord:
+    """One completed round."""
+
+    round: int
+    participants: dict[str, ParticipantRecord]
+    held_out_before: float | None = None
+    """nats per token over all participants' held-out examples together"""
+    held_out_after: float | None = None
+    update_norm: float | None = None
+    """L2 norm of the mean update"""
+    seconds: float = 0.0
+    """the whole round"""
+    training_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    weights_version: str = ""
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the participants whose updates were used."""
+        return [name for name, record in self.participants.items() if record.status == "trained"]
+
+    @property
+    def train_loss(self) -> float | None:
+        """nats per token, mean over those who trained."""
+        losses = [r.train_loss for r in self.participants.values() if r.status == "trained" and r.train_loss is not None]
+        return sum(losses) / len(losses) if losses else None
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes of all updates that arrived."""
+        return sum(r.bytes_up for r in self.participants.values())
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes of all broadcasts for training."""
+        return sum(r.bytes_down for r in self.participants.values())
+
+    def __str__(self) -> str:
+        return " | ".join(_cells(self))
+
+
+_HEADINGS = ("round", "trained", "train loss", "held-out loss", "up / down", "seconds", "notes")
+
+
+class History:
+    """The rounds of a federation, oldest first.
+
+    In a notebook it shows itself as a table. `to_pandas` has one row per round and participant, `plot` draws the
+    losses, `to_json` and `save` export everything.
+    """
+
+    def __init__(self, rounds: list[RoundRecord] | None = None) -> None:
+        self.rounds = list(rounds or [])
+        self.stopped_early: str | None = None
+        """why `fit` ended before its rounds were used up"""
+
+    def append(self, record: RoundRecord) -> None:
+        """Adds a completed round."""
+        self.rounds.append(record)
+
+    def __len__(self) -> int:
+        return len(self.rounds)
+
+    def __iter__(self) -> Iterator[RoundRecord]:
+        return iter(self.rounds)
+
+    def __getitem__(self, index: int) -> RoundRecord:
+        return self.rounds[index]
+
+    def __repr__(self) -> str:
+        rows = [_HEADINGS, *(_cells(r) for r in self.rounds)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(lines + ([f"stopped early: {self.stopped_early}"] if self.stopped_early else []))
+
+    def _repr_html_(self) -> str:
+        def row(cells: tuple[str, ...], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+        body = "".join(row(_cells(r), "td") for r in self.rounds)
+        note = f"<p>stopped early: {html.escape(self.stopped_early)}</p>" if self.stopped_early else ""
+        return f"<table><thead>{row(_HEADINGS, 'th')}</thead><tbody>{body}</tbody></table>{note}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return {"rounds": [asdict(r) for r in self.rounds], "stopped_early": self.stopped_early}
+
+    def to_json(self) -> str:
+        """Everything as JSON."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, indent=1, allow_nan=False)
+
+    def save(self, path: str | Path) -> None:
+        """Writes `to_json()` to a file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> History:
+        """The reverse of `to_dict`."""
+        history = cls(
+            [
+                RoundRecord(
+                    **{
+                        **item,
+                        "participants": {n: ParticipantRecord(**p) for n, p in item["participants"].items()},
+                        "samples": [Sample(**s) for s in item["samples"]],
+                    }
+                )
+                for item in data["rounds"]
+            ]
+        )
+        history.stopped_early = data.get("stopped_early")
+        return history
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per round and participant.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise MissingExtraError("to_pandas needs pandas: pip install 'llmchain-fed[plot]'") from error  # noqa: EM101
+        rows = [
+            {"round": r.round, "participant": n} | asdict(p) for r in self.rounds for n, p in r.participants.items()
+        ]
+        return pd.DataFrame(rows)
+
+    def plot(self) -> Figure:
+        """Training and held-out loss per participant over the rounds, in nats per token.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise MissingExtraError("plot needs matplotlib: pip install 'llmchain-fed[plot]'") from error  # noqa: EM101
+        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        names = list(dict.fromkeys(n for r in self.rounds for n in r.participants))
+        for name in names:
+            found = [(r.round, r.participants[name]) for r in self.rounds if name in r.participants]
+            train = [(n, p.train_loss) for n, p in found if p.train_loss is not None]
+            held = [(n, p.held_out_after) for n, p in found if p.held_out_after is not None]
+            if found and found[0][1].held_out_before is not None:
+                held = [(found[0][0] - 1, found[0][1].held_out_before), *held]
+            for axes, points in ((left, train), (right, held)):
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        for axes, title in ((left, "training"), (right, "held out")):
+            axes.set(title=title, xlabel="round", ylabel="nats per token")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            if axes.lines:
+                axes.legend()
+        return figure
+
+
+def _cells(record: RoundRecord) -> tuple[str, ...]:
+    asked = sum(r.status != "idle" for r in record.participants.values())
+    notes = [f"{n}: {r.status}" for n, r in record.participants.items() if r.status in ("failed", "refused")]
+    notes += [f"{n}: {note}" for n, r in record.participants.items() for note in r.notes]
+    held_out = f"{_number(record.held_out_before)} → {_number(record.held_out_after)}"
+    return (
+        str(record.round),
+        f"{len(record.trained)} of {asked}",
+        _number(record.train_loss),
+        held_out if record.held_out_after is not None else "–",
+        f"{size(record.bytes_up)} / {size(record.bytes_down)}",
+        f"{record.seconds:.1f}",
+        "; ".join(notes[:3]) + (f" … and {len(notes) - 3} more" if len(notes) > 3 else ""),
+    )
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of ten.
+
+    >>> size(19_538_112)
+    '19.5 MB'
+    """
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,96 @@
+"""Participant: a name, examples that stay where they are, and what this participant does differently.
+
+Knows the forms of examples. Knows nothing about rounds or other participants.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmchain_fed.data import Example, Examples, Prompt, is_ready_tensors, read_examples
+from llmchain_fed.errors import ConfigError, DuplicateParticipantError, EmptyParticipantError
+
+
+@dataclass(frozen=True)
+class Participant:
+    """A device, hospital, publisher or bank that holds examples.
+
+    >>> Participant("django", [("Page locked", "Page verrouillée")])
+    Participant('django')
+
+    Args:
+        name: Unique in its federation.
+        examples: What it trains on, in any form of `read_examples`.
+        held_out: What it is evaluated on; never trained on.
+        training: Options of `TrainingConfig` that differ for it: a slow device takes `{"max_steps": 4}`.
+    """
+
+    name: str
+    examples: Examples = field(repr=False)
+    held_out: Examples | None = field(default=None, repr=False)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Participant({self.name!r}{f', training={dict(self.training)}' if self.training else ''})"
+
+
+def as_participants(given: Mapping[Any, Any] | Iterable[Participant] | None) -> dict[str, Participant]:
+    """Participants by name, from a mapping name → examples or from a list of `Participant`.
+
+    Raises:
+        ConfigError: Neither of these, or no name.
+        DuplicateParticipantError: A name occurs twice.
+    """
+    if given is None:
+        return {}
+    if isinstance(given, Mapping):
+        found = [v if isinstance(v, Participant) else Participant(str(k), v) for k, v in given.items()]
+    else:
+        found = list(given)
+    for item in found:
+        if not isinstance(item, Participant):
+            msg = f"participants are a mapping of names to examples or a list of Participant, got {type(item).__name__}."
+            raise ConfigError(msg)
+        if not item.name:
+            msg = "a participant needs a name: it is how updates, history and errors refer to it."
+            raise ConfigError(msg)
+    by_name = {item.name: item for item in found}
+    if len(by_name) < len(found):
+        names = [item.name for item in found]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        msg = f"two participants are called {twice[0]!r}: their updates could not be told apart. Give each its own name."
+        raise DuplicateParticipantError(msg)
+    return by_name
+
+
+def hold_out(participant: Participant, share: float, prompt: Prompt | None, seed: int) -> Participant:
+    """The participant with a share of its examples set apart for evaluation.
+
+    Which ones follows from their content and the seed, so duplicates never stand on both sides.
+
+    Raises:
+        ConfigError: The examples are a DataLoader, whose batches cannot be divided.
+        EmptyParticipantError: One of the sides would be empty.
+    """
+    if is_ready_tensors(participant.examples):
+        msg = f"a share of {participant.name!r}'s DataLoader cannot be held out. Pass Participant(held_out=another loader)."
+        raise ConfigError(msg)
+    if participant.held_out is not None:
+        return participant
+    examples = list(read_examples(participant.examples, prompt))
+    distinct = sorted({_key(e, seed) for e in examples})
+    apart = set(distinct[: max(1, round(share * len(distinct)))])
+    held_out = [e for e in examples if _key(e, seed) in apart]
+    train = [e for e in examples if _key(e, seed) not in apart]
+    if not train or not held_out:
+        msg = f"{participant.name!r} has {len(distinct)} distinct examples, too few to hold out {share:.0%} and train on the rest."
+        raise EmptyParticipantError(msg)
+    return Participant(participant.name, train, held_out, participant.training)
+
+
+def _key(example: Example, seed: int) -> str:
+    # by the question alone: the same question with two answers must not stand on both sides
+    return hashlib.sha256(f"{seed}|{example.prompt}|{example.inputs!r}".encode()).hexdigest()

@@ -1,0 +1,151 @@
+"""OpenRound: one round in progress. Takes answers as they arrive, checks them, combines them.
+
+Knows updates and the aggregation rule. Knows nothing about who is asked, how bytes travel, or evaluation. Until its
+result is loaded, a round has changed nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from llmchain_fed.errors import DuplicateParticipantError, LLMChainFedError, QuorumError, UpdateRefusedError
+from llmchain_fed.federated import wire
+from llmchain_fed.federated.aggregation import Aggregation, Weighting
+from llmchain_fed.federated.history import ParticipantRecord
+from llmchain_fed.federated.update import Expected, Update
+
+_COORDINATES = 4096
+
+
+class OpenRound:
+    """Collects a round's updates.
+
+    Args:
+        number: Which round; an update of another one is refused.
+        state: The global trainable weights that are broadcast.
+        base: Fingerprint of the base weights.
+        aggregation: The server rule.
+        weighting: What an update counts by.
+    """
+
+    def __init__(
+        self, number: int, state: Mapping[str, Tensor], base: str, aggregation: Aggregation, weighting: Weighting
+    ) -> None:
+        self.number = number
+        self.state = state
+        self.payload = wire.pack(state, {"kind": "task", "round": number, "base": base})
+        self.records: dict[str, ParticipantRecord] = {}
+        self._base, self._weighting = base, weighting
+        self._layout = wire.describe(state)
+        self._accumulator = aggregation.start(state)
+        total = sum(t.numel() for t in state.values())
+        self._stride = max(1, math.ceil(total / _COORDINATES))
+        self._sampled: dict[str, Tensor] = {}
+        self._digests: dict[str, str] = {}
+
+    def accept(self, name: str, answer: bytes | Exception, *, num_examples: int | None = None) -> ParticipantRecord:
+        """Uses one participant's answer, or records why it cannot be used.
+
+        Args:
+            name: Who was asked.
+            answer: The update's bytes, or why there are none.
+            num_examples: What the participant said it holds when it joined.
+
+        Raises:
+            DuplicateParticipantError: It has answered in this round already.
+        """
+        self.refuse_twice(name)
+        record = ParticipantRecord(bytes_down=len(self.payload))
+        if isinstance(answer, Exception):
+            record.status, record.reason = "failed", f"{type(answer).__name__}: {answer}"
+            self.records[name] = record
+            return record
+        record.bytes_up = len(answer)
+        try:
+            expected = Expected(name, self.number, self._base, self._layout, num_examples)
+            update = Update.from_bytes(answer, expected)
+            self._note(record, name, answer, update)
+            self._accumulator.add(update.tensors, self._weight(update))
+        except LLMChainFedError as error:
+            record.status, record.reason = "refused", f"{type(error).__name__}: {error}"
+        self.records[name] = record
+        return record
+
+    def refuse_twice(self, name: str) -> None:
+        """Makes sure that this participant has not answered yet.
+
+        Raises:
+            DuplicateParticipantError: It has.
+        """
+        if name in self.records:
+            msg = f"participant {name!r} has already trained in this round. Call step() to close the round first."
+            raise DuplicateParticipantError(msg)
+
+    def _weight(self, update: Update) -> float:
+        return {"examples": update.num_examples, "tokens": update.num_tokens, "equal": 1}[self._weighting]
+
+    def _note(self, record: ParticipantRecord, name: str, data: bytes, update: Update) -> None:
+        """Fills in the record, learning guards included."""
+        delta_norms, samples = {}, []
+        for key in self.state:  # one order for all: safetensors files come back in an order of their own
+            value = update.tensors[key]
+            delta = value.float() - self.state[key].float()
+            delta_norms[key] = float(torch.linalg.vector_norm(delta))
+            samples.append(delta.reshape(-1)[:: self._stride])
+        norm = math.hypot(*delta_norms.values())
+        if not math.isfinite(norm):
+            msg = "its distance from the global weights is not finite."
+            raise UpdateRefusedError(msg)
+        record.status = "trained"
+        record.examples, record.tokens = update.num_examples, update.num_tokens
+        record.train_loss = update.metrics.get("train_loss")
+        record.steps = int(update.metrics["steps"]) if "steps" in update.metrics else None
+        record.seconds = update.metrics.get("seconds")
+        record.update_norm = norm
+        self._sampled[name] = torch.cat(samples)
+        untouched = sorted(key for key, value in delta_norms.items() if value == 0)
+        if norm == 0:
+            record.notes.append("its update is zero: nothing was learnt")
+        elif untouched:
+            record.notes.append(f"{len(untouched)} tensors never changed, such as {untouched[0]}")
+        start = 8 + int.from_bytes(data[:8], "little")
+        digest = hashlib.blake2b(memoryview(data)[start:], digest_size=16).hexdigest()
+        twin = next((other for other, known in self._digests.items() if known == digest), None)
+        if twin is not None and norm > 0:
+            record.notes.append(f"its update equals {twin!r}'s: the same data or a copied answer")
+        self._digests[name] = digest
+
+    @property
+    def trained(self) -> list[str]:
+        """Whose updates are in."""
+        return [name for name, record in self.records.items() if record.status == "trained"]
+
+    def aggregate(self, quorum: int) -> dict[str, Tensor]:
+        """The combined values; fills in every record's cosine to the mean.
+
+        Raises:
+            QuorumError: Too few updates are in; every reason is listed.
+        """
+        trained = self.trained
+        if len(trained) < max(1, quorum):
+            reasons = "; ".join(f"{n}: {r.reason}" for n, r in self.records.items() if r.reason) or "nobody answered"
+            msg = (
+                f"round {self.number} has {len(trained)} usable updates, the quorum is {max(1, quorum)} ({reasons}). The weights are "
+                "as before; mend the participants or lower the quorum."
+            )
+            raise QuorumError(msg)
+        combined = self._accumulator.result()
+        mean = torch.cat([(combined[k].float() - v.float()).reshape(-1)[:: self._stride] for k, v in self.state.items()])
+        for name in trained:
+            self.records[name].cosine_to_mean = _cosine(self._sampled[name], mean)
+        return combined
+
+
+def _cosine(a: Tensor, b: Tensor) -> float | None:
+    norms = float(torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
+    return max(-1.0, min(1.0, float(a @ b) / norms)) if norms > 0 else None

@@ -1,0 +1,155 @@
+"""Update: what leaves a participant after a round, and the checks it must pass before a value is used.
+
+Knows named tensors and counts. Knows nothing about training, aggregation or how bytes travel.
+
+An update carries the trained values bit by bit; together with the broadcast it names, that is the delta
+(`Update.delta`). A float32 difference would not give the trained values back: 0.5 → 1e-6 needs more digits than a
+float32 near −0.5 has, and one participant would no longer equal plain fine-tuning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmchain_fed.errors import UpdateRefusedError
+from llmchain_fed.federated import wire
+from llmchain_fed.federated.wire import TensorInfo
+
+_SLACK = 2**20  # bytes: for the header beside the values
+MAX_EXAMPLES = 10**9
+
+
+@dataclass(frozen=True)
+class Update:
+    """One participant's result of one round.
+
+    Args:
+        participant: Whose it is.
+        round: The round it belongs to.
+        base: Fingerprint of the base weights it was trained over.
+        tensors: Trained values by stable name.
+        num_examples: Usable examples the participant holds (n_k).
+        num_tokens: Completion tokens the participant holds.
+        metrics: Numbers about the training: `train_loss` (nats/token), `steps`, `seconds`.
+    """
+
+    participant: str
+    round: int
+    base: str
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    num_examples: int
+    num_tokens: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def delta(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """local − global, in float32, for the global `state` the participant started from."""
+        return {n: t.float() - state[n].float() for n, t in self.tensors.items()}
+
+    def to_bytes(self) -> bytes:
+        """Safetensors with a JSON header; what is counted as bytes up."""
+        header = {
+            "kind": "update",
+            "participant": self.participant,
+            "round": self.round,
+            "base": self.base,
+            "num_examples": self.num_examples,
+            "num_tokens": self.num_tokens,
+            "metrics": dict(self.metrics),
+        }
+        return wire.pack(self.tensors, header)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, expected: Expected) -> Update:
+        """Reads an update that is what was asked for.
+
+        Raises:
+            UpdateRefusedError: Anything else, with the reason.
+        """
+        header, infos = wire.inspect(data, max_bytes=expected.max_bytes)
+        expected.check_header(header)
+        expected.check_layout(infos)
+        update = cls(
+            participant=header["participant"],
+            round=header["round"],
+            base=header["base"],
+            tensors=wire.values(data),
+            num_examples=header["num_examples"],
+            num_tokens=header["num_tokens"],
+            metrics={k: float(v) for k, v in header["metrics"].items()},
+        )
+        expected.check_values(update.tensors)
+        return update
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an update must be to be used: asked of this participant, in this round, over this base, of this shape."""
+
+    participant: str
+    round: int
+    base: str
+    layout: Mapping[str, TensorInfo]
+    num_examples: int | None = None
+    """what the participant said it holds when the federation began; None: not known"""
+
+    @property
+    def max_bytes(self) -> int:
+        """The cap on what is read at all."""
+        return sum(info.nbytes + 256 for info in self.layout.values()) + _SLACK
+
+    def check_header(self, header: Mapping[str, Any]) -> None:
+        """Who, when, over what, and plausible counts.
+
+        Raises:
+            UpdateRefusedError: With the reason.
+        """
+        wanted = {"kind": "update", "participant": self.participant, "round": self.round, "base": self.base}
+        for name, value in wanted.items():
+            if header.get(name) != value or type(header.get(name)) is not type(value):
+                _refuse(f"{name} is {header.get(name)!r}, asked for was {value!r}")
+        for name in ("num_examples", "num_tokens"):
+            count = header.get(name)
+            if type(count) is not int or not 1 <= count <= MAX_EXAMPLES:
+                _refuse(f"{name} is {count!r}, not a plausible count")
+        if self.num_examples is not None and header["num_examples"] != self.num_examples:
+            _refuse(f"num_examples is {header['num_examples']:,}, but the participant joined with {self.num_examples:,}")
+        metrics = header.get("metrics")
+        if not isinstance(metrics, dict) or not all(
+            type(v) in (int, float) and math.isfinite(v) for v in metrics.values()
+        ):
+            _refuse("its metrics are not finite numbers")
+
+    def check_layout(self, infos: Mapping[str, TensorInfo]) -> None:
+        """Exactly the tensors that were sent out.
+
+        Raises:
+            UpdateRefusedError: With the reason.
+        """
+        missing, extra = sorted(self.layout.keys() - infos.keys()), sorted(infos.keys() - self.layout.keys())
+        if missing or extra:
+            _refuse(f"it lacks {len(missing)} tensors {missing[:2]} and adds {len(extra)} {extra[:2]}")
+        for name, info in self.layout.items():
+            if infos[name] != info:
+                got = infos[name]
+                _refuse(f"{name} is {got.dtype} {got.shape}, asked for was {info.dtype} {info.shape}")
+
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        """No NaN, nothing infinite.
+
+        Raises:
+            UpdateRefusedError: With the name of the tensor.
+        """
+        for name, tensor in tensors.items():
+            # a sum is one pass and not finite if any value is not; only then look closer (it may have overflowed)
+            if not math.isfinite(float(tensor.sum(dtype=torch.float32))) and not bool(torch.isfinite(tensor).all()):
+                _refuse(f"{name} holds NaN or infinite values")
+
+
+def _refuse(reason: str) -> None:
+    raise UpdateRefusedError(reason + ".")

@@ -1,0 +1,112 @@
+"""LocalLLM: a LocalModel as a LangChain string LLM.
+
+Knows langchain_core's BaseLLM and LocalModel. Knows nothing about prompts' templates or training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import Any
+
+from langchain_core.caches import BaseCache
+from langchain_core.callbacks import CallbackManagerForLLMRun
+from langchain_core.globals import get_llm_cache
+from langchain_core.language_models.base import LangSmithParams
+from langchain_core.language_models.llms import BaseLLM
+from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+from pydantic import Field
+from typing_extensions import override
+
+from llmchain_fed.face import OPTIONS, LocalFace
+
+
+class LocalLLM(LocalFace, BaseLLM):
+    """A local Hugging Face model, causal or seq2seq, behind LangChain's LLM interface.
+
+    `batch` is one real batch, `stop` means the same in invoke, batch and stream, the prompt is never echoed, and every
+    call-time keyword reaches the model or raises `ConfigError`.
+
+    Args:
+        model: The `LocalModel`.
+        **options: Defaults for every call: `max_new_tokens`, `temperature`, `stop` … (see `GenerationOptions`).
+    """
+
+    cache: BaseCache | bool | None = Field(default=False, exclude=True)
+    """off, also under a global cache; True opts in, with the weights' version in the key"""
+
+    @property
+    def _llm_type(self) -> str:
+        return "llmchain_fed-local"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return self.identity()
+
+    @override
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = super()._get_ls_params(stop=stop, **kwargs)
+        params.update(self.standard_params(kwargs))  # type: ignore[typeddict-item]
+        return params
+
+    @override
+    def get_token_ids(self, text: str) -> list[int]:
+        return self.model.encode([text], add_special_tokens=False)[0]
+
+    @override
+    def generate(self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any) -> LLMResult:
+        face, rest = self._keyed_by_options(kwargs)
+        return super(LocalLLM, face).generate(prompts, stop, callbacks, **rest)
+
+    @override
+    async def agenerate(
+        self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
+    ) -> LLMResult:
+        face, rest = self._keyed_by_options(kwargs)
+        return await super(LocalLLM, face).agenerate(prompts, stop, callbacks, **rest)
+
+    def _keyed_by_options(self, kwargs: dict[str, Any]) -> tuple[LocalLLM, dict[str, Any]]:
+        """With a cache, call-time options become fields, because BaseLLM's cache key holds only those.
+
+        Upstream: https://github.com/langchain-ai/langchain/issues/39598
+        """
+        cached = self.cache if self.cache is not None else get_llm_cache()
+        given = {k: v for k, v in kwargs.items() if k in OPTIONS and v is not None}
+        if not cached or not given:
+            return self, kwargs
+        return self.model_copy(update=given), {k: v for k, v in kwargs.items() if k not in given}
+
+    @override
+    def _generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        done = self.model.complete(prompts, batch_size=self.batch_size, **self.options(stop, kwargs))
+        usage = {
+            "prompt_tokens": sum(c.prompt_tokens for c in done),
+            "completion_tokens": sum(c.completion_tokens for c in done),
+        }
+        return LLMResult(
+            generations=[[Generation(text=c.text, generation_info={"finish_reason": c.finish_reason})] for c in done],
+            llm_output={
+                "token_usage": usage | {"total_tokens": sum(usage.values())},
+                "model_name": self.model.name,
+            },
+        )
+
+    @override
+    def _stream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[GenerationChunk]:
+        pieces: Generator[str, None, Any] = self.model.stream(prompt, **self.options(stop, kwargs))
+        for piece in pieces:
+            chunk = GenerationChunk(text=piece)
+            if run_manager is not None:
+                run_manager.on_llm_new_token(piece, chunk=chunk)
+            yield chunk

@@ -1,0 +1,238 @@
+"""A chain as a directory: a declarative `chain.yaml` and safetensors files, nothing that can run.
+
+Knows files, digests and how a LocalModel's base and adapter are stored. Knows nothing of LangChain: what the prompt
+and the parser mean is `chain`'s business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from llmchain_fed.errors import ChainFileError
+from llmchain_fed.model import LocalModel
+from llmchain_fed.weights import stable_name
+
+RECIPE, BASE, ADAPTER = "chain.yaml", "base", "adapter"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class MessageData(_Strict):
+    """One message of a chat prompt: a role and a template, or a placeholder for messages."""
+
+    role: Literal["system", "human", "ai", "placeholder"]
+    template: str
+    optional: bool = False
+
+
+class PromptData(_Strict):
+    """A prompt template as plain data; which fields count depends on `kind`."""
+
+    kind: Literal["template", "few_shot", "chat"]
+    template: str = ""
+    defaults: dict[str, str] = {}
+    prefix: str = ""
+    examples: list[dict[str, str]] = []
+    example_template: str = ""
+    separator: str = "\n\n"
+    messages: list[MessageData] = []
+
+
+class ModelData(_Strict):
+    """Which base the chain stands on, and whether its weights lie in the directory."""
+
+    name: str
+    reference: str | None
+    """embedded name or hub id to load the base from; None: it lies in `base/` or must be passed"""
+    fingerprint: str
+    dtype: str
+    kind: Literal["causal", "seq2seq"]
+
+
+class ChainFile(_Strict):
+    """`chain.yaml`: everything but the weights."""
+
+    format: Literal[1] = 1
+    llmchain_fed: str
+    """the version that wrote it"""
+    face: Literal["llm", "chat"]
+    options: dict[str, Any]
+    llm_kwargs: dict[str, Any]
+    prompt: PromptData
+    parser: str
+    model: ModelData
+    files: dict[str, str]
+    """path within the directory → SHA-256 of its content"""
+
+
+def write(directory: Path, model: LocalModel, **parts: Any) -> None:
+    """Writes the whole directory or leaves what was there before.
+
+    Raises:
+        ChainFileError: The directory holds something else than a chain.
+    """
+    if directory.exists() and not (directory / RECIPE).is_file() and (not directory.is_dir() or any(directory.iterdir())):
+        msg = f"{str(directory)!r} exists and holds no chain, so it is not overwritten. Choose another directory."
+        raise ChainFileError(msg)
+    with _replaced(directory) as scratch, model.exclusive():
+        data = _write_model(model, scratch)
+        files = {str(p.relative_to(scratch)): _digest(p) for p in sorted(scratch.rglob("*")) if p.is_file()}
+        file = ChainFile(llmchain_fed=importlib.metadata.version("llmchain-fed"), model=data, files=files, **parts)
+        text = yaml.safe_dump(file.model_dump(), sort_keys=False, allow_unicode=True)
+        (scratch / RECIPE).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _replaced(directory: Path) -> Iterator[Path]:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        if directory.exists():
+            old = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-old-"))
+            directory.rename(old / directory.name)
+            scratch.rename(directory)
+            shutil.rmtree(old)
+        else:
+            scratch.rename(directory)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def read(directory: Path) -> ChainFile:
+    """`chain.yaml`, once every file it lists has been found and has its content.
+
+    Raises:
+        ChainFileError: Not a chain directory, or one that is incomplete or altered.
+    """
+    recipe = directory / RECIPE
+    if not recipe.is_file():
+        msg = f"there is no {RECIPE} in {str(directory)!r}, so this is no saved chain. Give the directory that save() wrote."
+        raise ChainFileError(msg)
+    try:
+        file = ChainFile.model_validate(yaml.safe_load(recipe.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
+        msg = f"{recipe} is not what save() writes: {error}. Save the chain again; a chain file holds data only."
+        raise ChainFileError(msg) from None
+    for name, digest in file.files.items():
+        path = directory / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
+            msg = f"{name!r} is missing from {str(directory)!r}. Copy the whole directory again."
+            raise ChainFileError(msg)
+        if _digest(path) != digest:
+            msg = f"{name!r} has changed since the chain was saved (SHA-256 differs), so it is not loaded. Copy or save it again."
+            raise ChainFileError(msg)
+    return file
+
+
+def load_model(directory: Path, data: ModelData, given: LocalModel | None) -> LocalModel:
+    """The model of a saved chain, with its adapter's weights.
+
+    Args:
+        directory: Where `read` has just checked every file.
+        data: From `chain.yaml`.
+        given: The base, instead of the one on record; its trainable weights are overwritten.
+
+    Raises:
+        ChainFileError: No base to be had, or one of other weights.
+        WeightsMismatchError: `given` has another adapter.
+    """
+    base = directory / BASE
+    if given is None:
+        source = str(base) if base.is_dir() else data.reference
+        if source is None:
+            msg = f"the base {data.name!r} was not saved (it is quantised). Pass it: LLMChain.load(directory, model=LocalModel(…))."
+            raise ChainFileError(msg)
+        given = LocalModel.from_pretrained(source, dtype=getattr(torch, data.dtype))
+        given.name, given.reference = data.name, data.reference
+    if given.fingerprint() != data.fingerprint:
+        msg = (
+            f"the base weights differ: saved over {data.name!r} ({data.fingerprint}), found {given.name!r} "
+            f"({given.fingerprint()}). Use the same base model and revision."
+        )
+        raise ChainFileError(msg)
+    return _with_adapter(given, directory / ADAPTER) if (directory / ADAPTER).is_dir() else given
+
+
+def _write_model(model: LocalModel, directory: Path) -> ModelData:
+    module, reference = model.module, model.reference
+    base = module.get_base_model() if isinstance(module, PeftModel) else module
+    quantised = getattr(base, "is_quantized", False)
+    if isinstance(module, PeftModel):
+        _write_adapter(module, model.name, directory / ADAPTER)
+    else:
+        reference = None  # the whole model was trained: the base on a hub is not it
+    if reference is None and not quantised:
+        if not hasattr(base, "save_pretrained") or model.tokenizer is None:
+            msg = f"{model.name!r} has no save_pretrained or no tokenizer, so it could not be loaded again. Wrap a Hugging Face model."
+            raise ChainFileError(msg)
+        state = {stable_name(n): t for n, t in base.state_dict().items() if ".lora_" not in n}
+        base.save_pretrained(directory / BASE, state_dict=state)
+        model.tokenizer.save_pretrained(directory / BASE)
+    dtype = str(next(p.dtype for n, p in base.named_parameters() if "lora_" not in n)).removeprefix("torch.")
+    # a whole trained model is its own base: it is saved as it is now
+    fingerprint = model.fingerprint() if isinstance(module, PeftModel) else LocalModel(module).fingerprint()
+    return ModelData(name=model.name, reference=reference, fingerprint=fingerprint, dtype=dtype, kind=model.kind)
+
+
+def _write_adapter(module: PeftModel, base_name: str, directory: Path) -> None:
+    """A standard PEFT folder, without the local paths that PEFT's own card and config would hold."""
+    if len(module.peft_config) > 1:
+        msg = f"the model has {len(module.peft_config)} adapters; a chain is saved with one. Delete the others first."
+        raise ChainFileError(msg)
+    (name,) = module.peft_config
+    config = module.peft_config[name]
+    former = config.base_model_name_or_path
+    config.base_model_name_or_path = base_name
+    try:
+        config.save_pretrained(directory)
+    finally:
+        config.base_model_name_or_path = former
+    state = get_peft_model_state_dict(module, adapter_name=name)
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, directory / _ADAPTER_WEIGHTS)
+
+
+def _with_adapter(model: LocalModel, directory: Path) -> LocalModel:
+    try:
+        state = load_file(directory / _ADAPTER_WEIGHTS)
+        if not isinstance(model.module, PeftModel):
+            config = PeftConfig.from_pretrained(str(directory))
+            config.inference_mode = False
+            module = get_peft_model(model.module, config).eval()
+            model = LocalModel(module, model.tokenizer, name=model.name, reference=model.reference)
+        target = get_peft_model_state_dict(model.module)
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        msg = f"the adapter in {str(directory)!r} cannot be read: {error}. Save the chain again."
+        raise ChainFileError(msg) from None
+    different = sorted(state.keys() ^ target.keys()) or [k for k in target if state[k].shape != target[k].shape]
+    if different:
+        msg = f"the saved adapter does not fit the model's: {different[:3]} differ. Load it over the same base without an adapter."
+        raise ChainFileError(msg)
+    with model.exclusive():
+        set_peft_model_state_dict(model.module, state)  # does not raise on keys, hence the check above
+    return model
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
