@@ -69,13 +69,10 @@ def write_report(
         ("Megabytes per round, all participants", _bytes_plot(rounds)),
     ]
     plots = "".join(
-        f'<div class="card"><small>{text}</small><img alt="{text}" src="{uri}"></div>'
-        for text, uri in figures
-        if uri
+        f'<div class="card"><small>{text}</small><img alt="{text}" src="{uri}"></div>' for text, uri in figures if uri
     )
     facts = "".join(
-        f'<div class="card"><small>{name}</small><b>{value}</b></div>'
-        for name, value in _facts(rounds, summary_rows)
+        f'<div class="card"><small>{name}</small><b>{value}</b></div>' for name, value in _facts(rounds, summary_rows)
     )
     tables = "".join(
         f"<details><summary>Round {_text(r.get('round'))} ({_text(r.get('seconds'))} s)</summary>"
@@ -141,9 +138,7 @@ def _means(pairs: Iterable[tuple[Any, Any]]) -> str | None:
 def _facts(rounds: Sequence[Row], rows: Sequence[Row]) -> list[tuple[str, str]]:
     """The few numbers at the top of the page."""
     first, last = (_participants(rounds[i]) if rounds else {} for i in (0, -1))
-    loss = _means(
-        (first[n].get("held_out_before"), last[n].get("held_out_after")) for n in first if n in last
-    )
+    loss = _means((first[n].get("held_out_before"), last[n].get("held_out_after")) for n in first if n in last)
     chrf = _means((row.get("chrf_before"), row.get("chrf_after")) for row in rows)
     megabytes = sum(_total(r, "bytes_up") + _total(r, "bytes_down") for r in rounds) / 1e6
     facts = [
@@ -158,9 +153,7 @@ def _facts(rounds: Sequence[Row], rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 def _table(rows: Sequence[Row]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    head = "".join(
-        f"<th>{_text(column.replace('_', ' ').replace('chrf', 'chrF'))}</th>" for column in columns
-    )
+    head = "".join(f"<th>{_text(column.replace('_', ' ').replace('chrf', 'chrF'))}</th>" for column in columns)
     lines = ""
     for cells in ([row.get(column) for column in columns] for row in rows):
         kinds = [' class="words"' if cell and isinstance(cell, (list, tuple)) else "" for cell in cells]
@@ -172,12 +165,9 @@ def _table(rows: Sequence[Row]) -> str:
 def _sample(sample: Row) -> str:
     parts = {"prompt": "Prompt", "before": "Before", "after": "After", "reference": "Reference"}
     items = "".join(
-        f'<dt>{name}</dt><dd class="{key}">{_text(sample.get(key)) or "(nothing)"}</dd>'
-        for key, name in parts.items()
+        f'<dt>{name}</dt><dd class="{key}">{_text(sample.get(key)) or "(nothing)"}</dd>' for key, name in parts.items()
     )
-    return (
-        f'<div class="card"><span class="who">{_text(sample.get("participant"))}</span><dl>{items}</dl></div>'
-    )
+    return f'<div class="card"><span class="who">{_text(sample.get("participant"))}</span><dl>{items}</dl></div>'
 
 
 def _axes() -> tuple[Any, Any]:
@@ -222,9 +212,7 @@ def _bars(names: list[str], groups: dict[str, list[float]], *, axis: str = "") -
     if not any(height > 0 for heights in groups.values() for height in heights):
         return None
     figure, axes = _axes()
-    for shift, colour, (group, heights) in zip(
-        (-0.2, 0.2), ("#b8c0cc", "#1a936f"), groups.items(), strict=True
-    ):
+    for shift, colour, (group, heights) in zip((-0.2, 0.2), ("#b8c0cc", "#1a936f"), groups.items(), strict=True):
         bars = axes.bar([i + shift for i in range(len(names))], heights, 0.38, color=colour, label=group)
         if len(names) <= 6:
             texts = ["" if math.isnan(height) else f"{height:.3g}" for height in heights]

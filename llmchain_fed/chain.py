@@ -64,7 +64,10 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         parser: Runnable[Any, Any] = output_parser if output_parser is not None else StrOutputParser()
         kwargs = dict(llm_kwargs or {})
         for name in options.keys() - RunnableBindingBase.model_fields.keys():
-            known = {"llm", "prompt", "output_parser", "llm_kwargs", *RunnableBindingBase.model_fields} - {"bound", "kwargs"}
+            known = {"llm", "prompt", "output_parser", "llm_kwargs", *RunnableBindingBase.model_fields} - {
+                "bound",
+                "kwargs",
+            }
             raise ConfigError(f"LLMChain: {unknown_option(name, known)}")  # noqa: EM102
         options |= {"prompt": prompt, "llm": llm, "output_parser": parser, "llm_kwargs": kwargs}
         options["bound"] = prompt | (llm.bind(**kwargs) if kwargs else llm) | parser
@@ -182,7 +185,9 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         return await super(LLMChain, self._with(kwargs)).ainvoke(input, config)
 
     @override
-    def batch(self, inputs: list[ChainInput], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any) -> list[Any]:
+    def batch(
+        self, inputs: list[ChainInput], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
+    ) -> list[Any]:
         return super(LLMChain, self._with(kwargs)).batch(inputs, config, return_exceptions=return_exceptions)
 
     @override
@@ -209,12 +214,16 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         yield from super(LLMChain, self._with(kwargs)).stream(input, config)
 
     @override
-    async def astream(self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
+    async def astream(
+        self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[Any]:
         async for item in super(LLMChain, self._with(kwargs)).astream(input, config):
             yield item
 
     @override
-    def transform(self, input: Iterator[ChainInput], config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
+    def transform(
+        self, input: Iterator[ChainInput], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Iterator[Any]:
         yield from super(LLMChain, self._with(kwargs)).transform(input, config)
 
     @override

@@ -77,7 +77,9 @@ class Example:
             )
             raise DataError(msg)
         if (self.inputs is None) == (self.prompt is None):
-            msg = "an Example has either `inputs` (templated by the chain) or `prompt` (final text), not both or neither."
+            msg = (
+                "an Example has either `inputs` (templated by the chain) or `prompt` (final text), not both or neither."
+            )
             raise DataError(msg)
         if self.prompt is not None and not isinstance(self.prompt, str):
             msg = f"`prompt` is final text, got {type(self.prompt).__name__}. Pass variables as `inputs`."
@@ -99,7 +101,9 @@ class DataReport:
     """tokens that carry loss, end tokens included"""
 
     def __repr__(self) -> str:
-        shown = [f"{f.name}={getattr(self, f.name):,}" for f in fields(self) if getattr(self, f.name) or f.name == "used"]
+        shown = [
+            f"{f.name}={getattr(self, f.name):,}" for f in fields(self) if getattr(self, f.name) or f.name == "used"
+        ]
         return f"DataReport({', '.join(shown)})"
 
 
@@ -167,7 +171,9 @@ def _read_file(path: Path) -> Iterator[Any]:
         msg = f"there is no file {str(path)!r}. Give the path of a .jsonl or .csv file."
         raise DataError(msg)
     if path.suffix not in (".jsonl", ".csv"):
-        msg = f"{path.name}: examples are read from .jsonl or .csv files, not {path.suffix or 'files without a suffix'}."
+        msg = (
+            f"{path.name}: examples are read from .jsonl or .csv files, not {path.suffix or 'files without a suffix'}."
+        )
         raise DataError(msg)
     with path.open(encoding="utf-8", newline="" if path.suffix == ".csv" else None) as file:
         if path.suffix == ".csv":

@@ -60,8 +60,9 @@ def _dequantise(source: Path, target: Path) -> None:
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
         model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-        # transformers keeps calling the model quantised after it has dequantised it, and then refuses to save it.
-        # Upstream: https://github.com/huggingface/transformers/issues/40070
+        # transformers keeps calling the model quantised after it has dequantised it, and then refuses to save it
+        # (5.23, PreTrainedModel.save_pretrained: "quantized with gguf"; no upstream report found). The GGUF loader:
+        # https://github.com/huggingface/transformers/pull/44794
         del model.config.quantization_config
         model.is_quantized, model.hf_quantizer = False, None
         model.save_pretrained(scratch)

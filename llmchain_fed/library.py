@@ -94,9 +94,7 @@ def load_chain(name: str, *, llm: BaseLanguageModel[Any] | None = None) -> LLMCh
         from llmchain_fed.llm import LocalLLM
 
         llm = LocalLLM.from_pretrained(spec.model, lora=spec.adapter.to_lora() if spec.adapter else None)
-    return LLMChain(
-        llm=llm, prompt=prompt, output_parser=make_parser(spec.parser), llm_kwargs=spec.llm_kwargs()
-    )
+    return LLMChain(llm=llm, prompt=prompt, output_parser=make_parser(spec.parser), llm_kwargs=spec.llm_kwargs())
 
 
 def list_prompts() -> list[str]:

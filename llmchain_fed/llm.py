@@ -53,7 +53,9 @@ class LocalLLM(LocalFace, BaseLLM):
         return self.model.encode([text], add_special_tokens=False)[0]
 
     @override
-    def generate(self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any) -> LLMResult:
+    def generate(
+        self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
+    ) -> LLMResult:
         face, rest = self._keyed_by_options(kwargs)
         return super(LocalLLM, face).generate(prompts, stop, callbacks, **rest)
 

@@ -115,7 +115,9 @@ class LocalModel:
     def __repr__(self) -> str:
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.parameters())
-        return f"LocalModel({self.name!r}, {self.kind}, {trainable:,} of {total:,} parameters trainable, on {self.device})"
+        return (
+            f"LocalModel({self.name!r}, {self.kind}, {trainable:,} of {total:,} parameters trainable, on {self.device})"
+        )
 
     # --- what it is -------------------------------------------------------------------------------------------------
 
@@ -239,7 +241,9 @@ class LocalModel:
         if self.kind == "causal" and add_special_tokens:
             eos = getattr(self.tokenizer, "eos_token", None)
             ends = self.eos_ids[:1]
-            rows = [r[:-1] if r and r[-1] in ends and not t.endswith(eos) else r for r, t in zip(rows, texts, strict=True)]
+            rows = [
+                r[:-1] if r and r[-1] in ends and not t.endswith(eos) else r for r, t in zip(rows, texts, strict=True)
+            ]
         return rows
 
     def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
@@ -282,7 +286,9 @@ class LocalModel:
             ConfigError: An unknown option or a value out of range.
             PromptTooLongError: A prompt leaves no room in the context.
         """
-        done = self.complete(prompts, stop=stop, add_special_tokens=add_special_tokens, batch_size=batch_size, **options)
+        done = self.complete(
+            prompts, stop=stop, add_special_tokens=add_special_tokens, batch_size=batch_size, **options
+        )
         return [completion.text for completion in done]
 
     def complete(
@@ -406,4 +412,3 @@ def _best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-

@@ -88,7 +88,11 @@ def write(directory: Path, model: LocalModel, **parts: Any) -> None:
     Raises:
         ChainFileError: The directory holds something else than a chain.
     """
-    if directory.exists() and not (directory / RECIPE).is_file() and (not directory.is_dir() or any(directory.iterdir())):
+    if (
+        directory.exists()
+        and not (directory / RECIPE).is_file()
+        and (not directory.is_dir() or any(directory.iterdir()))
+    ):
         msg = f"{str(directory)!r} exists and holds no chain, so it is not overwritten. Choose another directory."
         raise ChainFileError(msg)
     with _replaced(directory) as scratch, model.exclusive():
@@ -216,6 +220,7 @@ def _with_adapter(model: LocalModel, directory: Path) -> LocalModel:
         if not isinstance(model.module, PeftModel):
             config = PeftConfig.from_pretrained(str(directory))
             config.inference_mode = False
+            config.base_model_name_or_path = None  # the fingerprint has checked the base; PEFT would warn about a new name
             module = get_peft_model(model.module, config).eval()
             model = LocalModel(module, model.tokenizer, name=model.name, reference=model.reference)
         target = get_peft_model_state_dict(model.module)
@@ -234,5 +239,3 @@ def _with_adapter(model: LocalModel, directory: Path) -> LocalModel:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-

@@ -242,7 +242,9 @@ def _train(
         steps=len(losses),
         seconds=time.perf_counter() - started,
         next_step=first_step + len(losses),
-        report=data.report if ready else DataReport(used=count.examples // passes, completion_tokens=count.tokens // passes),
+        report=data.report
+        if ready
+        else DataReport(used=count.examples // passes, completion_tokens=count.tokens // passes),
         optimizer_state=copy.deepcopy(optimizer.state_dict()) if config.keep_optimizer else None,
     )
 
@@ -378,9 +380,7 @@ def evaluate_locally(
     return EvaluationResult(total / tokens, tokens, count)
 
 
-def _evaluation_batches(
-    data: EncodedExamples | Any, model: LocalModel, batch_size: int
-) -> Iterator[dict[str, Tensor]]:
+def _evaluation_batches(data: EncodedExamples | Any, model: LocalModel, batch_size: int) -> Iterator[dict[str, Tensor]]:
     if not isinstance(data, EncodedExamples):
         yield from data
         return

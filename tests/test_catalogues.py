@@ -218,9 +218,7 @@ def test_a_split_is_the_same_in_any_order_and_process(catalogues):
         "c.split_publishers(['django', 'sphinx', 'wagtail'], 'fr', train=30, test=10, seed=3).items()})"
     )
     env = {"PYTHONPATH": str(EXAMPLES), "PYTHONHASHSEED": "12345", "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, encoding="utf-8", check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == str({name: (s.train, s.held_out) for name, s in one.items()})
 
 
@@ -231,9 +229,7 @@ def test_other_languages_work(catalogues, language):
 
 
 def test_errors_say_what_is_there_and_what_to_do(catalogues, monkeypatch):
-    with pytest.raises(
-        catalogues.CatalogueError, match=r"plone has no catalogue in 'xx'. It has: .*de, .*fr"
-    ):
+    with pytest.raises(catalogues.CatalogueError, match=r"plone has no catalogue in 'xx'. It has: .*de, .*fr"):
         catalogues.read_catalogue("plone", "xx")
     with pytest.raises(catalogues.CatalogueError, match=r"unknown publisher 'debian'.*django, wagtail"):
         catalogues.read_catalogue("debian")
@@ -242,7 +238,5 @@ def test_errors_say_what_is_there_and_what_to_do(catalogues, monkeypatch):
     with pytest.raises(catalogues.CatalogueError, match="named twice"):
         catalogues.split_publishers(["django", "django"], train=1, test=1)
     monkeypatch.setitem(catalogues.DISTRIBUTIONS, "django", "surely-not-installed")
-    with pytest.raises(
-        catalogues.CatalogueError, match=r"pip install --no-deps django wagtail plone.app.locales"
-    ):
+    with pytest.raises(catalogues.CatalogueError, match=r"pip install --no-deps django wagtail plone.app.locales"):
         catalogues.read_catalogue("django")

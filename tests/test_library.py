@@ -131,9 +131,7 @@ def test_values_with_braces_arrive_as_they_are(name):
     values, expected = RENDERED[name]
     (variable,) = values
     value = '{"a": {b}} {{c}} }{'
-    assert load_prompt(name).format(**{variable: value}) == expected.replace(
-        values[variable] + "\n", value + "\n"
-    )
+    assert load_prompt(name).format(**{variable: value}) == expected.replace(values[variable] + "\n", value + "\n")
 
 
 @pytest.mark.parametrize("name", NAMES)

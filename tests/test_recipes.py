@@ -259,9 +259,7 @@ def test_hub_ids_are_allowed(tmp_path, model):
 
 
 def test_layers_by_name(tmp_path):
-    text = (
-        GOOD_CHAIN + "adapter: {r: 8, lora_alpha: 16, lora_dropout: 0.1, target_modules: [q_proj, v_proj]}\n"
-    )
+    text = GOOD_CHAIN + "adapter: {r: 8, lora_alpha: 16, lora_dropout: 0.1, target_modules: [q_proj, v_proj]}\n"
     lora = chain_from(tmp_path, text).adapter.to_lora()
     assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (8, 16, 0.1)
     assert lora.target_modules == {"q_proj", "v_proj"}

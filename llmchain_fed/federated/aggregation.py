@@ -128,11 +128,15 @@ def make_aggregation(choice: str | Aggregation) -> Aggregation:
     """
     if isinstance(choice, str):
         if choice not in AGGREGATIONS:
-            msg = f"unknown aggregation {choice!r}. Valid: {', '.join(sorted(AGGREGATIONS))}, or an object with start()."
+            msg = (
+                f"unknown aggregation {choice!r}. Valid: {', '.join(sorted(AGGREGATIONS))}, or an object with start()."
+            )
             raise ConfigError(msg)
         return AGGREGATIONS[choice]()
     if not callable(getattr(choice, "start", None)):
-        msg = f"aggregation is a name ({', '.join(sorted(AGGREGATIONS))}) or an object with start(state), got {choice!r}."
+        msg = (
+            f"aggregation is a name ({', '.join(sorted(AGGREGATIONS))}) or an object with start(state), got {choice!r}."
+        )
         raise ConfigError(msg)
     return choice
 

@@ -122,7 +122,9 @@ class FederatedAveraging:
     def __repr__(self) -> str:
         names = self._transport.nodes()
         shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
-        return f"FederatedAveraging({self._model!r}, {len(names)} participants ({shown}), {self.round} rounds completed)"
+        return (
+            f"FederatedAveraging({self._model!r}, {len(names)} participants ({shown}), {self.round} rounds completed)"
+        )
 
     def get_model(self) -> Any:
         """What was passed in: the same object, with the global weights in it."""
@@ -349,7 +351,12 @@ def _training(training: TrainingConfig | None, **given: Any) -> TrainingConfig:
         raise ConfigError(msg)
     config = training or TrainingConfig()
     changes = {}
-    for name, field in (("optimizer", "optimizer"), ("lr", "learning_rate"), ("batch_size", "batch_size"), ("seed", "seed")):
+    for name, field in (
+        ("optimizer", "optimizer"),
+        ("lr", "learning_rate"),
+        ("batch_size", "batch_size"),
+        ("seed", "seed"),
+    ):
         value = given[name]
         if value is None or (name == "seed" and "seed" in config.model_fields_set):
             continue
@@ -379,5 +386,3 @@ def _quorum(quorum: int, sampled: int) -> int:
         msg = f"a quorum of {quorum} can never be met by {sampled} participants a round. Lower it or sample more."
         raise ConfigError(msg)
     return quorum
-
-

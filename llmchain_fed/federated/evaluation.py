@@ -64,7 +64,8 @@ class Evaluator:
                 msg = f"evaluation names {strangers}, who take no part. Participants: {', '.join(participants)}."
                 raise ConfigError(msg)
             participants = {
-                n: Participant(n, p.examples, evaluation.get(n, p.held_out), p.training) for n, p in participants.items()
+                n: Participant(n, p.examples, evaluation.get(n, p.held_out), p.training)
+                for n, p in participants.items()
             }
         elif isinstance(evaluation, float):
             prompt = self._trainee.prompt

@@ -52,7 +52,9 @@ def as_participants(given: Mapping[Any, Any] | Iterable[Participant] | None) -> 
         found = list(given)
     for item in found:
         if not isinstance(item, Participant):
-            msg = f"participants are a mapping of names to examples or a list of Participant, got {type(item).__name__}."
+            msg = (
+                f"participants are a mapping of names to examples or a list of Participant, got {type(item).__name__}."
+            )
             raise ConfigError(msg)
         if not item.name:
             msg = "a participant needs a name: it is how updates, history and errors refer to it."
@@ -61,7 +63,9 @@ def as_participants(given: Mapping[Any, Any] | Iterable[Participant] | None) -> 
     if len(by_name) < len(found):
         names = [item.name for item in found]
         twice = sorted({name for name in names if names.count(name) > 1})
-        msg = f"two participants are called {twice[0]!r}: their updates could not be told apart. Give each its own name."
+        msg = (
+            f"two participants are called {twice[0]!r}: their updates could not be told apart. Give each its own name."
+        )
         raise DuplicateParticipantError(msg)
     return by_name
 

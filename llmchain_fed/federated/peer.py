@@ -145,9 +145,16 @@ class LocalPeer:
 
     def _hello(self) -> bytes:
         data = self._encoded()
-        answer: dict[str, Any] = {"contract": self._trainee.contract(), "held_out": self._participant.held_out is not None}
+        answer: dict[str, Any] = {
+            "contract": self._trainee.contract(),
+            "held_out": self._participant.held_out is not None,
+        }
         if isinstance(data, EncodedExamples):
-            answer |= {"num_examples": len(data), "num_tokens": data.report.completion_tokens, "report": repr(data.report)}
+            answer |= {
+                "num_examples": len(data),
+                "num_tokens": data.report.completion_tokens,
+                "report": repr(data.report),
+            }
         if self._participant.held_out is not None:
             self._encoded_held_out()
         return json.dumps(answer).encode()

@@ -140,7 +140,9 @@ class OpenRound:
             )
             raise QuorumError(msg)
         combined = self._accumulator.result()
-        mean = torch.cat([(combined[k].float() - v.float()).reshape(-1)[:: self._stride] for k, v in self.state.items()])
+        mean = torch.cat(
+            [(combined[k].float() - v.float()).reshape(-1)[:: self._stride] for k, v in self.state.items()]
+        )
         for name in trained:
             self.records[name].cosine_to_mean = _cosine(self._sampled[name], mean)
         return combined

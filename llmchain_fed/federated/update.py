@@ -118,7 +118,9 @@ class Expected:
             if type(count) is not int or not 1 <= count <= MAX_EXAMPLES:
                 _refuse(f"{name} is {count!r}, not a plausible count")
         if self.num_examples is not None and header["num_examples"] != self.num_examples:
-            _refuse(f"num_examples is {header['num_examples']:,}, but the participant joined with {self.num_examples:,}")
+            _refuse(
+                f"num_examples is {header['num_examples']:,}, but the participant joined with {self.num_examples:,}"
+            )
         metrics = header.get("metrics")
         if not isinstance(metrics, dict) or not all(
             type(v) in (int, float) and math.isfinite(v) for v in metrics.values()

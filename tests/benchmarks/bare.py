@@ -29,9 +29,7 @@ def train(work: dict[str, Any], seed: int) -> None:
     )
     for batch in common.length_sorted_batches(rows, seed):
         ids, mask, labels = common.collate(batch, tokenizer.pad_token_id)
-        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[
-            :, :-1
-        ]  # (B, T-1, H)
+        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, H)
         wanted = labels[:, 1:] != common.IGNORE
         loss = F.cross_entropy(head(hidden[wanted]), labels[:, 1:][wanted])
         loss.backward()
@@ -53,9 +51,7 @@ def generate(module: Any, tokenizer: Any, prompts: list[str], new_tokens: int) -
     length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     with torch.inference_mode():
         output = module.generate(**batch, **length, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    new: list[str] = tokenizer.batch_decode(
-        output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    new: list[str] = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return new
 
 

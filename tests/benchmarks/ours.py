@@ -19,7 +19,7 @@ import bare
 import common
 import torch
 
-from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, TrainingConfig
+from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, TrainingConfig, train_locally
 
 PUBLISHERS = ("django", "wagtail", "plone", "pretix")
 
@@ -40,9 +40,7 @@ def prepare(path: str, pairs: str, held_out: str, texts: str, new_tokens: str) -
     held = list(itertools.chain.from_iterable(zip(*(s.held_out for s in splits.values()), strict=True)))
     work = {
         "model": embedded.resolve(embedded.NAME),
-        "train": [
-            final(*pair) for turn in zip(*(s.train for s in splits.values()), strict=True) for pair in turn
-        ],
+        "train": [final(*pair) for turn in zip(*(s.train for s in splits.values()), strict=True) for pair in turn],
         "held_out": [final(*pair) for pair in held],
         "participants": {name: s.train for name, s in splits.items()},
         "texts": [source for source, _ in held[: int(texts)]],
@@ -55,7 +53,6 @@ def prepare(path: str, pairs: str, held_out: str, texts: str, new_tokens: str) -
 def train(path: str, seed: str, precision: str) -> None:
     """`train_locally` over one pass; tokenising is outside the clock, as it is for the peers."""
     from llmchain_fed.data import encode_examples
-    from llmchain_fed.training import train_locally
 
     work = common.read_work(path)
     model = LocalModel.from_pretrained(work["model"], lora=common.lora_config(), device="cpu")
@@ -113,9 +110,7 @@ def batch(path: str, precision: str, times: str) -> None:
         return bare.generate(model.module, model.tokenizer, prompts, work["new_tokens"])
 
     answers, theirs = ours(), yardstick()  # warms both up as well
-    common.answer(
-        **_alternate(ours, yardstick, int(times)), answers=answers, same_as_generate=answers == theirs
-    )
+    common.answer(**_alternate(ours, yardstick, int(times)), answers=answers, same_as_generate=answers == theirs)
 
 
 def invoke(path: str, how: str, times: str) -> None:
@@ -143,8 +138,8 @@ def aggregate(updates: str) -> None:
     """FedAvg over LoRA updates of 5 M float32 values as they arrive, against `copy_` of as many bytes.
 
     Four distinct updates take turns (80 MB: more than most caches hold), for the average and for the copy.
-    Bytes are those of the updates, counted once, on both sides. `from_bytes` is the server's whole path: check
-    the header, read and check the values, add.
+    Bytes are those of the updates, counted once, on both sides. `from_bytes` is the server's whole path:
+    check the header, read and check the values, add.
     """
     from llmchain_fed.federated import wire
     from llmchain_fed.federated.aggregation import FedAvg
@@ -216,9 +211,7 @@ def one_round(path: str) -> None:
     total = common.seconds(lambda: federation.fit(rounds=1))
     (record,) = federation.history
     local = sum(participant.seconds for participant in record.participants.values())
-    common.answer(
-        total=total, training=local, evaluation=record.evaluation_seconds, trained=len(record.trained)
-    )
+    common.answer(total=total, training=local, evaluation=record.evaluation_seconds, trained=len(record.trained))
 
 
 if __name__ == "__main__":

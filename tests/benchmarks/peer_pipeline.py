@@ -1,8 +1,8 @@
 """The peer in generation: `prompt | HuggingFacePipeline`, langchain-huggingface's way, over the same prompts.
 
 `as_pipeline` wraps a transformers pipeline, `HuggingFacePipeline(pipeline=…, batch_size=32)`: the batch size
-stays with the wrapper and prompts run one by one. `from_model_id` hands the same batch size to the pipeline as
-well, which makes true batches (so in 1.2.3).
+stays with the wrapper and prompts run one by one. `from_model_id` hands the same batch size to the pipeline
+as well, which makes true batches (so in 1.2.3).
 
     .venv-bench/bin/python tests/benchmarks/peer_pipeline.py WORK.json as_pipeline|from_model_id
 """

@@ -57,9 +57,7 @@ def train(work: dict[str, Any], seed: int, sampling: str) -> None:
     )
     clock = Clock()
     pairs = Dataset.from_list(work["train"])
-    trainer = SFTTrainer(
-        model=module, args=config, train_dataset=pairs, processing_class=tokenizer, callbacks=[clock]
-    )
+    trainer = SFTTrainer(model=module, args=config, train_dataset=pairs, processing_class=tokenizer, callbacks=[clock])
     common.warm_up(module, common.encode(tokenizer, work["train"]), tokenizer.pad_token_id)
     trainer.train()
 

@@ -2,9 +2,10 @@
 
     .venv/bin/python tests/benchmarks/run.py [--only NAME ...] [--quick]
 
-Absolute figures belong to the machine and the hour; the ratios, taken within one run, are what counts. A ratio
-is the median over the repetitions, each of which runs all its sides. Writes out/bench.md and out/bench.json
-after every measure. Knows the standard library alone, so that it weighs nothing beside what it measures.
+Absolute figures belong to the machine and the hour; the ratios, taken within one run, are what counts. A
+ratio is the median over the repetitions, each of which runs all its sides. Writes out/bench.md and
+out/bench.json after every measure. Knows the standard library alone, so that it weighs nothing beside what it
+measures.
 """
 
 import argparse
@@ -42,11 +43,7 @@ class Row:
     def met(self) -> str:
         if self.target is None:
             return "–"
-        return (
-            "yes"
-            if (self.ratio >= self.target if self.bound == "≥" else self.ratio <= self.target)
-            else "**no**"
-        )
+        return "yes" if (self.ratio >= self.target if self.bound == "≥" else self.ratio <= self.target) else "**no**"
 
 
 @dataclass(frozen=True)
@@ -84,16 +81,12 @@ class Bench:
 
     def peer(self, script: str, *arguments: object) -> Result:
         if not Path(self.peers).exists():
-            raise FileNotFoundError(
-                f"no peers' environment at {self.peers}: run `make bench`, or pass --peers"
-            )
+            raise FileNotFoundError(f"no peers' environment at {self.peers}: run `make bench`, or pass --peers")
         return self._run(self.peers, script, arguments)
 
     def _run(self, python: str, script: str, arguments: Sequence[object]) -> Result:
         command = [python, str(HERE / script), *map(str, arguments)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=self.environment(), cwd=ROOT, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, env=self.environment(), cwd=ROOT, check=False)
         answers = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         if done.returncode or not answers:
             raise RuntimeError(f"{script} {arguments} ended with {done.returncode}:\n{done.stderr[-3000:]}")
@@ -129,9 +122,7 @@ def training(bench: Bench) -> list[Row]:
         apart = losses[ours] / losses[peer] - 1
         shown = [f"{median(speeds[name]):.2f} examples/s" for name in (ours, peer)]
         note = f"held-out loss {losses[ours]:.3f} / {losses[peer]:.3f} ({apart:+.1%})"
-        return Row(
-            measure, *shown, _ratio(speeds[ours], speeds[peer]), target=target, note=note, samples=samples
-        )
+        return Row(measure, *shown, _ratio(speeds[ours], speeds[peer]), target=target, note=note, samples=samples)
 
     bf16 = row("training bf16 / TRL fp32", "bf16", "trl", 2.7 if _has_bf16() else None)
     if abs(losses["bf16"] / losses["trl"] - 1) > 0.02:
@@ -170,9 +161,7 @@ def batch(bench: Bench) -> list[Row]:
 
     def row(measure: str, ours: str, peer: str, target: float | None, note: str = "") -> Row:
         shown = [f"{size.texts / median(seconds[name]):.2f} prompts/s" for name in (ours, peer)]
-        return Row(
-            measure, *shown, _ratio(seconds[peer], seconds[ours]), target=target, note=note, samples=seconds
-        )
+        return Row(measure, *shown, _ratio(seconds[peer], seconds[ours]), target=target, note=note, samples=seconds)
 
     what = f"`chain.batch` of {size.texts}"
     same = f"{{}} of {size.texts} answers equal".format
@@ -202,16 +191,12 @@ def invoke(bench: Bench) -> list[Row]:
     """Row 5, with the adapter beside the weights and merged into them."""
     rows, times = [], 3 * bench.size.times
     for how, words in (("lora", "LoRA beside the weights"), ("merged", "LoRA merged")):
-        runs = [
-            bench.ours("ours.py", "invoke", bench.work, how, times) for _ in range(bench.size.repetitions)
-        ]
+        runs = [bench.ours("ours.py", "invoke", bench.work, how, times) for _ in range(bench.size.repetitions)]
         seconds = {side: [s for r in runs for s in r[side]] for side in ("ours", "peer")}
         shown = [f"{median(seconds[side]):.3f} s" for side in ("ours", "peer")]
         note = "answers equal" if all(r["same_as_generate"] for r in runs) else "answers differ"
         ratio = _ratio(seconds["ours"], seconds["peer"])
-        rows.append(
-            Row(f"`chain.invoke` / `module.generate`, {words}", *shown, ratio, "≤", 1.1, note, seconds)
-        )
+        rows.append(Row(f"`chain.invoke` / `module.generate`, {words}", *shown, ratio, "≤", 1.1, note, seconds))
     return rows
 
 
@@ -270,9 +255,7 @@ def imports(bench: Bench) -> list[Row]:
     best = min(seconds for seconds, _ in took)
     shown = [f"{best:.3f} s", f"{bare:.3f} s without"]
     loaded = took[0][1]
-    row = Row(
-        "`import llmchain_fed`, seconds", *shown, best, "≤", 0.2, f"loads of {', '.join(banned)}: {loaded}"
-    )
+    row = Row("`import llmchain_fed`, seconds", *shown, best, "≤", 0.2, f"loads of {', '.join(banned)}: {loaded}")
     if loaded != "[]":
         row.ratio = float("inf")
     return [row]
@@ -311,9 +294,7 @@ def main() -> int:
         metavar="NAME",
         help=f"of {', '.join(MEASURES)}",
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="so little work that only failures mean anything"
-    )
+    parser.add_argument("--quick", action="store_true", help="so little work that only failures mean anything")
     parser.add_argument(
         "--peers",
         default=str(ROOT / ".venv-bench" / "bin" / "python"),
