@@ -38,13 +38,14 @@ if TYPE_CHECKING:
     from llmchain_fed.chain import LLMChain
     from llmchain_fed.chat import LocalChatModel
     from llmchain_fed.data import DataReport, Example
+    from llmchain_fed.evaluation import evaluate_locally
     from llmchain_fed.federated.averaging import FederatedAveraging, FederatedLearning
     from llmchain_fed.federated.history import History
     from llmchain_fed.federated.participant import Participant
     from llmchain_fed.library import list_chains, list_prompts, load_chain, load_prompt
     from llmchain_fed.llm import LocalLLM
     from llmchain_fed.model import LocalModel
-    from llmchain_fed.training import TrainingConfig, evaluate_locally, train_locally
+    from llmchain_fed.training import TrainingConfig, train_locally
 
 __version__ = "0.1.0"
 
@@ -60,7 +61,7 @@ _HOMES = {
     "LocalModel": "model",
     "Participant": "federated.participant",
     "TrainingConfig": "training",
-    "evaluate_locally": "training",
+    "evaluate_locally": "evaluation",
     "list_chains": "library",
     "list_prompts": "library",
     "load_chain": "library",

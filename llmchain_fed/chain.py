@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, cast
 
 from langchain_core.language_models import BaseLanguageModel
-from langchain_core.output_parsers import StrOutputParser
+from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
 from langchain_core.prompt_values import PromptValue
 from langchain_core.prompts import BasePromptTemplate, PromptTemplate
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableSequence
@@ -23,9 +23,10 @@ from llmchain_fed import saving
 from llmchain_fed._config import unknown_option
 from llmchain_fed.chat import LocalChatModel
 from llmchain_fed.errors import ConfigError, PromptVariablesError, UnsupportedModelError
+from llmchain_fed.library import make_parser, parser_name, prompt_from_data, prompt_to_data
 from llmchain_fed.llm import LocalLLM
 from llmchain_fed.model import LocalModel
-from llmchain_fed.library import make_parser, parser_name, prompt_from_data, prompt_to_data
+from llmchain_fed.recipes import ParserName
 
 ChainInput = dict[str, Any] | str
 
@@ -86,7 +87,10 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         while isinstance(found, RunnableBindingBase):
             found = found.bound
         if not isinstance(found, (LocalLLM, LocalChatModel)):
-            msg = f"the chain's model is {type(found).__name__}, which has no weights here to train. Use LocalLLM or LocalChatModel."
+            msg = (
+                f"the chain's model is {type(found).__name__}, which has no weights here to train. Use "
+                "LocalLLM or LocalChatModel."
+            )
             raise UnsupportedModelError(msg)
         return found
 
@@ -133,12 +137,18 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         if not isinstance(inputs, Mapping):
             variables = self.input_variables
             if len(variables) != 1:
-                msg = f"the prompt has the variables {sorted(variables)}, so one value is not enough. Pass a mapping of them."
+                msg = (
+                    f"the prompt has the variables {sorted(variables)}, so one value is not enough. Pass "
+                    "a mapping of them."
+                )
                 raise PromptVariablesError(msg)
             inputs = {variables[0]: inputs}
         missing = sorted(set(self.input_variables) - inputs.keys())
         if missing:
-            msg = f"the prompt takes {sorted(self.input_variables)}, {missing} is missing from {sorted(map(str, inputs))}."
+            msg = (
+                f"the prompt takes {sorted(self.input_variables)}, {missing} is missing from "
+                f"{sorted(map(str, inputs))}."
+            )
             raise PromptVariablesError(msg)
         value: PromptValue = self.prompt.format_prompt(**inputs)
         face = self.face
@@ -167,7 +177,7 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
 
     __str__ = __repr__
 
-    def _with(self, kwargs: Mapping[str, Any]) -> RunnableBindingBase[ChainInput, Any]:
+    def _with(self, kwargs: dict[str, Any]) -> Self:
         """This chain with a call's keywords bound to its model; modules are shared, so this is cheap."""
         if not kwargs:
             return self
@@ -272,7 +282,7 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
             options={k: v for k, v in options.items() if k in type(face).__mro__[1].model_fields},  # type: ignore[attr-defined]
             llm_kwargs=self._all_llm_kwargs(),
             prompt=prompt_to_data(self.prompt),
-            parser=parser_name(self.output_parser),
+            parser=parser_name(cast(BaseOutputParser[Any], self.output_parser)),
         )
 
     def _all_llm_kwargs(self) -> dict[str, Any]:
@@ -297,7 +307,10 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         path = Path(directory)
         file = saving.read(path)
         kind = LocalChatModel if file.face == "chat" else LocalLLM
-        prompt, parser = prompt_from_data(file.prompt), make_parser(file.parser)  # before the weights are read
+        prompt, parser = (
+            prompt_from_data(file.prompt),
+            make_parser(cast(ParserName, file.parser)),
+        )  # before the weights are read
         face = kind(model=saving.load_model(path, file.model, model), **file.options)
         return cls(llm=face, prompt=prompt, output_parser=parser, llm_kwargs=file.llm_kwargs)
 

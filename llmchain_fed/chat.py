@@ -76,7 +76,10 @@ class LocalChatModel(LocalFace, BaseChatModel):
         conversation = convert_to_openai_messages(messages, text_format="string")
         for message in conversation:
             if not isinstance(message.get("content") or "", str):
-                msg = f"a {message['role']} message holds more than text, which {self.model.name!r} cannot read. Send text only."
+                msg = (
+                    f"a {message['role']} message holds more than text, which {self.model.name!r} cannot "
+                    "read. Send text only."
+                )
                 raise UnsupportedModelError(msg)
         text: str = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         return text
@@ -91,7 +94,7 @@ class LocalChatModel(LocalFace, BaseChatModel):
     ) -> ChatResult:
         options = self.options(stop, kwargs)
         (done,) = self.model.complete([self.render(messages)], add_special_tokens=False, **options)
-        message = AIMessage(done.text, usage_metadata=_usage(done), response_metadata=self._about(done))
+        message = AIMessage(content=done.text, usage_metadata=_usage(done), response_metadata=self._about(done))
         return ChatResult(generations=[ChatGeneration(message=message)], llm_output={"model_name": self.model.name})
 
     @override
@@ -110,13 +113,16 @@ class LocalChatModel(LocalFace, BaseChatModel):
             except StopIteration as end:
                 done: Completion = end.value
                 break
-            chunk = ChatGenerationChunk(message=AIMessageChunk(piece))
+            chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
             if run_manager is not None:
                 run_manager.on_llm_new_token(piece, chunk=chunk)
             yield chunk
         yield ChatGenerationChunk(
             message=AIMessageChunk(
-                "", usage_metadata=_usage(done), response_metadata=self._about(done), chunk_position="last"
+                content="",
+                usage_metadata=_usage(done),
+                response_metadata=self._about(done),
+                chunk_position="last",
             )
         )
 

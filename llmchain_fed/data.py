@@ -161,7 +161,10 @@ def _items(source: Examples) -> Iterable[Any]:
     if isinstance(source, (str, Path)):
         return _read_file(Path(source))
     if isinstance(source, (Mapping, bytes)) or not isinstance(source, Iterable):
-        msg = f"examples are a list of (inputs, completion), a JSONL or CSV path or a dataset, got {type(source).__name__}."
+        msg = (
+            "examples are a list of (inputs, completion), a JSONL or CSV path or a dataset, got "
+            f"{type(source).__name__}."
+        )
         raise DataError(msg)
     return source
 
@@ -197,7 +200,8 @@ def _parse(item: Any, prompt: Prompt | None) -> Example:
         example = Example(inputs=item[0], completion=item[1])
     else:
         msg = (
-            f"cannot read {item!r:.80}. Write (inputs, completion), a mapping with the prompt's variables and 'completion', "
+            f"cannot read {item!r:.80}. Write (inputs, completion), a mapping with the prompt's "
+            "variables and 'completion', "
             "or {'prompt': …, 'completion': …}."
         )
         raise DataError(msg)
@@ -239,7 +243,8 @@ def _check_inputs(inputs: Mapping[str, Any] | str, prompt: Prompt) -> None:
     for name, value in inputs.items():
         if isinstance(value, str) and carries(value, prompt.literals):
             msg = (
-                f"`{name}` already carries the template's text ({value!r:.80}): it would be templated twice. Pass the bare "
+                f"`{name}` already carries the template's text ({value!r:.80}): it would be templated "
+                "twice. Pass the bare "
                 "value, or final text as {'prompt': …, 'completion': …}."
             )
             raise TemplatedTwiceError(msg)

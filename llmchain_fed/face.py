@@ -47,10 +47,17 @@ class LocalFace(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known_options(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
+        return cls.check_options(values) if isinstance(values, Mapping) else values
+
+    @classmethod
+    def check_options(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Constructor options under their own names.
+
+        Raises:
+            ConfigError: An unknown option, or a generation option out of range.
+        """
         values = {_ALIASES.get(k, k): v for k, v in values.items()}
-        known = {name for name, f in cls.model_fields.items()} | {f.alias for f in cls.model_fields.values() if f.alias}
+        known = set(cls.model_fields) | {f.alias for f in cls.model_fields.values() if f.alias}
         for name in values.keys() - known - cls._tolerated():
             raise ConfigError(f"{cls.__name__}: {unknown_option(name, known)}")  # noqa: EM102
         GenerationOptions(**{k: v for k, v in values.items() if k in OPTIONS})  # a bad value fails here, not at a call
@@ -77,7 +84,7 @@ class LocalFace(BaseModel):
             ConfigError: An unknown option.
             MissingExtraError: The embedded model needs the extra `gguf`.
         """
-        cls._known_options(options)  # before minutes go into loading
+        cls.check_options(options)  # before minutes go into loading
         return cls(model=LocalModel.from_pretrained(name_or_path, lora=lora, dtype=dtype, device=device), **options)
 
     def options(self, stop: Sequence[str] | None, overrides: Mapping[str, Any]) -> dict[str, Any]:

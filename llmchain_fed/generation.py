@@ -165,8 +165,8 @@ def stream_text(
     """Runs `work` in a thread and yields its text piece by piece.
 
     The pieces joined equal `cut_at_stop(finish(all ids), stops)`. An error in `work` is raised here at once, and
-    closing the iterator ends `work` at its next token; the return value is all token ids (TextIteratorStreamer does neither:
-    https://github.com/huggingface/transformers/issues/22576).
+    closing the iterator ends `work` at its next token (TextIteratorStreamer does neither:
+    https://github.com/huggingface/transformers/issues/22576). The return value is all token ids.
 
     Args:
         work: Generates; takes the streamer to feed and a criterion that ends it.
@@ -179,7 +179,7 @@ def stream_text(
     def run() -> None:
         try:
             work(_TokenQueue(items), StopOnEvent(abandoned))
-        except BaseException as error:  # noqa: BLE001 (re-raised in the reader's thread)
+        except BaseException as error:
             items.put(error)
         else:
             items.put(None)

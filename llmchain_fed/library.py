@@ -11,7 +11,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import yaml
 from langchain_core.messages import BaseMessage
@@ -39,6 +39,7 @@ from llmchain_fed.saving import MessageData, PromptData
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseLanguageModel
+
     from llmchain_fed.chain import LLMChain
 
 __all__ = [
@@ -240,6 +241,7 @@ def prompt_to_data(prompt: BasePromptTemplate[Any]) -> PromptData:
     raise RecipeError(msg)
 
 
+_Role = Literal["system", "human", "ai"]
 _ROLES = {"system": SystemMessagePromptTemplate, "human": HumanMessagePromptTemplate, "ai": AIMessagePromptTemplate}
 
 
@@ -247,11 +249,11 @@ def _message_to_data(message: Any) -> MessageData:
     if isinstance(message, MessagesPlaceholder):
         return MessageData(role="placeholder", template=message.variable_name, optional=message.optional)
     if isinstance(message, BaseMessage) and message.type in _ROLES and isinstance(message.content, str):
-        return MessageData(role=message.type, template=_doubled(message.content))
+        return MessageData(role=cast(_Role, message.type), template=_doubled(message.content))
     for role, kind in _ROLES.items():
         prompt = getattr(message, "prompt", None)
         if type(message) is kind and isinstance(prompt, PromptTemplate) and prompt.template_format == "f-string":
-            return MessageData(role=role, template=prompt.template)
+            return MessageData(role=cast(_Role, role), template=prompt.template)
     msg = f"the message {message!r:.80} cannot be written as data. Use system, human or ai messages of f-string text."
     raise RecipeError(msg)
 

@@ -61,7 +61,10 @@ def _full_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, 
     count = int((labels[:, 1:] != IGNORE).sum()) if shifted and labels.dim() > 1 else int((labels != IGNORE).sum())
     loss = getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
-        msg = f"{type(module).__name__} returned no `.loss` for a batch with labels. Wrap it so that forward(**batch) does."
+        msg = (
+            f"{type(module).__name__} returned no `.loss` for a batch with labels. Wrap it so that "
+            "forward(**batch) does."
+        )
         raise DataError(msg)
     return loss * count, count  # the module's own loss is the mean over these tokens
 

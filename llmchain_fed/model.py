@@ -56,7 +56,10 @@ class LocalModel:
         self, module: nn.Module, tokenizer: Any = None, *, name: str | None = None, reference: str | None = None
     ) -> None:
         if not isinstance(module, nn.Module):
-            msg = f"LocalModel wraps a torch nn.Module, got {type(module).__name__}. Use LocalModel.from_pretrained for a name."
+            msg = (
+                f"LocalModel wraps a torch nn.Module, got {type(module).__name__}. Use "
+                "LocalModel.from_pretrained for a name."
+            )
             raise UnsupportedModelError(msg)
         self.module = module
         self.tokenizer = tokenizer
@@ -180,7 +183,8 @@ class LocalModel:
         found = weights.trainable_parameters(self.module)
         if not found:
             msg = (
-                f"no parameter of {self.name!r} requires a gradient, so nothing can be learnt. Pass lora=LoraConfig(...) "
+                f"no parameter of {self.name!r} requires a gradient, so nothing can be learnt. Pass "
+                "lora=LoraConfig(...) "
                 "to from_pretrained, or unfreeze the parameters to train."
             )
             raise NotTrainableError(msg)
@@ -239,7 +243,7 @@ class LocalModel:
         """
         rows: list[list[int]] = self._tokenize(list(texts), add_special_tokens=add_special_tokens)
         if self.kind == "causal" and add_special_tokens:
-            eos = getattr(self.tokenizer, "eos_token", None)
+            eos = str(getattr(self.tokenizer, "eos_token", None))
             ends = self.eos_ids[:1]
             rows = [
                 r[:-1] if r and r[-1] in ends and not t.endswith(eos) else r for r, t in zip(rows, texts, strict=True)
@@ -256,7 +260,10 @@ class LocalModel:
 
     def _tokenize(self, texts: list[str] | None, **options: Any) -> list[list[int]]:
         if self.tokenizer is None:
-            msg = f"{self.name!r} has no tokenizer, so text cannot become tokens. Pass LocalModel(module, tokenizer) or ready tensors."
+            msg = (
+                f"{self.name!r} has no tokenizer, so text cannot become tokens. Pass LocalModel(module, "
+                "tokenizer) or ready tensors."
+            )
             raise UnsupportedModelError(msg)
         if not (texts or options.get("text_target")):
             return []
@@ -357,7 +364,8 @@ class LocalModel:
         room = self.context_length - (len(row) if self.kind == "causal" else 0)
         if room < 1 or len(row) > self.context_length:
             msg = (
-                f"the prompt has {len(row)} tokens and the model's context holds {self.context_length}: there is no room "
+                f"the prompt has {len(row)} tokens and the model's context holds "
+                f"{self.context_length}: there is no room "
                 "for an answer. Shorten the input; nothing is cut silently."
             )
             raise PromptTooLongError(msg)

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import yaml
@@ -129,7 +129,10 @@ def read(directory: Path) -> ChainFile:
     """
     recipe = directory / RECIPE
     if not recipe.is_file():
-        msg = f"there is no {RECIPE} in {str(directory)!r}, so this is no saved chain. Give the directory that save() wrote."
+        msg = (
+            f"there is no {RECIPE} in {str(directory)!r}, so this is no saved chain. Give the directory "
+            "that save() wrote."
+        )
         raise ChainFileError(msg)
     try:
         file = ChainFile.model_validate(yaml.safe_load(recipe.read_text(encoding="utf-8")))
@@ -142,7 +145,10 @@ def read(directory: Path) -> ChainFile:
             msg = f"{name!r} is missing from {str(directory)!r}. Copy the whole directory again."
             raise ChainFileError(msg)
         if _digest(path) != digest:
-            msg = f"{name!r} has changed since the chain was saved (SHA-256 differs), so it is not loaded. Copy or save it again."
+            msg = (
+                f"{name!r} has changed since the chain was saved (SHA-256 differs), so it is not loaded. "
+                "Copy or save it again."
+            )
             raise ChainFileError(msg)
     return file
 
@@ -163,7 +169,10 @@ def load_model(directory: Path, data: ModelData, given: LocalModel | None) -> Lo
     if given is None:
         source = str(base) if base.is_dir() else data.reference
         if source is None:
-            msg = f"the base {data.name!r} was not saved (it is quantised). Pass it: LLMChain.load(directory, model=LocalModel(…))."
+            msg = (
+                f"the base {data.name!r} was not saved (it is quantised). Pass it: "
+                "LLMChain.load(directory, model=LocalModel(…))."
+            )
             raise ChainFileError(msg)
         given = LocalModel.from_pretrained(source, dtype=getattr(torch, data.dtype))
         given.name, given.reference = data.name, data.reference
@@ -178,7 +187,7 @@ def load_model(directory: Path, data: ModelData, given: LocalModel | None) -> Lo
 
 def _write_model(model: LocalModel, directory: Path) -> ModelData:
     module, reference = model.module, model.reference
-    base = module.get_base_model() if isinstance(module, PeftModel) else module
+    base = cast(Any, module).get_base_model() if isinstance(module, PeftModel) else cast(Any, module)
     quantised = getattr(base, "is_quantized", False)
     if isinstance(module, PeftModel):
         _write_adapter(module, model.name, directory / ADAPTER)
@@ -186,7 +195,10 @@ def _write_model(model: LocalModel, directory: Path) -> ModelData:
         reference = None  # the whole model was trained: the base on a hub is not it
     if reference is None and not quantised:
         if not hasattr(base, "save_pretrained") or model.tokenizer is None:
-            msg = f"{model.name!r} has no save_pretrained or no tokenizer, so it could not be loaded again. Wrap a Hugging Face model."
+            msg = (
+                f"{model.name!r} has no save_pretrained or no tokenizer, so it could not be loaded again. "
+                "Wrap a Hugging Face model."
+            )
             raise ChainFileError(msg)
         state = {stable_name(n): t for n, t in base.state_dict().items() if ".lora_" not in n}
         base.save_pretrained(directory / BASE, state_dict=state)
@@ -220,7 +232,9 @@ def _with_adapter(model: LocalModel, directory: Path) -> LocalModel:
         if not isinstance(model.module, PeftModel):
             config = PeftConfig.from_pretrained(str(directory))
             config.inference_mode = False
-            config.base_model_name_or_path = None  # the fingerprint has checked the base; PEFT would warn about a new name
+            config.base_model_name_or_path = (
+                None  # the fingerprint has checked the base; PEFT would warn about a new name
+            )
             module = get_peft_model(model.module, config).eval()
             model = LocalModel(module, model.tokenizer, name=model.name, reference=model.reference)
         target = get_peft_model_state_dict(model.module)
@@ -229,7 +243,10 @@ def _with_adapter(model: LocalModel, directory: Path) -> LocalModel:
         raise ChainFileError(msg) from None
     different = sorted(state.keys() ^ target.keys()) or [k for k in target if state[k].shape != target[k].shape]
     if different:
-        msg = f"the saved adapter does not fit the model's: {different[:3]} differ. Load it over the same base without an adapter."
+        msg = (
+            f"the saved adapter does not fit the model's: {different[:3]} differ. Load it over the same "
+            "base without an adapter."
+        )
         raise ChainFileError(msg)
     with model.exclusive():
         set_peft_model_state_dict(model.module, state)  # does not raise on keys, hence the check above

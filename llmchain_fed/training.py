@@ -32,7 +32,7 @@ from llmchain_fed.data import (
     is_ready_tensors,
 )
 from llmchain_fed.errors import ConfigError, EmptyParticipantError, NonFiniteLossError
-from llmchain_fed.generation import evaluating, seeded
+from llmchain_fed.generation import seeded
 from llmchain_fed.loss import Precision, computing_in, summed_loss
 from llmchain_fed.model import LocalModel
 
@@ -77,7 +77,10 @@ class TrainingConfig(FrozenConfig):
     @model_validator(mode="after")
     def _consistent(self) -> TrainingConfig:
         if self.epochs is not None and self.max_steps is not None:
-            msg = f"give epochs ({self.epochs}) or max_steps ({self.max_steps}), not both: each decides when a round ends."
+            msg = (
+                f"give epochs ({self.epochs}) or max_steps ({self.max_steps}), not both: each decides "
+                "when a round ends."
+            )
             raise ConfigError(msg)
         self._optimizer_class()
         return self
@@ -90,7 +93,10 @@ class TrainingConfig(FrozenConfig):
             return choice
         if isinstance(choice, torch.optim.Optimizer):
             if len(choice.param_groups) > 1:
-                msg = f"the template optimizer has {len(choice.param_groups)} parameter groups; only one setting for all can be copied. Use one group."
+                msg = (
+                    f"the template optimizer has {len(choice.param_groups)} parameter groups; only one "
+                    "setting for all can be copied. Use one group."
+                )
                 raise ConfigError(msg)
             return type(choice)
         msg = f"optimizer is one of {sorted(_BY_NAME)}, a torch.optim class or an instance of one, got {choice!r}."
@@ -115,7 +121,7 @@ class TrainingConfig(FrozenConfig):
                 msg = f"{kind.__name__} takes no weight_decay. Leave it out or choose adamw, adam or sgd."
                 raise ConfigError(msg)
             options["weight_decay"] = self.weight_decay
-        return kind(parameters, **options)  # type: ignore[arg-type]
+        return kind(parameters, **options)
 
 
 @dataclass
@@ -216,7 +222,8 @@ def _train(
             loss = _accumulate(model, batches, count)
             if not math.isfinite(loss):
                 msg = (
-                    f"the loss of {participant!r} became {loss} at step {len(losses) + 1} of round {round_number}: the update "
+                    f"the loss of {participant!r} became {loss} at step {len(losses) + 1} of round "
+                    f"{round_number}: the update "
                     "would be worthless. Lower the learning rate or set max_grad_norm."
                 )
                 raise NonFiniteLossError(msg)
@@ -231,7 +238,7 @@ def _train(
             losses.append(loss)
         optimizer.zero_grad(set_to_none=True)
     if not losses:
-        raise EmptyParticipantError(_empty(participant, "the DataLoader gave no batch"))
+        raise EmptyParticipantError(no_examples(participant, "the DataLoader gave no batch"))
     ready = isinstance(data, EncodedExamples)
     passes = (config.epochs or 1) if config.max_steps is None else 1
     return TrainingResult(
@@ -335,56 +342,10 @@ def encoded(
         else encode_examples(examples, model, prompt, max_length=max_length)
     )
     if not len(data):
-        raise EmptyParticipantError(_empty("the participant", repr(data.report)))
+        raise EmptyParticipantError(no_examples("the participant", repr(data.report)))
     return data
 
 
-def _empty(who: str, report: str) -> str:
+def no_examples(who: str, report: str) -> str:
+    """The sentence for `EmptyParticipantError`."""
     return f"{who} has no usable example ({report}): there is nothing to learn. Check the data path and max_length."
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Held-out loss of the model as it is now."""
-
-    loss: float
-    """nats per completion token"""
-    tokens: int
-    examples: int
-
-
-@torch.no_grad()
-def evaluate_locally(
-    model: LocalModel,
-    examples: Examples | EncodedExamples,
-    *,
-    prompt: Prompt | None = None,
-    batch_size: int = 32,
-    max_length: int | None = None,
-    precision: Precision = "fp32",
-) -> EvaluationResult:
-    """Mean negative log-likelihood per completion token over all examples.
-
-    Raises:
-        EmptyParticipantError: Not a single usable example.
-        DataError: See `read_examples`.
-    """
-    data = encoded(examples, model, prompt, max_length)
-    total, tokens, count = 0.0, 0, 0
-    with model.exclusive(), evaluating(model.module), computing_in(precision, model.module):
-        for batch in _evaluation_batches(data, model, batch_size):
-            summed, n = summed_loss(model.module, {k: v.to(model.device) for k, v in batch.items()})
-            total, tokens, count = total + float(summed), tokens + n, count + len(batch["labels"])
-    if not tokens:
-        raise EmptyParticipantError(_empty("the evaluation", "no labelled token"))
-    return EvaluationResult(total / tokens, tokens, count)
-
-
-def _evaluation_batches(data: EncodedExamples | Any, model: LocalModel, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    if not isinstance(data, EncodedExamples):
-        yield from data
-        return
-    lengths = data.lengths()
-    order = sorted(range(len(data)), key=lengths.__getitem__)
-    for at in range(0, len(order), batch_size):
-        yield collate([data[i] for i in order[at : at + batch_size]], model)

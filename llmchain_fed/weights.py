@@ -122,4 +122,4 @@ def _is_adapter(name: str) -> bool:
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

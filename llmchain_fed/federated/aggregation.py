@@ -70,7 +70,10 @@ class RunningMean:
                 self._mean[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
             return
         if tensors.keys() != self._mean.keys():
-            msg = f"updates of different tensors cannot be averaged: {sorted(tensors.keys() ^ self._mean.keys())[:3]} differ."
+            msg = (
+                "updates of different tensors cannot be averaged: "
+                f"{sorted(tensors.keys() ^ self._mean.keys())[:3]} differ."
+            )
             raise FederationError(msg)
         for name, tensor in tensors.items():  # all shapes first: a failure must not leave half an update in the mean
             if tensor.shape != self._mean[name].shape:
@@ -96,8 +99,8 @@ class RunningMean:
 class FedAvg:
     """FedAvg (arXiv 1602.05629): the weighted mean of every trained tensor.
 
-    Exact for full weights. For LoRA it averages A and B apart ("FedIT", arXiv 2305.05644), which is inexact: the mean of
-    the products B·A is not the product of the means.
+    Exact for full weights. For LoRA it averages A and B apart ("FedIT", arXiv 2305.05644), which is inexact: the mean
+    of the products B·A is not the product of the means.
 
     Uplink and downlink are each the size of the trained tensors.
     """
@@ -112,7 +115,10 @@ class FedAvg:
             ConfigError: `fedit` over weights without LoRA factors.
         """
         if self.name == "fedit" and not any("lora_" in name for name in state):
-            msg = "aggregation='fedit' averages LoRA factors, and this model trains none. Use 'fedavg', or add a LoRA adapter."
+            msg = (
+                "aggregation='fedit' averages LoRA factors, and this model trains none. Use 'fedavg', or "
+                "add a LoRA adapter."
+            )
             raise ConfigError(msg)
         return RunningMean()
 

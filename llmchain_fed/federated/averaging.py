@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from llmchain_fed._config import unknown_option
 from llmchain_fed.data import Examples
 from llmchain_fed.errors import ConfigError, FederationError, LLMChainFedError, NothingTrainedError
+from llmchain_fed.evaluation import EvaluationResult, evaluate_locally
 from llmchain_fed.federated import server_optimizers, wire
 from llmchain_fed.federated.aggregation import Aggregation, Weighting, make_aggregation
 from llmchain_fed.federated.evaluation import Evaluator
@@ -26,7 +27,7 @@ from llmchain_fed.federated.peer import LocalPeer, Trainee
 from llmchain_fed.federated.round import OpenRound
 from llmchain_fed.federated.runtime import InProcess, Transport
 from llmchain_fed.federated.server_optimizers import ServerOptimizer
-from llmchain_fed.training import EvaluationResult, TrainingConfig, evaluate_locally, seed_of
+from llmchain_fed.training import TrainingConfig, seed_of
 
 
 class FederatedAveraging:

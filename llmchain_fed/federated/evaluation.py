@@ -12,12 +12,12 @@ from typing import Any
 
 from llmchain_fed.data import Examples
 from llmchain_fed.errors import ConfigError
+from llmchain_fed.evaluation import evaluate_locally
 from llmchain_fed.federated import wire
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord, Sample
 from llmchain_fed.federated.participant import Participant, hold_out
 from llmchain_fed.federated.peer import Trainee
 from llmchain_fed.federated.runtime import Transport
-from llmchain_fed.training import evaluate_locally
 
 _SHARED = ""  # the name under which a set that belongs to no participant is measured
 _SAMPLE_TOKENS = 32

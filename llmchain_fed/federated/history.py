@@ -82,7 +82,7 @@ class RoundRecord:
 
     @property
     def train_loss(self) -> float | None:
-        """nats per token, mean over those who trained."""
+        """Nats per token, mean over those who trained."""
         losses = [
             r.train_loss for r in self.participants.values() if r.status == "trained" and r.train_loss is not None
         ]

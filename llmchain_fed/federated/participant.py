@@ -80,7 +80,10 @@ def hold_out(participant: Participant, share: float, prompt: Prompt | None, seed
         EmptyParticipantError: One of the sides would be empty.
     """
     if is_ready_tensors(participant.examples):
-        msg = f"a share of {participant.name!r}'s DataLoader cannot be held out. Pass Participant(held_out=another loader)."
+        msg = (
+            f"a share of {participant.name!r}'s DataLoader cannot be held out. Pass "
+            "Participant(held_out=another loader)."
+        )
         raise ConfigError(msg)
     if participant.held_out is not None:
         return participant
@@ -90,7 +93,10 @@ def hold_out(participant: Participant, share: float, prompt: Prompt | None, seed
     held_out = [e for e in examples if _key(e, seed) in apart]
     train = [e for e in examples if _key(e, seed) not in apart]
     if not train or not held_out:
-        msg = f"{participant.name!r} has {len(distinct)} distinct examples, too few to hold out {share:.0%} and train on the rest."
+        msg = (
+            f"{participant.name!r} has {len(distinct)} distinct examples, too few to hold out {share:.0%} "
+            "and train on the rest."
+        )
         raise EmptyParticipantError(msg)
     return Participant(participant.name, train, held_out, participant.training)
 

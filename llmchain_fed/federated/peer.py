@@ -19,13 +19,14 @@ from torch import Tensor
 from llmchain_fed.chain import LLMChain, find_chain
 from llmchain_fed.data import EncodedExamples, Example, Prompt, read_examples
 from llmchain_fed.errors import FederationError, UnsupportedModelError
+from llmchain_fed.evaluation import evaluate_locally
 from llmchain_fed.face import LocalFace
 from llmchain_fed.federated import wire
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.runtime import Operation
 from llmchain_fed.federated.update import Update
 from llmchain_fed.model import LocalModel
-from llmchain_fed.training import TrainingConfig, encoded, evaluate_locally, train_locally
+from llmchain_fed.training import TrainingConfig, encoded, train_locally
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Trainee:
         if hasattr(given, "named_parameters"):
             return cls(LocalModel(given))
         msg = (
-            f"cannot train {type(given).__name__}: pass an LLMChain (or prompt | LocalLLM), a LocalLLM, a LocalModel or a "
+            f"cannot train {type(given).__name__}: pass an LLMChain (or prompt | LocalLLM), a "
+            "LocalLLM, a LocalModel or a "
             "torch module."
         )
         raise UnsupportedModelError(msg)

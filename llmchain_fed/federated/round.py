@@ -135,7 +135,8 @@ class OpenRound:
         if len(trained) < max(1, quorum):
             reasons = "; ".join(f"{n}: {r.reason}" for n, r in self.records.items() if r.reason) or "nobody answered"
             msg = (
-                f"round {self.number} has {len(trained)} usable updates, the quorum is {max(1, quorum)} ({reasons}). The weights are "
+                f"round {self.number} has {len(trained)} usable updates, the quorum is "
+                f"{max(1, quorum)} ({reasons}). The weights are "
                 "as before; mend the participants or lower the quorum."
             )
             raise QuorumError(msg)

@@ -73,7 +73,7 @@ class InProcess:
             answer: bytes | Exception
             try:
                 answer = self._peers[node].handle(op, payload)
-            except Exception as error:  # noqa: BLE001 (whatever it is, that participant is absent and the round goes on)
+            except Exception as error:
                 answer = error
             yield node, answer
 

@@ -48,7 +48,7 @@ class Update:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def delta(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """local − global, in float32, for the global `state` the participant started from."""
+        """Local − global, in float32, for the global `state` the participant started from."""
         return {n: t.float() - state[n].float() for n, t in self.tensors.items()}
 
     def to_bytes(self) -> bytes:

@@ -63,7 +63,7 @@ def inspect(data: bytes, *, max_bytes: int) -> tuple[dict[str, Any], dict[str, T
         layout = json.loads(data[8 : 8 + size])
         header = json.loads(layout.pop("__metadata__")[_KEY], parse_constant=_no_constant)
         if not isinstance(header, dict):
-            raise TypeError  # noqa: TRY301
+            raise TypeError
         infos = {n: TensorInfo(DTYPES[t["dtype"]], tuple(map(int, t["shape"]))) for n, t in layout.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         msg = f"the safetensors header is not one of ours ({type(error).__name__}: {error})."
