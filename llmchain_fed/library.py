@@ -35,12 +35,12 @@ from langchain_core.prompts import (
 
 from llmchain_fed.errors import RecipeError
 from llmchain_fed.recipes import NAME, ChainSpec, ParserName, PromptSpec
-from llmchain_fed.saving import MessageData, PromptData
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseLanguageModel
 
     from llmchain_fed.chain import LLMChain
+    from llmchain_fed.saving import MessageData, PromptData
 
 __all__ = [
     "ChainSpec",
@@ -215,6 +215,8 @@ def prompt_to_data(prompt: BasePromptTemplate[Any]) -> PromptData:
     Raises:
         RecipeError: A prompt of another kind, a template language other than f-strings, or defaults that are no text.
     """
+    from llmchain_fed.saving import PromptData  # brings torch, which a prompt alone does not need
+
     defaults = dict(prompt.partial_variables)
     if all(isinstance(v, str) for v in defaults.values()):
         match prompt:
@@ -246,6 +248,8 @@ _ROLES = {"system": SystemMessagePromptTemplate, "human": HumanMessagePromptTemp
 
 
 def _message_to_data(message: Any) -> MessageData:
+    from llmchain_fed.saving import MessageData
+
     if isinstance(message, MessagesPlaceholder):
         return MessageData(role="placeholder", template=message.variable_name, optional=message.optional)
     if isinstance(message, BaseMessage) and message.type in _ROLES and isinstance(message.content, str):

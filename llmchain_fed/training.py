@@ -223,8 +223,8 @@ def _train(
             if not math.isfinite(loss):
                 msg = (
                     f"the loss of {participant!r} became {loss} at step {len(losses) + 1} of round "
-                    f"{round_number}: the update "
-                    "would be worthless. Lower the learning rate or set max_grad_norm."
+                    f"{round_number}, so its weights are worthless. "
+                    "Lower the learning rate or set max_grad_norm."
                 )
                 raise NonFiniteLossError(msg)
             if config.proximal_mu:

@@ -1,34 +1,32 @@
-"""The shipped recipes load and do what their files say; names, folders and parsers.
+"""The shipped recipes load and do what their files say; names and folders.
 
 Belongs here: prompts/, chains/, loading by name. Does not: what a recipe may say (test_recipes).
 """
 
-import asyncio
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from langchain_core.messages import AIMessageChunk
-from langchain_core.output_parsers import JsonOutputParser, StrOutputParser
+from langchain_core.language_models.llms import LLM
 from langchain_core.prompts import BasePromptTemplate, FewShotPromptTemplate
-from pydantic import BaseModel
+from pydantic import Field
 
 from llmchain_fed import library
 from llmchain_fed.errors import RecipeError
 from llmchain_fed.library import (
     ChainSpec,
     PromptSpec,
-    StripOutputParser,
     _read,
     list_chains,
     list_prompts,
     load_chain,
     load_prompt,
-    make_parser,
-    parser_name,
+    prompt_from_data,
+    prompt_to_data,
 )
+from llmchain_fed.llm import LocalLLM
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["classify", "fault_diagnosis", "medical_report", "personal_search", "summarize", "translate"]
@@ -181,6 +179,84 @@ def test_prompts_load_without_the_model_code():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+# --- chains -------------------------------------------------------------------------------------------------------
+
+
+class Recorder(LLM):
+    """Answers `answer` and remembers what it was asked."""
+
+    answer: str
+    asked: list[dict] = Field(default_factory=list)
+
+    @property
+    def _llm_type(self) -> str:
+        return "recorder"
+
+    def _call(self, prompt, stop=None, run_manager=None, **kwargs):
+        self.asked.append({"prompt": prompt, "stop": stop, **kwargs})
+        return self.answer
+
+
+def test_a_chain_asks_with_its_prompt_and_settings():
+    llm = Recorder(answer=" Page verrouillée\n")
+    assert load_chain("translate", llm=llm).invoke({"text": "Page locked"}) == "Page verrouillée"
+    assert llm.asked == [
+        {
+            "prompt": "Translate the following text to French: Page locked\n",
+            "stop": ["\n\n"],
+            "max_new_tokens": 128,
+            "temperature": 0.0,
+        }
+    ]
+
+
+def test_a_default_gives_way_in_a_chain():
+    llm = Recorder(answer="Seite gesperrt")
+    load_chain("translate", llm=llm).invoke({"text": "Page locked", "language": "German"})
+    assert llm.asked[0]["prompt"] == "Translate the following text to German: Page locked\n"
+
+
+def test_a_call_overrides_the_recipe():
+    llm = Recorder(answer="x")
+    load_chain("translate", llm=llm).invoke({"text": "Page locked"}, max_new_tokens=3, stop=["."])
+    assert llm.asked[0]["stop"] == ["."]
+    assert (llm.asked[0]["max_new_tokens"], llm.asked[0]["temperature"]) == (3, 0.0)
+
+
+def test_personal_search_answers_with_a_list():
+    chain = load_chain("personal_search", llm=Recorder(answer="flat rent, berlin, student"))
+    assert chain.invoke({"query": "cheap flat"}) == ["flat rent", "berlin", "student"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_chain_runs_on_a_local_model(name, tiny_llm):
+    """The recipe's keywords are ones a LocalLLM knows, and training sees the text the model sees."""
+    values, expected = RENDERED[name]
+    chain = load_chain(name, llm=tiny_llm)
+    assert chain.render(values) == expected
+    if name == "fault_diagnosis":  # its examples alone exceed the tiny model's context of 128 tokens
+        return
+    answer = chain.invoke(values, max_new_tokens=2)
+    assert isinstance(answer, list if name == "personal_search" else str)
+
+
+def test_without_a_model_the_recipe_chooses(monkeypatch, tiny_llm):
+    calls = []
+    monkeypatch.setattr(LocalLLM, "from_pretrained", lambda name, *, lora: calls.append((name, lora)) or tiny_llm)
+    assert load_chain("translate").llm is tiny_llm
+    ((name, lora),) = calls
+    assert name == "smollm2-135m-instruct"
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.target_modules) == (16, 32, 0.0, "all-linear")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_recipe_survives_being_written_down(name):
+    values, expected = RENDERED[name]
+    prompt = prompt_from_data(prompt_to_data(load_prompt(name)))
+    assert prompt.format(**values) == expected
+    assert prompt.input_variables == list(values)
+
+
 # --- names and folders ------------------------------------------------------------------------------------
 
 
@@ -254,60 +330,3 @@ def test_folders_beside_an_installed_package_are_not_ours(tmp_path, monkeypatch)
     monkeypatch.setattr(library, "__file__", str(tmp_path / "llmchain_fed" / "library.py"))
     with pytest.raises(RecipeError, match="Reinstall llmchain-fed"):
         list_prompts()
-
-
-# --- parsers ----------------------------------------------------------------------------------------------
-
-
-def test_parsers_parse():
-    assert make_parser("text").parse(" a\n") == " a\n"
-    assert make_parser("strip").parse(" a b\n") == "a b"
-    assert make_parser("json").parse('{"a": [1]}') == {"a": [1]}
-    assert make_parser("comma_list").parse("a, b,c") == ["a", "b", "c"]
-
-
-@pytest.mark.parametrize("name", ["text", "strip", "json", "comma_list"])
-def test_parser_names_go_there_and_back(name):
-    assert parser_name(make_parser(name)) == name
-    assert make_parser(name) is not make_parser(name)
-
-
-def test_an_unknown_parser_is_refused():
-    with pytest.raises(RecipeError, match=r"no parser is called 'xml'.*Use one of"):
-        make_parser("xml")
-
-
-def test_a_parser_without_a_name_is_refused():
-    class Answer(BaseModel):
-        label: str
-
-    class Mine(StrOutputParser):
-        pass
-
-    for parser in [Mine(), JsonOutputParser(pydantic_object=Answer), JsonOutputParser(diff=True)]:
-        with pytest.raises(RecipeError, match="has no name in recipes"):
-            parser_name(parser)
-
-
-@pytest.mark.parametrize(
-    ("pieces", "shown"),
-    [
-        ([" ", "\n a", " ", "b ", " \n", "c", " ", "\n"], ["a", " b", "  \nc"]),
-        (["abc"], ["abc"]),
-        ([" ", "\n"], []),
-        ([], []),
-        (["", "a", "", " ", ""], ["a"]),
-    ],
-)
-def test_a_stripped_stream_equals_the_stripped_whole(pieces, shown):
-    async def collect():
-        async def source():
-            for piece in pieces:
-                yield piece
-
-        return [piece async for piece in StripOutputParser().atransform(source())]
-
-    assert list(StripOutputParser().transform(iter(pieces))) == shown
-    assert list(StripOutputParser().transform(AIMessageChunk(content=p) for p in pieces)) == shown
-    assert asyncio.run(collect()) == shown
-    assert "".join(shown) == "".join(pieces).strip()

@@ -11,7 +11,7 @@ from langchain_core.prompts import PromptTemplate
 from pydantic import ValidationError
 
 from llmchain_fed.errors import LLMChainFedError, RecipeError
-from llmchain_fed.library import _read, make_prompt
+from llmchain_fed.library import _read, make_prompt, prompt_from_data, prompt_to_data
 from llmchain_fed.recipes import ChainSpec, PromptSpec
 
 GOOD_PROMPT = """
@@ -63,6 +63,7 @@ def test_braces_in_a_few_shot_recipe_are_text(tmp_path):
     assert prompt.format(who="{Ann}") == expected
     assert prompt.format_prompt(who="{Ann}").to_string() == expected
     assert asyncio.run(prompt.aformat(who="{Ann}")) == expected
+    assert prompt_from_data(prompt_to_data(prompt)).format(who="{Ann}") == expected
 
 
 def test_adjacent_braces_in_an_example_template(tmp_path):

