@@ -30,7 +30,7 @@ LANGUAGES = {"fr": "French", "de": "German", "es": "Spanish", "it": "Italian", "
 def make_chain(language: str) -> LLMChain:
     """A fresh chain: the recipe's prompt over SmolLM2 with an untrained LoRA adapter on every linear layer."""
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    llm = LocalLLM.from_pretrained("smollm2-135m-instruct", lora=lora, max_new_tokens=32, stop=["\n"])
+    llm = LocalLLM.from_pretrained("smollm2-135m-instruct", lora=lora, max_new_tokens=32, stop=["\n\n"])
     prompt = load_prompt("translate").partial(language=LANGUAGES.get(language, language))
     return LLMChain(llm=llm, prompt=prompt, output_parser=StripOutputParser())
 
@@ -146,10 +146,10 @@ def _print(rows: Sequence[Mapping[str, object]], samples: Sequence[Mapping[str, 
         f"\n{'publisher':<10}{'held-out loss (nats/token)':^28}{'chrF (0–100)':^18}{'MB up / down':^16}{'seconds':>8}"
     )
     for row in rows:
-        print(
-            f"{row['publisher']:<10}{row['loss_before']:>11.2f} → {row['loss_after']:<14.2f}"
-            f"{row['chrf_before']:>6.1f} → {row['chrf_after']:<9.1f}{row['MB_up']:>6.0f} / {row['MB_down']:<7.0f}{row['seconds']:>8.0f}"
-        )
+        losses = f"{row['loss_before']:>11.2f} → {row['loss_after']:<14.2f}"
+        scores = f"{row['chrf_before']:>6.1f} → {row['chrf_after']:<9.1f}"
+        traffic = f"{row['MB_up']:>6.0f} / {row['MB_down']:<7.0f}"
+        print(f"{row['publisher']:<10}{losses}{scores}{traffic}{row['seconds']:>8.0f}")
     print("\nHeld-out texts, translated before and after:")
     for item in samples:
         print(f"  {item['participant']}: {item['prompt']}")

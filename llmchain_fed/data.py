@@ -178,17 +178,26 @@ def _read_file(path: Path) -> Iterator[Any]:
             f"{path.name}: examples are read from .jsonl or .csv files, not {path.suffix or 'files without a suffix'}."
         )
         raise DataError(msg)
-    with path.open(encoding="utf-8", newline="" if path.suffix == ".csv" else None) as file:
-        if path.suffix == ".csv":
-            yield from csv.DictReader(file, strict=True)
-            return
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    msg = f"{path.name}, line {number} is not JSON: {error}."
-                    raise DataError(msg) from None
+    # utf-8-sig: spreadsheets write a byte order mark, which would become part of the first column's name
+    with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
+        try:
+            yield from csv.DictReader(file, strict=True) if path.suffix == ".csv" else _read_lines(file, path.name)
+        except UnicodeDecodeError as error:
+            msg = f"{path.name} is not UTF-8 text: {error}. Save it as UTF-8."
+            raise DataError(msg) from None
+        except csv.Error as error:
+            msg = f"{path.name} is not CSV: {error}. Quote values that hold commas, quotes or line breaks."
+            raise DataError(msg) from None
+
+
+def _read_lines(file: Iterable[str], name: str) -> Iterator[Any]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                msg = f"{name}, line {number} is not JSON: {error}."
+                raise DataError(msg) from None
 
 
 def _parse(item: Any, prompt: Prompt | None) -> Example:

@@ -1,19 +1,15 @@
 """Loads recipes by name: `prompts/*.yaml` become LangChain prompts, `chains/*.yaml` become chains.
 
-Knows where the files are, YAML, and LangChain's prompts and parsers; what a file may say stands in `recipes`.
+Knows LangChain's prompts and parsers; what a file may say stands in `recipes`, where it lies in `recipe_files`.
 Knows nothing about training or federation. The model's code is imported only once a chain is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from importlib.resources import files
-from importlib.resources.abc import Traversable
-from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-import yaml
 from langchain_core.messages import BaseMessage
 from langchain_core.output_parsers import (
     BaseOutputParser,
@@ -34,13 +30,13 @@ from langchain_core.prompts import (
 )
 
 from llmchain_fed.errors import RecipeError
-from llmchain_fed.recipes import NAME, ChainSpec, ParserName, PromptSpec
+from llmchain_fed.recipe_files import read_spec, recipe_folder, recipe_names
+from llmchain_fed.recipes import ChainSpec, MessageData, ParserName, PromptData, PromptSpec
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseLanguageModel
 
     from llmchain_fed.chain import LLMChain
-    from llmchain_fed.saving import MessageData, PromptData
 
 __all__ = [
     "ChainSpec",
@@ -57,8 +53,6 @@ __all__ = [
     "prompt_to_data",
 ]
 
-_SpecT = TypeVar("_SpecT", PromptSpec, ChainSpec)
-
 
 def load_prompt(name: str) -> StringPromptTemplate:
     r"""The prompt recipe `name` as a LangChain prompt: few-shot where the recipe has examples.
@@ -71,7 +65,7 @@ def load_prompt(name: str) -> StringPromptTemplate:
     >>> load_prompt("translate").format(text="Page locked", language="German")
     'Translate the following text to German: Page locked\n'
     """
-    return make_prompt(_read(PromptSpec, name, _folder("prompts")))
+    return make_prompt(read_spec(PromptSpec, name, recipe_folder("prompts")))
 
 
 def load_chain(name: str, *, llm: BaseLanguageModel[Any] | None = None) -> LLMChain:
@@ -86,7 +80,7 @@ def load_chain(name: str, *, llm: BaseLanguageModel[Any] | None = None) -> LLMCh
     Raises:
         RecipeError: No recipe of that name, or one that is not allowed.
     """
-    spec = _read(ChainSpec, name, _folder("chains"))
+    spec = read_spec(ChainSpec, name, recipe_folder("chains"))
     prompt = load_prompt(spec.prompt)
 
     from llmchain_fed.chain import LLMChain
@@ -104,7 +98,7 @@ def list_prompts() -> list[str]:
     >>> "translate" in list_prompts()
     True
     """
-    return _names(_folder("prompts"))
+    return recipe_names(recipe_folder("prompts"))
 
 
 def list_chains() -> list[str]:
@@ -113,7 +107,7 @@ def list_chains() -> list[str]:
     >>> "translate" in list_chains()
     True
     """
-    return _names(_folder("chains"))
+    return recipe_names(recipe_folder("chains"))
 
 
 def make_prompt(spec: PromptSpec) -> StringPromptTemplate:
@@ -215,8 +209,6 @@ def prompt_to_data(prompt: BasePromptTemplate[Any]) -> PromptData:
     Raises:
         RecipeError: A prompt of another kind, a template language other than f-strings, or defaults that are no text.
     """
-    from llmchain_fed.saving import PromptData  # brings torch, which a prompt alone does not need
-
     defaults = dict(prompt.partial_variables)
     if all(isinstance(v, str) for v in defaults.values()):
         match prompt:
@@ -248,8 +240,6 @@ _ROLES = {"system": SystemMessagePromptTemplate, "human": HumanMessagePromptTemp
 
 
 def _message_to_data(message: Any) -> MessageData:
-    from llmchain_fed.saving import MessageData
-
     if isinstance(message, MessagesPlaceholder):
         return MessageData(role="placeholder", template=message.variable_name, optional=message.optional)
     if isinstance(message, BaseMessage) and message.type in _ROLES and isinstance(message.content, str):
@@ -308,59 +298,3 @@ def _literals_doubled(template: str) -> str:
     """The template with its literal braces doubled twice, so that one formatting leaves them doubled once."""
     parts = [(_doubled(_doubled(literal)), field) for literal, field, _, _ in Formatter().parse(template)]
     return "".join(literal if field is None else f"{literal}{{{field}}}" for literal, field in parts)
-
-
-def _folder(kind: Literal["prompts", "chains"]) -> Traversable:
-    """Where the recipes are: within an installed package, or beside it in a checkout."""
-    packaged = files("llmchain_fed") / "_library" / kind
-    if packaged.is_dir():
-        return packaged
-    checkout = Path(__file__).resolve().parents[1]
-    if (checkout / "pyproject.toml").is_file() and (checkout / kind).is_dir():
-        return checkout / kind
-    here = Path(__file__).parent
-    msg = f"no {kind} lie in or beside {here}, so the installation is incomplete. Reinstall llmchain-fed."
-    raise RecipeError(msg)
-
-
-def _names(folder: Traversable) -> list[str]:
-    stems = (entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-    return sorted(stem for stem in stems if NAME.fullmatch(stem))
-
-
-def _read(kind: type[_SpecT], name: str, folder: Traversable) -> _SpecT:
-    """The spec in `folder/name.yaml`, or a `RecipeError` that names the file and the remedy."""
-    noun = "prompt" if kind is PromptSpec else "chain"
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        msg = f"{name!r} cannot be the name of a {noun}, so no file was looked for. Use only a-z, 0-9 and _."
-        raise RecipeError(msg)
-    known = _names(folder)
-    if name not in known:
-        msg = f"there is no {noun} called {name!r}. Use one of: {', '.join(known)}."
-        raise RecipeError(msg)
-    try:
-        spec = kind.from_data(_plain_data((folder / f"{name}.yaml").read_text(encoding="utf-8")))
-        if spec.name != name:
-            msg = f"`name` is {spec.name!r}, but the file is called {name!r}; make the two equal"
-            raise RecipeError(msg)
-    except (RecipeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        msg = f"{noun} recipe {name}.yaml is refused, nothing was loaded: {error}. Correct the file."
-        raise RecipeError(msg) from None
-    return spec
-
-
-def _plain_data(text: str) -> object:
-    """YAML as plain data; a key given twice is refused, where `yaml.safe_load` would keep the last."""
-    data = yaml.safe_load(text)
-    nodes = [yaml.compose(text, Loader=yaml.SafeLoader)]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, yaml.SequenceNode):
-            nodes += node.value
-        elif isinstance(node, yaml.MappingNode):
-            keys = [key.value for key, _ in node.value]
-            if repeated := sorted({str(key) for key in keys if keys.count(key) > 1}):
-                msg = f"`{repeated[0]}` is given twice; keep one"
-                raise RecipeError(msg)
-            nodes += [value for _, value in node.value]
-    return data

@@ -182,6 +182,31 @@ class ChainSpec(_Spec):
         return options | ({"stop": list(self.stop)} if self.stop else {})
 
 
+class _Plain(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class MessageData(_Plain):
+    """One message of a chat prompt: a role and a template, or a placeholder for messages."""
+
+    role: Literal["system", "human", "ai", "placeholder"]
+    template: str
+    optional: bool = False
+
+
+class PromptData(_Plain):
+    """A prompt template as plain data; which fields count depends on `kind`."""
+
+    kind: Literal["template", "few_shot", "chat"]
+    template: str = ""
+    defaults: dict[str, str] = {}
+    prefix: str = ""
+    examples: list[dict[str, str]] = []
+    example_template: str = ""
+    separator: str = "\n\n"
+    messages: list[MessageData] = []
+
+
 def template_variables(template: str) -> set[str]:
     """The variables of an f-string template.
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from llmchain_fed.errors import ChainFileError
 from llmchain_fed.model import LocalModel
+from llmchain_fed.recipes import PromptData
 from llmchain_fed.weights import stable_name
 
 RECIPE, BASE, ADAPTER = "chain.yaml", "base", "adapter"
@@ -32,27 +33,6 @@ _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class MessageData(_Strict):
-    """One message of a chat prompt: a role and a template, or a placeholder for messages."""
-
-    role: Literal["system", "human", "ai", "placeholder"]
-    template: str
-    optional: bool = False
-
-
-class PromptData(_Strict):
-    """A prompt template as plain data; which fields count depends on `kind`."""
-
-    kind: Literal["template", "few_shot", "chat"]
-    template: str = ""
-    defaults: dict[str, str] = {}
-    prefix: str = ""
-    examples: list[dict[str, str]] = []
-    example_template: str = ""
-    separator: str = "\n\n"
-    messages: list[MessageData] = []
 
 
 class ModelData(_Strict):

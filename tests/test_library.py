@@ -13,12 +13,11 @@ from langchain_core.language_models.llms import LLM
 from langchain_core.prompts import BasePromptTemplate, FewShotPromptTemplate
 from pydantic import Field
 
-from llmchain_fed import library
+from llmchain_fed import recipe_files
 from llmchain_fed.errors import RecipeError
 from llmchain_fed.library import (
     ChainSpec,
     PromptSpec,
-    _read,
     list_chains,
     list_prompts,
     load_chain,
@@ -27,6 +26,7 @@ from llmchain_fed.library import (
     prompt_to_data,
 )
 from llmchain_fed.llm import LocalLLM
+from llmchain_fed.recipe_files import read_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["classify", "fault_diagnosis", "medical_report", "personal_search", "summarize", "translate"]
@@ -135,7 +135,7 @@ def test_values_with_braces_arrive_as_they_are(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_chain_spec_holds_what_its_file_says(name):
     data = raw("chains", name)
-    spec = _read(ChainSpec, name, ROOT / "chains")
+    spec = read_spec(ChainSpec, name, ROOT / "chains")
     assert (spec.name, spec.prompt, spec.model) == (name, name, "smollm2-135m-instruct")
     assert spec.prompt in list_prompts()
     assert spec.llm_kwargs() == {**data["generation"], "stop": data["stop"]}
@@ -145,7 +145,7 @@ def test_chain_spec_holds_what_its_file_says(name):
 
 
 def test_parsers_of_the_shipped_chains():
-    found = {name: _read(ChainSpec, name, ROOT / "chains").parser for name in NAMES}
+    found = {name: read_spec(ChainSpec, name, ROOT / "chains").parser for name in NAMES}
     assert found == {
         "classify": "strip",
         "fault_diagnosis": "strip",
@@ -157,7 +157,7 @@ def test_parsers_of_the_shipped_chains():
 
 
 def test_translate_chain_settings():
-    spec = _read(ChainSpec, "translate", ROOT / "chains")
+    spec = read_spec(ChainSpec, "translate", ROOT / "chains")
     assert spec.llm_kwargs() == {"max_new_tokens": 128, "temperature": 0.0, "stop": ["\n\n"]}
     lora = spec.adapter.to_lora()
     assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (16, 32, 0.0)
@@ -168,7 +168,7 @@ def test_generation_keys_are_options_of_the_model():
     """Whatever a recipe may set, the model understands."""
     from llmchain_fed.generation import GenerationOptions
 
-    assert set(library.ChainSpec.model_fields["generation"].annotation.model_fields) <= set(
+    assert set(ChainSpec.model_fields["generation"].annotation.model_fields) <= set(
         GenerationOptions.model_fields
     )
 
@@ -288,7 +288,7 @@ HOSTILE = [
 @pytest.mark.parametrize("kind", [PromptSpec, ChainSpec])
 def test_a_name_that_could_be_a_path_is_refused_before_the_disk(kind, name):
     with pytest.raises(RecipeError, match="no file was looked for"):
-        _read(kind, name, NoDisk())
+        read_spec(kind, name, NoDisk())
 
 
 @pytest.mark.parametrize("load", [load_prompt, load_chain])
@@ -311,14 +311,14 @@ def test_an_unknown_name_lists_the_valid_ones():
 def test_other_files_in_the_folder_are_not_recipes(tmp_path):
     for name in ["b.yaml", "a.yaml", "c.yml", "d.json", "E.yaml", "f-g.yaml", ".yaml"]:
         (tmp_path / name).write_text("")
-    assert library._names(tmp_path) == ["a", "b"]
+    assert recipe_files.recipe_names(tmp_path) == ["a", "b"]
 
 
 def test_the_installed_folder_comes_before_the_checkout(tmp_path, monkeypatch):
     packaged = tmp_path / "_library" / "prompts"
     packaged.mkdir(parents=True)
     (packaged / "greet.yaml").write_text(GOOD_PROMPT)
-    monkeypatch.setattr(library, "files", lambda package: tmp_path)
+    monkeypatch.setattr(recipe_files, "files", lambda package: tmp_path)
     assert list_prompts() == ["greet"]
     assert load_prompt("greet").format(who="Ann") == "Greet Ann in French."
 
@@ -326,7 +326,7 @@ def test_the_installed_folder_comes_before_the_checkout(tmp_path, monkeypatch):
 def test_folders_beside_an_installed_package_are_not_ours(tmp_path, monkeypatch):
     """In site-packages, `prompts` belongs to somebody else."""
     (tmp_path / "prompts").mkdir()
-    monkeypatch.setattr(library, "files", lambda package: tmp_path / "llmchain_fed")
-    monkeypatch.setattr(library, "__file__", str(tmp_path / "llmchain_fed" / "library.py"))
+    monkeypatch.setattr(recipe_files, "files", lambda package: tmp_path / "llmchain_fed")
+    monkeypatch.setattr(recipe_files, "__file__", str(tmp_path / "llmchain_fed" / "recipe_files.py"))
     with pytest.raises(RecipeError, match="Reinstall llmchain-fed"):
         list_prompts()

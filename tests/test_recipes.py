@@ -11,7 +11,8 @@ from langchain_core.prompts import PromptTemplate
 from pydantic import ValidationError
 
 from llmchain_fed.errors import LLMChainFedError, RecipeError
-from llmchain_fed.library import _read, make_prompt, prompt_from_data, prompt_to_data
+from llmchain_fed.library import make_prompt, prompt_from_data, prompt_to_data
+from llmchain_fed.recipe_files import read_spec
 from llmchain_fed.recipes import ChainSpec, PromptSpec
 
 GOOD_PROMPT = """
@@ -31,12 +32,12 @@ prompt: greet
 
 def prompt_from(folder: Path, text: str, name: str = "greet") -> PromptSpec:
     (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
-    return _read(PromptSpec, name, folder)
+    return read_spec(PromptSpec, name, folder)
 
 
 def chain_from(folder: Path, text: str, name: str = "greet") -> ChainSpec:
     (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
-    return _read(ChainSpec, name, folder)
+    return read_spec(ChainSpec, name, folder)
 
 
 # --- few-shot ---------------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def test_a_file_without_keys_is_refused(tmp_path, text):
 def test_a_file_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "greet.yaml").write_bytes(GOOD_PROMPT.encode() + b"# \xff\xfe\n")
     with pytest.raises(RecipeError, match="codec can't decode"):
-        _read(PromptSpec, "greet", tmp_path)
+        read_spec(PromptSpec, "greet", tmp_path)
 
 
 def test_a_spec_does_not_change(tmp_path):

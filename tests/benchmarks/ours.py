@@ -209,9 +209,12 @@ def one_round(path: str) -> None:
         progress=False,
     )
     total = common.seconds(lambda: federation.fit(rounds=1))
-    (record,) = federation.history
+    history = federation.history
+    (record,) = history
     local = sum(participant.seconds for participant in record.participants.values())
-    common.answer(total=total, training=local, evaluation=record.evaluation_seconds, trained=len(record.trained))
+    if len(record.trained) < len(participants):
+        sys.exit(f"only {record.trained} trained: {history}")
+    common.answer(total=total, round=record.seconds, training=local, evaluation=record.evaluation_seconds)
 
 
 if __name__ == "__main__":
