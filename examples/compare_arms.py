@@ -2,9 +2,10 @@
 
     python examples/compare_arms.py --seeds 2
 
-N = publishers × examples × rounds. The federation spreads N over its publishers; the centralised arm trains one model
-on the pooled examples for N; a publisher alone trains on its own examples until it has seen N, so it makes more passes.
-All use the same learning rate, batch size, LoRA start and held-out texts. Writes a Markdown table and JSON to
+Every arm takes the same number of optimizer steps one after the other and sees the same number of examples in all:
+K publishers × batch size a step. The federation spreads them over its publishers (K models of one batch each, averaged
+every round); the centralised arm draws them from the pooled examples; a publisher alone draws them from its own, in K
+times as many passes. Learning rate, LoRA start and held-out texts are the same. Writes a Markdown table and JSON to
 `out/arms/`.
 """
 
@@ -47,8 +48,8 @@ def score(chain: LLMChain, splits: Mapping[str, Split]) -> Scores:
 def run_seed(chain: LLMChain, splits: Mapping[str, Split], config: TrainingConfig, rounds: int) -> dict[str, Scores]:
     """All arms of one seed, from the same start."""
     start = chain.model.trainable_state()
-    sizes = {name: len(s.train) for name, s in splits.items()}
-    seen = rounds * sum(sizes.values())
+    steps = rounds * -(-len(next(iter(splits.values())).train) // config.batch_size)
+    wide = config.replace(max_steps=steps, batch_size=config.batch_size * len(splits))
     arms: dict[str, Scores] = {"base": score(chain, splits)}
 
     def finish(arm: str, began: float) -> None:
@@ -65,8 +66,7 @@ def run_seed(chain: LLMChain, splits: Mapping[str, Split], config: TrainingConfi
     pooled = [pair for s in splits.values() for pair in s.train]
     for arm, data in {"centralised": pooled, **{f"{name} alone": s.train for name, s in splits.items()}}.items():
         began = time.perf_counter()
-        steps = config.replace(max_steps=round(seen / config.batch_size))
-        train_locally(chain.model, data, steps, prompt=chain, participant=arm)
+        train_locally(chain.model, data, wide, prompt=chain, participant=arm)
         finish(arm, began)
     return arms
 

@@ -32,12 +32,12 @@ def summed_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
     positions go through the head.
 
     Args:
-        module: A Hugging Face module, or any that takes the batch by keyword and returns an object with `.logits`
-            or `.loss`.
+        module: A Hugging Face module, or any that takes the batch by keyword and returns an object with `.loss`, the
+            mean over the labelled tokens.
         batch: `labels` (B, T) with −100 where no loss is wanted, and the module's inputs.
 
     Raises:
-        DataError: The batch is no mapping with labels, or the module returns neither loss nor logits.
+        DataError: The batch is no mapping with labels, or the module returns no loss.
     """
     if not isinstance(batch, Mapping) or "labels" not in batch:
         msg = (
@@ -46,6 +46,8 @@ def summed_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
         )
         raise DataError(msg)
     labels = batch["labels"]
+    if not bool((labels != IGNORE).any()):
+        return torch.zeros((), device=labels.device, requires_grad=torch.is_grad_enabled()), 0  # a mean would be NaN
     parts = _decoder_and_head(module)
     if parts is not None and _is_plain(module, parts, batch):
         wanted = labels[:, 1:] != IGNORE  # (B, T-1): position t predicts token t + 1
@@ -79,8 +81,11 @@ def _decoder_and_head(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     decoder, find_head = getattr(module, "base_model", None), getattr(module, "get_output_embeddings", None)
     if not isinstance(decoder, nn.Module) or decoder is module or find_head is None:
         return None
-    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+    config = getattr(module, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
         return None
+    if getattr(config, "final_logit_softcapping", None):
+        return None  # near zero a cap is the identity: comparing small first logits would not show it
     head = find_head()
     return (decoder, head) if isinstance(head, nn.Module) else None
 
@@ -132,7 +137,8 @@ def computing_in(precision: Precision, module: nn.Module) -> Iterator[None]:
     try:
         for parameter in kept:
             parameter.data = parameter.data.to(torch.bfloat16)
-        with torch.autocast(device, dtype=torch.bfloat16):
+        # without its cache, which would hold the trainable weights as they were before the first optimizer step
+        with torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False):
             yield
     finally:
         for parameter, data in kept.items():

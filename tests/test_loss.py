@@ -31,18 +31,14 @@ def batch_of(chain, pairs=PAIRS[:5]):
 
 
 def naive(module, batch, *, seq2seq=False):
-    """Σ −log softmax(logits)[token], one labelled token at a time; and their number."""
-    logits = module(**batch).logits.double()  # (B, T, V)
-    labels = batch["labels"]
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for b in range(labels.shape[0]):
-        for t in range(labels.shape[1]):
-            at = t if seq2seq else t - 1  # the decoder's input is shifted by seq2seq models themselves
-            if labels[b, t] != -100 and at >= 0:
-                row = logits[b, at]
-                total = total + torch.logsumexp(row, 0) - row[labels[b, t]]
-                count += 1
-    return total, count
+    """Σ log Σ exp(logits) − logits[token] over the labelled tokens, in float64; and their number."""
+    logits, labels = module(**batch).logits.double(), batch["labels"]  # (B, T, V), (B, T)
+    if not seq2seq:  # seq2seq models shift the decoder's input themselves
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    places = (labels != -100).nonzero().tolist()
+    rows = torch.stack([logits[b, t] for b, t in places])
+    chosen = torch.stack([logits[b, t, labels[b, t]] for b, t in places])
+    return (torch.logsumexp(rows, 1) - chosen).sum(), len(places)
 
 
 def gradients(module, loss):
@@ -57,7 +53,7 @@ def assert_matches(module, batch, *, seq2seq=False):
     loss, tokens = summed_loss(module, batch)
     got = gradients(module, loss)
     assert tokens == count
-    assert math.isclose(float(loss), float(expected), rel_tol=1e-5)
+    assert math.isclose(float(loss.detach()), float(expected.detach()), rel_tol=1e-5)
     assert got.keys() == wanted.keys()
     largest = max(float(g.abs().max()) for g in wanted.values())
     assert largest > 0
@@ -130,7 +126,7 @@ def test_a_cap_on_logits_counts_also_when_the_first_logits_were_small():
     assert_matches(module, BATCH)
     with torch.no_grad():
         module.model.norm.weight.fill_(200.0)  # logits of some ±50
-    assert float(module(**BATCH).logits.abs().max()) > 20
+    assert float(module(**BATCH).logits.detach().abs().max()) > 20
     assert_matches(module, BATCH)
 
 
@@ -167,7 +163,7 @@ def test_a_module_of_ones_own_returns_its_loss():
     rows = module.table.detach().double()[batch["x"]]
     by_hand = sum(float(torch.logsumexp(r, 0) - r[y]) for r, y in zip(rows, batch["labels"], strict=True))
     assert tokens == 3
-    assert math.isclose(float(loss), by_hand, rel_tol=1e-6)
+    assert math.isclose(float(loss.detach()), by_hand, rel_tol=1e-6)
 
 
 @pytest.mark.parametrize("batch", [{"input_ids": torch.ones(1, 2)}, [torch.ones(1, 2)], torch.ones(2)])
@@ -192,7 +188,7 @@ def test_a_batch_of_nothing_but_prompt_carries_no_loss(kind, make_chain):
     batch = batch_of(chain)
     silent = {**batch, "labels": torch.full_like(batch["labels"], -100)}
     loss, tokens = summed_loss(chain.model.module, silent)
-    assert (float(loss), tokens) == (0.0, 0)
+    assert (float(loss.detach()), tokens) == (0.0, 0)
     loss.backward()  # and it can be asked for gradients, which are zero
     assert all(not p.grad.abs().max() for p in chain.model.parameters() if p.grad is not None)
 
@@ -206,7 +202,7 @@ def test_bf16_leaves_every_weight_bit_identical(battery):
     before = {n: p.detach().clone() for n, p in model.module.named_parameters()}
     pointers = {n: p.data_ptr() for n, p in model.module.named_parameters()}
     batch = batch_of(chain)
-    plain = float(summed_loss(model.module, batch)[0])
+    plain = float(summed_loss(model.module, batch)[0].detach())
     with computing_in("bf16", model.module):
         rounded = float(summed_loss(model.module, batch)[0].detach())
     assert rounded != plain  # bfloat16 was really used
@@ -231,16 +227,18 @@ def test_training_in_bf16_keeps_float32_weights_and_follows_float32(battery):
     for precision in ("fp32", "bf16"):
         chain = battery()
         frozen = {n: p.detach().clone() for n, p in chain.model.module.named_parameters() if not p.requires_grad}
-        config = TrainingConfig(learning_rate=0.05, optimizer="sgd", epochs=2, batch_size=6, precision=precision)
+        rate = 0.03 if battery.lora else 3e-3
+        config = TrainingConfig(learning_rate=rate, optimizer="adam", epochs=5, batch_size=6, precision=precision)
         start = chain.model.trainable_state()
-        results[precision] = train_locally(chain.model, PAIRS, config, prompt=chain)
+        results[precision] = train_locally(chain.model, PAIRS[:6], config, prompt=chain)
         assert all(p.dtype == torch.float32 for p in chain.model.parameters())
         assert all(torch.equal(p, frozen[n]) for n, p in chain.model.module.named_parameters() if n in frozen)
         moved = chain.model.trainable_state()
         assert any(not torch.equal(moved[n], start[n]) for n in start)
     fp32, bf16 = results["fp32"].losses, results["bf16"].losses
     assert fp32 != bf16
-    assert fp32 == pytest.approx(bf16, rel=0.02)
+    assert fp32[0] - fp32[-1] > 0.2
+    assert fp32 == pytest.approx(bf16, abs=0.2 * (fp32[0] - fp32[-1]))  # weights of an earlier step would fall behind
 
 
 def test_evaluation_in_bf16(battery):
