@@ -42,5 +42,15 @@ notebooks: $(VENV)/dev.stamp
 compare: $(VENV)/demo.stamp  ## base, alone, federated, centralised; writes the README's table to out/arms/
 	$(BIN)/python examples/compare_arms.py $(COMPARE)
 
+# The peers live in an environment of their own: langchain-huggingface pins huggingface-hub below ours.
+.venv-bench/bench.stamp: tests/benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r tests/benchmarks/peers.txt
+	touch $@
+
+bench: $(VENV)/demo.stamp .venv-bench/bench.stamp  ## ratios against TRL, langchain-huggingface and bare loops: some 45 quiet minutes
+	$(BIN)/python tests/benchmarks/run.py $(BENCH)
+
 clean:
 	rm -rf $(VENV) .venv-bench out build dist .mypy_cache .ruff_cache .pytest_cache

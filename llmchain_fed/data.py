@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from llmchain_fed.errors import DataError, PromptVariablesError, TemplatedTwiceError
+from llmchain_fed.errors import DataError, PromptVariablesError, TemplatedTwiceError, UnsupportedModelError
 from llmchain_fed.generation import pad_rows
 from llmchain_fed.model import LocalModel
 
@@ -360,6 +360,25 @@ def bucketed_order(lengths: Sequence[int], batch_size: int, rng: random.Random) 
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rng.shuffle(batches)
     return batches
+
+
+def unwrap(model: Any, prompt: Prompt | None) -> tuple[LocalModel, Prompt | None]:
+    """The LocalModel in what may be a chain, and what renders its prompts: the chain itself unless another is given.
+
+    Raises:
+        UnsupportedModelError: Neither a LocalModel nor something that has one as `.model`.
+    """
+    if isinstance(model, LocalModel):
+        return model, prompt
+    inner = getattr(model, "model", None)
+    if not isinstance(inner, LocalModel):
+        msg = (
+            f"expected a LocalModel or a chain over one, got {type(model).__name__}. Wrap a module as "
+            "LocalModel(module, tokenizer)."
+        )
+        raise UnsupportedModelError(msg)
+    renders = hasattr(model, "input_variables") and hasattr(model, "render")
+    return inner, prompt if prompt is not None or not renders else model
 
 
 def is_ready_tensors(source: Examples) -> bool:

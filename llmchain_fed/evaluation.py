@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmchain_fed.data import EncodedExamples, Examples, Prompt, collate
+from llmchain_fed.data import EncodedExamples, Examples, Prompt, collate, unwrap
 from llmchain_fed.errors import EmptyParticipantError
 from llmchain_fed.generation import evaluating
-from llmchain_fed.loss import Precision, computing_in, summed_loss
+from llmchain_fed.loss import Precision, computing_in, on_device, summed_loss
 from llmchain_fed.model import LocalModel
 from llmchain_fed.training import encoded, no_examples
 
@@ -32,7 +32,7 @@ class EvaluationResult:
 
 @torch.no_grad()
 def evaluate_locally(
-    model: LocalModel,
+    model: LocalModel | Any,
     examples: Examples | EncodedExamples,
     *,
     prompt: Prompt | None = None,
@@ -46,11 +46,12 @@ def evaluate_locally(
         EmptyParticipantError: Not a single usable example.
         DataError: See `read_examples`.
     """
+    model, prompt = unwrap(model, prompt)
     data = encoded(examples, model, prompt, max_length)
     total, tokens, count = 0.0, 0, 0
     with model.exclusive(), evaluating(model.module), computing_in(precision, model.module):
         for batch in _evaluation_batches(data, model, batch_size):
-            summed, n = summed_loss(model.module, {k: v.to(model.device) for k, v in batch.items()})
+            summed, n = summed_loss(model.module, on_device(batch, model.device))
             total, tokens, count = total + float(summed), tokens + n, count + len(batch["labels"])
     if not tokens:
         raise EmptyParticipantError(no_examples("the evaluation", "no labelled token"))

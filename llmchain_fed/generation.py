@@ -48,6 +48,11 @@ class GenerationOptions(FrozenConfig):
     seed: int | None = None
     """makes a sampled answer reproducible without touching torch's global generator"""
 
+    @property
+    def reads_padding(self) -> bool:
+        """True when tokens already present count, so that padding in front of a prompt would count too."""
+        return self.repetition_penalty != 1.0 or self.no_repeat_ngram_size > 0
+
     def to_transformers(self, *, eos: Sequence[int], pad: int) -> GenerationConfig:
         """The same as a transformers `GenerationConfig`; sampling options are absent when greedy."""
         sampling: dict[str, Any] = {"do_sample": self.temperature > 0}
@@ -225,11 +230,11 @@ def pad_rows(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Te
     return ids, mask
 
 
-def chunks(order: Sequence[int], rooms: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Splits `order` into batches of at most `size` whose members may all write equally much."""
+def chunks(order: Sequence[int], keys: Sequence[object], size: int) -> Iterator[list[int]]:
+    """Splits `order` into batches of at most `size` whose members all have the same key."""
     chunk: list[int] = []
     for i in order:
-        if chunk and (len(chunk) == size or rooms[i] != rooms[chunk[0]]):
+        if chunk and (len(chunk) == size or keys[i] != keys[chunk[0]]):
             yield chunk
             chunk = []
         chunk.append(i)
@@ -239,13 +244,14 @@ def chunks(order: Sequence[int], rooms: Sequence[int], size: int) -> Iterator[li
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout off, and the former mode back afterwards: `get_peft_model` leaves training mode on."""
-    training = module.training
+    """Dropout off, and every part's former mode back afterwards: `get_peft_model` leaves training mode on in some."""
+    training = [part for part in module.modules() if part.training]
     module.eval()
     try:
         yield
     finally:
-        module.train(training)
+        for part in training:
+            part.training = True
 
 
 @contextmanager

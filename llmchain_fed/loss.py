@@ -39,12 +39,7 @@ def summed_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
     Raises:
         DataError: The batch is no mapping with labels, or the module returns no loss.
     """
-    if not isinstance(batch, Mapping) or "labels" not in batch:
-        msg = (
-            f"a batch is a mapping with input_ids, attention_mask and labels, got {_describe(batch)}. "
-            "Let the DataLoader's collate_fn return such mappings."
-        )
-        raise DataError(msg)
+    _check(batch)
     labels = batch["labels"]
     if not bool((labels != IGNORE).any()):
         return torch.zeros((), device=labels.device, requires_grad=torch.is_grad_enabled()), 0  # a mean would be NaN
@@ -54,6 +49,25 @@ def summed_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
         logits = _logits(parts, batch, wanted)  # (tokens, V)
         return F.cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="sum"), int(wanted.sum())
     return _full_loss(module, batch)
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors where the module is.
+
+    Raises:
+        DataError: The batch is no mapping with labels.
+    """
+    _check(batch)
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _check(batch: object) -> None:
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        msg = (
+            f"a batch is a mapping with input_ids, attention_mask and labels, got {_describe(batch)}. "
+            "Let the DataLoader's collate_fn return such mappings."
+        )
+        raise DataError(msg)
 
 
 def _full_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:

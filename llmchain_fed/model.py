@@ -68,7 +68,7 @@ class LocalModel:
         self._lock = threading.RLock()
         self._fingerprint = weights.base_fingerprint(module)
         self._loads = 0
-        self._hash: tuple[tuple[int, int], str] | None = None
+        self._hash: tuple[tuple[int, bytes], str] | None = None
 
     @classmethod
     def from_pretrained(
@@ -164,7 +164,10 @@ class LocalModel:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Holds the lock, so that nobody generates with or trains this module meanwhile."""
+        """Holds the lock, so that no other thread generates with or trains this module meanwhile.
+
+        A stream computes in a thread of its own: do not read one inside.
+        """
         with self._lock:
             yield
 
@@ -218,14 +221,14 @@ class LocalModel:
 
     @property
     def weights_hash(self) -> str:
-        """64 bits over the trainable values as they are now, as hex."""
-        with self._lock:
-            found = weights.trainable_parameters(self.module)
-            # torch counts in-place changes of a tensor: a new sum means that the hash is out of date.
-            stamp = (self._loads, sum(p._version for p in found.values()))
-            if self._hash is None or self._hash[0] != stamp:
-                self._hash = (stamp, weights.content_hash(found))
-            return self._hash[1]
+        """64 bits over the trainable values and any adapter's as they are now, as hex."""
+        # Without the lock: LangChain asks on the event loop before every call, where waiting would stall all tasks.
+        found = weights.deciding_parameters(self.module)
+        stamp = (self._loads, weights.change_stamp(found))
+        known = self._hash
+        if known is None or known[0] != stamp:
+            self._hash = known = (stamp, weights.content_hash(found))
+        return known[1]
 
     # --- text -------------------------------------------------------------------------------------------------------
 
@@ -316,8 +319,10 @@ class LocalModel:
         rooms = [self._room(row, settings.max_new_tokens) for row in rows]
         # Neighbours in length share a batch; so do only prompts with the same room for their answers.
         order = sorted(range(len(rows)), key=lambda i: (-rooms[i], len(rows[i])))
+        alike = self.kind == "causal" and settings.reads_padding  # then only prompts of one length: no padding
+        keys = [(room, len(row) if alike else 0) for room, row in zip(rooms, rows, strict=True)]
         done: dict[int, Completion] = {}
-        for chunk in chunks(order, rooms, batch_size):
+        for chunk in chunks(order, keys, batch_size):
             limited = settings.replace(max_new_tokens=rooms[chunk[0]])
             new_ids = self._generate_ids([rows[i] for i in chunk], limited, stops)
             done |= {i: self._completion(len(rows[i]), ids, stops) for i, ids in zip(chunk, new_ids, strict=True)}
@@ -405,7 +410,11 @@ class LocalModel:
         return Completion(cut, prompt_tokens, len(answer), "stop" if ended else "length")
 
     def _until_end(self, ids: list[int]) -> list[int]:
-        return ids[: next((i for i, token in enumerate(ids) if token in self.eos_ids), len(ids))]
+        """Without the end token and the padding behind it; a row cut at a stop string has padding alone."""
+        end = next((i for i, token in enumerate(ids) if token in self.eos_ids), len(ids))
+        while end and ids[end - 1] == self.pad_id:
+            end -= 1
+        return ids[:end]
 
     def _decode(self, ids: Sequence[int]) -> str:
         # the clean-up of spaces would change earlier text while a stream is under way

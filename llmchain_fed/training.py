@@ -30,10 +30,11 @@ from llmchain_fed.data import (
     collate,
     encode_examples,
     is_ready_tensors,
+    unwrap,
 )
 from llmchain_fed.errors import ConfigError, EmptyParticipantError, NonFiniteLossError
 from llmchain_fed.generation import seeded
-from llmchain_fed.loss import Precision, computing_in, summed_loss
+from llmchain_fed.loss import Precision, computing_in, on_device, summed_loss
 from llmchain_fed.model import LocalModel
 
 _BY_NAME = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -145,7 +146,7 @@ class TrainingResult:
 
 
 def train_locally(
-    model: LocalModel,
+    model: LocalModel | Any,
     examples: Examples | EncodedExamples,
     config: TrainingConfig | None = None,
     *,
@@ -161,10 +162,10 @@ def train_locally(
     rounds repeat their batches. The loss of a batch is the mean over its completion tokens, prompts masked.
 
     Args:
-        model: What to train; held exclusively meanwhile, and left in evaluation mode.
+        model: What to train, a LocalModel or a chain over one; held exclusively meanwhile, and left in evaluation mode.
         examples: Any form that `read_examples` takes, ready `EncodedExamples`, or a DataLoader of ready tensors.
         config: How to train.
-        prompt: What renders the examples' inputs: the chain.
+        prompt: What renders the examples' inputs; the chain itself, where one is given.
         participant: Whose data this is; part of the randomness.
         round: Which round this is; part of the randomness.
         first_step: With `max_steps`: how many batches earlier rounds have consumed.
@@ -177,6 +178,7 @@ def train_locally(
         NotTrainableError: No parameter requires a gradient.
     """
     config = config or TrainingConfig()
+    model, prompt = unwrap(model, prompt)
     data = encoded(examples, model, prompt, config.max_length)
     parameters = model.trainable_parameters()
     with model.exclusive():
@@ -209,7 +211,8 @@ def _train(
     parameters = model.trainable_parameters()
     optimizer = config.make_optimizer(list(parameters.values()))
     if optimizer_state is not None:
-        optimizer.load_state_dict(optimizer_state)
+        # a copy, because torch keeps the tensors it is given and changes them
+        optimizer.load_state_dict(copy.deepcopy(optimizer_state))
     losses: list[float] = []
     count = _Count()
     model.module.train()
@@ -237,21 +240,19 @@ def _train(
             optimizer.step()
             losses.append(loss)
         optimizer.zero_grad(set_to_none=True)
-    if not losses:
-        raise EmptyParticipantError(no_examples(participant, "the DataLoader gave no batch"))
-    ready = isinstance(data, EncodedExamples)
-    passes = (config.epochs or 1) if config.max_steps is None else 1
+    if not count.tokens:
+        why = "the DataLoader's batches carry no label" if losses else "the DataLoader gave no batch"
+        raise EmptyParticipantError(no_examples(participant, why))
+    report = data.report if isinstance(data, EncodedExamples) else _report(data, count, config, len(losses))
     return TrainingResult(
         loss=sum(losses) / len(losses),
         losses=losses,
-        examples=len(data) if ready else count.examples // passes,
-        tokens=data.report.completion_tokens if ready else count.tokens // passes,
+        examples=report.used,
+        tokens=report.completion_tokens,
         steps=len(losses),
         seconds=time.perf_counter() - started,
         next_step=first_step + len(losses),
-        report=data.report
-        if ready
-        else DataReport(used=count.examples // passes, completion_tokens=count.tokens // passes),
+        report=report,
         optimizer_state=copy.deepcopy(optimizer.state_dict()) if config.keep_optimizer else None,
     )
 
@@ -262,9 +263,16 @@ class _Count:
     tokens: int = 0
 
 
+def _report(loader: Any, count: _Count, config: TrainingConfig, steps: int) -> DataReport:
+    """What a DataLoader holds, from what came by over how often it came by."""
+    per_pass = _length(loader)
+    passes = steps / per_pass if per_pass else config.epochs or 1
+    return DataReport(used=round(count.examples / passes), completion_tokens=round(count.tokens / passes))
+
+
 def _accumulate(model: LocalModel, batches: list[dict[str, Tensor]], count: _Count) -> float:
     """Gradients of the mean loss over all tokens of one step's forward passes; returns that loss."""
-    batches = [{k: v.to(model.device) for k, v in batch.items()} for batch in batches]
+    batches = [on_device(batch, model.device) for batch in batches]
     total = sum(int((b["labels"] != -100).sum()) for b in batches) if len(batches) > 1 else 0
     loss = 0.0
     for batch in batches:
@@ -289,15 +297,34 @@ def _steps(
 ) -> Iterator[list[dict[str, Tensor]]]:
     """The forward passes of each optimizer step."""
     if not isinstance(data, EncodedExamples):
-        passes = itertools.count() if config.max_steps else range(config.epochs or 1)
-        loader = itertools.chain.from_iterable(data for _ in passes)
-        for batch in itertools.islice(loader, config.max_steps):
+        start = first_step % (_length(data) or 1)
+        stop = start + config.max_steps if config.max_steps else None
+        for batch in itertools.islice(_passes(data, config), start if stop else 0, stop):
             yield [batch]
         return
     lengths = data.lengths()
     for rows in _batches(lengths, config, participant, round_number, first_step):
         size = config.micro_batch_size or len(rows)
         yield [collate([data[i] for i in rows[at : at + size]], model) for at in range(0, len(rows), size)]
+
+
+def _passes(loader: Any, config: TrainingConfig) -> Iterator[Any]:
+    """The batches of a DataLoader, over and over with `max_steps`; an empty one ends at once."""
+    for _ in itertools.count() if config.max_steps else range(config.epochs or 1):
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            return
+
+
+def _length(loader: Any) -> int | None:
+    """Batches per pass; None where the DataLoader's dataset does not know."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
 
 
 def _batches(

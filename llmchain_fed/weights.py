@@ -6,6 +6,7 @@ Knows torch modules and PEFT's naming. Knows nothing about text, training or fed
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from llmchain_fed.errors import WeightsMismatchError
 
 _SAMPLED_VALUES = 64  # per tensor, for the fingerprint of a base that may be many gigabytes
+_WATCHED_VALUES = 16  # per tensor, to notice a change before every call
+_WRAPPINGS = ("_orig_mod", "base_layer", "original_module")
 
 
 def stable_name(name: str, adapters: Iterable[str] = ()) -> str:
@@ -22,7 +25,7 @@ def stable_name(name: str, adapters: Iterable[str] = ()) -> str:
     >>> stable_name("base_model.model.model.layers.0.q_proj.lora_A.default.weight", ["default"])
     'model.layers.0.q_proj.lora_A.weight'
     """
-    parts = [p for p in name.removeprefix("base_model.model.").split(".") if p not in ("_orig_mod", "base_layer")]
+    parts = [p for p in name.removeprefix("base_model.model.").split(".") if p not in _WRAPPINGS]
     known = set(adapters)
     kept = [p for i, p in enumerate(parts) if not (i and p in known and _is_adapter_slot(parts[i - 1]))]
     return ".".join(kept)
@@ -43,6 +46,24 @@ def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Stable name → parameter, for every parameter that requires a gradient; tied ones once."""
     adapters = adapter_names(module)
     return {stable_name(n, adapters): p for n, p in module.named_parameters() if p.requires_grad}
+
+
+def deciding_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Stable name → parameter, for all that can differ over one base: the trainable ones and every adapter's."""
+    adapters = adapter_names(module)
+    return {stable_name(n, adapters): p for n, p in module.named_parameters() if p.requires_grad or _is_adapter(n)}
+
+
+def change_stamp(parameters: Mapping[str, Tensor]) -> bytes:
+    """Differs once the values have changed; cheap enough for every call.
+
+    torch counts in-place changes, but not those through `.data` nor those of fused optimizers, for which 16 values of
+    each tensor are watched: a training step changes them all, a single value written by hand may go unnoticed.
+    """
+    versions = sum(p._version for p in parameters.values()).to_bytes(8, "little")
+    device = next((p.device for p in parameters.values()), None)  # collected there: one transfer, not one per tensor
+    watched = [_spread(p, _WATCHED_VALUES).to(device, torch.float32) for p in parameters.values()]
+    return versions + bytes(_raw(torch.cat(watched).cpu())) if watched else versions
 
 
 def copy_state(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -73,9 +94,18 @@ def check_state(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -
                 "another model or rank. Use the same base model and LoraConfig."
             )
             raise WeightsMismatchError(msg)
-        if not bool(torch.isfinite(value).all()):
-            msg = f"{name} holds NaN or infinite values. Lower the learning rate or set max_grad_norm."
+        if not all_finite(value.to(parameter.dtype)):  # the model's own type may hold less
+            msg = (
+                f"{name} holds NaN or values infinite in {parameter.dtype}. Lower the learning rate or "
+                "set max_grad_norm."
+            )
             raise WeightsMismatchError(msg)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; one pass over the values in the usual case."""
+    # NaN and infinity carry over into a sum; only a sum that overflowed by itself needs the closer look
+    return math.isfinite(float(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
 
 
 def _kind(value: object) -> str:
@@ -111,10 +141,14 @@ def base_fingerprint(module: nn.Module) -> str:
         digest.update(f"{name}:{tuple(parameter.shape)};".encode())
         if parameter.device.type == "meta" or not parameter.numel():
             continue
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)][:_SAMPLED_VALUES]
-        digest.update(_raw(sample.to("cpu", torch.bfloat16).contiguous()))
+        digest.update(_raw(_spread(parameter, _SAMPLED_VALUES).to("cpu", torch.bfloat16).contiguous()))
     return digest.hexdigest()
+
+
+def _spread(tensor: Tensor, count: int) -> Tensor:
+    """(≤ count,) values spread evenly over a tensor."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // count)][:count]
 
 
 def _is_adapter(name: str) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.errors import ConfigError, FederationError
+from llmchain_fed.federated.wire import side_by_side
 
 Weighting = Literal["examples", "tokens", "equal"]
 
@@ -51,6 +52,7 @@ class RunningMean:
 
     def __init__(self) -> None:
         self._mean: dict[str, Tensor] = {}
+        self._block: Tensor | None = None
         self._dtypes: dict[str, torch.dtype] = {}
         self._total = 0.0
 
@@ -64,10 +66,8 @@ class RunningMean:
             msg = f"an update's weight must be positive and finite, got {weight}. Use its number of examples."
             raise FederationError(msg)
         if not self._mean:
+            self._begin(tensors)
             self._total = float(weight)
-            for name, tensor in tensors.items():
-                self._dtypes[name] = tensor.dtype
-                self._mean[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
             return
         if tensors.keys() != self._mean.keys():
             msg = (
@@ -80,9 +80,24 @@ class RunningMean:
                 msg = f"{name} has shape {tuple(tensor.shape)}, the others' is {tuple(self._mean[name].shape)}."
                 raise FederationError(msg)
         self._total += weight
-        for name, tensor in tensors.items():
-            mean = self._mean[name]
-            mean.lerp_(tensor.to(mean.dtype), weight / self._total)  # mean += (w - mean) · n_k / n so far
+        share = weight / self._total
+        block = side_by_side([tensors[name] for name in self._mean]) if self._block is not None else None
+        if block is not None and self._block is not None:  # one pass over memory instead of hundreds of small ones
+            self._block.lerp_(block.to(self._block.dtype), share)
+            return
+        for name, mean in self._mean.items():
+            mean.lerp_(tensors[name].to(mean.dtype), share)  # mean += (w - mean) · n_k / n so far
+
+    def _begin(self, tensors: Mapping[str, Tensor]) -> None:
+        """The mean is the first update; its tensors lie side by side where they are of one type."""
+        self._dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        types = {torch.promote_types(dtype, torch.float32) for dtype in self._dtypes.values()}
+        if len(types) > 1:
+            self._mean = {n: t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for n, t in tensors.items()}
+            return
+        self._block = torch.cat([t.reshape(-1).to(next(iter(types))) for t in tensors.values()])
+        parts = torch.split(self._block, [t.numel() for t in tensors.values()])
+        self._mean = {name: part.view(t.shape) for (name, t), part in zip(tensors.items(), parts, strict=True)}
 
     def result(self) -> dict[str, Tensor]:
         """The mean in the updates' own types.

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from llmchain_fed._config import unknown_option
-from llmchain_fed.data import Examples
+from llmchain_fed.data import DataReport, Examples
 from llmchain_fed.errors import ConfigError, FederationError, LLMChainFedError, NothingTrainedError
 from llmchain_fed.evaluation import EvaluationResult, evaluate_locally
 from llmchain_fed.federated import server_optimizers, wire
@@ -118,6 +118,8 @@ class FederatedAveraging:
         self._opened = 0.0
         self.round = 0
         """rounds completed"""
+        self.data_reports: dict[str, DataReport] = {}
+        """what became of each participant's examples, once they have joined"""
         self.history = History()
 
     def __repr__(self) -> str:
@@ -210,6 +212,11 @@ class FederatedAveraging:
                 msg = f"participant {node!r} cannot join: its {', '.join(different)} differs from this side's."
                 raise FederationError(msg)
         self._joined |= answers
+        self.data_reports |= {n: DataReport(**a["report"]) for n, a in answers.items() if "report" in a}
+        for name in answers.keys() & self.data_reports.keys():
+            report = self.data_reports[name]
+            if self._progress and (report.empty or report.too_long):
+                tqdm.write(f"{name}: {report}")
 
     def _run_round(self, bar: Any) -> RoundRecord:
         started = time.perf_counter()

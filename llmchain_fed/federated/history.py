@@ -39,7 +39,7 @@ class ParticipantRecord:
     update_norm: float | None = None
     """L2 norm of local − global"""
     cosine_to_mean: float | None = None
-    """between this update and the round's mean update, over up to 4,096 evenly spaced coordinates"""
+    """between this update and the round's mean update, over some 1,000 evenly spaced coordinates"""
     bytes_up: int = 0
     bytes_down: int = 0
     notes: list[str] = field(default_factory=list)
@@ -196,11 +196,12 @@ class History:
             MissingExtraError: matplotlib is not installed.
         """
         try:
-            from matplotlib.figure import Figure
+            import matplotlib.pyplot as plt
         except ImportError as error:
             raise MissingExtraError("plot needs matplotlib: pip install 'llmchain-fed[plot]'") from error  # noqa: EM101
-        figure = Figure(figsize=(9, 3.5), layout="constrained")
-        left, right = figure.subplots(1, 2)
+        figure: Figure
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+        plt.close(figure)  # a notebook shows what a cell returns; left open, it would show it twice
         names = list(dict.fromkeys(n for r in self.rounds for n in r.participants))
         for name in names:
             found = [(r.round, r.participants[name]) for r in self.rounds if name in r.participants]

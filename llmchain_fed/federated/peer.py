@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -155,7 +155,7 @@ class LocalPeer:
             answer |= {
                 "num_examples": len(data),
                 "num_tokens": data.report.completion_tokens,
-                "report": repr(data.report),
+                "report": asdict(data.report),
             }
         if self._participant.held_out is not None:
             self._encoded_held_out()
@@ -219,8 +219,8 @@ class LocalPeer:
             raise
 
     def _read(self, payload: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        header, _ = wire.inspect(payload, max_bytes=len(payload))
-        return header, wire.values(payload)
+        header, infos = wire.inspect(payload, max_bytes=len(payload))
+        return header, wire.values(payload, infos)
 
     @contextmanager
     def _state(self, state: Mapping[str, Tensor]) -> Iterator[None]:

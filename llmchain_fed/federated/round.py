@@ -19,7 +19,7 @@ from llmchain_fed.federated.aggregation import Aggregation, Weighting
 from llmchain_fed.federated.history import ParticipantRecord
 from llmchain_fed.federated.update import Expected, Update
 
-_COORDINATES = 4096
+_COORDINATES = 1024
 
 
 class OpenRound:
@@ -46,7 +46,7 @@ class OpenRound:
         total = sum(t.numel() for t in state.values())
         self._stride = max(1, math.ceil(total / _COORDINATES))
         self._sampled: dict[str, Tensor] = {}
-        self._digests: dict[str, str] = {}
+        self._owners: dict[bytes, str] = {}  # content of an update → who sent it first
 
     def accept(self, name: str, answer: bytes | Exception, *, num_examples: int | None = None) -> ParticipantRecord:
         """Uses one participant's answer, or records why it cannot be used.
@@ -114,11 +114,10 @@ class OpenRound:
         elif untouched:
             record.notes.append(f"{len(untouched)} tensors never changed, such as {untouched[0]}")
         start = 8 + int.from_bytes(data[:8], "little")
-        digest = hashlib.blake2b(memoryview(data)[start:], digest_size=16).hexdigest()
-        twin = next((other for other, known in self._digests.items() if known == digest), None)
-        if twin is not None and norm > 0:
+        digest = hashlib.blake2b(memoryview(data)[start:], digest_size=16).digest()
+        twin = self._owners.setdefault(digest, name)
+        if twin != name and norm > 0:
             record.notes.append(f"its update equals {twin!r}'s: the same data or a copied answer")
-        self._digests[name] = digest
 
     @property
     def trained(self) -> list[str]:

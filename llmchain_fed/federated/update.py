@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmchain_fed.errors import UpdateRefusedError
 from llmchain_fed.federated import wire
 from llmchain_fed.federated.wire import TensorInfo
+from llmchain_fed.weights import all_finite
 
 _SLACK = 2**20  # bytes: for the header beside the values
 MAX_EXAMPLES = 10**9
@@ -78,7 +78,7 @@ class Update:
             participant=header["participant"],
             round=header["round"],
             base=header["base"],
-            tensors=wire.values(data),
+            tensors=wire.values(data, infos),
             num_examples=header["num_examples"],
             num_tokens=header["num_tokens"],
             metrics={k: float(v) for k, v in header["metrics"].items()},
@@ -148,8 +148,7 @@ class Expected:
             UpdateRefusedError: With the name of the tensor.
         """
         for name, tensor in tensors.items():
-            # a sum is one pass and not finite if any value is not; only then look closer (it may have overflowed)
-            if not math.isfinite(float(tensor.sum(dtype=torch.float32))) and not bool(torch.isfinite(tensor).all()):
+            if not all_finite(tensor):
                 _refuse(f"{name} holds NaN or infinite values")
 
 

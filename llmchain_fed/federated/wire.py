@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from llmchain_fed.errors import UpdateRefusedError
@@ -51,38 +50,69 @@ def inspect(data: bytes, *, max_bytes: int) -> tuple[dict[str, Any], dict[str, T
     """The header and what tensors there are, without reading their values.
 
     Raises:
-        UpdateRefusedError: Larger than `max_bytes`, not safetensors, no header of ours, or a type that is no float.
+        UpdateRefusedError: Larger than `max_bytes`, not safetensors, no header of ours, a type that is no float, or a
+            layout in which the values do not lie side by side.
     """
     if len(data) > max_bytes:
-        raise UpdateRefusedError(f"{len(data):,} bytes arrived where at most {max_bytes:,} fit what was asked for.")  # noqa: EM102
+        msg = f"{len(data):,} bytes arrived where at most {max_bytes:,} fit what was asked for."
+        raise UpdateRefusedError(msg)
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or size > min(len(data) - 8, _MAX_HEADER):
         msg = f"not safetensors (it begins with {data[:4]!r}); nothing else is read, pickles least of all."
         raise UpdateRefusedError(msg)
     try:
-        layout = json.loads(data[8 : 8 + size])
+        layout = json.loads(data[8 : 8 + size], object_pairs_hook=_no_duplicates)
         header = json.loads(layout.pop("__metadata__")[_KEY], parse_constant=_no_constant)
         if not isinstance(header, dict):
-            raise TypeError
+            raise TypeError("no mapping")  # noqa: EM101
         infos = {n: TensorInfo(DTYPES[t["dtype"]], tuple(map(int, t["shape"]))) for n, t in layout.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        offsets = {n: (int(t["data_offsets"][0]), int(t["data_offsets"][1])) for n, t in layout.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         msg = f"the safetensors header is not one of ours ({type(error).__name__}: {error})."
         raise UpdateRefusedError(msg) from None
-    return header, infos
+    in_order = sorted(infos, key=lambda n: offsets[n])
+    at = 0
+    for name in in_order:
+        if min(infos[name].shape, default=0) < 0 or offsets[name] != (at, at + infos[name].nbytes):
+            msg = f"the safetensors layout contradicts itself: {name} lies at {offsets[name]}, expected from {at}."
+            raise UpdateRefusedError(msg)
+        at += infos[name].nbytes
+    if 8 + size + at != len(data):
+        msg = f"the safetensors layout contradicts itself: it describes {8 + size + at:,} bytes of {len(data):,}."
+        raise UpdateRefusedError(msg)
+    return header, {name: infos[name] for name in in_order}
 
 
-def values(data: bytes) -> dict[str, Tensor]:
-    """The tensors of bytes that `inspect` has passed.
-
-    Raises:
-        UpdateRefusedError: The layout contradicts itself.
-    """
-    try:
-        tensors: dict[str, Tensor] = load(data)
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        msg = f"the safetensors layout contradicts itself ({error})."
-        raise UpdateRefusedError(msg) from None
+def values(data: bytes, infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    """The tensors of bytes that `inspect` has passed: views into one copy of them, side by side in memory."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    block = torch.frombuffer(bytearray(memoryview(data)[start:]), dtype=torch.uint8) if len(data) > start else None
+    tensors, at = {}, 0
+    for name, info in infos.items():
+        part = block[at : at + info.nbytes].view(info.dtype) if block is not None else torch.empty(0, dtype=info.dtype)
+        tensors[name] = part.reshape(info.shape)
+        at += info.nbytes
     return tensors
+
+
+def side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
+    """One flat view over tensors that follow each other in one block of memory, else None."""
+    first = tensors[0]
+    end, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    for tensor in tensors:
+        same = tensor.dtype == first.dtype and tensor.untyped_storage().data_ptr() == storage
+        if not same or tensor.storage_offset() != end or not tensor.is_contiguous():
+            return None
+        end += tensor.numel()
+    return first.as_strided((end - first.storage_offset(),), (1,), first.storage_offset())
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        msg = "a name occurs twice"
+        raise ValueError(msg)
+    return found
 
 
 def _no_constant(name: str) -> float:

@@ -61,7 +61,7 @@ def train(path: str, seed: str, precision: str) -> None:
         batch_size=common.BATCH_SIZE,
         epochs=1,
         weight_decay=0.0,
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,
         max_length=common.MAX_LENGTH,
         seed=int(seed),
     )
