@@ -14,21 +14,24 @@ from langchain_core.language_models import BaseLanguageModel
 from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
 from langchain_core.prompt_values import PromptValue
 from langchain_core.prompts import BasePromptTemplate, PromptTemplate
-from langchain_core.runnables import Runnable, RunnableConfig, RunnableSequence
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableSequence, RunnableWithFallbacks
 from langchain_core.runnables.base import RunnableBindingBase
-from pydantic import SkipValidation
+from pydantic import SkipValidation, ValidationError
 from typing_extensions import override
 
 from llmchain_fed import saving
-from llmchain_fed._config import unknown_option
+from llmchain_fed._config import explain, unknown_option
 from llmchain_fed.chat import LocalChatModel
-from llmchain_fed.errors import ConfigError, PromptVariablesError, UnsupportedModelError
+from llmchain_fed.errors import ChainFileError, ConfigError, PromptVariablesError, UnsupportedModelError
+from llmchain_fed.face import ALIASES, OPTIONS, LocalFace
+from llmchain_fed.generation import GenerationOptions, checked_stops
 from llmchain_fed.library import make_parser, parser_name, prompt_from_data, prompt_to_data
 from llmchain_fed.llm import LocalLLM
 from llmchain_fed.model import LocalModel
 from llmchain_fed.recipes import ParserName
 
 ChainInput = dict[str, Any] | str
+_SAVED = LocalFace.model_fields.keys() - {"model"}
 
 
 class LLMChain(RunnableBindingBase[ChainInput, Any]):
@@ -70,6 +73,9 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
                 "kwargs",
             }
             raise ConfigError(f"LLMChain: {unknown_option(name, known)}")  # noqa: EM102
+        if options.get("kwargs"):
+            msg = f"LLMChain: `kwargs` {options['kwargs']!r} would never reach the model. Pass them as llm_kwargs."
+            raise ConfigError(msg)
         options |= {"prompt": prompt, "llm": llm, "output_parser": parser, "llm_kwargs": kwargs}
         options["bound"] = prompt | (llm.bind(**kwargs) if kwargs else llm) | parser
         super().__init__(**options)
@@ -243,6 +249,21 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         async for item in super(LLMChain, self._with(kwargs)).atransform(input, config):
             yield item
 
+    @override
+    def stream_events(self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        chain, own = self._with_events(kwargs)
+        return super(LLMChain, chain).stream_events(input, config, **own)
+
+    @override
+    def astream_events(self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        chain, own = self._with_events(kwargs)
+        return super(LLMChain, chain).astream_events(input, config, **own)
+
+    def _with_events(self, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """`_with`, but the keywords that select events are not the model's."""
+        own = {k: v for k, v in kwargs.items() if k == "version" or k.startswith(("include_", "exclude_"))}
+        return self._with({k: v for k, v in kwargs.items() if k not in own}), own
+
     # --- the verbs people know from the legacy class ----------------------------------------------------------------
 
     def predict(self, **variables: Any) -> Any:
@@ -274,12 +295,11 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
             RecipeError: The prompt or the parser cannot be written as data.
         """
         face = self.face
-        options = {name: getattr(face, name) for name in face.model_fields_set if name not in ("model", "cache")}
         saving.write(
             Path(directory),
             face.model,
             face="chat" if isinstance(face, LocalChatModel) else "llm",
-            options={k: v for k, v in options.items() if k in type(face).__mro__[1].model_fields},  # type: ignore[attr-defined]
+            options={name: getattr(face, name) for name in sorted(_SAVED & face.model_fields_set)},
             llm_kwargs=self._all_llm_kwargs(),
             prompt=prompt_to_data(self.prompt),
             parser=parser_name(cast(BaseOutputParser[Any], self.output_parser)),
@@ -307,18 +327,33 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         path = Path(directory)
         file = saving.read(path)
         kind = LocalChatModel if file.face == "chat" else LocalLLM
-        prompt, parser = (
-            prompt_from_data(file.prompt),
-            make_parser(cast(ParserName, file.parser)),
-        )  # before the weights are read
-        face = kind(model=saving.load_model(path, file.model, model), **file.options)
+        # everything that can be wrong with the data is found before the weights are read
+        prompt, parser = prompt_from_data(file.prompt), make_parser(cast(ParserName, file.parser))
+        _check_saved(file.options, file.llm_kwargs)
+        try:
+            face = kind(model=saving.load_model(path, file.model, model), **file.options)
+        except ValidationError as error:
+            raise ChainFileError(f"{saving.RECIPE}: {explain(error, kind)}. Save the chain again.") from None  # noqa: EM102
         return cls(llm=face, prompt=prompt, output_parser=parser, llm_kwargs=file.llm_kwargs)
+
+
+def _check_saved(options: Mapping[str, Any], llm_kwargs: Mapping[str, Any]) -> None:
+    try:
+        for name in options.keys() - _SAVED:
+            raise ConfigError(unknown_option(name, _SAVED))
+        kwargs = {ALIASES.get(k, k): v for k, v in llm_kwargs.items() if v is not None}
+        checked_stops(kwargs.pop("stop", None))
+        GenerationOptions(**kwargs)
+        GenerationOptions(**{k: v for k, v in options.items() if k in OPTIONS})
+    except ConfigError as error:
+        msg = f"{saving.RECIPE}: {error}. Only save() writes it; save the chain again."
+        raise ChainFileError(msg) from None
 
 
 def find_chain(runnable: Any) -> LLMChain | None:
     """The LLMChain within `with_config`, `with_retry`, `with_fallbacks` or `prompt | llm | parser`, or None.
 
-    Follows the same attributes as LangChain's legacy chain: `bound`, `runnable`.
+    LangChain's legacy chain found its model in the same way.
     """
     while not isinstance(runnable, LLMChain):
         if isinstance(runnable, RunnableSequence):
@@ -328,8 +363,11 @@ def find_chain(runnable: Any) -> LLMChain | None:
                 continue
             parser = rest[0] if len(rest) == 1 else RunnableSequence(*rest) if rest else None
             return LLMChain(llm=llm, prompt=prompt, output_parser=parser)
-        inner = getattr(runnable, "bound", None) or getattr(runnable, "runnable", None)
-        if inner is None or inner is runnable:
+        # by class: RunnableWithFallbacks forwards unknown attributes, `bound` too, to the chain within
+        if isinstance(runnable, RunnableBindingBase):
+            runnable = runnable.bound
+        elif isinstance(runnable, RunnableWithFallbacks):
+            runnable = runnable.runnable
+        else:
             return None
-        runnable = inner
     return runnable

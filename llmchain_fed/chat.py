@@ -40,7 +40,7 @@ class LocalChatModel(LocalFace, BaseChatModel):
     @classmethod
     def _tolerated(cls) -> frozenset[str]:
         """LangChain's standard parameters of remote models; a local one has no use for them."""
-        return frozenset({"api_key", "base_url", "timeout", "max_retries", "model_kwargs"})
+        return frozenset({"api_key", "base_url", "timeout", "max_retries", "model_kwargs", "streaming"})
 
     @property
     def _llm_type(self) -> str:

@@ -20,7 +20,7 @@ from llmchain_fed.model import LocalModel
 OPTIONS = frozenset(GenerationOptions.model_fields)
 """Generation options that a face takes as a field and every call takes as a keyword."""
 
-_ALIASES = {"max_tokens": "max_new_tokens"}  # LangChain's standard name → transformers'
+ALIASES = {"max_tokens": "max_new_tokens"}  # LangChain's standard name → transformers'
 
 
 class LocalFace(BaseModel):
@@ -56,7 +56,7 @@ class LocalFace(BaseModel):
         Raises:
             ConfigError: An unknown option, or a generation option out of range.
         """
-        values = {_ALIASES.get(k, k): v for k, v in values.items()}
+        values = {ALIASES.get(k, k): v for k, v in values.items()}
         known = set(cls.model_fields) | {f.alias for f in cls.model_fields.values() if f.alias}
         for name in values.keys() - known - cls._tolerated():
             raise ConfigError(f"{cls.__name__}: {unknown_option(name, known)}")  # noqa: EM102
@@ -93,7 +93,7 @@ class LocalFace(BaseModel):
         Raises:
             ConfigError: A keyword that is no generation option.
         """
-        given = {_ALIASES.get(k, k): v for k, v in overrides.items() if v is not None}
+        given = {ALIASES.get(k, k): v for k, v in overrides.items() if v is not None}
         for name in given.keys() - OPTIONS:
             raise ConfigError(unknown_option(name, {*OPTIONS, "stop"}))
         own = {name: getattr(self, name) for name in OPTIONS}
@@ -111,7 +111,7 @@ class LocalFace(BaseModel):
 
     def standard_params(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """LangSmith's standard parameters."""
-        given = self.options(None, {k: v for k, v in kwargs.items() if k in OPTIONS | _ALIASES.keys()})
+        given = self.options(None, {k: v for k, v in kwargs.items() if k in OPTIONS | ALIASES.keys()})
         name = kwargs.get("model")
         return {
             "ls_provider": "llmchain_fed",

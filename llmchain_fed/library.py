@@ -210,6 +210,8 @@ def prompt_to_data(prompt: BasePromptTemplate[Any]) -> PromptData:
         RecipeError: A prompt of another kind, a template language other than f-strings, or defaults that are no text.
     """
     defaults = dict(prompt.partial_variables)
+    if isinstance(prompt, ChatPromptTemplate):  # LangChain's own default for an optional placeholder
+        defaults = {name: v for name, v in defaults.items() if not (v == [] and name in prompt.optional_variables)}
     if all(isinstance(v, str) for v in defaults.values()):
         match prompt:
             case PromptTemplate(template_format="f-string"):

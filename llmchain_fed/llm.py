@@ -17,7 +17,10 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from pydantic import Field
 from typing_extensions import override
 
-from llmchain_fed.face import OPTIONS, LocalFace
+from llmchain_fed.face import LocalFace
+from llmchain_fed.generation import GenerationOptions
+
+_OF_THE_RUN = frozenset({"tags", "metadata", "run_name", "run_id"})  # LangChain's keywords, not the model's
 
 
 class LocalLLM(LocalFace, BaseLLM):
@@ -72,10 +75,13 @@ class LocalLLM(LocalFace, BaseLLM):
         Upstream: https://github.com/langchain-ai/langchain/issues/39598
         """
         cached = self.cache if self.cache is not None else get_llm_cache()
-        given = {k: v for k, v in kwargs.items() if k in OPTIONS and v is not None}
+        given = {k: v for k, v in kwargs.items() if k not in _OF_THE_RUN}
         if not cached or not given:
             return self, kwargs
-        return self.model_copy(update=given), {k: v for k, v in kwargs.items() if k not in given}
+        options = self.options(None, given)
+        del options["stop"]  # has a place in the key of its own
+        GenerationOptions(**options)  # an answer in the cache does not excuse a bad value
+        return self.model_copy(update=options), {k: v for k, v in kwargs.items() if k in _OF_THE_RUN}
 
     @override
     def _generate(

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 import yaml
@@ -22,13 +22,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from llmchain_fed.errors import ChainFileError
+from llmchain_fed.errors import ChainFileError, WeightsMismatchError
 from llmchain_fed.model import LocalModel
 from llmchain_fed.recipes import PromptData
-from llmchain_fed.weights import stable_name
+from llmchain_fed.weights import base_fingerprint, check_state, is_adapter, stable_name
 
 RECIPE, BASE, ADAPTER = "chain.yaml", "base", "adapter"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
+DType = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 class _Strict(BaseModel):
@@ -42,7 +43,7 @@ class ModelData(_Strict):
     reference: str | None
     """embedded name or hub id to load the base from; None: it lies in `base/` or must be passed"""
     fingerprint: str
-    dtype: str
+    dtype: DType
     kind: Literal["causal", "seq2seq"]
 
 
@@ -68,19 +69,35 @@ def write(directory: Path, model: LocalModel, **parts: Any) -> None:
     Raises:
         ChainFileError: The directory holds something else than a chain.
     """
-    if (
-        directory.exists()
-        and not (directory / RECIPE).is_file()
-        and (not directory.is_dir() or any(directory.iterdir()))
-    ):
-        msg = f"{str(directory)!r} exists and holds no chain, so it is not overwritten. Choose another directory."
+    if directory.exists() and not _may_be_replaced(directory):
+        msg = (
+            f"{str(directory)!r} holds something else than a chain, so it is not overwritten. Choose another directory."
+        )
         raise ChainFileError(msg)
     with _replaced(directory) as scratch, model.exclusive():
         data = _write_model(model, scratch)
-        files = {str(p.relative_to(scratch)): _digest(p) for p in sorted(scratch.rglob("*")) if p.is_file()}
+        files = {name: _digest(scratch / name) for name in _files(scratch)}
         file = ChainFile(llmchain_fed=importlib.metadata.version("llmchain-fed"), model=data, files=files, **parts)
-        text = yaml.safe_dump(file.model_dump(), sort_keys=False, allow_unicode=True)
+        try:
+            text = yaml.safe_dump(file.model_dump(), sort_keys=False, allow_unicode=True)
+        except yaml.YAMLError as error:
+            msg = f"the chain's options or llm_kwargs hold more than data ({error}), which no file can. Leave that out."
+            raise ChainFileError(msg) from None
         (scratch / RECIPE).write_text(text, encoding="utf-8")
+
+
+def _may_be_replaced(directory: Path) -> bool:
+    """An empty directory, or one with a chain and nothing of the user's beside it."""
+    if not directory.is_dir() or {p.name for p in directory.iterdir()} - {RECIPE, BASE, ADAPTER}:
+        return False
+    try:
+        return not any(directory.iterdir()) or bool(_parse(directory / RECIPE))
+    except ChainFileError:
+        return False
+
+
+def _files(directory: Path) -> list[str]:
+    return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if not p.is_dir())
 
 
 @contextmanager
@@ -107,18 +124,7 @@ def read(directory: Path) -> ChainFile:
     Raises:
         ChainFileError: Not a chain directory, or one that is incomplete or altered.
     """
-    recipe = directory / RECIPE
-    if not recipe.is_file():
-        msg = (
-            f"there is no {RECIPE} in {str(directory)!r}, so this is no saved chain. Give the directory "
-            "that save() wrote."
-        )
-        raise ChainFileError(msg)
-    try:
-        file = ChainFile.model_validate(yaml.safe_load(recipe.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
-        msg = f"{recipe} is not what save() writes: {error}. Save the chain again; a chain file holds data only."
-        raise ChainFileError(msg) from None
+    file = _parse(directory / RECIPE)
     for name, digest in file.files.items():
         path = directory / name
         if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
@@ -130,7 +136,25 @@ def read(directory: Path) -> ChainFile:
                 "Copy or save it again."
             )
             raise ChainFileError(msg)
+    # what is not listed was not checked; a note of the user's beside chain.yaml is never read
+    if unlisted := [n for n in _files(directory) if n.startswith((f"{BASE}/", f"{ADAPTER}/")) and n not in file.files]:
+        msg = f"{unlisted[:3]} in {str(directory)!r} were not written by save(), so nothing is loaded. Remove them."
+        raise ChainFileError(msg)
     return file
+
+
+def _parse(recipe: Path) -> ChainFile:
+    if not recipe.is_file():
+        msg = (
+            f"there is no {RECIPE} in {str(recipe.parent)!r}, so this is no saved chain. Give the directory "
+            "that save() wrote."
+        )
+        raise ChainFileError(msg)
+    try:
+        return ChainFile.model_validate(yaml.safe_load(recipe.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
+        msg = f"{recipe} is not what save() writes: {error}. Save the chain again; a chain file holds data only."
+        raise ChainFileError(msg) from None
 
 
 def load_model(directory: Path, data: ModelData, given: LocalModel | None) -> LocalModel:
@@ -142,8 +166,7 @@ def load_model(directory: Path, data: ModelData, given: LocalModel | None) -> Lo
         given: The base, instead of the one on record; its trainable weights are overwritten.
 
     Raises:
-        ChainFileError: No base to be had, or one of other weights.
-        WeightsMismatchError: `given` has another adapter.
+        ChainFileError: No base to be had, one of other weights, or one with another adapter.
     """
     base = directory / BASE
     if given is None:
@@ -156,13 +179,19 @@ def load_model(directory: Path, data: ModelData, given: LocalModel | None) -> Lo
             raise ChainFileError(msg)
         given = LocalModel.from_pretrained(source, dtype=getattr(torch, data.dtype))
         given.name, given.reference = data.name, data.reference
-    if given.fingerprint() != data.fingerprint:
+    found = base_fingerprint(given.module)  # as it is now: `given` may have learnt since it was made
+    if found != data.fingerprint:
         msg = (
-            f"the base weights differ: saved over {data.name!r} ({data.fingerprint}), found {given.name!r} "
-            f"({given.fingerprint()}). Use the same base model and revision."
+            f"the base weights differ: saved over {data.name!r} ({data.fingerprint}), found {given.name!r} ({found}). "
+            "Use the same base model and revision."
         )
         raise ChainFileError(msg)
-    return _with_adapter(given, directory / ADAPTER) if (directory / ADAPTER).is_dir() else given
+    if (directory / ADAPTER).is_dir():
+        return _with_adapter(given, directory / ADAPTER)
+    if isinstance(given.module, PeftModel):
+        msg = f"the chain was saved without an adapter, {given.name!r} has one, so answers would differ. Pass its base."
+        raise ChainFileError(msg)
+    return given
 
 
 def _write_model(model: LocalModel, directory: Path) -> ModelData:
@@ -180,12 +209,13 @@ def _write_model(model: LocalModel, directory: Path) -> ModelData:
                 "Wrap a Hugging Face model."
             )
             raise ChainFileError(msg)
-        state = {stable_name(n): t for n, t in base.state_dict().items() if ".lora_" not in n}
+        state = {stable_name(n): t for n, t in base.state_dict().items() if not is_adapter(n)}
         base.save_pretrained(directory / BASE, state_dict=state)
         model.tokenizer.save_pretrained(directory / BASE)
-    dtype = str(next(p.dtype for n, p in base.named_parameters() if "lora_" not in n)).removeprefix("torch.")
-    # a whole trained model is its own base: it is saved as it is now
-    fingerprint = model.fingerprint() if isinstance(module, PeftModel) else LocalModel(module).fingerprint()
+    types = [str(p.dtype).removeprefix("torch.") for n, p in base.named_parameters() if not is_adapter(n)]
+    dtype: Any = next((t for t in types if t in get_args(DType)), "float32")  # a quantised base also has integers
+    # a base in the directory is saved as it is now, with all that was trained in it
+    fingerprint = model.fingerprint() if reference or quantised else base_fingerprint(module)
     return ModelData(name=model.name, reference=reference, fingerprint=fingerprint, dtype=dtype, kind=model.kind)
 
 
@@ -202,7 +232,8 @@ def _write_adapter(module: PeftModel, base_name: str, directory: Path) -> None:
         config.save_pretrained(directory)
     finally:
         config.base_model_name_or_path = former
-    state = get_peft_model_state_dict(module, adapter_name=name)
+    # no embeddings: the base has them, and PEFT would look for the base's own on a hub
+    state = get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, directory / _ADAPTER_WEIGHTS)
 
 
@@ -217,19 +248,15 @@ def _with_adapter(model: LocalModel, directory: Path) -> LocalModel:
             )
             module = get_peft_model(model.module, config).eval()
             model = LocalModel(module, model.tokenizer, name=model.name, reference=model.reference)
-        target = get_peft_model_state_dict(model.module)
+        check_state(get_peft_model_state_dict(model.module, save_embedding_layers=False), state)
+    except WeightsMismatchError as error:
+        msg = f"the saved adapter does not fit: {error}"
+        raise ChainFileError(msg) from None
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
         msg = f"the adapter in {str(directory)!r} cannot be read: {error}. Save the chain again."
         raise ChainFileError(msg) from None
-    different = sorted(state.keys() ^ target.keys()) or [k for k in target if state[k].shape != target[k].shape]
-    if different:
-        msg = (
-            f"the saved adapter does not fit the model's: {different[:3]} differ. Load it over the same "
-            "base without an adapter."
-        )
-        raise ChainFileError(msg)
     with model.exclusive():
-        set_peft_model_state_dict(model.module, state)  # does not raise on keys, hence the check above
+        set_peft_model_state_dict(model.module, state)  # raises on nothing, hence the check above
     return model
 
 

@@ -51,7 +51,7 @@ def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 def deciding_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Stable name → parameter, for all that can differ over one base: the trainable ones and every adapter's."""
     adapters = adapter_names(module)
-    return {stable_name(n, adapters): p for n, p in module.named_parameters() if p.requires_grad or _is_adapter(n)}
+    return {stable_name(n, adapters): p for n, p in module.named_parameters() if p.requires_grad or is_adapter(n)}
 
 
 def change_stamp(parameters: Mapping[str, Tensor]) -> bytes:
@@ -136,7 +136,7 @@ def base_fingerprint(module: nn.Module) -> str:
     held in float32 and in bfloat16 agree. It tells honest mistakes apart; it is no proof against forgery.
     """
     digest = hashlib.blake2b(digest_size=8)
-    base = {stable_name(n): p for n, p in module.named_parameters() if not _is_adapter(n)}
+    base = {stable_name(n): p for n, p in module.named_parameters() if not is_adapter(n)}
     for name, parameter in sorted(base.items()):
         digest.update(f"{name}:{tuple(parameter.shape)};".encode())
         if parameter.device.type == "meta" or not parameter.numel():
@@ -151,7 +151,8 @@ def _spread(tensor: Tensor, count: int) -> Tensor:
     return flat[:: max(1, flat.numel() // count)][:count]
 
 
-def _is_adapter(name: str) -> bool:
+def is_adapter(name: str) -> bool:
+    """True for a parameter that an adapter adds, by its name within the module."""
     return any(_is_adapter_slot(part) for part in name.split("."))
 
 

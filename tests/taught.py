@@ -1,7 +1,7 @@
 """Tiny models that know their phrase book: varied answers, with end tokens and multi-byte characters.
 
-A random model repeats one token, which would hide most mistakes in cutting and streaming text. Taught with a plain torch
-loop, not with the library's own.
+A random model repeats one token, which would hide most mistakes in cutting and streaming text. Taught with a plain
+torch loop, not with the library's own.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import copy
 import functools
 
 import torch
+from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, train_tokenizer, with_lora
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from llmchain_fed import LocalModel
-from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, train_tokenizer, with_lora
 
 PROMPTS = [TEMPLATE.format(text=english) for english, _ in PAIRS]  # of different lengths in tokens
 ANSWERS = [french for _, french in PAIRS]

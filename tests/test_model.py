@@ -13,6 +13,8 @@ import time
 import pytest
 import torch
 from safetensors.torch import save_file
+from taught import ANSWERS, PROMPTS, taught_model
+from tiny import lora_config, tiny_module, train_tokenizer, with_lora
 from transformers import GenerationConfig
 
 from llmchain_fed import LocalModel
@@ -24,8 +26,6 @@ from llmchain_fed.errors import (
     WeightsMismatchError,
 )
 from llmchain_fed.generation import safe_length
-from taught import ANSWERS, PROMPTS, taught_model
-from tiny import lora_config, tiny_module, train_tokenizer, with_lora
 
 STATE_OF_LORA = {
     f"model.layers.{layer}.{block}.{name}.lora_{factor}.weight"
@@ -80,7 +80,7 @@ def counting_generate(monkeypatch, module):
 
 
 def test_answers_are_those_of_the_modules_own_generate(model):
-    assert model.generate(PROMPTS, max_new_tokens=24) == [by_hand(model, p) for p in PROMPTS]
+    assert model.generate(PROMPTS, max_new_tokens=12) == [by_hand(model, p, max_new_tokens=12) for p in PROMPTS]
 
 
 def test_answers_hold_neither_prompt_nor_special_tokens(model):
@@ -90,10 +90,9 @@ def test_answers_hold_neither_prompt_nor_special_tokens(model):
 @pytest.mark.parametrize("batch_size", [1, 5, 32])
 def test_a_batch_of_different_lengths_equals_its_singles_in_order(model, monkeypatch, batch_size):
     rows = counting_generate(monkeypatch, model.module)
-    singles = [model.generate([p], max_new_tokens=9)[0] for p in PROMPTS]
-    assert singles == [by_hand(model, p, max_new_tokens=9) for p in PROMPTS]
+    singles = [by_hand(model, p, max_new_tokens=6) for p in PROMPTS]
     del rows[:]
-    assert model.generate(PROMPTS, max_new_tokens=9, batch_size=batch_size) == singles
+    assert model.generate(PROMPTS, max_new_tokens=6, batch_size=batch_size) == singles
     assert rows == {1: [1] * 12, 5: [5, 5, 2], 32: [12]}[batch_size]
 
 
@@ -103,16 +102,18 @@ def test_a_batch_of_different_lengths_equals_its_singles_in_order(model, monkeyp
         {"num_beams": 3},
         {"repetition_penalty": 30.0},
         {"no_repeat_ngram_size": 1},
-        {"min_new_tokens": 20},
+        {"min_new_tokens": 12},
     ],
 )
 @pytest.mark.parametrize("pads", [True, False], ids=["pad-token", "no-pad-token"])
 def test_every_option_means_in_a_batch_what_it_means_alone(model, options, pads):
     if not pads:  # as in many real models: they pad with the end token
         model.tokenizer.pad_token = None
-    wanted = [by_hand(model, p, **options) for p in PROMPTS]
-    assert wanted != ANSWERS or "num_beams" in options
-    assert model.generate(PROMPTS, max_new_tokens=24, **options) == wanted
+    prompts = PROMPTS[:5]
+    wanted = [by_hand(model, p, max_new_tokens=14, **options) for p in prompts]
+    if model.kind == "causal" and "num_beams" not in options:  # a penalty that changed nothing would test nothing
+        assert wanted != ANSWERS[:5]
+    assert model.generate(prompts, max_new_tokens=14, **options) == wanted
 
 
 def test_no_prompts_no_answers(causal, monkeypatch):
@@ -134,8 +135,8 @@ def test_completion_counts_tokens_and_says_why_it_ended(model):
 
 def test_completions_of_a_batch_equal_those_of_singles(model):
     for stop in (None, ["e"], [" "]):
-        singles = [model.complete([p], max_new_tokens=24, stop=stop)[0] for p in PROMPTS]
-        assert model.complete(PROMPTS, max_new_tokens=24, stop=stop) == singles
+        singles = [model.complete([p], max_new_tokens=24, stop=stop)[0] for p in PROMPTS[:5]]
+        assert model.complete(PROMPTS[:5], max_new_tokens=24, stop=stop) == singles
 
 
 def test_the_modules_own_sampling_defaults_do_not_leak_into_greedy_answers(causal):
@@ -230,7 +231,10 @@ def test_only_modules_are_wrapped():
     ],
 )
 def test_stop_cuts_alike_in_single_batch_and_stream(model, stop, wanted):
-    others = [a[: min((a.index(s) for s in ([stop] if isinstance(stop, str) else stop) if s in a), default=99)] for a in ANSWERS]
+    others = [
+        a[: min((a.index(s) for s in ([stop] if isinstance(stop, str) else stop) if s in a), default=99)]
+        for a in ANSWERS
+    ]
     assert model.generate(PROMPTS[:1], stop=stop, max_new_tokens=24) == [wanted]
     assert model.generate(PROMPTS, stop=stop, max_new_tokens=24) == others
     assert "".join(model.stream(PROMPTS[0], stop=stop, max_new_tokens=24)) == wanted
@@ -238,7 +242,7 @@ def test_stop_cuts_alike_in_single_batch_and_stream(model, stop, wanted):
 
 def test_stop_at_every_place_of_every_answer(causal):
     """Each pair of characters of each answer, so that stops fall within, across and at the border of tokens."""
-    for prompt, answer in zip(PROMPTS[::3], ANSWERS[::3], strict=True):
+    for prompt, answer in zip(PROMPTS[::5], ANSWERS[::5], strict=True):
         pairs = {answer[i : i + 2] for i in range(len(answer) - 1)}
         for stop in sorted(pairs):
             wanted = answer[: answer.index(stop)]
@@ -263,7 +267,14 @@ def test_stop_works_with_beams(model):
 
 @pytest.mark.parametrize(
     ("text", "stops", "safe"),
-    [("ab", ["bc"], 1), ("ab", ["abc"], 0), ("ab", ["x"], 2), ("aab", ["aabc", "b!"], 0), ("", ["a"], 0), ("é", ["éa"], 0)],
+    [
+        ("ab", ["bc"], 1),
+        ("ab", ["abc"], 0),
+        ("ab", ["x"], 2),
+        ("aab", ["aabc", "b!"], 0),
+        ("", ["a"], 0),
+        ("é", ["éa"], 0),
+    ],
 )
 def test_a_possible_beginning_of_a_stop_is_held_back(text, stops, safe):
     assert safe_length(text, stops) == safe
@@ -273,7 +284,7 @@ def test_a_possible_beginning_of_a_stop_is_held_back(text, stops, safe):
 
 
 def test_stream_joined_equals_generate_in_several_pieces(model):
-    for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
+    for prompt, answer in zip(PROMPTS[:6], ANSWERS[:6], strict=True):
         pieces = list(model.stream(prompt, max_new_tokens=24))
         assert "".join(pieces) == answer
         assert len(pieces) > 2
@@ -292,10 +303,13 @@ def test_stream_of_a_random_model_equals_generate_whatever_bytes_come(make_model
 def test_stream_returns_the_completion(model):
     for stop in (None, ["verrou"]):
         pieces = model.stream(PROMPTS[0], max_new_tokens=24, stop=stop)
-        with pytest.raises(StopIteration) as end:
-            while True:
-                next(pieces)
-        assert [end.value.value] == model.complete(PROMPTS[:1], max_new_tokens=24, stop=stop)
+        returned = []
+        list(_keep(pieces, returned))
+        assert returned == model.complete(PROMPTS[:1], max_new_tokens=24, stop=stop)
+
+
+def _keep(generator, returned):
+    returned.append((yield from generator))
 
 
 def test_stream_shows_the_first_piece_before_the_answer_is_ready(causal):
@@ -388,7 +402,9 @@ def test_sampling_is_not_narrowed_to_transformers_fifty_candidates(make_model):
     ids = torch.tensor(model.encode(["go"]))
     with torch.no_grad():
         best = set(model.module(ids).logits[0, -1].topk(50).indices.tolist())
-    drawn = {model._generate_ids(model.encode(["go"]), _options(temperature=100.0, seed=s), ())[0][0] for s in range(30)}
+    drawn = {
+        model._generate_ids(model.encode(["go"]), _options(temperature=100.0, seed=s), ())[0][0] for s in range(30)
+    }
     assert drawn - best
     narrow = {
         model._generate_ids(model.encode(["go"]), _options(temperature=100.0, seed=s, top_k=50), ())[0][0]
@@ -526,12 +542,17 @@ def test_trainable_state_is_a_copy(model):
 
 def test_a_loaded_state_gives_a_fresh_models_logits(model):
     """DESIGN §5.4, with the state written into the fresh module by PEFT's or torch's own loader."""
-    state = {n: t + 0.01 * torch.randn(t.shape, generator=torch.Generator().manual_seed(0)) for n, t in model.trainable_state().items()}
+    state = {
+        n: t + 0.01 * torch.randn(t.shape, generator=torch.Generator().manual_seed(0))
+        for n, t in model.trainable_state().items()
+    }
     model.load_state(state)
     fresh = taught_model(model.kind, lora="lora_A" in "".join(state))
     named = dict(fresh.module.named_parameters())
     for name, value in state.items():
-        peft = "base_model.model." + name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
+        peft = "base_model.model." + name.replace(".lora_A.", ".lora_A.default.").replace(
+            ".lora_B.", ".lora_B.default."
+        )
         named[peft if peft in named else name].data = value.clone()
     inputs = {"input_ids": torch.arange(2, 12)[None]}
     if model.kind == "seq2seq":
@@ -803,7 +824,9 @@ def test_on_cuda_everything_stays_on_the_device():
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantised_module_is_accepted_and_not_moved(bits, tmp_path):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: quantised modules are tested where it is")
+    pytest.importorskip(
+        "bitsandbytes", reason="bitsandbytes is not installed: quantised modules are tested where it is"
+    )
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here: run on a machine that has one")
     from peft import get_peft_model

@@ -10,6 +10,7 @@ float32 near −0.5 has, and one participant would no longer equal plain fine-tu
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,18 +113,19 @@ class Expected:
         wanted = {"kind": "update", "participant": self.participant, "round": self.round, "base": self.base}
         for name, value in wanted.items():
             if header.get(name) != value or type(header.get(name)) is not type(value):
-                _refuse(f"{name} is {header.get(name)!r}, asked for was {value!r}")
+                _refuse(f"{name} is {header.get(name)!r:.80}, asked for was {value!r}")
         for name in ("num_examples", "num_tokens"):
             count = header.get(name)
             if type(count) is not int or not 1 <= count <= MAX_EXAMPLES:
-                _refuse(f"{name} is {count!r}, not a plausible count")
+                _refuse(f"{name} is {count!r:.80}, not a plausible count")
         if self.num_examples is not None and header["num_examples"] != self.num_examples:
             _refuse(
                 f"num_examples is {header['num_examples']:,}, but the participant joined with {self.num_examples:,}"
             )
         metrics = header.get("metrics")
+        # compared, not asked math.isfinite: a JSON integer may be too large for a float
         if not isinstance(metrics, dict) or not all(
-            type(v) in (int, float) and math.isfinite(v) for v in metrics.values()
+            type(v) in (int, float) and abs(v) <= sys.float_info.max for v in metrics.values()
         ):
             _refuse("its metrics are not finite numbers")
 
@@ -135,7 +137,7 @@ class Expected:
         """
         missing, extra = sorted(self.layout.keys() - infos.keys()), sorted(infos.keys() - self.layout.keys())
         if missing or extra:
-            _refuse(f"it lacks {len(missing)} tensors {missing[:2]} and adds {len(extra)} {extra[:2]}")
+            _refuse(f"it lacks {len(missing)} tensors {missing[:2]} and adds {len(extra)} {extra[:2]!s:.200}")
         for name, info in self.layout.items():
             if infos[name] != info:
                 got = infos[name]

@@ -65,16 +65,19 @@ def inspect(data: bytes, *, max_bytes: int) -> tuple[dict[str, Any], dict[str, T
         header = json.loads(layout.pop("__metadata__")[_KEY], parse_constant=_no_constant)
         if not isinstance(header, dict):
             raise TypeError("no mapping")  # noqa: EM101
-        infos = {n: TensorInfo(DTYPES[t["dtype"]], tuple(map(int, t["shape"]))) for n, t in layout.items()}
-        offsets = {n: (int(t["data_offsets"][0]), int(t["data_offsets"][1])) for n, t in layout.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        msg = f"the safetensors header is not one of ours ({type(error).__name__}: {error})."
+        infos = {n: TensorInfo(DTYPES[t["dtype"]], _counts(t["shape"])) for n, t in layout.items()}
+        offsets = {n: _counts(t["data_offsets"]) for n, t in layout.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        msg = f"the safetensors header is not one of ours ({type(error).__name__}: {error!s:.200})."
         raise UpdateRefusedError(msg) from None
     in_order = sorted(infos, key=lambda n: offsets[n])
     at = 0
     for name in in_order:
-        if min(infos[name].shape, default=0) < 0 or offsets[name] != (at, at + infos[name].nbytes):
-            msg = f"the safetensors layout contradicts itself: {name} lies at {offsets[name]}, expected from {at}."
+        if offsets[name] != (at, at + infos[name].nbytes) or at % infos[name].dtype.itemsize:
+            msg = (
+                f"the safetensors layout contradicts itself: {name:.80} lies at {offsets[name]!s:.80}, "
+                f"expected from {at}."
+            )
             raise UpdateRefusedError(msg)
         at += infos[name].nbytes
     if 8 + size + at != len(data):
@@ -113,6 +116,13 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         msg = "a name occurs twice"
         raise ValueError(msg)
     return found
+
+
+def _counts(found: Any) -> tuple[int, ...]:
+    if not isinstance(found, list) or not all(type(count) is int and count >= 0 for count in found):
+        msg = f"{found!r:.80} is no list of counts"
+        raise ValueError(msg)
+    return tuple(found)
 
 
 def _no_constant(name: str) -> float:
