@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     from llmchain_fed.chat import LocalChatModel
     from llmchain_fed.data import DataReport, Example
     from llmchain_fed.evaluation import evaluate_locally
-    from llmchain_fed.federated.averaging import FederatedAveraging, FederatedLearning
+    from llmchain_fed.federated.averaging import FederatedAveraging
     from llmchain_fed.federated.history import History
+    from llmchain_fed.federated.learning import FederatedLearning
     from llmchain_fed.federated.participant import Participant
     from llmchain_fed.library import list_chains, list_prompts, load_chain, load_prompt
     from llmchain_fed.llm import LocalLLM
@@ -53,7 +54,7 @@ _HOMES = {
     "DataReport": "data",
     "Example": "data",
     "FederatedAveraging": "federated.averaging",
-    "FederatedLearning": "federated.averaging",
+    "FederatedLearning": "federated.learning",
     "History": "federated.history",
     "LLMChain": "chain",
     "LocalChatModel": "chat",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import itertools
 import math
 import random
@@ -17,10 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from llmchain_fed._config import FrozenConfig
 from llmchain_fed.data import (
     DataReport,
     EncodedExamples,
@@ -32,97 +29,13 @@ from llmchain_fed.data import (
     is_ready_tensors,
     unwrap,
 )
-from llmchain_fed.errors import ConfigError, EmptyParticipantError, NonFiniteLossError
+from llmchain_fed.errors import EmptyParticipantError, NonFiniteLossError
 from llmchain_fed.generation import seeded
-from llmchain_fed.loss import Precision, computing_in, on_device, summed_loss
+from llmchain_fed.loss import computing_in, on_device, summed_loss
 from llmchain_fed.model import LocalModel
+from llmchain_fed.training_config import TrainingConfig
 
-_BY_NAME = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-_DEFAULT_LEARNING_RATE = 2e-4
-
-
-class TrainingConfig(FrozenConfig):
-    """How one participant trains in one round.
-
-    >>> TrainingConfig(learning_rate=5e-4, max_steps=12)
-    TrainingConfig(learning_rate=0.0005, max_steps=12)
-    """
-
-    learning_rate: float | None = Field(default=None, gt=0.0)
-    """by default the optimizer instance's own, else 2e-4"""
-    batch_size: int = Field(default=16, ge=1)
-    """examples per optimizer step"""
-    micro_batch_size: int | None = Field(default=None, ge=1)
-    """examples per forward pass, to save memory; the step is the same to rounding"""
-    epochs: int | None = Field(default=None, ge=1)
-    """passes over the participant's examples per round; 1 unless `max_steps` is given"""
-    max_steps: int | None = Field(default=None, ge=1)
-    """optimizer steps per round instead; the next round goes on where this one ended"""
-    optimizer: Any = "adamw"
-    """"adamw", "adam", "sgd", a torch.optim class, or an instance whose class and settings are the template"""
-    weight_decay: float | None = Field(default=None, ge=0.0)
-    """by default the optimizer's own"""
-    max_grad_norm: float | None = Field(default=None, gt=0.0)
-    """clips the gradient's L2 norm; None is off"""
-    max_length: int | None = Field(default=None, ge=2)
-    """tokens: longer examples are left out and counted"""
-    proximal_mu: float = Field(default=0.0, ge=0.0)
-    """FedProx: adds mu/2 · ‖w − w_global‖² to the loss (arXiv 1812.06127)"""
-    precision: Precision = "fp32"
-    """bf16: forward and backward in bfloat16, weights and optimizer in float32"""
-    keep_optimizer: bool = False
-    """keep each participant's optimizer state for its next round instead of starting afresh"""
-    seed: int = 0
-    """decides the order of the data and dropout, together with participant and round"""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TrainingConfig:
-        if self.epochs is not None and self.max_steps is not None:
-            msg = (
-                f"give epochs ({self.epochs}) or max_steps ({self.max_steps}), not both: each decides "
-                "when a round ends."
-            )
-            raise ConfigError(msg)
-        self._optimizer_class()
-        return self
-
-    def _optimizer_class(self) -> type[torch.optim.Optimizer]:
-        choice = self.optimizer
-        if isinstance(choice, str) and choice in _BY_NAME:
-            return _BY_NAME[choice]
-        if isinstance(choice, type) and issubclass(choice, torch.optim.Optimizer):
-            return choice
-        if isinstance(choice, torch.optim.Optimizer):
-            if len(choice.param_groups) > 1:
-                msg = (
-                    f"the template optimizer has {len(choice.param_groups)} parameter groups; only one "
-                    "setting for all can be copied. Use one group."
-                )
-                raise ConfigError(msg)
-            return type(choice)
-        msg = f"optimizer is one of {sorted(_BY_NAME)}, a torch.optim class or an instance of one, got {choice!r}."
-        raise ConfigError(msg)
-
-    def make_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """A fresh optimizer over `parameters`.
-
-        Raises:
-            ConfigError: The optimizer takes no `weight_decay` but one was given.
-        """
-        kind = self._optimizer_class()
-        accepted = inspect.signature(kind).parameters
-        options: dict[str, Any] = {}
-        if isinstance(self.optimizer, torch.optim.Optimizer):
-            group = self.optimizer.param_groups[0]
-            options = {k: v for k, v in group.items() if k in accepted and k != "params"}
-        if self.learning_rate is not None or "lr" not in options:
-            options["lr"] = self.learning_rate or _DEFAULT_LEARNING_RATE
-        if self.weight_decay is not None:
-            if "weight_decay" not in accepted:
-                msg = f"{kind.__name__} takes no weight_decay. Leave it out or choose adamw, adam or sgd."
-                raise ConfigError(msg)
-            options["weight_decay"] = self.weight_decay
-        return kind(parameters, **options)
+__all__ = ["TrainingConfig", "TrainingResult", "encoded", "no_examples", "seed_of", "train_locally"]
 
 
 @dataclass

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from tiny import TEMPLATE, lora_config, tiny_module, train_tokenizer, with_lora
 from transformers import PreTrainedTokenizerFast
 
 from llmchain_fed import LLMChain, LocalLLM, LocalModel
-from tiny import TEMPLATE, lora_config, tiny_module, train_tokenizer, with_lora
 
 torch.set_num_threads(min(2, os.cpu_count() or 1, int(os.environ.get("OMP_NUM_THREADS", "2"))))
 

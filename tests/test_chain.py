@@ -13,12 +13,12 @@ from langchain_core.output_parsers import CommaSeparatedListOutputParser
 from langchain_core.prompts import ChatPromptTemplate, FewShotPromptTemplate, MessagesPlaceholder, PromptTemplate
 from langchain_core.runnables import ConfigurableField, RunnableLambda, RunnableParallel, RunnablePassthrough
 from langchain_core.tracers.context import register_configure_hook
+from taught import ANSWERS, PROMPTS, taught_model
+from tiny import PAIRS, TEMPLATE
 
 from llmchain_fed import LLMChain, LocalChatModel, LocalLLM
 from llmchain_fed.chain import find_chain
 from llmchain_fed.errors import ConfigError, PromptVariablesError, UnsupportedModelError
-from taught import ANSWERS, PROMPTS, taught_model
-from tiny import PAIRS, TEMPLATE
 
 INPUT = {"text": "page locked"}
 INPUTS = [{"text": english} for english, _ in PAIRS]

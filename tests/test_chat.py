@@ -14,11 +14,11 @@ from langchain_core.globals import set_llm_cache
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
+from taught import ANSWERS, PROMPTS, taught_model
+from tiny import tiny_module, train_tokenizer
 
 from llmchain_fed import LocalChatModel, LocalModel
 from llmchain_fed.errors import ConfigError, PromptTooLongError, UnsupportedModelError
-from taught import ANSWERS, PROMPTS, taught_model
-from tiny import tiny_module, train_tokenizer
 
 PLAIN = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # writes just what the taught model knows
 TALK = [SystemMessage("Be brief."), HumanMessage("Hi"), AIMessage("Hello"), HumanMessage("Bye")]

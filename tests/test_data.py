@@ -11,12 +11,13 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from tiny import PAIRS, TEMPLATE
 from torch.utils.data import DataLoader
 
 from llmchain_fed import DataReport, Example, LocalModel
-from llmchain_fed.data import bucketed_order, carries, collate, encode_examples, is_ready_tensors, read_examples
+from llmchain_fed.data import bucketed_order, collate, encode_examples, is_ready_tensors, read_examples
 from llmchain_fed.errors import DataError, PromptVariablesError, TemplatedTwiceError
-from tiny import PAIRS, TEMPLATE
+from llmchain_fed.examples import carries
 
 EOS, PAD = 1, 0
 

@@ -11,6 +11,7 @@ import random
 
 import pytest
 import torch
+from tiny import PAIRS, TEMPLATE
 from torch.utils.data import DataLoader
 
 from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, Participant, TrainingConfig, train_locally
@@ -19,7 +20,6 @@ from llmchain_fed.errors import QuorumError
 from llmchain_fed.federated.peer import LocalPeer, Trainee
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.update import Update
-from tiny import PAIRS, TEMPLATE
 
 SGD = TrainingConfig(optimizer="sgd", learning_rate=0.05, batch_size=64)
 ADAM = TrainingConfig(optimizer="adamw", learning_rate=3e-3, batch_size=3)
@@ -32,7 +32,9 @@ def federate(chain, participants, training=ADAM, **options):
 
 def assert_equal(got, wanted):
     assert got.keys() == wanted.keys()
-    assert all(torch.equal(got[n], wanted[n]) for n in wanted), [n for n in wanted if not torch.equal(got[n], wanted[n])]
+    assert all(torch.equal(got[n], wanted[n]) for n in wanted), [
+        n for n in wanted if not torch.equal(got[n], wanted[n])
+    ]
 
 
 def assert_close(got, wanted, atol=1e-6, rtol=1e-5):
@@ -477,7 +479,10 @@ def test_a_bare_module_over_ready_tensors_follows_the_same_law():
             return type("Output", (), {"loss": ((x @ self.w - labels) ** 2).mean()})
 
     generator = torch.Generator().manual_seed(0)
-    data = {n: (torch.randn(k, 2, generator=generator), torch.randn(k, generator=generator)) for n, k in (("a", 3), ("b", 9))}
+    data = {
+        n: (torch.randn(k, 2, generator=generator), torch.randn(k, generator=generator))
+        for n, k in (("a", 3), ("b", 9))
+    }
     module = Regression()
     w0 = module.w.detach().clone().double()
     loaders = {

@@ -13,10 +13,10 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.globals import set_llm_cache
 from langchain_core.runnables import ConfigurableField
 from pydantic import ValidationError
+from taught import ANSWERS, PROMPTS, taught_model
 
 from llmchain_fed import LocalLLM
 from llmchain_fed.errors import ConfigError
-from taught import ANSWERS, PROMPTS, taught_model
 
 
 @pytest.fixture(params=["causal-full", "causal-lora", "seq2seq-full", "seq2seq-lora"])

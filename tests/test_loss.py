@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from tiny import PAIRS
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -22,7 +23,6 @@ from llmchain_fed import LocalModel, TrainingConfig, evaluate_locally, train_loc
 from llmchain_fed.data import collate, encode_examples
 from llmchain_fed.errors import DataError
 from llmchain_fed.loss import computing_in, summed_loss
-from tiny import PAIRS
 
 
 def batch_of(chain, pairs=PAIRS[:5]):

@@ -14,12 +14,12 @@ from langchain_core.prompts import ChatPromptTemplate, FewShotPromptTemplate, Me
 from peft import PeftModel
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
+from taught import ANSWERS, taught_model
+from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, with_lora
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from llmchain_fed import LLMChain, LocalChatModel, LocalLLM, LocalModel
 from llmchain_fed.errors import ChainFileError, RecipeError
-from taught import ANSWERS, taught_model
-from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, with_lora
 
 INPUTS = [{"text": english} for english, _ in PAIRS]
 MODULE_INPUTS = {
@@ -195,6 +195,26 @@ def test_every_kind_of_lora_comes_back(tokenizer, tmp_path, changes):
     assert loaded.model.trainable_state().keys() == model.trainable_state().keys()
     again = LLMChain.load(tmp_path / "chain", model=LocalModel(tiny_module("causal", len(tokenizer)), tokenizer))
     assert torch.equal(logits(again.model), logits(model))
+
+
+def test_biases_trained_in_the_base_come_back(tokenizer, tmp_path):
+    config = tiny_module("causal", len(tokenizer)).config
+    config.attention_bias = True
+    torch.manual_seed(0)
+    module = with_lora(type(tiny_module("causal", len(tokenizer)))(config).eval(), lora_config(bias="all"))
+    model = LocalModel(module, tokenizer)
+    shift(model)
+    assert any(n.endswith("bias") for n in model.trainable_state())
+    LLMChain(llm=LocalLLM(model=model), prompt=TEMPLATE).save(tmp_path / "chain")
+    assert torch.equal(logits(LLMChain.load(tmp_path / "chain").model), logits(model))
+
+
+def test_the_saved_base_holds_no_part_of_the_adapter(tokenizer, tmp_path):
+    plain = tiny_module("causal", len(tokenizer))
+    names = set(plain.state_dict()) - {"lm_head.weight"}  # tied
+    model = LocalModel(with_lora(plain, lora_config(modules_to_save=["down_proj"], use_dora=True)), tokenizer)
+    LLMChain(llm=LocalLLM(model=model), prompt=TEMPLATE).save(tmp_path / "chain")
+    assert set(load_file(tmp_path / "chain" / "base" / "model.safetensors")) == names
 
 
 def test_an_adapter_over_a_named_base_is_saved_without_the_base(tokenizer, tmp_path, monkeypatch):
@@ -447,6 +467,17 @@ def test_a_given_base_is_used(saved):
     assert again.model is with_adapter
     assert torch.equal(logits(again.model), logits(loaded.model))
     assert with_adapter.weights_version != version
+
+
+def test_a_given_model_that_would_answer_otherwise_is_refused(tmp_path):
+    model = taught_model("causal")
+    LLMChain(llm=LocalLLM(model=model), prompt=TEMPLATE).save(tmp_path / "chain")
+    assert LLMChain.load(tmp_path / "chain", model=model).model is model
+    with pytest.raises(ChainFileError, match="without an adapter"):
+        LLMChain.load(tmp_path / "chain", model=taught_model("causal", lora=True))
+    shift(model)  # it has learnt since
+    with pytest.raises(ChainFileError, match="base weights differ"):
+        LLMChain.load(tmp_path / "chain", model=model)
 
 
 def test_no_directory_is_no_chain(tmp_path):

@@ -8,12 +8,12 @@ import random
 
 import pytest
 import torch
+from tiny import PAIRS, lora_config, tiny_module
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from llmchain_fed import LocalModel, TrainingConfig, evaluate_locally, train_locally
 from llmchain_fed.data import collate, encode_examples
 from llmchain_fed.errors import ConfigError, DataError, EmptyParticipantError, NonFiniteLossError, NotTrainableError
-from tiny import PAIRS, lora_config, tiny_module
 
 FEW = PAIRS[:4]
 
@@ -47,7 +47,9 @@ def plain_loop(chain, steps, make_optimizer, *, mu=0.0, clip=None, pairs=FEW):
                 loss = loss + mu / 2 * ((parameter - start[name]) ** 2).sum()
         loss.backward()
         if clip is not None:
-            norm = math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in parameters.values() if p.grad is not None))
+            norm = math.sqrt(
+                sum(float((p.grad.double() ** 2).sum()) for p in parameters.values() if p.grad is not None)
+            )
             for parameter in parameters.values():
                 if parameter.grad is not None and norm > clip:
                     parameter.grad *= clip / norm
@@ -110,9 +112,7 @@ OPTIMIZERS = {
 def test_every_way_to_name_an_optimizer(case, make_chain):
     options, make_optimizer = OPTIMIZERS[case]
     # adaptive optimizers divide by the gradient's size: entries of size 0 would show only rounding, hence LoRA
-    assert_follows(
-        lambda: make_chain(lora=True), TrainingConfig(batch_size=4, epochs=3, **options), 3, make_optimizer
-    )
+    assert_follows(lambda: make_chain(lora=True), TrainingConfig(batch_size=4, epochs=3, **options), 3, make_optimizer)
 
 
 def test_a_template_is_only_read(make_chain):
@@ -302,7 +302,9 @@ def test_the_optimizer_is_fresh_or_kept_as_asked(make_chain):
     # what was handed in can be handed in again: after a failed round it is
     assert all(torch.equal(v, kept[k]) for k, v in first.optimizer_state["state"][0].items())
     for _ in range(2):
-        assert train_locally(fresh.model, FEW, config.replace(keep_optimizer=False), prompt=fresh).optimizer_state is None
+        assert (
+            train_locally(fresh.model, FEW, config.replace(keep_optimizer=False), prompt=fresh).optimizer_state is None
+        )
     assert any(not torch.allclose(states(fresh.model)[n], wanted[n], rtol=1e-4, atol=1e-5) for n in wanted)
 
 
@@ -379,7 +381,9 @@ def test_shuffling_in_a_dataloader_follows_the_seed(watched):
     for round_number in (0, 0, 1):
         model, seen = watched()
         encoded = encode_examples(PAIRS, model)
-        loader = DataLoader(Rows(encoded), batch_size=4, shuffle=True, collate_fn=lambda rows, m=model: collate(rows, m))
+        loader = DataLoader(
+            Rows(encoded), batch_size=4, shuffle=True, collate_fn=lambda rows, m=model: collate(rows, m)
+        )
         train_locally(model, loader, TrainingConfig(optimizer="sgd"), round=round_number)
         orders.append(seen)
     assert orders[0] == orders[1] != orders[2]

@@ -68,7 +68,11 @@ def test_there_and_back_every_bit_is_the_same():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_every_float_type_travels(dtype):
-    state = {"w": torch.randn(3, 4).to(dtype), "empty": torch.zeros(0, 2, dtype=dtype), "scalar": torch.ones((), dtype=dtype)}
+    state = {
+        "w": torch.randn(3, 4).to(dtype),
+        "empty": torch.zeros(0, 2, dtype=dtype),
+        "scalar": torch.ones((), dtype=dtype),
+    }
     got = Update.from_bytes(update(state).to_bytes(), expected(state))
     assert all(got.tensors[n].dtype == dtype and torch.equal(got.tensors[n], state[n]) for n in state)
 

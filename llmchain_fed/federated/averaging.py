@@ -22,6 +22,7 @@ from llmchain_fed.federated import server_optimizers, wire
 from llmchain_fed.federated.aggregation import Aggregation, Weighting, make_aggregation
 from llmchain_fed.federated.evaluation import Evaluator
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
+from llmchain_fed.federated.options import checked_quorum, sample_size, training_of
 from llmchain_fed.federated.participant import Participant, as_participants
 from llmchain_fed.federated.peer import LocalPeer, Trainee
 from llmchain_fed.federated.round import OpenRound
@@ -93,7 +94,7 @@ class FederatedAveraging:
         self._given = model
         self._trainee = Trainee.of(model)
         self._model = self._trainee.model
-        self._training = _training(training, optimizer=optimizer, lr=lr, batch_size=batch_size, seed=seed)
+        self._training = training_of(training, optimizer=optimizer, lr=lr, batch_size=batch_size, seed=seed)
         self._aggregation = make_aggregation(aggregation)
         self._aggregation.start(self._model.trainable_state())  # refuses a rule or a model that does not fit, now
         server_optimizers.check(server_optimizer)
@@ -111,8 +112,9 @@ class FederatedAveraging:
         named = self._evaluator.divide(named)
         self._peers = {name: LocalPeer(self._trainee, p, self._training) for name, p in named.items()}
         self._transport: Transport = runtime if runtime is not None else InProcess(self._peers)
-        self._sampled = _sample_size(participants_per_round, len(self._transport.nodes()))
-        self._quorum = _quorum(quorum, self._sampled)
+        available = len(self._transport.nodes())
+        self._sampled = sample_size(participants_per_round, available)
+        self._quorum = checked_quorum(quorum, self._sampled, available)
         self._joined: dict[str, dict[str, Any]] = {}
         self._open: OpenRound | None = None
         self._opened = 0.0
@@ -268,6 +270,8 @@ class FederatedAveraging:
             self._open, self._opened = opened, time.perf_counter()
         if name not in self._peers:
             self._peers[name] = peer
+        if self._joined.pop(name, None) is not None:  # it may hold another number of examples now
+            self._join()
         return opened.accept(name, update)
 
     def step(self) -> RoundRecord:
@@ -312,86 +316,3 @@ class FederatedAveraging:
         self.round += 1
         self.history.append(record)
         return record
-
-
-class FederatedLearning:
-    """The short form: one data source per participant, one round per epoch.
-
-    Args:
-        model: As for `FederatedAveraging`.
-        data_loader: One source per participant: a mapping, a list, or a single DataLoader for a single participant.
-        optimizer: The participants' template.
-        **options: Further options of `FederatedAveraging`.
-    """
-
-    def __init__(self, model: Any, data_loader: Any, optimizer: Any = None, **options: Any) -> None:
-        if not isinstance(data_loader, Mapping):
-            sources = data_loader if isinstance(data_loader, (list, tuple)) else [data_loader]
-            data_loader = dict(enumerate(sources))
-        self.federation = FederatedAveraging(model, participants=data_loader, optimizer=optimizer, **options)
-
-    def train(self, epoch: int) -> RoundRecord:
-        """One round over all participants.
-
-        Args:
-            epoch: Shown nowhere, counted nowhere: rounds count themselves (`history`).
-        """
-        del epoch
-        return self.federation.fit(rounds=1)[-1]
-
-    def get_global_model(self) -> Any:
-        """What was passed in, with the averaged weights."""
-        return self.federation.get_model()
-
-    @property
-    def history(self) -> History:
-        """The rounds so far."""
-        return self.federation.history
-
-
-def _training(training: TrainingConfig | None, **given: Any) -> TrainingConfig:
-    """One configuration out of `training` and the short options.
-
-    Raises:
-        ConfigError: An option is given in both places with two values.
-    """
-    if training is not None and not isinstance(training, TrainingConfig):
-        msg = f"training is a TrainingConfig, got {type(training).__name__}. Write TrainingConfig(…)."
-        raise ConfigError(msg)
-    config = training or TrainingConfig()
-    changes = {}
-    for name, field in (
-        ("optimizer", "optimizer"),
-        ("lr", "learning_rate"),
-        ("batch_size", "batch_size"),
-        ("seed", "seed"),
-    ):
-        value = given[name]
-        if value is None or (name == "seed" and "seed" in config.model_fields_set):
-            continue
-        if field in config.model_fields_set and getattr(config, field) != value:
-            msg = f"{name}={value!r} contradicts training.{field}={getattr(config, field)!r}. Give it once."
-            raise ConfigError(msg)
-        changes[field] = value
-    replaced: TrainingConfig = config.replace(**changes)
-    return replaced
-
-
-def _sample_size(wanted: float | None, available: int) -> int:
-    if wanted is None:
-        return max(available, 1)
-    share = isinstance(wanted, float)
-    if isinstance(wanted, bool) or not (0 < wanted <= 1 if share else 1 <= wanted <= max(available, 1)):
-        msg = f"participants_per_round is a share in (0, 1] or a count up to {available}, got {wanted!r}."
-        raise ConfigError(msg)
-    return max(1, round(wanted * available)) if share else int(wanted)
-
-
-def _quorum(quorum: int, sampled: int) -> int:
-    if not isinstance(quorum, int) or isinstance(quorum, bool) or quorum < 1:
-        msg = f"quorum is a count of at least 1, got {quorum!r}."
-        raise ConfigError(msg)
-    if quorum > sampled and sampled > 1:
-        msg = f"a quorum of {quorum} can never be met by {sampled} participants a round. Lower it or sample more."
-        raise ConfigError(msg)
-    return quorum

@@ -18,6 +18,7 @@ from llmchain_fed.federated.history import ParticipantRecord, RoundRecord, Sampl
 from llmchain_fed.federated.participant import Participant, hold_out
 from llmchain_fed.federated.peer import Trainee
 from llmchain_fed.federated.runtime import Transport
+from llmchain_fed.training import encoded
 
 _SHARED = ""  # the name under which a set that belongs to no participant is measured
 _SAMPLE_TOKENS = 32
@@ -42,7 +43,10 @@ class Evaluator:
         if not isinstance(samples, int) or samples < 0:
             msg = f"samples is a count of 0 or more, got {samples!r}."
             raise ConfigError(msg)
+        if isinstance(evaluation, Mapping):
+            evaluation = {str(name): examples for name, examples in evaluation.items()}
         self._trainee, self._evaluation, self._samples, self._seed = trainee, evaluation, samples, seed
+        self._shared: Any = None
         self._holders: set[str] = set()
         self._latest: tuple[str, dict[str, Any]] | None = None
 
@@ -59,7 +63,7 @@ class Evaluator:
         """
         evaluation = self._evaluation
         if isinstance(evaluation, Mapping):
-            strangers = sorted(map(str, evaluation.keys() - participants.keys()))
+            strangers = sorted(evaluation.keys() - participants.keys())
             if strangers:
                 msg = f"evaluation names {strangers}, who take no part. Participants: {', '.join(participants)}."
                 raise ConfigError(msg)
@@ -90,7 +94,9 @@ class Evaluator:
             for name, answer in transport.call("evaluate", holders, payload):
                 found[name] = {"error": str(answer)} if isinstance(answer, Exception) else json.loads(answer)
         if shared:
-            result = evaluate_locally(self._trainee.model, self._evaluation, prompt=self._trainee.prompt)
+            if self._shared is None:  # read once: it may be a generator
+                self._shared = encoded(self._evaluation, self._trainee.model, self._trainee.prompt, None)
+            result = evaluate_locally(self._trainee.model, self._shared)
             found[_SHARED] = {"loss": result.loss, "tokens": result.tokens}
         self._latest = (version, found)
         return {**found, "seconds": time.perf_counter() - started}

@@ -33,6 +33,9 @@ class Participant:
     held_out: Examples | None = field(default=None, repr=False)
     training: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", str(self.name))  # numbers are names too, and travel as text
+
     def __repr__(self) -> str:
         return f"Participant({self.name!r}{f', training={dict(self.training)}' if self.training else ''})"
 
@@ -48,8 +51,10 @@ def as_participants(given: Mapping[Any, Any] | Iterable[Participant] | None) -> 
         return {}
     if isinstance(given, Mapping):
         found = [v if isinstance(v, Participant) else Participant(str(k), v) for k, v in given.items()]
-    else:
+    elif isinstance(given, Iterable):
         found = list(given)
+    else:
+        found = [given]
     for item in found:
         if not isinstance(item, Participant):
             msg = (

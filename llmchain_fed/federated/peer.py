@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -143,7 +143,7 @@ class LocalPeer:
     def take(self, participant: Participant) -> None:
         """Other examples for the next rounds; where it stands (optimizer, position) is kept."""
         if participant.examples is not self._participant.examples:
-            self._participant, self._data, self._held_out = participant, None, None
+            self._participant, self._data = replace(self._participant, examples=participant.examples), None
 
     def _hello(self) -> bytes:
         data = self._encoded()

@@ -9,7 +9,6 @@ float32 near −0.5 has, and one participant would no longer equal plain fine-tu
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,0 +1,69 @@
+"""The options of a federation that have to agree with each other.
+
+Knows TrainingConfig and counts. Knows nothing about rounds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmchain_fed.errors import ConfigError
+from llmchain_fed.training import TrainingConfig
+
+
+def training_of(training: TrainingConfig | None, **given: Any) -> TrainingConfig:
+    """One configuration out of `training` and the short options.
+
+    Raises:
+        ConfigError: An option is given in both places with two values.
+    """
+    if training is not None and not isinstance(training, TrainingConfig):
+        msg = f"training is a TrainingConfig, got {type(training).__name__}. Write TrainingConfig(…)."
+        raise ConfigError(msg)
+    config = training or TrainingConfig()
+    changes = {}
+    for name, field in (
+        ("optimizer", "optimizer"),
+        ("lr", "learning_rate"),
+        ("batch_size", "batch_size"),
+        ("seed", "seed"),
+    ):
+        value = given[name]
+        if value is None or (name == "seed" and "seed" in config.model_fields_set):
+            continue
+        if field in config.model_fields_set and getattr(config, field) != value:
+            msg = f"{name}={value!r} contradicts training.{field}={getattr(config, field)!r}. Give it once."
+            raise ConfigError(msg)
+        changes[field] = value
+    replaced: TrainingConfig = config.replace(**changes)
+    return replaced
+
+
+def sample_size(wanted: float | None, available: int) -> int:
+    """How many participants a round samples.
+
+    Raises:
+        ConfigError: No share in (0, 1] and no count up to `available`.
+    """
+    if wanted is None:
+        return max(available, 1)
+    share = isinstance(wanted, float)
+    if type(wanted) not in (int, float) or not (0 < wanted <= 1 if share else 1 <= wanted <= max(available, 1)):
+        msg = f"participants_per_round is a share in (0, 1] or a count up to {available}, got {wanted!r}."
+        raise ConfigError(msg)
+    return max(1, round(wanted * available)) if share else int(wanted)
+
+
+def checked_quorum(quorum: int, sampled: int, available: int) -> int:
+    """The quorum, if a round can meet it.
+
+    Raises:
+        ConfigError: It is no count, or larger than the sample; nothing is said where participants are yet to come.
+    """
+    if not isinstance(quorum, int) or isinstance(quorum, bool) or quorum < 1:
+        msg = f"quorum is a count of at least 1, got {quorum!r}."
+        raise ConfigError(msg)
+    if quorum > sampled and available:
+        msg = f"a quorum of {quorum} can never be met by {sampled} participants a round. Lower it or sample more."
+        raise ConfigError(msg)
+    return quorum

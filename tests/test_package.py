@@ -1,0 +1,251 @@
+"""The package as others meet it: its public names, its imports, its wheel, its error tree.
+
+Belongs here: what is true of all modules together. Does not: what one of them does.
+"""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import llmchain_fed
+from llmchain_fed import errors
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "llmchain_fed"
+
+PUBLIC = """
+    ChainFileError ConfigError DataError DataReport DuplicateParticipantError EmptyParticipantError Example
+    FederatedAveraging FederatedLearning FederationError History LLMChain LLMChainFedError LocalChatModel LocalLLM
+    LocalModel MissingExtraError ModelError NonFiniteLossError NotTrainableError NothingTrainedError Participant
+    PromptTooLongError PromptVariablesError QuorumError RecipeError TemplatedTwiceError TrainingConfig TrainingError
+    UnsupportedModelError UpdateRefusedError WeightsMismatchError __version__ evaluate_locally list_chains
+    list_prompts load_chain load_prompt train_locally
+""".split()
+
+# DESIGN §2: model ← data, training ← llm, chat ← chain ← federated ← runtimes ← cli. A module may import those of
+# lines above its own and, within a line, those to its left.
+LAYERS = [
+    ["errors", "_config", "recipes", "recipe_files", "embedded", "weights", "generation", "model"],
+    ["examples", "data", "loss", "evaluation", "training_config", "training"],
+    ["face", "llm", "chat", "saving", "library"],
+    ["chain"],
+    ["federated"],
+    ["runtimes"],
+    ["cli"],
+]
+ORDER = [name for layer in LAYERS for name in layer]
+LANGCHAIN = {"llm", "chat", "chain", "library"}
+DEFERRED = {("library", "chain"), ("library", "llm")}  # load_chain makes a chain: the one documented exception
+
+
+def modules():
+    return {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(path):
+    """(module, deferred) for each import; those for type checkers alone are left out."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for statement in block.body
+        for node in ast.walk(statement)
+    }
+    inside = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node in inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from ((n if node.module == "llmchain_fed" else node.module, node in inside) for n in names)
+
+
+def own(module):
+    """`llmchain_fed.federated.update.Update` → `federated`; None for others' modules."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "llmchain_fed" and len(parts) > 1 else None
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_public_names_are_pinned():
+    assert llmchain_fed.__all__ == sorted(PUBLIC)
+    assert len(set(llmchain_fed.__all__)) == len(llmchain_fed.__all__)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_can_be_imported(name):
+    namespace = {}
+    exec(f"from llmchain_fed import {name}", namespace)
+    assert namespace[name] is getattr(llmchain_fed, name)
+    assert name in dir(llmchain_fed)
+
+
+def test_a_star_import_brings_the_public_names():
+    namespace = {}
+    exec("from llmchain_fed import *", namespace)
+    assert set(PUBLIC) <= set(namespace)
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'FedAvg'"):
+        llmchain_fed.FedAvg  # noqa: B018
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = (
+        "import sys, llmchain_fed, llmchain_fed.errors; llmchain_fed.__version__; dir(llmchain_fed);"
+        "print([m for m in ('torch', 'transformers', 'langchain_core', 'peft', 'pydantic', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- arrows ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_module_has_its_place():
+    tops = {name.split(".")[0] for name in modules()} - {"__init__"}
+    assert tops <= set(ORDER)
+    for name, path in modules().items():
+        if name != "__init__" and path.read_text():
+            assert ast.get_docstring(ast.parse(path.read_text())), f"{name} does not say what it knows"
+
+
+def test_arrows_point_one_way():
+    wrong, used = [], set()
+    for name, path in modules().items():
+        top = name.split(".")[0]
+        if top == "__init__":
+            continue
+        for module, deferred in imports(path):
+            other = own(module)
+            if other is None or other == top or ORDER.index(other) < ORDER.index(top):
+                continue
+            if deferred and (top, other) in DEFERRED:
+                used.add((top, other))
+                continue
+            wrong.append(f"{name} imports {other}")
+    assert wrong == []
+    assert used <= DEFERRED
+
+
+def test_only_the_faces_know_langchain():
+    knowing = {
+        name.split(".")[0] for name, path in modules().items() for m, _ in imports(path) if m.startswith("langchain")
+    }
+    assert knowing == LANGCHAIN
+
+
+def test_the_engine_room_runs_without_langchain():
+    code = "import sys, llmchain_fed.training; print([m for m in sys.modules if m.startswith('langchain')])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_optional_dependencies_are_imported_only_where_they_are_used():
+    optional = {"gguf", "matplotlib", "pandas", "datasets", "sacrebleu", "polib", "nvflare", "bitsandbytes", "rich"}
+    eager = {
+        (name, module.split(".")[0])
+        for name, path in modules().items()
+        for module, deferred in imports(path)
+        if module.split(".")[0] in optional and not deferred
+    }
+    assert eager == set()
+
+
+def test_no_module_is_pickled_or_evaluated():
+    for name, path in modules().items():
+        calls = {ast.unparse(n.func) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)}
+        assert not calls & {"eval", "exec", "pickle.load", "pickle.loads", "torch.load", "yaml.load"}, name
+        assert not {m for m, _ in imports(path)} & {"pickle", "marshal", "shelve", "dill"}, name
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_drawn_error_tree_is_the_real_one():
+    drawn, parents = {}, []
+    for line in errors.__doc__.splitlines():
+        match = re.match(r"    ([│├└─ ]*)(\w+(?:Error))\b", line)
+        if match:
+            depth = len(match[1]) // 4
+            parents[depth:] = [match[2]]
+            drawn[match[2]] = parents[depth - 1] if depth else "Exception"
+    real = {
+        name: kind.__bases__[0].__name__
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type) and issubclass(kind, Exception)
+    }
+    assert drawn == real
+    assert len(real) > 15
+    assert set(real) <= set(llmchain_fed.__all__)
+    assert all(getattr(errors, name).__doc__ for name in real)
+
+
+def test_every_error_is_raised_somewhere():
+    source = "".join(path.read_text() for name, path in modules().items() if name not in ("errors", "__init__"))
+    grouping = {"LLMChainFedError", "ModelError", "DataError", "TrainingError", "FederationError"}
+    kinds = {n for n, k in vars(errors).items() if isinstance(k, type) and issubclass(k, Exception)}
+    assert {n for n in kinds - grouping if n not in source} == set()
+
+
+# --- the wheel ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built with the build backend itself: no isolated environment, no network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_package_and_its_recipes_alone(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"llmchain_fed", "llmchain_fed-0.1.0.dist-info"}
+    for kind in ("prompts", "chains"):
+        recipes = {f"llmchain_fed/_library/{kind}/{p.name}" for p in (ROOT / kind).glob("*.yaml")}
+        assert len(recipes) >= 6
+        assert {n for n in names if n.startswith(f"llmchain_fed/_library/{kind}/")} == recipes
+    code = {n for n in names if n.endswith(".py")}
+    assert code == {f"llmchain_fed/{p.relative_to(PACKAGE).as_posix()}" for p in modules().values()}
+    assert "llmchain_fed/py.typed" in names
+    assert not [n for n in names if "__pycache__" in n or n.endswith((".pyc", ".ipynb", ".safetensors", ".gguf"))]
+
+
+def test_the_installed_wheel_finds_its_recipes(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import llmchain_fed; from llmchain_fed import *;"
+        "assert llmchain_fed.__file__.startswith(sys.argv[1]), llmchain_fed.__file__;"
+        "print(list_prompts() == list_chains(), load_prompt('translate').format(text='x', language='French')[:9])"
+    )
+    command = [sys.executable, "-P", "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "Translate"]
+
+
+def test_the_wheels_requirements_keep_the_floors(wheel):
+    metadata = zipfile.ZipFile(wheel).read("llmchain_fed-0.1.0.dist-info/METADATA").decode()
+    required = {m[1]: m[2] for m in re.finditer(r"^Requires-Dist: ([\w.-]+)([^;\n]*)$", metadata, re.MULTILINE)}
+    assert required["langchain-core"] in ("<2,>=1.2.22", ">=1.2.22,<2")
+    assert (required["torch"], required["transformers"]) == (">=2.6", ">=5.3")
+    assert "gguf" not in required
+    assert "Requires-Python: >=3.11" in metadata
+    assert importlib.metadata.version("llmchain-fed") == llmchain_fed.__version__ == "0.1.0"
