@@ -5,7 +5,6 @@ Knows torch, transformers and PEFT. Knows nothing of LangChain, examples, traini
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
-from llmchain_fed import embedded, weights
+from llmchain_fed import pretrained, weights
 from llmchain_fed.errors import ConfigError, NotTrainableError, PromptTooLongError, UnsupportedModelError
 from llmchain_fed.generation import (
     Completion,
@@ -31,6 +30,7 @@ from llmchain_fed.generation import (
     seeded,
     stream_text,
 )
+from llmchain_fed.tokens import Tokens
 
 Kind = Literal["causal", "seq2seq"]
 
@@ -62,7 +62,7 @@ class LocalModel:
             )
             raise UnsupportedModelError(msg)
         self.module = module
-        self.tokenizer = tokenizer
+        self._tokens = Tokens(tokenizer, module)
         self.name = name or getattr(getattr(module, "config", None), "name_or_path", "") or type(module).__name__
         self.reference = reference
         self._lock = threading.RLock()
@@ -91,21 +91,9 @@ class LocalModel:
         Raises:
             MissingExtraError: The embedded model needs the extra `gguf`.
         """
-        path = embedded.resolve(name_or_path)
-        config = AutoConfig.from_pretrained(path)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        module = auto.from_pretrained(path, dtype=dtype or torch.float32, use_safetensors=True)
-        if lora is not None:
-            lora = copy.deepcopy(lora)
-            lora.task_type = lora.task_type or (
-                TaskType.SEQ_2_SEQ_LM if config.is_encoder_decoder else TaskType.CAUSAL_LM
-            )
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                module = get_peft_model(module, lora)
-        module.to(device or _best_device()).eval()
+        module, tokenizer = pretrained.load(name_or_path, lora=lora, dtype=dtype, device=device)
         reference = None if Path(name_or_path).exists() else name_or_path
-        return cls(module, AutoTokenizer.from_pretrained(path), name=Path(name_or_path).name, reference=reference)
+        return cls(module, tokenizer, name=Path(name_or_path).name, reference=reference)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the lock, so that copies and pickles work; a copy has a lock of its own."""
@@ -125,9 +113,14 @@ class LocalModel:
     # --- what it is -------------------------------------------------------------------------------------------------
 
     @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, or None."""
+        return self._tokens.tokenizer
+
+    @property
     def kind(self) -> Kind:
         """`"seq2seq"` for an encoder-decoder, else `"causal"`."""
-        return "seq2seq" if getattr(self._config, "is_encoder_decoder", False) else "causal"
+        return "seq2seq" if self._tokens.seq2seq else "causal"
 
     @property
     def device(self) -> torch.device:
@@ -143,16 +136,12 @@ class LocalModel:
     @property
     def pad_id(self) -> int:
         """The padding token's id; models without one pad with their end token, behind an attention mask."""
-        pad = getattr(self.tokenizer, "pad_token_id", None)
-        return int(pad) if pad is not None else (self.eos_ids or (0,))[0]
+        return self._tokens.pad_id
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end an answer; the tokenizer's own, which training appends, comes first."""
-        configured = getattr(getattr(self.module, "generation_config", None), "eos_token_id", None)
-        ids = [getattr(self.tokenizer, "eos_token_id", None)]
-        ids += configured if isinstance(configured, list) else [configured]
-        return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+        return self._tokens.eos_ids
 
     @property
     def _config(self) -> Any:
@@ -244,35 +233,11 @@ class LocalModel:
         Raises:
             UnsupportedModelError: There is no tokenizer.
         """
-        rows: list[list[int]] = self._tokenize(list(texts), add_special_tokens=add_special_tokens)
-        if self.kind == "causal" and add_special_tokens:
-            eos = str(getattr(self.tokenizer, "eos_token", None))
-            ends = self.eos_ids[:1]
-            rows = [
-                r[:-1] if r and r[-1] in ends and not t.endswith(eos) else r for r, t in zip(rows, texts, strict=True)
-            ]
-        return rows
+        return self._tokens.encode(texts, add_special_tokens=add_special_tokens)
 
     def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
         """Completions → token ids with the end token behind each, so that the model learns to stop."""
-        eos = list(self.eos_ids[:1])
-        if self.kind == "causal":
-            return [row + eos for row in self._tokenize(list(texts), add_special_tokens=False)]
-        rows: list[list[int]] = self._tokenize(None, text_target=list(texts), add_special_tokens=True)
-        return [row if eos and row[-1:] == eos else row + eos for row in rows]
-
-    def _tokenize(self, texts: list[str] | None, **options: Any) -> list[list[int]]:
-        if self.tokenizer is None:
-            msg = (
-                f"{self.name!r} has no tokenizer, so text cannot become tokens. Pass LocalModel(module, "
-                "tokenizer) or ready tensors."
-            )
-            raise UnsupportedModelError(msg)
-        if not (texts or options.get("text_target")):
-            return []
-        # verbose=False: the tokenizer's own warning about length; ours is an error or a count in a report
-        ids: list[list[int]] = self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
-        return ids
+        return self._tokens.encode_completions(texts)
 
     def generate(
         self,
@@ -356,7 +321,7 @@ class LocalModel:
         def work(streamer: Any, abandoned: Any) -> None:
             self._generate_ids([row], settings, stops, streamer=streamer, criteria=[abandoned])
 
-        ids = yield from stream_text(work, lambda ids: self._decode(self._until_end(ids)), stops)
+        ids = yield from stream_text(work, lambda ids: self._tokens.decode(self._tokens.until_end(ids)), stops)
         return self._completion(len(row), ids, stops)
 
     def _room(self, row: Sequence[int], wanted: int) -> int:
@@ -390,7 +355,7 @@ class LocalModel:
         ids, mask = pad_rows(rows, self.pad_id, left=left)  # (B, T) both
         skip = ids.shape[1] if left else 1
         if stops:
-            criteria = [*criteria, StopOnText(self._decode_rows, stops, skip)]
+            criteria = [*criteria, StopOnText(self._tokens.decode_rows, stops, skip)]
         with self._lock, evaluating(self.module), torch.inference_mode(), seeded(settings.seed, self.device):
             output = self.module.generate(  # type: ignore[operator]
                 input_ids=ids.to(self.device),
@@ -403,29 +368,8 @@ class LocalModel:
         return new
 
     def _completion(self, prompt_tokens: int, ids: list[int], stops: Sequence[str]) -> Completion:
-        answer = self._until_end(ids)
-        text = self._decode(answer)
+        answer = self._tokens.until_end(ids)
+        text = self._tokens.decode(answer)
         cut = cut_at_stop(text, stops)
         ended = len(answer) < len(ids) or cut != text
         return Completion(cut, prompt_tokens, len(answer), "stop" if ended else "length")
-
-    def _until_end(self, ids: list[int]) -> list[int]:
-        """Without the end token and the padding behind it; a row cut at a stop string has padding alone."""
-        end = next((i for i, token in enumerate(ids) if token in self.eos_ids), len(ids))
-        while end and ids[end - 1] == self.pad_id:
-            end -= 1
-        return ids[:end]
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        # the clean-up of spaces would change earlier text while a stream is under way
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
-
-    def _decode_rows(self, rows: Tensor) -> list[str]:
-        return [self._decode(row) for row in rows.tolist()]
-
-
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -161,7 +161,7 @@ def test_states_that_do_not_fit_leave_the_mean_as_it_was(change):
     one, two = states(2)
     mean = RunningMean()
     mean.add(one, 1)
-    with pytest.raises(FederationError, match="differ|shape"):
+    with pytest.raises(FederationError, match=r"differ|shape"):
         mean.add(change(two), 1)
     assert all(torch.equal(mean.result()[n], one[n]) for n in one)
     mean.add(two, 1)

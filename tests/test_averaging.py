@@ -36,6 +36,7 @@ from llmchain_fed.errors import (
     TemplatedTwiceError,
     UnsupportedModelError,
 )
+from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
 from llmchain_fed.federated.participant import hold_out
 
 FAST = TrainingConfig(optimizer="sgd", learning_rate=0.05, batch_size=16)
@@ -535,7 +536,7 @@ def test_a_server_optimizer_that_fails_or_errs_leaves_everything(make_chain):
 
     for make, error in (
         (lambda s: {n: t * math.nan for n, t in s.items()}, "NaN"),
-        (lambda s: {n: t for n, t in list(s.items())[1:]}, "lacks 1"),
+        (lambda s: dict(list(s.items())[1:]), "lacks 1"),
         (lambda _s: 1 / 0, "division"),
     ):
         chain = make_chain()
@@ -655,6 +656,16 @@ def test_evaluation_on_one_set_for_all(drive, make_chain):
     after = loss_of(make_chain, PAIRS[:3], chain.model.trainable_state()).loss
     assert record.held_out_after == pytest.approx(after, rel=1e-6)
     assert record.evaluation_seconds > 0
+
+
+def test_evaluation_on_each_ones_own_with_train_and_step(make_chain):
+    chain = make_chain()
+    fed = federation(chain, evaluation={"a": PAIRS[:3]})
+    fed.train(SHARES["b"], "b")
+    record = fed.step()
+    assert record.held_out_before == pytest.approx(loss_of(make_chain, PAIRS[:3]).loss, rel=1e-6)
+    after = loss_of(make_chain, PAIRS[:3], chain.model.trainable_state()).loss
+    assert record.held_out_after == pytest.approx(after, rel=1e-6)
 
 
 def test_one_set_for_all_may_be_a_generator(make_chain):
@@ -827,6 +838,14 @@ def test_json_there_and_back(history, tmp_path):
     assert data["rounds"][1]["participants"]["a"]["status"] in ("trained", "idle")
     history.save(tmp_path / "history.json")
     assert json.loads((tmp_path / "history.json").read_text(encoding="utf-8")) == data
+
+
+def test_what_json_cannot_say_is_null():
+    record = RoundRecord(1, {"a": ParticipantRecord(held_out_after=math.nan)}, update_norm=math.inf, seconds=1.5)
+    data = json.loads(History([record]).to_json())["rounds"][0]
+    assert data["participants"]["a"]["held_out_after"] is None
+    assert data["update_norm"] is None
+    assert data["seconds"] == 1.5
 
 
 def test_records_count_what_happened(battery, monkeypatch):

@@ -266,9 +266,9 @@ FEW_SHOT = FewShotPromptTemplate(
 )
 def test_render_is_what_the_tokenizer_receives_on_invoke(causal, monkeypatch, prompt, text):
     chain = LLMChain(llm=causal.llm, prompt=prompt)
-    seen, original = [], chain.model._tokenize
+    seen, original = [], chain.model._tokens._tokenize
     monkeypatch.setattr(
-        chain.model,
+        chain.model._tokens,
         "_tokenize",
         lambda texts, **options: (seen.append((texts, options)), original(texts, **options))[1],
     )
@@ -298,9 +298,9 @@ def test_render_is_what_the_tokenizer_receives_on_invoke(causal, monkeypatch, pr
 )
 def test_render_over_a_chat_model_is_what_the_tokenizer_receives(make_model, monkeypatch, prompt, given, text):
     chain = LLMChain(llm=LocalChatModel(model=make_model(), max_new_tokens=1), prompt=prompt)
-    seen, original = [], chain.model._tokenize
+    seen, original = [], chain.model._tokens._tokenize
     monkeypatch.setattr(
-        chain.model,
+        chain.model._tokens,
         "_tokenize",
         lambda texts, **options: (seen.append((texts, options)), original(texts, **options))[1],
     )

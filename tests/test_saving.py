@@ -481,7 +481,7 @@ def test_a_given_model_that_would_answer_otherwise_is_refused(tmp_path):
 
 
 def test_no_directory_is_no_chain(tmp_path):
-    with pytest.raises(ChainFileError, match="no chain.yaml"):
+    with pytest.raises(ChainFileError, match=r"no chain\.yaml"):
         LLMChain.load(tmp_path / "nowhere")
 
 

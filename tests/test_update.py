@@ -394,7 +394,7 @@ def test_random_bytes_and_random_damage():
 
 
 def test_damage_outside_the_counts_is_always_seen():
-    """Every byte of the header but those of the free numbers and spaces: change it, and the update is refused or equal."""
+    """Every byte of the header but those of the free numbers: change it, and the update is refused or equal."""
     rng = random.Random(1)
     sent = update()
     data = sent.to_bytes()

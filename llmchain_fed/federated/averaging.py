@@ -284,6 +284,8 @@ class FederatedAveraging:
         if self._open is None:
             msg = "no participant has trained since the last step(). Call train(local_data, device_id) first."
             raise NothingTrainedError(msg)
+        if self._evaluator.active:
+            self._join()
         before = self._evaluator.measure(self._transport, self._joined)
         record = self._close(self._open, self._opened, before, {})
         self._open = None

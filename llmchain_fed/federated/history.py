@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -149,8 +150,8 @@ class History:
         return {"rounds": [asdict(r) for r in self.rounds], "stopped_early": self.stopped_early}
 
     def to_json(self) -> str:
-        """Everything as JSON."""
-        return json.dumps(self.to_dict(), ensure_ascii=False, indent=1, allow_nan=False)
+        """Everything as JSON; numbers that are not finite, which JSON has not, become null."""
+        return json.dumps(_finite(self.to_dict()), ensure_ascii=False, indent=1, allow_nan=False)
 
     def save(self, path: str | Path) -> None:
         """Writes `to_json()` to a file."""
@@ -234,6 +235,14 @@ def _cells(record: RoundRecord) -> tuple[str, ...]:
         f"{record.seconds:.1f}",
         "; ".join(notes[:3]) + (f" … and {len(notes) - 3} more" if len(notes) > 3 else ""),
     )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: float | None) -> str:

@@ -1,0 +1,40 @@
+"""Loads a model by name: module and tokenizer, with a LoRA adapter where one is wanted, on the best device.
+
+Knows transformers' and PEFT's loaders and the embedded default. Knows nothing of what is done with the model.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from llmchain_fed import embedded
+
+
+def load(
+    name_or_path: str, *, lora: LoraConfig | None, dtype: torch.dtype | None, device: str | torch.device | None
+) -> tuple[nn.Module, Any]:
+    """The module in evaluation mode, and its tokenizer; see `LocalModel.from_pretrained`."""
+    path = embedded.resolve(name_or_path)
+    config = AutoConfig.from_pretrained(path)
+    seq2seq = bool(config.is_encoder_decoder)
+    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    module = auto.from_pretrained(path, dtype=dtype or torch.float32, use_safetensors=True)
+    if lora is not None:
+        lora = copy.deepcopy(lora)
+        lora.task_type = lora.task_type or (TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = get_peft_model(module, lora)
+    return module.to(device or _best_device()).eval(), AutoTokenizer.from_pretrained(path)
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
