@@ -117,6 +117,10 @@ class LocalModel:
         """The tokenizer, or None."""
         return self._tokens.tokenizer
 
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokens.tokenizer = tokenizer
+
     @property
     def kind(self) -> Kind:
         """`"seq2seq"` for an encoder-decoder, else `"causal"`."""

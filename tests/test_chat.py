@@ -35,9 +35,11 @@ def chat():
 def spoken(chat, monkeypatch):
     """The chat model over the turn-by-turn template, and what its tokenizer received."""
     chat.model.tokenizer.chat_template = train_tokenizer().chat_template
-    seen, original = [], chat.model._tokenize
+    seen, original = [], chat.model._tokens._tokenize
     monkeypatch.setattr(
-        chat.model, "_tokenize", lambda texts, **options: (seen.append((texts, options)), original(texts, **options))[1]
+        chat.model._tokens,
+        "_tokenize",
+        lambda texts, **options: (seen.append((texts, options)), original(texts, **options))[1],
     )
     return chat, seen
 

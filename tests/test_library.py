@@ -168,9 +168,7 @@ def test_generation_keys_are_options_of_the_model():
     """Whatever a recipe may set, the model understands."""
     from llmchain_fed.generation import GenerationOptions
 
-    assert set(ChainSpec.model_fields["generation"].annotation.model_fields) <= set(
-        GenerationOptions.model_fields
-    )
+    assert set(ChainSpec.model_fields["generation"].annotation.model_fields) <= set(GenerationOptions.model_fields)
 
 
 def test_prompts_load_without_the_model_code():

@@ -64,7 +64,18 @@ PUBLIC = [
 # DESIGN §2: model ← data, training ← llm, chat ← chain ← federated ← runtimes ← cli. A module may import those of
 # lines above its own and, within a line, those to its left.
 LAYERS = [
-    ["errors", "_config", "recipes", "recipe_files", "embedded", "weights", "generation", "model"],
+    [
+        "errors",
+        "_config",
+        "recipes",
+        "recipe_files",
+        "embedded",
+        "pretrained",
+        "weights",
+        "generation",
+        "tokens",
+        "model",
+    ],
     ["examples", "data", "loss", "training_config", "training", "evaluation"],
     ["face", "llm", "chat", "saving", "library"],
     ["chain"],

@@ -71,7 +71,7 @@ def lora_config(kind: str = "causal", **changes: Any) -> LoraConfig:
 
 
 def with_lora(module: torch.nn.Module, config: LoraConfig, seed: int = 0) -> torch.nn.Module:
-    """PEFT's own wrapping, with a fixed random start and, so that every gradient flows at once, a B that is not zero."""
+    """PEFT's own wrapping with a fixed random start; B is not zero, so that every gradient flows at once."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         wrapped = get_peft_model(module, config)
