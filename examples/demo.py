@@ -75,6 +75,7 @@ def main() -> None:
     chain = make_chain(args.language)
     print(chain.model)
 
+    print("translating the held-out texts with the untrained model …", flush=True)
     before = {name: translate(chain, s.held_out) for name, s in splits.items()}
     federation = FederatedAveraging(
         chain,

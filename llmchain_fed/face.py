@@ -10,9 +10,9 @@ from typing import Any, Self
 
 import torch
 from peft import LoraConfig
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from llmchain_fed._config import unknown_option
+from llmchain_fed._config import explain, unknown_option
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.generation import GenerationOptions
 from llmchain_fed.model import LocalModel
@@ -43,6 +43,12 @@ class LocalFace(BaseModel):
     """strings before which every answer ends, unless a call gives its own"""
     batch_size: int = Field(default=32, ge=1)
     """prompts computed together"""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        try:
+            super().__init__(*args, **options)
+        except ValidationError as error:
+            raise ConfigError(explain(error, type(self))) from None
 
     @model_validator(mode="before")
     @classmethod

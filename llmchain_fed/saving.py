@@ -17,13 +17,14 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 import yaml
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llmchain_fed.errors import ChainFileError, WeightsMismatchError
 from llmchain_fed.model import LocalModel
+from llmchain_fed.pretrained import add_adapter
 from llmchain_fed.recipes import PromptData
 from llmchain_fed.weights import base_fingerprint, check_state, is_adapter, stable_name
 
@@ -243,10 +244,8 @@ def _with_adapter(model: LocalModel, directory: Path) -> LocalModel:
         if not isinstance(model.module, PeftModel):
             config = PeftConfig.from_pretrained(str(directory))
             config.inference_mode = False
-            config.base_model_name_or_path = (
-                None  # the fingerprint has checked the base; PEFT would warn about a new name
-            )
-            module = get_peft_model(model.module, config).eval()
+            config.base_model_name_or_path = None  # the fingerprint has checked the base; PEFT would warn
+            module = add_adapter(model.module, config).eval()
             model = LocalModel(module, model.tokenizer, name=model.name, reference=model.reference)
         check_state(get_peft_model_state_dict(model.module, save_embedding_layers=False), state)
     except WeightsMismatchError as error:

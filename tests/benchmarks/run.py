@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -302,10 +302,11 @@ def main() -> int:
         default=str(ROOT / ".venv-bench" / "bin" / "python"),
         help="python of the peers' environment",
     )
+    parser.add_argument("--repetitions", type=int, default=FULL.repetitions, help="of every comparison of processes")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="for every side alike")
     arguments = parser.parse_args()
 
-    size = QUICK if arguments.quick else FULL
+    size = QUICK if arguments.quick else replace(FULL, repetitions=arguments.repetitions)
     bench = Bench(size, arguments.peers, arguments.threads)
     OUT.mkdir(exist_ok=True)
     load = os.getloadavg()[0]
