@@ -38,7 +38,7 @@ IGNORE = -100
 """The label that the loss passes over: torch's and transformers' own convention."""
 
 
-@dataclass
+@dataclass(slots=True)
 class DataReport:
     """What became of a participant's examples. Only `used` ones are trained on; nothing is cut."""
 

@@ -209,12 +209,13 @@ class FederatedAveraging:
                 msg = f"participant {node!r} cannot join: {type(answer).__name__}: {answer}"
                 raise FederationError(msg) from answer
             answers[node] = json.loads(answer)
-            different = [k for k, v in contract.items() if answers[node]["contract"].get(k) != v]
+            theirs = answers[node].pop("contract")
+            different = [k for k, v in contract.items() if theirs.get(k) != v]
             if different:
                 msg = f"participant {node!r} cannot join: its {', '.join(different)} differs from this side's."
                 raise FederationError(msg)
         self._joined |= answers
-        self.data_reports |= {n: DataReport(**a["report"]) for n, a in answers.items() if "report" in a}
+        self.data_reports |= {n: DataReport(**a.pop("report")) for n, a in answers.items() if "report" in a}
         for name in answers.keys() & self.data_reports.keys():
             report = self.data_reports[name]
             if self._progress and (report.empty or report.too_long):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass
+@dataclass(slots=True)
 class ParticipantRecord:
     """One participant in one round; None where it was not measured."""
 

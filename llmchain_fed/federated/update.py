@@ -148,6 +148,9 @@ class Expected:
         Raises:
             UpdateRefusedError: With the name of the tensor.
         """
+        block = wire.side_by_side(list(tensors.values())) if tensors else None
+        if block is not None and all_finite(block):  # one pass instead of hundreds; tensor by tensor only to name one
+            return
         for name, tensor in tensors.items():
             if not all_finite(tensor):
                 _refuse(f"{name} holds NaN or infinite values")

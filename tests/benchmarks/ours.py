@@ -137,7 +137,8 @@ def invoke(path: str, how: str, times: str) -> None:
 def aggregate(updates: str) -> None:
     """FedAvg over LoRA updates of 5 M float32 values as they arrive, against `copy_` of as many bytes.
 
-    Four distinct updates take turns (80 MB: more than most caches hold), for the average and for the copy.
+    The updates are as `Update.from_bytes` hands them to the server. Four distinct ones take turns
+    (80 MB: more than most caches hold), for the average and for the copy.
     Bytes are those of the updates, counted once, on both sides. `from_bytes` is the server's whole path:
     check the header, read and check the values, add.
     """
@@ -154,6 +155,7 @@ def aggregate(updates: str) -> None:
         Update(participant="p", round=1, base="b", tensors=s, num_examples=96, num_tokens=960).to_bytes()
         for s in sources
     ]
+    arrived = [Update.from_bytes(data, wanted).tensors for data in packed]
     room = torch.empty_like(flat[0])
 
     def copy() -> None:
@@ -163,7 +165,7 @@ def aggregate(updates: str) -> None:
     def stream() -> None:
         accumulator = FedAvg().start(sources[0])
         for i in range(count):
-            accumulator.add(sources[i % 4], 96.0)
+            accumulator.add(arrived[i % 4], 96.0)
         accumulator.result()
 
     def stream_bytes() -> None:
