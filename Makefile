@@ -37,7 +37,7 @@ unit: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest --durations=10
 
 notebooks: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=120 --override-ini=testpaths=examples -p no:benchmark examples/*.ipynb
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=120 examples/*.ipynb
 
 compare: $(VENV)/demo.stamp  ## base, alone, federated, centralised; writes the README's table to out/arms/
 	$(BIN)/python examples/compare_arms.py $(COMPARE)

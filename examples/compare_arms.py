@@ -99,6 +99,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("out/arms"))
     args = parser.parse_args()
+    if args.seeds < 1 or args.train % args.batch_size:
+        parser.error("--seeds is at least 1, and --train a multiple of --batch-size so that all arms see equally much")
     transformers_logging.disable_progress_bar()
     chain = make_chain(args.language)
     start = chain.model.trainable_state()

@@ -103,14 +103,17 @@ def main() -> None:
         }
         for name, split in splits.items()
     ]
-    samples = [sample(name, i, splits, before, after) for i in range(3) for name in splits]
-    _print(rows, samples)
-    seconds = time.perf_counter() - started
-    print(f"\n{seconds:.0f} s in all. What left each publisher: its trained adapter and two counts a round; no text.")
-
+    samples = [sample(name, i, splits, before, after) for i in range(min(3, args.test)) for name in splits]
     args.out.mkdir(parents=True, exist_ok=True)
     chain.save(args.out / "chain")
     history.save(args.out / "history.json")
+    _print(rows, samples)
+    seconds = time.perf_counter() - started
+    print(f"\n{seconds:.0f} s in all. No training step saw two publishers' texts; each round they handed over their")
+    print(
+        "trained adapter, two counts and a few losses. The samples are held-out texts, shown because you are all four."
+    )
+
     notes = [
         "Command: python examples/demo.py "
         + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()),
@@ -147,7 +150,7 @@ def _print(rows: Sequence[Mapping[str, object]], samples: Sequence[Mapping[str, 
         f"\n{'publisher':<10}{'held-out loss (nats/token)':^28}{'chrF (0–100)':^18}{'MB up / down':^16}{'seconds':>8}"
     )
     for row in rows:
-        losses = f"{row['loss_before']:>11.2f} → {row['loss_after']:<14.2f}"
+        losses = f"{_number(row['loss_before']):>11} → {_number(row['loss_after']):<14}"
         scores = f"{row['chrf_before']:>6.1f} → {row['chrf_after']:<9.1f}"
         traffic = f"{row['MB_up']:>6.0f} / {row['MB_down']:<7.0f}"
         print(f"{row['publisher']:<10}{losses}{scores}{traffic}{row['seconds']:>8.0f}")
@@ -156,6 +159,10 @@ def _print(rows: Sequence[Mapping[str, object]], samples: Sequence[Mapping[str, 
         print(f"  {item['participant']}: {item['prompt']}")
         for key in ("before", "after", "reference"):
             print(f"    {key:<10}{item[key]}")
+
+
+def _number(value: object) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else "–"
 
 
 if __name__ == "__main__":

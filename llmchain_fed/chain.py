@@ -132,8 +132,13 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         texts = [str(m.content) for m in value.to_messages()]
         return [literal for text in texts for literal in re.split("\ue000.*?\ue001", text)]
 
+    def prompt_identity(self) -> list[str]:
+        """What two sides of a federation must share of the prompt: fixed texts, variables and defaults."""
+        defaults = [f"{k}={v}" for k, v in sorted(self.prompt.partial_variables.items()) if isinstance(v, str)]
+        return [type(self.prompt).__name__, *self.literals, *sorted(self.input_variables), *defaults]
+
     def render(self, inputs: Mapping[str, Any] | str) -> str:
-        """The text that the model sees for `inputs`; training and invoke both come through here.
+        """The text that the model sees for `inputs`: byte for byte what invoke sends it, and what training uses.
 
         Fires no callbacks, so that examples never reach a tracer.
 

@@ -67,8 +67,8 @@ class EncodedExamples:
     its completion (with the end token) `tokens[bounds[2i+1]:bounds[2i+2]]`.
     """
 
-    tokens: Tensor  # (sum of lengths,) int32
-    bounds: Tensor  # (2 * examples + 1,) int64
+    tokens: Tensor = field(repr=False)  # (sum of lengths,) int32
+    bounds: Tensor = field(repr=False)  # (2 * examples + 1,) int64
     report: DataReport = field(default_factory=DataReport)
 
     def __len__(self) -> int:

@@ -18,7 +18,7 @@ and files as they were.
     │   ├── PromptVariablesError      the example's variables are not the prompt's
     │   └── TemplatedTwiceError       a value already carries the template's text
     ├── TrainingError
-    │   └── NonFiniteLossError        the loss became NaN or infinite
+    │   └── NonFiniteLossError        the loss or a weight became NaN or infinite
     └── FederationError
         ├── DuplicateParticipantError two participants of one name, or one that trained twice in a round
         ├── NothingTrainedError       step() before any participant trained
@@ -88,7 +88,7 @@ class TrainingError(LLMChainFedError):
 
 
 class NonFiniteLossError(TrainingError):
-    """The training loss became NaN or infinite."""
+    """The training loss, or a trained weight, became NaN or infinite."""
 
 
 class FederationError(LLMChainFedError):

@@ -73,6 +73,12 @@ class Example:
                 "an Example has either `inputs` (templated by the chain) or `prompt` (final text), not both or neither."
             )
             raise DataError(msg)
+        for text in (self.completion, self.prompt, self.inputs):
+            if isinstance(text, str) and not _is_unicode(text):
+                msg = (
+                    f"the text {text!r:.60} holds half a surrogate pair, which is no character. Decode the source anew."
+                )
+                raise DataError(msg)
         if self.prompt is not None and not isinstance(self.prompt, str):
             msg = f"`prompt` is final text, got {type(self.prompt).__name__}. Pass variables as `inputs`."
             raise DataError(msg)
@@ -197,6 +203,12 @@ def _check_inputs(inputs: Mapping[str, Any] | str, prompt: Prompt) -> None:
         )
         raise PromptVariablesError(msg)
     for name, value in inputs.items():
+        if value is None:
+            msg = f"`{name}` is None, which would be templated as the word. Fill it in or leave the example out."
+            raise PromptVariablesError(msg)
+        if isinstance(value, str) and not _is_unicode(value):
+            msg = f"`{name}` holds half a surrogate pair, which is no character. Decode the source anew."
+            raise DataError(msg)
         if isinstance(value, str) and carries(value, prompt.literals):
             msg = (
                 f"`{name}` already carries the template's text ({value!r:.80}): it would be templated "
@@ -204,6 +216,10 @@ def _check_inputs(inputs: Mapping[str, Any] | str, prompt: Prompt) -> None:
                 "value, or final text as {'prompt': …, 'completion': …}."
             )
             raise TemplatedTwiceError(msg)
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def carries(value: str, literals: Sequence[str]) -> bool:

@@ -46,7 +46,7 @@ class GenerationOptions(FrozenConfig):
     no_repeat_ngram_size: int = Field(default=0, ge=0)
     """tokens: no n-gram of this size occurs twice; 0 is off"""
     seed: int | None = None
-    """makes a sampled answer reproducible without touching torch's global generator"""
+    """makes a sampled answer reproducible; torch's global generator is as before afterwards"""
 
     @property
     def reads_padding(self) -> bool:

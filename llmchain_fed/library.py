@@ -214,9 +214,14 @@ def prompt_to_data(prompt: BasePromptTemplate[Any]) -> PromptData:
         defaults = {name: v for name, v in defaults.items() if not (v == [] and name in prompt.optional_variables)}
     if all(isinstance(v, str) for v in defaults.values()):
         match prompt:
-            case PromptTemplate(template_format="f-string"):
+            case PromptTemplate(template_format="f-string") if type(prompt) is PromptTemplate:
                 return PromptData(kind="template", template=prompt.template, defaults=defaults)
-            case FewShotPromptTemplate(template_format="f-string", example_selector=None, examples=list() as examples):
+            case FewShotPromptTemplate(
+                template_format="f-string",
+                example_selector=None,
+                examples=list() as examples,
+                example_prompt=PromptTemplate(template_format="f-string", partial_variables={}),
+            ):
                 if all(isinstance(v, str) for example in examples for v in example.values()):
                     return PromptData(
                         kind="few_shot",

@@ -14,6 +14,7 @@ from langchain_core.globals import get_llm_cache
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+from langchain_core.runnables.config import get_config_list
 from pydantic import Field
 from typing_extensions import override
 
@@ -82,6 +83,30 @@ class LocalLLM(LocalFace, BaseLLM):
         del options["stop"]  # has a place in the key of its own
         GenerationOptions(**options)  # an answer in the cache does not excuse a bad value
         return self.model_copy(update=options), {k: v for k, v in kwargs.items() if k in _OF_THE_RUN}
+
+    @override
+    def batch(
+        self, inputs: list[Any], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
+    ) -> list[Any]:
+        """One real batch; with `return_exceptions` one bad prompt does not cost the others their answers."""
+        answers = super().batch(inputs, config, return_exceptions=return_exceptions, **kwargs)
+        if len(inputs) < 2 or not any(isinstance(answer, Exception) for answer in answers):
+            return answers
+        configs = get_config_list(config, len(inputs))  # BaseLLM gives everyone the same exception: ask one by one
+        one = super().batch
+        return [one([x], c, return_exceptions=True, **kwargs)[0] for x, c in zip(inputs, configs, strict=True)]
+
+    @override
+    async def abatch(
+        self, inputs: list[Any], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
+    ) -> list[Any]:
+        """The async twin of `batch`."""
+        answers = await super().abatch(inputs, config, return_exceptions=return_exceptions, **kwargs)
+        if len(inputs) < 2 or not any(isinstance(answer, Exception) for answer in answers):
+            return answers
+        configs = get_config_list(config, len(inputs))
+        one = super().abatch
+        return [(await one([x], c, return_exceptions=True, **kwargs))[0] for x, c in zip(inputs, configs, strict=True)]
 
     @override
     def _generate(

@@ -47,7 +47,9 @@ def summed_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
     if parts is not None and _is_plain(module, parts, batch):
         wanted = labels[:, 1:] != IGNORE  # (B, T-1): position t predicts token t + 1
         logits = _logits(parts, batch, wanted)  # (tokens, V)
-        return F.cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="sum"), int(wanted.sum())
+        return F.cross_entropy(logits.float(), labels[:, 1:][wanted].to(logits.device), reduction="sum"), int(
+            wanted.sum()
+        )
     return _full_loss(module, batch)
 
 
@@ -62,9 +64,9 @@ def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def _check(batch: object) -> None:
-    if not isinstance(batch, Mapping) or "labels" not in batch:
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
         msg = (
-            f"a batch is a mapping with input_ids, attention_mask and labels, got {_describe(batch)}. "
+            f"a batch is a mapping of the tensors input_ids, attention_mask and labels, got {_describe(batch)}. "
             "Let the DataLoader's collate_fn return such mappings."
         )
         raise DataError(msg)
@@ -108,7 +110,7 @@ def _logits(parts: tuple[nn.Module, nn.Module], batch: Mapping[str, Tensor], wan
     decoder, head = parts
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     hidden = decoder(**inputs, use_cache=False).last_hidden_state  # (B, T, H)
-    logits: Tensor = head(hidden[:, :-1][wanted])
+    logits: Tensor = head(hidden[:, :-1][wanted.to(hidden.device)])
     return logits
 
 

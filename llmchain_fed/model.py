@@ -90,6 +90,7 @@ class LocalModel:
 
         Raises:
             MissingExtraError: The embedded model needs the extra `gguf`.
+            UnsupportedModelError: There is no such model, or none with safetensors weights and a tokenizer.
         """
         module, tokenizer = pretrained.load(name_or_path, lora=lora, dtype=dtype, device=device)
         reference = None if Path(name_or_path).exists() else name_or_path
@@ -154,6 +155,12 @@ class LocalModel:
     def fingerprint(self) -> str:
         """Which base weights these are, as hex: taken when the object was made, adapters left out."""
         return self._fingerprint
+
+    def wrapped(self, module: nn.Module) -> LocalModel:
+        """The same model under another wrapping of its module, behind the same lock."""
+        other = LocalModel(module, self.tokenizer, name=self.name, reference=self.reference)
+        other._lock = self._lock
+        return other
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

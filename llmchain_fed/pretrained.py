@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from llmchain_fed import embedded
+from llmchain_fed.errors import UnsupportedModelError
 
 
 def load(
@@ -22,15 +23,20 @@ def load(
 ) -> tuple[nn.Module, Any]:
     """The module in evaluation mode, and its tokenizer; see `LocalModel.from_pretrained`."""
     path = embedded.resolve(name_or_path)
-    config = AutoConfig.from_pretrained(path)
-    seq2seq = bool(config.is_encoder_decoder)
-    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-    module = auto.from_pretrained(path, dtype=dtype or torch.float32, use_safetensors=True)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        seq2seq = bool(config.is_encoder_decoder)
+        auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+        module = auto.from_pretrained(path, dtype=dtype or torch.float32, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        msg = f"{name_or_path!r} cannot be loaded as a model with safetensors weights and a tokenizer: {error}"
+        raise UnsupportedModelError(msg) from error
     if lora is not None:
         lora = copy.deepcopy(lora)
         lora.task_type = lora.task_type or (TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM)
         module = add_adapter(module, lora)
-    return module.to(device or _best_device()).eval(), AutoTokenizer.from_pretrained(path)
+    return module.to(device or _best_device()).eval(), tokenizer
 
 
 def add_adapter(module: Any, config: PeftConfig) -> PeftModel:

@@ -143,7 +143,7 @@ class AdapterSpec(_Spec):
 
 
 class GenerationSpec(_Spec):
-    """The generation defaults a recipe may set; what it leaves out, the model decides."""
+    """The generation defaults a recipe may set; what it leaves out, the LLM's own defaults decide."""
 
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     """tokens"""

@@ -111,7 +111,11 @@ def _replaced(directory: Path) -> Iterator[Path]:
         if directory.exists():
             old = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-old-"))
             directory.rename(old / directory.name)
-            scratch.rename(directory)
+            try:
+                scratch.rename(directory)
+            except BaseException:
+                (old / directory.name).rename(directory)
+                raise
             shutil.rmtree(old)
         else:
             scratch.rename(directory)
@@ -242,11 +246,17 @@ def _with_adapter(model: LocalModel, directory: Path) -> LocalModel:
     try:
         state = load_file(directory / _ADAPTER_WEIGHTS)
         if not isinstance(model.module, PeftModel):
+            if any(is_adapter(name) for name, _ in model.module.named_parameters()):
+                msg = (
+                    f"another adapter is already in {model.name!r}: loading this one would replace it "
+                    "in the chain that uses it. Give every chain a base of its own."
+                )
+                raise ChainFileError(msg)
             config = PeftConfig.from_pretrained(str(directory))
             config.inference_mode = False
             config.base_model_name_or_path = None  # the fingerprint has checked the base; PEFT would warn
             module = add_adapter(model.module, config).eval()
-            model = LocalModel(module, model.tokenizer, name=model.name, reference=model.reference)
+            model = model.wrapped(module)
         check_state(get_peft_model_state_dict(model.module, save_embedding_layers=False), state)
     except WeightsMismatchError as error:
         msg = f"the saved adapter does not fit: {error}"

@@ -64,7 +64,8 @@ class Tokens:
         """Without the end token and the padding behind it; a row cut at a stop string has padding alone."""
         eos, pad = self.eos_ids, self.pad_id
         end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
-        while end and ids[end - 1] == pad:
+        known = getattr(self.tokenizer, "pad_token_id", None) is not None or bool(eos)
+        while known and end and ids[end - 1] == pad:
             end -= 1
         return ids[:end]
 

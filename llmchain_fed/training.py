@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.data import (
+    IGNORE,
     DataReport,
     EncodedExamples,
     Examples,
@@ -34,6 +35,7 @@ from llmchain_fed.generation import seeded
 from llmchain_fed.loss import computing_in, on_device, summed_loss
 from llmchain_fed.model import LocalModel
 from llmchain_fed.training_config import TrainingConfig
+from llmchain_fed.weights import all_finite
 
 __all__ = ["TrainingConfig", "TrainingResult", "encoded", "no_examples", "seed_of", "train_locally"]
 
@@ -86,7 +88,7 @@ def train_locally(
 
     Raises:
         EmptyParticipantError: Not a single usable example.
-        NonFiniteLossError: The loss became NaN or infinite; the weights are as before the call.
+        NonFiniteLossError: The loss or a weight became NaN or infinite; the weights are as before the call.
         DataError: See `read_examples`.
         NotTrainableError: No parameter requires a gradient.
     """
@@ -106,7 +108,8 @@ def train_locally(
             raise
         finally:
             for name, buffer in model.module.named_buffers():
-                buffer.copy_(buffers[name])
+                if name in buffers and buffers[name].shape == buffer.shape:  # some are made by the forward pass
+                    buffer.copy_(buffers[name])
             model.module.eval()
 
 
@@ -139,7 +142,7 @@ def _train(
             if not math.isfinite(loss):
                 msg = (
                     f"the loss of {participant!r} became {loss} at step {len(losses) + 1} of round "
-                    f"{round_number}, so its weights are worthless. "
+                    f"{round_number + 1}, so its weights are worthless. "
                     "Lower the learning rate or set max_grad_norm."
                 )
                 raise NonFiniteLossError(msg)
@@ -153,6 +156,10 @@ def _train(
             optimizer.step()
             losses.append(loss)
         optimizer.zero_grad(set_to_none=True)
+    spoilt = next((name for name, p in parameters.items() if not all_finite(p.detach())), None)
+    if spoilt is not None:
+        msg = f"{spoilt} of {participant!r} is not finite at the end. Lower the learning rate or set max_grad_norm."
+        raise NonFiniteLossError(msg)
     if not count.tokens:
         why = "the DataLoader's batches carry no label" if losses else "the DataLoader gave no batch"
         raise EmptyParticipantError(no_examples(participant, why))
@@ -186,7 +193,7 @@ def _report(loader: Any, count: _Count, config: TrainingConfig, steps: int) -> D
 def _accumulate(model: LocalModel, batches: list[dict[str, Tensor]], count: _Count) -> float:
     """Gradients of the mean loss over all tokens of one step's forward passes; returns that loss."""
     batches = [on_device(batch, model.device) for batch in batches]
-    total = sum(int((b["labels"] != -100).sum()) for b in batches) if len(batches) > 1 else 0
+    total = sum(int((b["labels"] != IGNORE).sum()) for b in batches) if len(batches) > 1 else 0
     loss = 0.0
     for batch in batches:
         summed, tokens = summed_loss(model.module, batch)
@@ -210,7 +217,8 @@ def _steps(
 ) -> Iterator[list[dict[str, Tensor]]]:
     """The forward passes of each optimizer step."""
     if not isinstance(data, EncodedExamples):
-        start = first_step % (_length(data) or 1)
+        length = _length(data)
+        start = first_step % length if length else first_step
         stop = start + config.max_steps if config.max_steps else None
         for batch in itertools.islice(_passes(data, config), start if stop else 0, stop):
             yield [batch]

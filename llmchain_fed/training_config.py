@@ -68,6 +68,10 @@ class TrainingConfig(FrozenConfig):
         choice = self.optimizer
         if isinstance(choice, str) and choice in _BY_NAME:
             return _BY_NAME[choice]
+        kind = choice if isinstance(choice, type) else type(choice)
+        if issubclass(kind, torch.optim.LBFGS):
+            msg = "LBFGS evaluates the loss several times a step, which this loop does not. Use adamw, adam or sgd."
+            raise ConfigError(msg)
         if isinstance(choice, type) and issubclass(choice, torch.optim.Optimizer):
             return choice
         if isinstance(choice, torch.optim.Optimizer):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from llmchain_fed.errors import WeightsMismatchError
+from llmchain_fed.errors import UnsupportedModelError, WeightsMismatchError
 
 _SAMPLED_VALUES = 64  # per tensor, for the fingerprint of a base that may be many gigabytes
 _WATCHED_VALUES = 16  # per tensor, to notice a change before every call
@@ -43,9 +43,22 @@ def adapter_names(module: nn.Module) -> list[str]:
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Stable name → parameter, for every parameter that requires a gradient; tied ones once."""
+    """Stable name → parameter, for every parameter that requires a gradient; tied ones once.
+
+    Raises:
+        UnsupportedModelError: Two of them share a stable name, because several adapters are trained at once.
+    """
     adapters = adapter_names(module)
-    return {stable_name(n, adapters): p for n, p in module.named_parameters() if p.requires_grad}
+    found: dict[str, nn.Parameter] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        stable = stable_name(name, adapters)
+        if stable in found:
+            msg = f"{stable} is trained by more than one of the adapters {adapters}. Activate one of them."
+            raise UnsupportedModelError(msg)
+        found[stable] = parameter
+    return found
 
 
 def deciding_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -20,7 +20,7 @@ from llmchain_fed.errors import ConfigError, FederationError, LLMChainFedError, 
 from llmchain_fed.evaluation import EvaluationResult, evaluate_locally
 from llmchain_fed.federated import server_optimizers, wire
 from llmchain_fed.federated.aggregation import Aggregation, Weighting, make_aggregation
-from llmchain_fed.federated.evaluation import Evaluator
+from llmchain_fed.federated.evaluation import Evaluator, Measurement
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
 from llmchain_fed.federated.options import checked_quorum, sample_size, training_of
 from llmchain_fed.federated.participant import Participant, as_participants
@@ -96,7 +96,7 @@ class FederatedAveraging:
         self._model = self._trainee.model
         self._training = training_of(training, optimizer=optimizer, lr=lr, batch_size=batch_size, seed=seed)
         self._aggregation = make_aggregation(aggregation)
-        self._aggregation.start(self._model.trainable_state())  # refuses a rule or a model that does not fit, now
+        self._aggregation.start(self._model.trainable_parameters())  # refuses a rule or a model that does not fit, now
         server_optimizers.check(server_optimizer)
         self._server_optimizer = server_optimizer
         if weighting not in ("examples", "tokens", "equal"):
@@ -112,9 +112,9 @@ class FederatedAveraging:
         named = self._evaluator.divide(named)
         self._peers = {name: LocalPeer(self._trainee, p, self._training) for name, p in named.items()}
         self._transport: Transport = runtime if runtime is not None else InProcess(self._peers)
+        self._per_round = participants_per_round
         available = len(self._transport.nodes())
-        self._sampled = sample_size(participants_per_round, available)
-        self._quorum = checked_quorum(quorum, self._sampled, available)
+        self._quorum = checked_quorum(quorum, sample_size(participants_per_round, available), available)
         self._joined: dict[str, dict[str, Any]] = {}
         self._open: OpenRound | None = None
         self._opened = 0.0
@@ -177,7 +177,7 @@ class FederatedAveraging:
                 if waited == 0 and best == float("inf") and record.held_out_before is not None:
                     best = record.held_out_before
                 improved = record.held_out_after < best - min_delta
-                best, waited = min(best, record.held_out_after), 0 if improved else waited + 1
+                best, waited = (record.held_out_after, 0) if improved else (best, waited + 1)
                 if waited >= patience:
                     self.history.stopped_early = f"held-out loss did not improve by {min_delta} for {waited} rounds"
                     break
@@ -190,7 +190,7 @@ class FederatedAveraging:
         if not self._transport.nodes():
             msg = "there is nobody to learn from. Pass participants={name: examples, …}, or use train() and step()."
             raise ConfigError(msg)
-        if patience is not None and (patience < 1 or not self._evaluator.active):
+        if patience is not None and (not isinstance(patience, int) or patience < 1 or not self._evaluator.active):
             msg = "patience is at least 1 and needs evaluation=…, which says what held-out loss is measured on."
             raise ConfigError(msg)
         if self._open is not None:
@@ -228,16 +228,18 @@ class FederatedAveraging:
         before = self._evaluator.measure(self._transport, self._joined)
         opened = self._begin()
         for name, answer in self._transport.call("train", chosen, opened.payload):
-            opened.accept(name, answer, num_examples=self._joined.get(name, {}).get("num_examples"))
+            hello = self._joined.get(name, {})
+            opened.accept(name, answer, num_examples=hello.get("num_examples"), num_tokens=hello.get("num_tokens"))
             bar.set_postfix_str(name)
         idle = {name: ParticipantRecord(status="idle") for name in nodes if name not in opened.records}
         return self._close(opened, started, before, idle)
 
     def _choose(self, nodes: list[str]) -> list[str]:
-        if self._sampled >= len(nodes):
+        count = sample_size(self._per_round, len(nodes))
+        if count >= len(nodes):
             return nodes
         rng = random.Random(seed_of(self._seed, "sample", self.round))  # noqa: S311 (sampling, no secret)
-        chosen = set(rng.sample(sorted(nodes), self._sampled))
+        chosen = set(rng.sample(sorted(nodes), count))
         return [node for node in nodes if node in chosen]
 
     # --- one participant at a time ----------------------------------------------------------------------------------
@@ -257,6 +259,12 @@ class FederatedAveraging:
         if not isinstance(self._transport, InProcess):
             msg = "train() works on participants in this process; with runtime=… use fit()."
             raise ConfigError(msg)
+        if self._evaluator.holds_out_a_share:
+            msg = (
+                "evaluation as a share sets apart examples of participants=…, and train() brings its own. "
+                "Pass evaluation={name: examples}, or one set for all."
+            )
+            raise ConfigError(msg)
         name = str(device_id)
         opened = self._open or self._begin()
         opened.refuse_twice(name)
@@ -271,9 +279,10 @@ class FederatedAveraging:
             self._open, self._opened = opened, time.perf_counter()
         if name not in self._peers:
             self._peers[name] = peer
-        if self._joined.pop(name, None) is not None:  # it may hold another number of examples now
-            self._join()
-        return opened.accept(name, update)
+            self._transport.add(name, peer)
+        record = opened.accept(name, update)
+        self._joined.pop(name, None)  # it may hold another number of examples now: the next round asks anew
+        return record
 
     def step(self) -> RoundRecord:
         """Averages what has been trained since the last step and loads it: w = Σ n_k/n · w_k.
@@ -299,7 +308,7 @@ class FederatedAveraging:
         return OpenRound(self.round, state, self._model.fingerprint(), self._aggregation, self._weighting)
 
     def _close(
-        self, opened: OpenRound, started: float, before: Mapping[str, Any], idle: Mapping[str, ParticipantRecord]
+        self, opened: OpenRound, started: float, before: Measurement | None, idle: Mapping[str, ParticipantRecord]
     ) -> RoundRecord:
         """Aggregates and loads; from here on an interruption puts the former weights back."""
         aggregate = opened.aggregate(self._quorum)
@@ -307,7 +316,7 @@ class FederatedAveraging:
         record = RoundRecord(round=self.round + 1, participants={**opened.records, **idle})
         try:
             self._model.load_state(new_state)
-            after = self._evaluator.measure(self._transport, self._joined) if before else {}
+            after = self._evaluator.measure(self._transport, self._joined) if before else None
             self._evaluator.fill(record, before, after)
             record.update_norm = wire.distance(new_state, opened.state)
             record.training_seconds = sum(r.seconds or 0.0 for r in opened.records.values())

@@ -8,20 +8,31 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmchain_fed.data import Examples
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.evaluation import evaluate_locally
 from llmchain_fed.federated import wire
-from llmchain_fed.federated.history import ParticipantRecord, RoundRecord, Sample
+from llmchain_fed.federated.history import RoundRecord, Sample
 from llmchain_fed.federated.participant import Participant, hold_out
 from llmchain_fed.federated.peer import Trainee
 from llmchain_fed.federated.runtime import Transport
 from llmchain_fed.training import encoded
 
-_SHARED = ""  # the name under which a set that belongs to no participant is measured
 _SAMPLE_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured under one set of global weights."""
+
+    own: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """participant → loss, tokens, samples, or the error"""
+    shared: dict[str, Any] = field(default_factory=dict)
+    """loss and tokens of the set that belongs to no participant"""
+    seconds: float = 0.0
 
 
 class Evaluator:
@@ -48,12 +59,17 @@ class Evaluator:
         self._trainee, self._evaluation, self._samples, self._seed = trainee, evaluation, samples, seed
         self._shared: Any = None
         self._holders: set[str] = set()
-        self._latest: tuple[str, dict[str, Any]] | None = None
+        self._latest: tuple[str, Measurement] | None = None
 
     @property
     def active(self) -> bool:
         """Whether there is anything to measure on."""
         return self._evaluation is not None or bool(self._holders)
+
+    @property
+    def holds_out_a_share(self) -> bool:
+        """Whether held-out examples come out of the participants' own."""
+        return isinstance(self._evaluation, float)
 
     def divide(self, participants: dict[str, Participant]) -> dict[str, Participant]:
         """The participants with their held-out examples set apart.
@@ -77,54 +93,54 @@ class Evaluator:
         self._holders = {n for n, p in participants.items() if p.held_out is not None}
         return participants
 
-    def measure(self, transport: Transport, joined: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Name → loss, tokens, samples of the weights as they are now; the last answer again if they are the same."""
+    def measure(self, transport: Transport, joined: Mapping[str, Mapping[str, Any]]) -> Measurement | None:
+        """The weights as they are now; the last answer again if they are the same; None where nothing is held out."""
         holders = [n for n, hello in joined.items() if hello.get("held_out")]
         shared = self._evaluation is not None and not isinstance(self._evaluation, (float, Mapping))
         if not holders and not shared:
-            return {}
+            return None
         version = self._trainee.model.weights_hash
         if self._latest is not None and self._latest[0] == version:
-            return {**self._latest[1], "seconds": 0.0}
+            return replace(self._latest[1], seconds=0.0)
         started = time.perf_counter()
-        found: dict[str, Any] = {}
+        found = Measurement()
         if holders:
             header = {"kind": "evaluate", "samples": self._samples, "sample_tokens": _SAMPLE_TOKENS}
             payload = wire.pack(self._trainee.model.trainable_state(), header)
             for name, answer in transport.call("evaluate", holders, payload):
-                found[name] = {"error": str(answer)} if isinstance(answer, Exception) else json.loads(answer)
+                found.own[name] = {"error": str(answer)} if isinstance(answer, Exception) else json.loads(answer)
         if shared:
             if self._shared is None:  # read once: it may be a generator
                 self._shared = encoded(self._evaluation, self._trainee.model, self._trainee.prompt, None)
             result = evaluate_locally(self._trainee.model, self._shared)
-            found[_SHARED] = {"loss": result.loss, "tokens": result.tokens}
+            found.shared.update(loss=result.loss, tokens=result.tokens)
         self._latest = (version, found)
-        return {**found, "seconds": time.perf_counter() - started}
+        return replace(found, seconds=time.perf_counter() - started)
 
-    def fill(self, record: RoundRecord, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    def fill(self, record: RoundRecord, before: Measurement | None, after: Measurement | None) -> None:
         """Writes both measurements into the round's record."""
-        if not before:
+        if before is None or after is None:
             return
-        record.evaluation_seconds = before["seconds"] + after["seconds"]
-        record.held_out_before, record.held_out_after = _pooled(before), _pooled(after)
+        record.evaluation_seconds = before.seconds + after.seconds
+        record.held_out_before, record.held_out_after = _pooled(before, after)
         for name, target in record.participants.items():
-            _fill_participant(target, before.get(name, {}), after.get(name, {}))
-            for old, new in zip(
-                before.get(name, {}).get("samples", []), after.get(name, {}).get("samples", []), strict=False
-            ):
-                record.samples.append(Sample(name, old["prompt"], old["reference"], old["answer"], new["answer"]))
+            old, new = before.own.get(name, {}), after.own.get(name, {})
+            target.held_out_before, target.held_out_after = old.get("loss"), new.get("loss")
+            errors = dict.fromkeys(
+                side[key] for side in (old, new) for key in ("error", "samples_error") if key in side
+            )
+            target.notes += [f"its evaluation failed: {error}" for error in errors]
+            for was, now in zip(old.get("samples", []), new.get("samples", []), strict=False):
+                record.samples.append(Sample(name, was["prompt"], was["reference"], was["answer"], now["answer"]))
 
 
-def _fill_participant(target: ParticipantRecord, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    target.held_out_before, target.held_out_after = before.get("loss"), after.get("loss")
-    for side in (before, after):
-        if "error" in side:
-            target.notes.append(f"its evaluation failed: {side['error']}")
-
-
-def _pooled(found: Mapping[str, Any]) -> float | None:
-    """Mean over all held-out tokens; the shared set alone, where there is one."""
-    parts = [v for k, v in found.items() if k != "seconds" and "loss" in v]
-    parts = [found[_SHARED]] if _SHARED in found else parts
-    tokens = sum(p["tokens"] for p in parts)
-    return sum(p["loss"] * p["tokens"] for p in parts) / tokens if tokens else None
+def _pooled(before: Measurement, after: Measurement) -> tuple[float | None, float | None]:
+    """Mean over the same held-out tokens on both sides; the shared set alone, where there is one."""
+    if before.shared and after.shared:
+        return before.shared["loss"], after.shared["loss"]
+    both = [n for n in before.own if "loss" in before.own[n] and "loss" in after.own.get(n, {})]
+    tokens = sum(before.own[n]["tokens"] for n in both)
+    if not tokens:
+        return None, None
+    old, new = (sum(m.own[n]["loss"] * m.own[n]["tokens"] for n in both) / tokens for m in (before, after))
+    return old, new

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.averaging import FederatedAveraging
 from llmchain_fed.federated.history import History, RoundRecord
 
@@ -23,6 +24,9 @@ class FederatedLearning:
     """
 
     def __init__(self, model: Any, data_loader: Any, optimizer: Any = None, **options: Any) -> None:
+        if "participants" in options:
+            msg = "the participants are the data loaders. Pass data_loader, or use FederatedAveraging(participants=…)."
+            raise ConfigError(msg)
         if not isinstance(data_loader, Mapping):
             sources = data_loader if isinstance(data_loader, (list, tuple)) else [data_loader]
             data_loader = dict(enumerate(sources))

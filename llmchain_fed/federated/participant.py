@@ -35,6 +35,15 @@ class Participant:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", str(self.name))  # numbers are names too, and travel as text
+        if not self.name:
+            msg = "a participant needs a name: it is how updates, history and errors refer to it."
+            raise ConfigError(msg)
+        if not isinstance(self.training, Mapping):
+            msg = (
+                f"participant {self.name!r}: training is a mapping of the options that differ, such as "
+                f'{{"max_steps": 4}}, got {type(self.training).__name__}.'
+            )
+            raise ConfigError(msg)
 
     def __repr__(self) -> str:
         return f"Participant({self.name!r}{f', training={dict(self.training)}' if self.training else ''})"
@@ -51,6 +60,10 @@ def as_participants(given: Mapping[Any, Any] | Iterable[Participant] | None) -> 
         return {}
     if isinstance(given, Mapping):
         found = [v if isinstance(v, Participant) else Participant(str(k), v) for k, v in given.items()]
+        for key, item in zip(given, found, strict=True):
+            if item.name != str(key):
+                msg = f"participant {item.name!r} stands under the name {key!r}. Make the two equal, or pass a list."
+                raise ConfigError(msg)
     elif isinstance(given, Iterable):
         found = list(given)
     else:
@@ -84,19 +97,20 @@ def hold_out(participant: Participant, share: float, prompt: Prompt | None, seed
         ConfigError: The examples are a DataLoader, whose batches cannot be divided.
         EmptyParticipantError: One of the sides would be empty.
     """
+    if participant.held_out is not None:
+        return participant
     if is_ready_tensors(participant.examples):
         msg = (
             f"a share of {participant.name!r}'s DataLoader cannot be held out. Pass "
             "Participant(held_out=another loader)."
         )
         raise ConfigError(msg)
-    if participant.held_out is not None:
-        return participant
     examples = list(read_examples(participant.examples, prompt))
-    distinct = sorted({_key(e, seed) for e in examples})
+    keys = [_key(e, prompt, seed) for e in examples]
+    distinct = sorted(set(keys))
     apart = set(distinct[: max(1, round(share * len(distinct)))])
-    held_out = [e for e in examples if _key(e, seed) in apart]
-    train = [e for e in examples if _key(e, seed) not in apart]
+    held_out = [e for e, key in zip(examples, keys, strict=True) if key in apart]
+    train = [e for e, key in zip(examples, keys, strict=True) if key not in apart]
     if not train or not held_out:
         msg = (
             f"{participant.name!r} has {len(distinct)} distinct examples, too few to hold out {share:.0%} "
@@ -106,6 +120,7 @@ def hold_out(participant: Participant, share: float, prompt: Prompt | None, seed
     return Participant(participant.name, train, held_out, participant.training)
 
 
-def _key(example: Example, seed: int) -> str:
-    # by the question alone: the same question with two answers must not stand on both sides
-    return hashlib.sha256(f"{seed}|{example.prompt}|{example.inputs!r}".encode()).hexdigest()
+def _key(example: Example, prompt: Prompt | None, seed: int) -> str:
+    # by the question alone: the same question with two answers, or in another form, must not stand on both sides
+    text = example.prompt if example.prompt is not None or prompt is None else prompt.render(example.inputs or {})
+    return hashlib.sha256(f"{seed}|{text}".encode()).hexdigest()

@@ -7,18 +7,19 @@ what becomes of its update. It leaves the model as it found it.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from llmchain_fed.chain import LLMChain, find_chain
-from llmchain_fed.data import EncodedExamples, Example, Prompt, read_examples
-from llmchain_fed.errors import FederationError, UnsupportedModelError
+from llmchain_fed.data import EncodedExamples, Example, Prompt, encode_examples, is_ready_tensors, read_examples
+from llmchain_fed.errors import ConfigError, DataError, FederationError, LLMChainFedError, UnsupportedModelError
 from llmchain_fed.evaluation import evaluate_locally
 from llmchain_fed.face import LocalFace
 from llmchain_fed.federated import wire
@@ -27,6 +28,8 @@ from llmchain_fed.federated.runtime import Operation
 from llmchain_fed.federated.update import Update
 from llmchain_fed.model import LocalModel
 from llmchain_fed.training import TrainingConfig, encoded, train_locally
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Trainee:
     def contract(self) -> dict[str, Any]:
         """What all sides of a federation must share, as digests."""
         layout = {n: (str(p.dtype), tuple(p.shape)) for n, p in sorted(self.model.trainable_parameters().items())}
-        prompt = list(self.chain.literals) if self.chain is not None else None
+        prompt = self.chain.prompt_identity() if self.chain is not None else None
         return {
             "base": self.model.fingerprint(),
             "adapter": hashlib.sha256(repr(layout).encode()).hexdigest(),
@@ -113,10 +116,10 @@ class LocalPeer:
         self._trainee = trainee
         self._name = participant.name
         self._participant = participant
-        self._config: TrainingConfig = config.replace(**participant.training) if participant.training else config
+        self._config = _own_config(config, participant)
         self._data: Any = None
         self._held_out: Any = None
-        self._samples: list[Example] | None = None
+        self._held_out_examples: list[Example] = []
         self._progress: dict[int, _Progress] = {-1: _Progress()}
 
     def handle(self, op: Operation, payload: bytes) -> bytes:
@@ -189,11 +192,15 @@ class LocalPeer:
         held_out = self._encoded_held_out()
         result = evaluate_locally(self._trainee.model, held_out, precision=self._config.precision)
         answer: dict[str, Any] = {"loss": result.loss, "tokens": result.tokens, "examples": result.examples}
-        if header.get("samples") and self._samples:
-            chosen = self._samples[: header["samples"]]
-            pairs = self._trainee.answer(chosen, header["sample_tokens"])
+        chosen = self._first_usable(header.get("samples", 0))
+        if chosen:
+            try:
+                pairs = self._trainee.answer(chosen, header["sample_tokens"])
+            except LLMChainFedError as error:  # the loss is worth having without them
+                answer["samples_error"] = str(error)
+                pairs = []
             answer["samples"] = [
-                {"prompt": p, "reference": e.completion, "answer": a} for e, (p, a) in zip(chosen, pairs, strict=True)
+                {"prompt": p, "reference": e.completion, "answer": a} for e, (p, a) in zip(chosen, pairs, strict=False)
             ]
         return json.dumps(answer).encode()
 
@@ -205,18 +212,30 @@ class LocalPeer:
     def _encoded_held_out(self) -> Any:
         if self._held_out is None:
             held_out = self._participant.held_out
+            if not is_ready_tensors(held_out):  # read once: it may be a generator
+                held_out = self._held_out_examples = self._named(lambda: list(self._read_examples()))
             self._held_out = self._ready(held_out)
-            if isinstance(self._held_out, EncodedExamples) and self._trainee.model.tokenizer is not None:
-                # the first few, read once: a generator of examples is used up by then
-                self._samples = list(read_examples(held_out, self._trainee.prompt))[:8] if _rereadable(held_out) else []
         return self._held_out
 
+    def _read_examples(self) -> Iterator[Example]:
+        return read_examples(self._participant.held_out, self._trainee.prompt)
+
+    def _first_usable(self, count: int) -> list[Example]:
+        """The first held-out examples that are neither empty nor too long."""
+        model, prompt, longest = self._trainee.model, self._trainee.prompt, self._config.max_length
+        usable = (e for e in self._held_out_examples if len(encode_examples([e], model, prompt, max_length=longest)))
+        return list(itertools.islice(usable, count))
+
     def _ready(self, examples: Any) -> Any:
+        config, trainee = self._config, self._trainee
+        return self._named(lambda: encoded(examples, trainee.model, trainee.prompt, config.max_length))
+
+    def _named(self, read: Callable[[], _T]) -> _T:
+        """What `read` returns; what it raises says whose examples they are."""
         try:
-            return encoded(examples, self._trainee.model, self._trainee.prompt, self._config.max_length)
-        except Exception as error:
-            error.add_note(f"participant {self._name!r}")
-            raise
+            return read()
+        except DataError as error:
+            raise type(error)(f"participant {self._name!r}: {error}") from None  # noqa: EM102
 
     def _read(self, payload: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         header, infos = wire.inspect(payload, max_bytes=len(payload))
@@ -235,5 +254,16 @@ class LocalPeer:
                 model.load_state(former)
 
 
-def _rereadable(source: Any) -> bool:
-    return not hasattr(source, "__next__")
+def _own_config(config: TrainingConfig, participant: Participant) -> TrainingConfig:
+    """The federation's configuration with the participant's own options over it."""
+    options = dict(participant.training)
+    if options.get("max_steps") is not None:  # of two ways to end a round its own counts
+        options.setdefault("epochs", None)
+    elif options.get("epochs") is not None:
+        options.setdefault("max_steps", None)
+    try:
+        own: TrainingConfig = config.replace(**options)
+    except ConfigError as error:
+        msg = f"participant {participant.name!r}: {error}"
+        raise ConfigError(msg) from None
+    return own

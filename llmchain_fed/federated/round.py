@@ -45,16 +45,24 @@ class OpenRound:
         self._accumulator = aggregation.start(state)
         total = sum(t.numel() for t in state.values())
         self._stride = max(1, math.ceil(total / _COORDINATES))
-        self._sampled: dict[str, Tensor] = {}
+        self._coordinates: dict[str, Tensor] = {}
         self._owners: dict[bytes, str] = {}  # content of an update → who sent it first
 
-    def accept(self, name: str, answer: bytes | Exception, *, num_examples: int | None = None) -> ParticipantRecord:
+    def accept(
+        self,
+        name: str,
+        answer: bytes | Exception,
+        *,
+        num_examples: int | None = None,
+        num_tokens: int | None = None,
+    ) -> ParticipantRecord:
         """Uses one participant's answer, or records why it cannot be used.
 
         Args:
             name: Who was asked.
             answer: The update's bytes, or why there are none.
             num_examples: What the participant said it holds when it joined.
+            num_tokens: Likewise, completion tokens.
 
         Raises:
             DuplicateParticipantError: It has answered in this round already.
@@ -67,10 +75,12 @@ class OpenRound:
             return record
         record.bytes_up = len(answer)
         try:
-            expected = Expected(name, self.number, self._base, self._layout, num_examples)
+            expected = Expected(name, self.number, self._base, self._layout, num_examples, num_tokens)
             update = Update.from_bytes(answer, expected)
-            self._note(record, name, answer, update)
+            delta_norms, coordinates = self._distances(update)
             self._accumulator.add(update.tensors, self._weight(update))
+            self._coordinates[name] = coordinates
+            self._note(record, name, answer, update, delta_norms)
         except LLMChainFedError as error:
             record.status, record.reason = "refused", f"{type(error).__name__}: {error}"
         self.records[name] = record
@@ -89,25 +99,33 @@ class OpenRound:
     def _weight(self, update: Update) -> float:
         return {"examples": update.num_examples, "tokens": update.num_tokens, "equal": 1}[self._weighting]
 
-    def _note(self, record: ParticipantRecord, name: str, data: bytes, update: Update) -> None:
-        """Fills in the record, learning guards included."""
-        delta_norms, samples = {}, []
+    def _distances(self, update: Update) -> tuple[dict[str, float], Tensor]:
+        """L2 norm of local − global per tensor, and some of its coordinates.
+
+        Raises:
+            UpdateRefusedError: The distance overflows.
+        """
+        norms, coordinates = {}, []
         for key in self.state:  # one order for all: safetensors files come back in an order of their own
-            value = update.tensors[key]
-            delta = value.float() - self.state[key].float()
-            delta_norms[key] = float(torch.linalg.vector_norm(delta))
-            samples.append(delta.reshape(-1)[:: self._stride])
-        norm = math.hypot(*delta_norms.values())
-        if not math.isfinite(norm):
+            delta = update.tensors[key].float() - self.state[key].float()
+            norms[key] = float(torch.linalg.vector_norm(delta))
+            coordinates.append(delta.reshape(-1)[:: self._stride])
+        if not math.isfinite(math.hypot(*norms.values())):
             msg = "its distance from the global weights is not finite."
             raise UpdateRefusedError(msg)
+        return norms, torch.cat(coordinates)
+
+    def _note(
+        self, record: ParticipantRecord, name: str, data: bytes, update: Update, delta_norms: Mapping[str, float]
+    ) -> None:
+        """Fills in the record, learning guards included."""
+        norm = math.hypot(*delta_norms.values())
         record.status = "trained"
         record.examples, record.tokens = update.num_examples, update.num_tokens
         record.train_loss = update.metrics.get("train_loss")
         record.steps = int(update.metrics["steps"]) if "steps" in update.metrics else None
         record.seconds = update.metrics.get("seconds")
         record.update_norm = norm
-        self._sampled[name] = torch.cat(samples)
         untouched = sorted(key for key, value in delta_norms.items() if value == 0)
         if norm == 0:
             record.notes.append("its update is zero: nothing was learnt")
@@ -134,7 +152,7 @@ class OpenRound:
         if len(trained) < max(1, quorum):
             reasons = "; ".join(f"{n}: {r.reason}" for n, r in self.records.items() if r.reason) or "nobody answered"
             msg = (
-                f"round {self.number} has {len(trained)} usable updates, the quorum is "
+                f"round {self.number + 1} has {len(trained)} usable updates, the quorum is "
                 f"{max(1, quorum)} ({reasons}). The weights are "
                 "as before; mend the participants or lower the quorum."
             )
@@ -144,7 +162,7 @@ class OpenRound:
             [(combined[k].float() - v.float()).reshape(-1)[:: self._stride] for k, v in self.state.items()]
         )
         for name in trained:
-            self.records[name].cosine_to_mean = _cosine(self._sampled[name], mean)
+            self.records[name].cosine_to_mean = _cosine(self._coordinates[name], mean)
         return combined
 
 

@@ -97,6 +97,7 @@ class Expected:
     layout: Mapping[str, TensorInfo]
     num_examples: int | None = None
     """what the participant said it holds when the federation began; None: not known"""
+    num_tokens: int | None = None
 
     @property
     def max_bytes(self) -> int:
@@ -117,10 +118,9 @@ class Expected:
             count = header.get(name)
             if type(count) is not int or not 1 <= count <= MAX_EXAMPLES:
                 _refuse(f"{name} is {count!r:.80}, not a plausible count")
-        if self.num_examples is not None and header["num_examples"] != self.num_examples:
-            _refuse(
-                f"num_examples is {header['num_examples']:,}, but the participant joined with {self.num_examples:,}"
-            )
+        for name, joined_with in (("num_examples", self.num_examples), ("num_tokens", self.num_tokens)):
+            if joined_with is not None and header[name] != joined_with:
+                _refuse(f"{name} is {header[name]:,}, but the participant joined with {joined_with:,}")
         metrics = header.get("metrics")
         # compared, not asked math.isfinite: a JSON integer may be too large for a float
         if not isinstance(metrics, dict) or not all(
