@@ -142,7 +142,7 @@ def _train(
             if not math.isfinite(loss):
                 msg = (
                     f"the loss of {participant!r} became {loss} at step {len(losses) + 1} of round "
-                    f"{round_number + 1}, so its weights are worthless. "
+                    f"{round_number}, so its weights are worthless. "
                     "Lower the learning rate or set max_grad_norm."
                 )
                 raise NonFiniteLossError(msg)

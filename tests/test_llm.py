@@ -12,7 +12,6 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.globals import set_llm_cache
 from langchain_core.runnables import ConfigurableField
-from pydantic import ValidationError
 from taught import ANSWERS, PROMPTS, taught_model
 
 from llmchain_fed import LocalLLM
@@ -226,7 +225,7 @@ def test_constructor_options_are_checked(causal, options, words):
 
 
 def test_a_name_is_no_model():
-    with pytest.raises(ValidationError, match="LocalModel"):
+    with pytest.raises(ConfigError, match="LocalModel"):
         LocalLLM(model="smollm2-135m-instruct")
 
 

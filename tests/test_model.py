@@ -777,7 +777,7 @@ def test_from_pretrained_reads_no_pickle(causal, tmp_path):
     causal.tokenizer.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(causal.module.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(UnsupportedModelError, match="safetensors"):
         LocalModel.from_pretrained(str(tmp_path), device="cpu")
 
 

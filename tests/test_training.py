@@ -413,7 +413,7 @@ def test_a_dataloader_of_something_else_is_refused(make_chain):
     chain = make_chain()
     loader = DataLoader([torch.ones(3, dtype=torch.int64)])
     for work in (train_locally, evaluate_locally):
-        with pytest.raises(DataError, match=r"mapping with input_ids.*collate_fn"):
+        with pytest.raises(DataError, match=r"mapping of the tensors input_ids.*collate_fn"):
             work(chain.model, loader)
 
 
@@ -531,8 +531,8 @@ def test_a_config_is_frozen_and_replaced_with_the_same_checks():
 
 def test_an_optimizer_that_takes_no_weight_decay_says_so(make_chain):
     chain = make_chain()
-    config = TrainingConfig(optimizer=torch.optim.LBFGS, weight_decay=0.1)
-    with pytest.raises(ConfigError, match="LBFGS takes no weight_decay"):
+    config = TrainingConfig(optimizer=torch.optim.Rprop, weight_decay=0.1)
+    with pytest.raises(ConfigError, match="Rprop takes no weight_decay"):
         train_locally(chain.model, FEW, config, prompt=chain)
 
 
