@@ -256,6 +256,8 @@ class LocalPeer:
 
 def _own_config(config: TrainingConfig, participant: Participant) -> TrainingConfig:
     """The federation's configuration with the participant's own options over it."""
+    if not participant.training:
+        return config
     options = dict(participant.training)
     if options.get("max_steps") is not None:  # of two ways to end a round its own counts
         options.setdefault("epochs", None)

@@ -45,7 +45,7 @@ class OpenRound:
         self._accumulator = aggregation.start(state)
         total = sum(t.numel() for t in state.values())
         self._stride = max(1, math.ceil(total / _COORDINATES))
-        self._coordinates: dict[str, Tensor] = {}
+        self._coordinates = _Rows()
         self._owners: dict[bytes, str] = {}  # content of an update → who sent it first
 
     def accept(
@@ -79,7 +79,7 @@ class OpenRound:
             update = Update.from_bytes(answer, expected)
             delta_norms, coordinates = self._distances(update)
             self._accumulator.add(update.tensors, self._weight(update))
-            self._coordinates[name] = coordinates
+            self._coordinates.add(name, coordinates)
             self._note(record, name, answer, update, delta_norms)
         except LLMChainFedError as error:
             record.status, record.reason = "refused", f"{type(error).__name__}: {error}"
@@ -164,6 +164,31 @@ class OpenRound:
         for name in trained:
             self.records[name].cosine_to_mean = _cosine(self._coordinates[name], mean)
         return combined
+
+
+class _Rows:
+    """Equally long vectors by name, in few large blocks.
+
+    A small tensor each would outlive the large ones around it and pin the memory they leave: with 1,000 participants
+    that cost more than all that is really kept.
+    """
+
+    _PER_BLOCK = 256
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._index: dict[str, int] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        row = len(self._index)
+        if row % self._PER_BLOCK == 0:
+            self._blocks.append(torch.empty(self._PER_BLOCK, len(values)))
+        self._blocks[-1][row % self._PER_BLOCK] = values
+        self._index[name] = row
+
+    def __getitem__(self, name: str) -> Tensor:
+        block, row = divmod(self._index[name], self._PER_BLOCK)
+        return self._blocks[block][row]
 
 
 def _cosine(a: Tensor, b: Tensor) -> float | None:
