@@ -20,9 +20,14 @@ and files as they were.
     ├── TrainingError
     │   └── NonFiniteLossError        the loss or a weight became NaN or infinite
     └── FederationError
+        ├── ContractError             a participant with another base, adapter, prompt or version
+        ├── DeadlineError             no answer before the deadline
         ├── DuplicateParticipantError two participants of one name, or one that trained twice in a round
         ├── NothingTrainedError       step() before any participant trained
-        ├── QuorumError               fewer updates accepted than the quorum asks for
+        ├── ParticipantError          a participant elsewhere failed, or answered what makes no sense
+        ├── PolicyError               a site's policy does not allow what was asked
+        ├── QuorumError               fewer participants or updates than the quorum asks for
+        ├── TransportError            the way to a participant or to the engine is broken
         └── UpdateRefusedError        an update that is malformed, foreign, stale or not finite
 """
 
@@ -95,6 +100,14 @@ class FederationError(LLMChainFedError):
     """A round, or an update within it, that cannot be completed."""
 
 
+class ContractError(FederationError):
+    """A participant whose base weights, adapter, prompt or package version differ from the federation's."""
+
+
+class DeadlineError(FederationError):
+    """No answer before the deadline; what comes later is dropped."""
+
+
 class DuplicateParticipantError(FederationError):
     """Two participants of one name, or one participant that trained twice in a round."""
 
@@ -103,8 +116,20 @@ class NothingTrainedError(FederationError):
     """`step()` was called before any participant had trained in this round."""
 
 
+class ParticipantError(FederationError):
+    """A participant in another process failed, or its answer makes no sense; the message holds its own error."""
+
+
+class PolicyError(FederationError):
+    """A site's policy does not allow what was asked of it."""
+
+
 class QuorumError(FederationError):
-    """Fewer updates were accepted than the quorum asks for."""
+    """Fewer participants joined, or fewer updates were accepted, than the quorum asks for."""
+
+
+class TransportError(FederationError):
+    """The way to a participant, or to the engine that carries it, is broken."""
 
 
 class UpdateRefusedError(FederationError):

@@ -11,7 +11,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,7 @@ def train_locally(
     round: int = 0,  # noqa: A002 (the field's own word)
     first_step: int = 0,
     optimizer_state: dict[str, Any] | None = None,
+    before_step: Callable[[], None] | None = None,
 ) -> TrainingResult:
     """Fine-tunes the model's trainable weights in place on one participant's examples.
 
@@ -85,6 +86,8 @@ def train_locally(
         round: Which round this is; part of the randomness.
         first_step: With `max_steps`: how many batches earlier rounds have consumed.
         optimizer_state: To go on with instead of a fresh optimizer.
+        before_step: Called before every optimizer step; what it raises ends the training, and the weights are as
+            before the call.
 
     Raises:
         EmptyParticipantError: Not a single usable example.
@@ -100,7 +103,7 @@ def train_locally(
         before = {n: p.detach().clone() for n, p in parameters.items()}
         buffers = {n: b.detach().clone() for n, b in model.module.named_buffers()}
         try:
-            return _train(model, data, config, before, participant, round, first_step, optimizer_state)
+            return _train(model, data, config, before, participant, round, first_step, optimizer_state, before_step)
         except BaseException:
             with torch.no_grad():
                 for name, parameter in parameters.items():
@@ -122,6 +125,7 @@ def _train(
     round_number: int,
     first_step: int,
     optimizer_state: dict[str, Any] | None,
+    before_step: Callable[[], None] | None,
 ) -> TrainingResult:
     started = time.perf_counter()
     parameters = model.trainable_parameters()
@@ -137,6 +141,8 @@ def _train(
         computing_in(config.precision, model.module),
     ):
         for batches in _steps(data, model, config, participant, round_number, first_step):
+            if before_step is not None:
+                before_step()
             optimizer.zero_grad(set_to_none=True)
             loss = _accumulate(model, batches, count)
             if not math.isfinite(loss):

@@ -85,6 +85,12 @@ class TrainingConfig(FrozenConfig):
         msg = f"optimizer is one of {sorted(_BY_NAME)}, a torch.optim class or an instance of one, got {choice!r}."
         raise ConfigError(msg)
 
+    def to_plain(self) -> dict[str, Any] | None:
+        """The options that were given, as JSON-able values; None where the optimizer is no name and cannot travel."""
+        if not isinstance(self.optimizer, str):
+            return None
+        return {name: getattr(self, name) for name in sorted(self.model_fields_set)}
+
     def make_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """A fresh optimizer over `parameters`.
 

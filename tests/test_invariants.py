@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, Participant, TrainingConfig, train_locally
 from llmchain_fed.data import collate, encode_examples
 from llmchain_fed.errors import QuorumError
-from llmchain_fed.federated.peer import LocalPeer, Trainee
+from llmchain_fed.federated.peer import LocalPeer
 from llmchain_fed.federated.runtime import InProcess
+from llmchain_fed.federated.trainee import Trainee
 from llmchain_fed.federated.update import Update
 
 SGD = TrainingConfig(optimizer="sgd", learning_rate=0.05, batch_size=64)

@@ -10,24 +10,28 @@ import json
 import random
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from llmchain_fed._config import unknown_option
 from llmchain_fed.data import DataReport, Examples
-from llmchain_fed.errors import ConfigError, FederationError, LLMChainFedError, NothingTrainedError
+from llmchain_fed.errors import ConfigError, FederationError, NothingTrainedError
 from llmchain_fed.evaluation import EvaluationResult, evaluate_locally
 from llmchain_fed.federated import server_optimizers, wire
 from llmchain_fed.federated.aggregation import Aggregation, Weighting, make_aggregation
+from llmchain_fed.federated.asking import Asking
 from llmchain_fed.federated.evaluation import Evaluator, Measurement
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
-from llmchain_fed.federated.options import checked_quorum, sample_size, training_of
+from llmchain_fed.federated.options import Patience, checked_quorum, checked_waiting, sample_size, training_of
 from llmchain_fed.federated.participant import Participant, as_participants
-from llmchain_fed.federated.peer import LocalPeer, Trainee
+from llmchain_fed.federated.peer import LocalPeer
+from llmchain_fed.federated.roster import Roster
 from llmchain_fed.federated.round import OpenRound
-from llmchain_fed.federated.runtime import InProcess, Transport
+from llmchain_fed.federated.runtime import Cluster, InProcess, Transport
 from llmchain_fed.federated.server_optimizers import ServerOptimizer
+from llmchain_fed.federated.trainee import Trainee
 from llmchain_fed.training import TrainingConfig, seed_of
 
 
@@ -43,7 +47,7 @@ class FederatedAveraging:
 
     Args:
         model: A chain (also wrapped by `with_config` or `with_fallbacks`), an LLM, a LocalModel or a torch module.
-        participants: Name → examples, or a list of `Participant`.
+        participants: Name → examples, or a list of `Participant`; with `runtime=TorchDistributed()` those of this rank.
         optimizer: The participants': a name, a torch.optim class, or an instance taken as the template.
         lr: Their learning rate.
         batch_size: examples per optimizer step.
@@ -55,7 +59,9 @@ class FederatedAveraging:
             name → examples, or one set of examples for all.
         weighting: What an update counts by: "examples" (n_k), "tokens" or "equal".
         participants_per_round: How many are sampled each round: a count, or a share as a float.
-        quorum: Updates without which a round fails.
+        quorum: Participants, and updates, without which a round fails.
+        deadline: seconds a round's training may take; who is later is dropped and recorded. None waits for all.
+        retries: How often a participant that could not be reached, or failed elsewhere, is asked again in a round.
         samples: held-out examples per participant whose answers are recorded before and after each round.
         seed: Decides sampling, the order of data and dropout.
         progress: Shows a progress bar and a line per round.
@@ -83,6 +89,8 @@ class FederatedAveraging:
         weighting: Weighting = "examples",
         participants_per_round: int | float | None = None,
         quorum: int = 1,
+        deadline: float | None = None,
+        retries: int = 0,
         samples: int = 1,
         seed: int = 0,
         progress: bool = True,
@@ -104,18 +112,23 @@ class FederatedAveraging:
             raise ConfigError(msg)
         self._weighting: Weighting = weighting
         self._seed, self._progress = seed, progress
+        self._deadline, retries = checked_waiting(deadline, retries)
         named = as_participants(participants)
-        if runtime is not None and named:
+        self._cluster = runtime if isinstance(runtime, Cluster) else None
+        if runtime is not None and self._cluster is None and named:
             msg = "give participants (they run in this process) or a runtime (which knows its own), not both."
             raise ConfigError(msg)
         self._evaluator = Evaluator(self._trainee, evaluation, samples=samples, seed=seed)
         named = self._evaluator.divide(named)
         self._peers = {name: LocalPeer(self._trainee, p, self._training) for name, p in named.items()}
+        if self._cluster is not None:
+            self._cluster.host(self._peers)
         self._transport: Transport = runtime if runtime is not None else InProcess(self._peers)
+        self._roster = Roster(self._transport, self._trainee, self._training)
+        self._asking = Asking(self._transport, self._roster, self._deadline, retries)
         self._per_round = participants_per_round
         available = len(self._transport.nodes())
         self._quorum = checked_quorum(quorum, sample_size(participants_per_round, available), available)
-        self._joined: dict[str, dict[str, Any]] = {}
         self._open: OpenRound | None = None
         self._opened = 0.0
         self.round = 0
@@ -163,25 +176,32 @@ class FederatedAveraging:
             FederationError: A round opened by `train()` is not closed.
         """
         self._check_fit(rounds, patience)
+        stop = Patience(patience, min_delta) if patience is not None else None
+        if self._cluster is None:
+            self._lead(rounds, stop)
+        elif self._cluster.leads:
+            try:
+                self._lead(rounds, stop)
+            except BaseException as error:
+                self._cluster.publish(self._outcome(), error)
+                raise
+            self._cluster.publish(self._outcome())
+        else:
+            self._cluster.follow(self._adopt)
+        return self.history
+
+    def _lead(self, rounds: int, stop: Patience | None) -> None:
         self._join()
         self.history.stopped_early = None
-        best, waited = float("inf"), 0
         with tqdm(total=rounds, desc="federating", unit="round", disable=not self._progress) as bar:
             for _ in range(rounds):
                 record = self._run_round(bar)
                 bar.update()
                 if self._progress:
                     bar.write(f"round {record}")
-                if patience is None or record.held_out_after is None:
-                    continue
-                if waited == 0 and best == float("inf") and record.held_out_before is not None:
-                    best = record.held_out_before
-                improved = record.held_out_after < best - min_delta
-                best, waited = (record.held_out_after, 0) if improved else (best, waited + 1)
-                if waited >= patience:
-                    self.history.stopped_early = f"held-out loss did not improve by {min_delta} for {waited} rounds"
+                if stop is not None and stop.over(record.held_out_before, record.held_out_after):
+                    self.history.stopped_early = str(stop)
                     break
-        return self.history
 
     def _check_fit(self, rounds: int, patience: int | None) -> None:
         if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
@@ -190,7 +210,8 @@ class FederatedAveraging:
         if not self._transport.nodes():
             msg = "there is nobody to learn from. Pass participants={name: examples, …}, or use train() and step()."
             raise ConfigError(msg)
-        if patience is not None and (not isinstance(patience, int) or patience < 1 or not self._evaluator.active):
+        held_out = self._evaluator.active or not isinstance(self._transport, InProcess)  # others may hold out their own
+        if patience is not None and (not isinstance(patience, int) or patience < 1 or not held_out):
             msg = "patience is at least 1 and needs evaluation=…, which says what held-out loss is measured on."
             raise ConfigError(msg)
         if self._open is not None:
@@ -198,41 +219,24 @@ class FederatedAveraging:
             raise FederationError(msg)
 
     def _join(self) -> None:
-        """Asks newcomers for what they hold and whether they stand on the same base, prompt and adapter."""
-        newcomers = [node for node in self._transport.nodes() if node not in self._joined]
-        contract = self._trainee.contract()
-        answers: dict[str, dict[str, Any]] = {}
-        for node, answer in self._transport.call("hello", newcomers, b""):
-            if isinstance(answer, LLMChainFedError):
-                raise answer
-            if isinstance(answer, Exception):
-                msg = f"participant {node!r} cannot join: {type(answer).__name__}: {answer}"
-                raise FederationError(msg) from answer
-            answers[node] = json.loads(answer)
-            theirs = answers[node].pop("contract")
-            different = [k for k, v in contract.items() if theirs.get(k) != v]
-            if different:
-                msg = f"participant {node!r} cannot join: its {', '.join(different)} differs from this side's."
-                raise FederationError(msg)
-        self._joined |= answers
-        self.data_reports |= {n: DataReport(**a.pop("report")) for n, a in answers.items() if "report" in a}
-        for name in answers.keys() & self.data_reports.keys():
-            report = self.data_reports[name]
+        for name in self._asking.join(self.round, self._quorum):
+            report = self._roster.joined[name].report
+            if report is None:
+                continue
+            self.data_reports[name] = report
             if self._progress and (report.empty or report.too_long):
                 tqdm.write(f"{name}: {report}")
 
     def _run_round(self, bar: Any) -> RoundRecord:
         started = time.perf_counter()
+        self._join()
         nodes = self._transport.nodes()
-        chosen = self._choose(nodes)
-        before = self._evaluator.measure(self._transport, self._joined)
-        opened = self._begin()
-        for name, answer in self._transport.call("train", chosen, opened.payload):
-            hello = self._joined.get(name, {})
-            opened.accept(name, answer, num_examples=hello.get("num_examples"), num_tokens=hello.get("num_tokens"))
-            bar.set_postfix_str(name)
-        idle = {name: ParticipantRecord(status="idle") for name in nodes if name not in opened.records}
-        return self._close(opened, started, before, idle)
+        chosen = self._choose(self._roster.present())
+        before = self._measure()
+        opened = self._begin(self._deadline)
+        self._asking.train(opened, chosen, bar.set_postfix_str)
+        others = {name: self._roster.record_of(name) for name in nodes if name not in opened.records}
+        return self._close(opened, started, before, others)
 
     def _choose(self, nodes: list[str]) -> list[str]:
         count = sample_size(self._per_round, len(nodes))
@@ -281,7 +285,7 @@ class FederatedAveraging:
             self._peers[name] = peer
             self._transport.add(name, peer)
         record = opened.accept(name, update)
-        self._joined.pop(name, None)  # it may hold another number of examples now: the next round asks anew
+        self._roster.leave(name)  # it may hold another number of examples now: the next round asks anew
         return record
 
     def step(self) -> RoundRecord:
@@ -296,16 +300,19 @@ class FederatedAveraging:
             raise NothingTrainedError(msg)
         if self._evaluator.active:
             self._join()
-        before = self._evaluator.measure(self._transport, self._joined)
+        before = self._measure()
         record = self._close(self._open, self._opened, before, {})
         self._open = None
         return record
 
     # --- what both share --------------------------------------------------------------------------------------------
 
-    def _begin(self) -> OpenRound:
+    def _begin(self, seconds: float | None = None) -> OpenRound:
         state = self._model.trainable_state()
-        return OpenRound(self.round, state, self._model.fingerprint(), self._aggregation, self._weighting)
+        return OpenRound(self.round, state, self._model.fingerprint(), self._aggregation, self._weighting, seconds)
+
+    def _measure(self) -> Measurement | None:
+        return self._evaluator.measure(self._transport, self._roster.joined, self._deadline)
 
     def _close(
         self, opened: OpenRound, started: float, before: Measurement | None, idle: Mapping[str, ParticipantRecord]
@@ -316,7 +323,7 @@ class FederatedAveraging:
         record = RoundRecord(round=self.round + 1, participants={**opened.records, **idle})
         try:
             self._model.load_state(new_state)
-            after = self._evaluator.measure(self._transport, self._joined) if before else None
+            after = self._measure() if before else None
             self._evaluator.fill(record, before, after)
             record.update_norm = wire.distance(new_state, opened.state)
             record.training_seconds = sum(r.seconds or 0.0 for r in opened.records.values())
@@ -328,3 +335,17 @@ class FederatedAveraging:
         self.round += 1
         self.history.append(record)
         return record
+
+    # --- several processes of one script ----------------------------------------------------------------------------
+
+    def _outcome(self) -> bytes:
+        """What the other processes need in order to stand where this one does."""
+        reports = {name: asdict(report) for name, report in self.data_reports.items()}
+        header = {"round": self.round, "history": json.loads(self.history.to_json()), "reports": reports}
+        return wire.pack(self._model.trainable_state(), header)
+
+    def _adopt(self, outcome: bytes) -> None:
+        header, infos = wire.inspect(outcome, max_bytes=len(outcome))
+        self._model.load_state(wire.values(outcome, infos))
+        self.round, self.history = header["round"], History.from_dict(header["history"])
+        self.data_reports = {name: DataReport(**report) for name, report in header["reports"].items()}

@@ -5,23 +5,25 @@ Knows the transport's `evaluate` operation and the records it fills. Knows nothi
 
 from __future__ import annotations
 
-import json
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmchain_fed.data import Examples
-from llmchain_fed.errors import ConfigError
+from llmchain_fed.errors import ConfigError, LLMChainFedError
 from llmchain_fed.evaluation import evaluate_locally
 from llmchain_fed.federated import wire
 from llmchain_fed.federated.history import RoundRecord, Sample
 from llmchain_fed.federated.participant import Participant, hold_out
-from llmchain_fed.federated.peer import Trainee
+from llmchain_fed.federated.roster import Hello
 from llmchain_fed.federated.runtime import Transport
+from llmchain_fed.federated.trainee import Trainee
 from llmchain_fed.training import encoded
 
 _SAMPLE_TOKENS = 32
+_SAMPLE = ("prompt", "reference", "answer")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Measurement:
     shared: dict[str, Any] = field(default_factory=dict)
     """loss and tokens of the set that belongs to no participant"""
     seconds: float = 0.0
+    bytes: dict[str, int] = field(default_factory=dict)
+    """participant → what travelled to it and back"""
 
 
 class Evaluator:
@@ -93,22 +97,31 @@ class Evaluator:
         self._holders = {n for n, p in participants.items() if p.held_out is not None}
         return participants
 
-    def measure(self, transport: Transport, joined: Mapping[str, Mapping[str, Any]]) -> Measurement | None:
-        """The weights as they are now; the last answer again if they are the same; None where nothing is held out."""
-        holders = [n for n, hello in joined.items() if hello.get("held_out")]
+    def measure(
+        self, transport: Transport, joined: Mapping[str, Hello], timeout: float | None = None
+    ) -> Measurement | None:
+        """The weights as they are now; the last answer again if they are the same; None where nothing is held out.
+
+        Args:
+            transport: The way to the participants.
+            joined: Who takes part.
+            timeout: seconds to wait for their answers.
+        """
+        holders = [n for n, hello in joined.items() if hello.held_out]
         shared = self._evaluation is not None and not isinstance(self._evaluation, (float, Mapping))
         if not holders and not shared:
             return None
         version = self._trainee.model.weights_hash
         if self._latest is not None and self._latest[0] == version:
-            return replace(self._latest[1], seconds=0.0)
+            return replace(self._latest[1], seconds=0.0, bytes={})
         started = time.perf_counter()
         found = Measurement()
         if holders:
             header = {"kind": "evaluate", "samples": self._samples, "sample_tokens": _SAMPLE_TOKENS}
             payload = wire.pack(self._trainee.model.trainable_state(), header)
-            for name, answer in transport.call("evaluate", holders, payload):
-                found.own[name] = {"error": str(answer)} if isinstance(answer, Exception) else json.loads(answer)
+            for name, answer in transport.call("evaluate", holders, payload, timeout):
+                found.own[name] = _read(answer)
+                found.bytes[name] = len(payload) + (0 if isinstance(answer, Exception) else len(answer))
         if shared:
             if self._shared is None:  # read once: it may be a generator
                 self._shared = encoded(self._evaluation, self._trainee.model, self._trainee.prompt, None)
@@ -126,12 +139,33 @@ class Evaluator:
         for name, target in record.participants.items():
             old, new = before.own.get(name, {}), after.own.get(name, {})
             target.held_out_before, target.held_out_after = old.get("loss"), new.get("loss")
+            target.evaluation_bytes = before.bytes.get(name, 0) + after.bytes.get(name, 0)
             errors = dict.fromkeys(
                 side[key] for side in (old, new) for key in ("error", "samples_error") if key in side
             )
             target.notes += [f"its evaluation failed: {error}" for error in errors]
             for was, now in zip(old.get("samples", []), new.get("samples", []), strict=False):
                 record.samples.append(Sample(name, was["prompt"], was["reference"], was["answer"], now["answer"]))
+
+
+def _read(answer: bytes | Exception) -> dict[str, Any]:
+    """A participant's numbers and samples; one that makes no sense counts as an error, like a missing one."""
+    if isinstance(answer, Exception):
+        return {"error": f"{type(answer).__name__}: {answer}"}
+    try:
+        found = wire.read_json(answer)
+    except LLMChainFedError as error:
+        return {"error": str(error)}
+    samples = found.get("samples", [])
+    sensible = (
+        isinstance(found.get("loss"), (int, float))
+        and type(found.get("tokens")) is int
+        and found["tokens"] > 0
+        and abs(found["loss"]) <= sys.float_info.max
+        and isinstance(samples, list)
+        and all(isinstance(s, dict) and isinstance(s.get(k), str) for s in samples for k in _SAMPLE)
+    )
+    return found if sensible else {"error": f"its evaluation makes no sense: {answer[:120]!r}"}
 
 
 def _pooled(before: Measurement, after: Measurement) -> tuple[float | None, float | None]:

@@ -25,7 +25,8 @@ class ParticipantRecord:
     """One participant in one round; None where it was not measured."""
 
     status: str = "absent"
-    """trained, idle (not sampled), failed (its training raised) or refused (its update was)"""
+    """trained, idle (not sampled), late (not done by the deadline), absent (not reached), failed (its work raised) or
+    refused (its update was)"""
     reason: str | None = None
     train_loss: float | None = None
     """nats per completion token, mean over the round's steps"""
@@ -42,7 +43,11 @@ class ParticipantRecord:
     cosine_to_mean: float | None = None
     """between this update and the round's mean update, over some 1,000 evenly spaced coordinates"""
     bytes_up: int = 0
+    """of its update"""
     bytes_down: int = 0
+    """of the weights it was sent to train"""
+    evaluation_bytes: int = 0
+    """of the weights it was sent to evaluate, and of its answers"""
     notes: list[str] = field(default_factory=list)
     """learning guards: a zero update, one equal to another's, adapter tensors that never changed"""
 
@@ -223,7 +228,7 @@ class History:
 
 def _cells(record: RoundRecord) -> tuple[str, ...]:
     asked = sum(r.status != "idle" for r in record.participants.values())
-    notes = [f"{n}: {r.status}" for n, r in record.participants.items() if r.status in ("failed", "refused")]
+    notes = [f"{n}: {r.status}" for n, r in record.participants.items() if r.status not in ("trained", "idle")]
     notes += [f"{n}: {note}" for n, r in record.participants.items() for note in r.notes]
     held_out = f"{_number(record.held_out_before)} → {_number(record.held_out_after)}"
     return (

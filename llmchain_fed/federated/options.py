@@ -67,3 +67,46 @@ def checked_quorum(quorum: int, sampled: int, available: int) -> int:
         msg = f"a quorum of {quorum} can never be met by {sampled} participants a round. Lower it or sample more."
         raise ConfigError(msg)
     return quorum
+
+
+def checked_waiting(deadline: float | None, retries: int) -> tuple[float | None, int]:
+    """`deadline` and `retries`, if they make sense.
+
+    Raises:
+        ConfigError: No positive number of seconds, no count.
+    """
+    if deadline is not None and (
+        isinstance(deadline, bool) or not isinstance(deadline, (int, float)) or not 0 < deadline < float("inf")
+    ):
+        msg = f"deadline is a positive number of seconds or None, got {deadline!r}."
+        raise ConfigError(msg)
+    if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
+        msg = f"retries is a count of 0 or more, got {retries!r}."
+        raise ConfigError(msg)
+    return deadline, retries
+
+
+class Patience:
+    """Says when held-out loss has stopped improving.
+
+    Args:
+        rounds: How many rounds without improvement are too many.
+        min_delta: nats per token that count as an improvement.
+    """
+
+    def __init__(self, rounds: int, min_delta: float) -> None:
+        self._rounds, self._min_delta = rounds, min_delta
+        self._best, self._waited = float("inf"), 0
+
+    def __str__(self) -> str:
+        return f"held-out loss did not improve by {self._min_delta} for {self._waited} rounds"
+
+    def over(self, before: float | None, after: float | None) -> bool:
+        """Whether to stop after a round with these held-out losses; None where they were not measured."""
+        if after is None:
+            return False
+        if self._waited == 0 and self._best == float("inf") and before is not None:
+            self._best = before
+        improved = after < self._best - self._min_delta
+        self._best, self._waited = (after, 0) if improved else (self._best, self._waited + 1)
+        return self._waited >= self._rounds

@@ -6,101 +6,29 @@ what becomes of its update. It leaves the model as it found it.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from llmchain_fed.chain import LLMChain, find_chain
-from llmchain_fed.data import EncodedExamples, Example, Prompt, encode_examples, is_ready_tensors, read_examples
-from llmchain_fed.errors import ConfigError, DataError, FederationError, LLMChainFedError, UnsupportedModelError
+from llmchain_fed.data import EncodedExamples, Example, encode_examples, is_ready_tensors, read_examples
+from llmchain_fed.errors import ConfigError, DataError, DeadlineError, FederationError, LLMChainFedError
 from llmchain_fed.evaluation import evaluate_locally
-from llmchain_fed.face import LocalFace
-from llmchain_fed.federated import wire
+from llmchain_fed.federated import private_state, wire
 from llmchain_fed.federated.participant import Participant
-from llmchain_fed.federated.runtime import Operation
+from llmchain_fed.federated.private_state import Progress
+from llmchain_fed.federated.runtime import OPERATIONS, Operation
+from llmchain_fed.federated.trainee import Trainee
 from llmchain_fed.federated.update import Update
-from llmchain_fed.model import LocalModel
 from llmchain_fed.training import TrainingConfig, encoded, train_locally
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Trainee:
-    """What is trained: a LocalModel, and the chain that renders its prompts, if there is one."""
-
-    model: LocalModel
-    chain: LLMChain | None = None
-
-    @property
-    def prompt(self) -> Prompt | None:
-        """What renders inputs to text."""
-        return self.chain
-
-    @classmethod
-    def of(cls, given: Any) -> Trainee:
-        """Finds the model in a chain (also a wrapped one), an LLM, a LocalModel or a bare module.
-
-        Raises:
-            UnsupportedModelError: None of these.
-        """
-        if isinstance(given, LocalModel):
-            return cls(given)
-        if isinstance(given, LocalFace):
-            return cls(given.model)
-        chain = find_chain(given)
-        if chain is not None:
-            return cls(chain.model, chain)
-        if hasattr(given, "named_parameters"):
-            return cls(LocalModel(given))
-        msg = (
-            f"cannot train {type(given).__name__}: pass an LLMChain (or prompt | LocalLLM), a "
-            "LocalLLM, a LocalModel or a "
-            "torch module."
-        )
-        raise UnsupportedModelError(msg)
-
-    def answer(self, examples: list[Example], max_new_tokens: int) -> list[tuple[str, str]]:
-        """(prompt, answer) per example; generated without callbacks, so that examples reach no tracer."""
-        texts = [self.text(e) for e in examples]
-        if self.chain is None:
-            return list(zip(texts, self.model.generate(texts, max_new_tokens=max_new_tokens), strict=True))
-        options = self.chain.generation_options()
-        options["max_new_tokens"] = min(options["max_new_tokens"], max_new_tokens)
-        special = self.chain.adds_special_tokens
-        return list(zip(texts, self.model.generate(texts, add_special_tokens=special, **options), strict=True))
-
-    def text(self, example: Example) -> str:
-        """The prompt the model sees for this example."""
-        if example.prompt is not None or self.chain is None:
-            return str(example.prompt)
-        return self.chain.render(example.inputs or {})
-
-    def contract(self) -> dict[str, Any]:
-        """What all sides of a federation must share, as digests."""
-        layout = {n: (str(p.dtype), tuple(p.shape)) for n, p in sorted(self.model.trainable_parameters().items())}
-        prompt = self.chain.prompt_identity() if self.chain is not None else None
-        return {
-            "base": self.model.fingerprint(),
-            "adapter": hashlib.sha256(repr(layout).encode()).hexdigest(),
-            "prompt": hashlib.sha256(repr(prompt).encode()).hexdigest(),
-            "version": version("llmchain-fed"),
-        }
-
-
-@dataclass
-class _Progress:
-    """Where a participant stands after a round; an interrupted round leaves the former one in force."""
-
-    next_step: int = 0
-    optimizer_state: dict[str, Any] | None = field(default=None, repr=False)
 
 
 class LocalPeer:
@@ -109,48 +37,73 @@ class LocalPeer:
     Args:
         trainee: What to train.
         participant: Whose examples.
-        config: How to train; the participant's own options go first.
+        config: How to train; the participant's own options go first. None: as the hub says in its hello.
+
+    Raises:
+        ConfigError: The participant's own options are not valid.
     """
 
-    def __init__(self, trainee: Trainee, participant: Participant, config: TrainingConfig) -> None:
+    def __init__(self, trainee: Trainee, participant: Participant, config: TrainingConfig | None) -> None:
         self._trainee = trainee
         self._name = participant.name
         self._participant = participant
-        self._config = _own_config(config, participant)
+        self._told = config is None
+        self._config = _own_config(config or TrainingConfig(), participant)
+        self._federation: str | None = None
+        self._given_up = threading.Event()
         self._data: Any = None
         self._held_out: Any = None
         self._held_out_examples: list[Example] = []
-        self._progress: dict[int, _Progress] = {-1: _Progress()}
+        self._progress: dict[int, Progress] = {-1: Progress()}
 
     def handle(self, op: Operation, payload: bytes) -> bytes:
-        """Answers `hello`, `train` or `evaluate`.
+        """Answers one operation.
+
+        `hello` compares contracts and says what the participant holds; `train` and `evaluate` work on the weights in
+        the payload; `personal_state` gives back, or takes, where the participant stands; `stop` forgets the federation.
 
         Raises:
-            FederationError: Another operation.
+            FederationError: Another operation, or one before `hello` told a peer in its own process how to train.
+            ContractError: The hub stands on another base, adapter, prompt or version.
+            DeadlineError: The round's time is over before the training is.
             LLMChainFedError: What the work itself raises.
         """
-        match op:
-            case "hello":
-                return self._hello()
-            case "train":
-                header, state = self._read(payload)
-                with self._state(state):
-                    return self._train(header["round"])
-            case "evaluate":
-                header, state = self._read(payload)
-                with self._state(state):
-                    return self._evaluate(header)
-        msg = f"unknown operation {op!r}; a peer answers hello, train and evaluate."
-        raise FederationError(msg)
+        if op not in OPERATIONS:
+            msg = f"unknown operation {op!r}; a peer answers {', '.join(OPERATIONS)}."
+            raise FederationError(msg)
+        if op == "hello":
+            return self._hello(payload)
+        if op == "stop":
+            self._progress, self._federation = {-1: Progress()}, None
+            return b"{}"
+        if self._told and self._federation is None:
+            msg = f"{self._name!r} has not been told yet how to train (it has restarted, perhaps): hello comes first."
+            raise FederationError(msg)
+        header, tensors = self._read(payload)
+        if op == "personal_state":
+            return self._personal_state(header, tensors)
+        with self._state(tensors):
+            return self._train(header) if op == "train" else self._evaluate(header)
+
+    def give_up(self) -> None:
+        """Ends a training that runs in another thread at its next step: nobody waits for its result any more."""
+        self._given_up.set()
 
     def take(self, participant: Participant) -> None:
         """Other examples for the next rounds; where it stands (optimizer, position) is kept."""
         if participant.examples is not self._participant.examples:
             self._participant, self._data = replace(self._participant, examples=participant.examples), None
 
-    def _hello(self) -> bytes:
+    def _hello(self, payload: bytes) -> bytes:
+        asked = wire.read_json(payload)
+        self._trainee.check_contract(asked.get("contract"), f"the hub that {self._name!r} is asked by")
+        if self._told:
+            self._adopt(asked.get("training"))
+        if self._federation not in (None, asked.get("federation")):
+            self._progress = {-1: Progress()}  # another federation begins: nothing is carried over
         data = self._encoded()
         answer: dict[str, Any] = {
+            "participant": self._name,
             "contract": self._trainee.contract(),
             "held_out": self._participant.held_out is not None,
         }
@@ -162,9 +115,26 @@ class LocalPeer:
             }
         if self._participant.held_out is not None:
             self._encoded_held_out()
+        self._federation = str(asked.get("federation"))
         return json.dumps(answer).encode()
 
-    def _train(self, round_number: int) -> bytes:
+    def _adopt(self, training: Any) -> None:
+        """The federation's training options, the participant's own over them."""
+        if not isinstance(training, dict):
+            msg = f"the hub did not say how {self._name!r} should train."
+            raise ConfigError(msg)
+        config = _own_config(TrainingConfig(**training), self._participant)
+        if config.max_length != self._config.max_length:
+            self._data = self._held_out = None  # what is too long has changed
+        self._config = config
+
+    def _personal_state(self, header: Mapping[str, Any], tensors: dict[str, Tensor]) -> bytes:
+        if "progress" in header:
+            self._progress = private_state.read(header["progress"], tensors)
+        return private_state.pack(self._progress)
+
+    def _train(self, header: Mapping[str, Any]) -> bytes:
+        round_number = header["round"]
         progress = self._progress[max(r for r in self._progress if r < round_number)]
         result = train_locally(
             self._trainee.model,
@@ -174,9 +144,10 @@ class LocalPeer:
             round=round_number,
             first_step=progress.next_step,
             optimizer_state=progress.optimizer_state,
+            before_step=self._watch(header.get("seconds")),
         )
         kept = {r: p for r, p in self._progress.items() if p is progress}
-        self._progress = kept | {round_number: _Progress(result.next_step, result.optimizer_state)}
+        self._progress = kept | {round_number: Progress(result.next_step, result.optimizer_state)}
         update = Update(
             participant=self._name,
             round=round_number,
@@ -203,6 +174,20 @@ class LocalPeer:
                 {"prompt": p, "reference": e.completion, "answer": a} for e, (p, a) in zip(chosen, pairs, strict=False)
             ]
         return json.dumps(answer).encode()
+
+    def _watch(self, seconds: float | None) -> Callable[[], None]:
+        """What ends a training whose result nobody waits for any more."""
+        self._given_up.clear()
+        started = time.monotonic()
+
+        def check() -> None:
+            if self._given_up.is_set() or (seconds is not None and time.monotonic() - started > seconds):
+                msg = (
+                    f"{self._name!r} was not done in time ({time.monotonic() - started:.1f} s): nobody waits any more."
+                )
+                raise DeadlineError(msg)
+
+        return check
 
     def _encoded(self) -> Any:
         if self._data is None:

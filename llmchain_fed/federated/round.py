@@ -13,7 +13,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llmchain_fed.errors import DuplicateParticipantError, LLMChainFedError, QuorumError, UpdateRefusedError
+from llmchain_fed.errors import (
+    DeadlineError,
+    DuplicateParticipantError,
+    LLMChainFedError,
+    QuorumError,
+    TransportError,
+    UpdateRefusedError,
+)
 from llmchain_fed.federated import wire
 from llmchain_fed.federated.aggregation import Aggregation, Weighting
 from llmchain_fed.federated.history import ParticipantRecord
@@ -31,14 +38,21 @@ class OpenRound:
         base: Fingerprint of the base weights.
         aggregation: The server rule.
         weighting: What an update counts by.
+        seconds: After which a participant gives up training; None is never.
     """
 
     def __init__(
-        self, number: int, state: Mapping[str, Tensor], base: str, aggregation: Aggregation, weighting: Weighting
+        self,
+        number: int,
+        state: Mapping[str, Tensor],
+        base: str,
+        aggregation: Aggregation,
+        weighting: Weighting,
+        seconds: float | None = None,
     ) -> None:
         self.number = number
         self.state = state
-        self.payload = wire.pack(state, {"kind": "task", "round": number, "base": base})
+        self.payload = wire.pack(state, {"kind": "task", "round": number, "base": base, "seconds": seconds})
         self.records: dict[str, ParticipantRecord] = {}
         self._base, self._weighting = base, weighting
         self._layout = wire.describe(state)
@@ -70,7 +84,9 @@ class OpenRound:
         self.refuse_twice(name)
         record = ParticipantRecord(bytes_down=len(self.payload))
         if isinstance(answer, Exception):
-            record.status, record.reason = "failed", f"{type(answer).__name__}: {answer}"
+            late, absent = isinstance(answer, DeadlineError), isinstance(answer, TransportError)
+            record.status = "late" if late else "absent" if absent else "failed"
+            record.reason = f"{type(answer).__name__}: {answer}"
             self.records[name] = record
             return record
         record.bytes_up = len(answer)
@@ -150,13 +166,8 @@ class OpenRound:
         """
         trained = self.trained
         if len(trained) < max(1, quorum):
-            reasons = "; ".join(f"{n}: {r.reason}" for n, r in self.records.items() if r.reason) or "nobody answered"
-            msg = (
-                f"round {self.number + 1} has {len(trained)} usable updates, the quorum is "
-                f"{max(1, quorum)} ({reasons}). The weights are "
-                "as before; mend the participants or lower the quorum."
-            )
-            raise QuorumError(msg)
+            reasons = {n: r.reason for n, r in self.records.items() if r.reason}
+            raise too_few(self.number, len(trained), quorum, reasons, "usable updates")
         combined = self._accumulator.result()
         mean = torch.cat(
             [(combined[k].float() - v.float()).reshape(-1)[:: self._stride] for k, v in self.state.items()]
@@ -164,6 +175,17 @@ class OpenRound:
         for name in trained:
             self.records[name].cosine_to_mean = _cosine(self._coordinates[name], mean)
         return combined
+
+
+def too_few(
+    number: int, count: int, quorum: int, reasons: Mapping[str, object], what: str = "participants"
+) -> QuorumError:
+    """The error of a round that fewer take part in than its quorum asks for."""
+    listed = "; ".join(f"{n}: {r}" for n, r in reasons.items()) or "nobody answered"
+    return QuorumError(
+        f"round {number + 1} has {count} {what}, the quorum is {max(1, quorum)} ({listed}). The weights are as before; "
+        "mend the participants or lower the quorum."
+    )
 
 
 class _Rows:

@@ -6,12 +6,14 @@ runtime is in use, below it nobody knows what a round is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal, Protocol
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Literal, Protocol, get_args, runtime_checkable
 
-from llmchain_fed.errors import FederationError
+from llmchain_fed.errors import DeadlineError, FederationError
 
-Operation = Literal["hello", "train", "evaluate"]
+Operation = Literal["hello", "train", "evaluate", "personal_state", "stop"]
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 
 
 class Peer(Protocol):
@@ -30,17 +32,46 @@ class Transport(Protocol):
     def call(
         self, op: Operation, nodes: Iterable[str], payload: bytes, timeout: float | None = None
     ) -> Iterator[tuple[str, bytes | Exception]]:
-        """Yields (node, answer or why there is none) in any order; every node once.
+        """Yields (node, answer or why there is none) as they arrive, every node once; `dict(call(…))` waits for all.
+
+        An exception means that the participant is absent from this operation: `TransportError` where it cannot be
+        reached, `DeadlineError` where it is late, `ParticipantError` or the error itself where its work failed.
 
         Args:
             op: What to do.
             nodes: Who should.
             payload: The same bytes for all.
-            timeout: seconds until an answer is no longer waited for.
+            timeout: seconds until an answer is no longer waited for; None waits as long as the node is there.
         """
 
     def close(self) -> None:
         """Gives back what the transport holds."""
+
+
+@runtime_checkable
+class Cluster(Transport, Protocol):
+    """A transport between processes that all run the same script, each with participants of its own.
+
+    One process leads: it runs the loop and calls the others. These follow: they answer until the leader publishes how
+    it ended, so that all go on with the same weights and the same history.
+    """
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process runs the loop."""
+
+    def host(self, peers: Mapping[str, Peer]) -> None:
+        """Lets this process's participants join; every process calls it once."""
+
+    def follow(self, adopt: Callable[[bytes], None]) -> None:
+        """Answers the leader's calls until it publishes; `adopt` is given what it published.
+
+        Raises:
+            FederationError: The leader failed (its outcome is adopted before this is raised), or is gone.
+        """
+
+    def publish(self, outcome: bytes, error: BaseException | None = None) -> None:
+        """Ends the others' `follow` with an outcome, and with an error where the leader failed."""
 
 
 class InProcess:
@@ -60,19 +91,28 @@ class InProcess:
     def call(
         self, op: Operation, nodes: Iterable[str], payload: bytes, timeout: float | None = None
     ) -> Iterator[tuple[str, bytes | Exception]]:
-        """Runs `op` for one node after the other; `timeout` does not apply within one process.
+        """Runs `op` for one node after the other.
+
+        Args:
+            op: What to do.
+            nodes: Who should.
+            payload: The same bytes for all.
+            timeout: seconds each node may take for itself: nobody is late because others came first.
 
         Raises:
             FederationError: A node nobody knows.
         """
-        del timeout
         for node in nodes:
             if node not in self._peers:
                 msg = f"there is no participant {node!r}. Known: {', '.join(self._peers)}."
                 raise FederationError(msg)
+            started = time.monotonic()
             answer: bytes | Exception
             try:
                 answer = self._peers[node].handle(op, payload)
+                if timeout is not None and time.monotonic() - started > timeout:
+                    msg = f"{node!r} took {time.monotonic() - started:.1f} s, the deadline was {timeout:g} s."
+                    answer = DeadlineError(msg)
             except Exception as error:
                 answer = error
             yield node, answer

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from llmchain_fed.errors import UpdateRefusedError
+from llmchain_fed.errors import ParticipantError, UpdateRefusedError
 
 _KEY = "llmchain_fed"
 _MAX_HEADER = 16 * 2**20  # bytes: names and shapes of some 100,000 tensors
@@ -44,6 +44,23 @@ def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
     """Tensors and a JSON-able header as bytes."""
     data: bytes = save(dict(tensors), metadata={_KEY: json.dumps(header, allow_nan=False)})
     return data
+
+
+def read_json(data: bytes) -> dict[str, Any]:
+    """A JSON object that came from elsewhere; constants that JSON has not, and names given twice, are refused.
+
+    Raises:
+        ParticipantError: It is none.
+    """
+    try:
+        found = json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        msg = f"the message is no JSON of ours ({type(error).__name__}: {error!s:.200})."
+        raise ParticipantError(msg) from None
+    if not isinstance(found, dict):
+        msg = f"the message is {type(found).__name__}, not a JSON object."
+        raise ParticipantError(msg)
+    return found
 
 
 def inspect(data: bytes, *, max_bytes: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:

@@ -1,0 +1,84 @@
+"""Asking: lets participants join and train within a round's deadline, and asks again those who could not be reached.
+
+Knows the transport, the roster and the clock. Knows nothing about aggregation or about what an update must be.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from llmchain_fed.errors import ParticipantError, TransportError
+from llmchain_fed.federated.roster import Roster
+from llmchain_fed.federated.round import OpenRound, too_few
+from llmchain_fed.federated.runtime import Transport
+
+_PAUSE = 2.0  # seconds before the first retry; the n-th waits n times as long
+
+
+class Asking:
+    """Asks participants, as patiently as a federation's options say.
+
+    Args:
+        transport: The way to them.
+        roster: Who takes part.
+        deadline: seconds a round's training, or any other answer, may take; None waits.
+        retries: How often those who could not be reached, or failed elsewhere, are asked again.
+    """
+
+    def __init__(self, transport: Transport, roster: Roster, deadline: float | None, retries: int) -> None:
+        self._transport, self._roster = transport, roster
+        self._deadline, self._retries = deadline, retries
+
+    def join(self, number: int, quorum: int) -> list[str]:
+        """Lets everyone join who is there; if they are too few, the others are asked again.
+
+        Args:
+            number: Which round they join for.
+            quorum: How many there must be.
+
+        Returns:
+            Who has joined now.
+
+        Raises:
+            QuorumError: Too few; every reason is listed.
+            LLMChainFedError: See `Roster.join`.
+        """
+        joined: list[str] = []
+        for attempt in range(self._retries + 1):
+            time.sleep(_PAUSE * attempt)
+            joined += self._roster.join(timeout=self._deadline)
+            if len(self._roster.joined) >= quorum:
+                return joined
+        raise too_few(number, len(self._roster.joined), quorum, self._roster.absent)
+
+    def train(self, opened: OpenRound, chosen: list[str], done: Callable[[str], object]) -> None:
+        """Lets the chosen train and hands their answers to the round as they arrive.
+
+        Args:
+            opened: The round.
+            chosen: Who shall train.
+            done: Told each participant whose answer is in.
+        """
+        until = time.monotonic() + self._deadline if self._deadline is not None else None
+        waiting = chosen
+        for attempt in range(self._retries + 1):
+            if attempt:
+                time.sleep(_PAUSE * attempt)
+                self._roster.join(timeout=self._deadline)  # one that has restarted must be told anew how to train
+            asked = [name for name in waiting if name in self._roster.joined]
+            missed: dict[str, Exception] = {name: self._roster.absent[name] for name in waiting if name not in asked}
+            left = max(until - time.monotonic(), 0.0) if until is not None else None
+            for name, answer in self._transport.call("train", asked, opened.payload, left):
+                if isinstance(answer, (ParticipantError, TransportError)):
+                    self._roster.leave(name, answer)
+                    missed[name] = answer
+                    continue
+                hello = self._roster.joined[name]
+                opened.accept(name, answer, num_examples=hello.num_examples, num_tokens=hello.num_tokens)
+                done(name)
+            waiting = list(missed)
+            if not waiting or attempt == self._retries or (until is not None and time.monotonic() >= until):
+                for name, error in missed.items():
+                    opened.accept(name, error)
+                return

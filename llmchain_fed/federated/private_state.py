@@ -1,0 +1,75 @@
+"""Where a participant stands after a round: its place in the data and its kept optimizer, as safetensors and JSON.
+
+Knows torch optimizer states and bytes. Knows nothing about training. This never travels with an update: it moves only
+on `personal_state`, which a site's policy may forbid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmchain_fed.errors import ParticipantError
+from llmchain_fed.federated import wire
+
+
+@dataclass
+class Progress:
+    """Where a participant stands after a round; an interrupted round leaves the former one in force."""
+
+    next_step: int = 0
+    """batches that rounds of `max_steps` have consumed"""
+    optimizer_state: dict[str, Any] | None = field(default=None, repr=False)
+    """`torch.optim.Optimizer.state_dict()`, where it is kept"""
+
+
+def pack(progress: Mapping[int, Progress]) -> bytes:
+    """Round → progress as bytes."""
+    tensors: dict[str, Tensor] = {}
+    header: dict[str, Any] = {}
+    for number, item in progress.items():
+        header[str(number)] = {"next_step": item.next_step, "optimizer": None}
+        if item.optimizer_state is None:
+            continue
+        values: dict[str, dict[str, Any]] = {}
+        for index, state in item.optimizer_state["state"].items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{number}/{index}/{key}"] = value.detach().cpu().contiguous()
+                else:
+                    values.setdefault(str(index), {})[key] = value
+        header[str(number)]["optimizer"] = {"values": values, "param_groups": item.optimizer_state["param_groups"]}
+    return wire.pack(tensors, {"kind": "personal_state", "progress": header})
+
+
+def read(header: Any, tensors: Mapping[str, Tensor]) -> dict[int, Progress]:
+    """The reverse of `pack`, from the header's `progress` and the tensors.
+
+    Raises:
+        ParticipantError: They do not fit together.
+    """
+    try:
+        found = {int(n): Progress(int(item["next_step"])) for n, item in header.items()}
+        for number, item in header.items():
+            if item["optimizer"] is None:
+                continue
+            state = {int(i): dict(values) for i, values in item["optimizer"]["values"].items()}
+            found[int(number)].optimizer_state = {"state": state, "param_groups": item["optimizer"]["param_groups"]}
+        for name, tensor in tensors.items():
+            number, index, key = name.split("/")
+            kept = found[int(number)].optimizer_state
+            if kept is None:
+                msg = f"{name} belongs to no optimizer"
+                raise KeyError(msg)
+            kept["state"].setdefault(int(index), {})[key] = torch.clone(tensor)
+        if not found:
+            msg = "no round"
+            raise KeyError(msg)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        msg = f"the personal state cannot be read ({type(error).__name__}: {error})."
+        raise ParticipantError(msg) from None
+    return found

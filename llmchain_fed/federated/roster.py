@@ -1,0 +1,128 @@
+"""Roster: who takes part. Who has said hello and fits the contract, who is absent, and why.
+
+Knows the transport's `hello` and what participants say of themselves. Knows nothing about rounds, and believes nothing
+that it can check.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass
+
+from llmchain_fed.data import DataReport
+from llmchain_fed.errors import (
+    ContractError,
+    DeadlineError,
+    FederationError,
+    LLMChainFedError,
+    ParticipantError,
+    TransportError,
+)
+from llmchain_fed.federated import wire
+from llmchain_fed.federated.history import ParticipantRecord
+from llmchain_fed.federated.runtime import Transport
+from llmchain_fed.federated.trainee import Trainee
+from llmchain_fed.training import TrainingConfig
+
+# What another process reports of itself makes it absent. Any other error is this process's own and raised.
+ABSENCE = (ContractError, DeadlineError, ParticipantError, TransportError)
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a participant said when it joined."""
+
+    held_out: bool
+    num_examples: int | None = None
+    """usable examples; None where only training will tell"""
+    num_tokens: int | None = None
+    """completion tokens"""
+    report: DataReport | None = None
+
+
+class Roster:
+    """Keeps who takes part.
+
+    Args:
+        transport: The way to them.
+        trainee: What is trained, whose contract all must share.
+        training: How they train; told to those in other processes.
+    """
+
+    def __init__(self, transport: Transport, trainee: Trainee, training: TrainingConfig) -> None:
+        self._transport, self._trainee = transport, trainee
+        self._training = training.to_plain()
+        self.federation = secrets.token_hex(8)
+        """tells this federation from an earlier one of the same participants"""
+        self.joined: dict[str, Hello] = {}
+        self.absent: dict[str, Exception] = {}
+        """who is not there now, and why"""
+
+    def join(self, *, timeout: float | None = None) -> list[str]:
+        """Asks everyone who has not joined what they hold and whether they stand on the same contract.
+
+        Args:
+            timeout: seconds to wait for them.
+
+        Returns:
+            Who has joined now.
+
+        Raises:
+            LLMChainFedError: A participant's own error in this process, such as examples that cannot be used.
+        """
+        nodes = self._transport.nodes()
+        self.absent = {n: e for n, e in self.absent.items() if n in nodes}
+        newcomers = [node for node in nodes if node not in self.joined]
+        if not newcomers:
+            return []
+        contract = self._trainee.contract()
+        said = {"contract": contract, "training": self._training, "federation": self.federation}
+        found: dict[str, Hello] = {}
+        for node, answer in self._transport.call("hello", newcomers, json.dumps(said).encode(), timeout):
+            if isinstance(answer, Exception) and not isinstance(answer, ABSENCE):
+                if isinstance(answer, LLMChainFedError):
+                    raise answer
+                msg = f"participant {node!r} cannot join: {type(answer).__name__}: {answer}"
+                raise FederationError(msg) from answer
+            try:
+                if isinstance(answer, Exception):
+                    raise answer
+                found[node] = self._read(node, answer)
+                self.absent.pop(node, None)
+            except ABSENCE as error:
+                self.absent[node] = error
+        self.joined |= found
+        return list(found)
+
+    def present(self) -> list[str]:
+        """Who can be asked, in the transport's order."""
+        return [node for node in self._transport.nodes() if node in self.joined]
+
+    def leave(self, node: str, why: Exception | None = None) -> None:
+        """Takes a participant off, so that it is asked anew before the next round."""
+        self.joined.pop(node, None)
+        if why is not None:
+            self.absent[node] = why
+
+    def record_of(self, node: str) -> ParticipantRecord:
+        """The record of one that a round did not ask: absent and why, or idle."""
+        why = self.absent.get(node)
+        return ParticipantRecord("absent", f"{type(why).__name__}: {why}") if why else ParticipantRecord("idle")
+
+    def _read(self, node: str, answer: bytes) -> Hello:
+        said = wire.read_json(answer)
+        name = said.get("participant")
+        if name != node:
+            msg = f"the peer at {node!r} calls itself {name!r:.80}: start it with the name of its node."
+            raise ParticipantError(msg)
+        self._trainee.check_contract(said.get("contract"), f"participant {node!r}")
+        examples, tokens, report = said.get("num_examples"), said.get("num_tokens"), said.get("report")
+        try:
+            if any(count is not None and (type(count) is not int or count < 1) for count in (examples, tokens)):
+                raise TypeError("no counts")  # noqa: EM101
+            known = DataReport(**report) if report is not None else None
+        except TypeError:
+            msg = f"what {node!r} says it holds makes no sense: {answer[:200]!r}"
+            raise ParticipantError(msg) from None
+        return Hello(said.get("held_out") is True, examples, tokens, known)

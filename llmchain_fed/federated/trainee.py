@@ -1,0 +1,109 @@
+"""Trainee: what a federation trains, a model and the chain that renders its prompts, and what all sides must share.
+
+Knows chains, models and digests. Knows nothing about participants, rounds or how a digest travels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from llmchain_fed.chain import LLMChain, find_chain
+from llmchain_fed.data import Example, Prompt
+from llmchain_fed.errors import ContractError, UnsupportedModelError
+from llmchain_fed.face import LocalFace
+from llmchain_fed.model import LocalModel
+
+_MEANING = {
+    "base": "base weights",
+    "adapter": "adapter (its names, types or shapes)",
+    "prompt": "prompt",
+    "version": "version of llmchain-fed",
+}
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What is trained: a LocalModel, and the chain that renders its prompts, if there is one."""
+
+    model: LocalModel
+    chain: LLMChain | None = None
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """What renders inputs to text."""
+        return self.chain
+
+    @classmethod
+    def of(cls, given: Any) -> Trainee:
+        """Finds the model in a chain (also a wrapped one), an LLM, a LocalModel or a bare module.
+
+        Raises:
+            UnsupportedModelError: None of these.
+        """
+        if isinstance(given, LocalModel):
+            return cls(given)
+        if isinstance(given, LocalFace):
+            return cls(given.model)
+        chain = find_chain(given)
+        if chain is not None:
+            return cls(chain.model, chain)
+        if hasattr(given, "named_parameters"):
+            return cls(LocalModel(given))
+        msg = (
+            f"cannot train {type(given).__name__}: pass an LLMChain (or prompt | LocalLLM), a "
+            "LocalLLM, a LocalModel or a "
+            "torch module."
+        )
+        raise UnsupportedModelError(msg)
+
+    def answer(self, examples: list[Example], max_new_tokens: int) -> list[tuple[str, str]]:
+        """(prompt, answer) per example; generated without callbacks, so that examples reach no tracer."""
+        texts = [self.text(e) for e in examples]
+        if self.chain is None:
+            return list(zip(texts, self.model.generate(texts, max_new_tokens=max_new_tokens), strict=True))
+        options = self.chain.generation_options()
+        options["max_new_tokens"] = min(options["max_new_tokens"], max_new_tokens)
+        special = self.chain.adds_special_tokens
+        return list(zip(texts, self.model.generate(texts, add_special_tokens=special, **options), strict=True))
+
+    def text(self, example: Example) -> str:
+        """The prompt the model sees for this example."""
+        if example.prompt is not None or self.chain is None:
+            return str(example.prompt)
+        return self.chain.render(example.inputs or {})
+
+    def contract(self) -> dict[str, Any]:
+        """What all sides of a federation must share, as digests."""
+        layout = {n: (str(p.dtype), tuple(p.shape)) for n, p in sorted(self.model.trainable_parameters().items())}
+        prompt = self.chain.prompt_identity() if self.chain is not None else None
+        return {
+            "base": self.model.fingerprint(),
+            "adapter": hashlib.sha256(repr(layout).encode()).hexdigest(),
+            "prompt": hashlib.sha256(repr(prompt).encode()).hexdigest(),
+            "version": version("llmchain-fed"),
+        }
+
+    def check_contract(self, theirs: Any, who: str) -> None:
+        """Makes sure that another side trains the same thing.
+
+        Args:
+            theirs: Its `contract()`, as it arrived.
+            who: It, for the message.
+
+        Raises:
+            ContractError: What differs, by name.
+        """
+        ours = self.contract()
+        theirs = theirs if isinstance(theirs, Mapping) else {}
+        different = [k for k in ours if theirs.get(k) != ours[k]]
+        if different:
+            named = "; ".join(f"{_MEANING[k]}: {ours[k]!s:.12} here, {theirs.get(k)!s:.12} there" for k in different)
+            msg = (
+                f"{who} stands on another contract ({named}). Averaged weights would mean nothing: start both sides "
+                "from the same model, adapter, prompt and version."
+            )
+            raise ContractError(msg)
