@@ -195,6 +195,34 @@ def split_publishers(
     return splits
 
 
+def split_alone(publisher: str, language: str = "fr", *, train: int, test: int, seed: int = 0) -> Split:
+    """One publisher's pairs, split without a look at anyone else's, and still without a leak between publishers.
+
+    Whether a source is held out follows from its own SHA-256 (one in eight is), so one that several publishers have
+    is held out by all of them or by none. Unlike `split_publishers`, two may train on the same source.
+
+    Args:
+        publisher: a name from `PUBLISHERS`.
+        language: a gettext code that it has.
+        train: pairs to train on.
+        test: held-out pairs.
+        seed: another seed, another split.
+
+    Raises:
+        CatalogueError: as `survey`, or the publisher has too few messages.
+    """
+    texts = {normalise(m.source): (m.source, m.target) for m in read_catalogue(publisher, language)}
+    ordered = sorted((_digest(seed, key), pair) for key, pair in texts.items())
+    held_out = [pair for digest, pair in ordered if digest[-1] % 8 == 0][:test]
+    trained = [pair for digest, pair in ordered if digest[-1] % 8][:train]
+    if len(held_out) < test or len(trained) < train:
+        raise CatalogueError(
+            f"{publisher} has {len(ordered)} messages in {language!r}: {len(trained)} of {train} to train on, "
+            f"{len(held_out)} of {test} to hold out. Ask for fewer or leave it out."
+        )
+    return Split(train=trained, held_out=held_out)
+
+
 def _catalogue_files(publisher: str) -> list[tuple[str, Path]]:
     """(language, file) of every catalogue in the wheel; a .mo only where its .po was not shipped."""
     if publisher not in DISTRIBUTIONS:

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from llmchain_fed.library import list_chains, list_prompts, load_chain, load_prompt
     from llmchain_fed.llm import LocalLLM
     from llmchain_fed.model import LocalModel
+    from llmchain_fed.runtimes.torch_distributed import TorchDistributed
     from llmchain_fed.training import TrainingConfig, train_locally
 
 __version__ = "0.1.0"
@@ -66,6 +67,7 @@ _HOMES = {
     "LocalLLM": "llm",
     "LocalModel": "model",
     "Participant": "federated.participant",
+    "TorchDistributed": "runtimes.torch_distributed",
     "TrainingConfig": "training",
     "evaluate_locally": "evaluation",
     "list_chains": "library",
@@ -107,6 +109,7 @@ __all__ = [
     "QuorumError",
     "RecipeError",
     "TemplatedTwiceError",
+    "TorchDistributed",
     "TrainingConfig",
     "TrainingError",
     "TransportError",

@@ -51,6 +51,7 @@ PUBLIC = [
     "QuorumError",
     "RecipeError",
     "TemplatedTwiceError",
+    "TorchDistributed",
     "TrainingConfig",
     "TrainingError",
     "TransportError",

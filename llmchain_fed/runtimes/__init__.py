@@ -1,0 +1,1 @@
+"""Runtimes that cross a process border: `torch_distributed` for a trusted cluster, `nvflare` across organisations."""

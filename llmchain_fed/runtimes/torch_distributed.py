@@ -1,0 +1,285 @@
+"""TorchDistributed: participants spread over the ranks of a `torchrun` job. For a trusted cluster.
+
+Knows process groups, ranks and bytes. Knows nothing about models, rounds or aggregation. Neither encrypted nor
+authenticated: whoever reaches the master port takes part. Across organisations use NVFlare.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmchain_fed.errors import ConfigError, DuplicateParticipantError, FederationError
+from llmchain_fed.federated.runtime import InProcess, Operation, Peer
+from llmchain_fed.runtimes import failures
+
+_LEADER = 0
+
+
+class TorchDistributed:
+    """Every rank runs the same script and holds its own participants; rank 0 also leads the loop and aggregates.
+
+    `FederatedAveraging(chain, participants=mine, runtime=TorchDistributed()).fit(3)` on every rank, started by
+    `torchrun --nproc-per-node 3 script.py`; afterwards every rank's chain has the averaged weights. A rank may hold
+    several participants or none. Messages are JSON and update bytes, point to point over gloo, also where there are
+    GPUs; answers are taken in the order of ranks, so that a rerun gives the same weights bit for bit.
+
+    A rank that dies, or is silent for `timeout`, ends the job with an error that names it and its participants;
+    `torchrun --max-restarts` starts all anew. Make this object before the model is loaded: it picks each rank's GPU.
+
+    Args:
+        timeout: seconds a rank may be silent, which must be more than the longest local training takes.
+        threads: For torch, per rank. None: this machine's cores divided by its ranks, so that ranks do not fight
+            for them.
+
+    Raises:
+        ConfigError: The process was not started by torchrun, or with nonsense options.
+        FederationError: The ranks do not find each other within `timeout`.
+    """
+
+    def __init__(self, *, timeout: float = 1800.0, threads: int | None = None) -> None:
+        if not timeout > 0:
+            msg = f"timeout is a positive number of seconds, got {timeout!r}."
+            raise ConfigError(msg)
+        self._timeout = timedelta(seconds=timeout)
+        self._group = _join_group(self._timeout)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.rank)) % torch.cuda.device_count())
+        self._local = InProcess({})
+        self._homes: dict[str, int] = {}
+        self._broken: str | None = None
+        self._hosted = False
+
+    def __repr__(self) -> str:
+        return f"TorchDistributed(rank {self.rank} of {self.world_size}, {len(self._homes)} participants)"
+
+    # --- the seam ---------------------------------------------------------------------------------------------------
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == _LEADER
+
+    def host(self, peers: Mapping[str, Peer]) -> None:
+        """Lets this rank's participants join; every rank calls it once, with its own or with none.
+
+        Raises:
+            DuplicateParticipantError: Two ranks have a participant of one name; raised on every rank.
+            ConfigError: It was called before: one federation an object.
+            FederationError: A rank is gone.
+        """
+        if self._hosted:
+            msg = (
+                "this TorchDistributed carries a federation already: make one for each, in the same order on all ranks."
+            )
+            raise ConfigError(msg)
+        self._hosted, self._local = True, InProcess(peers)
+        if self.leads:
+            homes: list[tuple[str, int]] = [(name, _LEADER) for name in peers]
+            for rank in self._others():
+                head, _ = self._receive(rank)
+                homes += [(name, rank) for name in head["names"]]
+            names = [name for name, _ in homes]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            for rank in self._others():
+                self._send(rank, {"homes": homes, "twice": twice}, _tensor(b""))
+        else:
+            self._send(_LEADER, {"names": list(peers)}, _tensor(b""))
+            head, _ = self._receive(_LEADER)
+            homes, twice = head["homes"], head["twice"]
+        if twice:
+            ranks = [rank for name, rank in homes if name == twice[0]]
+            msg = f"ranks {ranks} both have a participant {twice[0]!r}: their updates could not be told apart."
+            raise DuplicateParticipantError(msg)
+        self._homes = {name: int(rank) for name, rank in homes}
+
+    def nodes(self) -> list[str]:
+        """All ranks' participants, in the order of ranks."""
+        return list(self._homes)
+
+    def call(
+        self, op: Operation, nodes: Iterable[str], payload: bytes, timeout: float | None = None
+    ) -> Iterator[tuple[str, bytes | Exception]]:
+        """Lets all ranks work at the same time; yields rank 0's answers first, then the others' in order.
+
+        Args:
+            op: What to do.
+            nodes: Who should.
+            payload: The same bytes for all.
+            timeout: seconds each participant may take for itself.
+
+        Raises:
+            FederationError: A node nobody knows; a rank that died or is silent, by name.
+        """
+        self._check_usable()
+        wanted: dict[int, list[str]] = {}
+        for node in nodes:
+            if node not in self._homes:
+                msg = f"there is no participant {node!r}. Known: {', '.join(self._homes)}."
+                raise FederationError(msg)
+            wanted.setdefault(self._homes[node], []).append(node)
+        mine = wanted.pop(_LEADER, [])
+        body = _tensor(payload)
+        for rank, names in wanted.items():
+            self._send(rank, {"op": op, "nodes": names, "timeout": timeout}, body)
+        outstanding = [(rank, name) for rank in sorted(wanted) for name in wanted[rank]]
+        try:
+            yield from self._local.call(op, mine, payload, timeout)
+            while outstanding:
+                rank, name = outstanding.pop(0)
+                yield name, self._answer(rank)
+        finally:  # one that stops listening leaves no answer behind for the next call
+            if self._broken is None:
+                for rank, _ in outstanding:
+                    self._answer(rank)
+
+    def follow(self, adopt: Callable[[bytes], None]) -> None:
+        """Answers rank 0 until it publishes, on the ranks that do not lead.
+
+        Raises:
+            FederationError: Rank 0 failed (what it published is adopted before), or is gone.
+        """
+        self._check_usable()
+        while True:
+            head, body = self._receive(_LEADER)
+            if "op" not in head:
+                adopt(body)
+                if head["error"] is not None:
+                    msg = f"rank {_LEADER}, which leads, stopped: {head['error']['type']}: {head['error']['message']}"
+                    raise FederationError(msg)
+                return
+            # all first, then the answers: a send waits until rank 0 comes round to this rank
+            answers = [answer for _, answer in self._local.call(head["op"], head["nodes"], body, head["timeout"])]
+            for answer in answers:
+                if isinstance(answer, Exception):
+                    self._send(_LEADER, {"error": failures.to_plain(answer)}, _tensor(b""))
+                else:
+                    self._send(_LEADER, {"error": None}, _tensor(answer))
+
+    def publish(self, outcome: bytes, error: BaseException | None = None) -> None:
+        """Ends the other ranks' `follow`, on rank 0; those that cannot be reached after an error are left out."""
+        head = {"error": failures.to_plain(error) if error is not None else None}
+        body = _tensor(outcome)
+        for rank in self._others():
+            try:
+                self._send(rank, head, body)
+            except FederationError:
+                if error is None:
+                    raise
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        _leave_group()
+
+    # --- messages ---------------------------------------------------------------------------------------------------
+
+    def _answer(self, rank: int) -> bytes | Exception:
+        head, body = self._receive(rank)
+        return body if head["error"] is None else failures.from_same_script(head["error"])
+
+    def _send(self, rank: int, head: Mapping[str, Any], body: Tensor) -> None:
+        """Two sizes, the JSON head, the body."""
+        text = json.dumps(head).encode()
+        try:
+            dist.send(torch.tensor([len(text), body.numel()]), rank, group=self._group)
+            dist.send(_tensor(text), rank, group=self._group)
+            if body.numel():
+                dist.send(body, rank, group=self._group)
+        except RuntimeError as error:
+            raise self._lost(rank, error) from error
+
+    def _receive(self, rank: int) -> tuple[dict[str, Any], bytes]:
+        try:
+            sizes = self._fill(torch.empty(2, dtype=torch.int64), rank)
+            text, body = (self._fill(torch.empty(int(n), dtype=torch.uint8), rank) for n in sizes)
+        except RuntimeError as error:
+            raise self._lost(rank, error) from error
+        head: dict[str, Any] = json.loads(text.numpy().tobytes())
+        return head, body.numpy().tobytes()
+
+    def _fill(self, tensor: Tensor, rank: int) -> Tensor:
+        # Rank 0 may wait for each of the others in turn, so they must be more patient with it than it is with them.
+        patience = self._timeout if self.leads else self._timeout * (self.world_size + 1)
+        if tensor.numel():
+            work = dist.irecv(tensor, rank, group=self._group)
+            if work is not None:  # None for ranks outside the group, of which there are none
+                work.wait(patience)
+        return tensor
+
+    def _lost(self, rank: int, error: Exception) -> FederationError:
+        names = ", ".join(repr(name) for name, home in self._homes.items() if home == rank) or "no participants"
+        what = (
+            f"was silent for {self._timeout.total_seconds():g} s" if self.leads else "gave up (its own error says why)"
+        )
+        self._broken = (
+            f"rank {rank} ({names}) is gone or {what}: {str(error)[:300]}. "
+            "The group cannot go on without it: look at that rank's own output, or start with torchrun --max-restarts."
+        )
+        return FederationError(self._broken)
+
+    def _check_usable(self) -> None:
+        if self._broken is not None:
+            raise FederationError(self._broken)
+
+    def _others(self) -> range:
+        return range(_LEADER + 1, self.world_size)
+
+
+def _tensor(data: bytes) -> Tensor:
+    """Bytes as a uint8 tensor, shape (n,)."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _join_group(timeout: timedelta) -> Any:
+    """The group that carries messages: the process group there is, or one that is made now."""
+    if dist.is_initialized():
+        return dist.new_group(backend="gloo", timeout=timeout * (dist.get_world_size() + 1))
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        msg = (
+            f"{', '.join(missing)} are not set: start the script with torchrun --nproc-per-node 3 script.py, or leave "
+            "runtime out to run all participants in this process."
+        )
+        raise ConfigError(msg)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store: Any = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            world,
+            is_master=not by_agent and rank == _LEADER,
+            timeout=timeout,
+        )
+        # The agent's store outlives a restart and still holds the dead ranks' addresses, which the new ones would
+        # dial; with keys of its own each attempt finds only itself. The count is each agent's own, so over several
+        # machines this holds when all of them restart. https://github.com/pytorch/pytorch/issues/135712
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"llmchain_fed/{attempt}", store)  # type: ignore[attr-defined]
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        patience = timeout * (world + 1)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+    except (RuntimeError, ValueError) as error:
+        msg = f"rank {rank} of {world} found no others within {timeout.total_seconds():g} s: {error}"
+        raise FederationError(msg) from error
+    atexit.register(_leave_group)
+    return dist.new_group(backend="gloo", timeout=patience) if torch.cuda.is_available() else dist.group.WORLD
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dist.destroy_process_group()

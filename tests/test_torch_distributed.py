@@ -1,0 +1,203 @@
+"""TorchDistributed: real torchrun jobs of three ranks over tiny models, against the same federation in one process.
+
+Belongs here: what crosses ranks. Does not: what a round does (test_averaging).
+"""
+
+import functools
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchrun_script import SHARES, federate, tiny_chain
+
+from llmchain_fed import ConfigError, TorchDistributed
+from llmchain_fed.runtimes import failures
+
+SCRIPT = Path(__file__).with_name("torchrun_script.py")
+
+
+def torchrun(out, *options, restarts=0, seconds=100):
+    """(exit status, output, reports by rank of the last attempt)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    command += [f"--max-restarts={restarts}", str(SCRIPT), str(out), *map(str, options)]
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
+    reports = {}
+    for path in sorted(out.glob("rank*.json")):
+        report = json.loads(path.read_text())
+        reports[report["rank"]] = report
+    return done.returncode, done.stdout + done.stderr, reports
+
+
+def by_hand(out, *options, seconds=100):
+    """The same three ranks without an agent that stops the others when one dies."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(3):
+        environment = os.environ | {
+            "RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+        command = [sys.executable, str(SCRIPT), str(out), *map(str, options)]
+        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    return ranks
+
+
+def finished(ranks, out, seconds=60):
+    try:
+        for rank in ranks:
+            rank.communicate(timeout=seconds)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    return {r["rank"]: r for r in (json.loads(p.read_text()) for p in out.glob("rank*.json"))}
+
+
+@functools.cache
+def in_process(kind, lora, rounds=3):
+    chain = tiny_chain(kind, lora=lora)
+    fed = federate(chain, SHARES, rounds=rounds)
+    return chain.model.trainable_state(), fed.history, chain.invoke({"text": "save the page"})
+
+
+def difference(report, state):
+    return max(float((torch.tensor(report["state"][n]) - t).abs().max()) for n, t in state.items())
+
+
+@pytest.mark.parametrize(("kind", "lora"), [("causal", True), ("seq2seq", False)])
+def test_three_ranks_learn_what_one_process_learns(kind, lora, tmp_path):
+    status, output, reports = torchrun(tmp_path, "--kind", kind, *(["--lora"] if lora else []))
+    assert status == 0, output
+    state, history, answer = in_process(kind, lora)
+    assert sorted(reports) == [0, 1, 2]
+    for report in reports.values():
+        assert "error" not in report
+        assert difference(report, state) < 1e-5
+        assert report["answer"] == answer
+        assert report["round"] == 3
+        assert report["reports"] == ["a", "b", "c", "d"]
+        assert report["history"] == reports[0]["history"]
+        assert report["threads"] == max(1, len(os.sched_getaffinity(0)) // 3)
+    assert [r["mine"] for _, r in sorted(reports.items())] == [["a"], ["b", "c"], ["d"]]
+    for ours, theirs in zip(reports[0]["history"]["rounds"], history, strict=True):
+        assert list(ours["participants"]) == ["a", "b", "c", "d"]
+        assert ours["held_out_after"] == pytest.approx(theirs.held_out_after, rel=1e-4)
+        for name, record in ours["participants"].items():
+            assert record["status"] == "trained"
+            assert record["train_loss"] == pytest.approx(theirs.participants[name].train_loss, rel=1e-4)
+            assert record["bytes_up"] == pytest.approx(theirs.participants[name].bytes_up, abs=64)  # digits of floats
+
+
+def test_a_participant_whose_training_fails_is_recorded_and_the_others_go_on(tmp_path):
+    status, output, reports = torchrun(tmp_path, "--misbehave", "raise", "--lora", "--rounds", 2)
+    assert status == 0, output
+    first, second = (r["participants"]["d"] for r in reports[1]["history"]["rounds"])
+    assert (first["status"], second["status"]) == ("trained", "failed")
+    assert second["reason"] == "ParticipantError: RuntimeError: out of memory"
+
+
+@pytest.mark.federation
+def test_a_participant_that_is_late_is_dropped(tmp_path):
+    status, output, reports = torchrun(tmp_path, "--misbehave", "slow", "--lora", "--rounds", 1, "--deadline", 1.0)
+    assert status == 0, output
+    statuses = {n: p["status"] for n, p in reports[1]["history"]["rounds"][0]["participants"].items()}
+    assert statuses == {"a": "trained", "b": "trained", "c": "trained", "d": "late"}
+
+
+def test_a_failed_quorum_is_raised_on_every_rank_and_earlier_rounds_are_kept(tmp_path):
+    status, output, reports = torchrun(tmp_path, "--misbehave", "raise", "--lora", "--quorum", 4)
+    assert status == 0, output  # the script reports errors
+    assert reports[0]["error"][0] == "QuorumError"
+    state, _, _ = in_process("causal", True, 1)
+    for rank in (1, 2):
+        assert reports[rank]["error"][0] == "FederationError"
+        assert "rank 0, which leads, stopped: QuorumError: round 2 has 3 usable updates" in reports[rank]["error"][1]
+    assert all(difference(report, state) < 1e-5 for report in reports.values())
+
+
+@pytest.mark.federation
+def test_a_rank_that_dies_is_named_on_rank_0(tmp_path):
+    reports = finished(by_hand(tmp_path, "--misbehave", "die", "--lora"), tmp_path)
+    kind, message = reports[0]["error"]
+    assert kind == "FederationError"
+    assert "rank 2 ('d') is gone or was silent for 60 s" in message
+    assert "rank 2 ('d') is gone" in reports[1]["error"][1]
+    assert 2 not in reports
+
+
+@pytest.mark.federation
+def test_a_silent_rank_is_named_within_the_timeout(tmp_path):
+    ranks = by_hand(tmp_path, "--misbehave", "hang", "--lora", "--timeout", 8)
+    try:
+        for rank in ranks[:2]:
+            rank.communicate(timeout=60)
+    finally:
+        reports = finished(ranks[:2], tmp_path)
+        ranks[2].kill()
+        ranks[2].communicate()
+    assert "rank 2 ('d') is gone or was silent for 8 s" in reports[0]["error"][1]
+    # gloo closes every connection of a rank whose wait timed out, so rank 1 only learns that rank 0 is gone
+    assert "rank 0 ('a') is gone or gave up (its own error says why)" in reports[1]["error"][1]
+
+
+@pytest.mark.federation
+def test_max_restarts_starts_all_anew(tmp_path):
+    status, output, reports = torchrun(tmp_path, "--misbehave", "die", "--lora", restarts=1)
+    assert status == 0, output
+    assert sorted(p.name for p in tmp_path.glob("*.attempt1.json")) == [f"rank{n}.attempt1.json" for n in range(3)]
+    state, _, _ = in_process("causal", True)
+    assert all(difference(report, state) < 1e-5 for report in reports.values())
+
+
+@pytest.mark.federation
+def test_without_restarts_torchrun_names_the_rank(tmp_path):
+    status, output, _ = torchrun(tmp_path, "--misbehave", "die", "--lora")
+    assert status != 0
+    assert re.search(r"rank\s*: 2", output)
+    assert "SIGKILL" in output
+
+
+def test_one_name_on_two_ranks(tmp_path):
+    status, output, reports = torchrun(tmp_path, "--same-name")
+    assert status == 0, output
+    for report in reports.values():
+        assert report["error"][0] == "DuplicateParticipantError"
+        assert "ranks [0, 1, 2]" in report["error"][1]
+
+
+@pytest.mark.federation
+def test_other_weights_on_one_rank(tmp_path):
+    status, output, reports = torchrun(tmp_path, "--other-seed", "--rounds", 1)
+    assert status == 0, output
+    record = reports[0]["history"]["rounds"][0]["participants"]["d"]
+    assert record["status"] == "absent"
+    assert "ContractError: the hub that 'd' is asked by stands on another contract (base weights" in record["reason"]
+
+
+def test_outside_torchrun_it_says_how_to_start(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=r"RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not set: start .* torchrun"):
+        TorchDistributed()
+    with pytest.raises(ConfigError, match="timeout is a positive number of seconds, got 0"):
+        TorchDistributed(timeout=0)
+
+
+def test_errors_keep_their_type_between_ranks_and_lose_it_between_organisations():
+    plain = failures.to_plain(ConfigError("x" * 5000))
+    assert len(plain["message"]) == 2000
+    assert type(failures.from_same_script(plain)) is ConfigError
+    assert str(failures.from_site(plain)).startswith("ConfigError: xx")
+    assert type(failures.from_site({"type": "DeadlineError", "message": "late"})).__name__ == "DeadlineError"
+    for nonsense in (None, {}, {"type": "SystemExit", "message": 3}, {"type": "LLMChainFedError"}):
+        for read in (failures.from_same_script, failures.from_site):
+            assert read(nonsense).args[0] is not None

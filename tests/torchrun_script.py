@@ -1,0 +1,105 @@
+"""What `test_torch_distributed.py` starts on every rank: one federation over tiny models, then a report as JSON.
+
+torchrun --nproc-per-node 3 tests/torchrun_script.py OUT [options]
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, train_tokenizer, with_lora
+
+from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, TorchDistributed, TrainingConfig
+from llmchain_fed.federated.peer import LocalPeer
+
+SHARES = {"a": PAIRS[:5], "b": PAIRS[5:8], "c": PAIRS[8:], "d": PAIRS[2:6]}
+HELD_OUT = {"b": PAIRS[:2], "d": PAIRS[8:10]}
+HOMES = {"a": 0, "b": 1, "c": 1, "d": 2}
+TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=2, epochs=2)
+
+
+def tiny_chain(kind: str, *, lora: bool, seed: int = 0) -> LLMChain:
+    tokenizer = train_tokenizer()
+    module = tiny_module(kind, len(tokenizer), seed)
+    model = LocalModel(with_lora(module, lora_config(kind), seed) if lora else module, tokenizer, name="tiny")
+    return LLMChain(llm=LocalLLM(model=model, max_new_tokens=8), prompt=TEMPLATE)
+
+
+def federate(chain, participants, *, runtime=None, rounds=3, **options):
+    held_out = {name: pairs for name, pairs in HELD_OUT.items() if name in participants}
+    fed = FederatedAveraging(
+        chain, participants=participants, evaluation=held_out, training=TRAINING, runtime=runtime, progress=False,
+        **options,
+    )  # fmt: skip
+    fed.fit(rounds)
+    return fed
+
+
+def misbehave(kind: str | None, rank: int) -> None:
+    """Makes rank 2's training fail in the way asked for."""
+    if kind is None or rank != 2:
+        return
+    inner = LocalPeer._train
+
+    def die(self, header):
+        if header["round"] == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            if kind == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if kind == "hang":
+                time.sleep(3600)
+            if kind == "raise":
+                raise RuntimeError("out of memory")
+        if kind == "slow":
+            time.sleep(0.2)
+            self._watch(0.1)
+            time.sleep(2.0)
+        return inner(self, header)
+
+    LocalPeer._train = die
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--kind", default="causal")
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--misbehave", default=None)
+    parser.add_argument("--timeout", type=float, default=60.0)
+    parser.add_argument("--deadline", type=float, default=None)
+    parser.add_argument("--quorum", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--same-name", action="store_true")
+    parser.add_argument("--other-seed", action="store_true", help="rank 2 stands on other base weights")
+    args = parser.parse_args()
+    runtime = TorchDistributed(timeout=args.timeout)
+    misbehave(args.misbehave, runtime.rank)
+    chain = tiny_chain(args.kind, lora=args.lora, seed=1 if args.other_seed and runtime.rank == 2 else 0)
+    mine = {name: SHARES[name] for name, home in HOMES.items() if home == runtime.rank}
+    report = {"rank": runtime.rank, "threads": torch.get_num_threads(), "mine": list(mine)}
+    try:
+        if args.same_name:
+            mine["a"] = PAIRS
+        fed = federate(
+            chain, mine, runtime=runtime, rounds=args.rounds, deadline=args.deadline, quorum=args.quorum, samples=1
+        )
+        report["round"], report["history"] = fed.round, json.loads(fed.history.to_json())
+        report["reports"] = sorted(fed.data_reports)
+    except Exception as error:
+        report["error"] = [type(error).__name__, str(error)]
+    report["answer"] = chain.invoke({"text": "save the page"})
+    report["state"] = {name: tensor.tolist() for name, tensor in chain.model.trainable_state().items()}
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    (args.out / f"rank{runtime.rank}.attempt{attempt}.json").write_text(json.dumps(report))
+    if "error" not in report:
+        runtime.close()
+
+
+if __name__ == "__main__":
+    main()
