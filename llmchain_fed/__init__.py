@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from llmchain_fed.library import list_chains, list_prompts, load_chain, load_prompt
     from llmchain_fed.llm import LocalLLM
     from llmchain_fed.model import LocalModel
+    from llmchain_fed.runtimes.nvflare.transport import NVFlare
     from llmchain_fed.runtimes.torch_distributed import TorchDistributed
     from llmchain_fed.training import TrainingConfig, train_locally
 
@@ -66,6 +67,7 @@ _HOMES = {
     "LocalChatModel": "chat",
     "LocalLLM": "llm",
     "LocalModel": "model",
+    "NVFlare": "runtimes.nvflare.transport",
     "Participant": "federated.participant",
     "TorchDistributed": "runtimes.torch_distributed",
     "TrainingConfig": "training",
@@ -98,6 +100,7 @@ __all__ = [
     "LocalModel",
     "MissingExtraError",
     "ModelError",
+    "NVFlare",
     "NonFiniteLossError",
     "NotTrainableError",
     "NothingTrainedError",

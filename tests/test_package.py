@@ -40,6 +40,7 @@ PUBLIC = [
     "LocalModel",
     "MissingExtraError",
     "ModelError",
+    "NVFlare",
     "NonFiniteLossError",
     "NotTrainableError",
     "NothingTrainedError",

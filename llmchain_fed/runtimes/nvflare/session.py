@@ -1,0 +1,105 @@
+"""EngineSession: what the driver asks of the engine's server, as few and quiet calls that survive its restart.
+
+Knows the engine's session interface. Knows nothing of frames or rounds.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llmchain_fed.errors import ConfigError, MissingExtraError, TransportError
+from llmchain_fed.runtimes.nvflare import kits
+
+_T = TypeVar("_T")
+_SECONDS = 10.0  # for a connection or a command
+
+
+class EngineSession:
+    """An administrator's session, opened when it is needed and again when it broke.
+
+    Args:
+        admin: The administrator's kit.
+
+    Raises:
+        ConfigError: It is no such kit.
+        MissingExtraError: The extra `nvflare` is not installed.
+    """
+
+    def __init__(self, admin: Path) -> None:
+        if not (admin / "startup" / "fed_admin.json").is_file():
+            msg = f"{admin} is no administrator's kit: startup/fed_admin.json is missing. See `llmchain-fed provision`."
+            raise ConfigError(msg)
+        try:
+            from nvflare.fuel.hci.client import api
+        except ImportError as error:
+            msg = "the NVFlare runtime needs its engine: pip install 'llmchain-fed[nvflare]'"
+            raise MissingExtraError(msg) from error
+        # The session prints progress to the screen and has no switch for it (NVFlare 2.9.0, fuel/hci/client/api.py).
+        if hasattr(api, "_print_hci_message"):
+            api._print_hci_message = lambda *_args, **_kwargs: None
+        self._admin, self._lock = admin, threading.Lock()
+        self._session: Any = None
+
+    def connected(self) -> dict[str, float]:
+        """Sites that the server knows → when it last heard of them, in seconds since the epoch.
+
+        Raises:
+            TransportError: The server does not answer.
+        """
+        info = self._ask(lambda session: session.get_system_info())
+        return {client.name: float(client.last_connect_time) for client in info.client_info}
+
+    def submit(self, folder: Path) -> str:
+        """Submits a job; returns its id.
+
+        Raises:
+            TransportError: The server does not answer, or refuses it.
+        """
+        return str(self._ask(lambda session: session.submit_job(str(folder))))
+
+    def status(self, job: str) -> tuple[str, str]:
+        """A job's status, such as RUNNING or FINISHED:COMPLETED, and what the server says about its deployment.
+
+        Raises:
+            TransportError: The server does not answer, or does not know it.
+        """
+        meta = self._ask(lambda session: session.get_job_meta(job))
+        return str(meta.get("status", "")), "; ".join(map(str, meta.get("job_deploy_detail") or []))
+
+    def abort(self, job: str) -> None:
+        """Ends a job.
+
+        Raises:
+            TransportError: The server does not answer, or does not know it.
+        """
+        self._ask(lambda session: session.abort_job(job))
+
+    def close(self) -> None:
+        """Ends the session; left open, its connector would go on trying in the background."""
+        with self._lock:
+            self._end()
+
+    def _ask(self, do: Callable[[Any], _T]) -> _T:
+        from nvflare.fuel.flare_api.flare_api import new_secure_session
+
+        with self._lock:
+            try:
+                if self._session is None:
+                    self._session = new_secure_session(kits.admin_name(self._admin), str(self._admin), timeout=_SECONDS)
+                return do(self._session)
+            except Exception as error:  # the engine's errors have no common root
+                self._end()
+                host, port = kits.address(self._admin)
+                msg = f"the engine's server at {host}:{port} did not do it ({type(error).__name__}: {error})."
+                raise TransportError(msg) from error
+
+    def _end(self) -> None:
+        if self._session is not None:
+            session, self._session = self._session, None
+            try:
+                session.close()
+            except Exception:  # noqa: S110 (it is broken: that is why it is ended)
+                pass

@@ -1,0 +1,230 @@
+"""Site: a participant's long-lived process. Serves one peer behind a UNIX socket, under the site's policy.
+
+Knows frames, the policy and a peer's `handle`. Knows nothing of the engine that brings the frames, or of models: the
+peer has loaded its model before, and keeps it while engines, jobs and hubs come and go.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+from llmchain_fed.errors import ConfigError, PolicyError, TransportError
+from llmchain_fed.federated.runtime import Peer
+from llmchain_fed.runtimes import failures, frames
+from llmchain_fed.runtimes.policy import Audit, Policy
+
+_INLINE = 2**18  # bytes: a shorter answer comes with the news that it is there
+_LONGEST_WAIT = 30.0  # seconds a poll may block
+
+
+class LongPeer(Peer, Protocol):
+    """A peer whose training can be given up from another thread."""
+
+    def give_up(self) -> None:
+        """Ends a running training at its next step."""
+
+
+@dataclass
+class _Call:
+    """The one call that is being received, worked on, or fetched."""
+
+    id: str
+    op: str
+    payload: bytearray
+    received: int = 0
+    state: str = "receiving"
+    """receiving, working, done or failed"""
+    answer: bytes = b""
+    error: dict[str, str] | None = None
+    started: float = field(default_factory=time.monotonic)
+
+
+class Site:
+    """Answers frames: a call's payload comes in slices, is worked on, and its answer is fetched in slices.
+
+    A newer call replaces the former one, whose training is given up: whoever asked no longer waits. Repeating a frame
+    does no harm, so a hub whose connection broke goes on where it was.
+
+    Args:
+        peer: Does the work.
+        policy: What it may be asked.
+        audit: Where every request is written down.
+    """
+
+    def __init__(self, peer: LongPeer, policy: Policy, audit: Audit) -> None:
+        self._peer, self._policy, self._audit = peer, policy, audit
+        self._call: _Call | None = None
+        self._changed = threading.Condition()
+        self._working = threading.Lock()
+        self._trainings = 0
+
+    def answer(self, frame: bytes) -> bytes:
+        """One frame in, one frame out; never raises."""
+        try:
+            head, body = frames.read(frame)
+            match head.get("do"):
+                case "ping":
+                    return frames.pack({"state": "here"})
+                case "put":
+                    return self._put(head, body)
+                case "poll":
+                    return self._poll(head)
+                case "get":
+                    return self._get(head)
+                case "drop":
+                    return self._drop(head)
+            msg = f"unknown request {head.get('do')!r:.40}; a site answers ping, put, poll, get and drop."
+            raise TransportError(msg)
+        except Exception as error:
+            return frames.pack({"error": self._policy.told(error)})
+
+    def _put(self, head: dict[str, Any], body: memoryview) -> bytes:
+        name, op, offset, total = (head.get(key) for key in ("call", "op", "offset", "total"))
+        if not (isinstance(name, str) and isinstance(op, str) and type(offset) is int and type(total) is int):
+            msg = "a put needs call, op, offset and total."
+            raise TransportError(msg)
+        with self._changed:
+            if self._call is None or self._call.id != name:
+                self._begin(name, op, total)
+            call = self._call
+            assert call is not None
+            if call.state != "receiving" or offset + len(body) <= call.received:
+                return frames.pack({"state": call.state})  # said before
+            if offset != call.received or offset + len(body) > len(call.payload) or (total and not len(body)):
+                msg = f"a slice of {len(body):,} bytes at {offset:,} does not follow {call.received:,} of {total:,}."
+                raise TransportError(msg)
+            call.payload[offset : offset + len(body)] = body
+            call.received += len(body)
+            if call.received == len(call.payload):
+                self._start(call)
+        return frames.pack({"state": call.state})
+
+    def _begin(self, name: str, op: str, total: int) -> None:
+        try:
+            self._policy.check(op, total, self._trainings)
+        except PolicyError as error:
+            self._audit.write(op=op[:40], bytes_in=total, status="refused", error=str(error))
+            raise
+        if self._call is not None and self._call.state == "working":
+            self._peer.give_up()
+        self._call = _Call(name, op, bytearray(total))
+        if total == 0:
+            self._start(self._call)
+
+    def _start(self, call: _Call) -> None:
+        call.state = "working"
+        if call.op == "train":
+            self._trainings += 1
+        threading.Thread(target=self._work, args=(call,), name=f"{call.op} {call.id}", daemon=True).start()
+
+    def _work(self, call: _Call) -> None:
+        answer, error = b"", None
+        with self._working:  # one after the other: a call that was given up may need a moment to notice
+            payload, call.payload = bytes(call.payload), bytearray()
+            began = time.monotonic()
+            if self._call is call:
+                try:
+                    answer = self._peer.handle(call.op, payload)  # type: ignore[arg-type]
+                except BaseException as raised:  # the site stays up: an error is an answer
+                    error = raised
+        entry = {"op": call.op, "bytes_in": len(payload), "bytes_out": len(answer)}
+        entry["seconds"] = round(time.monotonic() - began, 3)
+        asked = _asked(call.op, payload)
+        try:
+            if error is None:
+                self._audit.write(**entry, **asked, status="answered")
+            else:
+                self._audit.write(**entry, **asked, status="failed", error=f"{type(error).__name__}: {error}"[:2000])
+        except PolicyError as unwritten:
+            answer, error = b"", unwritten
+        with self._changed:
+            call.answer, call.state = answer, "done" if error is None else "failed"
+            call.error = self._policy.told(error) if error is not None else None
+            self._changed.notify_all()
+
+    def _poll(self, head: dict[str, Any]) -> bytes:
+        wait = head.get("wait", 0.0)
+        wait = min(max(float(wait), 0.0), _LONGEST_WAIT) if isinstance(wait, (int, float)) else 0.0
+        with self._changed:
+            call = self._known(head)
+            if call is None:
+                return frames.pack({"state": "unknown"})
+            self._changed.wait_for(lambda: call.state in ("done", "failed") or self._call is not call, timeout=wait)
+            if call.error is not None:
+                return frames.pack({"error": call.error})
+            inline = call.answer if call.state == "done" and len(call.answer) <= _INLINE else b""
+            return frames.pack({"state": call.state, "total": len(call.answer)}, inline)
+
+    def _get(self, head: dict[str, Any]) -> bytes:
+        with self._changed:
+            call, offset = self._known(head), head.get("offset")
+            if call is None or call.state != "done" or type(offset) is not int or offset < 0:
+                return frames.pack({"state": "unknown"})
+            return frames.pack({"state": "done"}, memoryview(call.answer)[offset : offset + frames.SLICE])
+
+    def _drop(self, head: dict[str, Any]) -> bytes:
+        with self._changed:
+            call = self._known(head)
+            if call is not None:
+                if call.state == "working":
+                    self._peer.give_up()
+                self._call = None
+                self._changed.notify_all()
+        return frames.pack({"state": "unknown"})
+
+    def _known(self, head: dict[str, Any]) -> _Call | None:
+        return self._call if self._call is not None and self._call.id == head.get("call") else None
+
+    def serve(self, socket: str | Path) -> None:
+        """Listens at `socket` until the process ends.
+
+        Raises:
+            ConfigError: See `frames.listen`.
+        """
+        with frames.listen(socket) as listener:
+            while True:
+                try:
+                    connection = listener.accept()
+                except (OSError, EOFError, AuthenticationError):
+                    continue  # somebody without the key, or who went away
+                threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
+
+    def _converse(self, connection: Connection) -> None:
+        with connection, suppress(OSError, EOFError):
+            connection.send_bytes(self.answer(connection.recv_bytes(frames.MAX_FRAME)))
+
+
+def _asked(op: str, payload: bytes) -> dict[str, Any]:
+    """Which round, for the audit file; of a payload that may be anything."""
+    if op not in ("train", "evaluate") or len(payload) < 8:
+        return {}
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        size = int.from_bytes(payload[:8], "little")
+        if size < 2**24:
+            header = json.loads(json.loads(payload[8 : 8 + size])["__metadata__"]["llmchain_fed"])
+            number = header.get("round")
+            return {"round": number + 1} if type(number) is int else {}
+    return {}
+
+
+def check_socket(path: str | Path) -> None:
+    """Makes sure that somebody answers at `path`.
+
+    Raises:
+        ConfigError: Nobody does.
+    """
+    try:
+        head, _ = frames.read(frames.ask(path, frames.pack({"do": "ping"})))
+    except TransportError as error:
+        msg = f"no peer answers at {path}: {error} Start `llmchain-fed peer --socket {path}` first."
+        raise ConfigError(msg) from error
+    if head.get("state") != "here":
+        raise ConfigError(str(failures.from_site(head.get("error"))))
