@@ -140,10 +140,9 @@ class Evaluator:
             old, new = before.own.get(name, {}), after.own.get(name, {})
             target.held_out_before, target.held_out_after = old.get("loss"), new.get("loss")
             target.evaluation_bytes = before.bytes.get(name, 0) + after.bytes.get(name, 0)
-            errors = dict.fromkeys(
-                side[key] for side in (old, new) for key in ("error", "samples_error") if key in side
-            )
-            target.notes += [f"its evaluation failed: {error}" for error in errors]
+            for key, what in (("error", "its evaluation failed"), ("samples_error", "no samples")):
+                found = dict.fromkeys(side[key] for side in (old, new) if key in side)
+                target.notes += [f"{what}: {error}" for error in found]
             for was, now in zip(old.get("samples", []), new.get("samples", []), strict=False):
                 record.samples.append(Sample(name, was["prompt"], was["reference"], was["answer"], now["answer"]))
 

@@ -38,16 +38,20 @@ class LocalPeer:
         trainee: What to train.
         participant: Whose examples.
         config: How to train; the participant's own options go first. None: as the hub says in its hello.
+        samples: Whether held-out examples, with the chain's answers, may leave.
 
     Raises:
         ConfigError: The participant's own options are not valid.
     """
 
-    def __init__(self, trainee: Trainee, participant: Participant, config: TrainingConfig | None) -> None:
+    def __init__(
+        self, trainee: Trainee, participant: Participant, config: TrainingConfig | None, *, samples: bool = True
+    ) -> None:
         self._trainee = trainee
         self._name = participant.name
         self._participant = participant
         self._told = config is None
+        self._samples = samples
         self._config = _own_config(config or TrainingConfig(), participant)
         self._federation: str | None = None
         self._given_up = threading.Event()
@@ -84,6 +88,17 @@ class LocalPeer:
             return self._personal_state(header, tensors)
         with self._state(tensors):
             return self._train(header) if op == "train" else self._evaluate(header)
+
+    def inspect(self) -> str:
+        """What became of the examples, in a line; reads them.
+
+        Raises:
+            DataError: They cannot be used.
+        """
+        found = f"trains on {_report(self._encoded())}"
+        if self._participant.held_out is not None:
+            found += f", holds out {_report(self._encoded_held_out())}"
+        return found
 
     def give_up(self) -> None:
         """Ends a training that runs in another thread at its next step: nobody waits for its result any more."""
@@ -164,7 +179,9 @@ class LocalPeer:
         result = evaluate_locally(self._trainee.model, held_out, precision=self._config.precision)
         answer: dict[str, Any] = {"loss": result.loss, "tokens": result.tokens, "examples": result.examples}
         chosen = self._first_usable(header.get("samples", 0))
-        if chosen:
+        if chosen and not self._samples:
+            answer["samples_error"] = "the site's policy lets no samples leave"
+        elif chosen:
             try:
                 pairs = self._trainee.answer(chosen, header["sample_tokens"])
             except LLMChainFedError as error:  # the loss is worth having without them
@@ -237,6 +254,10 @@ class LocalPeer:
                 yield
             finally:
                 model.load_state(former)
+
+
+def _report(data: Any) -> str:
+    return repr(data.report) if isinstance(data, EncodedExamples) else "a DataLoader"
 
 
 def _own_config(config: TrainingConfig, participant: Participant) -> TrainingConfig:

@@ -5,8 +5,10 @@ Knows the engine's session interface. Knows nothing of frames or rounds.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +42,8 @@ class EngineSession:
         # The session prints progress to the screen and has no switch for it (NVFlare 2.9.0, fuel/hci/client/api.py).
         if hasattr(api, "_print_hci_message"):
             api._print_hci_message = lambda *_args, **_kwargs: None
+        # Its warnings about a server that is away reach whoever has set up logging, and not everyone's screen.
+        logging.getLogger("nvflare").addHandler(logging.NullHandler())
         self._admin, self._lock = admin, threading.Lock()
         self._session: Any = None
 
@@ -99,7 +103,5 @@ class EngineSession:
     def _end(self) -> None:
         if self._session is not None:
             session, self._session = self._session, None
-            try:
+            with suppress(Exception):  # it may be broken: that can be why it is ended
                 session.close()
-            except Exception:  # noqa: S110 (it is broken: that is why it is ended)
-                pass

@@ -1,0 +1,173 @@
+"""llmchain-fed: the commands of a federation across organisations.
+
+    llmchain-fed provision …    certificates, by the engine's own provisioning; keys stay with their site
+    llmchain-fed engine KIT     checks a kit and runs its engine in the foreground, at the hub and at every site
+    llmchain-fed peer …         a site's long-lived process: loads the chain, reads the examples, answers the hub
+    llmchain-fed federate FILE  the hub's loop: rounds, history, the trained chain
+
+Knows options and messages. What the commands do stands in the library: the same Python works in a notebook.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from llmchain_fed.errors import LLMChainFedError
+
+try:
+    import typer
+except ImportError:  # pragma: no cover (the tests install the extra)
+    sys.exit("the command llmchain-fed needs typer: pip install 'llmchain-fed[nvflare]'")
+
+app = typer.Typer(help="Federations of LangChain chains across organisations.", no_args_is_help=True)
+provision = typer.Typer(help="Certificates and kits. Keys stay with their site.", no_args_is_help=True)
+app.add_typer(provision, name="provision")
+
+
+@app.command()
+def peer(
+    name: Annotated[str, typer.Option(help="this site's name in the federation, as in its certificate")],
+    chain: Annotated[str, typer.Option(help="a chain recipe's name, or a folder that chain.save wrote")],
+    data: Annotated[Path, typer.Option(help="training examples: JSONL or CSV")],
+    socket: Annotated[Path, typer.Option(help="where to listen; the site's engine is told the same path")],
+    held_out: Annotated[Path | None, typer.Option(help="examples to evaluate on, never trained on")] = None,
+    hold_out_share: Annotated[float | None, typer.Option(help="or a share of the examples, such as 0.1")] = None,
+    policy: Annotated[Path | None, typer.Option(help="YAML: what may be asked; see the README")] = None,
+    audit: Annotated[Path | None, typer.Option(help="a line per request; SOCKET.audit.jsonl by default")] = None,
+    threads: Annotated[int | None, typer.Option(help="for torch; all cores by default")] = None,
+) -> None:
+    """Answers the hub for one participant until it is stopped: the model is loaded once and stays."""
+    import torch
+
+    from llmchain_fed.federated.participant import Participant, hold_out
+    from llmchain_fed.federated.peer import LocalPeer
+    from llmchain_fed.federated.trainee import Trainee
+    from llmchain_fed.runtimes.policy import Audit, Policy
+    from llmchain_fed.runtimes.site import Site
+
+    rules = Policy.from_file(policy) if policy is not None else Policy()
+    log = audit or socket.with_name(socket.name + ".audit.jsonl")
+    written = Audit(log)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    trainee = Trainee.of(_chain(chain))
+    participant = Participant(name, data, held_out)
+    if hold_out_share is not None:
+        participant = hold_out(participant, hold_out_share, trainee.prompt, seed=0)
+    worker = LocalPeer(trainee, participant, None, samples=rules.samples)
+    typer.echo(f"{name}: {worker.inspect()}")  # reads the examples now: a wrong path is not found out in round 1
+    contract = ", ".join(f"{key} {value[:12]}" for key, value in trainee.contract().items())
+    typer.echo(f"contract: {contract}\npolicy: {rules}\naudit: {log}\nlistening at {socket}")
+    sys.stdout.flush()
+    Site(worker, rules, written).serve(socket)
+
+
+@app.command()
+def federate(file: Annotated[Path, typer.Argument(help="the federation's YAML file")]) -> None:
+    """Runs the rounds of a federation at the hub, and saves the trained chain and the history."""
+    from llmchain_fed.federated.averaging import FederatedAveraging
+    from llmchain_fed.runtimes.federation_file import FederationFile
+    from llmchain_fed.runtimes.nvflare.transport import NVFlare
+
+    found = FederationFile.read(file)
+    hub = {key: getattr(found.hub, key) for key in ("patience", "recovery", "startup")}
+    with NVFlare(found.hub.admin, sites=found.hub.sites, **hub) as runtime:
+        chain = _chain(found.chain)
+        fed = FederatedAveraging(chain, runtime=runtime, **found.loop_options())
+        try:
+            fed.fit(rounds=found.rounds)
+        finally:
+            if fed.round:
+                found.out.mkdir(parents=True, exist_ok=True)
+                chain.save(found.out / "chain")
+                fed.history.save(found.out / "history.json")
+                typer.echo(f"{fed.history}\n{fed.round} rounds, chain and history in {found.out}")
+
+
+@app.command()
+def engine(
+    kit: Annotated[Path, typer.Argument(help="the kit's folder")],
+    socket: Annotated[Path | None, typer.Option(help="at a site: where its peer listens")] = None,
+) -> None:
+    """Checks a kit's certificate, port and hub, and runs its engine in the foreground."""
+    from llmchain_fed.runtimes.nvflare import engine as engines
+
+    kit = kit.absolute()
+    engines.check(kit)
+    command, variables = engines.command_of(kit, socket)
+    os.chdir(kit)
+    os.execve(command[0], command, os.environ | variables)  # noqa: S606 (this interpreter, no shell)
+
+
+@provision.command("start")
+def provision_start(
+    folder: Annotated[Path, typer.Argument(help="the hub's folder for its certificate authority")],
+    host: Annotated[str, typer.Option(help="the name by which sites reach the hub")],
+    port: Annotated[int, typer.Option()] = 8002,
+) -> None:
+    """At the hub: makes the federation's certificate authority."""
+    from llmchain_fed.runtimes.nvflare import kits
+
+    trusted = kits.start_authority(folder, host=host, port=port)
+    typer.echo(f"authority in {folder / 'ca'}. Tell every site this fingerprint by telephone, not by mail:\n{trusted}")
+
+
+@provision.command("request")
+def provision_request(
+    name: Annotated[str, typer.Argument(help="a site's name; the hub's host name; or the administrator's name")],
+    folder: Annotated[Path, typer.Argument(help="where the key is made and stays")],
+    role: Annotated[str, typer.Option(help="site, hub or admin")] = "site",
+) -> None:
+    """At each site, and at the hub for itself and its administrator: makes a key, and a request without it."""
+    from llmchain_fed.runtimes.nvflare import kits
+
+    if role not in ("site", "hub", "admin"):
+        msg = f"--role is site, hub or admin, got {role!r}."
+        raise typer.BadParameter(msg)
+    typer.echo(f"send this to the hub (it holds no key): {kits.request(name, role, folder)}")  # type: ignore[arg-type]
+
+
+@provision.command("approve")
+def provision_approve(
+    request: Annotated[Path, typer.Argument(help="what a site sent")],
+    authority: Annotated[Path, typer.Argument(help="the folder of `provision start`")],
+) -> None:
+    """At the hub: signs a request."""
+    from llmchain_fed.runtimes.nvflare import kits
+
+    typer.echo(f"send this back: {kits.approve(request, authority)}")
+
+
+@provision.command("package")
+def provision_package(
+    signed: Annotated[Path, typer.Argument(help="what the hub sent back")],
+    folder: Annotated[Path, typer.Argument(help="the folder of `provision request`")],
+    fingerprint: Annotated[str, typer.Option(help="of the hub's authority, as told by telephone")],
+) -> None:
+    """At each site: puts key and certificate together to a kit that runs only this package's two bridge classes."""
+    from llmchain_fed.runtimes.nvflare import kits
+
+    typer.echo(f"kit: {kits.package(signed, folder, fingerprint)}")
+
+
+def _chain(name: str) -> Any:
+    from llmchain_fed.chain import LLMChain
+    from llmchain_fed.library import load_chain
+
+    return LLMChain.load(name) if Path(name).is_dir() else load_chain(name)
+
+
+def main() -> None:
+    """The console script: this package's errors are one line and exit status 2."""
+    try:
+        app()
+    except LLMChainFedError as error:
+        typer.echo(f"error: {type(error).__name__}: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""FederationFile: what `llmchain-fed federate` reads. A federation's options as YAML, checked before anything starts.
+
+Knows options and paths. Knows nothing of how a federation runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from llmchain_fed._config import FrozenConfig
+from llmchain_fed.errors import ConfigError
+from llmchain_fed.federated.aggregation import Weighting
+from llmchain_fed.runtimes.policy import read_options
+from llmchain_fed.training import TrainingConfig
+
+
+class HubOptions(FrozenConfig):
+    """Options of `NVFlare`."""
+
+    admin: Path
+    """folder of the administrator's kit, relative to the file"""
+    sites: tuple[str, ...] = Field(min_length=1)
+    patience: float = Field(default=30.0, gt=0)
+    """seconds without a sign of life after which a site counts as absent"""
+    recovery: float = Field(default=120.0, gt=0)
+    """seconds within which the engine must be back after it went away"""
+    startup: float = Field(default=60.0, gt=0)
+    """seconds to wait for all sites before the first job"""
+
+
+class FederationFile(FrozenConfig):
+    """A federation as a file; options that are left out are those of `FederatedAveraging`."""
+
+    chain: str
+    """a recipe's name, or a folder that `chain.save` wrote, relative to the file"""
+    hub: HubOptions
+    out: Path
+    """folder for the trained chain and the history, relative to the file"""
+    rounds: int = Field(default=3, ge=1)
+    training: TrainingConfig = TrainingConfig()
+    participants_per_round: int | float | None = None
+    quorum: int = Field(default=1, ge=1)
+    deadline: float | None = Field(default=None, gt=0)
+    """seconds a round's training may take"""
+    retries: int = Field(default=1, ge=0)
+    weighting: Weighting = "examples"
+    samples: int = Field(default=0, ge=0)
+    seed: int = 0
+
+    @classmethod
+    def read(cls, path: str | Path) -> FederationFile:
+        """Reads a file; its relative paths start at its folder.
+
+        Raises:
+            ConfigError: No such file, an unknown option, or a value out of range.
+        """
+        options = read_options(path, "federation")
+        for name, kind in (("hub", HubOptions), ("training", TrainingConfig)):
+            if isinstance(options.get(name), dict):
+                options[name] = kind(**options[name])
+        found = cls(**options)
+        here = Path(path).absolute().parent
+        chain = str(here / found.chain) if (here / found.chain / "chain.yaml").is_file() else found.chain
+        moved: FederationFile = found.replace(
+            hub=found.hub.replace(admin=here / found.hub.admin), out=here / found.out, chain=chain
+        )
+        if moved.quorum > len(moved.hub.sites):
+            msg = f"a quorum of {moved.quorum} can never be met by {len(moved.hub.sites)} sites."
+            raise ConfigError(msg)
+        return moved
+
+    def loop_options(self) -> dict[str, Any]:
+        """What `FederatedAveraging` is given."""
+        names = ("training", "participants_per_round", "quorum", "deadline", "retries", "weighting", "samples", "seed")
+        return {name: getattr(self, name) for name in names}
