@@ -19,8 +19,9 @@ from llmchain_fed.errors import TransportError
 
 pytestmark = pytest.mark.federation
 
-# long enough to be killed in the middle: some 10 ms a step
-LONG = TRAINING.replace(epochs=None, max_steps=600)
+# long enough to be killed in the middle: some 5 ms a step
+LONG = TRAINING.replace(epochs=200)
+STEPS = TRAINING.replace(epochs=None, max_steps=600)  # the same, but a peer keeps its place in the data
 
 
 @pytest.fixture
@@ -74,9 +75,9 @@ class Running:
         return self.fed
 
 
-def alone(chain):
+def alone(chain, training=LONG):
     """The same federation in this process."""
-    options = {"participants": {n: SHARES[n] for n in SITES}, "training": LONG, "samples": 0, "progress": False}
+    options = {"participants": {n: SHARES[n] for n in SITES}, "training": training, "samples": 0, "progress": False}
     return FederatedAveraging(chain, **options)
 
 
@@ -165,12 +166,12 @@ sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 from federation_processes import Federation, SITES
-from test_nvflare_failures import LONG
+from test_nvflare_failures import STEPS
 from torchrun_script import tiny_chain
 from llmchain_fed import FederatedAveraging, NVFlare
 chain = tiny_chain("causal", lora=True)
 runtime = NVFlare(sys.argv[2], sites=SITES, socket=sys.argv[3], patience=8.0)
-fed = FederatedAveraging(chain, runtime=runtime, training=LONG, samples=0, progress=False)
+fed = FederatedAveraging(chain, runtime=runtime, training=STEPS, samples=0, progress=False)
 for number in range(2):
     fed.fit(1)
     print("round", fed.round, fed.history[-1].trained, flush=True)
@@ -184,17 +185,16 @@ def test_the_hubs_driver_killed_and_started_again_finds_its_job(federation):
     here, admin = Path(__file__).parent, federation.kits["admin"]
     out = federation.folder / "weights.pt"
     command = [sys.executable, "-c", DRIVER, str(here), str(admin), str(federation.folder / "hub.sock"), str(out)]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert first.stdout.readline().startswith("round 1")
-    time.sleep(1.0)  # in round 2
-    first.kill()
-    first.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline().startswith("round 1")
+        time.sleep(1.0)  # in round 2
+        first.kill()
     second = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert second.returncode == 0, second.stderr
     assert second.stdout.splitlines() == ["round 1 ['a', 'b']", "round 2 ['a', 'b']", "jobs 0"]
     # started from the beginning: an earlier federation of the same peers leaves no trace in the weights
     whole = tiny_chain("causal", lora=True)
-    alone(whole).fit(2)
+    alone(whole, STEPS).fit(2)
     assert difference(whole.model.trainable_state(), torch.load(out, weights_only=True)) < 1e-5
 
 

@@ -88,8 +88,9 @@ class Site:
 
     def _put(self, head: dict[str, Any], body: memoryview) -> bytes:
         name, op, offset, total = (head.get(key) for key in ("call", "op", "offset", "total"))
-        if not (isinstance(name, str) and isinstance(op, str) and type(offset) is int and type(total) is int):
-            msg = "a put needs call, op, offset and total."
+        counts = type(offset) is int and type(total) is int and offset >= 0 and total >= 0
+        if not (isinstance(name, str) and isinstance(op, str) and counts):
+            msg = "a put needs call, op, and offset and total of 0 or more."
             raise TransportError(msg)
         with self._changed:
             if self._call is None or self._call.id != name:
@@ -158,6 +159,8 @@ class Site:
             if call is None:
                 return frames.pack({"state": "unknown"})
             self._changed.wait_for(lambda: call.state in ("done", "failed") or self._call is not call, timeout=wait)
+            if self._call is not call:
+                return frames.pack({"state": "unknown"})
             if call.error is not None:
                 return frames.pack({"error": call.error})
             inline = call.answer if call.state == "done" and len(call.answer) <= _INLINE else b""

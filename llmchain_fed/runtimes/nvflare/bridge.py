@@ -8,6 +8,7 @@ the whole job when one of its processes dies).
 from __future__ import annotations
 
 import os
+import sys
 import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -17,15 +18,26 @@ from nvflare.collab import collab
 
 from llmchain_fed.errors import TransportError
 from llmchain_fed.runtimes import frames
+from llmchain_fed.runtimes.nvflare.job import SOCKET
 
-SOCKET = "LLMCHAIN_FED_SOCKET"
-"""environment variable of a site's engine: where its peer listens; set by the site's operator"""
 _REDIAL = 0.5  # seconds between attempts to reach the driver
 _LINGER = 600.0  # seconds a job waits for a driver that went away
 
 
+def _without_torch() -> None:
+    """Keeps the engine from importing torch, for tensors that never come here: 200 MB and seconds in each process.
+
+    It does so whenever torch is installed (NVFlare 2.9.0, collab/runtime/executor.py and controller.py,
+    `optional_import("nvflare.app_opt.pt.decomposers")`), after it has made its components.
+    """
+    sys.modules.setdefault("nvflare.app_opt.pt", None)  # type: ignore[arg-type]
+
+
 class Site:
     """At a participant: hands a frame to the peer process and its answer back."""
+
+    def __init__(self) -> None:
+        _without_torch()
 
     @collab.publish  # type: ignore[untyped-decorator]
     def exchange(self, frame: bytes) -> bytes:
@@ -51,6 +63,7 @@ class Hub:
     """
 
     def __init__(self, socket: str, run: str) -> None:
+        _without_torch()
         self.socket, self.run_id = socket, run
 
     @collab.main  # type: ignore[untyped-decorator]

@@ -21,7 +21,7 @@ import psutil
 
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.runtimes.nvflare import kits
-from llmchain_fed.runtimes.nvflare.bridge import SOCKET
+from llmchain_fed.runtimes.nvflare.job import SOCKET
 
 _MODULES = {True: "nvflare.private.fed.app.server.server_train", False: "nvflare.private.fed.app.client.client_train"}
 
@@ -77,9 +77,7 @@ def _check_certificate(kit: Path, name: str) -> None:
     if name == "client":
         (common,) = leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
         if common.value != kits.site_name(kit):
-            msg = (
-                f"the certificate belongs to {common.value!r}, the kit to {kits.site_name(kit)!r}: they were mixed up."
-            )
+            msg = f"the certificate is {common.value!r}'s, the kit {kits.site_name(kit)!r}'s: they were mixed up."
             raise ConfigError(msg)
 
 
@@ -96,9 +94,8 @@ def _check_hub(kit: Path, host: str, port: int) -> None:
             with suppress(TimeoutError):  # TLS 1.3: a refusal of our certificate comes with the first read
                 secure.recv(1)
     except ssl.SSLError as error:
-        msg = (
-            f"the hub at {host}:{port} and this site do not accept each other's certificates ({error.reason or error})."
-        )
+        why = error.reason or error
+        msg = f"the hub at {host}:{port} and this site do not accept each other's certificates ({why})."
         raise ConfigError(msg) from error
     except OSError:
         return

@@ -13,6 +13,8 @@ HUB = "llmchain_fed.runtimes.nvflare.bridge.Hub"
 SITE = "llmchain_fed.runtimes.nvflare.bridge.Site"
 CONTROLLER = "nvflare.collab.runtime.controller.CollabController"
 EXECUTOR = "nvflare.collab.runtime.executor.CollabExecutor"
+SOCKET = "LLMCHAIN_FED_SOCKET"
+"""environment variable of a site's engine: where its peer listens; set by the site's operator"""
 _THREADS = {"max_inbound_call_threads": 16, "max_outbound_call_threads": 100}
 
 

@@ -1,0 +1,496 @@
+"""A site's process without an engine: frames, sockets, policy, audit file, and calls in slices over real UNIX sockets.
+
+Belongs here: what a site answers, refuses and writes down, and what the hub makes of it. Does not: the engine
+(test_nvflare), rounds (test_averaging).
+"""
+
+import json
+import os
+import stat
+import threading
+import time
+
+import pytest
+from tiny import PAIRS
+
+from llmchain_fed import ConfigError, FederatedAveraging, Participant, TrainingConfig
+from llmchain_fed.errors import ContractError, DeadlineError, FederationError, ParticipantError, TransportError
+from llmchain_fed.federated.peer import LocalPeer
+from llmchain_fed.federated.trainee import Trainee
+from llmchain_fed.runtimes import frames
+from llmchain_fed.runtimes.policy import Audit, Policy
+from llmchain_fed.runtimes.site import Site, check_socket
+from llmchain_fed.runtimes.sliced import SlicedCalls
+
+TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=4, epochs=2)
+OPEN = Policy(operations=("hello", "train", "evaluate", "personal_state", "stop"), samples=True, error_messages=True)
+
+
+class Echo:
+    """A peer that gives back what it is sent, and can be told to be slow or to fail."""
+
+    def __init__(self):
+        self.calls, self.given_up = [], threading.Event()
+
+    def handle(self, op, payload):
+        self.calls.append((op, len(payload)))
+        self.given_up.clear()
+        if payload == b"fail":
+            raise ValueError("the example says: Page verrouillée")
+        if payload.startswith(b"slow"):
+            for _ in range(400):
+                if self.given_up.is_set():
+                    raise DeadlineError("nobody waits")
+                time.sleep(0.01)
+        return payload
+
+    def give_up(self):
+        self.given_up.set()
+
+
+class Sockets:
+    """Carries frames straight to sites' sockets: what the engine does, without the engine."""
+
+    def __init__(self, paths):
+        self.paths, self.frames = paths, 0
+
+    def __call__(self, nodes, frame, seconds):
+        answers = {}
+
+        def ask(node):
+            try:
+                answers[node] = frames.ask(self.paths[node], frame)
+            except TransportError as error:
+                answers[node] = error
+
+        threads = [threading.Thread(target=ask, args=(n,)) for n in nodes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.frames += 1
+        return [(n, answers[n]) for n in nodes]
+
+
+class SocketTransport:
+    def __init__(self, paths, patience=10.0):
+        self.exchange = Sockets(paths)
+        self.calls = SlicedCalls(self.exchange, patience)
+
+    def nodes(self):
+        return list(self.exchange.paths)
+
+    def call(self, op, nodes, payload, timeout=None):
+        return self.calls.call(op, nodes, payload, timeout)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def serve(tmp_path_factory):
+    """`serve(name, peer, policy)` listens in a thread and returns the socket's path."""
+    folder = tmp_path_factory.mktemp("s")
+
+    def start(name, peer, policy=OPEN):
+        path = folder / f"{name}.sock"
+        site = Site(peer, policy, Audit(folder / f"{name}.jsonl"))
+        threading.Thread(target=site.serve, args=(path,), daemon=True).start()
+        until = time.monotonic() + 5
+        while time.monotonic() < until:
+            try:
+                check_socket(path)
+                return path
+            except ConfigError:
+                time.sleep(0.01)
+        raise TimeoutError(name)
+
+    start.folder = folder
+    return start
+
+
+def audit(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+# --- calls in slices ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**18, 2**18 + 1, frames.SLICE, frames.SLICE + 1, 2 * frames.SLICE + 7])
+def test_any_size_arrives_and_comes_back_bit_by_bit(size, serve):
+    payload = os.urandom(size)
+    peers = {name: Echo() for name in "ab"}
+    transport = SocketTransport({name: serve(name, peer) for name, peer in peers.items()})
+    assert dict(transport.call("train", ["a", "b"], payload)) == {"a": payload, "b": payload}
+    assert peers["a"].calls == [("train", size)]
+
+
+def test_errors_lateness_and_absence_are_told_apart(serve):
+    peers = {name: Echo() for name in "ab"}
+    paths = {name: serve(name, peer) for name, peer in peers.items()} | {"c": serve.folder / "nobody.sock"}
+    transport = SocketTransport(paths)
+    answers = dict(transport.call("train", ["a", "b", "c"], b"fail"))
+    assert [type(answers[n]) for n in "abc"] == [ParticipantError, ParticipantError, TransportError]
+    assert str(answers["a"]) == "ValueError: the example says: Page verrouillée"
+    assert "nobody answers at" in str(answers["c"])
+    started = time.monotonic()
+    answers = dict(transport.call("train", ["a"], b"slow", timeout=0.3))
+    assert isinstance(answers["a"], DeadlineError)
+    assert time.monotonic() - started < 2
+    assert peers["a"].given_up.wait(1), "the site must not go on with what nobody waits for"
+    assert dict(transport.call("train", ["a", "b"], b"next")) == {"a": b"next", "b": b"next"}
+
+
+def test_a_newer_call_replaces_the_one_that_is_running(serve):
+    peer = Echo()
+    path = serve("a", peer)
+    first = SocketTransport({"a": path})
+    found = {}
+    waiting = threading.Thread(target=lambda: found.update(first.call("train", ["a"], b"slow")))
+    waiting.start()
+    time.sleep(0.2)
+    assert dict(SocketTransport({"a": path}).call("evaluate", ["a"], b"x")) == {"a": b"x"}
+    waiting.join(5)
+    assert isinstance(found["a"], TransportError)
+    assert "knows nothing of this call" in str(found["a"])
+
+
+def test_repeated_and_disordered_slices(serve):
+    path = serve("a", Echo())
+
+    def ask(body=b"", **head):
+        head, rest = frames.read(frames.ask(path, frames.pack(head, body)))
+        return head, bytes(rest)
+
+    put = {"do": "put", "call": "1", "op": "train", "total": 6}
+    assert ask(b"abc", **put, offset=0)[0] == {"state": "receiving"}
+    assert ask(b"abc", **put, offset=0)[0] == {"state": "receiving"}  # said before: a hub that lost its connection
+    assert ask(b"f", **put, offset=5)[0]["error"]["message"] == "a slice of 1 bytes at 5 does not follow 3 of 6."
+    assert ask(b"defg", **put, offset=3)[0]["error"]["type"] == "TransportError"
+    ask(b"def", **put, offset=3)
+    assert ask(do="poll", call="1", wait=5)[1] == b"abcdef"
+    assert ask(do="poll", call="1", wait=5)[1] == b"abcdef"
+    assert ask(do="get", call="1", offset=2)[1] == b"cdef"
+    assert ask(do="get", call="2", offset=0)[0] == {"state": "unknown"}
+    assert ask(do="drop", call="1")[0] == {"state": "unknown"}
+    assert ask(do="poll", call="1", wait=0)[0] == {"state": "unknown"}
+    for head in ({"do": "exec"}, {"do": "put"}, {"do": "put", "call": 1, "op": "train", "offset": 0, "total": 1}, {}):
+        assert ask(**head)[0]["error"]["type"] == "TransportError"
+    for negative in ({"offset": 0, "total": -1}, {"offset": -1, "total": 5}):
+        assert "error" in ask(**(put | {"call": "9"} | negative))[0]
+
+
+@pytest.mark.parametrize(
+    "frame", [b"", b"\x00", b"\xff\xff\xff\xff", b"\x00\x00\x00\x02[]", b"\x00\x00\x00\x05{}", b"\x00\x00\x00\x03{,}"]
+)
+def test_what_is_no_frame_is_answered_and_the_site_stays_up(frame, serve):
+    path = serve("a", Echo())
+    with frames.dial(path) as connection:
+        connection.send_bytes(frame)
+        head, _ = frames.read(connection.recv_bytes())
+    assert head["error"]["type"] == "TransportError"
+    check_socket(path)
+
+
+def test_an_oversized_frame_is_not_read_and_the_site_stays_up(serve):
+    path = serve("a", Echo())
+
+    def send():
+        with frames.dial(path) as connection:
+            connection.send_bytes(bytes(frames.MAX_FRAME + 1))
+            connection.recv_bytes()
+
+    with pytest.raises((OSError, EOFError)):
+        send()
+    check_socket(path)
+
+
+def test_a_site_that_claims_a_huge_answer_is_not_believed():
+    def lying(nodes, frame, seconds):
+        head, _ = frames.read(frame)
+        state = {"state": "done", "total": 10**15} if head["do"] == "poll" else {"state": "working"}
+        return [(n, frames.pack(state)) for n in nodes]
+
+    (answer,) = dict(SlicedCalls(lying, 1.0).call("train", ["a"], b"x", None)).values()
+    assert isinstance(answer, ParticipantError)
+    assert "1,000,000,000,000,000 bytes where at most" in str(answer)
+
+
+def test_nonsense_from_a_site_is_absence():
+    def nonsense(nodes, frame, seconds):
+        return [(n, b'\x00\x00\x00\x09{"state":') for n in nodes]
+
+    answers = dict(SlicedCalls(nonsense, 1.0).call("train", ["a", "b"], b"x", None))
+    assert all(isinstance(a, TransportError) for a in answers.values())
+
+
+# --- policy and audit -----------------------------------------------------------------------------------------------
+
+
+def test_the_default_policy_refuses_and_everything_is_written_down(serve):
+    peer = Echo()
+    transport = SocketTransport({"a": serve("a", peer, Policy(max_rounds=2, max_payload_bytes=1000))})
+
+    def ask(op, payload=b"x"):
+        return dict(transport.call(op, ["a"], payload))["a"]
+
+    assert str(ask("personal_state")).startswith("PolicyError: this site does not answer 'personal_state'; its policy")
+    assert str(ask("delete")).startswith("PolicyError: this site does not answer 'delete'")
+    assert (
+        str(ask("hello", bytes(1001))) == "PolicyError: 1,001 bytes are more than the 1,000 this site's policy takes."
+    )
+    assert [ask("train"), ask("train")] == [b"x", b"x"]
+    assert str(ask("train")) == "PolicyError: this site has trained 2 times; its policy allows 2."
+    assert str(
+        ask("evaluate", b"fail")
+    ) == "ParticipantError: ValueError: the site keeps the message to itself; its audit file has it" or str(
+        ask("evaluate", b"fail")
+    ).startswith("ValueError: the site keeps the message")
+    assert peer.calls[:2] == [("train", 1), ("train", 1)]
+    lines = audit(serve.folder, "a")
+    assert [(e["op"], e["status"]) for e in lines][:6] == [
+        ("personal_state", "refused"), ("delete", "refused"), ("hello", "refused"),
+        ("train", "answered"), ("train", "answered"), ("train", "refused"),
+    ]  # fmt: skip
+    assert lines[6]["error"] == "ValueError: the example says: Page verrouillée"
+    assert {"time", "op", "bytes_in", "bytes_out", "seconds", "status"} <= lines[3].keys()
+    assert stat.S_IMODE((serve.folder / "a.jsonl").stat().st_mode) == 0o600
+
+
+def test_what_cannot_be_written_down_is_not_answered(serve):
+    peer = Echo()
+    transport = SocketTransport({"a": serve("a", peer)})
+    (serve.folder / "a.jsonl").unlink()
+    (serve.folder / "a.jsonl").mkdir()
+    answer = dict(transport.call("train", ["a"], b"x"))["a"]
+    assert "the audit file cannot be written" in str(answer)
+
+
+def test_policy_files(tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("max_rounds: 20\nsamples: true\noperations: [hello, train]\n")
+    assert Policy.from_file(path) == Policy(max_rounds=20, samples=True, operations=("hello", "train"))
+    for text, wanted in {
+        "max_round: 3": "unknown option `max_round`; did you mean `max_rounds`",
+        "max_rounds: -1": "`max_rounds`",
+        "operations: [shell]": "`operations.0`",
+        "- a": "is no mapping",
+        "a: [": "cannot be read",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=wanted):
+            Policy.from_file(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Policy.from_file(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match=r"audit file .* cannot be written"):
+        Audit(tmp_path / "no" / "audit.jsonl")
+
+
+# --- sockets --------------------------------------------------------------------------------------------------------
+
+
+def test_a_socket_and_its_key_are_for_this_account_alone(serve):
+    path = serve("a", Echo())
+    assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
+    assert stat.S_IMODE(frames.key_path(path).stat().st_mode) == 0o600
+    key = frames.key_path(path).read_bytes()
+    frames.key_path(path).write_bytes(bytes(32))
+    with pytest.raises(TransportError, match=r"nobody answers at .*AuthenticationError"):
+        frames.dial(path)
+    frames.key_path(path).write_bytes(key)
+    check_socket(path)
+
+
+def test_sockets_in_use_left_over_and_impossible(serve, tmp_path):
+    path = serve("a", Echo())
+    with pytest.raises(ConfigError, match=r"somebody listens at .* already"):
+        frames.listen(path)
+    left = serve.folder / "left.sock"
+    frames.listen(left)._listener._socket.close()  # as after a SIGKILL: the file stays
+    frames.listen(left).close()
+    file = serve.folder / "file"
+    file.write_text("mine")
+    with pytest.raises(ConfigError, match="is there and is no socket"):
+        frames.listen(file)
+    assert file.read_text() == "mine"
+    with pytest.raises(ConfigError, match="at most 100 characters"):
+        frames.listen(tmp_path / ("x" * 120))
+    with pytest.raises(ConfigError, match="cannot listen at"):
+        frames.listen(serve.folder / "none" / "a.sock")
+    with pytest.raises(ConfigError, match=r"no peer answers at .*llmchain-fed peer --socket"):
+        check_socket(serve.folder / "none.sock")
+
+
+# --- with a real peer -----------------------------------------------------------------------------------------------
+
+
+def federation(serve, make_chain, policies=None, hub=None, **options):
+    shares = {"a": PAIRS[:6], "b": PAIRS[6:]}
+    paths = {}
+    for name, pairs in shares.items():
+        participant = Participant(name, pairs, held_out=PAIRS[:2] if name == "b" else None)
+        policy = (policies or {}).get(name, OPEN)
+        peer = LocalPeer(Trainee.of(make_chain(lora=True)), participant, None, samples=policy.samples)
+        paths[name] = serve(name, peer, policy)
+    chain = hub or make_chain(lora=True)
+    options = {"training": TRAINING, "progress": False} | options
+    return FederatedAveraging(chain, runtime=SocketTransport(paths), **options)
+
+
+def test_peers_behind_sockets_learn_what_peers_in_this_process_learn(serve, make_chain):
+    fed = federation(serve, make_chain)
+    history = fed.fit(3)
+    alone = make_chain(lora=True)
+    reference = FederatedAveraging(
+        alone, participants={"a": PAIRS[:6], "b": PAIRS[6:]}, evaluation={"b": PAIRS[:2]}, training=TRAINING,
+        progress=False,
+    )  # fmt: skip
+    reference.fit(3)
+    ours, theirs = fed.get_model().model.trainable_state(), alone.model.trainable_state()
+    assert max(float((ours[n] - theirs[n]).abs().max()) for n in ours) < 1e-6
+    assert history[-1].held_out_after == pytest.approx(reference.history[-1].held_out_after, rel=1e-5)
+    assert fed.data_reports == reference.data_reports
+    assert [s.prompt for s in history[0].samples] == [s.prompt for s in reference.history[0].samples]
+    record = history[0].participants["b"]
+    assert record.evaluation_bytes > 2 * record.bytes_down
+
+
+def test_a_policy_without_samples_lets_numbers_leave_and_no_text(serve, make_chain):
+    fed = federation(serve, make_chain, {"b": Policy()})
+    record = fed.fit(1)[0]
+    assert record.held_out_after is not None
+    assert record.samples == []
+    assert record.participants["b"].notes == ["no samples: the site's policy lets no samples leave"]
+    assert not any(text in fed.history.to_json() for pair in PAIRS for text in pair)
+
+
+def test_a_peer_with_another_contract_is_absent_by_name_and_the_others_learn(serve, make_chain):
+    fed = federation(serve, make_chain)
+    other = serve(
+        "c", LocalPeer(Trainee.of(make_chain(lora=True, prompt="Say: {text}")), Participant("c", PAIRS), None)
+    )
+    fed._transport.exchange.paths["c"] = other
+    record = fed.fit(1)[0]
+    assert record.trained == ["a", "b"]
+    assert record.participants["c"].status == "absent"
+    assert "ContractError: the hub that 'c' is asked by stands on another contract (prompt: " in (
+        record.participants["c"].reason
+    )
+    # a peer that does not compare is found out by the hub
+    with pytest.raises(ContractError, match=r"participant 'd' stands on another contract \(prompt: "):
+        Trainee.of(make_chain(lora=True)).check_contract(other.contract(), "participant 'd'")
+
+
+def test_a_peer_under_another_name_or_with_impossible_counts_is_absent(serve, make_chain):
+    fed = federation(serve, make_chain)
+    paths = fed._transport.exchange.paths
+    paths["c"] = paths["a"]
+    record = fed.fit(1)[0]
+    assert record.participants["c"].status == "absent"
+    assert "the peer at 'c' calls itself 'a'" in record.participants["c"].reason
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"", b"[]", b"{", b"null", b'{"participant": "x"}', b'{"participant": "x", "contract": 3}',
+        b'{"participant": "x", "contract": {}, "num_examples": NaN}',
+    ],
+)  # fmt: skip
+def test_a_hello_that_makes_no_sense_is_absence(answer, serve, make_chain):
+    fed = federation(serve, make_chain)
+    peer = Echo()
+    peer.handle = lambda op, payload: answer
+    fed._transport.exchange.paths["x"] = serve("x", peer)
+    record = fed.fit(1)[0]
+    assert record.trained == ["a", "b"]
+    assert record.participants["x"].status == "absent"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"", b"{}", b'{"loss": "low", "tokens": 3}', b'{"loss": 1.0, "tokens": 0}', b'{"loss": 1e999, "tokens": 3}',
+        b'{"loss": 1.0, "tokens": 3, "samples": [{"prompt": 1}]}', b'{"loss": true, "tokens": -1}',
+    ],
+)  # fmt: skip
+def test_an_evaluation_that_makes_no_sense_is_noted_and_counts_for_nothing(answer, serve, make_chain):
+    fed = federation(serve, make_chain)
+    inner = fed._transport.call
+
+    def call(op, nodes, payload, timeout=None):
+        for name, found in inner(op, nodes, payload, timeout):
+            yield name, answer if op == "evaluate" else found
+
+    fed._transport.call = call
+    record = fed.fit(1)[0]
+    assert record.trained == ["a", "b"]
+    assert record.held_out_after is None
+    assert record.participants["b"].notes[0].startswith("its evaluation failed: ")
+
+
+def test_a_restarted_peer_is_told_anew_and_retries_bring_it_back_in_the_same_round(serve, make_chain):
+    fed = federation(serve, make_chain, retries=1)
+    fed.fit(1)
+    participant = Participant("a", PAIRS[:6])
+    fresh = LocalPeer(Trainee.of(make_chain(lora=True)), participant, None)
+    fed._transport.exchange.paths["a"] = serve("a2", fresh)
+    record = fed.fit(1)[-1]
+    assert record.trained == ["b", "a"]
+    again = federation(serve_again(serve), make_chain)
+    again.fit(2)
+    ours, theirs = fed.get_model().model.trainable_state(), again.get_model().model.trainable_state()
+    assert max(float((ours[n] - theirs[n]).abs().max()) for n in ours) < 1e-6
+
+
+def serve_again(serve):
+    def start(name, peer, policy=OPEN):
+        return serve(f"{name}-again", peer, policy)
+
+    return start
+
+
+def test_training_options_that_cannot_travel_are_refused_by_the_peer(serve, make_chain):
+    import torch
+
+    fed = federation(serve, make_chain, training=TrainingConfig(optimizer=torch.optim.NAdam))
+    with pytest.raises(FederationError, match="the hub did not say how 'a' should train"):
+        fed.fit(1)
+
+
+def test_personal_state_goes_out_and_comes_back_bit_by_bit(make_chain):
+    from llmchain_fed.federated import wire
+
+    config = TRAINING.replace(epochs=None, max_steps=2, keep_optimizer=True)
+
+    def peer():
+        return LocalPeer(Trainee.of(make_chain(lora=True)), Participant("a", PAIRS), config)
+
+    def task(chain, number):
+        state = chain.model.trainable_state()
+        return wire.pack(state, {"kind": "task", "round": number, "base": chain.model.fingerprint(), "seconds": None})
+
+    chain = make_chain(lora=True)
+    first, second = peer(), peer()
+    first.handle("train", task(chain, 0))
+    ask = wire.pack({}, {"kind": "personal_state"})
+    kept = first.handle("personal_state", ask)
+    assert second.handle("personal_state", ask) != kept
+    assert second.handle("personal_state", kept) == kept
+
+    def values(update):
+        return wire.values(update, wire.inspect(update, max_bytes=len(update))[1])
+
+    ours, theirs = values(first.handle("train", task(chain, 1))), values(second.handle("train", task(chain, 1)))
+    assert all((ours[n] == theirs[n]).all() for n in ours)
+    fresh = values(peer().handle("train", task(chain, 1)))
+    assert any((ours[n] != fresh[n]).any() for n in ours)
+    assert first.handle("stop", b"{}") == b"{}"
+    assert first.handle("personal_state", ask) == peer().handle("personal_state", ask)
+    broken = wire.pack(
+        {"0/1/exp_avg": next(iter(ours.values()))}, {"progress": {"0": {"next_step": 1, "optimizer": None}}}
+    )
+    with pytest.raises(ParticipantError, match="personal state cannot be read"):
+        first.handle("personal_state", broken)
+    with pytest.raises(FederationError, match="unknown operation 'dance'; a peer answers hello, train"):
+        first.handle("dance", b"")
