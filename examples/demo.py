@@ -107,7 +107,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     chain.save(args.out / "chain")
     history.save(args.out / "history.json")
-    _print(rows, samples)
+    print_results(rows, samples)
     seconds = time.perf_counter() - started
     print(f"\n{seconds:.0f} s in all. No training step saw two publishers' texts; each round they handed over their")
     print(
@@ -145,7 +145,8 @@ def sample(
     return {"participant": name, "prompt": source, "reference": target} | answers
 
 
-def _print(rows: Sequence[Mapping[str, object]], samples: Sequence[Mapping[str, str]]) -> None:
+def print_results(rows: Sequence[Mapping[str, object]], samples: Sequence[Mapping[str, str]]) -> None:
+    """The table of losses, chrF and bytes per publisher, and sample translations."""
     print(
         f"\n{'publisher':<10}{'held-out loss (nats/token)':^28}{'chrF (0–100)':^18}{'MB up / down':^16}{'seconds':>8}"
     )

@@ -154,9 +154,12 @@ def provision_package(
 
 
 def _chain(name: str) -> Any:
+    from transformers.utils.logging import disable_progress_bar
+
     from llmchain_fed.chain import LLMChain
     from llmchain_fed.library import load_chain
 
+    disable_progress_bar()  # it writes to stderr, which is for errors: a peer's goes to a log
     return LLMChain.load(name) if Path(name).is_dir() else load_chain(name)
 
 

@@ -43,10 +43,10 @@ class Federation:
         sites: Their names, of `SHARES`.
     """
 
-    def __init__(self, folder: Path, sites=SITES, *, chain=None, port=None) -> None:
+    def __init__(self, folder: Path, sites=SITES, *, chain=None, host="localhost") -> None:
         self.folder, self.sites = folder, list(sites)
         folder.mkdir(parents=True, exist_ok=True)
-        self.kits = kits.provision_here(folder / "kits", sites=self.sites, port=port or free_port())
+        self.kits = kits.provision_here(folder / "kits", sites=self.sites, port=free_port(), host=host)
         self.chain_folder = folder / "chain"
         (chain or tiny_chain("causal", lora=True)).save(self.chain_folder)
         self.engines: dict[str, subprocess.Popen] = {}
@@ -67,8 +67,16 @@ class Federation:
     def start_hub(self) -> None:
         self.engines["hub"] = engine.start(self.kits["hub"])
 
-    def start_site(self, name: str) -> None:
-        self.engines[name] = engine.start(self.kits[name], socket=self.socket(name))
+    def start_site(self, name: str, prefix=()) -> None:
+        if not prefix:
+            self.engines[name] = engine.start(self.kits[name], socket=self.socket(name))
+            return
+        command, variables = engine.command_of(self.kits[name], self.socket(name))
+        with (self.kits[name] / "engine.log").open("ab") as log:
+            self.engines[name] = subprocess.Popen(
+                [*prefix, *command], cwd=self.kits[name], env=os.environ | variables, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
 
     def start_peer(self, name: str, *options: str, pairs=None) -> None:
         data = write_examples(self.folder / f"{name}.jsonl", SHARES[name] if pairs is None else pairs)

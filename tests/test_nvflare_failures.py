@@ -3,6 +3,8 @@
 Belongs here: what a federation survives. Does not: what it does when all is well (test_nvflare).
 """
 
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ from torchrun_script import SHARES, TRAINING, tiny_chain
 
 from llmchain_fed import FederatedAveraging, QuorumError
 from llmchain_fed.errors import TransportError
+from llmchain_fed.runtimes.nvflare import engine
 
 pytestmark = pytest.mark.federation
 
@@ -217,3 +220,69 @@ def test_a_server_that_stays_away_is_one_clear_error_and_the_weights_are_kept(fe
                 assert time.monotonic() < until
                 time.sleep(2)
         assert fed.history[1].trained == ["a", "b"]
+
+
+# --- two hosts ------------------------------------------------------------------------------------------------------
+
+HUB, SITE_B = "10.77.1.1", "10.77.1.2"
+
+
+def ip(*arguments):
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def two_hosts(tmp_path_factory):
+    """Site b in a network of its own, joined to the hub's by a cable (veth) that can be pulled."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    name = f"lf{os.getpid()}"
+    try:
+        ip("netns", "add", name)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"network namespaces are not available here: {error.stderr.decode()}")
+    try:
+        ip("link", "add", f"{name}h", "type", "veth", "peer", "name", "eth0", "netns", name)
+        ip("addr", "add", f"{HUB}/24", "dev", f"{name}h")
+        ip("link", "set", f"{name}h", "up")
+        ip("-n", name, "addr", "add", f"{SITE_B}/24", "dev", "eth0")
+        ip("-n", name, "link", "set", "eth0", "up")
+        ip("-n", name, "link", "set", "lo", "up")
+        yield name, f"{name}h"
+    finally:
+        ip("netns", "del", name)  # the cable goes with it
+
+
+def test_a_host_cut_off_for_longer_than_a_heartbeat_is_absent_and_comes_back(two_hosts, tmp_path_factory):
+    namespace, cable = two_hosts
+    federation = Federation(tmp_path_factory.mktemp("f"), host=HUB)
+    try:
+        federation.start_hub()
+        for name in SITES:
+            federation.start_peer(name)
+        engine.wait_for_hub(federation.kits["admin"])
+        federation.start_site("a")
+        federation.start_site("b", prefix=["ip", "netns", "exec", namespace])
+        for name in SITES:
+            federation.wait_for_peer(name)
+        with federation.runtime() as runtime:
+            running = Running(federation, runtime, 3)
+            running.wait_for_round(2)
+            ip("link", "set", cable, "down")
+            cut = time.monotonic()
+            fed = running.result()
+            found = statuses(fed)
+            assert [s["a"] for s in found] == ["trained"] * 3
+            assert found[0]["b"] == "trained"
+            assert "absent" in (found[1]["b"], found[2]["b"])
+            assert found[2]["b"] == "absent"
+            time.sleep(max(0.0, 35.0 - (time.monotonic() - cut)))  # the hub gives a site up after 30 s without one
+            ip("link", "set", cable, "up")
+            until = time.monotonic() + 90
+            while fed.history[-1].participants["b"].status != "trained":
+                assert time.monotonic() < until, fed.history
+                fed.fit(1)
+            print(f"\nback {time.monotonic() - until + 90:.0f} s after the cable was plugged in, {runtime.jobs} jobs")
+            assert fed.history[-1].trained == ["a", "b"]
+    finally:
+        federation.stop()

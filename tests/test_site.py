@@ -366,10 +366,8 @@ def test_a_policy_without_samples_lets_numbers_leave_and_no_text(serve, make_cha
 
 def test_a_peer_with_another_contract_is_absent_by_name_and_the_others_learn(serve, make_chain):
     fed = federation(serve, make_chain)
-    other = serve(
-        "c", LocalPeer(Trainee.of(make_chain(lora=True, prompt="Say: {text}")), Participant("c", PAIRS), None)
-    )
-    fed._transport.exchange.paths["c"] = other
+    other = Trainee.of(make_chain(lora=True, prompt="Say: {text}"))
+    fed._transport.exchange.paths["c"] = serve("c", LocalPeer(other, Participant("c", PAIRS), None))
     record = fed.fit(1)[0]
     assert record.trained == ["a", "b"]
     assert record.participants["c"].status == "absent"

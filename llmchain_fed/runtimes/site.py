@@ -88,8 +88,13 @@ class Site:
 
     def _put(self, head: dict[str, Any], body: memoryview) -> bytes:
         name, op, offset, total = (head.get(key) for key in ("call", "op", "offset", "total"))
-        counts = type(offset) is int and type(total) is int and offset >= 0 and total >= 0
-        if not (isinstance(name, str) and isinstance(op, str) and counts):
+        if not (
+            isinstance(name, str)
+            and isinstance(op, str)
+            and isinstance(offset, int)
+            and isinstance(total, int)
+            and min(offset, total) >= 0
+        ):
             msg = "a put needs call, op, and offset and total of 0 or more."
             raise TransportError(msg)
         with self._changed:

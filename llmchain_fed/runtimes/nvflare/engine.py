@@ -77,7 +77,7 @@ def _check_certificate(kit: Path, name: str) -> None:
     if name == "client":
         (common,) = leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
         if common.value != kits.site_name(kit):
-            msg = f"the certificate is {common.value!r}'s, the kit {kits.site_name(kit)!r}'s: they were mixed up."
+            msg = f"the certificate belongs to {common.value!s}, the kit to {kits.site_name(kit)}: they were mixed up."
             raise ConfigError(msg)
 
 
