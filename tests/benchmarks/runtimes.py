@@ -1,7 +1,7 @@
 """What a round costs outside training in each runtime: seconds, memory, and bytes on the wire against the ledger.
 
     python tests/benchmarks/runtimes.py                       # 5 and 50 MB: some five minutes
-    python tests/benchmarks/runtimes.py --sizes 540 --long 0  # full weights of the size of SmolLM2-135M: 10 GB of memory
+    python tests/benchmarks/runtimes.py --sizes 540           # full weights of the size of SmolLM2-135M
 
 Two participants, one optimizer step each on two examples, updates of full weights; real processes, TLS on loopback.
 `outside` is a round's seconds less the longest training that ran at the same time: broadcast, return, checks,

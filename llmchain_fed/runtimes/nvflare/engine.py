@@ -115,6 +115,7 @@ def start(
     Raises:
         ConfigError: See `check`; a site without a socket.
     """
+    kit = kit.absolute()
     check(kit)
     command, variables = command_of(kit, socket)
     with (log or kit / "engine.log").open("ab") as output:

@@ -73,6 +73,7 @@ def configure(kit: Path) -> None:
     Raises:
         ConfigError: It is no kit.
     """
+    kit = kit.absolute()  # the engine takes no relative paths
     hub, local = is_hub(kit), kit / "local"
     resources: dict[str, Any] = json.loads((local / "resources.json.default").read_text())
     resources["class_list_enforcement_mode"] = "enforce"
