@@ -16,13 +16,22 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, train_tokenizer, with_lora
 
-from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, TorchDistributed, TrainingConfig
+from llmchain_fed import (
+    FederatedAveraging,
+    LLMChain,
+    LocalLLM,
+    LocalModel,
+    TorchDistributed,
+    TrainingConfig,
+    load_chain,
+)
 from llmchain_fed.federated.peer import LocalPeer
 
 SHARES = {"a": PAIRS[:5], "b": PAIRS[5:8], "c": PAIRS[8:], "d": PAIRS[2:6]}
 HELD_OUT = {"b": PAIRS[:2], "d": PAIRS[8:10]}
 HOMES = {"a": 0, "b": 1, "c": 1, "d": 2}
 TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=2, epochs=2)
+REAL_TRAINING = TrainingConfig(learning_rate=1e-3, batch_size=4, max_steps=1)
 
 
 def tiny_chain(kind: str, *, lora: bool, seed: int = 0) -> LLMChain:
@@ -32,10 +41,15 @@ def tiny_chain(kind: str, *, lora: bool, seed: int = 0) -> LLMChain:
     return LLMChain(llm=LocalLLM(model=model, max_new_tokens=8), prompt=TEMPLATE)
 
 
-def federate(chain, participants, *, runtime=None, rounds=3, **options):
+def real_chain() -> LLMChain:
+    """SmolLM2-135M-Instruct with the recipe's LoRA adapter."""
+    return load_chain("translate")
+
+
+def federate(chain, participants, *, runtime=None, rounds=3, training=TRAINING, **options):
     held_out = {name: pairs for name, pairs in HELD_OUT.items() if name in participants}
     fed = FederatedAveraging(
-        chain, participants=participants, evaluation=held_out, training=TRAINING, runtime=runtime, progress=False,
+        chain, participants=participants, evaluation=held_out, training=training, runtime=runtime, progress=False,
         **options,
     )  # fmt: skip
     fed.fit(rounds)
@@ -70,6 +84,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--kind", default="causal")
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--real", action="store_true", help="SmolLM2-135M-Instruct instead of a tiny model")
     parser.add_argument("--misbehave", default=None)
     parser.add_argument("--timeout", type=float, default=60.0)
     parser.add_argument("--deadline", type=float, default=None)
@@ -80,15 +95,18 @@ def main() -> None:
     args = parser.parse_args()
     runtime = TorchDistributed(timeout=args.timeout)
     misbehave(args.misbehave, runtime.rank)
-    chain = tiny_chain(args.kind, lora=args.lora, seed=1 if args.other_seed and runtime.rank == 2 else 0)
+    seed = 1 if args.other_seed and runtime.rank == 2 else 0
+    chain = real_chain() if args.real else tiny_chain(args.kind, lora=args.lora, seed=seed)
+    training = REAL_TRAINING if args.real else TRAINING
     mine = {name: SHARES[name] for name, home in HOMES.items() if home == runtime.rank}
     report = {"rank": runtime.rank, "threads": torch.get_num_threads(), "mine": list(mine)}
     try:
         if args.same_name:
             mine["a"] = PAIRS
         fed = federate(
-            chain, mine, runtime=runtime, rounds=args.rounds, deadline=args.deadline, quorum=args.quorum, samples=1
-        )
+            chain, mine, runtime=runtime, rounds=args.rounds, deadline=args.deadline, quorum=args.quorum, samples=1,
+            training=training,
+        )  # fmt: skip
         report["round"], report["history"] = fed.round, json.loads(fed.history.to_json())
         report["reports"] = sorted(fed.data_reports)
     except Exception as error:

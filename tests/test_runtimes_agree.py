@@ -1,0 +1,63 @@
+"""One federation, three runtimes, the same weights after three rounds: real ranks, real sites, tiny models and SmolLM2.
+
+Belongs here: equality across runtimes (DESIGN §5.9). Does not: what a runtime does besides (test_torch_distributed,
+test_nvflare).
+"""
+
+import pytest
+import torch
+from federation_processes import Federation, difference
+from test_torch_distributed import torchrun
+from torchrun_script import HELD_OUT, REAL_TRAINING, SHARES, TRAINING, federate, real_chain, tiny_chain
+
+pytestmark = pytest.mark.federation
+KINDS = [
+    pytest.param("causal", False, id="causal-full"),
+    pytest.param("causal", True, id="causal-lora"),
+    pytest.param("seq2seq", False, id="seq2seq-full"),
+    pytest.param("seq2seq", True, id="seq2seq-lora"),
+]
+
+
+def in_three_runtimes(chain, folder, training, *options):
+    """`chain()` federated in each: the trainable weights by runtime, and the histories."""
+    here = chain()
+    fed = federate(here, SHARES, training=training, samples=0)
+    status, output, reports = torchrun(folder, *options, seconds=400)
+    assert status == 0, output
+    sites = Federation(folder / "n", sites=list(SHARES), chain=chain())
+    try:
+        with sites.start().runtime() as runtime:
+            there = chain()
+            across = sites.federate(runtime, chain=there, training=training, samples=0)
+    finally:
+        sites.stop()
+    states = {f"rank {rank}": report["state"] for rank, report in reports.items()}
+    states["nvflare"] = there.model.trainable_state()
+    return here.model.trainable_state(), states, fed.history, across.history
+
+
+def check(found):
+    reference, states, ours, theirs = found
+    for name, state in states.items():
+        apart = difference(reference, {n: torch.as_tensor(values) for n, values in state.items()})
+        print(f"\n{name}: {apart:.1e} from the weights in one process", end="")
+        assert apart < 1e-5, name
+    assert len(states) == 4
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.trained == b.trained == list(SHARES)
+        assert a.held_out_after == pytest.approx(b.held_out_after, rel=1e-5)
+        for name in HELD_OUT:
+            before, after = (r.participants[name].held_out_after for r in (a, b))
+            assert before == pytest.approx(after, rel=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "lora"), KINDS)
+def test_tiny_models(kind, lora, tmp_path_factory):
+    options = ["--kind", kind, *(["--lora"] if lora else [])]
+    check(in_three_runtimes(lambda: tiny_chain(kind, lora=lora), tmp_path_factory.mktemp("f"), TRAINING, *options))
+
+
+@pytest.mark.real_model
+def test_smollm2(tmp_path_factory):
+    check(in_three_runtimes(real_chain, tmp_path_factory.mktemp("f"), REAL_TRAINING, "--real"))
