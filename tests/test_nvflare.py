@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
