@@ -7,13 +7,13 @@ import functools
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from federation_processes import free_port
 from torchrun_script import SHARES, federate, tiny_chain
 
 from llmchain_fed import ConfigError, TorchDistributed
@@ -37,9 +37,7 @@ def torchrun(out, *options, restarts=0, seconds=100):
 
 def by_hand(out, *options, seconds=100):
     """The same three ranks without an agent that stops the others when one dies."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = []
     for rank in range(3):
         environment = os.environ | {
@@ -156,6 +154,27 @@ def test_max_restarts_starts_all_anew(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.attempt1.json")) == [f"rank{n}.attempt1.json" for n in range(3)]
     state, _, _ = in_process("causal", True)
     assert all(difference(report, state) < 1e-5 for report in reports.values())
+
+
+@pytest.mark.federation
+def test_two_machines_of_one_and_two_ranks(tmp_path):
+    """Two agents, as on two machines; here both on this one."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--master-addr=127.0.0.1"]
+    command += [f"--master-port={free_port()}"]
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    agents = [
+        subprocess.Popen(
+            [*command, f"--node-rank={node}", f"--nproc-per-node={ranks}", str(SCRIPT), str(tmp_path), "--lora"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
+        )
+        for node, ranks in ((0, 1), (1, 2))
+    ]  # fmt: skip
+    reports = finished(agents, tmp_path, seconds=100)
+    assert [agent.returncode for agent in agents] == [0, 0]
+    state, _, _ = in_process("causal", True)
+    assert all(difference(report, state) < 1e-5 for report in reports.values())
+    cores = len(os.sched_getaffinity(0))
+    assert [reports[rank]["threads"] for rank in range(3)] == [cores, max(1, cores // 2), max(1, cores // 2)]
 
 
 @pytest.mark.federation

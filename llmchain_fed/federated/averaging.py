@@ -191,7 +191,6 @@ class FederatedAveraging:
         return self.history
 
     def _lead(self, rounds: int, stop: Patience | None) -> None:
-        self._join()
         self.history.stopped_early = None
         with tqdm(total=rounds, desc="federating", unit="round", disable=not self._progress) as bar:
             for _ in range(rounds):

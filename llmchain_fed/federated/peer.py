@@ -84,6 +84,7 @@ class LocalPeer:
             msg = f"{self._name!r} has not been told yet how to train (it has restarted, perhaps): hello comes first."
             raise FederationError(msg)
         header, tensors = self._read(payload)
+        del payload  # of full weights, a copy less while they are trained
         if op == "personal_state":
             return self._personal_state(header, tensors)
         with self._state(tensors):
@@ -244,13 +245,14 @@ class LocalPeer:
         return header, wire.values(payload, infos)
 
     @contextmanager
-    def _state(self, state: Mapping[str, Tensor]) -> Iterator[None]:
-        """The broadcast weights inside, and the former ones back afterwards, whatever happens."""
+    def _state(self, state: dict[str, Tensor]) -> Iterator[None]:
+        """The broadcast weights inside, and the former ones back afterwards, whatever happens; empties `state`."""
         model = self._trainee.model
         with model.exclusive():
             former = model.trainable_state()
             try:
                 model.load_state(state)
+                state.clear()
                 yield
             finally:
                 model.load_state(former)

@@ -10,13 +10,13 @@ import json
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmchain_fed.errors import ConfigError, PolicyError, TransportError
+from llmchain_fed.errors import ConfigError, DeadlineError, PolicyError, TransportError
 from llmchain_fed.federated.runtime import Peer
 from llmchain_fed.runtimes import failures, frames
 from llmchain_fed.runtimes.policy import Audit, Policy
@@ -44,7 +44,11 @@ class _Call:
     """receiving, working, done or failed"""
     answer: bytes = b""
     error: dict[str, str] | None = None
-    started: float = field(default_factory=time.monotonic)
+
+    def take(self) -> bytes:
+        """The payload, which this then no longer holds: of full weights one copy less while they are trained."""
+        payload, self.payload = bytes(self.payload), bytearray()
+        return payload
 
 
 class Site:
@@ -134,21 +138,21 @@ class Site:
     def _work(self, call: _Call) -> None:
         answer, error = b"", None
         with self._working:  # one after the other: a call that was given up may need a moment to notice
-            payload, call.payload = bytes(call.payload), bytearray()
+            entry = {"op": call.op, "bytes_in": len(call.payload)} | _asked(call.op, call.payload)
             began = time.monotonic()
             if self._call is call:
                 try:
-                    answer = self._peer.handle(call.op, payload)  # type: ignore[arg-type]
+                    answer = self._peer.handle(call.op, call.take())  # type: ignore[arg-type]
                 except BaseException as raised:  # the site stays up: an error is an answer
                     error = raised
-        entry = {"op": call.op, "bytes_in": len(payload), "bytes_out": len(answer)}
-        entry["seconds"] = round(time.monotonic() - began, 3)
-        asked = _asked(call.op, payload)
+            else:
+                error = DeadlineError("a newer call came before this one began.")
+        entry |= {"bytes_out": len(answer), "seconds": round(time.monotonic() - began, 3)}
         try:
             if error is None:
-                self._audit.write(**entry, **asked, status="answered")
+                self._audit.write(**entry, status="answered")
             else:
-                self._audit.write(**entry, **asked, status="failed", error=f"{type(error).__name__}: {error}"[:2000])
+                self._audit.write(**entry, status="failed", error=f"{type(error).__name__}: {error}"[:2000])
         except PolicyError as unwritten:
             answer, error = b"", unwritten
         with self._changed:
@@ -210,7 +214,7 @@ class Site:
             connection.send_bytes(self.answer(connection.recv_bytes(frames.MAX_FRAME)))
 
 
-def _asked(op: str, payload: bytes) -> dict[str, Any]:
+def _asked(op: str, payload: bytearray) -> dict[str, Any]:
     """Which round, for the audit file; of a payload that may be anything."""
     if op not in ("train", "evaluate") or len(payload) < 8:
         return {}

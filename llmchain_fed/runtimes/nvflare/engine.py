@@ -17,8 +17,6 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-import psutil
-
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.runtimes.nvflare import kits
 from llmchain_fed.runtimes.nvflare.job import SOCKET
@@ -160,6 +158,8 @@ def stop(processes: Iterable[subprocess.Popen[bytes]], *, patience: float = 10.0
         processes: Engines that `start` returned.
         patience: seconds before they are killed.
     """
+    import psutil
+
     trees: list[psutil.Process] = []
     roots = list(processes)
     for process in roots:

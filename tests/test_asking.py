@@ -1,0 +1,177 @@
+"""Deadline, quorum, retries and absence in the round loop: scripted answers in place of participants' trouble.
+
+Belongs here: who is asked, how often, and what becomes of silence. Does not: processes (test_site, test_nvflare).
+"""
+
+import time
+
+import pytest
+from tiny import PAIRS
+
+from llmchain_fed import (
+    ConfigError,
+    DeadlineError,
+    FederatedAveraging,
+    Participant,
+    ParticipantError,
+    QuorumError,
+    TrainingConfig,
+    TransportError,
+)
+from llmchain_fed.federated import asking
+from llmchain_fed.federated.peer import LocalPeer
+from llmchain_fed.federated.runtime import InProcess
+from llmchain_fed.federated.trainee import Trainee
+
+TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=4, epochs=1)
+SHARES = {"a": PAIRS[:4], "b": PAIRS[4:8], "c": PAIRS[8:]}
+
+
+class Scripted(InProcess):
+    """Answers with the next error of a node's script, and lets the peer work once it is used up or says None."""
+
+    def __init__(self, peers, scripts):
+        super().__init__(peers)
+        self.scripts = {op: {n: list(errors) for n, errors in nodes.items()} for op, nodes in scripts.items()}
+        self.asked = []
+
+    def call(self, op, nodes, payload, timeout=None):
+        for node in nodes:
+            self.asked.append((op, node))
+            script = self.scripts.get(op, {}).get(node, [])
+            error = script.pop(0) if script else None
+            if error is not None:
+                yield node, error
+            else:
+                yield from super().call(op, [node], payload, timeout)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(asking, "_PAUSE", 0.01)
+
+
+def federation(make_chain, scripts, **options):
+    trainee = Trainee.of(make_chain(lora=True))
+    peers = {n: LocalPeer(trainee, Participant(n, pairs), TRAINING) for n, pairs in SHARES.items()}
+    transport = Scripted(peers, scripts)
+    fed = FederatedAveraging(trainee.chain, runtime=transport, training=TRAINING, progress=False, **options)
+    return fed, transport
+
+
+def statuses(fed):
+    return [{n: r.status for n, r in record.participants.items()} for record in fed.history]
+
+
+CUT = TransportError("the cable is out")
+BROKEN = ParticipantError("RuntimeError: out of memory")
+
+
+def test_who_is_absent_at_the_start_joins_a_later_round(make_chain):
+    fed, transport = federation(make_chain, {"hello": {"b": [CUT]}})
+    fed.fit(2)
+    assert statuses(fed) == [
+        {"a": "trained", "c": "trained", "b": "absent"},
+        {"a": "trained", "b": "trained", "c": "trained"},
+    ]
+    assert fed.history[0].participants["b"].reason == "TransportError: the cable is out"
+    assert transport.asked.count(("hello", "a")) == 1
+
+
+def test_without_retries_a_missing_update_is_missing(make_chain):
+    fed, transport = federation(make_chain, {"train": {"b": [CUT], "c": [BROKEN]}})
+    fed.fit(2)
+    assert statuses(fed)[0] == {"a": "trained", "b": "absent", "c": "failed"}
+    assert statuses(fed)[1] == {"a": "trained", "b": "trained", "c": "trained"}
+    assert transport.asked.count(("hello", "b")) == 2, "one that was away is told anew how to train"
+
+
+def test_retries_ask_again_those_who_were_missing_and_nobody_else(make_chain):
+    fed, transport = federation(make_chain, {"train": {"b": [CUT, BROKEN], "c": [BROKEN]}}, retries=2)
+    fed.fit(1)
+    assert set(statuses(fed)[0].values()) == {"trained"}
+    assert [n for op, n in transport.asked if op == "train"] == ["a", "b", "c", "b", "c", "b"]
+
+
+def test_a_late_update_is_dropped_recorded_and_not_asked_for_again(make_chain):
+    fed, transport = federation(make_chain, {"train": {"b": [DeadlineError("too slow")]}}, retries=2, deadline=60)
+    before = fed.get_model().model.trainable_state()
+    fed.fit(1)
+    assert statuses(fed)[0]["b"] == "late"
+    assert transport.asked.count(("train", "b")) == 1
+    alone = make_chain(lora=True)
+    alone.model.load_state(before)
+    two = {n: SHARES[n] for n in "ac"}
+    FederatedAveraging(alone, participants=two, training=TRAINING, progress=False).fit(1)
+    ours, theirs = fed.get_model().model.trainable_state(), alone.model.trainable_state()
+    assert max(float((ours[n] - theirs[n]).abs().max()) for n in ours) < 1e-6
+
+
+def test_a_participant_gives_up_by_itself_when_the_deadline_is_over(make_chain, monkeypatch):
+    from llmchain_fed.federated import peer as peers
+
+    inner = peers.train_locally
+
+    def slow(*args, before_step, **options):
+        def step():
+            if options["participant"] == "b":
+                time.sleep(0.3)
+            before_step()
+
+        return inner(*args, before_step=step, **options)
+
+    monkeypatch.setattr(peers, "train_locally", slow)
+    chain = make_chain(lora=True)
+    fed = FederatedAveraging(chain, participants=SHARES, training=TRAINING, deadline=0.2, progress=False)
+    fed.fit(1)
+    assert statuses(fed)[0] == {"a": "trained", "b": "late", "c": "trained"}
+    assert "'b' was not done in time" in fed.history[0].participants["b"].reason
+    assert "b: late" in repr(fed.history)
+
+
+def test_a_quorum_that_joins_late_is_waited_for_as_often_as_retries_say(make_chain):
+    fed, _ = federation(make_chain, {"hello": {"b": [CUT, CUT], "c": [CUT, CUT]}}, quorum=3, retries=2)
+    fed.fit(1)
+    assert set(statuses(fed)[0].values()) == {"trained"}
+    fed, _ = federation(make_chain, {"hello": {"b": [CUT, CUT], "c": [CUT, CUT]}}, quorum=3, retries=1)
+    before = fed.get_model().model.weights_hash
+    with pytest.raises(QuorumError, match=r"round 1 has 1 participants, the quorum is 3 \(b: the cable is out; c: the"):
+        fed.fit(1)
+    assert fed.get_model().model.weights_hash == before
+    assert len(fed.history) == fed.round == 0
+    fed.fit(1)  # the same object goes on when they are back
+    assert fed.history[0].trained == ["a", "b", "c"]
+
+
+def test_a_round_below_its_quorum_changes_nothing_and_keeps_earlier_rounds(make_chain):
+    fed, _ = federation(make_chain, {"train": {"b": [None, CUT], "c": [None, BROKEN]}}, quorum=2)
+    with pytest.raises(QuorumError, match=r"round 2 has 1 usable updates, the quorum is 2 \(b: TransportError: the"):
+        fed.fit(3)
+    kept = fed.get_model().model.weights_hash
+    assert len(fed.history) == 1
+    assert fed.history[0].weights_version.endswith(kept)
+
+
+def test_sampling_chooses_among_those_who_are_there(make_chain):
+    fed, transport = federation(make_chain, {"hello": {"a": [CUT] * 9}}, participants_per_round=2)
+    fed.fit(3)
+    for record in statuses(fed):
+        assert record == {"b": "trained", "c": "trained", "a": "absent"}
+    assert ("train", "a") not in transport.asked
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"deadline": 0}, "deadline is a positive number of seconds"),
+        ({"deadline": float("nan")}, "deadline is a positive"),
+        ({"deadline": True}, "deadline is a positive"),
+        ({"deadline": "60"}, "deadline is a positive"),
+        ({"retries": -1}, "retries is a count"),
+        ({"retries": 1.5}, "retries is a count"),
+        ({"retry": 1}, "unknown option `retry`; did you mean `retries`"),
+    ],
+)
+def test_options_that_make_no_sense(options, wanted, make_chain):
+    with pytest.raises(ConfigError, match=wanted):
+        FederatedAveraging(make_chain(), participants=SHARES, **options)
