@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from llmchain_fed.errors import LLMChainFedError
+from llmchain_fed.errors import ConfigError, LLMChainFedError
 
 try:
     import typer
@@ -29,10 +29,10 @@ app.add_typer(provision, name="provision")
 
 @app.command()
 def peer(
-    name: Annotated[str, typer.Option(help="this site's name in the federation, as in its certificate")],
     chain: Annotated[str, typer.Option(help="a chain recipe's name, or a folder that chain.save wrote")],
     data: Annotated[Path, typer.Option(help="training examples: JSONL or CSV")],
     socket: Annotated[Path, typer.Option(help="where to listen; the site's engine is told the same path")],
+    name: Annotated[str | None, typer.Option(help="this site's name, as in its certificate; by default DATA's")] = None,
     held_out: Annotated[Path | None, typer.Option(help="examples to evaluate on, never trained on")] = None,
     hold_out_share: Annotated[float | None, typer.Option(help="or a share of the examples, such as 0.1")] = None,
     policy: Annotated[Path | None, typer.Option(help="YAML: what may be asked; see the README")] = None,
@@ -48,6 +48,10 @@ def peer(
     from llmchain_fed.runtimes.policy import Audit, Policy
     from llmchain_fed.runtimes.site import Site
 
+    name = name or data.stem
+    if hold_out_share is not None and (held_out is not None or not 0 < hold_out_share < 1):
+        msg = f"--hold-out-share lies between 0 and 1 and goes without --held-out, got {hold_out_share}."
+        raise ConfigError(msg)
     rules = Policy.from_file(policy) if policy is not None else Policy()
     log = audit or socket.with_name(socket.name + ".audit.jsonl")
     written = Audit(log)
@@ -73,18 +77,21 @@ def federate(file: Annotated[Path, typer.Argument(help="the federation's YAML fi
     from llmchain_fed.runtimes.nvflare.transport import NVFlare
 
     found = FederationFile.read(file)
-    hub = {key: getattr(found.hub, key) for key in ("patience", "recovery", "startup")}
+    hub = {key: getattr(found.hub, key) for key in ("socket", "patience", "recovery", "startup")}
     with NVFlare(found.hub.admin, sites=found.hub.sites, **hub) as runtime:
         chain = _chain(found.chain)
         fed = FederatedAveraging(chain, runtime=runtime, **found.loop_options())
         try:
-            fed.fit(rounds=found.rounds)
-        finally:
-            if fed.round:
-                found.out.mkdir(parents=True, exist_ok=True)
-                chain.save(found.out / "chain")
-                fed.history.save(found.out / "history.json")
-                typer.echo(f"{fed.history}\n{fed.round} rounds, chain and history in {found.out}")
+            found.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            msg = f"out: {found.out} cannot be written: {error}."
+            raise ConfigError(msg) from error
+        chain.save(found.out / "chain")  # now rather than after hours: a folder that holds something else is refused
+        for _ in range(found.rounds):
+            fed.fit(rounds=1)
+            chain.save(found.out / "chain")
+            fed.history.save(found.out / "history.json")
+        typer.echo(f"{fed.history}\n{fed.round} rounds, chain and history in {found.out}")
 
 
 @app.command()

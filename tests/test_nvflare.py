@@ -63,12 +63,12 @@ def test_sites_learn_what_participants_in_this_process_learn(run):
 def test_each_site_wrote_down_what_was_asked_of_it(run, federation):
     for name in SITES:
         lines = federation.audit(name)
-        asked = [entry["op"] for entry in lines]
-        assert asked[:2] == ["hello", "evaluate" if name == "b" else "train"]
-        assert [e["round"] for e in lines if e["op"] == "train"][:3] == [1, 2, 3]
-        assert {e["status"] for e in lines} == {"answered"}
+        assert {e["status"] for e in lines} == {"began", "answered"}
+        done = [e for e in lines if e["status"] == "answered"]
+        assert [e["op"] for e in done][:2] == ["hello", "evaluate" if name == "b" else "train"]
+        assert [e["round"] for e in done if e["op"] == "train"][:3] == [1, 2, 3]
         record = run.history[0].participants[name]
-        first = next(e for e in lines if e["op"] == "train")
+        first = next(e for e in done if e["op"] == "train")
         assert (first["bytes_in"], first["bytes_out"]) == (record.bytes_down, record.bytes_up)
 
 
@@ -125,7 +125,7 @@ def test_no_process_of_the_engine_holds_torch(run, federation):
 
 
 def test_the_job_carries_no_code(tmp_path):
-    folder = job.write_job(tmp_path, name="llmchain_fed", socket="/tmp/x.sock", run="r")
+    folder = job.write_job(tmp_path, name="llmchain_fed", sites=["a"], socket="/tmp/x.sock", run="r")
     files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert files == {"meta.json", "app/config/config_fed_server.json", "app/config/config_fed_client.json"}
     assert "byoc" not in (folder / "meta.json").read_text()
@@ -162,6 +162,8 @@ def test_every_kit_is_closed_down(federation):
 def test_a_kit_in_a_relative_folder_names_absolute_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = kits.provision_here(Path("kits"), sites=["a"], port=free_port())
+    with pytest.raises(ConfigError, match="holds kits already"):
+        kits.provision_here(Path("kits"), sites=["a"], port=free_port())
     resources = json.loads((made["hub"] / "local" / "resources.json").read_text())
     assert resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"].startswith(str(tmp_path))
 
@@ -188,7 +190,7 @@ def submitted(federation, folder):
 
 
 def test_a_job_with_code_is_refused(run, federation, tmp_path):
-    folder = job.write_job(tmp_path, name="with_code", socket="/tmp/x.sock", run="r")
+    folder = job.write_job(tmp_path, name="with_code", sites=SITES, socket="/tmp/x.sock", run="r")
     (folder / "app" / "custom").mkdir()
     (folder / "app" / "custom" / "evil.py").write_text("raise SystemExit\n")
     status, detail = submitted(federation, folder)
@@ -197,7 +199,7 @@ def test_a_job_with_code_is_refused(run, federation, tmp_path):
 
 
 def test_a_class_that_is_not_listed_does_not_run(run, federation, tmp_path):
-    folder = job.write_job(tmp_path, name="unlisted", socket="/tmp/x.sock", run="r")
+    folder = job.write_job(tmp_path, name="unlisted", sites=SITES, socket="/tmp/x.sock", run="r")
     config = folder / "app" / "config" / "config_fed_client.json"
     config.write_text(config.read_text().replace(job.SITE, "llmchain_fed.runtimes.site.Site"))
     status, _ = submitted(federation, folder)
@@ -409,6 +411,7 @@ def test_a_federation_file_with_a_mistake_names_it(tmp_path, run_here):
         "hub: {admin: x, sites: []}": "`sites`",
         "training: {lerning_rate: 1}": "did you mean `learning_rate`",
         "out: 3": "`out`",
+        "training: {on: 1}": "is no mapping of options",
     }.items():
         kept = [line for line in text.splitlines() if not line.startswith(change.split(":")[0] + ":")]
         file.write_text("\n".join([*kept, change]))
@@ -440,6 +443,7 @@ def test_the_extra_is_named_where_it_is_missing(tmp_path):
 def test_a_closed_transport_says_so(federation):
     runtime = federation.runtime()
     runtime.close()
+    assert all("this transport is closed" in str(a) for _, a in runtime.call("hello", SITES, b"{}"))
     with pytest.raises(TransportError, match="closed"):
         runtime._recover(0.0)
 

@@ -222,6 +222,21 @@ def test_a_server_that_stays_away_is_one_clear_error_and_the_weights_are_kept(fe
         assert fed.history[1].trained == ["a", "b"]
 
 
+def test_a_site_that_refuses_the_job_is_absent_and_the_others_learn(tmp_path_factory):
+    federation = Federation(tmp_path_factory.mktemp("f"))
+    local = federation.kits["b"] / "local" / "resources.json"
+    local.write_text(local.read_text().replace("llmchain_fed.runtimes.nvflare.bridge.Site", "something.Else"))
+    try:
+        with federation.start().runtime() as runtime:
+            running = Running(federation, runtime, 2)
+            fed = running.result()
+            assert statuses(fed) == [{"a": "trained", "b": "absent"}] * 2
+            assert "the engine ended the job before it ran" in fed.history[0].participants["b"].reason
+            assert "A site whose local/resources.json does not list" in fed.history[0].participants["b"].reason
+    finally:
+        federation.stop()
+
+
 # --- two hosts ------------------------------------------------------------------------------------------------------
 
 HUB, SITE_B = "10.77.1.1", "10.77.1.2"

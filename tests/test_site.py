@@ -23,7 +23,7 @@ from llmchain_fed.runtimes.site import Site, check_socket
 from llmchain_fed.runtimes.sliced import SlicedCalls
 
 TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=4, epochs=2)
-OPEN = Policy(operations=("hello", "train", "evaluate", "personal_state", "stop"), samples=True, error_messages=True)
+OPEN = Policy(operations=("hello", "train", "evaluate", "personal_state", "stop"), samples=9, error_messages=True)
 
 
 class Echo:
@@ -34,7 +34,6 @@ class Echo:
 
     def handle(self, op, payload):
         self.calls.append((op, len(payload)))
-        self.given_up.clear()
         if payload == b"fail":
             raise ValueError("the example says: Page verrouillée")
         if payload.startswith(b"slow"):
@@ -46,6 +45,9 @@ class Echo:
 
     def give_up(self):
         self.given_up.set()
+
+    def take_up(self):
+        self.given_up.clear()
 
 
 class Sockets:
@@ -247,7 +249,7 @@ def test_the_default_policy_refuses_and_everything_is_written_down(serve):
         ask("evaluate", b"fail")
     ).startswith("ValueError: the site keeps the message")
     assert peer.calls[:2] == [("train", 1), ("train", 1)]
-    lines = audit(serve.folder, "a")
+    lines = [e for e in audit(serve.folder, "a") if e["status"] != "began"]
     assert [(e["op"], e["status"]) for e in lines][:6] == [
         ("personal_state", "refused"), ("delete", "refused"), ("hello", "refused"),
         ("train", "answered"), ("train", "answered"), ("train", "refused"),
@@ -268,8 +270,8 @@ def test_what_cannot_be_written_down_is_not_answered(serve):
 
 def test_policy_files(tmp_path):
     path = tmp_path / "policy.yaml"
-    path.write_text("max_rounds: 20\nsamples: true\noperations: [hello, train]\n")
-    assert Policy.from_file(path) == Policy(max_rounds=20, samples=True, operations=("hello", "train"))
+    path.write_text("max_rounds: 20\nsamples: 2\noperations: [hello, train]\n")
+    assert Policy.from_file(path) == Policy(max_rounds=20, samples=2, operations=("hello", "train"))
     for text, wanted in {
         "max_round: 3": "unknown option `max_round`; did you mean `max_rounds`",
         "max_rounds: -1": "`max_rounds`",
@@ -284,6 +286,98 @@ def test_policy_files(tmp_path):
         Policy.from_file(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match=r"audit file .* cannot be written"):
         Audit(tmp_path / "no" / "audit.jsonl")
+
+
+def task(**header):
+    """A train request whose safetensors metadata holds `header`."""
+    text = json.dumps({"__metadata__": {"llmchain_fed": json.dumps(header) if isinstance(header, dict) else header}})
+    return len(text).to_bytes(8, "little") + text.encode()
+
+
+@pytest.mark.parametrize("metadata", ['"[1]"', '"{}"', "3", '"null"', '"{\\"round\\": []}"'])
+def test_a_crafted_payload_is_answered_and_written_down(metadata, serve):
+    text = b'{"__metadata__": {"llmchain_fed": ' + metadata.encode() + b"}}"
+    transport = SocketTransport({"a": serve("a", Echo())})
+    payload = len(text).to_bytes(8, "little") + text
+    assert dict(transport.call("train", ["a"], payload, timeout=5)) == {"a": payload}
+    assert [e["status"] for e in audit(serve.folder, "a")] == ["began", "answered"]
+
+
+def test_a_request_is_written_down_before_it_is_worked_on(serve):
+    peer, seen = Echo(), []
+    inner = peer.handle
+    path = serve("a", peer)
+    peer.handle = lambda op, payload: seen.append(audit(serve.folder, "a")[-1]) or inner(op, payload)
+    dict(SocketTransport({"a": path}).call("train", ["a"], task(round=4)))
+    assert (seen[0]["op"], seen[0]["round"], seen[0]["status"]) == ("train", 5, "began")
+
+
+def test_what_cannot_be_read_is_written_down_too(serve):
+    path = serve("a", Echo())
+    frames.ask(path, b"\x00\x00\x00\x02[]")
+    frames.ask(path, frames.pack({"do": "exec"}))
+    lines = audit(serve.folder, "a")
+    assert [e["status"] for e in lines] == ["malformed", "malformed"]
+    assert "unknown request 'exec'" in lines[1]["error"]
+
+
+def test_an_audit_file_that_was_rotated_or_open_to_others_is_for_this_account_alone(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    path.touch(0o666)
+    log = Audit(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.rename(tmp_path / "audit.1")
+    log.write(op="train")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert json.loads(path.read_text())["op"] == "train"
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(ConfigError):
+        Audit(tmp_path / "link")
+
+
+def test_a_wait_that_is_no_number_is_no_frame(serve):
+    path = serve("a", Echo())
+    text = b'{"do": "poll", "call": "1", "wait": NaN}'
+    head, _ = frames.read(frames.ask(path, len(text).to_bytes(4, "big") + text))
+    assert "NaN is no JSON" in head["error"]["message"]
+
+
+def test_slices_of_a_call_that_was_replaced_or_dropped_change_nothing(serve):
+    peer = Echo()
+    path = serve("a", peer)
+
+    def ask(body=b"", **head):
+        return frames.read(frames.ask(path, frames.pack(head, body)))
+
+    old = {"do": "put", "call": "old", "op": "train", "offset": 0, "total": 3}
+    ask(b"abc", **old)
+    assert bytes(ask(do="poll", call="old", wait=5)[1]) == b"abc"
+    ask(b"xyz", **(old | {"call": "new"}))
+    assert ask(b"abc", **old)[0] == {"state": "unknown"}  # the engine delivered it late
+    assert bytes(ask(do="poll", call="new", wait=5)[1]) == b"xyz"
+    assert (
+        "knows nothing of" in ask(b"abc", **(old | {"call": "third", "offset": 3, "total": 6}))[0]["error"]["message"]
+    )
+    assert bytes(ask(do="poll", call="new", wait=5)[1]) == b"xyz"
+    assert [op for op, _ in peer.calls] == ["train", "train"]
+
+
+def test_work_that_is_given_up_before_its_first_step_does_not_run_to_its_end(make_chain):
+    peer = LocalPeer(Trainee.of(make_chain(lora=True)), Participant("a", PAIRS), TRAINING)
+    from llmchain_fed.federated import wire
+
+    chain = make_chain(lora=True)
+    payload = wire.pack(chain.model.trainable_state(), {"round": 0, "base": chain.model.fingerprint(), "seconds": None})
+    peer.give_up()
+    with pytest.raises(DeadlineError):
+        peer.handle("train", payload)
+    peer.take_up()
+    assert peer.handle("train", payload)
+
+
+def test_no_more_samples_leave_than_the_policy_says(serve, make_chain):
+    fed = federation(serve, make_chain, {"b": Policy(samples=1)}, samples=10**9)
+    assert len(fed.fit(1)[0].samples) == 1
 
 
 # --- sockets --------------------------------------------------------------------------------------------------------
@@ -379,6 +473,63 @@ def test_a_peer_with_another_contract_is_absent_by_name_and_the_others_learn(ser
         Trainee.of(make_chain(lora=True)).check_contract(other.contract(), "participant 'd'")
 
 
+@pytest.mark.parametrize("change", [{"lora_alpha": 64}, {"use_rslora": True}, {"lora_dropout": 0.1}])
+def test_another_setting_of_the_same_adapter_is_another_contract(change, make_chain):
+    from tiny import lora_config
+
+    ours, theirs = (Trainee.of(make_chain(lora=lora_config(**c))) for c in ({}, change))
+    with pytest.raises(ContractError, match=r"another contract \(adapter "):
+        ours.check_contract(theirs.contract(), "participant 'x'")
+
+
+def test_another_tokenizer_is_another_contract_and_the_same_one_loaded_again_is_not(make_chain, tmp_path):
+    import copy
+
+    from llmchain_fed import LLMChain
+
+    chain = make_chain(lora=True)
+    ours = Trainee.of(chain)
+    chain.save(tmp_path / "c")
+    ours.check_contract(Trainee.of(LLMChain.load(tmp_path / "c")).contract(), "it")
+    other = make_chain(lora=True)
+    other.model.tokenizer = copy.deepcopy(other.model.tokenizer)
+    other.model.tokenizer.add_tokens(["<new>"])
+    with pytest.raises(ContractError, match=r"another contract \(tokenizer"):
+        ours.check_contract(Trainee.of(other).contract(), "it")
+
+
+def test_what_a_participant_adds_to_its_evaluation_is_left_out():
+    from llmchain_fed.federated.evaluation import _read
+
+    answer = {"loss": 1, "tokens": 3, "error": {}, "samples_error": [1], "more": "x" * 9}
+    answer["samples"] = [{"prompt": "p" * 20_000, "reference": "r", "answer": "a", "more": "x"}] * 5
+    found = _read(json.dumps(answer).encode(), 2)
+    assert found.keys() == {"loss", "tokens", "samples", "samples_error"}
+    assert [len(s["prompt"]) for s in found["samples"]] == [10_000] * 2
+    assert found["samples"][0].keys() == {"prompt", "reference", "answer"}
+    assert found["samples_error"] == "[1]"
+
+
+def test_slices_shorter_than_asked_for_and_a_fetch_beyond_the_deadline():
+    def site(reply, wait=0.0):
+        def exchange(nodes, frame, seconds):
+            head, _ = frames.read(frame)
+            if head["do"] == "poll":
+                return [(n, frames.pack({"state": "done", "total": 3 * frames.SLICE})) for n in nodes]
+            if head["do"] == "get":
+                time.sleep(wait)
+                return [(n, frames.pack({"state": "done"}, reply)) for n in nodes]
+            return [(n, frames.pack({"state": "working"})) for n in nodes]
+
+        return SlicedCalls(exchange, 1.0)
+
+    drip = dict(site(b"x").call("train", ["a"], b"", None))["a"]
+    assert isinstance(drip, TransportError)
+    slow = dict(site(bytes(frames.SLICE), 0.3).call("train", ["a"], b"", 0.4))["a"]
+    assert isinstance(slow, DeadlineError)
+    assert "its answer was not here by the deadline" in str(slow)
+
+
 def test_a_peer_under_another_name_or_with_impossible_counts_is_absent(serve, make_chain):
     fed = federation(serve, make_chain)
     paths = fed._transport.exchange.paths
@@ -392,7 +543,7 @@ def test_a_peer_under_another_name_or_with_impossible_counts_is_absent(serve, ma
     "answer",
     [
         b"", b"[]", b"{", b"null", b'{"participant": "x"}', b'{"participant": "x", "contract": 3}',
-        b'{"participant": "x", "contract": {}, "num_examples": NaN}',
+        b'{"participant": "x", "contract": {}, "num_examples": NaN}', b'{"participant": "x", "report": {"used": "x"}}',
     ],
 )  # fmt: skip
 def test_a_hello_that_makes_no_sense_is_absence(answer, serve, make_chain):
@@ -409,7 +560,8 @@ def test_a_hello_that_makes_no_sense_is_absence(answer, serve, make_chain):
     "answer",
     [
         b"", b"{}", b'{"loss": "low", "tokens": 3}', b'{"loss": 1.0, "tokens": 0}', b'{"loss": 1e999, "tokens": 3}',
-        b'{"loss": 1.0, "tokens": 3, "samples": [{"prompt": 1}]}', b'{"loss": true, "tokens": -1}',
+        b'{"loss": 1.0, "tokens": 3, "samples": [{"prompt": 1}]}', b'{"loss": true, "tokens": 3}',
+        b'{"loss": 1.0, "tokens": 1' + b"0" * 400 + b"}",
     ],
 )  # fmt: skip
 def test_an_evaluation_that_makes_no_sense_is_noted_and_counts_for_nothing(answer, serve, make_chain):
@@ -448,12 +600,11 @@ def serve_again(serve):
     return start
 
 
-def test_training_options_that_cannot_travel_are_refused_by_the_peer(serve, make_chain):
+def test_training_options_that_cannot_travel_are_refused_at_the_hub(serve, make_chain):
     import torch
 
-    fed = federation(serve, make_chain, training=TrainingConfig(optimizer=torch.optim.NAdam))
-    with pytest.raises(FederationError, match="the hub did not say how 'a' should train"):
-        fed.fit(1)
+    with pytest.raises(ConfigError, match=r"NAdam.* cannot be told to participants elsewhere.*Name it: 'adamw'"):
+        federation(serve, make_chain, training=TrainingConfig(optimizer=torch.optim.NAdam))
 
 
 def test_personal_state_goes_out_and_comes_back_bit_by_bit(make_chain):

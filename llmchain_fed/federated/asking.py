@@ -61,24 +61,32 @@ class Asking:
             done: Told each participant whose answer is in.
         """
         until = time.monotonic() + self._deadline if self._deadline is not None else None
-        waiting = chosen
+        waiting, sent = chosen, dict.fromkeys(chosen, 0)
+        missed: dict[str, Exception] = {}
         for attempt in range(self._retries + 1):
             if attempt:
                 time.sleep(_PAUSE * attempt)
-                self._roster.join(timeout=self._deadline)  # one that has restarted must be told anew how to train
+                if until is not None and time.monotonic() >= until:
+                    break
+                self._roster.join(timeout=_left(until))  # one that has restarted must be told anew how to train
             asked = [name for name in waiting if name in self._roster.joined]
-            missed: dict[str, Exception] = {name: self._roster.absent[name] for name in waiting if name not in asked}
-            left = max(until - time.monotonic(), 0.0) if until is not None else None
-            for name, answer in self._transport.call("train", asked, opened.payload, left):
+            missed = {name: self._roster.absent[name] for name in waiting if name not in asked}
+            for name, answer in self._transport.call("train", asked, opened.payload, _left(until)):
+                sent[name] += not isinstance(answer, TransportError)  # whether it came there at all
                 if isinstance(answer, (ParticipantError, TransportError)):
                     self._roster.leave(name, answer)
                     missed[name] = answer
                     continue
                 hello = self._roster.joined[name]
-                opened.accept(name, answer, num_examples=hello.num_examples, num_tokens=hello.num_tokens)
+                counts = {"num_examples": hello.num_examples, "num_tokens": hello.num_tokens}
+                opened.accept(name, answer, sent=sent[name], **counts)
                 done(name)
             waiting = list(missed)
-            if not waiting or attempt == self._retries or (until is not None and time.monotonic() >= until):
-                for name, error in missed.items():
-                    opened.accept(name, error)
-                return
+            if not waiting:
+                break
+        for name, error in missed.items():
+            opened.accept(name, error, sent=sent[name])
+
+
+def _left(until: float | None) -> float | None:
+    return max(until - time.monotonic(), 0.0) if until is not None else None

@@ -118,6 +118,13 @@ class FederatedAveraging:
         if runtime is not None and self._cluster is None and named:
             msg = "give participants (they run in this process) or a runtime (which knows its own), not both."
             raise ConfigError(msg)
+        elsewhere = runtime is not None and not isinstance(runtime, (Cluster, InProcess))
+        if elsewhere and self._training.to_plain() is None:
+            msg = (
+                f"optimizer={self._training.optimizer!r:.60} cannot be told to participants elsewhere, because no "
+                "code travels. Name it: 'adamw', 'adam' or 'sgd'."
+            )
+            raise ConfigError(msg)
         self._evaluator = Evaluator(self._trainee, evaluation, samples=samples, seed=seed)
         named = self._evaluator.divide(named)
         self._peers = {name: LocalPeer(self._trainee, p, self._training) for name, p in named.items()}

@@ -20,10 +20,12 @@ from llmchain_fed.federated.participant import Participant, hold_out
 from llmchain_fed.federated.roster import Hello
 from llmchain_fed.federated.runtime import Transport
 from llmchain_fed.federated.trainee import Trainee
+from llmchain_fed.federated.update import MAX_EXAMPLES
 from llmchain_fed.training import encoded
 
 _SAMPLE_TOKENS = 32
 _SAMPLE = ("prompt", "reference", "answer")
+_LONGEST = 10_000  # characters of a text that came from elsewhere
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Evaluator:
             header = {"kind": "evaluate", "samples": self._samples, "sample_tokens": _SAMPLE_TOKENS}
             payload = wire.pack(self._trainee.model.trainable_state(), header)
             for name, answer in transport.call("evaluate", holders, payload, timeout):
-                found.own[name] = _read(answer)
+                found.own[name] = _read(answer, self._samples)
                 found.bytes[name] = len(payload) + (0 if isinstance(answer, Exception) else len(answer))
         if shared:
             if self._shared is None:  # read once: it may be a generator
@@ -147,24 +149,33 @@ class Evaluator:
                 record.samples.append(Sample(name, was["prompt"], was["reference"], was["answer"], now["answer"]))
 
 
-def _read(answer: bytes | Exception) -> dict[str, Any]:
-    """A participant's numbers and samples; one that makes no sense counts as an error, like a missing one."""
+def _read(answer: bytes | Exception, samples: int) -> dict[str, Any]:
+    """A participant's numbers, and at most as many samples as were asked for; nothing else of what it sent.
+
+    An answer that makes no sense counts as an error, like a missing one.
+    """
     if isinstance(answer, Exception):
         return {"error": f"{type(answer).__name__}: {answer}"}
     try:
         found = wire.read_json(answer)
     except LLMChainFedError as error:
         return {"error": str(error)}
-    samples = found.get("samples", [])
-    sensible = (
-        isinstance(found.get("loss"), (int, float))
-        and type(found.get("tokens")) is int
-        and found["tokens"] > 0
-        and abs(found["loss"]) <= sys.float_info.max
-        and isinstance(samples, list)
-        and all(isinstance(s, dict) and isinstance(s.get(k), str) for s in samples for k in _SAMPLE)
-    )
-    return found if sensible else {"error": f"its evaluation makes no sense: {answer[:120]!r}"}
+    loss, tokens, texts = found.get("loss"), found.get("tokens"), found.get("samples", [])
+    if not (
+        isinstance(loss, (int, float))
+        and not isinstance(loss, bool)
+        and abs(loss) <= sys.float_info.max
+        and type(tokens) is int
+        and 1 <= tokens <= MAX_EXAMPLES
+        and isinstance(texts, list)
+        and all(isinstance(s, dict) and isinstance(s.get(k), str) for s in texts for k in _SAMPLE)
+    ):
+        return {"error": f"its evaluation makes no sense: {answer[:120]!r}"}
+    kept: dict[str, Any] = {"loss": float(loss), "tokens": tokens}
+    kept["samples"] = [{k: s[k][:_LONGEST] for k in _SAMPLE} for s in texts[:samples]]
+    if "samples_error" in found:
+        kept["samples_error"] = str(found["samples_error"])[:_LONGEST]
+    return kept
 
 
 def _pooled(before: Measurement, after: Measurement) -> tuple[float | None, float | None]:

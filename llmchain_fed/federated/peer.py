@@ -38,14 +38,14 @@ class LocalPeer:
         trainee: What to train.
         participant: Whose examples.
         config: How to train; the participant's own options go first. None: as the hub says in its hello.
-        samples: Whether held-out examples, with the chain's answers, may leave.
+        samples: Held-out examples that may leave with the chain's answers, at most; None is as many as are asked for.
 
     Raises:
         ConfigError: The participant's own options are not valid.
     """
 
     def __init__(
-        self, trainee: Trainee, participant: Participant, config: TrainingConfig | None, *, samples: bool = True
+        self, trainee: Trainee, participant: Participant, config: TrainingConfig | None, *, samples: int | None = None
     ) -> None:
         self._trainee = trainee
         self._name = participant.name
@@ -102,8 +102,12 @@ class LocalPeer:
         return found
 
     def give_up(self) -> None:
-        """Ends a training that runs in another thread at its next step: nobody waits for its result any more."""
+        """Ends the work that runs in another thread at its next step: nobody waits for its result any more."""
         self._given_up.set()
+
+    def take_up(self) -> None:
+        """Lets work that comes from now on run to its end again."""
+        self._given_up.clear()
 
     def take(self, participant: Participant) -> None:
         """Other examples for the next rounds; where it stands (optimizer, position) is kept."""
@@ -179,14 +183,16 @@ class LocalPeer:
         held_out = self._encoded_held_out()
         result = evaluate_locally(self._trainee.model, held_out, precision=self._config.precision)
         answer: dict[str, Any] = {"loss": result.loss, "tokens": result.tokens, "examples": result.examples}
-        chosen = self._first_usable(header.get("samples", 0))
-        if chosen and not self._samples:
+        wanted = header.get("samples", 0)
+        allowed = wanted if self._samples is None else min(wanted, self._samples)
+        if wanted and not allowed:
             answer["samples_error"] = "the site's policy lets no samples leave"
-        elif chosen:
+        chosen = self._first_usable(allowed)
+        if chosen:
             try:
                 pairs = self._trainee.answer(chosen, header["sample_tokens"])
             except LLMChainFedError as error:  # the loss is worth having without them
-                answer["samples_error"] = str(error)
+                answer["samples_error"] = str(error) if self._samples is None else type(error).__name__
                 pairs = []
             answer["samples"] = [
                 {"prompt": p, "reference": e.completion, "answer": a} for e, (p, a) in zip(chosen, pairs, strict=False)
@@ -195,7 +201,6 @@ class LocalPeer:
 
     def _watch(self, seconds: float | None) -> Callable[[], None]:
         """What ends a training whose result nobody waits for any more."""
-        self._given_up.clear()
         started = time.monotonic()
 
         def check() -> None:

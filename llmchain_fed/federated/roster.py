@@ -121,8 +121,10 @@ class Roster:
         try:
             if any(count is not None and (type(count) is not int or count < 1) for count in (examples, tokens)):
                 raise TypeError("no counts")  # noqa: EM101
+            if report is not None and any(type(count) is not int or count < 0 for count in report.values()):
+                raise TypeError("no counts")  # noqa: EM101
             known = DataReport(**report) if report is not None else None
-        except TypeError:
+        except (AttributeError, TypeError):
             msg = f"what {node!r} says it holds makes no sense: {answer[:200]!r}"
             raise ParticipantError(msg) from None
         return Hello(said.get("held_out") is True, examples, tokens, known)

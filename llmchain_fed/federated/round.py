@@ -69,6 +69,7 @@ class OpenRound:
         *,
         num_examples: int | None = None,
         num_tokens: int | None = None,
+        sent: int = 1,
     ) -> ParticipantRecord:
         """Uses one participant's answer, or records why it cannot be used.
 
@@ -77,12 +78,13 @@ class OpenRound:
             answer: The update's bytes, or why there are none.
             num_examples: What the participant said it holds when it joined.
             num_tokens: Likewise, completion tokens.
+            sent: How often the weights went to it: more than once where it was asked again, 0 where it was not reached.
 
         Raises:
             DuplicateParticipantError: It has answered in this round already.
         """
         self.refuse_twice(name)
-        record = ParticipantRecord(bytes_down=len(self.payload))
+        record = ParticipantRecord(bytes_down=sent * len(self.payload))
         if isinstance(answer, Exception):
             late, absent = isinstance(answer, DeadlineError), isinstance(answer, TransportError)
             record.status = "late" if late else "absent" if absent else "failed"

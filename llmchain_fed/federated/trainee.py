@@ -19,10 +19,14 @@ from llmchain_fed.model import LocalModel
 
 _MEANING = {
     "base": "base weights",
-    "adapter": "adapter (its names, types or shapes)",
+    "adapter": "adapter (its names, types, shapes or settings)",
     "prompt": "prompt",
+    "tokenizer": "tokenizer",
     "version": "version of llmchain-fed",
 }
+
+_STARTS = ("inference_mode", "init_lora_weights", "init_weights", "peft_version")  # how it was made, not what it is
+_PROBES = ("Save the page, naïve Café №5!", "  two  spaces\n\ttabs and 1234567890", "日本語 Ελληνικά 😀 don't")
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,13 @@ class Trainee:
     def contract(self) -> dict[str, Any]:
         """What all sides of a federation must share, as digests."""
         layout = {n: (str(p.dtype), tuple(p.shape)) for n, p in sorted(self.model.trainable_parameters().items())}
-        prompt = self.chain.prompt_identity() if self.chain is not None else None
+        chain = self.chain
+        prompt = (chain.prompt_identity(), chain.adds_special_tokens) if chain is not None else None
         return {
             "base": self.model.fingerprint(),
-            "adapter": hashlib.sha256(repr(layout).encode()).hexdigest(),
-            "prompt": hashlib.sha256(repr(prompt).encode()).hexdigest(),
+            "adapter": _digest((layout, _adapter_settings(self.model.module))),
+            "prompt": _digest(prompt),
+            "tokenizer": _digest(_tokenizer_identity(self.model)),
             "version": version("llmchain-fed"),
         }
 
@@ -107,3 +113,26 @@ class Trainee:
                 "from the same model, adapter, prompt and version."
             )
             raise ContractError(msg)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def _adapter_settings(module: Any) -> list[tuple[str, str, object]]:
+    """What of an adapter's configuration changes what its factors mean: rank, alpha, rslora, patterns, dropout."""
+    found = []
+    for name, config in sorted(getattr(module, "peft_config", {}).items()):
+        for key, value in sorted(config.to_dict().items()):
+            if key in _STARTS or not (value is None or isinstance(value, (bool, int, float, dict)) or key == "bias"):
+                continue
+            found.append((name, key, sorted(value.items()) if isinstance(value, dict) else value))
+    return found
+
+
+def _tokenizer_identity(model: LocalModel) -> object:
+    """Vocabulary, end and padding ids, and how some texts come out, which merges and normalisation decide."""
+    if model.tokenizer is None:
+        return None
+    probes = model.encode(_PROBES)
+    return sorted(model.tokenizer.get_vocab().items()), model.eos_ids, model.pad_id, probes

@@ -42,4 +42,10 @@ def from_site(plain: Any) -> LLMChainFedError:
 
 def _parts(plain: Any) -> tuple[str, str]:
     found = plain if isinstance(plain, dict) else {}
-    return str(found.get("type", "an unknown error"))[:80], str(found.get("message", ""))[:_LONGEST]
+    name, message = str(found.get("type", "an unknown error"))[:80], str(found.get("message", ""))[:_LONGEST]
+    return _printable(name), _printable(message)
+
+
+def _printable(text: str) -> str:
+    """Without control characters: it will be shown on a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)

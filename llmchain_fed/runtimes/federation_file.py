@@ -23,6 +23,8 @@ class HubOptions(FrozenConfig):
     admin: Path
     """folder of the administrator's kit, relative to the file"""
     sites: tuple[str, ...] = Field(min_length=1)
+    socket: Path | None = None
+    """where the job finds this process; by default a path that follows from `admin`"""
     patience: float = Field(default=30.0, gt=0)
     """seconds without a sign of life after which a site counts as absent"""
     recovery: float = Field(default=120.0, gt=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import socket
 import stat
 from collections.abc import Mapping
 from multiprocessing import AuthenticationError
@@ -21,6 +22,7 @@ from llmchain_fed.errors import ConfigError, TransportError
 SLICE = 16 * 2**20  # bytes: larger bodies travel in slices, so that no process on the way holds them whole
 _MAX_HEAD = 2**20
 MAX_FRAME = SLICE + _MAX_HEAD + 4
+MAX_OUTER = MAX_FRAME + _MAX_HEAD + 4  # a frame within a frame, between driver and bridge
 _LONGEST_PATH = 100  # characters: what a UNIX socket's address holds, less some room
 
 
@@ -40,13 +42,18 @@ def read(frame: bytes) -> tuple[dict[str, Any], memoryview]:
     try:
         if len(frame) < 4 or size > min(len(frame) - 4, _MAX_HEAD):
             raise ValueError("too short for its head")  # noqa: EM101
-        head = json.loads(frame[4 : 4 + size])
+        head = json.loads(frame[4 : 4 + size], parse_constant=_no_constant)
         if not isinstance(head, dict):
             raise ValueError("its head is no mapping")  # noqa: EM101
     except (ValueError, RecursionError) as error:
         msg = f"a frame of {len(frame):,} bytes cannot be read ({error!s:.200})."
         raise TransportError(msg) from None
     return head, memoryview(frame)[4 + size :]
+
+
+def _no_constant(name: str) -> float:
+    msg = f"{name} is no JSON"
+    raise ValueError(msg)
 
 
 def key_path(path: Path) -> Path:
@@ -64,20 +71,10 @@ def listen(path: str | Path) -> Listener:
     if len(str(path)) > _LONGEST_PATH:
         msg = f"a socket's path has at most {_LONGEST_PATH} characters, {path} has {len(str(path))}. Use /run or /tmp."
         raise ConfigError(msg)
-    if path.exists():
-        try:
-            dial(path).close()
-        except TransportError:
-            pass
-        else:
-            msg = f"somebody listens at {path} already. Stop that process or choose another socket."
-            raise ConfigError(msg)
-        if not stat.S_ISSOCK(path.stat().st_mode):
-            msg = f"{path} is there and is no socket. Choose another path: nothing is overwritten."
-            raise ConfigError(msg)
-        path.unlink()
     key = secrets.token_bytes(32)
     try:
+        if path.exists():
+            _make_room(path)
         key_path(path).unlink(missing_ok=True)
         descriptor = os.open(key_path(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
@@ -90,6 +87,21 @@ def listen(path: str | Path) -> Listener:
     except OSError as error:
         msg = f"cannot listen at {path}: {error}. Its folder must exist and be writable."
         raise ConfigError(msg) from error
+
+
+def _make_room(path: Path) -> None:
+    """Removes a socket that a killed process left."""
+    if not stat.S_ISSOCK(path.stat().st_mode):
+        msg = f"{path} is there and is no socket. Choose another path: nothing is overwritten."
+        raise ConfigError(msg)
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    msg = f"somebody listens at {path} already. Stop that process or choose another socket."
+    raise ConfigError(msg)
 
 
 def dial(path: str | Path) -> Connection:

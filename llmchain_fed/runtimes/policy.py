@@ -36,8 +36,8 @@ class Policy(FrozenConfig):
     """trainings this peer does before it must be started again; None is no limit"""
     max_payload_bytes: int = Field(default=2**30, ge=1)
     """bytes of a request: global weights of a larger model need more"""
-    samples: bool = False
-    """whether held-out examples, with the chain's answers, may leave for the history and its report"""
+    samples: int = Field(default=0, ge=0)
+    """held-out examples that may leave with the chain's answers, for the history and its report"""
     error_messages: bool = False
     """whether the messages of errors may leave, which can quote an example; else their type does, and the rest stays in
     the audit file"""
@@ -94,7 +94,7 @@ class Audit:
         self._lock = threading.Lock()
         if self._path is not None:
             try:
-                os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+                os.close(self._open())
             except OSError as error:
                 msg = f"the audit file {self._path} cannot be written: {error}."
                 raise ConfigError(msg) from error
@@ -109,13 +109,21 @@ class Audit:
             return
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds")} | entry)
         try:
-            with self._lock, self._path.open("a", encoding="utf-8") as file:
+            with self._lock, os.fdopen(self._open(), "a", encoding="utf-8") as file:
                 file.write(line + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             msg = f"the audit file cannot be written ({type(error).__name__}), and without it nothing is answered."
             raise PolicyError(msg) from error
+
+    def _open(self) -> int:
+        """A descriptor to append with. Made anew each time, so that a file moved away by log rotation stays whole."""
+        assert self._path is not None
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        if os.fstat(descriptor).st_mode & 0o077:  # it quotes errors, which can quote examples
+            os.fchmod(descriptor, 0o600)
+        return descriptor
 
 
 def read_options(path: str | Path, what: str) -> dict[str, Any]:
@@ -131,7 +139,8 @@ def read_options(path: str | Path, what: str) -> dict[str, Any]:
         raise ConfigError(msg) from error
     if found is None:
         return {}
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        msg = f"the {what} file {path} is no mapping of options to values."
+    inner = [value for value in found.values() if isinstance(value, dict)] if isinstance(found, dict) else []
+    if not isinstance(found, dict) or not all(isinstance(key, str) for part in (found, *inner) for key in part):
+        msg = f"the {what} file {path} is no mapping of options to values (YAML reads an unquoted `on` as true)."
         raise ConfigError(msg)
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
@@ -16,32 +17,37 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmchain_fed.errors import ConfigError, DeadlineError, PolicyError, TransportError
+from llmchain_fed.errors import ConfigError, PolicyError, TransportError
 from llmchain_fed.federated.runtime import Peer
 from llmchain_fed.runtimes import failures, frames
 from llmchain_fed.runtimes.policy import Audit, Policy
 
 _INLINE = 2**18  # bytes: a shorter answer comes with the news that it is there
 _LONGEST_WAIT = 30.0  # seconds a poll may block
+_LONGEST_NAME = 64  # characters of a call's id
+_PAUSE = 0.05  # seconds after a connection that failed
 
 
 class LongPeer(Peer, Protocol):
-    """A peer whose training can be given up from another thread."""
+    """A peer whose work can be given up from another thread."""
 
     def give_up(self) -> None:
-        """Ends a running training at its next step."""
+        """Ends running work at its next step."""
+
+    def take_up(self) -> None:
+        """Lets work that comes from now on run to its end."""
 
 
 @dataclass
 class _Call:
-    """The one call that is being received, worked on, or fetched."""
+    """The one call that is being received, waits, is worked on, or fetched."""
 
     id: str
     op: str
     payload: bytearray
     received: int = 0
     state: str = "receiving"
-    """receiving, working, done or failed"""
+    """receiving, waiting, working, done or failed"""
     answer: bytes = b""
     error: dict[str, str] | None = None
 
@@ -54,21 +60,23 @@ class _Call:
 class Site:
     """Answers frames: a call's payload comes in slices, is worked on, and its answer is fetched in slices.
 
-    A newer call replaces the former one, whose training is given up: whoever asked no longer waits. Repeating a frame
-    does no harm, so a hub whose connection broke goes on where it was.
+    One call at a time: a newer one replaces the former, whose work is given up, because whoever asked no longer waits.
+    Repeating a frame does no harm, so a hub whose connection broke goes on where it was; a frame of a call that was
+    replaced or dropped changes nothing any more.
 
     Args:
         peer: Does the work.
         policy: What it may be asked.
-        audit: Where every request is written down.
+        audit: Where every request is written down, when it begins and when it ends.
     """
 
     def __init__(self, peer: LongPeer, policy: Policy, audit: Audit) -> None:
         self._peer, self._policy, self._audit = peer, policy, audit
         self._call: _Call | None = None
+        self._former: deque[str] = deque(maxlen=256)
         self._changed = threading.Condition()
-        self._working = threading.Lock()
         self._trainings = 0
+        threading.Thread(target=self._work, name="peer", daemon=True).start()
 
     def answer(self, frame: bytes) -> bytes:
         """One frame in, one frame out; never raises."""
@@ -88,12 +96,18 @@ class Site:
             msg = f"unknown request {head.get('do')!r:.40}; a site answers ping, put, poll, get and drop."
             raise TransportError(msg)
         except Exception as error:
+            if isinstance(error, TransportError):
+                with suppress(PolicyError):
+                    self._audit.write(op=None, bytes_in=len(frame), status="malformed", error=str(error)[:400])
             return frames.pack({"error": self._policy.told(error)})
+
+    # --- frames -----------------------------------------------------------------------------------------------------
 
     def _put(self, head: dict[str, Any], body: memoryview) -> bytes:
         name, op, offset, total = (head.get(key) for key in ("call", "op", "offset", "total"))
         if not (
             isinstance(name, str)
+            and len(name) <= _LONGEST_NAME
             and isinstance(op, str)
             and isinstance(offset, int)
             and isinstance(total, int)
@@ -102,62 +116,44 @@ class Site:
             msg = "a put needs call, op, and offset and total of 0 or more."
             raise TransportError(msg)
         with self._changed:
+            if name in self._former:
+                return frames.pack({"state": "unknown"})
             if self._call is None or self._call.id != name:
-                self._begin(name, op, total)
+                self._begin(name, op, offset, total)
             call = self._call
             assert call is not None
-            if call.state != "receiving" or offset + len(body) <= call.received:
+            if call.state != "receiving" or offset + len(body) <= call.received < total:
                 return frames.pack({"state": call.state})  # said before
-            if offset != call.received or offset + len(body) > len(call.payload) or (total and not len(body)):
+            if offset != call.received or offset + len(body) > total or (total and not len(body)):
                 msg = f"a slice of {len(body):,} bytes at {offset:,} does not follow {call.received:,} of {total:,}."
                 raise TransportError(msg)
             call.payload[offset : offset + len(body)] = body
             call.received += len(body)
-            if call.received == len(call.payload):
-                self._start(call)
+            if call.received == total:
+                call.state = "waiting"
+                self._changed.notify_all()
         return frames.pack({"state": call.state})
 
-    def _begin(self, name: str, op: str, total: int) -> None:
+    def _begin(self, name: str, op: str, offset: int, total: int) -> None:
+        if offset:
+            msg = f"a slice at {offset:,} of a call that this site knows nothing of: its peer has restarted."
+            raise TransportError(msg)
         try:
             self._policy.check(op, total, self._trainings)
         except PolicyError as error:
             self._audit.write(op=op[:40], bytes_in=total, status="refused", error=str(error))
             raise
-        if self._call is not None and self._call.state == "working":
-            self._peer.give_up()
+        self._end()
         self._call = _Call(name, op, bytearray(total))
-        if total == 0:
-            self._start(self._call)
 
-    def _start(self, call: _Call) -> None:
-        call.state = "working"
-        if call.op == "train":
-            self._trainings += 1
-        threading.Thread(target=self._work, args=(call,), name=f"{call.op} {call.id}", daemon=True).start()
-
-    def _work(self, call: _Call) -> None:
-        answer, error = b"", None
-        with self._working:  # one after the other: a call that was given up may need a moment to notice
-            entry = {"op": call.op, "bytes_in": len(call.payload)} | _asked(call.op, call.payload)
-            began = time.monotonic()
-            if self._call is call:
-                try:
-                    answer = self._peer.handle(call.op, call.take())  # type: ignore[arg-type]
-                except BaseException as raised:  # the site stays up: an error is an answer
-                    error = raised
-            else:
-                error = DeadlineError("a newer call came before this one began.")
-        entry |= {"bytes_out": len(answer), "seconds": round(time.monotonic() - began, 3)}
-        try:
-            if error is None:
-                self._audit.write(**entry, status="answered")
-            else:
-                self._audit.write(**entry, status="failed", error=f"{type(error).__name__}: {error}"[:2000])
-        except PolicyError as unwritten:
-            answer, error = b"", unwritten
-        with self._changed:
-            call.answer, call.state = answer, "done" if error is None else "failed"
-            call.error = self._policy.told(error) if error is not None else None
+    def _end(self) -> None:
+        """Forgets the call there is, and gives its work up."""
+        if self._call is not None:
+            self._former.append(self._call.id)
+            self._call.payload = bytearray()
+            if self._call.state == "working":
+                self._peer.give_up()
+            self._call = None
             self._changed.notify_all()
 
     def _poll(self, head: dict[str, Any]) -> bytes:
@@ -173,7 +169,8 @@ class Site:
             if call.error is not None:
                 return frames.pack({"error": call.error})
             inline = call.answer if call.state == "done" and len(call.answer) <= _INLINE else b""
-            return frames.pack({"state": call.state, "total": len(call.answer)}, inline)
+            state = "working" if call.state == "waiting" else call.state
+            return frames.pack({"state": state, "total": len(call.answer)}, inline)
 
     def _get(self, head: dict[str, Any]) -> bytes:
         with self._changed:
@@ -184,16 +181,49 @@ class Site:
 
     def _drop(self, head: dict[str, Any]) -> bytes:
         with self._changed:
-            call = self._known(head)
-            if call is not None:
-                if call.state == "working":
-                    self._peer.give_up()
-                self._call = None
-                self._changed.notify_all()
+            if self._known(head) is not None:
+                self._end()
         return frames.pack({"state": "unknown"})
 
     def _known(self, head: dict[str, Any]) -> _Call | None:
         return self._call if self._call is not None and self._call.id == head.get("call") else None
+
+    # --- work -------------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        """The one thread that works, as long as the process lives."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._call is not None and self._call.state == "waiting")
+                call = self._call
+                assert call is not None
+                call.state = "working"
+                self._peer.take_up()  # under the lock: who replaces or drops this call comes after
+                self._trainings += call.op == "train"
+            answer, error = b"", None
+            try:
+                answer = self._answer_to(call)
+            except BaseException as raised:  # the site stays up: an error is an answer
+                error = self._policy.told(raised)
+            with self._changed:
+                call.answer, call.error = answer, error
+                call.state = "done" if error is None else "failed"
+                self._changed.notify_all()
+
+    def _answer_to(self, call: _Call) -> bytes:
+        """What the peer answers; begun and ended in the audit file, or not at all."""
+        entry = {"op": call.op, "bytes_in": len(call.payload)} | _asked(call.op, call.payload)
+        self._audit.write(**entry, status="began")
+        began = time.monotonic()
+        try:
+            answer = self._peer.handle(call.op, call.take())  # type: ignore[arg-type]
+        except BaseException as error:
+            spent = round(time.monotonic() - began, 3)
+            self._audit.write(**entry, seconds=spent, status="failed", error=f"{type(error).__name__}: {error}"[:2000])
+            raise
+        spent = round(time.monotonic() - began, 3)
+        self._audit.write(**entry, bytes_out=len(answer), seconds=spent, status="answered")
+        return answer
 
     def serve(self, socket: str | Path) -> None:
         """Listens at `socket` until the process ends.
@@ -205,9 +235,9 @@ class Site:
             while True:
                 try:
                     connection = listener.accept()
-                except (OSError, EOFError, AuthenticationError):
-                    continue  # somebody without the key, or who went away
-                threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
+                    threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
+                except (OSError, EOFError, RuntimeError, AuthenticationError):
+                    time.sleep(_PAUSE)  # somebody without the key, who went away, or no descriptor or thread is left
 
     def _converse(self, connection: Connection) -> None:
         with connection, suppress(OSError, EOFError):
@@ -218,7 +248,7 @@ def _asked(op: str, payload: bytearray) -> dict[str, Any]:
     """Which round, for the audit file; of a payload that may be anything."""
     if op not in ("train", "evaluate") or len(payload) < 8:
         return {}
-    with suppress(ValueError, KeyError, TypeError, RecursionError):
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         size = int.from_bytes(payload[:8], "little")
         if size < 2**24:
             header = json.loads(json.loads(payload[8 : 8 + size])["__metadata__"]["llmchain_fed"])

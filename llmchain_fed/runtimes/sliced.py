@@ -38,38 +38,34 @@ class SlicedCalls:
     def call(
         self, op: Operation, nodes: Iterable[str], payload: bytes, timeout: float | None
     ) -> Iterator[tuple[str, bytes | Exception]]:
-        """As `Transport.call`."""
+        """As `Transport.call`; the deadline includes the way there and back."""
         names = list(nodes)
         until = time.monotonic() + timeout if timeout is not None else None
         call = secrets.token_hex(8)
         answers: dict[str, bytes | Exception] = {}
         totals: dict[str, int] = {}
-        self._send(call, op, names, payload, answers)
+        self._send(call, op, names, payload, until, answers)
         self._wait(call, [n for n in names if n not in answers], until, answers, totals)
         for name in names:
             answer = answers.pop(name, None)
             if answer is None:
-                answer = self._fetch(call, name, totals[name], 2 * len(payload) + _SLACK)
+                answer = self._fetch(call, name, totals[name], 2 * len(payload) + _SLACK, until)
             yield name, answer
-        reached = [n for n in names if n in totals]
-        if reached:
-            for _ in self._exchange(reached, frames.pack({"do": "drop", "call": call}), self._patience):
-                pass
-
-    def ping(self, nodes: Sequence[str], patience: float) -> list[str]:
-        """Who of the nodes answers within `patience` seconds."""
-        if not nodes:
-            return []
-        found = self._exchange(nodes, frames.pack({"do": "ping"}), patience)
-        return [name for name, reply in found if not isinstance(_head(reply)[0], Exception)]
+        self._drop(call, [n for n in names if n in totals])
 
     def _send(
-        self, call: str, op: Operation, names: list[str], payload: bytes, answers: dict[str, bytes | Exception]
+        self,
+        call: str,
+        op: Operation,
+        names: list[str],
+        payload: bytes,
+        until: float | None,
+        answers: dict[str, bytes | Exception],
     ) -> None:
         view, total = memoryview(payload), len(payload)
         for offset in range(0, max(total, 1), frames.SLICE):
             left = [n for n in names if n not in answers]
-            if not left:
+            if not left or _over(until):
                 return
             head = {"do": "put", "call": call, "op": op, "offset": offset, "total": total}
             frame = frames.pack(head, view[offset : offset + frames.SLICE])
@@ -77,6 +73,12 @@ class SlicedCalls:
                 found, _ = _head(reply)
                 if isinstance(found, Exception):
                     answers[name] = found
+
+    def _drop(self, call: str, names: list[str]) -> None:
+        """Lets sites forget a call, and give it up if they are still at it."""
+        if names:
+            for _ in self._exchange(names, frames.pack({"do": "drop", "call": call}), self._patience):
+                pass
 
     def _wait(
         self,
@@ -91,8 +93,7 @@ class SlicedCalls:
         while working:
             left = until - time.monotonic() if until is not None else _POLL
             if left <= 0:
-                for _ in self._exchange(working, frames.pack({"do": "drop", "call": call}), self._patience):
-                    pass
+                self._drop(call, working)
                 for name in working:
                     answers[name] = DeadlineError(
                         f"{name!r} was not done by the deadline; what it sends now is dropped."
@@ -115,20 +116,26 @@ class SlicedCalls:
                     answers[name] = TransportError(f"{name!r} knows nothing of this call: its peer has restarted.")
             working = still
 
-    def _fetch(self, call: str, name: str, total: int, most: int) -> bytes | Exception:
+    def _fetch(self, call: str, name: str, total: int, most: int, until: float | None) -> bytes | Exception:
         if total > most:
             return ParticipantError(f"{name!r} wants to answer with {total:,} bytes where at most {most:,} make sense.")
         answer = bytearray()
         while len(answer) < total:
+            if _over(until):
+                return DeadlineError(f"{name!r} was done in time, but its answer was not here by the deadline.")
             frame = frames.pack({"do": "get", "call": call, "offset": len(answer)})
             for _, reply in self._exchange([name], frame, self._patience):
                 head, body = _head(reply)
                 if isinstance(head, Exception):
                     return head
-                if head.get("state") != "done" or not len(body):
-                    return TransportError(f"{name!r} knows nothing of this call any more: its peer has restarted.")
+                if head.get("state") != "done" or len(body) != min(frames.SLICE, total - len(answer)):
+                    return TransportError(f"{name!r} did not send the slice that was asked for: it has restarted.")
                 answer += body
         return bytes(answer)
+
+
+def _over(until: float | None) -> bool:
+    return until is not None and time.monotonic() >= until
 
 
 def _head(reply: bytes | Exception) -> tuple[dict[str, Any] | Exception, memoryview]:

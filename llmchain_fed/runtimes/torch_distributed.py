@@ -33,11 +33,12 @@ class TorchDistributed:
     several participants or none. Messages are JSON and update bytes, point to point over gloo, also where there are
     GPUs; answers are taken in the order of ranks, so that a rerun gives the same weights bit for bit.
 
-    A rank that dies, or is silent for `timeout`, ends the job with an error that names it and its participants;
-    `torchrun --max-restarts` starts all anew. Make this object before the model is loaded: it picks each rank's GPU.
+    A rank answers once all its participants are done. One that dies, or is silent for `timeout`, ends the job with an
+    error that names it and its participants; `torchrun --max-restarts` starts all anew. Make this object before the
+    model is loaded: it picks each rank's GPU.
 
     Args:
-        timeout: seconds a rank may be silent, which must be more than the longest local training takes.
+        timeout: seconds a rank may be silent, which must be more than all its participants take for a round together.
         threads: For torch, per rank. None: this machine's cores divided by its ranks, so that ranks do not fight
             for them.
 
@@ -54,12 +55,14 @@ class TorchDistributed:
         self._group = _join_group(self._timeout)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        torch.set_num_threads(threads or max(1, _cores() // ranks_here))
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.rank)) % torch.cuda.device_count())
         self._local = InProcess({})
         self._homes: dict[str, int] = {}
         self._broken: str | None = None
+        self._torn: set[int] = set()
+        """ranks to which no whole message can be sent any more"""
         self._hosted = False
 
     def __repr__(self) -> str:
@@ -138,8 +141,10 @@ class TorchDistributed:
         try:
             yield from self._local.call(op, mine, payload, timeout)
             while outstanding:
-                rank, name = outstanding.pop(0)
-                yield name, self._answer(rank)
+                rank, name = outstanding[0]
+                answer = self._answer(rank)
+                outstanding.pop(0)
+                yield name, answer
         finally:  # one that stops listening leaves no answer behind for the next call
             if self._broken is None:
                 for rank, _ in outstanding:
@@ -173,6 +178,8 @@ class TorchDistributed:
         head = {"error": failures.to_plain(error) if error is not None else None}
         body = _tensor(outcome)
         for rank in self._others():
+            if rank in self._torn:
+                continue
             try:
                 self._send(rank, head, body)
             except FederationError:
@@ -180,7 +187,7 @@ class TorchDistributed:
                     raise
 
     def close(self) -> None:
-        """Leaves the process group."""
+        """Leaves the process group, if this object made it."""
         _leave_group()
 
     # --- messages ---------------------------------------------------------------------------------------------------
@@ -199,6 +206,9 @@ class TorchDistributed:
                 dist.send(body, rank, group=self._group)
         except RuntimeError as error:
             raise self._lost(rank, error) from error
+        except BaseException as error:  # half a message is out: what follows would be taken for its rest
+            self._lost(rank, error)
+            raise
 
     def _receive(self, rank: int) -> tuple[dict[str, Any], bytes]:
         try:
@@ -206,6 +216,9 @@ class TorchDistributed:
             text, body = (self._fill(torch.empty(int(n), dtype=torch.uint8), rank) for n in sizes)
         except RuntimeError as error:
             raise self._lost(rank, error) from error
+        except BaseException as error:
+            self._lost(rank, error)
+            raise
         head: dict[str, Any] = json.loads(text.numpy().tobytes())
         return head, body.numpy().tobytes()
 
@@ -218,11 +231,12 @@ class TorchDistributed:
                 work.wait(patience)
         return tensor
 
-    def _lost(self, rank: int, error: Exception) -> FederationError:
+    def _lost(self, rank: int, error: BaseException) -> FederationError:
         names = ", ".join(repr(name) for name, home in self._homes.items() if home == rank) or "no participants"
         what = (
             f"was silent for {self._timeout.total_seconds():g} s" if self.leads else "gave up (its own error says why)"
         )
+        self._torn.add(rank)
         self._broken = (
             f"rank {rank} ({names}) is gone or {what}: {str(error)[:300]}. "
             "The group cannot go on without it: look at that rank's own output, or start with torchrun --max-restarts."
@@ -245,7 +259,7 @@ def _tensor(data: bytes) -> Tensor:
 def _join_group(timeout: timedelta) -> Any:
     """The group that carries messages: the process group there is, or one that is made now."""
     if dist.is_initialized():
-        return dist.new_group(backend="gloo", timeout=timeout * (dist.get_world_size() + 1))
+        return dist.new_group(backend="gloo", timeout=timeout * (dist.get_world_size() + 1))  # the maker's to leave
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         msg = (
@@ -274,12 +288,24 @@ def _join_group(timeout: timedelta) -> Any:
     except (RuntimeError, ValueError) as error:
         msg = f"rank {rank} of {world} found no others within {timeout.total_seconds():g} s: {error}"
         raise FederationError(msg) from error
+    global _ours
+    _ours = True
     atexit.register(_leave_group)
     return dist.new_group(backend="gloo", timeout=patience) if torch.cuda.is_available() else dist.group.WORLD
 
 
+_ours = False  # whether the process group was made here
+
+
+def _cores() -> int:
+    """Cores this process may use; macOS cannot say which."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _leave_group() -> None:
-    if dist.is_initialized():
+    global _ours
+    if _ours and dist.is_initialized():
+        _ours = False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dist.destroy_process_group()

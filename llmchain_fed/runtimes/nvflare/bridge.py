@@ -74,19 +74,25 @@ class Hub:
             with suppress(TransportError, OSError, EOFError), frames.dial(self.socket) as driver:
                 sites = [site.name for site in collab.clients]
                 driver.send_bytes(frames.pack({"run": self.run_id, "sites": sites}))
-                if self._serve(driver, set(sites)):
+                try:
+                    self._serve(driver, set(sites))
                     return
-                alone_since = time.monotonic()
+                finally:
+                    alone_since = time.monotonic()
             time.sleep(_REDIAL)
 
-    def _serve(self, driver: Connection, sites: set[str]) -> bool:
-        """Carries frames until the driver goes away; True once it says stop."""
+    def _serve(self, driver: Connection, sites: set[str]) -> None:
+        """Carries frames until the driver says stop, or the job is aborted.
+
+        Raises:
+            EOFError, OSError, TransportError: The driver went away.
+        """
         while not collab.is_aborted:
             if not driver.poll(_REDIAL):
                 continue
-            head, frame = frames.read(driver.recv_bytes(frames.MAX_FRAME + 2**20))
+            head, frame = frames.read(driver.recv_bytes(frames.MAX_OUTER))
             if head.get("do") == "stop":
-                return True
+                return
             known = [name for name in head["nodes"] if name in sites]
             for name in head["nodes"]:
                 if name not in sites:
@@ -94,11 +100,13 @@ class Hub:
             if known:
                 answers = collab.get_clients(known)(timeout=head["seconds"], blocking=False).exchange(bytes(frame))
                 for name, answer in answers:
-                    driver.send_bytes(frames.pack({"node": name}, answer))
+                    if isinstance(answer, bytes) and len(answer) <= frames.MAX_FRAME:
+                        driver.send_bytes(frames.pack({"node": name}, answer))
+                    else:
+                        self._tell(driver, name, "its answer is no frame")
                 for name, error in answers.failures.items():
                     self._tell(driver, name, str(error)[:300])
             driver.send_bytes(frames.pack({"done": True}))
-        return True
 
     @staticmethod
     def _tell(driver: Connection, name: str, message: str) -> None:

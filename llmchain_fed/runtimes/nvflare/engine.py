@@ -64,7 +64,7 @@ def _check_certificate(kit: Path, name: str) -> None:
     if not leaf.not_valid_before_utc <= now <= leaf.not_valid_after_utc:
         msg = (
             f"the certificate of {kit.name} is valid from {leaf.not_valid_before_utc:%Y-%m-%d} to "
-            f"{leaf.not_valid_after_utc:%Y-%m-%d}, today is {now:%Y-%m-%d}. Request a new one: llmchain-fed provision."
+            f"{leaf.not_valid_after_utc:%Y-%m-%d}, today is {now:%Y-%m-%d}. Request a new one, in a fresh folder."
         )
         raise ConfigError(msg)
     try:

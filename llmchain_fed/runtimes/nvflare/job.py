@@ -7,6 +7,7 @@ Knows the engine's job layout. Knows nothing of sessions or sockets. A site runs
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 HUB = "llmchain_fed.runtimes.nvflare.bridge.Hub"
@@ -18,12 +19,13 @@ SOCKET = "LLMCHAIN_FED_SOCKET"
 _THREADS = {"max_inbound_call_threads": 16, "max_outbound_call_threads": 100}
 
 
-def write_job(folder: Path, *, name: str, socket: str, run: str) -> Path:
+def write_job(folder: Path, *, name: str, sites: Sequence[str], socket: str, run: str) -> Path:
     """Writes the job into `folder/name` and returns that.
 
     Args:
         folder: Where; it must exist.
         name: The job's name in the engine's lists.
+        sites: Where it is deployed; nowhere else.
         socket: The driver's.
         run: See `bridge.Hub`.
     """
@@ -34,7 +36,7 @@ def write_job(folder: Path, *, name: str, socket: str, run: str) -> Path:
             "name": name,
             "resource_spec": {},
             "min_clients": 1,  # who is missing is the loop's business: it has a quorum
-            "deploy_map": {"app": ["@ALL"]},
+            "deploy_map": {"app": ["server", *sites]},
         },
         config / "config_fed_server.json": {
             "format_version": 2,

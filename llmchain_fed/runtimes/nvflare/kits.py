@@ -118,6 +118,9 @@ def provision_here(folder: Path, *, sites: Iterable[str], port: int, host: str =
         MissingExtraError: The extra `nvflare` is not installed.
     """
     names = list(sites)
+    if (folder / "ws").exists():
+        msg = f"{folder} holds kits already: the engine would write new ones beside them. Choose a fresh folder."
+        raise ConfigError(msg)
     folder.mkdir(parents=True, exist_ok=True)
     lighter = "nvflare.lighter.impl"
     project = {

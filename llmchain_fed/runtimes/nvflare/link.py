@@ -5,6 +5,7 @@ Knows frames and one connection. Knows nothing of sessions, calls or rounds.
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from llmchain_fed.errors import TransportError
 from llmchain_fed.runtimes import failures, frames
 
+_PAUSE = 0.05  # seconds after a connection that failed
 _GRACE = 30.0  # seconds the bridge may be silent beyond the time it was given
 
 
@@ -23,14 +25,14 @@ class Link:
     """Listens for the bridge and exchanges frames through it.
 
     Args:
-        socket: Where to listen.
+        path: Where to listen.
 
     Raises:
         ConfigError: See `frames.listen`.
     """
 
-    def __init__(self, socket: Path) -> None:
-        self._socket, self._listener = socket, frames.listen(socket)
+    def __init__(self, path: Path) -> None:
+        self._path, self._listener = path, frames.listen(path)
         self._expected: str | None = None
         self._bridge: Connection | None = None
         self._sites: list[str] = []
@@ -75,32 +77,39 @@ class Link:
                     if not bridge.poll(max(until - time.monotonic(), 0.0)):
                         msg = f"silent for {seconds + _GRACE:g} s"
                         raise TimeoutError(msg)
-                    head, body = frames.read(bridge.recv_bytes(frames.MAX_FRAME + 2**20))
+                    head, body = frames.read(bridge.recv_bytes(frames.MAX_OUTER))
                     if "done" in head:
                         break
                     failed = "error" in head
                     answers[head["node"]] = failures.from_site(head["error"]) if failed else bytes(body)
-            except (OSError, EOFError, KeyError, TransportError) as error:
+            except BaseException as error:
+                # also after Ctrl-C: what is still to come would be taken for the next frame's answers
                 with self._changed:
                     if self._bridge is bridge:
                         self._drop()
+                if not isinstance(error, (OSError, EOFError, KeyError, TransportError)):
+                    raise
                 msg = f"the job's bridge went away ({type(error).__name__}: {error})."
                 raise TransportError(msg) from error
         nobody = TransportError("the engine gave no answer for it.")
         return [(node, answers.get(node, nobody)) for node in nodes]
 
-    def close(self, *, stop: bool = True) -> None:
-        """Ends the job's loop, if asked to, and stops listening."""
+    def release(self) -> None:
+        """Ends the loop of the job that is connected, so that the job ends by itself."""
         with self._changed:
-            self._closed = True
-            if self._bridge is not None and stop:
+            if self._bridge is not None:
                 with suppress(OSError):
                     self._bridge.send_bytes(frames.pack({"do": "stop"}))
             self._drop()
-        with suppress(TransportError):
-            frames.dial(self._socket).close()  # wakes the thread that accepts
+
+    def close(self) -> None:
+        """Ends the job's loop and stops listening."""
+        self._closed = True
+        self.release()
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as knock:  # wakes the thread that accepts, if it does
+            knock.connect(str(self._path))
         self._listener.close()
-        frames.key_path(self._socket).unlink(missing_ok=True)
+        frames.key_path(self._path).unlink(missing_ok=True)
 
     def _accept(self) -> None:
         while not self._closed:
@@ -112,6 +121,7 @@ class Link:
                 head, _ = frames.read(connection.recv_bytes(frames.MAX_FRAME))
                 run, sites = str(head["run"]), [str(name) for name in head["sites"]]
             except (OSError, EOFError, AuthenticationError, TransportError, KeyError, TypeError):
+                time.sleep(_PAUSE)
                 continue
             with self._changed:
                 if self._expected not in (None, run):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 
 from llmchain_fed.errors import ConfigError, FederationError, TransportError
 from llmchain_fed.federated.runtime import Operation
+from llmchain_fed.runtimes import frames
 from llmchain_fed.runtimes.nvflare.job import write_job
 from llmchain_fed.runtimes.nvflare.link import Link
 from llmchain_fed.runtimes.nvflare.session import EngineSession
@@ -26,7 +28,12 @@ from llmchain_fed.runtimes.sliced import SlicedCalls
 _NAME = "llmchain_fed"
 _REUSE = 3.0  # seconds in which the bridge of a running job, left by a killed driver, finds this one
 _JOB_START = 90.0  # seconds from submission to the bridge's call
+_REFUSED = 600.0  # seconds before a site that refused a job is asked to take one again
 _AGAIN = 60.0  # seconds before a site that the engine lists but nobody reaches is worth another job
+
+
+class JobEndedError(TransportError):
+    """The engine ended a job before its bridge called: a site refused it."""
 
 
 class NVFlare:
@@ -77,6 +84,9 @@ class NVFlare:
         self._lost: dict[str, float] = {}
         """site → when it was last found missing, in seconds since the epoch"""
         self._retried: dict[str, float] = {}
+        self._refused: dict[str, tuple[float, str]] = {}
+        """site → when it last ended a job before it ran, and what the engine said"""
+        self._closed = False
         self.jobs = 0
         """jobs submitted: more than one says that the engine or a site was away"""
 
@@ -108,40 +118,48 @@ class NVFlare:
             if name not in self._sites:
                 msg = f"there is no site {name!r}. Known: {', '.join(self._sites)}."
                 raise FederationError(msg)
-        trouble = "it is not connected to the hub"
+        trouble, started = "it is not connected to the hub.", time.monotonic()
         try:
             self._find(names)
         except TransportError as error:
             trouble = str(error)
         there = [name for name in names if name in self._reached]
-        yield from self._calls.call(op, there, payload, timeout)
+        left = max(timeout - (time.monotonic() - started), 0.0) if timeout is not None else None
+        yield from self._calls.call(op, there, payload, left)
         for name in names:
             if name not in there:
-                yield name, TransportError(f"site {name!r} cannot be asked: {trouble}")
+                why = self._refused[name][1] if name in self._refused else trouble
+                yield name, TransportError(f"site {name!r} cannot be asked: {why}")
 
     def close(self) -> None:
-        """Tells the peers that the federation is over, ends the job, and closes session and socket."""
-        if self._link is not None:
-            with suppress(FederationError):
-                for _ in self._calls.call("stop", [n for n in self._sites if n in self._reached], b"{}", 5.0):
-                    pass
-            self._link.close()
-            self._link = None
-            with suppress(TransportError):
-                self._end_job()
-        self._session.close()
+        """Tells the peers that the federation is over, ends the job, and closes session and socket; for good."""
+        self._closed = True  # from here on nothing is recovered or submitted
+        try:
+            if self._link is not None:
+                with suppress(FederationError):
+                    for _ in self._calls.call("stop", [n for n in self._sites if n in self._reached], b"{}", 5.0):
+                        pass
+                self._link.close()
+                self._link = None
+                with suppress(TransportError):
+                    self._end_job()
+        finally:
+            self._session.close()
 
     # --- sites ------------------------------------------------------------------------------------------------------
 
     def _find(self, names: Sequence[str]) -> None:
         """Makes sure that there is a job, and that sites which came (back) are in it."""
+        if self._closed:
+            msg = "this transport is closed."
+            raise TransportError(msg)
         if self._link is None:
             self._link = Link(self._socket)
             if (sites := self._link.wait(_REUSE)) is not None:
                 self._meet(sites)
             else:
                 self._submit(self._startup)
-        missing = [name for name in names if name not in self._reached]
+        missing = [name for name in names if name not in self._reached and not self._is_refused(name)]
         if not missing:
             return
         heard = self._session.connected()
@@ -152,16 +170,21 @@ class NVFlare:
         outside = [n for n in back if n not in self._reached and now - self._retried.get(n, -_AGAIN) >= _AGAIN]
         if outside:
             self._retried |= dict.fromkeys(outside, now)
+            self._link.release()
             with suppress(TransportError):
                 self._end_job()
             self._submit(0.0)
 
     def _meet(self, names: Sequence[str]) -> None:
-        """Pings sites that may be in the job."""
-        assert self._link is not None
-        for name in self._calls.ping([n for n in names if n in self._sites], min(self._patience, 10.0)):
-            self._reached.add(name)
-            self._lost.pop(name, None)
+        """Pings sites that may be in the job; nothing is recovered for that."""
+        asked = [name for name in names if name in self._sites]
+        if self._link is None or not asked:
+            return
+        with suppress(TransportError):
+            for name, reply in self._link.exchange(asked, frames.pack({"do": "ping"}), min(self._patience, 10.0)):
+                if not isinstance(reply, Exception):  # that its peer is down is for the call to say
+                    self._reached.add(name)
+                    self._lost.pop(name, None)
 
     def _exchange(self, nodes: Sequence[str], frame: bytes, seconds: float) -> list[tuple[str, bytes | Exception]]:
         """One frame to several sites, through whichever job there is."""
@@ -174,9 +197,13 @@ class NVFlare:
                 replies = self._link.exchange(nodes, frame, seconds)
                 break
             except TransportError as error:
+                hopeless = "" if not self._closed and time.monotonic() <= until else "It was not tried again."
                 try:
-                    self._recover(until)
-                except TransportError as hopeless:
+                    if not hopeless:
+                        self._recover(until)
+                except TransportError as lost:
+                    hopeless = str(lost)
+                if hopeless:
                     for node in nodes:
                         self._miss(node)
                     return [(node, TransportError(f"{error} {hopeless}")) for node in nodes]
@@ -197,7 +224,7 @@ class NVFlare:
         Raises:
             TransportError: Not in time.
         """
-        if self._link is None:
+        if self._link is None or self._closed:
             msg = "this transport is closed."
             raise TransportError(msg)
         if self._link.wait(_REUSE) is not None:
@@ -220,42 +247,83 @@ class NVFlare:
     def _submit(self, wait: float) -> None:
         """Submits a job once all sites are connected, or `wait` seconds have passed, and meets those in it.
 
+        The engine ends a job for all as soon as one site refuses it. So after that each is tried alone, and the job
+        goes on with those that take it.
+
         Raises:
             TransportError: No site is connected, or the job does not come up.
         """
-        assert self._link is not None
+        connected = self._connected(wait)
+        try:
+            self._run_job(connected)
+        except JobEndedError as ended:
+            if len(connected) == 1:
+                self._refused[connected[0]] = (time.monotonic(), str(ended))
+                raise
+            willing = [name for name in connected if self._takes_a_job(name)]
+            if not willing:
+                raise
+            self._run_job(willing)
+
+    def _connected(self, wait: float) -> list[str]:
+        """The sites that can be in a job now."""
         until = time.monotonic() + wait
         while True:
             try:
                 heard = self._session.connected()
-                if set(self._sites) <= heard.keys() or (heard.keys() & set(self._sites) and time.monotonic() >= until):
-                    break
+                here = [name for name in self._sites if name in heard and not self._is_refused(name)]
+                if len(here) == len(self._sites) or (here and time.monotonic() >= until):
+                    return here
                 problem = f"none of the sites {', '.join(self._sites)} is connected to the hub."
             except TransportError as error:
                 problem = str(error)
             if time.monotonic() >= until:
                 raise TransportError(problem)
             time.sleep(0.5)
+
+    def _takes_a_job(self, name: str) -> bool:
+        try:
+            self._run_job([name])
+        except JobEndedError as ended:
+            self._refused[name] = (time.monotonic(), str(ended))
+            return False
+        assert self._link is not None
+        self._link.release()
+        with suppress(TransportError):
+            self._end_job()
+        return True
+
+    def _is_refused(self, name: str) -> bool:
+        return name in self._refused and time.monotonic() - self._refused[name][0] < _REFUSED
+
+    def _run_job(self, sites: Sequence[str]) -> None:
+        """Submits a job to some sites and waits until its bridge calls.
+
+        Raises:
+            JobEndedError: The engine ended it before.
+            TransportError: It does not come up.
+        """
+        assert self._link is not None
         run = secrets.token_hex(8)
         self._reached.clear()
         self._link.expect(run)
         with tempfile.TemporaryDirectory(prefix="llmchain_fed-job-") as folder:
-            job = write_job(Path(folder), name=_NAME, socket=str(self._socket), run=run)
+            job = write_job(Path(folder), name=_NAME, sites=sites, socket=str(self._socket), run=run)
             self._job = self._session.submit(job)
         self.jobs += 1
         until = time.monotonic() + _JOB_START
-        while (sites := self._link.wait(1.0)) is None:
+        while (present := self._link.wait(1.0)) is None:
             status, detail = self._session.status(self._job)
             if status.startswith("FINISHED"):
                 msg = (
                     f"the engine ended the job before it ran ({status}{': ' + detail if detail else ''}). A site whose "
                     "local/resources.json does not list the bridge classes refuses it; its own log says so."
                 )
-                raise TransportError(msg)
+                raise JobEndedError(msg)
             if time.monotonic() > until:
                 msg = f"the job did not come up within {_JOB_START:g} s (status {status})."
                 raise TransportError(msg)
-        self._meet(sites)
+        self._meet(present)
 
     def _end_job(self) -> None:
         if self._job is not None:
@@ -272,7 +340,8 @@ def _socket_of(admin: Path) -> Path:
     """A short path that is the same whenever this kit's driver starts, in a folder for this account alone."""
     folder = Path(tempfile.gettempdir()) / f"llmchain_fed-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         msg = f"{folder} is not this account's alone, so the hub's socket would not be either. Pass socket=…"
         raise ConfigError(msg)
     return folder / f"{hashlib.sha256(str(admin).encode()).hexdigest()[:16]}.sock"

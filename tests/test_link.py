@@ -1,0 +1,139 @@
+"""The driver's end of the bridge, and the bridge, over real sockets and without an engine.
+
+Belongs here: frames between driver and bridge, interruptions, intruders. Does not: jobs and sites (test_nvflare).
+"""
+
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from llmchain_fed.errors import TransportError
+from llmchain_fed.runtimes import frames
+from llmchain_fed.runtimes.nvflare import bridge as bridges
+from llmchain_fed.runtimes.nvflare.link import Link
+
+
+class Collab:
+    """The engine's call interface with two sites in memory."""
+
+    def __init__(self, answer):
+        self.is_aborted, self.answer = False, answer
+        self.clients = [SimpleNamespace(name="a"), SimpleNamespace(name="b")]
+
+    def get_clients(self, names):
+        def group(timeout, blocking):
+            def exchange(frame):
+                answers = Answers((n, self.answer(n, frame)) for n in names if n != "b")
+                answers.failures = {"b": TimeoutError("it is gone")} if "b" in names else {}
+                return answers
+
+            return SimpleNamespace(exchange=exchange)
+
+        return group
+
+
+class Answers(list):
+    failures: dict
+
+
+@pytest.fixture
+def connect(tmp_path_factory, monkeypatch):
+    """`connect(answer)`: a Link whose bridge carries frames to `answer(name, frame)`."""
+    ends = []
+
+    def start(answer, run="r"):
+        collab = Collab(answer)
+        monkeypatch.setattr(bridges, "collab", collab)
+        link = Link(tmp_path_factory.mktemp("l") / "hub.sock")
+        hub = bridges.Hub(str(link._path), run)
+        thread = threading.Thread(target=bridges.Hub.run, args=(hub,), daemon=True)
+        thread.start()
+        assert link.wait(5.0) == ["a", "b"]
+        ends.append((link, thread, collab))
+        return link
+
+    start.ends = ends
+    yield start
+    for link, thread, collab in ends:
+        link.close()
+        collab.is_aborted = True
+        thread.join(5)
+        assert not thread.is_alive(), "the bridge's loop must end when the driver says stop"
+
+
+def echo(name, frame):
+    return frame
+
+
+def test_frames_go_there_and_back_and_a_failed_site_is_one_error(connect):
+    link = connect(echo)
+    frame = frames.pack({"do": "ping"}, bytes(frames.SLICE))
+    (a, answer), (_, error), (_, unknown) = link.exchange(["a", "b", "c"], frame, 5.0)
+    assert (a, answer) == ("a", frame)
+    assert isinstance(error, TransportError)
+    assert str(error) == "it is gone"
+    assert "was not connected when this job began" in str(unknown)
+
+
+@pytest.mark.parametrize("answer", [None, {"a": 1}, bytes(frames.MAX_FRAME + 1)], ids=["none", "dict", "oversized"])
+def test_an_answer_that_is_no_frame_is_that_sites_error_alone(answer, connect):
+    link = connect(lambda name, frame: answer)
+    ((_, error),) = link.exchange(["a"], b"x", 5.0)
+    assert str(error) == "its answer is no frame"
+    assert link.wait(0.0) == ["a", "b"]
+
+
+def test_an_interrupted_exchange_leaves_nothing_for_the_next(connect):
+    """Ctrl-C while a site is slow: its answer must not be taken for that of the frame which follows."""
+
+    def slow(name, frame):
+        time.sleep(1.0 if frame == b"slow" else 0.0)
+        return frame
+
+    link = connect(slow)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            link.exchange(["a"], b"slow", 5.0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+    assert link.wait(5.0) == ["a", "b"], "the bridge dials again"
+    for number in range(5):
+        assert link.exchange(["a"], b"%d" % number, 5.0) == [("a", b"%d" % number)]
+
+
+def test_a_bridge_of_another_submission_is_told_to_stop(connect):
+    link = connect(echo, run="old")
+    link.expect("new")
+    assert link.wait(1.5) is None
+    _, thread, _ = connect.ends[0]
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_a_driver_that_goes_away_is_waited_for_from_then_on(connect, monkeypatch):
+    monkeypatch.setattr(bridges, "_LINGER", 1.5)
+    link = connect(echo)
+    time.sleep(2.0)  # longer than it waits for a driver: the one it has counts
+    assert link.exchange(["a"], b"x", 5.0) == [("a", b"x")]
+    with link._changed:
+        link._drop()  # as when the driver is killed
+    assert link.wait(5.0) == ["a", "b"]
+    assert link.exchange(["a"], b"y", 5.0) == [("a", b"y")]
+
+
+def test_strangers_at_the_socket_are_ignored(connect):
+    link = connect(echo)
+    for greeting in (b"", b"x", frames.pack({"run": "r"}), frames.pack({"run": "r", "sites": 3})):
+        with frames.dial(link._path) as stranger:
+            stranger.send_bytes(greeting)
+    assert link.exchange(["a"], b"x", 5.0) == [("a", b"x")]
