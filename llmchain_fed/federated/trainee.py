@@ -25,7 +25,8 @@ _MEANING = {
     "version": "version of llmchain-fed",
 }
 
-_STARTS = ("inference_mode", "init_lora_weights", "init_weights", "peft_version")  # how it was made, not what it is
+# how an adapter was made, not what it is
+_MADE = ("auto_mapping", "inference_mode", "init_lora_weights", "init_weights", "peft_version")
 _PROBES = ("Save the page, naïve Café №5!", "  two  spaces\n\ttabs and 1234567890", "日本語 Ελληνικά 😀 don't")
 
 
@@ -119,20 +120,20 @@ def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def _adapter_settings(module: Any) -> list[tuple[str, str, object]]:
+def _adapter_settings(module: Any) -> list[tuple[str, object]]:
     """What of an adapter's configuration changes what its factors mean: rank, alpha, rslora, patterns, dropout."""
     found = []
-    for name, config in sorted(getattr(module, "peft_config", {}).items()):
+    for _, config in sorted(getattr(module, "peft_config", {}).items()):
         for key, value in sorted(config.to_dict().items()):
-            if key in _STARTS or not (value is None or isinstance(value, (bool, int, float, dict)) or key == "bias"):
-                continue
-            found.append((name, key, sorted(value.items()) if isinstance(value, dict) else value))
+            if key not in _MADE and (isinstance(value, (bool, int, float, dict)) or key == "bias"):
+                found.append((key, sorted(value.items()) if isinstance(value, dict) else value))
     return found
 
 
 def _tokenizer_identity(model: LocalModel) -> object:
     """Vocabulary, end and padding ids, and how some texts come out, which merges and normalisation decide."""
-    if model.tokenizer is None:
+    tokenizer = model.tokenizer
+    if tokenizer is None:
         return None
-    probes = model.encode(_PROBES)
-    return sorted(model.tokenizer.get_vocab().items()), model.eos_ids, model.pad_id, probes
+    probes = [list(tokenizer(text)["input_ids"]) for text in _PROBES]
+    return sorted(tokenizer.get_vocab().items()), model.eos_ids, model.pad_id, probes
