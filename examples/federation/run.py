@@ -26,9 +26,9 @@ from catalogues import split_publishers
 from demo import chrf, make_chain, print_results, sample, translate
 from transformers.utils import logging as transformers_logging
 
-from llmchain_fed import History, LLMChain
-from llmchain_fed.runtimes import frames
+from llmchain_fed import ConfigError, History, LLMChain
 from llmchain_fed.runtimes.nvflare import engine, kits
+from llmchain_fed.runtimes.site import check_socket
 
 SITES = ("django", "wagtail", "pretix")
 HERE = Path(__file__).parent
@@ -137,11 +137,14 @@ def start_peer(name: str, out: Path, path: Path) -> subprocess.Popen[bytes]:
 
 def wait_for_peer(name: str, path: Path, process: subprocess.Popen[bytes], out: Path) -> None:
     """Until the peer has loaded its model."""
-    while not path.exists():
-        if process.poll() is not None:
-            sys.exit((out / name / "peer.log").read_text(encoding="utf-8"))
-        time.sleep(0.2)
-    frames.ask(path, frames.pack({"do": "ping"}))
+    while process.poll() is None:
+        try:
+            check_socket(path)
+            break
+        except ConfigError:
+            time.sleep(0.2)
+    else:
+        sys.exit((out / name / "peer.log").read_text(encoding="utf-8"))
     print("  " + (out / name / "peer.log").read_text(encoding="utf-8").splitlines()[-5])
 
 

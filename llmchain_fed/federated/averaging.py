@@ -24,7 +24,14 @@ from llmchain_fed.federated.aggregation import Aggregation, Weighting, make_aggr
 from llmchain_fed.federated.asking import Asking
 from llmchain_fed.federated.evaluation import Evaluator, Measurement
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
-from llmchain_fed.federated.options import Patience, checked_quorum, checked_waiting, sample_size, training_of
+from llmchain_fed.federated.options import (
+    Patience,
+    check_travels,
+    checked_quorum,
+    checked_waiting,
+    sample_size,
+    training_of,
+)
 from llmchain_fed.federated.participant import Participant, as_participants
 from llmchain_fed.federated.peer import LocalPeer
 from llmchain_fed.federated.roster import Roster
@@ -118,13 +125,8 @@ class FederatedAveraging:
         if runtime is not None and self._cluster is None and named:
             msg = "give participants (they run in this process) or a runtime (which knows its own), not both."
             raise ConfigError(msg)
-        elsewhere = runtime is not None and not isinstance(runtime, (Cluster, InProcess))
-        if elsewhere and self._training.to_plain() is None:
-            msg = (
-                f"optimizer={self._training.optimizer!r:.60} cannot be told to participants elsewhere, because no "
-                "code travels. Name it: 'adamw', 'adam' or 'sgd'."
-            )
-            raise ConfigError(msg)
+        if runtime is not None and not isinstance(runtime, (Cluster, InProcess)):
+            check_travels(self._training)
         self._evaluator = Evaluator(self._trainee, evaluation, samples=samples, seed=seed)
         named = self._evaluator.divide(named)
         self._peers = {name: LocalPeer(self._trainee, p, self._training) for name, p in named.items()}

@@ -69,6 +69,20 @@ def checked_quorum(quorum: int, sampled: int, available: int) -> int:
     return quorum
 
 
+def check_travels(training: TrainingConfig) -> None:
+    """Makes sure that participants in other organisations can be told how to train.
+
+    Raises:
+        ConfigError: The optimizer is a class or an instance, and no code travels.
+    """
+    if training.to_plain() is None:
+        msg = (
+            f"optimizer={training.optimizer!r:.60} cannot be told to participants elsewhere, because no code travels. "
+            "Name it: 'adamw', 'adam' or 'sgd'."
+        )
+        raise ConfigError(msg)
+
+
 def checked_waiting(deadline: float | None, retries: int) -> tuple[float | None, int]:
     """`deadline` and `retries`, if they make sense.
 
