@@ -32,7 +32,7 @@ _REFUSED = 600.0  # seconds before a site that refused a job is asked to take on
 _AGAIN = 60.0  # seconds before a site that the engine lists but nobody reaches is worth another job
 
 
-class JobEndedError(TransportError):
+class _JobEndedError(TransportError):
     """The engine ended a job before its bridge called: a site refused it."""
 
 
@@ -75,7 +75,7 @@ class NVFlare:
             raise ConfigError(msg)
         self._sites = [str(name) for name in sites]
         self._session = EngineSession(Path(admin).absolute())
-        self._socket = Path(socket) if socket is not None else _socket_of(Path(admin).absolute())
+        self._socket = Path(socket).absolute() if socket is not None else _socket_of(Path(admin).absolute())
         self._patience, self._recovery, self._startup = patience, recovery, startup
         self._calls = SlicedCalls(self._exchange, patience)
         self._link: Link | None = None
@@ -256,7 +256,7 @@ class NVFlare:
         connected = self._connected(wait)
         try:
             self._run_job(connected)
-        except JobEndedError as ended:
+        except _JobEndedError as ended:
             if len(connected) == 1:
                 self._refused[connected[0]] = (time.monotonic(), str(ended))
                 raise
@@ -284,7 +284,7 @@ class NVFlare:
     def _takes_a_job(self, name: str) -> bool:
         try:
             self._run_job([name])
-        except JobEndedError as ended:
+        except _JobEndedError as ended:
             self._refused[name] = (time.monotonic(), str(ended))
             return False
         assert self._link is not None
@@ -300,7 +300,7 @@ class NVFlare:
         """Submits a job to some sites and waits until its bridge calls.
 
         Raises:
-            JobEndedError: The engine ended it before.
+            _JobEndedError: The engine ended it before.
             TransportError: It does not come up.
         """
         assert self._link is not None
@@ -319,7 +319,7 @@ class NVFlare:
                     f"the engine ended the job before it ran ({status}{': ' + detail if detail else ''}). A site whose "
                     "local/resources.json does not list the bridge classes refuses it; its own log says so."
                 )
-                raise JobEndedError(msg)
+                raise _JobEndedError(msg)
             if time.monotonic() > until:
                 msg = f"the job did not come up within {_JOB_START:g} s (status {status})."
                 raise TransportError(msg)
