@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -89,6 +90,16 @@ class Federation:
         with (self.folder / f"{name}.peer.log").open("ab") as log:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             self.peers[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+    def change_chain(self, chain) -> None:
+        """Starts all peers anew with another chain; the engine and its job stay."""
+        self.kill(*self.peers.values())
+        shutil.rmtree(self.chain_folder)
+        chain.save(self.chain_folder)
+        for name in self.sites:
+            self.start_peer(name)
+        for name in self.sites:
+            self.wait_for_peer(name)
 
     def wait_for_peer(self, name: str, seconds: float = 60.0) -> None:
         until = time.monotonic() + seconds

@@ -19,19 +19,28 @@ KINDS = [
 ]
 
 
-def in_three_runtimes(chain, folder, training, *options):
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory):
+    """One engine and one job for all; the peers are started anew for each chain."""
+    found = Federation(tmp_path_factory.mktemp("f"), sites=list(SHARES))
+    try:
+        found.start()
+        with found.runtime() as runtime:
+            yield found, runtime
+    finally:
+        found.stop()
+
+
+def in_three_runtimes(chain, sites, folder, training, *options):
     """`chain()` federated in each: the trainable weights by runtime, and the histories."""
     here = chain()
     fed = federate(here, SHARES, training=training, samples=0)
     status, output, reports = torchrun(folder, *options, seconds=400)
     assert status == 0, output
-    sites = Federation(folder / "n", sites=list(SHARES), chain=chain())
-    try:
-        with sites.start().runtime() as runtime:
-            there = chain()
-            across = sites.federate(runtime, chain=there, training=training, samples=0)
-    finally:
-        sites.stop()
+    federation, runtime = sites
+    federation.change_chain(chain())
+    there = chain()
+    across = federation.federate(runtime, chain=there, training=training, samples=0)
     states = {f"rank {rank}": report["state"] for rank, report in reports.items()}
     states["nvflare"] = there.model.trainable_state()
     return here.model.trainable_state(), states, fed.history, across.history
@@ -53,11 +62,11 @@ def check(found):
 
 
 @pytest.mark.parametrize(("kind", "lora"), KINDS)
-def test_tiny_models(kind, lora, tmp_path_factory):
+def test_tiny_models(kind, lora, sites, tmp_path):
     options = ["--kind", kind, *(["--lora"] if lora else [])]
-    check(in_three_runtimes(lambda: tiny_chain(kind, lora=lora), tmp_path_factory.mktemp("f"), TRAINING, *options))
+    check(in_three_runtimes(lambda: tiny_chain(kind, lora=lora), sites, tmp_path, TRAINING, *options))
 
 
 @pytest.mark.real_model
-def test_smollm2(tmp_path_factory):
-    check(in_three_runtimes(real_chain, tmp_path_factory.mktemp("f"), REAL_TRAINING, "--real"))
+def test_smollm2(sites, tmp_path):
+    check(in_three_runtimes(real_chain, sites, tmp_path, REAL_TRAINING, "--real"))
