@@ -62,5 +62,8 @@ compare: $(VENV)/demo.stamp  ## base, alone, federated, centralised; writes the 
 bench: $(VENV)/demo.stamp .venv-bench/bench.stamp  ## ratios against TRL, langchain-huggingface and bare loops: some 45 quiet minutes
 	$(BIN)/python tests/benchmarks/run.py $(BENCH)
 
+bench-runtimes: $(VENV)/dev.stamp  ## what a round costs in each runtime, on a quiet machine: some five minutes
+	$(BIN)/python tests/benchmarks/runtimes.py $(BENCH_RUNTIMES)
+
 clean:
 	rm -rf $(VENV) .venv-bench out build dist .mypy_cache .ruff_cache .pytest_cache
