@@ -20,7 +20,7 @@ from peft import LoraConfig
 from report import write_report
 from transformers.utils import logging as transformers_logging
 
-from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, TrainingConfig, load_prompt
+from llmchain_fed import FederatedAveraging, History, LLMChain, LocalLLM, TrainingConfig, load_prompt
 from llmchain_fed.library import StripOutputParser
 
 PUBLISHERS = ("django", "wagtail", "plone", "pretix")
@@ -88,21 +88,7 @@ def main() -> None:
     history = federation.fit(rounds=args.rounds)
     after = {name: translate(chain, s.held_out) for name, s in splits.items()}  # the same object, averaged weights
 
-    first, last = history[0], history[-1]
-    rows = [
-        {
-            "publisher": name,
-            "examples": len(split.train),
-            "loss_before": first.participants[name].held_out_before,
-            "loss_after": last.participants[name].held_out_after,
-            "chrf_before": chrf(before[name], split.held_out),
-            "chrf_after": chrf(after[name], split.held_out),
-            "MB_up": sum(r.participants[name].bytes_up for r in history) / 1e6,
-            "MB_down": sum(r.participants[name].bytes_down for r in history) / 1e6,
-            "seconds": sum(r.participants[name].seconds or 0 for r in history),
-        }
-        for name, split in splits.items()
-    ]
+    rows = [summary_row(name, split, before, after, history) for name, split in splits.items()]
     samples = [sample(name, i, splits, before, after) for i in range(min(3, args.test)) for name in splits]
     args.out.mkdir(parents=True, exist_ok=True)
     chain.save(args.out / "chain")
@@ -130,6 +116,28 @@ def main() -> None:
         notes=notes,
     )
     print(f"report: {path}\nchain:  {args.out / 'chain'}  (LLMChain.load reads it)")
+
+
+def summary_row(
+    name: str,
+    split: Split,
+    before: Mapping[str, Sequence[str]],
+    after: Mapping[str, Sequence[str]],
+    history: History,
+) -> dict[str, str | float | None]:
+    """One publisher's line of the table: held-out loss and chrF before and after, bytes, seconds of training."""
+    records = [record.participants[name] for record in history]
+    return {
+        "publisher": name,
+        "examples": len(split.train),
+        "loss_before": records[0].held_out_before,
+        "loss_after": records[-1].held_out_after,
+        "chrf_before": chrf(before[name], split.held_out),
+        "chrf_after": chrf(after[name], split.held_out),
+        "MB_up": sum(r.bytes_up for r in records) / 1e6,
+        "MB_down": sum(r.bytes_down for r in records) / 1e6,
+        "seconds": sum(r.seconds or 0 for r in records),
+    }
 
 
 def sample(

@@ -134,7 +134,8 @@ def provision_request(
     if role not in ("site", "hub", "admin"):
         msg = f"--role is site, hub or admin, got {role!r}."
         raise typer.BadParameter(msg)
-    typer.echo(f"send this to the hub (it holds no key): {kits.request(name, role, folder)}")  # type: ignore[arg-type]
+    made = kits.request(name, role, folder)  # type: ignore[arg-type]  # checked above
+    typer.echo(f"send this to the hub (it holds no key): {made}")
 
 
 @provision.command("approve")

@@ -71,9 +71,7 @@ def misbehave(kind: str | None, rank: int) -> None:
             if kind == "raise":
                 raise RuntimeError("out of memory")
         if kind == "slow":
-            time.sleep(0.2)
-            self._watch(0.1)
-            time.sleep(2.0)
+            time.sleep(2.2)
         return inner(self, header)
 
     LocalPeer._train = die

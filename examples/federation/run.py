@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from catalogues import split_publishers
-from demo import chrf, make_chain, print_results, sample, translate
+from demo import make_chain, print_results, sample, summary_row, translate
 from transformers.utils import logging as transformers_logging
 
 from llmchain_fed import ConfigError, History, LLMChain
@@ -86,19 +86,7 @@ def main() -> None:
     trained = LLMChain.load(args.out / "result" / "chain")
     history = History.from_dict(json.loads((args.out / "result" / "history.json").read_text(encoding="utf-8")))
     after = {name: translate(trained, split.held_out) for name, split in splits.items()}
-    rows = [
-        {
-            "publisher": name,
-            "loss_before": history[0].participants[name].held_out_before,
-            "loss_after": history[-1].participants[name].held_out_after,
-            "chrf_before": chrf(before[name], split.held_out),
-            "chrf_after": chrf(after[name], split.held_out),
-            "MB_up": sum(r.participants[name].bytes_up for r in history) / 1e6,
-            "MB_down": sum(r.participants[name].bytes_down for r in history) / 1e6,
-            "seconds": sum(r.participants[name].seconds or 0 for r in history),
-        }
-        for name, split in splits.items()
-    ]
+    rows = [summary_row(name, split, before, after, history) for name, split in splits.items()]
     # held-out texts never left their sites: this script is all parties at once and reads them in their folders
     print_results(rows, [sample(name, 0, splits, before, after) for name in SITES])
     audit = (args.out / SITES[0] / "audit.jsonl").read_text(encoding="utf-8").splitlines()

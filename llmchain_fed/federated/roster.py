@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from llmchain_fed.data import DataReport
 from llmchain_fed.errors import (
@@ -118,13 +118,15 @@ class Roster:
             raise ParticipantError(msg)
         self._trainee.check_contract(said.get("contract"), f"participant {node!r}")
         examples, tokens, report = said.get("num_examples"), said.get("num_tokens"), said.get("report")
-        try:
-            if any(count is not None and (type(count) is not int or count < 1) for count in (examples, tokens)):
-                raise TypeError("no counts")  # noqa: EM101
-            if report is not None and any(type(count) is not int or count < 0 for count in report.values()):
-                raise TypeError("no counts")  # noqa: EM101
-            known = DataReport(**report) if report is not None else None
-        except (AttributeError, TypeError):
+        counted = all(count is None or (type(count) is int and count >= 1) for count in (examples, tokens))
+        if not counted or not (report is None or _is_report(report)):
             msg = f"what {node!r} says it holds makes no sense: {answer[:200]!r}"
-            raise ParticipantError(msg) from None
+            raise ParticipantError(msg)
+        known = DataReport(**report) if report is not None else None
         return Hello(said.get("held_out") is True, examples, tokens, known)
+
+
+def _is_report(found: object) -> bool:
+    """Whether these are counts that `DataReport` knows."""
+    known = {field.name for field in fields(DataReport)}
+    return isinstance(found, dict) and found.keys() <= known and all(type(c) is int and c >= 0 for c in found.values())

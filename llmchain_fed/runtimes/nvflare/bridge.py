@@ -39,7 +39,7 @@ class Site:
     def __init__(self) -> None:
         _without_torch()
 
-    @collab.publish  # type: ignore[untyped-decorator]
+    @collab.publish  # type: ignore[untyped-decorator]  # nvflare has no types
     def exchange(self, frame: bytes) -> bytes:
         """One frame in, one frame out; that nobody answers at the socket is an answer too."""
         try:
@@ -66,7 +66,7 @@ class Hub:
         _without_torch()
         self.socket, self.run_id = socket, run
 
-    @collab.main  # type: ignore[untyped-decorator]
+    @collab.main  # type: ignore[untyped-decorator]  # nvflare has no types
     def run(self) -> None:
         """The job."""
         alone_since = time.monotonic()
