@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmchain_fed.errors import (
     ChainFileError,
+    CheckpointError,
     ConfigError,
     ContractError,
     DataError,
@@ -48,18 +49,41 @@ if TYPE_CHECKING:
     from llmchain_fed.federated.history import History
     from llmchain_fed.federated.learning import FederatedLearning
     from llmchain_fed.federated.participant import Participant
+    from llmchain_fed.federated.personal import Ditto
+    from llmchain_fed.federated.server_optimizers import (
+        DiLoCo,
+        FedAdagrad,
+        FedAdam,
+        FedAvgM,
+        FedYogi,
+        Reptile,
+        TorchServerOptimizer,
+    )
     from llmchain_fed.library import list_chains, list_prompts, load_chain, load_prompt
     from llmchain_fed.llm import LocalLLM
     from llmchain_fed.model import LocalModel
     from llmchain_fed.runtimes.nvflare.transport import NVFlare
     from llmchain_fed.runtimes.torch_distributed import TorchDistributed
+    from llmchain_fed.tracking.callback import Callback
+    from llmchain_fed.tracking.console import ConsoleTable
+    from llmchain_fed.tracking.mlflow import MLflow
+    from llmchain_fed.tracking.tensorboard import TensorBoard
+    from llmchain_fed.tracking.trackio import Trackio
     from llmchain_fed.training import TrainingConfig, train_locally
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Callback": "tracking.callback",
+    "ConsoleTable": "tracking.console",
     "DataReport": "data",
+    "DiLoCo": "federated.server_optimizers",
+    "Ditto": "federated.personal",
     "Example": "data",
+    "FedAdagrad": "federated.server_optimizers",
+    "FedAdam": "federated.server_optimizers",
+    "FedAvgM": "federated.server_optimizers",
+    "FedYogi": "federated.server_optimizers",
     "FederatedAveraging": "federated.averaging",
     "FederatedLearning": "federated.learning",
     "History": "federated.history",
@@ -67,9 +91,14 @@ _HOMES = {
     "LocalChatModel": "chat",
     "LocalLLM": "llm",
     "LocalModel": "model",
+    "MLflow": "tracking.mlflow",
     "NVFlare": "runtimes.nvflare.transport",
     "Participant": "federated.participant",
+    "Reptile": "federated.server_optimizers",
+    "TensorBoard": "tracking.tensorboard",
     "TorchDistributed": "runtimes.torch_distributed",
+    "TorchServerOptimizer": "federated.server_optimizers",
+    "Trackio": "tracking.trackio",
     "TrainingConfig": "training",
     "evaluate_locally": "evaluation",
     "list_chains": "library",
@@ -80,15 +109,24 @@ _HOMES = {
 }
 
 __all__ = [
+    "Callback",
     "ChainFileError",
+    "CheckpointError",
     "ConfigError",
+    "ConsoleTable",
     "ContractError",
     "DataError",
     "DataReport",
     "DeadlineError",
+    "DiLoCo",
+    "Ditto",
     "DuplicateParticipantError",
     "EmptyParticipantError",
     "Example",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvgM",
+    "FedYogi",
     "FederatedAveraging",
     "FederatedLearning",
     "FederationError",
@@ -98,6 +136,7 @@ __all__ = [
     "LocalChatModel",
     "LocalLLM",
     "LocalModel",
+    "MLflow",
     "MissingExtraError",
     "ModelError",
     "NVFlare",
@@ -111,8 +150,12 @@ __all__ = [
     "PromptVariablesError",
     "QuorumError",
     "RecipeError",
+    "Reptile",
     "TemplatedTwiceError",
+    "TensorBoard",
     "TorchDistributed",
+    "TorchServerOptimizer",
+    "Trackio",
     "TrainingConfig",
     "TrainingError",
     "TransportError",

@@ -23,15 +23,13 @@ from llmchain_fed import saving
 from llmchain_fed._config import explain, unknown_option
 from llmchain_fed.chat import LocalChatModel
 from llmchain_fed.errors import ChainFileError, ConfigError, PromptVariablesError, UnsupportedModelError
-from llmchain_fed.face import ALIASES, OPTIONS, LocalFace
-from llmchain_fed.generation import GenerationOptions, checked_stops
+from llmchain_fed.face import SAVED, check_saved
 from llmchain_fed.library import make_parser, parser_name, prompt_from_data, prompt_to_data
 from llmchain_fed.llm import LocalLLM
 from llmchain_fed.model import LocalModel
 from llmchain_fed.recipes import ParserName
 
 ChainInput = dict[str, Any] | str
-_SAVED = LocalFace.model_fields.keys() - {"model"}
 
 
 class LLMChain(RunnableBindingBase[ChainInput, Any]):
@@ -104,6 +102,35 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
     def model(self) -> LocalModel:
         """The `LocalModel` that answers and that a federation trains."""
         return self.face.model
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters that can answer: `"global"`, the federation's own, and the residents; none without LoRA."""
+        return self.model.adapters
+
+    def with_adapter(self, name: str) -> Self:
+        """The same chain over the same memory, answering with this adapter; `"global"` is the federation's own.
+
+        Raises:
+            ConfigError: There is no adapter of this name.
+            UnsupportedModelError: The model has no LoRA adapter, or one is merged into the base.
+        """
+        return self._over(self.model.with_adapter(name))
+
+    def without_adapter(self) -> Self:
+        """The same chain over the same memory, answering as the bare base.
+
+        Raises:
+            UnsupportedModelError: The model has no LoRA adapter.
+        """
+        return self._over(self.model.without_adapter())
+
+    def _over(self, model: LocalModel) -> Self:
+        def swapped(llm: Any) -> Any:
+            inner = isinstance(llm, RunnableBindingBase)
+            return llm.model_copy(update={"bound": swapped(llm.bound)} if inner else {"model": model})
+
+        return self._rebound(swapped(self.llm), self.llm_kwargs)
 
     @property
     def input_variables(self) -> Sequence[str]:
@@ -190,12 +217,12 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
 
     def _with(self, kwargs: dict[str, Any]) -> Self:
         """This chain with a call's keywords bound to its model; modules are shared, so this is cheap."""
-        if not kwargs:
-            return self
-        llm_kwargs = self.llm_kwargs | kwargs
-        return self.model_copy(
-            update={"llm_kwargs": llm_kwargs, "bound": self.prompt | self.llm.bind(**llm_kwargs) | self.output_parser}
-        )
+        return self._rebound(self.llm, self.llm_kwargs | kwargs) if kwargs else self
+
+    def _rebound(self, llm: Runnable[Any, Any], llm_kwargs: dict[str, Any]) -> Self:
+        """The same prompt, parser and configuration around this model and these keywords."""
+        bound = self.prompt | (llm.bind(**llm_kwargs) if llm_kwargs else llm) | self.output_parser
+        return self.model_copy(update={"llm": llm, "llm_kwargs": llm_kwargs, "bound": bound})
 
     @override
     def invoke(self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
@@ -304,7 +331,7 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
             Path(directory),
             face.model,
             face="chat" if isinstance(face, LocalChatModel) else "llm",
-            options={name: getattr(face, name) for name in sorted(_SAVED & face.model_fields_set)},
+            options={name: getattr(face, name) for name in sorted(SAVED & face.model_fields_set)},
             llm_kwargs=self._all_llm_kwargs(),
             prompt=prompt_to_data(self.prompt),
             parser=parser_name(cast(BaseOutputParser[Any], self.output_parser)),
@@ -334,25 +361,16 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         kind = LocalChatModel if file.face == "chat" else LocalLLM
         # everything that can be wrong with the data is found before the weights are read
         prompt, parser = prompt_from_data(file.prompt), make_parser(cast(ParserName, file.parser))
-        _check_saved(file.options, file.llm_kwargs)
+        try:
+            check_saved(file.options, file.llm_kwargs)
+        except ConfigError as error:
+            msg = f"{saving.RECIPE}: {error}. Only save() writes it; save the chain again."
+            raise ChainFileError(msg) from None
         try:
             face = kind(model=saving.load_model(path, file.model, model), **file.options)
         except ValidationError as error:
             raise ChainFileError(f"{saving.RECIPE}: {explain(error, kind)}. Save the chain again.") from None  # noqa: EM102
         return cls(llm=face, prompt=prompt, output_parser=parser, llm_kwargs=file.llm_kwargs)
-
-
-def _check_saved(options: Mapping[str, Any], llm_kwargs: Mapping[str, Any]) -> None:
-    try:
-        for name in options.keys() - _SAVED:
-            raise ConfigError(unknown_option(name, _SAVED))
-        kwargs = {ALIASES.get(k, k): v for k, v in llm_kwargs.items() if v is not None}
-        checked_stops(kwargs.pop("stop", None))
-        GenerationOptions(**kwargs)
-        GenerationOptions(**{k: v for k, v in options.items() if k in OPTIONS})
-    except ConfigError as error:
-        msg = f"{saving.RECIPE}: {error}. Only save() writes it; save the chain again."
-        raise ChainFileError(msg) from None
 
 
 def find_chain(runnable: Any) -> LLMChain | None:

@@ -8,6 +8,7 @@ and files as they were.
     ├── MissingExtraError             an optional dependency is not installed (names the extra)
     ├── RecipeError                   a prompt or chain recipe that is unknown or not allowed
     ├── ChainFileError                a saved chain directory that is incomplete, altered or foreign
+    ├── CheckpointError               a checkpoint that is incomplete, altered or another federation's
     ├── ModelError
     │   ├── UnsupportedModelError     not a model, LLM or chain that can be trained here
     │   ├── NotTrainableError         no parameter requires a gradient
@@ -50,6 +51,10 @@ class RecipeError(LLMChainFedError):
 
 class ChainFileError(LLMChainFedError):
     """A saved chain directory that is incomplete, altered or of a foreign format."""
+
+
+class CheckpointError(LLMChainFedError):
+    """A federation's checkpoint that is incomplete, altered, another federation's, or cannot be written."""
 
 
 class ModelError(LLMChainFedError):

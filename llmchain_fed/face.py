@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from llmchain_fed._config import explain, unknown_option
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.generation import GenerationOptions
+from llmchain_fed.generation import GenerationOptions, checked_stops
 from llmchain_fed.model import LocalModel
 
 OPTIONS = frozenset(GenerationOptions.model_fields)
@@ -110,6 +110,7 @@ class LocalFace(BaseModel):
         return {
             "model_name": self.model.name,
             "base": self.model.fingerprint(),
+            "adapter": self.model.adapter,
             "weights_version": self.model.weights_version,
             "batch_size": self.batch_size,
             "stop": self.stop,
@@ -125,3 +126,21 @@ class LocalFace(BaseModel):
             "ls_temperature": given["temperature"],
             "ls_max_tokens": given["max_new_tokens"],
         }
+
+
+SAVED = LocalFace.model_fields.keys() - {"model"}
+"""The fields that a saved chain holds."""
+
+
+def check_saved(options: Mapping[str, Any], llm_kwargs: Mapping[str, Any]) -> None:
+    """Makes sure that a saved chain's fields and call-time keywords are what they were when they were saved.
+
+    Raises:
+        ConfigError: An unknown option, or one out of range.
+    """
+    for name in options.keys() - SAVED:
+        raise ConfigError(unknown_option(name, SAVED))
+    kwargs = {ALIASES.get(k, k): v for k, v in llm_kwargs.items() if v is not None}
+    checked_stops(kwargs.pop("stop", None))
+    GenerationOptions(**kwargs)
+    GenerationOptions(**{k: v for k, v in options.items() if k in OPTIONS})

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmchain_fed.adapters import idle_parameters
 from llmchain_fed.data import IGNORE
 from llmchain_fed.errors import DataError
 from llmchain_fed.generation import evaluating
@@ -143,12 +144,14 @@ def computing_in(precision: Precision, module: nn.Module) -> Iterator[None]:
     """Forward passes inside run in this precision; the weights afterwards are the very same.
 
     bf16 is autocast, and frozen float32 weights are swapped for bfloat16 copies meanwhile: otherwise autocast would
-    convert them anew in every forward. Trainable weights stay in float32.
+    convert them anew in every forward. Trainable weights stay in float32, and so do adapters that do not answer now.
     """
     if precision == "fp32":
         yield
         return
-    kept = {p: p.data for p in module.parameters() if not p.requires_grad and p.dtype == torch.float32}
+    idle = idle_parameters(module)
+    frozen = (p for p in module.parameters() if not p.requires_grad and p not in idle)
+    kept = {p: p.data for p in frozen if p.dtype == torch.float32}
     device = next((p.device.type for p in module.parameters()), "cpu")
     try:
         for parameter in kept:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 from transformers import StoppingCriteriaList
 
 from llmchain_fed import pretrained, weights
+from llmchain_fed.adapters import REMAINDER
+from llmchain_fed.adapters.views import AdapterViews
 from llmchain_fed.errors import ConfigError, NotTrainableError, PromptTooLongError, UnsupportedModelError
 from llmchain_fed.generation import (
     Completion,
@@ -35,7 +36,7 @@ from llmchain_fed.tokens import Tokens
 Kind = Literal["causal", "seq2seq"]
 
 
-class LocalModel:
+class LocalModel(AdapterViews):
     """A trainable local model: text in, text out, and its weights as named tensors.
 
     Wraps any causal or sequence-to-sequence Hugging Face module, plain, PEFT-wrapped or quantised, and never moves
@@ -66,6 +67,7 @@ class LocalModel:
         self.name = name or getattr(getattr(module, "config", None), "name_or_path", "") or type(module).__name__
         self.reference = reference
         self._lock = threading.RLock()
+        self._primary = tuple(name for name in weights.adapter_names(module) if name != REMAINDER)
         self._fingerprint = weights.base_fingerprint(module)
         self._loads = 0
         self._hash: tuple[tuple[int, bytes], str] | None = None
@@ -162,15 +164,6 @@ class LocalModel:
         other._lock = self._lock
         return other
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Holds the lock, so that no other thread generates with or trains this module meanwhile.
-
-        A stream computes in a thread of its own: do not read one inside.
-        """
-        with self._lock:
-            yield
-
     # --- weights ----------------------------------------------------------------------------------------------------
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -183,7 +176,7 @@ class LocalModel:
         Raises:
             NotTrainableError: No parameter requires a gradient.
         """
-        found = weights.trainable_parameters(self.module)
+        found = self._own_parameters()
         if not found:
             msg = (
                 f"no parameter of {self.name!r} requires a gradient, so nothing can be learnt. Pass "
@@ -217,14 +210,14 @@ class LocalModel:
     @property
     def weights_version(self) -> str:
         """`"{loads}-{hash}"`: changes with every load and with every optimizer step on the module."""
-        return f"{self._loads}-{self.weights_hash}"
+        return f"{self._loads + self._changes}-{self.weights_hash}"
 
     @property
     def weights_hash(self) -> str:
         """64 bits over the trainable values and any adapter's as they are now, as hex."""
         # Without the lock: LangChain asks on the event loop before every call, where waiting would stall all tasks.
-        found = weights.deciding_parameters(self.module)
-        stamp = (self._loads, weights.change_stamp(found))
+        found = self._deciding_parameters()
+        stamp = (self._loads + self._changes, weights.change_stamp(found))
         known = self._hash
         if known is None or known[0] != stamp:
             self._hash = known = (stamp, weights.content_hash(found))
@@ -367,7 +360,13 @@ class LocalModel:
         skip = ids.shape[1] if left else 1
         if stops:
             criteria = [*criteria, StopOnText(self._tokens.decode_rows, stops, skip)]
-        with self._lock, evaluating(self.module), torch.inference_mode(), seeded(settings.seed, self.device):
+        with (
+            self._lock,
+            self._activated(),
+            evaluating(self.module),
+            torch.inference_mode(),
+            seeded(settings.seed, self.device),
+        ):
             output = self.module.generate(  # type: ignore[operator]
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),

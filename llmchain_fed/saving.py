@@ -6,29 +6,32 @@ and the parser mean is `chain`'s business.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 import yaml
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from llmchain_fed.errors import ChainFileError, WeightsMismatchError
+from llmchain_fed import adapters
+from llmchain_fed.errors import ChainFileError, UnsupportedModelError, WeightsMismatchError
 from llmchain_fed.model import LocalModel
 from llmchain_fed.pretrained import add_adapter
 from llmchain_fed.recipes import PromptData
 from llmchain_fed.weights import base_fingerprint, check_state, is_adapter, stable_name
 
-RECIPE, BASE, ADAPTER = "chain.yaml", "base", "adapter"
+RECIPE, BASE, ADAPTER, REMAINDER = "chain.yaml", "base", "adapter", "remainder"
+_FOLDERS = (BASE, ADAPTER, REMAINDER)
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -51,7 +54,8 @@ class ModelData(_Strict):
 class ChainFile(_Strict):
     """`chain.yaml`: everything but the weights."""
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 1
+    """2: with a remainder, which versions that know only 1 would leave out without a word"""
     llmchain_fed: str
     """the version that wrote it"""
     face: Literal["llm", "chat"]
@@ -62,6 +66,17 @@ class ChainFile(_Strict):
     model: ModelData
     files: dict[str, str]
     """path within the directory → SHA-256 of its content"""
+
+    @model_validator(mode="after")
+    def _format_says_what_is_there(self) -> Self:
+        if self.format != _format_of(self.files):
+            msg = f"format {self.format} does not go with the files listed"
+            raise ValueError(msg)
+        return self
+
+
+def _format_of(files: Iterable[str]) -> Literal[1, 2]:
+    return 2 if any(name.startswith(f"{REMAINDER}/") for name in files) else 1
 
 
 def write(directory: Path, model: LocalModel, **parts: Any) -> None:
@@ -78,7 +93,8 @@ def write(directory: Path, model: LocalModel, **parts: Any) -> None:
     with _replaced(directory) as scratch, model.exclusive():
         data = _write_model(model, scratch)
         files = {name: _digest(scratch / name) for name in _files(scratch)}
-        file = ChainFile(llmchain_fed=importlib.metadata.version("llmchain-fed"), model=data, files=files, **parts)
+        parts |= {"format": _format_of(files), "llmchain_fed": importlib.metadata.version("llmchain-fed")}
+        file = ChainFile(model=data, files=files, **parts)
         try:
             text = yaml.safe_dump(file.model_dump(), sort_keys=False, allow_unicode=True)
         except yaml.YAMLError as error:
@@ -89,7 +105,7 @@ def write(directory: Path, model: LocalModel, **parts: Any) -> None:
 
 def _may_be_replaced(directory: Path) -> bool:
     """An empty directory, or one with a chain and nothing of the user's beside it."""
-    if not directory.is_dir() or {p.name for p in directory.iterdir()} - {RECIPE, BASE, ADAPTER}:
+    if not directory.is_dir() or {p.name for p in directory.iterdir()} - {RECIPE, *_FOLDERS}:
         return False
     try:
         return not any(directory.iterdir()) or bool(_parse(directory / RECIPE))
@@ -142,7 +158,8 @@ def read(directory: Path) -> ChainFile:
             )
             raise ChainFileError(msg)
     # what is not listed was not checked; a note of the user's beside chain.yaml is never read
-    if unlisted := [n for n in _files(directory) if n.startswith((f"{BASE}/", f"{ADAPTER}/")) and n not in file.files]:
+    ours = tuple(f"{folder}/" for folder in _FOLDERS)
+    if unlisted := [n for n in _files(directory) if n.startswith(ours) and n not in file.files]:
         msg = f"{unlisted[:3]} in {str(directory)!r} were not written by save(), so nothing is loaded. Remove them."
         raise ChainFileError(msg)
     return file
@@ -192,7 +209,7 @@ def load_model(directory: Path, data: ModelData, given: LocalModel | None) -> Lo
         )
         raise ChainFileError(msg)
     if (directory / ADAPTER).is_dir():
-        return _with_adapter(given, directory / ADAPTER)
+        return _with_adapter(given, directory)
     if isinstance(given.module, PeftModel):
         msg = f"the chain was saved without an adapter, {given.name!r} has one, so answers would differ. Pass its base."
         raise ChainFileError(msg)
@@ -204,7 +221,7 @@ def _write_model(model: LocalModel, directory: Path) -> ModelData:
     base = cast(Any, module).get_base_model() if isinstance(module, PeftModel) else cast(Any, module)
     quantised = getattr(base, "is_quantized", False)
     if isinstance(module, PeftModel):
-        _write_adapter(module, model.name, directory / ADAPTER)
+        _write_adapters(model, module, directory)
     else:
         reference = None  # the whole model was trained: the base on a hub is not it
     if reference is None and not quantised:
@@ -224,27 +241,37 @@ def _write_model(model: LocalModel, directory: Path) -> ModelData:
     return ModelData(name=model.name, reference=reference, fingerprint=fingerprint, dtype=dtype, kind=model.kind)
 
 
-def _write_adapter(module: PeftModel, base_name: str, directory: Path) -> None:
-    """A standard PEFT folder, without the local paths that PEFT's own card and config would hold."""
-    if len(module.peft_config) > 1:
-        msg = f"the model has {len(module.peft_config)} adapters; a chain is saved with one. Delete the others first."
+def _write_adapters(model: LocalModel, module: PeftModel, directory: Path) -> None:
+    """Standard PEFT folders: the adapter that answers, and the remainder where it stands on one."""
+    if len(model.peft_names) != 1:
+        msg = (
+            f"{model.name!r} answers with {len(model.peft_names)} adapters {list(model.peft_names)}, and a chain is "
+            "saved with exactly one. Save the chain itself or chain.with_adapter(name)."
+        )
         raise ChainFileError(msg)
-    (name,) = module.peft_config
-    config = module.peft_config[name]
-    former = config.base_model_name_or_path
-    config.base_model_name_or_path = base_name
-    try:
-        config.save_pretrained(directory)
-    finally:
-        config.base_model_name_or_path = former
+    (name,) = model.peft_names
     # no embeddings: the base has them, and PEFT would look for the base's own on a hub
     state = get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
+    _write_adapter(module.peft_config[name], state, model.name, directory / ADAPTER)
+    if model.adapter in (None, adapters.GLOBAL) and adapters.has_remainder(module):
+        state = {f"base_model.model.{n}": t for n, t in adapters.state(module, adapters.REMAINDER).items()}
+        _write_adapter(module.peft_config[adapters.REMAINDER], state, model.name, directory / REMAINDER)
+
+
+def _write_adapter(config: PeftConfig, state: dict[str, Any], base_name: str, directory: Path) -> None:
+    config = copy.deepcopy(config)
+    config.base_model_name_or_path = base_name  # not the local path that PEFT's own config and card would hold
+    config.save_pretrained(directory)
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, directory / _ADAPTER_WEIGHTS)
 
 
 def _with_adapter(model: LocalModel, directory: Path) -> LocalModel:
+    """The model with the saved adapter as the one that it answers with and trains, and with the saved remainder."""
+    folder = directory / ADAPTER
     try:
-        state = load_file(directory / _ADAPTER_WEIGHTS)
+        state = load_file(folder / _ADAPTER_WEIGHTS)
+        remainder = _read_remainder(directory / REMAINDER)
+        config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(model.module, PeftModel):
             if any(is_adapter(name) for name, _ in model.module.named_parameters()):
                 msg = (
@@ -252,21 +279,51 @@ def _with_adapter(model: LocalModel, directory: Path) -> LocalModel:
                     "in the chain that uses it. Give every chain a base of its own."
                 )
                 raise ChainFileError(msg)
-            config = PeftConfig.from_pretrained(str(directory))
             config.inference_mode = False
             config.base_model_name_or_path = None  # the fingerprint has checked the base; PEFT would warn
             module = add_adapter(model.module, config).eval()
             model = model.wrapped(module)
-        check_state(get_peft_model_state_dict(model.module, save_embedding_layers=False), state)
-    except WeightsMismatchError as error:
+        if model.adapter not in (None, adapters.GLOBAL) or len(model.peft_names) != 1:
+            msg = (
+                f"{model.name!r} answers with the adapters {list(model.peft_names)}, so this one cannot become the one "
+                "that is trained. Pass the base, or the model itself with one adapter active."
+            )
+            raise ChainFileError(msg)
+        (name,) = model.peft_names
+        check_state(get_peft_model_state_dict(model.module, adapter_name=name, save_embedding_layers=False), state)
+        _check_scaling(model, config)
+        with model.exclusive():
+            model.load_remainder(remainder)
+            set_peft_model_state_dict(model.module, state, adapter_name=name)  # raises on nothing, hence the check
+    except (WeightsMismatchError, UnsupportedModelError) as error:
         msg = f"the saved adapter does not fit: {error}"
         raise ChainFileError(msg) from None
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
         msg = f"the adapter in {str(directory)!r} cannot be read: {error}. Save the chain again."
         raise ChainFileError(msg) from None
-    with model.exclusive():
-        set_peft_model_state_dict(model.module, state)  # raises on nothing, hence the check above
     return model
+
+
+def _read_remainder(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Layer → (B, A); empty where the chain was saved without."""
+    if not folder.is_dir():
+        return {}
+    state = {stable_name(n): t for n, t in load_file(folder / _ADAPTER_WEIGHTS).items()}
+    layers = sorted({n.rpartition(".lora_")[0] for n in state})
+    return {n: (state[f"{n}.lora_B.weight"], state[f"{n}.lora_A.weight"]) for n in layers}
+
+
+def _check_scaling(model: LocalModel, config: PeftConfig) -> None:
+    """A given adapter of the same shapes may multiply its factors by something else."""
+    own = cast(Any, model.module).peft_config[model.peft_names[0]]
+    for field in ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        here, there = getattr(own, field, None), getattr(config, field, None)
+        if here != there:
+            msg = (
+                f"the chain's adapter was saved with {field}={there!r}, {model.name!r} has {here!r}, so answers would "
+                "differ. Pass the base without an adapter."
+            )
+            raise ChainFileError(msg)
 
 
 def _digest(path: Path) -> str:

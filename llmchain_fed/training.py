@@ -71,6 +71,7 @@ def train_locally(
     first_step: int = 0,
     optimizer_state: dict[str, Any] | None = None,
     before_step: Callable[[], None] | None = None,
+    anchor: Mapping[str, Tensor] | None = None,
 ) -> TrainingResult:
     """Fine-tunes the model's trainable weights in place on one participant's examples.
 
@@ -88,6 +89,7 @@ def train_locally(
         optimizer_state: To go on with instead of a fresh optimizer.
         before_step: Called before every optimizer step; what it raises ends the training, and the weights are as
             before the call.
+        anchor: What `proximal_mu` pulls towards, by stable name; None is where the training began.
 
     Raises:
         EmptyParticipantError: Not a single usable example.
@@ -103,7 +105,8 @@ def train_locally(
         before = {n: p.detach().clone() for n, p in parameters.items()}
         buffers = {n: b.detach().clone() for n, b in model.module.named_buffers()}
         try:
-            return _train(model, data, config, before, participant, round, first_step, optimizer_state, before_step)
+            pulled_to = before if anchor is None else {n: anchor[n].to(before[n]) for n in before}
+            return _train(model, data, config, pulled_to, participant, round, first_step, optimizer_state, before_step)
         except BaseException:
             with torch.no_grad():
                 for name, parameter in parameters.items():
@@ -120,7 +123,7 @@ def _train(
     model: LocalModel,
     data: EncodedExamples | Any,
     config: TrainingConfig,
-    before: Mapping[str, Tensor],
+    anchor: Mapping[str, Tensor],
     participant: str,
     round_number: int,
     first_step: int,
@@ -153,10 +156,10 @@ def _train(
                 )
                 raise NonFiniteLossError(msg)
             if config.proximal_mu:
-                # the gradient of mu/2 · ‖w − w_global‖²
+                # the gradient of mu/2 · ‖w − anchor‖²
                 for name, parameter in parameters.items():
                     if parameter.grad is not None:
-                        parameter.grad.add_(parameter.detach() - before[name], alpha=config.proximal_mu)
+                        parameter.grad.add_(parameter.detach() - anchor[name], alpha=config.proximal_mu)
             if config.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
             optimizer.step()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,15 +42,39 @@ def adapter_names(module: nn.Module) -> list[str]:
     return [names] if isinstance(names, str) else list(names or [])
 
 
-def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+def _parameters_without(
+    module: nn.Module, adapters: Collection[str], prefix: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """`named_parameters()` that does not walk into these adapters, of which there may be many beside the one."""
+    seen = set() if seen is None else seen
+    inside = adapters if _is_adapter_slot(prefix.removesuffix(".").rpartition(".")[2]) else ()
+    for name, parameter in module._parameters.items():
+        if parameter is not None and id(parameter) not in seen and name not in inside:
+            seen.add(id(parameter))
+            yield prefix + name, parameter
+    for name, part in module._modules.items():
+        if part is not None and id(part) not in seen and name not in inside:
+            seen.add(id(part))
+            yield from _parameters_without(part, adapters, f"{prefix}{name}.", seen)
+
+
+def _other_adapters(module: nn.Module, adapters: Collection[str]) -> set[str]:
+    return set(getattr(module, "peft_config", None) or ()) - set(adapters)
+
+
+def trainable_parameters(module: nn.Module, adapters: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
     """Stable name → parameter, for every parameter that requires a gradient; tied ones once.
+
+    Args:
+        module: Where to look.
+        adapters: Whose parameters count; by default the active adapters'. Those of no adapter count as well.
 
     Raises:
         UnsupportedModelError: Two of them share a stable name, because several adapters are trained at once.
     """
-    adapters = adapter_names(module)
+    adapters = adapter_names(module) if adapters is None else adapters
     found: dict[str, nn.Parameter] = {}
-    for name, parameter in module.named_parameters():
+    for name, parameter in _parameters_without(module, _other_adapters(module, adapters)):
         if not parameter.requires_grad:
             continue
         stable = stable_name(name, adapters)
@@ -61,10 +85,30 @@ def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def deciding_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Stable name → parameter, for all that can differ over one base: the trainable ones and every adapter's."""
-    adapters = adapter_names(module)
-    return {stable_name(n, adapters): p for n, p in module.named_parameters() if p.requires_grad or is_adapter(n)}
+def adapter_parameters(module: nn.Module, adapters: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Stable name → parameter, for all that these adapters add, whether it requires a gradient or not."""
+    named = _parameters_without(module, _other_adapters(module, adapters))
+    return {stable_name(n, adapters): p for n, p in named if _belongs_to(n, adapters)}
+
+
+def _belongs_to(name: str, adapters: Collection[str]) -> bool:
+    parts = name.split(".")
+    return any(p in adapters and _is_adapter_slot(parts[i]) for i, p in enumerate(parts[1:]))
+
+
+def deciding_parameters(
+    module: nn.Module, adapters: Sequence[str] | None = None, *, with_others: Collection[str] = ()
+) -> dict[str, nn.Parameter]:
+    """Stable name → parameter, for all that can differ over one base: the trainable ones and these adapters'.
+
+    Args:
+        module: Where to look.
+        adapters: The adapters that answer; by default the active ones.
+        with_others: Adapters that answer along with them; their parameters keep the adapter's name.
+    """
+    adapters = adapter_names(module) if adapters is None else adapters
+    named = _parameters_without(module, _other_adapters(module, {*adapters, *with_others}))
+    return {stable_name(n, adapters): p for n, p in named if p.requires_grad or is_adapter(n)}
 
 
 def change_stamp(parameters: Mapping[str, Tensor]) -> bytes:

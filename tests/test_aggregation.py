@@ -13,7 +13,8 @@ import torch
 
 from llmchain_fed.errors import ConfigError, FederationError
 from llmchain_fed.federated import server_optimizers
-from llmchain_fed.federated.aggregation import AGGREGATIONS, FedAvg, RunningMean, make_aggregation, weighted_average
+from llmchain_fed.federated.aggregation import AGGREGATIONS, RunningMean, make_aggregation, weighted_average
+from llmchain_fed.federated.rule import Contribution, Round
 
 SHAPES = {"a": (3, 4), "b": (5,), "scalar": (), "c.weight": (2, 1, 3)}
 
@@ -177,22 +178,37 @@ def test_no_update_is_no_mean():
 
 
 def test_rules_by_name():
-    assert {name: make_aggregation(name).name for name in AGGREGATIONS} == {"fedavg": "fedavg", "fedit": "fedit"}
-    with pytest.raises(ConfigError, match=r"unknown aggregation 'fedprox'. Valid: fedavg, fedit"):
+    wanted = {"fedavg", "fednova", "fedit", "ffa", "rolora", "fedsa", "fedsvd", "fedex", "flora", "flexlora"}
+    assert {name: make_aggregation(name).name for name in AGGREGATIONS} == {name: name for name in wanted}
+    with pytest.raises(ConfigError, match=r"unknown aggregation 'fedprox'. Valid: fedavg, fedex, fedit, fednova"):
         make_aggregation("fedprox")
     with pytest.raises(ConfigError, match="object with start"):
         make_aggregation(3)
-    own = FedAvg()
-    assert make_aggregation(own) is own
+
+
+def test_a_rule_of_ones_own_combines_as_it_says():
+    class Largest:
+        name = "largest"
+
+        def start(self, state):
+            self.found = dict(state)
+            return self
+
+        def add(self, tensors, weight):
+            self.found = {n: torch.maximum(t, self.found[n]) for n, t in tensors.items()}
+
+        def result(self):
+            return self.found
+
+    rule = make_aggregation(Largest())
+    collector = rule.begin(Round({"w": torch.tensor([0.0, 9.0])}, None))
+    collector.add(Contribution({"w": torch.tensor([5.0, 1.0])}, 1.0))
+    assert (rule.name, collector.combine().values["w"].tolist()) == ("largest", [5.0, 9.0])
 
 
 def test_fedit_is_for_lora():
     with pytest.raises(ConfigError, match="'fedit' averages LoRA factors"):
-        make_aggregation("fedit").start({"layer.weight": torch.ones(1)})
-    rule = make_aggregation("fedit").start({"layer.lora_A.weight": torch.ones(1)})
-    rule.add({"layer.lora_A.weight": torch.tensor([1.0])}, 1)
-    rule.add({"layer.lora_A.weight": torch.tensor([4.0])}, 2)
-    assert rule.result()["layer.lora_A.weight"].tolist() == [3.0]
+        make_aggregation("fedit").check(None)
 
 
 def test_fedit_differs_from_the_mean_of_the_products():

@@ -285,7 +285,7 @@ def test_short_options_and_training_say_the_same(make_chain):
         ({"batch_size": 0}, "batch_size"),
         ({"optimizer": "adamax"}, "optimizer"),
         ({"training": {"lr": 1}}, "TrainingConfig"),
-        ({"aggregation": "median"}, "Valid: fedavg, fedit"),
+        ({"aggregation": "median"}, "Valid: fedavg, fedex, fedit"),
         ({"aggregation": "fedit"}, "LoRA factors"),
         ({"server_optimizer": "adam"}, "server_optimizer"),
         ({"weighting": "size"}, "'examples', 'tokens' or 'equal'"),
@@ -485,12 +485,12 @@ def test_ctrl_c_leaves_the_last_completed_round(where, battery, monkeypatch):
     name = "_evaluate" if where == "evaluation" else "_train"
     inner = getattr(peer, name)
 
-    def interrupt(argument):
+    def interrupt(*arguments):
         calls.append(1)
         # evaluated before round 1 and after each: the 4th time comes after the weights of round 3 were loaded
         if len(calls) == {"training": 3, "evaluation": 4, "first round": 1}[where]:
             raise KeyboardInterrupt
-        return inner(argument)
+        return inner(*arguments)
 
     monkeypatch.setattr(peer, name, interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -517,7 +517,7 @@ def test_going_on_after_an_interruption_is_as_if_there_had_been_none(make_chain,
     fed = federation(chain, training=config)
     fed.fit(rounds=1)
 
-    def interrupt(_):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(fed._peers["c"], "_train", interrupt)
@@ -552,7 +552,7 @@ def test_the_quorum_counts_usable_updates(make_chain, monkeypatch):
     chain = make_chain()
     start = chain.model.trainable_state()
     fed = federation(chain, quorum=3)
-    monkeypatch.setattr(fed._peers["b"], "_train", lambda _: 1 / 0)
+    monkeypatch.setattr(fed._peers["b"], "_train", lambda *_: 1 / 0)
     with pytest.raises(QuorumError, match=r"2 usable updates, the quorum is 3 \(b: ZeroDivisionError"):
         fed.fit(rounds=1)
     assert_equal(chain.model.trainable_state(), start)

@@ -231,14 +231,14 @@ def test_6_nothing_is_shared_by_reference(battery):
     chain = battery()
     fed = federate(chain, None)
     fed.train(PAIRS[:4], 0)
-    broadcast = {n: t.data_ptr() for n, t in fed._open.state.items()}
+    broadcast = {n: t.data_ptr() for n, t in fed._open.start.items()}
     own = {p.data_ptr() for p in chain.model.parameters()}
     assert not own & set(broadcast.values())
-    start = {n: t.clone() for n, t in fed._open.state.items()}
+    start = {n: t.clone() for n, t in fed._open.start.items()}
     with torch.no_grad():
         for parameter in chain.model.parameters():
             parameter.add_(1.0)  # whatever the user does to the chain in an open round
-    assert_equal(dict(fed._open.state), start)
+    assert_equal(dict(fed._open.start), start)
 
 
 # --- 7 ----------------------------------------------------------------------------------------------------------------

@@ -20,15 +20,24 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llmchain_fed"
 
 PUBLIC = [
+    "Callback",
     "ChainFileError",
+    "CheckpointError",
     "ConfigError",
+    "ConsoleTable",
     "ContractError",
     "DataError",
     "DataReport",
     "DeadlineError",
+    "DiLoCo",
+    "Ditto",
     "DuplicateParticipantError",
     "EmptyParticipantError",
     "Example",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvgM",
+    "FedYogi",
     "FederatedAveraging",
     "FederatedLearning",
     "FederationError",
@@ -38,6 +47,7 @@ PUBLIC = [
     "LocalChatModel",
     "LocalLLM",
     "LocalModel",
+    "MLflow",
     "MissingExtraError",
     "ModelError",
     "NVFlare",
@@ -51,8 +61,12 @@ PUBLIC = [
     "PromptVariablesError",
     "QuorumError",
     "RecipeError",
+    "Reptile",
     "TemplatedTwiceError",
+    "TensorBoard",
     "TorchDistributed",
+    "TorchServerOptimizer",
+    "Trackio",
     "TrainingConfig",
     "TrainingError",
     "TransportError",
@@ -79,6 +93,7 @@ LAYERS = [
         "embedded",
         "pretrained",
         "weights",
+        "adapters",
         "generation",
         "tokens",
         "model",
@@ -86,6 +101,7 @@ LAYERS = [
     ["examples", "data", "loss", "training_config", "training", "evaluation"],
     ["face", "llm", "chat", "saving", "library"],
     ["chain"],
+    ["tracking"],
     ["federated"],
     ["runtimes"],
     ["cli"],
@@ -208,7 +224,7 @@ def test_the_engine_room_runs_without_langchain():
 
 def test_optional_dependencies_are_imported_only_where_they_are_used():
     optional = {"gguf", "matplotlib", "pandas", "datasets", "sacrebleu", "polib", "nvflare", "bitsandbytes", "rich"}
-    optional |= {"psutil", "cryptography"}
+    optional |= {"psutil", "cryptography", "tensorboard", "mlflow", "alembic", "sqlalchemy", "trackio"}
     eager = {
         (name, module.split(".")[0])
         for name, path in modules().items()

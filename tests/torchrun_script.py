@@ -62,7 +62,7 @@ def misbehave(kind: str | None, rank: int) -> None:
         return
     inner = LocalPeer._train
 
-    def die(self, header):
+    def die(self, header, state):
         if header["round"] == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             if kind == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -72,7 +72,7 @@ def misbehave(kind: str | None, rank: int) -> None:
                 raise RuntimeError("out of memory")
         if kind == "slow":
             time.sleep(2.2)
-        return inner(self, header)
+        return inner(self, header, state)
 
     LocalPeer._train = die
 

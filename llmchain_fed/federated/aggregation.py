@@ -1,177 +1,138 @@
-"""The server rule: how accepted updates become the next global values.
+"""The server rules by name.
 
-Pure numbers over named tensors: validated updates in, values out. Knows nothing about rounds, models or transport.
+Knows which rules there are and what each promises. How they compute stands in `running_mean` and `lora_rules`.
+
+For a layer W (m, n) with LoRA factors B (m, r) and A (r, n), K participants, values per participant and round:
+
+| name | server rule | uplink | downlink | exact | paper (arXiv) |
+|---|---|---|---|---|---|
+| fedavg | every tensor ← its mean | all | all | full weights: yes; LoRA: as fedit | 1602.05629 |
+| fednova | w + τ_eff · Σ p_k (w_k − w)/τ_k | all | all | as fedavg | 2007.07481 |
+| fedit | A ← Ā, B ← B̄ | r(m+n) | r(m+n) | no: the baseline | 2305.05644 |
+| ffa | A stays at its start, B ← B̄ | rm | rm | yes | 2403.12313 |
+| rolora | odd rounds B ← B̄, even rounds A ← Ā | rm or rn | as the uplink before | yes | 2409.02346 |
+| fedsa | A ← Ā; every participant keeps its own B | rn | rn | no common product | 2410.01463 |
+| fedsvd | B ← B̄, then B·A = USVᵀ: A ← Vᵀ, B ← US | rm | r(m+n) | yes | 2505.12805 |
+| fedex | A ← Ā, B ← B̄, rest to a frozen remainder | r(m+n) | r(m+n) + (K−1)r(m+n) | yes | 2410.09432 |
+| flora | stack to the remainder, LoRA anew | r_k(m+n) | (r + Σr_k)(m+n) | yes, also mixed ranks | 2409.05976 |
+| flexlora | stack, cut to rank r by SVD | r_k(m+n) | r_k(m+n) | if r holds Σ r_k, else nearest | 2402.11505 |
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from llmchain_fed.errors import ConfigError, FederationError
-from llmchain_fed.federated.wire import side_by_side
+from llmchain_fed.federated import lora_rules
+from llmchain_fed.federated.rule import Accumulator, Aggregation, Combined, Contribution, Plain, Round, Rule
+from llmchain_fed.federated.running_mean import RunningMean, weighted_average
+
+__all__ = [
+    "AGGREGATIONS",
+    "Accumulator",
+    "Aggregation",
+    "FedNova",
+    "RunningMean",
+    "Weighting",
+    "make_aggregation",
+    "weighted_average",
+]
 
 Weighting = Literal["examples", "tokens", "equal"]
 
 
-class Accumulator(Protocol):
-    """Takes the updates of one round as they arrive."""
+class FedNova:
+    """w + τ_eff · Σ p_k (w_k − w)/τ_k with τ_eff = Σ p_k τ_k: who takes more steps does not pull harder.
 
-    def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
-        """One participant's trained values; they are not kept unless the rule needs them all."""
-
-    def result(self) -> dict[str, Tensor]:
-        """The combined values, in the global state's names and shapes."""
-
-
-class Aggregation(Protocol):
-    """A server rule by name. `fedavg` is one; pass your own object to `FederatedAveraging(aggregation=…)`."""
-
-    name: str
-
-    def start(self, state: Mapping[str, Tensor]) -> Accumulator:
-        """A fresh accumulator for a round that broadcast `state`."""
-
-
-class RunningMean:
-    """Σ n_k/n · w_k, kept up to date update by update (West 1979), in float32 or better.
-
-    The running form needs no total beforehand, holds one state however many updates come, and is exact where it should
-    be: one update gives its own values bit by bit, and so do identical ones.
-
-    >>> mean = RunningMean()
-    >>> mean.add({"w": torch.tensor([1.0])}, weight=1)
-    >>> mean.add({"w": torch.tensor([5.0])}, weight=3)
-    >>> mean.result()["w"]
-    tensor([4.])
+    arXiv 2007.07481, whose τ_k counts steps of plain SGD; for other optimizers it is the same normalisation by the
+    number of steps. With equal step counts it is FedAvg.
     """
 
-    def __init__(self) -> None:
-        self._mean: dict[str, Tensor] = {}
-        self._block: Tensor | None = None
-        self._dtypes: dict[str, torch.dtype] = {}
+    def __init__(self, round_: Round) -> None:
+        self._state = round_.state
+        self._mean = RunningMean()
+        self._steps = 0.0
         self._total = 0.0
 
-    def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
-        """Takes one participant's values in.
-
-        Raises:
-            FederationError: The weight is not a positive finite number, or names or shapes differ from the first ones.
-        """
-        if not (math.isfinite(weight) and weight > 0):
-            msg = f"an update's weight must be positive and finite, got {weight}. Use its number of examples."
-            raise FederationError(msg)
-        if not self._mean:
-            self._begin(tensors)
-            self._total = float(weight)
-            return
-        if tensors.keys() != self._mean.keys():
+    def add(self, given: Contribution) -> None:
+        """Takes in one participant's change per step."""
+        if given.steps is None or given.steps < 1:
             msg = (
-                "updates of different tensors cannot be averaged: "
-                f"{sorted(tensors.keys() ^ self._mean.keys())[:3]} differ."
+                f"fednova divides by local steps, and the update says {given.steps!r}. Its participant must count them."
             )
             raise FederationError(msg)
-        for name, tensor in tensors.items():  # all shapes first: a failure must not leave half an update in the mean
-            if tensor.shape != self._mean[name].shape:
-                msg = f"{name} has shape {tuple(tensor.shape)}, the others' is {tuple(self._mean[name].shape)}."
-                raise FederationError(msg)
-        self._total += weight
-        share = weight / self._total
-        block = side_by_side([tensors[name] for name in self._mean]) if self._block is not None else None
-        if block is not None and self._block is not None:  # one pass over memory instead of hundreds of small ones
-            self._block.lerp_(block.to(self._block.dtype), share)
-            return
-        for name, mean in self._mean.items():
-            mean.lerp_(tensors[name].to(mean.dtype), share)  # mean += (w - mean) · n_k / n so far
+        changes = {n: (t.float() - self._state[n].float()) / given.steps for n, t in given.tensors.items()}
+        self._mean.add(changes, given.weight)
+        self._steps += given.steps * given.weight
+        self._total += given.weight
 
-    def _begin(self, tensors: Mapping[str, Tensor]) -> None:
-        """The mean is the first update; its tensors lie side by side where they are of one type."""
-        self._dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-        types = {torch.promote_types(dtype, torch.float32) for dtype in self._dtypes.values()}
-        if len(types) > 1:
-            self._mean = {n: t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for n, t in tensors.items()}
-            return
-        self._block = torch.cat([t.reshape(-1).to(next(iter(types))) for t in tensors.values()])
-        parts = torch.split(self._block, [t.numel() for t in tensors.values()])
-        self._mean = {name: part.view(t.shape) for (name, t), part in zip(tensors.items(), parts, strict=True)}
-
-    def result(self) -> dict[str, Tensor]:
-        """The mean in the updates' own types.
-
-        Raises:
-            FederationError: No update was added.
-        """
-        if not self._mean:
-            msg = "there is no update to average."
-            raise FederationError(msg)
-        return {name: mean.to(self._dtypes[name], copy=True) for name, mean in self._mean.items()}
+    def combine(self) -> Combined:
+        """The normalised mean, added to where the round began."""
+        change, tau = self._mean.result(), self._steps / max(self._total, 1e-300)
+        return Combined({n: (self._state[n].float() + tau * c).to(self._state[n].dtype) for n, c in change.items()})
 
 
-class FedAvg:
-    """FedAvg (arXiv 1602.05629): the weighted mean of every trained tensor.
-
-    Exact for full weights. For LoRA it averages A and B apart ("FedIT", arXiv 2305.05644), which is inexact: the mean
-    of the products B·A is not the product of the means.
-
-    Uplink and downlink are each the size of the trained tensors.
-    """
-
-    def __init__(self, name: str = "fedavg") -> None:
-        self.name = name
-
-    def start(self, state: Mapping[str, Tensor]) -> Accumulator:
-        """A running mean.
-
-        Raises:
-            ConfigError: `fedit` over weights without LoRA factors.
-        """
-        if self.name == "fedit" and not any("lora_" in name for name in state):
-            msg = (
-                "aggregation='fedit' averages LoRA factors, and this model trains none. Use 'fedavg', or "
-                "add a LoRA adapter."
-            )
-            raise ConfigError(msg)
-        return RunningMean()
+def _mean(_: Round) -> Plain:
+    return Plain(RunningMean())
 
 
-AGGREGATIONS: Mapping[str, Callable[[], Aggregation]] = {"fedavg": FedAvg, "fedit": lambda: FedAvg("fedit")}
+AGGREGATIONS: Mapping[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule("fedavg", _mean),
+        Rule("fednova", FedNova),
+        Rule("fedit", _mean, lora=True),
+        Rule("ffa", _mean, trains=lambda _: "B", shares=lambda _: "B", lora=True, exact=True),
+        Rule(
+            "rolora",
+            _mean,
+            trains=lambda number: "A" if number % 2 else "B",
+            shares=lambda number: "A" if number % 2 else "B",
+            lora=True,
+            exact=True,
+        ),
+        Rule("fedsa", _mean, shares=lambda _: "A", lora=True, personal=True),
+        Rule(
+            "fedsvd",
+            _mean,
+            trains=lambda _: "B",
+            shares=lambda _: "B",
+            refactor=lora_rules.orthonormal,
+            lora=True,
+            exact=True,
+            regauges=True,
+        ),
+        Rule("fedex", lora_rules.FedEx, lora=True, exact=True, linear=False),
+        Rule("flora", lora_rules.FLoRA, lora=True, exact=True, linear=False, regauges=True, mixed_ranks=True),
+        Rule("flexlora", lora_rules.FlexLoRA, lora=True, linear=False, regauges=True, mixed_ranks=True),
+    )
+}
 
 
-def make_aggregation(choice: str | Aggregation) -> Aggregation:
-    """The rule of that name, or the object itself.
+def make_aggregation(choice: str | Aggregation | Rule) -> Rule:
+    """The rule of that name, or one around the object.
 
     Raises:
         ConfigError: Unknown; the valid names are listed.
     """
+    if isinstance(choice, Rule):
+        return choice
+    valid = ", ".join(sorted(AGGREGATIONS))
     if isinstance(choice, str):
         if choice not in AGGREGATIONS:
-            msg = (
-                f"unknown aggregation {choice!r}. Valid: {', '.join(sorted(AGGREGATIONS))}, or an object with start()."
-            )
+            msg = f"unknown aggregation {choice!r}. Valid: {valid}, or an object with start()."
             raise ConfigError(msg)
-        return AGGREGATIONS[choice]()
-    if not callable(getattr(choice, "start", None)):
-        msg = (
-            f"aggregation is a name ({', '.join(sorted(AGGREGATIONS))}) or an object with start(state), got {choice!r}."
-        )
+        return AGGREGATIONS[choice]
+    start: Any = getattr(choice, "start", None)
+    if not callable(start):
+        msg = f"aggregation is a name ({valid}) or an object with start(state), got {choice!r}."
         raise ConfigError(msg)
-    return choice
 
+    def begin(round_: Round) -> Plain:
+        state: Mapping[str, Tensor] = round_.state
+        return Plain(start(state))
 
-def weighted_average(states: Iterable[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
-    """Σ n_k/n · w_k over (values, n_k) pairs, one at a time.
-
-    Raises:
-        FederationError: No pair, a weight that is not positive, or states that do not fit each other.
-
-    >>> weighted_average([({"w": torch.tensor([0.0])}, 1), ({"w": torch.tensor([3.0])}, 2)])["w"]
-    tensor([2.])
-    """
-    mean = RunningMean()
-    for state, weight in states:
-        mean.add(state, weight)
-    return mean.result()
+    return Rule(str(getattr(choice, "name", type(choice).__name__)), begin)

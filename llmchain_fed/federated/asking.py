@@ -6,11 +6,15 @@ Knows the transport, the roster and the clock. Knows nothing about aggregation o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from llmchain_fed.errors import ParticipantError, TransportError
+from llmchain_fed.errors import ConfigError, ParticipantError, TransportError
+from llmchain_fed.federated.broadcast import Broadcast
+from llmchain_fed.federated.combinations import check_rank
 from llmchain_fed.federated.roster import Roster
 from llmchain_fed.federated.round import OpenRound, too_few
+from llmchain_fed.federated.rule import Rule
 from llmchain_fed.federated.runtime import Transport
 
 _PAUSE = 2.0  # seconds before the first retry; the n-th waits n times as long
@@ -22,12 +26,22 @@ class Asking:
     Args:
         transport: The way to them.
         roster: Who takes part.
+        broadcast: Sends them what they lack of the global state.
+        rule: Which says whether they may have ranks of their own.
         deadline: seconds a round's training, or any other answer, may take; None waits.
         retries: How often those who could not be reached, or failed elsewhere, are asked again.
     """
 
-    def __init__(self, transport: Transport, roster: Roster, deadline: float | None, retries: int) -> None:
-        self._transport, self._roster = transport, roster
+    def __init__(
+        self,
+        transport: Transport,
+        roster: Roster,
+        broadcast: Broadcast,
+        rule: Rule,
+        deadline: float | None,
+        retries: int,
+    ) -> None:
+        self._transport, self._roster, self._broadcast, self._rule = transport, roster, broadcast, rule
         self._deadline, self._retries = deadline, retries
 
     def join(self, number: int, quorum: int) -> list[str]:
@@ -47,17 +61,32 @@ class Asking:
         joined: list[str] = []
         for attempt in range(self._retries + 1):
             time.sleep(_PAUSE * attempt)
-            joined += self._roster.join(timeout=self._deadline)
+            joined += self._join(self._deadline)
             if len(self._roster.joined) >= quorum:
                 return joined
         raise too_few(number, len(self._roster.joined), quorum, self._roster.absent)
 
-    def train(self, opened: OpenRound, chosen: list[str], done: Callable[[str], object]) -> None:
+    def _join(self, timeout: float | None) -> list[str]:
+        newcomers = self._roster.join(timeout=timeout)
+        for name in newcomers:
+            hello = self._roster.joined[name]
+            try:
+                check_rank(self._rule, name, hello.rank, self._broadcast.layout)
+            except ConfigError as error:
+                self._roster.leave(name, ParticipantError(str(error)))
+            else:
+                self._broadcast.joined(name, hello.holds, hello.rank, hello.alpha)
+        return [name for name in newcomers if name in self._roster.joined]
+
+    def train(
+        self, opened: OpenRound, chosen: list[str], header: Mapping[str, Any], done: Callable[[str], object]
+    ) -> None:
         """Lets the chosen train and hands their answers to the round as they arrive.
 
         Args:
             opened: The round.
             chosen: Who shall train.
+            header: What they are told.
             done: Told each participant whose answer is in.
         """
         until = time.monotonic() + self._deadline if self._deadline is not None else None
@@ -68,11 +97,14 @@ class Asking:
                 time.sleep(_PAUSE * attempt)
                 if until is not None and time.monotonic() >= until:
                     break
-                self._roster.join(timeout=_left(until))  # one that has restarted must be told anew how to train
+                self._join(_left(until))  # one that has restarted must be told anew how to train
             asked = [name for name in waiting if name in self._roster.joined]
             missed = {name: self._roster.absent[name] for name in waiting if name not in asked}
-            for name, answer in self._transport.call("train", asked, opened.payload, _left(until)):
-                sent[name] += not isinstance(answer, TransportError)  # whether it came there at all
+            calls = self._broadcast.call(
+                self._transport, "train", asked, header, _left(until), largest=opened.largest_update()
+            )
+            for name, answer, size in calls:
+                sent[name] += size if not isinstance(answer, TransportError) else 0  # whether it came there at all
                 if isinstance(answer, (ParticipantError, TransportError)):
                     self._roster.leave(name, answer)
                     missed[name] = answer

@@ -1,17 +1,16 @@
-"""FederatedAveraging: the round loop. Broadcast → local training → updates → aggregate → load → evaluate.
+"""FederatedAveraging: the object people hold. Options in, rounds out; the loop itself is the hub's.
 
-Knows the seams (transport, aggregation, server optimizer) and the history. Knows nothing about how participants train
-or where they run.
+Knows the options, the hub, checkpoints and callbacks. Knows nothing about how participants train or where they run.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 from tqdm.auto import tqdm
 
@@ -19,11 +18,15 @@ from llmchain_fed._config import unknown_option
 from llmchain_fed.data import DataReport, Examples
 from llmchain_fed.errors import ConfigError, FederationError, NothingTrainedError
 from llmchain_fed.evaluation import EvaluationResult, evaluate_locally
-from llmchain_fed.federated import server_optimizers, wire
+from llmchain_fed.federated import combinations, personalizing, server_optimizers, wire
 from llmchain_fed.federated.aggregation import Aggregation, Weighting, make_aggregation
-from llmchain_fed.federated.asking import Asking
-from llmchain_fed.federated.evaluation import Evaluator, Measurement
+from llmchain_fed.federated.codecs import Codec, make_codec, spec
+from llmchain_fed.federated.evaluation import Evaluator
+from llmchain_fed.federated.global_state import GlobalState, named, parted
+from llmchain_fed.federated.held import Held
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
+from llmchain_fed.federated.hub import Hub, Settings
+from llmchain_fed.federated.keeping import Keeping
 from llmchain_fed.federated.options import (
     Patience,
     check_travels,
@@ -34,12 +37,16 @@ from llmchain_fed.federated.options import (
 )
 from llmchain_fed.federated.participant import Participant, as_participants
 from llmchain_fed.federated.peer import LocalPeer
-from llmchain_fed.federated.roster import Roster
+from llmchain_fed.federated.personal import Ditto
+from llmchain_fed.federated.personalizing import Personalized, SideBySide
+from llmchain_fed.federated.plan import Plan, plan_of
 from llmchain_fed.federated.round import OpenRound
+from llmchain_fed.federated.rule import LoraLayout, Rule
 from llmchain_fed.federated.runtime import Cluster, InProcess, Transport
 from llmchain_fed.federated.server_optimizers import ServerOptimizer
 from llmchain_fed.federated.trainee import Trainee
-from llmchain_fed.training import TrainingConfig, seed_of
+from llmchain_fed.tracking.callback import Callback, RunInfo
+from llmchain_fed.training import TrainingConfig
 
 
 class FederatedAveraging:
@@ -59,8 +66,14 @@ class FederatedAveraging:
         lr: Their learning rate.
         batch_size: examples per optimizer step.
         training: Everything else about local training.
-        aggregation: "fedavg", "fedit" (the same, LoRA factors averaged apart), or an object with `start`.
-        server_optimizer: Moves the global weights along the mean update; None loads the mean itself.
+        aggregation: "fedavg", "fednova"; for LoRA "fedit", "ffa", "rolora", "fedsa", "fedsvd", "fedex", "flora",
+            "flexlora" (what each promises: `llmchain_fed.federated.aggregation`); or an object with `start`.
+        server_optimizer: Moves the global weights along the mean update (`FedAdam()`, `DiLoCo()` …); None loads the
+            mean itself.
+        codec: What updates travel as: "bf16", "int8", "int4", "topk" or "topk:0.01", with error feedback; None sends
+            the trained values bit by bit.
+        broadcast_codec: Likewise for changes of the global weights on their way to the participants.
+        personal: `Ditto(lam=…)`: every participant also trains a personal adapter.
         runtime: Where participants run; None is this process.
         evaluation: What held-out loss is measured on: a share of each participant's examples set apart (0.1), a mapping
             name → examples, or one set of examples for all.
@@ -70,6 +83,9 @@ class FederatedAveraging:
         deadline: seconds a round's training may take; who is later is dropped and recorded. None waits for all.
         retries: How often a participant that could not be reached, or failed elsewhere, is asked again in a round.
         samples: held-out examples per participant whose answers are recorded before and after each round.
+        checkpoint_dir: Where a checkpoint is written after each round; `FederatedAveraging.resume` goes on from it.
+        keep_checkpoints: How many of the newest are kept; None keeps all.
+        callbacks: Told of every round: TensorBoard, MLflow, Trackio, ConsoleTable, or your own `Callback`.
         seed: Decides sampling, the order of data and dropout.
         progress: Shows a progress bar and a line per round.
 
@@ -89,8 +105,11 @@ class FederatedAveraging:
         lr: float | None = None,
         batch_size: int | None = None,
         training: TrainingConfig | None = None,
-        aggregation: str | Aggregation = "fedavg",
+        aggregation: str | Aggregation | Rule = "fedavg",
         server_optimizer: ServerOptimizer | None = None,
+        codec: str | Codec | None = None,
+        broadcast_codec: str | Codec | None = None,
+        personal: Ditto | None = None,
         runtime: Transport | None = None,
         evaluation: float | Mapping[str, Examples] | Examples | None = None,
         weighting: Weighting = "examples",
@@ -99,52 +118,115 @@ class FederatedAveraging:
         deadline: float | None = None,
         retries: int = 0,
         samples: int = 1,
+        checkpoint_dir: str | Path | None = None,
+        keep_checkpoints: int | None = 3,
+        callbacks: Sequence[Callback] = (),
         seed: int = 0,
         progress: bool = True,
         **unknown: Any,
     ) -> None:
+        federation = unknown.pop("_federation", None)
         for name in unknown:
             known = set(type(self).__init__.__annotations__) - {"return", "unknown"}
             raise ConfigError(f"{type(self).__name__}: {unknown_option(name, known)}")  # noqa: EM102
         self._given = model
         self._trainee = Trainee.of(model)
         self._model = self._trainee.model
-        self._training = training_of(training, optimizer=optimizer, lr=lr, batch_size=batch_size, seed=seed)
-        self._aggregation = make_aggregation(aggregation)
-        self._aggregation.start(self._model.trainable_parameters())  # refuses a rule or a model that does not fit, now
+        self._progress = progress
+        self._callbacks = _checked_callbacks(callbacks)
+        training = training_of(training, optimizer=optimizer, lr=lr, batch_size=batch_size, seed=seed)
+        rule, layout = make_aggregation(aggregation), LoraLayout.of(self._model)
         server_optimizers.check(server_optimizer)
-        self._server_optimizer = server_optimizer
         if weighting not in ("examples", "tokens", "equal"):
             msg = f"weighting is 'examples', 'tokens' or 'equal', got {weighting!r}."
             raise ConfigError(msg)
-        self._weighting: Weighting = weighting
-        self._seed, self._progress = seed, progress
-        self._deadline, retries = checked_waiting(deadline, retries)
-        named = as_participants(participants)
+        if personal is not None and not isinstance(personal, Ditto):
+            msg = f"personal is Ditto(lam=…) or None, got {personal!r}."
+            raise ConfigError(msg)
+        deadline, retries = checked_waiting(deadline, retries)
+        named_participants = as_participants(participants)
         self._cluster = runtime if isinstance(runtime, Cluster) else None
-        if runtime is not None and self._cluster is None and named:
+        if runtime is not None and self._cluster is None and named_participants:
             msg = "give participants (they run in this process) or a runtime (which knows its own), not both."
             raise ConfigError(msg)
         if runtime is not None and not isinstance(runtime, (Cluster, InProcess)):
-            check_travels(self._training)
-        self._evaluator = Evaluator(self._trainee, evaluation, samples=samples, seed=seed)
-        named = self._evaluator.divide(named)
-        self._peers = {name: LocalPeer(self._trainee, p, self._training) for name, p in named.items()}
+            check_travels(training)
+        coding, broadcasting = make_codec(codec), make_codec(broadcast_codec)
+        spec(coding), spec(broadcasting)  # refuses what could not be named to participants
+        evaluator = Evaluator(self._trainee, evaluation, samples=samples, seed=seed)
+        named_participants = evaluator.divide(named_participants)
+        self._held = Held(self._model)
+        self._training = training
+        self._peers = {name: self._peer(p) for name, p in named_participants.items()}
+        for name, participant in named_participants.items():
+            combinations.check_rank(rule, name, participant.rank, layout)
+        combinations.check(
+            rule,
+            layout,
+            codec=coding,
+            broadcast_codec=broadcasting,
+            server_optimizer=server_optimizer,
+            ditto=personal,
+            training=[training, *(peer.config for peer in self._peers.values())],
+        )
         if self._cluster is not None:
             self._cluster.host(self._peers)
         self._transport: Transport = runtime if runtime is not None else InProcess(self._peers)
-        self._roster = Roster(self._transport, self._trainee, self._training)
-        self._asking = Asking(self._transport, self._roster, self._deadline, retries)
-        self._per_round = participants_per_round
         available = len(self._transport.nodes())
-        self._quorum = checked_quorum(quorum, sample_size(participants_per_round, available), available)
+        quorum = checked_quorum(quorum, sample_size(participants_per_round, available), available)
+        settings = Settings(
+            rule=rule,
+            layout=layout,
+            training=training,
+            weighting=weighting,
+            codec=coding,
+            broadcast_codec=broadcasting,
+            server_optimizer=server_optimizer,
+            personal=personal,
+            per_round=participants_per_round,
+            quorum=quorum,
+            deadline=deadline,
+            retries=retries,
+            seed=seed,
+        )
+        self._hub = Hub(self._trainee, self._transport, evaluator, settings, federation)
+        self._hub.begin()  # refuses a rule that does not fit the model now, not after the first round's training
+        options = {"samples": samples, "quorum": quorum, "deadline": deadline, "retries": retries}
+        options["evaluation"] = evaluation if isinstance(evaluation, float) else None
+        self._keeping = Keeping(self._hub, checkpoint_dir, keep_checkpoints, options, given=evaluation is not None)
         self._open: OpenRound | None = None
         self._opened = 0.0
-        self.round = 0
-        """rounds completed"""
-        self.data_reports: dict[str, DataReport] = {}
-        """what became of each participant's examples, once they have joined"""
-        self.history = History()
+
+    @classmethod
+    def resume(
+        cls,
+        checkpoint_dir: str | Path,
+        model: Any,
+        *,
+        participants: Mapping[Any, Any] | Iterable[Participant] | None = None,
+        round: int | None = None,  # noqa: A002 (the field's own word)
+        **options: Any,
+    ) -> Self:
+        """Goes on from a checkpoint, bit for bit as if the run had never stopped.
+
+        Options are those of the checkpoint; those that are code (an optimizer class, an aggregation of your own), and
+        held-out examples that are no share, must be given again. `runtime` and `callbacks` always are.
+
+        Args:
+            checkpoint_dir: That of the run; it goes on writing there.
+            model: The same chain as then; its weights are replaced by the checkpoint's.
+            participants: The same as then.
+            round: Which checkpoint; None is the newest.
+            **options: Further options of `FederatedAveraging`.
+
+        Raises:
+            CheckpointError: None there; incomplete or altered; or of another base, prompt, adapter, set of participants
+                or option that decides the future. Nothing has changed.
+        """
+        found, merged, federation = Keeping.read(checkpoint_dir, round, options)
+        made = cls(model, participants=participants, checkpoint_dir=checkpoint_dir, _federation=federation, **merged)
+        made._keeping.go_on(found)
+        return made
 
     def __repr__(self) -> str:
         names = self._transport.nodes()
@@ -152,6 +234,21 @@ class FederatedAveraging:
         return (
             f"FederatedAveraging({self._model!r}, {len(names)} participants ({shown}), {self.round} rounds completed)"
         )
+
+    @property
+    def round(self) -> int:
+        """Rounds completed."""
+        return self._hub.round
+
+    @property
+    def history(self) -> History:
+        """The rounds so far."""
+        return self._hub.history
+
+    @property
+    def data_reports(self) -> dict[str, DataReport]:
+        """What became of each participant's examples, once they have joined."""
+        return self._hub.data_reports
 
     def get_model(self) -> Any:
         """What was passed in: the same object, with the global weights in it."""
@@ -164,6 +261,16 @@ class FederatedAveraging:
             DataError: The examples cannot be used.
         """
         return evaluate_locally(self._model, data, prompt=self._trainee.prompt, max_length=self._training.max_length)
+
+    def plan(self, rounds: int) -> Plan:
+        """What so many rounds will take: bytes, memory, and time from one timed optimizer step.
+
+        Raises:
+            ConfigError: No rounds, or no participants.
+        """
+        self._check_fit(rounds, None)
+        self._join()
+        return plan_of(self._hub, rounds, evaluates=self._hub.evaluator.active)
 
     # --- the whole loop ---------------------------------------------------------------------------------------------
 
@@ -183,8 +290,10 @@ class FederatedAveraging:
             DataError: A participant's examples cannot be used.
             QuorumError: A round has too few usable updates; earlier rounds are kept.
             FederationError: A round opened by `train()` is not closed.
+            CheckpointError: A checkpoint cannot be written; the round itself is kept.
         """
         self._check_fit(rounds, patience)
+        self._keeping.check_directory()
         stop = Patience(patience, min_delta) if patience is not None else None
         if self._cluster is None:
             self._lead(rounds, stop)
@@ -201,15 +310,44 @@ class FederatedAveraging:
 
     def _lead(self, rounds: int, stop: Patience | None) -> None:
         self.history.stopped_early = None
+        names = tuple(self._transport.nodes())
+        info = RunInfo({"model": self._model.name, **self._keeping.described()}, names, self.round, rounds)
+        begun: list[Callback] = []
+        try:
+            for callback in self._callbacks:
+                begun.append(callback)  # before the call: one that has half begun must still be told of an error
+                callback.on_fit_begin(info)
+            self._rounds(rounds, stop)
+            while begun:
+                begun.pop(0).on_fit_end(self.history)
+        except BaseException as error:
+            for callback in begun:
+                try:
+                    callback.on_error(error)
+                except Exception as second:
+                    error.add_note(f"{callback!r} failed as well: {second}")
+            raise
+
+    def _rounds(self, rounds: int, stop: Patience | None) -> None:
         with tqdm(total=rounds, desc="federating", unit="round", disable=not self._progress) as bar:
             for _ in range(rounds):
-                record = self._run_round(bar)
+                self._join()  # a round's seconds begin with its broadcast: an engine's start is not a round's cost
+                record = self._hub.run_round(bar.set_postfix_str)
+                self._completed(record)
                 bar.update()
                 if self._progress:
                     bar.write(f"round {record}")
                 if stop is not None and stop.over(record.held_out_before, record.held_out_after):
                     self.history.stopped_early = str(stop)
                     break
+
+    def _completed(self, record: RoundRecord) -> None:
+        """After a round: personal adapters, the checkpoint, and those who watch."""
+        for peer in self._peers.values():
+            peer.show_adapter()
+        self._keeping.save()
+        for callback in self._callbacks:
+            callback.on_round_end(record, self.history)
 
     def _check_fit(self, rounds: int, patience: int | None) -> None:
         if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
@@ -218,41 +356,25 @@ class FederatedAveraging:
         if not self._transport.nodes():
             msg = "there is nobody to learn from. Pass participants={name: examples, …}, or use train() and step()."
             raise ConfigError(msg)
-        held_out = self._evaluator.active or not isinstance(self._transport, InProcess)  # others may hold out their own
+        # others may hold out their own
+        held_out = self._hub.evaluator.active or not isinstance(self._transport, InProcess)
         if patience is not None and (not isinstance(patience, int) or patience < 1 or not held_out):
             msg = "patience is at least 1 and needs evaluation=…, which says what held-out loss is measured on."
             raise ConfigError(msg)
+        self._check_closed()
+
+    def _check_closed(self) -> None:
         if self._open is not None:
             msg = f"{self._open.trained} have trained in a round that is still open. Call step() first."
             raise FederationError(msg)
 
     def _join(self) -> None:
-        for name in self._asking.join(self.round, self._quorum):
-            report = self._roster.joined[name].report
-            if report is None:
-                continue
-            self.data_reports[name] = report
-            if self._progress and (report.empty or report.too_long):
+        newcomers = self._hub.join()
+        self._keeping.give_back(newcomers)
+        for name in newcomers:
+            report = self.data_reports.get(name)
+            if report is not None and self._progress and (report.empty or report.too_long):
                 tqdm.write(f"{name}: {report}")
-
-    def _run_round(self, bar: Any) -> RoundRecord:
-        self._join()  # a round's seconds begin with its broadcast: an engine's start is not a round's cost
-        started = time.perf_counter()
-        nodes = self._transport.nodes()
-        chosen = self._choose(self._roster.present())
-        before = self._measure()
-        opened = self._begin(self._deadline)
-        self._asking.train(opened, chosen, bar.set_postfix_str)
-        others = {name: self._roster.record_of(name) for name in nodes if name not in opened.records}
-        return self._close(opened, started, before, others)
-
-    def _choose(self, nodes: list[str]) -> list[str]:
-        count = sample_size(self._per_round, len(nodes))
-        if count >= len(nodes):
-            return nodes
-        rng = random.Random(seed_of(self._seed, "sample", self.round))  # noqa: S311 (sampling, no secret)
-        chosen = set(rng.sample(sorted(nodes), count))
-        return [node for node in nodes if node in chosen]
 
     # --- one participant at a time ----------------------------------------------------------------------------------
 
@@ -271,29 +393,30 @@ class FederatedAveraging:
         if not isinstance(self._transport, InProcess):
             msg = "train() works on participants in this process; with runtime=… use fit()."
             raise ConfigError(msg)
-        if self._evaluator.holds_out_a_share:
+        if self._hub.evaluator.holds_out_a_share:
             msg = (
                 "evaluation as a share sets apart examples of participants=…, and train() brings its own. "
                 "Pass evaluation={name: examples}, or one set for all."
             )
             raise ConfigError(msg)
         name = str(device_id)
-        opened = self._open or self._begin()
+        opened = self._open or self._hub.begin()
         opened.refuse_twice(name)
         peer = self._peers.get(name)
         participant = Participant(name, local_data)
         if peer is None:
-            peer = LocalPeer(self._trainee, participant, self._training)
+            peer = self._peer(participant)
         else:
             peer.take(participant)
-        update = peer.handle("train", opened.payload)  # what it raises is the caller's to see
+        message = self._hub.broadcast.message(name, opened.header)
+        update = peer.handle("train", message)  # what it raises is the caller's to see
         if self._open is None:
             self._open, self._opened = opened, time.perf_counter()
         if name not in self._peers:
             self._peers[name] = peer
             self._transport.add(name, peer)
-        record = opened.accept(name, update)
-        self._roster.leave(name)  # it may hold another number of examples now: the next round asks anew
+        record = opened.accept(name, update, sent=len(message))
+        self._hub.roster.leave(name)  # it may hold another number of examples now: the next round asks anew
         return record
 
     def step(self) -> RoundRecord:
@@ -306,43 +429,96 @@ class FederatedAveraging:
         if self._open is None:
             msg = "no participant has trained since the last step(). Call train(local_data, device_id) first."
             raise NothingTrainedError(msg)
-        if self._evaluator.active:
+        if self._hub.evaluator.active:
             self._join()
-        before = self._measure()
-        record = self._close(self._open, self._opened, before, {})
+        before = self._hub.measure(self.round)
+        record = self._hub.close(self._open, self._opened, before, {})
         self._open = None
+        self._completed(record)
         return record
 
-    # --- what both share --------------------------------------------------------------------------------------------
+    def _peer(self, participant: Participant) -> LocalPeer:
+        return LocalPeer(self._trainee, participant, self._training, held=self._held)
 
-    def _begin(self, seconds: float | None = None) -> OpenRound:
-        state = self._model.trainable_state()
-        return OpenRound(self.round, state, self._model.fingerprint(), self._aggregation, self._weighting, seconds)
+    # --- personal models --------------------------------------------------------------------------------------------
 
-    def _measure(self) -> Measurement | None:
-        return self._evaluator.measure(self._transport, self._roster.joined, self._deadline)
+    def personalize(self, participant: Any, *, steps: int, lr: float | None = None) -> Personalized:
+        """Fine-tunes a personal adapter for one participant, from the global weights as they are now, where its data is.
 
-    def _close(
-        self, opened: OpenRound, started: float, before: Measurement | None, idle: Mapping[str, ParticipantRecord]
-    ) -> RoundRecord:
-        """Aggregates and loads; from here on an interruption puts the former weights back."""
-        aggregate = opened.aggregate(self._quorum)
-        new_state = server_optimizers.apply(self._server_optimizer, opened.state, aggregate)
-        record = RoundRecord(round=self.round + 1, participants={**opened.records, **idle})
-        try:
-            self._model.load_state(new_state)
-            after = self._measure() if before else None
-            self._evaluator.fill(record, before, after)
-            record.update_norm = wire.distance(new_state, opened.state)
-            record.training_seconds = sum(r.seconds or 0.0 for r in opened.records.values())
-            record.weights_version = self._model.weights_version
-            record.seconds = time.perf_counter() - started
-        except BaseException:
-            self._model.load_state(opened.state)
-            raise
-        self.round += 1
-        self.history.append(record)
-        return record
+        In the process that hosts the participant, `chain.with_adapter(name)` answers with it from then on.
+
+        Args:
+            participant: Its name.
+            steps: optimizer steps.
+            lr: Learning rate; the participant's own by default.
+
+        Raises:
+            ConfigError: Nobody of that name; no LoRA adapter; or a rule whose participants are personal already.
+            FederationError: The participant cannot be reached, or its training failed.
+        """
+        self._check_closed()
+        self._join()
+        found = personalizing.personalize(self._hub, str(participant), steps, lr)
+        if str(participant) in self._peers:
+            self._peers[str(participant)].show_adapter()
+        self._keeping.save()
+        return found
+
+    def compare(self, participants: Iterable[Any] | None = None) -> SideBySide:
+        """Held-out loss of the bare base, the global and the personal model, side by side, per participant.
+
+        Args:
+            participants: Names; everyone who holds out examples by default.
+
+        Raises:
+            ConfigError: Nobody of that name holds out examples.
+        """
+        self._check_closed()
+        self._join()
+        return personalizing.compare(self._hub, [str(p) for p in participants] if participants is not None else None)
+
+    def adaptation_curve(
+        self, participant: Any, *, steps: Sequence[int] = (0, 1, 2, 4, 8), lr: float | None = None
+    ) -> dict[int, float]:
+        """Held-out loss after k optimizer steps from the global weights, for each k: how fast somebody adapts.
+
+        Args:
+            participant: A name, or a `Participant` with `held_out` that takes no part in the federation.
+            steps: The values of k.
+            lr: Learning rate; the participant's own by default.
+
+        Raises:
+            ConfigError: Nothing to measure on, or no counts.
+        """
+        self._check_closed()
+        if isinstance(participant, Participant):
+            return personalizing.curve_of_stranger(self._hub, self._peer(participant), participant, steps, lr)
+        self._join()
+        return personalizing.curve(self._hub, str(participant), steps, lr)
+
+    # --- rounds that were ---------------------------------------------------------------------------------------------
+
+    def roll_back(self, to: int) -> None:
+        """Takes the federation back to the end of an earlier round, as its checkpoint holds it; later ones are dropped.
+
+        Raises:
+            CheckpointError: There is no checkpoint of that round, or it is damaged; nothing has changed.
+        """
+        self._check_closed()
+        self._keeping.roll_back(to)
+
+    def promote(self, round: int, name: str = "promoted") -> None:  # noqa: A002 (the field's own word)
+        """Makes a round's global weights a resident adapter: `chain.with_adapter(name)` serves it while rounds go on.
+
+        Args:
+            round: The current one, or one whose checkpoint is kept.
+            name: The adapter's.
+
+        Raises:
+            CheckpointError: There is no checkpoint of that round.
+            UnsupportedModelError: The model has no LoRA adapter.
+        """
+        self._keeping.promote(round, name)
 
     # --- several processes of one script ----------------------------------------------------------------------------
 
@@ -350,10 +526,22 @@ class FederatedAveraging:
         """What the other processes need in order to stand where this one does."""
         reports = {name: asdict(report) for name, report in self.data_reports.items()}
         header = {"round": self.round, "history": json.loads(self.history.to_json()), "reports": reports}
-        return wire.pack(self._model.trainable_state(), header)
+        state = GlobalState.of(self._model)
+        return wire.pack({**state.values, **named(state.remainder)}, header)
 
     def _adopt(self, outcome: bytes) -> None:
         header, infos = wire.inspect(outcome, max_bytes=len(outcome))
-        self._model.load_state(wire.values(outcome, infos))
-        self.round, self.history = header["round"], History.from_dict(header["history"])
-        self.data_reports = {name: DataReport(**report) for name, report in header["reports"].items()}
+        GlobalState(*parted(wire.values(outcome, infos))).load(self._model)
+        self._hub.round, self._hub.history = header["round"], History.from_dict(header["history"])
+        self._hub.data_reports = {name: DataReport(**report) for name, report in header["reports"].items()}
+        for peer in self._peers.values():
+            peer.show_adapter()
+
+
+def _checked_callbacks(given: Any) -> tuple[Callback, ...]:
+    callbacks = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    for item in callbacks:
+        if not isinstance(item, Callback):
+            msg = f"callbacks are objects of Callback, such as ConsoleTable(), got {item!r:.80}."
+            raise ConfigError(msg)
+    return callbacks

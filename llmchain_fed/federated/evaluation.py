@@ -15,6 +15,8 @@ from llmchain_fed.data import Examples
 from llmchain_fed.errors import ConfigError, LLMChainFedError
 from llmchain_fed.evaluation import evaluate_locally
 from llmchain_fed.federated import wire
+from llmchain_fed.federated.broadcast import Broadcast
+from llmchain_fed.federated.global_state import GlobalState
 from llmchain_fed.federated.history import RoundRecord, Sample
 from llmchain_fed.federated.participant import Participant, hold_out
 from llmchain_fed.federated.roster import Hello
@@ -65,7 +67,7 @@ class Evaluator:
         self._trainee, self._evaluation, self._samples, self._seed = trainee, evaluation, samples, seed
         self._shared: Any = None
         self._holders: set[str] = set()
-        self._latest: tuple[str, Measurement] | None = None
+        self._latest: tuple[int, Measurement] | None = None
 
     @property
     def active(self) -> bool:
@@ -89,10 +91,7 @@ class Evaluator:
             if strangers:
                 msg = f"evaluation names {strangers}, who take no part. Participants: {', '.join(participants)}."
                 raise ConfigError(msg)
-            participants = {
-                n: Participant(n, p.examples, evaluation.get(n, p.held_out), p.training)
-                for n, p in participants.items()
-            }
+            participants = {n: replace(p, held_out=evaluation.get(n, p.held_out)) for n, p in participants.items()}
         elif isinstance(evaluation, float):
             prompt = self._trainee.prompt
             participants = {n: hold_out(p, evaluation, prompt, self._seed) for n, p in participants.items()}
@@ -100,30 +99,39 @@ class Evaluator:
         return participants
 
     def measure(
-        self, transport: Transport, joined: Mapping[str, Hello], timeout: float | None = None
+        self,
+        transport: Transport,
+        broadcast: Broadcast,
+        joined: Mapping[str, Hello],
+        number: int,
+        timeout: float | None = None,
     ) -> Measurement | None:
         """The weights as they are now; the last answer again if they are the same; None where nothing is held out.
 
         Args:
             transport: The way to the participants.
+            broadcast: Sends them what they lack of the global state.
             joined: Who takes part.
+            number: Rounds completed with these weights.
             timeout: seconds to wait for their answers.
         """
         holders = [n for n, hello in joined.items() if hello.held_out]
         shared = self._evaluation is not None and not isinstance(self._evaluation, (float, Mapping))
         if not holders and not shared:
             return None
-        version = self._trainee.model.weights_hash
+        model = self._trainee.model
+        broadcast.publish(GlobalState.of(model), model.weights_hash)
+        version = broadcast.number
         if self._latest is not None and self._latest[0] == version:
             return replace(self._latest[1], seconds=0.0, bytes={})
         started = time.perf_counter()
         found = Measurement()
         if holders:
-            header = {"kind": "evaluate", "samples": self._samples, "sample_tokens": _SAMPLE_TOKENS}
-            payload = wire.pack(self._trainee.model.trainable_state(), header)
-            for name, answer in transport.call("evaluate", holders, payload, timeout):
+            header = {"kind": "evaluate", "round": number, "base": model.fingerprint()}
+            header |= {"samples": self._samples, "sample_tokens": _SAMPLE_TOKENS}
+            for name, answer, size in broadcast.call(transport, "evaluate", holders, header, timeout):
                 found.own[name] = _read(answer, self._samples)
-                found.bytes[name] = len(payload) + (0 if isinstance(answer, Exception) else len(answer))
+                found.bytes[name] = size + (0 if isinstance(answer, Exception) else len(answer))
         if shared:
             if self._shared is None:  # read once: it may be a generator
                 self._shared = encoded(self._evaluation, self._trainee.model, self._trainee.prompt, None)
@@ -131,6 +139,17 @@ class Evaluator:
             found.shared.update(loss=result.loss, tokens=result.tokens)
         self._latest = (version, found)
         return replace(found, seconds=time.perf_counter() - started)
+
+    def latest(self) -> dict[str, Any] | None:
+        """The last measurement as JSON, for a checkpoint."""
+        if self._latest is None:
+            return None
+        return {"own": self._latest[1].own, "shared": self._latest[1].shared}
+
+    def go_on(self, latest: Mapping[str, Any] | None, version: int) -> None:
+        """Takes a measurement of these weights over from a checkpoint, instead of measuring them again."""
+        found = Measurement(dict(latest["own"]), dict(latest["shared"])) if latest else None
+        self._latest = (version, found) if found is not None else None
 
     def fill(self, record: RoundRecord, before: Measurement | None, after: Measurement | None) -> None:
         """Writes both measurements into the round's record."""

@@ -41,7 +41,8 @@ class ParticipantRecord:
     update_norm: float | None = None
     """L2 norm of local − global"""
     cosine_to_mean: float | None = None
-    """between this update and the round's mean update, over some 1,000 evenly spaced coordinates"""
+    """between this update and the round's mean update, over some 1,000 evenly spaced coordinates; None where
+    participants' ranks differ"""
     bytes_up: int = 0
     """of its update"""
     bytes_down: int = 0
@@ -73,7 +74,9 @@ class RoundRecord:
     """nats per token over all participants' held-out examples together"""
     held_out_after: float | None = None
     update_norm: float | None = None
-    """L2 norm of the mean update"""
+    """L2 norm of how the global trainable values moved"""
+    aggregation_gap: float | None = None
+    """‖mean(BA) − mean(B)·mean(A)‖ / ‖mean(BA)‖: what averaging LoRA factors apart leaves out; None without LoRA"""
     seconds: float = 0.0
     """the whole round"""
     training_seconds: float = 0.0

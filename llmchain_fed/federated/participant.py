@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmchain_fed.data import Example, Examples, Prompt, is_ready_tensors, read_examples
@@ -26,12 +26,16 @@ class Participant:
         examples: What it trains on, in any form of `read_examples`.
         held_out: What it is evaluated on; never trained on.
         training: Options of `TrainingConfig` that differ for it: a slow device takes `{"max_steps": 4}`.
+        rank: LoRA rank it trains with, at most the chain's own; for the rules `flora` and `flexlora`.
+        alpha: LoRA alpha that goes with that rank; the chain's own by default, as `LoraConfig(r=rank)` would have it.
     """
 
     name: str
     examples: Examples = field(repr=False)
     held_out: Examples | None = field(default=None, repr=False)
     training: Mapping[str, Any] = field(default_factory=dict)
+    rank: int | None = None
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", str(self.name))  # numbers are names too, and travel as text
@@ -44,9 +48,17 @@ class Participant:
                 f'{{"max_steps": 4}}, got {type(self.training).__name__}.'
             )
             raise ConfigError(msg)
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            msg = f"participant {self.name!r}: rank is a count of at least 1, got {self.rank!r}."
+            raise ConfigError(msg)
+        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
+        if self.alpha is not None and not (number and self.rank is not None and 0 < self.alpha < float("inf")):
+            msg = f"participant {self.name!r}: alpha is positive and goes with a rank, got {self.alpha!r}."
+            raise ConfigError(msg)
 
     def __repr__(self) -> str:
-        return f"Participant({self.name!r}{f', training={dict(self.training)}' if self.training else ''})"
+        training = f", training={dict(self.training)}" if self.training else ""
+        return f"Participant({self.name!r}{training}{f', rank={self.rank}' if self.rank else ''})"
 
 
 def as_participants(given: Mapping[Any, Any] | Iterable[Participant] | None) -> dict[str, Participant]:
@@ -117,7 +129,7 @@ def hold_out(participant: Participant, share: float, prompt: Prompt | None, seed
             "and train on the rest."
         )
         raise EmptyParticipantError(msg)
-    return Participant(participant.name, train, held_out, participant.training)
+    return replace(participant, examples=train, held_out=held_out)
 
 
 def _key(example: Example, prompt: Prompt | None, seed: int) -> str:

@@ -1,34 +1,37 @@
 """LocalPeer: does a participant's work on a LocalModel when it is asked to, and answers in bytes.
 
-Knows local training and evaluation, its participant's data, and the messages. Knows nothing of other participants or of
-what becomes of its update. It leaves the model as it found it.
+Knows local training and evaluation, its participant's data and private state, and the messages. Knows nothing of other
+participants or of what becomes of its update. It leaves the model as it found it, but for the personal adapters.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
-from llmchain_fed.data import EncodedExamples, Example, encode_examples, is_ready_tensors, read_examples
-from llmchain_fed.errors import ConfigError, DataError, DeadlineError, FederationError, LLMChainFedError
+from llmchain_fed.data import EncodedExamples
+from llmchain_fed.errors import ConfigError, DeadlineError, FederationError, LLMChainFedError
 from llmchain_fed.evaluation import evaluate_locally
-from llmchain_fed.federated import private_state, wire
+from llmchain_fed.federated import personal, private_state, wire
+from llmchain_fed.federated.codecs import encode_with_feedback, make_codec
+from llmchain_fed.federated.global_state import GlobalState
+from llmchain_fed.federated.held import STALE, Held
+from llmchain_fed.federated.local_data import LocalData
 from llmchain_fed.federated.participant import Participant
+from llmchain_fed.federated.personal import Ditto, loaded
 from llmchain_fed.federated.private_state import Progress
+from llmchain_fed.federated.rule import LoraLayout, selected
 from llmchain_fed.federated.runtime import OPERATIONS, Operation
 from llmchain_fed.federated.trainee import Trainee
 from llmchain_fed.federated.update import Update
-from llmchain_fed.training import TrainingConfig, encoded, train_locally
-
-_T = TypeVar("_T")
+from llmchain_fed.training import TrainingConfig, TrainingResult, train_locally
 
 
 class LocalPeer:
@@ -39,32 +42,39 @@ class LocalPeer:
         participant: Whose examples.
         config: How to train; the participant's own options go first. None: as the hub says in its hello.
         samples: Held-out examples that may leave with the chain's answers, at most; None is as many as are asked for.
+        held: What this process's participants have been sent; None makes one for this participant alone.
 
     Raises:
         ConfigError: The participant's own options are not valid.
     """
 
     def __init__(
-        self, trainee: Trainee, participant: Participant, config: TrainingConfig | None, *, samples: int | None = None
+        self,
+        trainee: Trainee,
+        participant: Participant,
+        config: TrainingConfig | None,
+        *,
+        samples: int | None = None,
+        held: Held | None = None,
     ) -> None:
-        self._trainee = trainee
-        self._name = participant.name
-        self._participant = participant
+        self._trainee, self._model = trainee, trainee.model
+        self._participant, self._name = participant, participant.name
         self._told = config is None
         self._samples = samples
         self._config = _own_config(config or TrainingConfig(), participant)
+        self._data = LocalData(trainee, participant, self._config.max_length)
+        self._held = held or Held(trainee.model)
+        self._scaling = _own_scaling(trainee, participant)
         self._federation: str | None = None
         self._given_up = threading.Event()
-        self._data: Any = None
-        self._held_out: Any = None
-        self._held_out_examples: list[Example] = []
         self._progress: dict[int, Progress] = {-1: Progress()}
 
     def handle(self, op: Operation, payload: bytes) -> bytes:
         """Answers one operation.
 
-        `hello` compares contracts and says what the participant holds; `train` and `evaluate` work on the weights in
-        the payload; `personal_state` gives back, or takes, where the participant stands; `stop` forgets the federation.
+        `hello` compares contracts and says what the participant holds; `train` and `evaluate` work on the global state
+        in the payload; `personal_state` gives back, or takes, where the participant stands; `stop` forgets the
+        federation.
 
         Raises:
             FederationError: Another operation, or one before `hello` told a peer in its own process how to train.
@@ -79,16 +89,30 @@ class LocalPeer:
             return self._hello(payload)
         if op == "stop":
             self._progress, self._federation = {-1: Progress()}, None
+            self._held.forget()
             return b"{}"
         if self._told and self._federation is None:
             msg = f"{self._name!r} has not been told yet how to train (it has restarted, perhaps): hello comes first."
             raise FederationError(msg)
-        header, tensors = self._read(payload)
+        header, infos = wire.inspect(payload, max_bytes=len(payload))
+        tensors = wire.values(payload, infos)
         del payload  # of full weights, a copy less while they are trained
         if op == "personal_state":
             return self._personal_state(header, tensors)
-        with self._state(tensors):
-            return self._train(header) if op == "train" else self._evaluate(header)
+        with self._model.exclusive():
+            state = self._held.receive(header, tensors)
+        if state is None:
+            return STALE
+        del tensors
+        with self._at_own_rank():
+            if op == "evaluate":
+                return json.dumps(self._evaluate(header, state)).encode()
+            return self._fine_tune(header, state) if "personal" in header else self._train(header, state)
+
+    @property
+    def config(self) -> TrainingConfig:
+        """How it trains, its own options included."""
+        return self._config
 
     def inspect(self) -> str:
         """What became of the examples, in a line; reads them.
@@ -96,10 +120,7 @@ class LocalPeer:
         Raises:
             DataError: They cannot be used.
         """
-        found = f"trains on {_report(self._encoded())}"
-        if self._participant.held_out is not None:
-            found += f", holds out {_report(self._encoded_held_out())}"
-        return found
+        return self._data.inspect()
 
     def give_up(self) -> None:
         """Ends the work that runs in another thread at its next step: nobody waits for its result any more."""
@@ -111,8 +132,18 @@ class LocalPeer:
 
     def take(self, participant: Participant) -> None:
         """Other examples for the next rounds; where it stands (optimizer, position) is kept."""
-        if participant.examples is not self._participant.examples:
-            self._participant, self._data = replace(self._participant, examples=participant.examples), None
+        self._data.take(participant)
+
+    def show_adapter(self) -> None:
+        """Makes the personal model, if there is one, an adapter of this process's model under the participant's name."""
+        progress = self._latest()
+        if progress.private:
+            self._add_adapter({**self._model.trainable_state(), **progress.private})
+        elif progress.personal:
+            self._add_adapter(progress.personal)
+
+    def _add_adapter(self, values: Mapping[str, Tensor]) -> None:
+        self._model.add_adapter(self._name, values, scaling=self._scaling)
 
     def _hello(self, payload: bytes) -> bytes:
         asked = wire.read_json(payload)
@@ -121,11 +152,14 @@ class LocalPeer:
             self._adopt(asked.get("training"))
         if self._federation not in (None, asked.get("federation")):
             self._progress = {-1: Progress()}  # another federation begins: nothing is carried over
-        data = self._encoded()
+        data = self._data.train()
         answer: dict[str, Any] = {
             "participant": self._name,
             "contract": self._trainee.contract(),
-            "held_out": self._participant.held_out is not None,
+            "held_out": self._data.holds_out,
+            "holds": self._model.weights_hash,
+            "rank": self._participant.rank,
+            "alpha": self._participant.alpha,
         }
         if isinstance(data, EncodedExamples):
             answer |= {
@@ -133,8 +167,8 @@ class LocalPeer:
                 "num_tokens": data.report.completion_tokens,
                 "report": asdict(data.report),
             }
-        if self._participant.held_out is not None:
-            self._encoded_held_out()
+        if self._data.holds_out:
+            self._data.held_out()
         self._federation = str(asked.get("federation"))
         return json.dumps(answer).encode()
 
@@ -143,60 +177,89 @@ class LocalPeer:
         if not isinstance(training, dict):
             msg = f"the hub did not say how {self._name!r} should train."
             raise ConfigError(msg)
-        config = _own_config(TrainingConfig(**training), self._participant)
-        if config.max_length != self._config.max_length:
-            self._data = self._held_out = None  # what is too long has changed
-        self._config = config
+        self._config = _own_config(TrainingConfig(**training), self._participant)
+        self._data.limit(self._config.max_length)
 
     def _personal_state(self, header: Mapping[str, Any], tensors: dict[str, Tensor]) -> bytes:
         if "progress" in header:
             self._progress = private_state.read(header["progress"], tensors)
-        return private_state.pack(self._progress)
+        latest = max(self._progress)
+        return private_state.pack({latest: self._progress[latest]})
 
-    def _train(self, header: Mapping[str, Any]) -> bytes:
-        round_number = header["round"]
-        progress = self._progress[max(r for r in self._progress if r < round_number)]
-        result = train_locally(
-            self._trainee.model,
-            self._encoded(),
-            self._config,
-            participant=self._name,
-            round=round_number,
-            first_step=progress.next_step,
-            optimizer_state=progress.optimizer_state,
-            before_step=self._watch(header.get("seconds")),
-        )
-        kept = {r: p for r, p in self._progress.items() if p is progress}
-        self._progress = kept | {round_number: Progress(result.next_step, result.optimizer_state)}
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def _train(self, header: Mapping[str, Any], state: GlobalState) -> bytes:
+        number = header["round"]
+        progress = self._latest(number)
+        place = {"participant": self._name, "round": number, "first_step": progress.next_step}
+        check = self._watch(header.get("seconds"))
+        trained, result = self._trained(header, state, progress, place, check)
+        shared = {n: trained[n] for n in selected(trained, header.get("shares", "all"))}
+        private = {n: t for n, t in trained.items() if n not in shared} if progress.private or _keeps(header) else {}
+        codec = make_codec(header.get("codec"))
+        parts, residual = shared, progress.residual
+        if codec is not None:
+            delta = {n: t.float() - state.values[n].float() for n, t in shared.items()}
+            carried = {n: residual[n] for n in shared if n in residual} if header.get("feedback") else None
+            parts, _, left = encode_with_feedback(codec, delta, carried or None)
+            residual = residual | left if header.get("feedback") else {}
+        own = progress.personal
+        if "ditto" in header:
+            ditto = Ditto(**header["ditto"])
+            own = personal.train_ditto(
+                self._model, state, own, ditto, self._data.train(), self._config, before_step=check, **place
+            )
         update = Update(
             participant=self._name,
-            round=round_number,
-            base=self._trainee.model.fingerprint(),
-            tensors=self._trainee.model.trainable_state(),
+            round=number,
+            base=self._model.fingerprint(),
+            tensors=parts,
             num_examples=result.examples,
             num_tokens=result.tokens,
             metrics={"train_loss": result.loss, "steps": result.steps, "seconds": result.seconds},
+            codec=codec.name if codec is not None else None,
         )
-        return update.to_bytes()
+        answer = update.to_bytes()
+        kept = {r: p for r, p in self._progress.items() if p is progress}
+        now = Progress(result.next_step, result.optimizer_state, residual, private, own)
+        self._progress = kept | {number: now}
+        return answer
 
-    def _evaluate(self, header: Mapping[str, Any]) -> bytes:
-        held_out = self._encoded_held_out()
-        result = evaluate_locally(self._trainee.model, held_out, precision=self._config.precision)
-        answer: dict[str, Any] = {"loss": result.loss, "tokens": result.tokens, "examples": result.examples}
-        wanted = header.get("samples", 0)
-        allowed = wanted if self._samples is None else min(wanted, self._samples)
-        if wanted and not allowed:
-            answer["samples_error"] = "the site's policy lets no samples leave"
-        chosen = self._first_usable(allowed)
-        if chosen:
-            try:
-                pairs = self._trainee.answer(chosen, header["sample_tokens"])
-            except LLMChainFedError as error:  # the loss is worth having without them
-                answer["samples_error"] = str(error) if self._samples is None else type(error).__name__
-                pairs = []
-            answer["samples"] = [
-                {"prompt": p, "reference": e.completion, "answer": a} for e, (p, a) in zip(chosen, pairs, strict=False)
-            ]
+    def _trained(
+        self,
+        header: Mapping[str, Any],
+        state: GlobalState,
+        progress: Progress,
+        place: Mapping[str, Any],
+        check: Callable[[], None],
+    ) -> tuple[dict[str, Tensor], TrainingResult]:
+        """What local training makes of the tensors that are trained in this round."""
+        model = self._model
+        with loaded(model, state, progress.private), ExitStack() as inside:
+            if header.get("trains", "all") != "all":
+                names = model.trainable_parameters().keys()
+                inside.enter_context(model.freezing(names - set(selected(names, header["trains"]))))
+            result = train_locally(
+                model,
+                self._data.train(),
+                self._config,
+                optimizer_state=progress.optimizer_state,
+                before_step=check,
+                **place,
+            )
+            return model.trainable_state(), result
+
+    def _fine_tune(self, header: Mapping[str, Any], state: GlobalState) -> bytes:
+        """Makes a personal model from the global one, and says what that did to the held-out loss."""
+        asked, number = header["personal"], header["round"]
+        config = personal.steps_config(self._config, asked["steps"], asked.get("lr"))
+        place = {"participant": self._name, "round": number, "before_step": self._watch(header.get("seconds"))}
+        values, result = personal.fine_tune(self._model, state, self._data.train(), config, **place)
+        at = max(r for r in self._progress if r < number)
+        self._progress = self._progress | {at: replace(self._progress[at], personal=values)}
+        answer: dict[str, Any] = {"train_loss": result.loss, "steps": result.steps, "seconds": result.seconds}
+        if self._data.holds_out:
+            answer["losses"] = self._side_by_side(state, self._progress[at])
         return json.dumps(answer).encode()
 
     def _watch(self, seconds: float | None) -> Callable[[], None]:
@@ -212,59 +275,97 @@ class LocalPeer:
 
         return check
 
-    def _encoded(self) -> Any:
-        if self._data is None:
-            self._data = self._ready(self._participant.examples)
-        return self._data
+    def _latest(self, before: int | None = None) -> Progress:
+        """Where it stands before a round: an interrupted or repeated one has not happened."""
+        return self._progress[max(r for r in self._progress if before is None or r < before)]
 
-    def _encoded_held_out(self) -> Any:
-        if self._held_out is None:
-            held_out = self._participant.held_out
-            if not is_ready_tensors(held_out):  # read once: it may be a generator
-                held_out = self._held_out_examples = self._named(lambda: list(self._read_examples()))
-            self._held_out = self._ready(held_out)
-        return self._held_out
+    # --- evaluation -------------------------------------------------------------------------------------------------
 
-    def _read_examples(self) -> Iterator[Example]:
-        return read_examples(self._participant.held_out, self._trainee.prompt)
+    def _evaluate(self, header: Mapping[str, Any], state: GlobalState) -> dict[str, Any]:
+        progress = self._latest(header.get("round"))
+        place = {"participant": self._name, "round": header.get("round", 0)}
+        if "curve" in header:
+            config = personal.steps_config(self._config, 1, header.get("lr"))
+            curve = personal.adaptation_curve(self._model, state, self._data, config, header["curve"], **place)
+            return {"curve": curve}
+        if header.get("side_by_side"):
+            return self._side_by_side(state, progress)
+        if header.get("time_step"):
+            return self._time_step(state, place)
+        with loaded(self._model, state, progress.private):
+            result = evaluate_locally(self._model, self._data.held_out(), precision=self._config.precision)
+            answer: dict[str, Any] = {"loss": result.loss, "tokens": result.tokens, "examples": result.examples}
+            self._add_samples(answer, header)
+        return answer
 
-    def _first_usable(self, count: int) -> list[Example]:
-        """The first held-out examples that are neither empty nor too long."""
-        model, prompt, longest = self._trainee.model, self._trainee.prompt, self._config.max_length
-        usable = (e for e in self._held_out_examples if len(encode_examples([e], model, prompt, max_length=longest)))
-        return list(itertools.islice(usable, count))
+    def _side_by_side(self, state: GlobalState, progress: Progress) -> dict[str, float]:
+        own = {**state.values, **progress.private} if progress.private else progress.personal
+        if own:
+            self._add_adapter(own)
+        name = self._name if own else None
+        return personal.side_by_side(self._model, state, name, self._data, self._config)
 
-    def _ready(self, examples: Any) -> Any:
-        config, trainee = self._config, self._trainee
-        return self._named(lambda: encoded(examples, trainee.model, trainee.prompt, config.max_length))
+    def _time_step(self, state: GlobalState, place: Mapping[str, Any]) -> dict[str, Any]:
+        """Seconds of one optimizer step, the second of two, and how many a round has."""
+        data = self._data.train()
+        times = []
+        with loaded(self._model, state):
+            for _ in range(2):
+                config = personal.steps_config(self._config, 1, None)
+                times.append(train_locally(self._model, data, config, **place).seconds)
+        per_pass = -(-len(data) // self._config.batch_size) if hasattr(data, "__len__") else 0
+        return {"seconds": times[-1], "steps": self._config.max_steps or per_pass * (self._config.epochs or 1)}
 
-    def _named(self, read: Callable[[], _T]) -> _T:
-        """What `read` returns; what it raises says whose examples they are."""
+    def _add_samples(self, answer: dict[str, Any], header: Mapping[str, Any]) -> None:
+        """As many held-out examples with the chain's answers as are wanted and may leave."""
+        wanted = header.get("samples", 0)
+        allowed = wanted if self._samples is None else min(wanted, self._samples)
+        if wanted and not allowed:
+            answer["samples_error"] = "the site's policy lets no samples leave"
+        chosen = self._data.first_held_out(allowed)
+        if not chosen:
+            return
         try:
-            return read()
-        except DataError as error:
-            raise type(error)(f"participant {self._name!r}: {error}") from None  # noqa: EM102
-
-    def _read(self, payload: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        header, infos = wire.inspect(payload, max_bytes=len(payload))
-        return header, wire.values(payload, infos)
+            pairs = self._trainee.answer(chosen, header["sample_tokens"])
+        except LLMChainFedError as error:  # the loss is worth having without them
+            answer["samples_error"] = str(error) if self._samples is None else type(error).__name__
+            pairs = []
+        answer["samples"] = [
+            {"prompt": p, "reference": e.completion, "answer": a} for e, (p, a) in zip(chosen, pairs, strict=False)
+        ]
 
     @contextmanager
-    def _state(self, state: dict[str, Tensor]) -> Iterator[None]:
-        """The broadcast weights inside, and the former ones back afterwards, whatever happens; empties `state`."""
-        model = self._trainee.model
-        with model.exclusive():
-            former = model.trainable_state()
-            try:
-                model.load_state(state)
-                state.clear()
-                yield
-            finally:
-                model.load_state(former)
+    def _at_own_rank(self) -> Iterator[None]:
+        if self._participant.rank is None:
+            yield
+            return
+        assert self._scaling is not None
+        with self._model.resized(self._participant.rank, self._scaling):
+            yield
 
 
-def _report(data: Any) -> str:
-    return repr(data.report) if isinstance(data, EncodedExamples) else "a DataLoader"
+def _keeps(header: Mapping[str, Any]) -> bool:
+    """Whether what is trained and not shared belongs to the participant."""
+    return bool(header.get("trains", "all") == "all" and header.get("shares", "all") != "all")
+
+
+def _own_scaling(trainee: Trainee, participant: Participant) -> dict[str, float] | None:
+    """Layer → s of a participant whose LoRA rank is its own.
+
+    Raises:
+        ConfigError: The model has no LoRA adapter, or a smaller one.
+    """
+    if participant.rank is None:
+        return None
+    layout = LoraLayout.of(trainee.model)
+    if layout is None or layout.refused or layout.rank is None or participant.rank > layout.rank:
+        have = "no plain LoRA adapter" if layout is None or layout.refused else f"rank {layout.rank}"
+        msg = (
+            f"participant {participant.name!r} wants rank {participant.rank}, and the model has {have}. A "
+            "participant's rank is at most the adapter's: give the chain the largest one."
+        )
+        raise ConfigError(msg)
+    return layout.scaling_at(participant.rank, participant.alpha)
 
 
 def _own_config(config: TrainingConfig, participant: Participant) -> TrainingConfig:

@@ -1,6 +1,6 @@
-"""Where a participant stands after a round: its place in the data and its kept optimizer, as safetensors and JSON.
+"""Where a participant stands after a round: its place in the data, and what of tensors stays with it.
 
-Knows torch optimizer states and bytes. Knows nothing about training. This never travels with an update: it moves only
+Knows torch optimizer states, named tensors and bytes: safetensors and JSON. Knows nothing about training. This never travels with an update: it moves only
 on `personal_state`, which a site's policy may forbid.
 """
 
@@ -16,6 +16,8 @@ from torch import Tensor
 from llmchain_fed.errors import ParticipantError
 from llmchain_fed.federated import wire
 
+_KINDS = ("residual", "private", "personal")
+
 
 @dataclass
 class Progress:
@@ -25,6 +27,16 @@ class Progress:
     """batches that rounds of `max_steps` have consumed"""
     optimizer_state: dict[str, Any] | None = field(default=None, repr=False)
     """`torch.optim.Optimizer.state_dict()`, where it is kept"""
+    residual: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """what a lossy codec has left out so far"""
+    private: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """trained tensors that are never shared (FedSA-LoRA's B)"""
+    personal: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """the personal model's factors"""
+
+    def kept(self) -> dict[str, dict[str, Tensor]]:
+        """The named tensors by kind."""
+        return {kind: getattr(self, kind) for kind in _KINDS}
 
 
 def pack(progress: Mapping[int, Progress]) -> bytes:
@@ -33,6 +45,8 @@ def pack(progress: Mapping[int, Progress]) -> bytes:
     header: dict[str, Any] = {}
     for number, item in progress.items():
         header[str(number)] = {"next_step": item.next_step, "optimizer": None}
+        for kind, kept in item.kept().items():
+            tensors |= {f"{number}/{kind}/{n}": t.detach().cpu().contiguous() for n, t in kept.items()}
         if item.optimizer_state is None:
             continue
         values: dict[str, dict[str, Any]] = {}
@@ -60,7 +74,10 @@ def read(header: Any, tensors: Mapping[str, Tensor]) -> dict[int, Progress]:
             state = {int(i): dict(values) for i, values in item["optimizer"]["values"].items()}
             found[int(number)].optimizer_state = {"state": state, "param_groups": item["optimizer"]["param_groups"]}
         for name, tensor in tensors.items():
-            number, index, key = name.split("/")
+            number, index, key = name.split("/", 2)
+            if index in _KINDS:
+                found[int(number)].kept()[index][key] = torch.clone(tensor)
+                continue
             kept = found[int(number)].optimizer_state
             if kept is None:
                 msg = f"{name} belongs to no optimizer"

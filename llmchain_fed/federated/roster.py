@@ -26,6 +26,7 @@ from llmchain_fed.federated.trainee import Trainee
 from llmchain_fed.training import TrainingConfig
 
 # What another process reports of itself makes it absent. Any other error is this process's own and raised.
+_LARGEST_RANK = 2**16
 ABSENCE = (ContractError, DeadlineError, ParticipantError, TransportError)
 
 
@@ -39,6 +40,11 @@ class Hello:
     num_tokens: int | None = None
     """completion tokens"""
     report: DataReport | None = None
+    holds: str | None = None
+    """hash of the weights it has before it is sent any"""
+    rank: int | None = None
+    """its own LoRA rank, if it has one"""
+    alpha: float | None = None
 
 
 class Roster:
@@ -48,12 +54,15 @@ class Roster:
         transport: The way to them.
         trainee: What is trained, whose contract all must share.
         training: How they train; told to those in other processes.
+        federation: Its id, where one goes on.
     """
 
-    def __init__(self, transport: Transport, trainee: Trainee, training: TrainingConfig) -> None:
+    def __init__(
+        self, transport: Transport, trainee: Trainee, training: TrainingConfig, federation: str | None = None
+    ) -> None:
         self._transport, self._trainee = transport, trainee
         self._training = training.to_plain()
-        self.federation = secrets.token_hex(8)
+        self.federation = federation or secrets.token_hex(8)
         """tells this federation from an earlier one of the same participants"""
         self.joined: dict[str, Hello] = {}
         self.absent: dict[str, Exception] = {}
@@ -119,11 +128,15 @@ class Roster:
         self._trainee.check_contract(said.get("contract"), f"participant {node!r}")
         examples, tokens, report = said.get("num_examples"), said.get("num_tokens"), said.get("report")
         counted = all(count is None or (type(count) is int and count >= 1) for count in (examples, tokens))
+        rank, alpha, holds = said.get("rank"), said.get("alpha"), said.get("holds")
+        counted = counted and (rank is None or (type(rank) is int and 1 <= rank <= _LARGEST_RANK))
+        counted = counted and (alpha is None or (type(alpha) in (int, float) and 0 < alpha <= _LARGEST_RANK))
         if not counted or not (report is None or _is_report(report)):
             msg = f"what {node!r} says it holds makes no sense: {answer[:200]!r}"
             raise ParticipantError(msg)
         known = DataReport(**report) if report is not None else None
-        return Hello(said.get("held_out") is True, examples, tokens, known)
+        holds = holds[:64] if isinstance(holds, str) else None
+        return Hello(said.get("held_out") is True, examples, tokens, known, holds, rank, alpha)
 
 
 def _is_report(found: object) -> bool:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +24,14 @@ from llmchain_fed.errors import (
     UpdateRefusedError,
 )
 from llmchain_fed.federated import wire
-from llmchain_fed.federated.aggregation import Aggregation, Weighting
+from llmchain_fed.federated.aggregation import Weighting
+from llmchain_fed.federated.broadcast import Broadcast
+from llmchain_fed.federated.codecs import Codec, spec
+from llmchain_fed.federated.gap import AggregationGap
 from llmchain_fed.federated.history import ParticipantRecord
+from llmchain_fed.federated.rule import Combined, Contribution, Round, Rule, selected
 from llmchain_fed.federated.update import Expected, Update
+from llmchain_fed.federated.wire import TensorInfo
 
 _COORDINATES = 1024
 
@@ -33,34 +40,53 @@ class OpenRound:
     """Collects a round's updates.
 
     Args:
-        number: Which round; an update of another one is refused.
-        state: The global trainable weights that are broadcast.
+        about: The round as its rule sees it.
+        broadcast: What each participant was sent.
         base: Fingerprint of the base weights.
-        aggregation: The server rule.
+        rule: The server rule.
         weighting: What an update counts by.
-        seconds: After which a participant gives up training; None is never.
+        codec: What updates travel as.
     """
 
     def __init__(
-        self,
-        number: int,
-        state: Mapping[str, Tensor],
-        base: str,
-        aggregation: Aggregation,
-        weighting: Weighting,
-        seconds: float | None = None,
+        self, about: Round, broadcast: Broadcast, base: str, rule: Rule, weighting: Weighting, codec: Codec | None
     ) -> None:
-        self.number = number
-        self.state = state
-        self.payload = wire.pack(state, {"kind": "task", "round": number, "base": base, "seconds": seconds})
+        self.about, self.number = about, about.number
+        self.start = broadcast.state_for()
+        """where participants start: the global state, or with a broadcast codec what they decoded of it"""
         self.records: dict[str, ParticipantRecord] = {}
-        self._base, self._weighting = base, weighting
-        self._layout = wire.describe(state)
-        self._accumulator = aggregation.start(state)
-        total = sum(t.numel() for t in state.values())
+        self._broadcast, self._base, self._rule, self._weighting, self._codec = broadcast, base, rule, weighting, codec
+        self.part = rule.shares(about.number)
+        self._names = selected(self.start, self.part)
+        self._collector = rule.begin(replace(about, state=self.start))
+        measured = about.layout is not None and not about.layout.refused and self.part == "all"
+        self._gap = AggregationGap(about.layout) if measured and about.layout is not None else None
+        self._comparable = True
+        total = sum(self.start[n].numel() for n in self._names)
         self._stride = max(1, math.ceil(total / _COORDINATES))
         self._coordinates = _Rows()
+        self._weights: dict[str, float] = {}
         self._owners: dict[bytes, str] = {}  # content of an update → who sent it first
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What a participant is told to do."""
+        return {
+            "kind": "task",
+            "round": self.number,
+            "base": self._base,
+            "trains": self._rule.trains(self.number),
+            "shares": self.part,
+            "codec": spec(self._codec),
+            "feedback": self._codec is not None and self._codec.lossy_feedback and not self._rule.regauges,
+        }
+
+    def largest_update(self) -> int:
+        """bytes: what no update of this round exceeds."""
+        return Expected("", 0, "", self._layout(self.start), codec=self._codec).max_bytes
+
+    def _layout(self, start: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+        return wire.describe({n: start[n] for n in self._names})
 
     def accept(
         self,
@@ -69,7 +95,7 @@ class OpenRound:
         *,
         num_examples: int | None = None,
         num_tokens: int | None = None,
-        sent: int = 1,
+        sent: int = 0,
     ) -> ParticipantRecord:
         """Uses one participant's answer, or records why it cannot be used.
 
@@ -78,13 +104,13 @@ class OpenRound:
             answer: The update's bytes, or why there are none.
             num_examples: What the participant said it holds when it joined.
             num_tokens: Likewise, completion tokens.
-            sent: How often the weights went to it: more than once where it was asked again, 0 where it was not reached.
+            sent: bytes that went to it for this.
 
         Raises:
             DuplicateParticipantError: It has answered in this round already.
         """
         self.refuse_twice(name)
-        record = ParticipantRecord(bytes_down=sent * len(self.payload))
+        record = ParticipantRecord(bytes_down=sent)
         if isinstance(answer, Exception):
             late, absent = isinstance(answer, DeadlineError), isinstance(answer, TransportError)
             record.status = "late" if late else "absent" if absent else "failed"
@@ -93,16 +119,31 @@ class OpenRound:
             return record
         record.bytes_up = len(answer)
         try:
-            expected = Expected(name, self.number, self._base, self._layout, num_examples, num_tokens)
+            start = self._broadcast.state_for(name)
+            layout = self._layout(start)
+            expected = Expected(name, self.number, self._base, layout, num_examples, num_tokens, self._codec, start)
             update = Update.from_bytes(answer, expected)
-            delta_norms, coordinates = self._distances(update)
-            self._accumulator.add(update.tensors, self._weight(update))
-            self._coordinates.add(name, coordinates)
+            delta_norms, coordinates = self._distances(update, start)
+            self._take(name, update, coordinates)
             self._note(record, name, answer, update, delta_norms)
         except LLMChainFedError as error:
             record.status, record.reason = "refused", f"{type(error).__name__}: {error}"
         self.records[name] = record
         return record
+
+    def _take(self, name: str, update: Update, coordinates: Tensor) -> None:
+        weight = float({"examples": update.num_examples, "tokens": update.num_tokens, "equal": 1}[self._weighting])
+        steps = int(update.metrics["steps"]) if "steps" in update.metrics else None
+        scaling = self._broadcast.scaling_of(name)
+        given = Contribution(update.tensors, weight, steps, scaling)
+        self._collector.add(given)
+        if scaling is not None:
+            self._gap, self._comparable = None, False  # factors of different ranks have no mean
+        if self._gap is not None:
+            self._gap.add(given)
+        if self._comparable:
+            self._coordinates.add(name, coordinates)
+        self._weights[name] = weight
 
     def refuse_twice(self, name: str) -> None:
         """Makes sure that this participant has not answered yet.
@@ -114,18 +155,15 @@ class OpenRound:
             msg = f"participant {name!r} has already trained in this round. Call step() to close the round first."
             raise DuplicateParticipantError(msg)
 
-    def _weight(self, update: Update) -> float:
-        return {"examples": update.num_examples, "tokens": update.num_tokens, "equal": 1}[self._weighting]
-
-    def _distances(self, update: Update) -> tuple[dict[str, float], Tensor]:
+    def _distances(self, update: Update, start: Mapping[str, Tensor]) -> tuple[dict[str, float], Tensor]:
         """L2 norm of local − global per tensor, and some of its coordinates.
 
         Raises:
             UpdateRefusedError: The distance overflows.
         """
         norms, coordinates = {}, []
-        for key in self.state:  # one order for all: safetensors files come back in an order of their own
-            delta = update.tensors[key].float() - self.state[key].float()
+        for key in self._names:  # one order for all: safetensors files come back in an order of their own
+            delta = update.tensors[key].float() - start[key].float()
             norms[key] = float(torch.linalg.vector_norm(delta))
             coordinates.append(delta.reshape(-1)[:: self._stride])
         if not math.isfinite(math.hypot(*norms.values())):
@@ -160,7 +198,7 @@ class OpenRound:
         """Whose updates are in."""
         return [name for name, record in self.records.items() if record.status == "trained"]
 
-    def aggregate(self, quorum: int) -> dict[str, Tensor]:
+    def aggregate(self, quorum: int) -> Combined:
         """The combined values; fills in every record's cosine to the mean.
 
         Raises:
@@ -170,13 +208,22 @@ class OpenRound:
         if len(trained) < max(1, quorum):
             reasons = {n: r.reason for n, r in self.records.items() if r.reason}
             raise too_few(self.number, len(trained), quorum, reasons, "usable updates")
-        combined = self._accumulator.result()
-        mean = torch.cat(
-            [(combined[k].float() - v.float()).reshape(-1)[:: self._stride] for k, v in self.state.items()]
-        )
-        for name in trained:
-            self.records[name].cosine_to_mean = _cosine(self._coordinates[name], mean)
+        combined = self._collector.combine()
+        if self._comparable:
+            total = math.fsum(self._weights.values())
+            rows = (self._coordinates[n] * (self._weights[n] / total) for n in trained)
+            mean = sum(rows, torch.zeros(()))
+            for name in trained:
+                self.records[name].cosine_to_mean = _cosine(self._coordinates[name], mean)
         return combined
+
+    def gap(self) -> float | None:
+        """‖mean(BA) − B̄·Ā‖ / ‖mean(BA)‖; 0 where participants shared one factor, None where it means nothing."""
+        if self.about.layout is None or self.about.layout.refused or not self._comparable:
+            return None
+        if self.part != "all":
+            return None if self._rule.personal else 0.0
+        return self._gap.value() if self._gap is not None else None
 
 
 def too_few(

@@ -14,6 +14,12 @@ from llmchain_fed.errors import DeadlineError, FederationError
 
 Operation = Literal["hello", "train", "evaluate", "personal_state", "stop"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+Payload = bytes | Mapping[str, bytes]
+
+
+def payload_for(payload: Payload, node: str) -> bytes:
+    """What one node is sent."""
+    return payload[node] if isinstance(payload, Mapping) else payload
 
 
 class Peer(Protocol):
@@ -30,7 +36,7 @@ class Transport(Protocol):
         """The names that can be called."""
 
     def call(
-        self, op: Operation, nodes: Iterable[str], payload: bytes, timeout: float | None = None
+        self, op: Operation, nodes: Iterable[str], payload: Payload, timeout: float | None = None
     ) -> Iterator[tuple[str, bytes | Exception]]:
         """Yields (node, answer or why there is none) as they arrive, every node once; `dict(call(…))` waits for all.
 
@@ -40,7 +46,7 @@ class Transport(Protocol):
         Args:
             op: What to do.
             nodes: Who should.
-            payload: The same bytes for all.
+            payload: The same bytes for all, or each node's own by name.
             timeout: seconds until an answer is no longer waited for; None waits as long as the node is there.
         """
 
@@ -89,14 +95,14 @@ class InProcess:
         return list(self._peers)
 
     def call(
-        self, op: Operation, nodes: Iterable[str], payload: bytes, timeout: float | None = None
+        self, op: Operation, nodes: Iterable[str], payload: Payload, timeout: float | None = None
     ) -> Iterator[tuple[str, bytes | Exception]]:
         """Runs `op` for one node after the other.
 
         Args:
             op: What to do.
             nodes: Who should.
-            payload: The same bytes for all.
+            payload: The same bytes for all, or each node's own by name.
             timeout: seconds each node may take for itself: nobody is late because others came first.
 
         Raises:
@@ -109,7 +115,7 @@ class InProcess:
             started = time.monotonic()
             answer: bytes | Exception
             try:
-                answer = self._peers[node].handle(op, payload)
+                answer = self._peers[node].handle(op, payload_for(payload, node))
                 if timeout is not None and time.monotonic() - started > timeout:
                     msg = f"{node!r} took {time.monotonic() - started:.1f} s, the deadline was {timeout:g} s."
                     answer = DeadlineError(msg)

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 from llmchain_fed.chain import LLMChain, find_chain
 from llmchain_fed.data import Example, Prompt
@@ -88,7 +88,7 @@ class Trainee:
         prompt = (chain.prompt_identity(), chain.adds_special_tokens) if chain is not None else None
         return {
             "base": self.model.fingerprint(),
-            "adapter": _digest((layout, _adapter_settings(self.model.module))),
+            "adapter": _digest((layout, _adapter_settings(self.model))),
             "prompt": _digest(prompt),
             "tokenizer": _digest(_tokenizer_identity(self.model)),
             "version": version("llmchain-fed"),
@@ -120,10 +120,11 @@ def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def _adapter_settings(module: Any) -> list[tuple[str, object]]:
-    """What of an adapter's configuration changes what its factors mean: rank, alpha, rslora, patterns, dropout."""
+def _adapter_settings(model: LocalModel) -> list[tuple[str, object]]:
+    """What of the trained adapter's configuration changes what its factors mean: rank, alpha, rslora, patterns, dropout."""
     found = []
-    for _, config in sorted(getattr(module, "peft_config", {}).items()):
+    for name in model.peft_names:
+        config = cast(Any, model.module).peft_config[name]
         for key, value in sorted(config.to_dict().items()):
             if key not in _MADE and (isinstance(value, (bool, int, float, dict)) or key == "bias"):
                 found.append((key, sorted(value.items()) if isinstance(value, dict) else value))

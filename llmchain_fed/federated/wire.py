@@ -19,7 +19,15 @@ from llmchain_fed.errors import ParticipantError, UpdateRefusedError
 
 _KEY = "llmchain_fed"
 _MAX_HEADER = 16 * 2**20  # bytes: names and shapes of some 100,000 tensors
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+}
 
 
 @dataclass(frozen=True)

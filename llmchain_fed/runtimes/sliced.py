@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from llmchain_fed.errors import DeadlineError, ParticipantError, TransportError
-from llmchain_fed.federated.runtime import Operation
+from llmchain_fed.federated.runtime import Operation, Payload, payload_for
 from llmchain_fed.runtimes import failures, frames
 
 # (nodes, frame, seconds) → (node, the frame it answered or why there is none) for each of them
@@ -34,9 +34,14 @@ class SlicedCalls:
 
     def __init__(self, exchange: Exchange, patience: float) -> None:
         self._exchange, self._patience = exchange, patience
+        self._expected = 0
+
+    def expect(self, num_bytes: int) -> None:
+        """Says how large an answer may be, beside what follows from the payload."""
+        self._expected = max(self._expected, num_bytes)
 
     def call(
-        self, op: Operation, nodes: Iterable[str], payload: bytes, timeout: float | None
+        self, op: Operation, nodes: Iterable[str], payload: Payload, timeout: float | None
     ) -> Iterator[tuple[str, bytes | Exception]]:
         """As `Transport.call`; the deadline includes the way there and back."""
         names = list(nodes)
@@ -44,12 +49,17 @@ class SlicedCalls:
         call = secrets.token_hex(8)
         answers: dict[str, bytes | Exception] = {}
         totals: dict[str, int] = {}
-        self._send(call, op, names, payload, until, answers)
+        groups: dict[int, list[str]] = {}
+        for name in names:
+            groups.setdefault(id(payload_for(payload, name)), []).append(name)
+        for alike in groups.values():
+            self._send(call, op, alike, payload_for(payload, alike[0]), until, answers)
         self._wait(call, [n for n in names if n not in answers], until, answers, totals)
         for name in names:
             answer = answers.pop(name, None)
             if answer is None:
-                answer = self._fetch(call, name, totals[name], 2 * len(payload) + _SLACK, until)
+                most = max(2 * len(payload_for(payload, name)), self._expected) + _SLACK
+                answer = self._fetch(call, name, totals[name], most, until)
             yield name, answer
         self._drop(call, [n for n in names if n in totals])
 

@@ -7,6 +7,7 @@ authenticated: whoever reaches the master port takes part. Across organisations 
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import os
 import warnings
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, FederationError
-from llmchain_fed.federated.runtime import InProcess, Operation, Peer
+from llmchain_fed.federated.runtime import InProcess, Operation, Payload, Peer, payload_for
 from llmchain_fed.runtimes import failures
 
 _LEADER = 0
@@ -113,14 +114,14 @@ class TorchDistributed:
         return list(self._homes)
 
     def call(
-        self, op: Operation, nodes: Iterable[str], payload: bytes, timeout: float | None = None
+        self, op: Operation, nodes: Iterable[str], payload: Payload, timeout: float | None = None
     ) -> Iterator[tuple[str, bytes | Exception]]:
         """Lets all ranks work at the same time; yields rank 0's answers first, then the others' in order.
 
         Args:
             op: What to do.
             nodes: Who should.
-            payload: The same bytes for all.
+            payload: The same bytes for all, or each node's own by name.
             timeout: seconds each participant may take for itself.
 
         Raises:
@@ -134,9 +135,10 @@ class TorchDistributed:
                 raise FederationError(msg)
             wanted.setdefault(self._homes[node], []).append(node)
         mine = wanted.pop(_LEADER, [])
-        body = _tensor(payload)
         for rank, names in wanted.items():
-            self._send(rank, {"op": op, "nodes": names, "timeout": timeout}, body)
+            parts, which = _distinct(payload, names)
+            head = {"op": op, "nodes": names, "timeout": timeout, "which": which, "sizes": [len(p) for p in parts]}
+            self._send(rank, head, _tensor(parts[0] if len(parts) == 1 else b"".join(parts)))
         outstanding = [(rank, name) for rank in sorted(wanted) for name in wanted[rank]]
         try:
             yield from self._local.call(op, mine, payload, timeout)
@@ -166,7 +168,10 @@ class TorchDistributed:
                     raise FederationError(msg)
                 return
             # all first, then the answers: a send waits until rank 0 comes round to this rank
-            answers = [answer for _, answer in self._local.call(head["op"], head["nodes"], body, head["timeout"])]
+            given = _by_node(body, head["nodes"], head["which"], head["sizes"])
+            del body
+            answers = [answer for _, answer in self._local.call(head["op"], head["nodes"], given, head["timeout"])]
+            del given
             for answer in answers:
                 if isinstance(answer, Exception):
                     self._send(_LEADER, {"error": failures.to_plain(answer)}, _tensor(b""))
@@ -249,6 +254,29 @@ class TorchDistributed:
 
     def _others(self) -> range:
         return range(_LEADER + 1, self.world_size)
+
+
+def _distinct(payload: Payload, names: list[str]) -> tuple[list[bytes], list[int]]:
+    """The different payloads for these nodes, and which of them is whose."""
+    parts: list[bytes] = []
+    places: dict[int, int] = {}
+    which = []
+    for name in names:
+        part = payload_for(payload, name)
+        if id(part) not in places:
+            places[id(part)] = len(parts)
+            parts.append(part)
+        which.append(places[id(part)])
+    return parts, which
+
+
+def _by_node(body: bytes, names: list[str], which: list[int], sizes: list[int]) -> Payload:
+    """The reverse of `_distinct`."""
+    if len(sizes) == 1:
+        return body
+    ends = list(itertools.accumulate(sizes))
+    parts = [body[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    return {name: parts[index] for name, index in zip(names, which, strict=True)}
 
 
 def _tensor(data: bytes) -> Tensor:

@@ -143,7 +143,7 @@ def aggregate(updates: str) -> None:
     check the header, read and check the values, add.
     """
     from llmchain_fed.federated import wire
-    from llmchain_fed.federated.aggregation import FedAvg
+    from llmchain_fed.federated.aggregation import RunningMean
     from llmchain_fed.federated.update import Expected, Update
 
     count = int(updates)
@@ -163,13 +163,13 @@ def aggregate(updates: str) -> None:
             room.copy_(flat[i % 4])
 
     def stream() -> None:
-        accumulator = FedAvg().start(sources[0])
+        accumulator = RunningMean()
         for i in range(count):
             accumulator.add(arrived[i % 4], 96.0)
         accumulator.result()
 
     def stream_bytes() -> None:
-        accumulator = FedAvg().start(sources[0])
+        accumulator = RunningMean()
         for i in range(count):
             update = Update.from_bytes(packed[i % 4], wanted)
             accumulator.add(update.tensors, float(update.num_examples))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmchain_fed.errors import ConfigError, FederationError, TransportError
-from llmchain_fed.federated.runtime import Operation
+from llmchain_fed.federated.runtime import Operation, Payload
 from llmchain_fed.runtimes import frames
 from llmchain_fed.runtimes.nvflare.job import write_job
 from llmchain_fed.runtimes.nvflare.link import Link
@@ -105,8 +105,12 @@ class NVFlare:
         """The sites, whether they are connected now or not."""
         return list(self._sites)
 
+    def expect(self, num_bytes: int) -> None:
+        """Says how large an answer may be, beside what follows from the payload."""
+        self._calls.expect(num_bytes)
+
     def call(
-        self, op: Operation, nodes: Iterable[str], payload: bytes, timeout: float | None = None
+        self, op: Operation, nodes: Iterable[str], payload: Payload, timeout: float | None = None
     ) -> Iterator[tuple[str, bytes | Exception]]:
         """As `Transport.call`; a site that is not connected is a `TransportError`, not awaited.
 

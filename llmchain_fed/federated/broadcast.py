@@ -1,0 +1,249 @@
+"""Broadcast: sends participants what they lack of the global state, and no more.
+
+Knows what each participant holds, codecs and the transport. Knows nothing about rules or about what is done with the
+state. A participant that lost what it held says so and is sent everything.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmchain_fed.federated import wire
+from llmchain_fed.federated.codecs import Codec, spec
+from llmchain_fed.federated.factors import Factors, stack
+from llmchain_fed.federated.global_state import GlobalState, grown, named
+from llmchain_fed.federated.held import STALE, coded_parts, start_version
+from llmchain_fed.federated.rule import LoraLayout
+from llmchain_fed.federated.runtime import Operation, Transport
+
+_NOTHING = -1  # held by a participant that must be sent everything
+_FIRST = -2  # the first state, which a participant found in its own model
+
+
+class Sent(NamedTuple):
+    """One participant's answer, and the bytes that went there for it."""
+
+    node: str
+    answer: bytes | Exception
+    bytes: int
+
+
+@dataclass
+class _Increment:
+    number: int
+    """the version it came with"""
+    factors: Factors
+
+
+class Broadcast:
+    """Keeps versions of what participants hold: the global state, or with a codec its copy as they decode it.
+
+    With a codec a change travels as codes, of the difference between the global state and that copy: what one message
+    loses, the next one brings, because the difference still holds it (error feedback, arXiv 1809.07599).
+
+    Args:
+        codec: For changes; None sends changed tensors as they are.
+        layout: Of the LoRA factors, to cut them for participants of a smaller rank.
+    """
+
+    def __init__(self, codec: Codec | None, layout: LoraLayout | None) -> None:
+        self._codec, self.layout = codec, layout
+        # part of every version's name: after a restart the same number may mean another state
+        self._token = secrets.token_hex(8)
+        self._number = 0
+        self._start = ""
+        self._values: dict[str, Tensor] = {}
+        self._stamps: dict[str, int] = {}
+        self._remainder: dict[str, list[_Increment]] = {}
+        self._coded: tuple[list[str], dict[str, Tensor]] | None = None
+        self._held: dict[str, int] = {}
+        self._ranks: dict[str, tuple[int, Mapping[str, float]]] = {}
+
+    # --- what there is ----------------------------------------------------------------------------------------------
+
+    def publish(self, state: GlobalState, digest: str) -> None:
+        """Takes the global state as it is now; nothing travels yet.
+
+        Args:
+            state: What participants shall hold; its tensors are kept, not copied.
+            digest: The model's `weights_hash`, by which a participant may be found to hold the first state already.
+        """
+        if not self._values:
+            self._values, self._start = dict(state.values), digest
+            self._stamps = dict.fromkeys(state.values, 0)
+            self._remainder = {n: [_Increment(0, f)] for n, f in state.remainder.items()}
+            return
+        changed = [n for n, t in state.values.items() if not torch.equal(t, self._values[n])]
+        moved = [n for n, f in state.remainder.items() if not self._same_remainder(n, f)]
+        gone = [n for n in self._remainder if n not in state.remainder]
+        if not (changed or moved or gone):
+            return
+        self._number += 1
+        self._coded = None
+        if gone:  # rare, after rolling back: a message cannot take a layer away, so everything is sent anew
+            self._held, self._remainder = {}, {n: [] for n in state.remainder}
+        if self._codec is not None and changed:
+            self._encode(changed, state)
+        else:
+            self._values |= {n: state.values[n] for n in changed}
+        self._stamps |= dict.fromkeys(changed, self._number)
+        for layer in moved:
+            known = self._remainder.get(layer, [])
+            more = grown(state.remainder[layer], stack([i.factors for i in known]) if known else None)
+            whole = more is None
+            added = _Increment(self._number, state.remainder[layer] if more is None else more)
+            self._remainder[layer] = [added] if whole else [*known, added]
+
+    def _same_remainder(self, layer: str, factors: Factors) -> bool:
+        known = self._remainder.get(layer)
+        more = grown(factors, stack([i.factors for i in known])) if known else None
+        return more is not None and more.rank == 0
+
+    def _encode(self, changed: list[str], state: GlobalState) -> None:
+        assert self._codec is not None
+        difference = {n: state.values[n].float() - self._values[n].float() for n in changed}
+        parts = self._codec.encode(difference)
+        decoded = self._codec.decode(parts, wire.describe({n: self._values[n] for n in changed}))
+        for name, change in decoded.items():
+            old = self._values[name]
+            self._values[name] = (old.float() + change).to(old.dtype)
+        self._coded = (changed, parts)
+
+    def state_for(self, node: str | None = None) -> dict[str, Tensor]:
+        """The trainable values that a participant starts from, at its own rank; not to be changed."""
+        rank, scaling = self._ranks.get(node, (None, None)) if node is not None else (None, None)
+        if rank is None or self.layout is None:
+            return self._values
+        return self.layout.at_rank(self._values, rank, scaling)
+
+    @property
+    def number(self) -> int:
+        """Which version participants are sent now; another number means that something changed."""
+        return self._number
+
+    def scaling_of(self, node: str) -> Mapping[str, float] | None:
+        """Layer → s of a participant whose rank is its own."""
+        return self._ranks[node][1] if node in self._ranks else None
+
+    # --- who holds it -----------------------------------------------------------------------------------------------
+
+    def joined(self, node: str, holds: str | None, rank: int | None, alpha: float | None) -> None:
+        """A participant has joined.
+
+        Args:
+            node: Which.
+            holds: Its own weights' hash, if it said so.
+            rank: Its own LoRA rank, if it has one.
+            alpha: Likewise.
+        """
+        self._held.pop(node, None)
+        self._ranks.pop(node, None)
+        if rank is not None and self.layout is not None:
+            self._ranks[node] = (rank, self.layout.scaling_at(rank, alpha))
+        elif holds is not None and holds == self._start:
+            self._held[node] = _FIRST
+
+    def call(
+        self,
+        transport: Transport,
+        op: Operation,
+        nodes: Sequence[str],
+        header: Mapping[str, Any],
+        timeout: float | None = None,
+        *,
+        largest: int | None = None,
+    ) -> Iterator[Sent]:
+        """Lets nodes do `op` on the global state; yields their answers as `Transport.call` does.
+
+        Args:
+            transport: The way to them.
+            op: What to do.
+            nodes: Who should.
+            header: What else the message says.
+            timeout: seconds to wait for an answer.
+            largest: bytes an answer may have, where the transport guards that.
+        """
+        if largest is not None and hasattr(transport, "expect"):
+            transport.expect(largest)
+        bytes_sent = dict.fromkeys(nodes, 0)
+        waiting = list(nodes)
+        for attempt in range(2):
+            messages = self._messages(waiting, header)
+            stale = []
+            alike = len({id(m) for m in messages.values()}) == 1
+            payload: Any = next(iter(messages.values())) if alike else messages
+            for node, answer in transport.call(op, waiting, payload, timeout) if waiting else ():
+                bytes_sent[node] += len(messages[node])
+                if isinstance(answer, bytes) and answer == STALE and attempt == 0:
+                    self._held[node] = _NOTHING
+                    stale.append(node)
+                    continue
+                if isinstance(answer, bytes):
+                    self._held[node] = self._number
+                else:
+                    self._held[node] = _NOTHING
+                yield Sent(node, answer, bytes_sent[node])
+            waiting = stale
+
+    def message(self, node: str, header: Mapping[str, Any]) -> bytes:
+        """The one message for one node."""
+        return self._messages([node], header)[node]
+
+    def whole(self, header: Mapping[str, Any]) -> bytes:
+        """Everything there is, for somebody who takes no part."""
+        return self._pack(_NOTHING, "", header)
+
+    def _messages(self, nodes: Sequence[str], header: Mapping[str, Any]) -> dict[str, bytes]:
+        made: dict[tuple[int, Any], bytes] = {}
+        found = {}
+        for node in nodes:
+            rank = self._ranks[node] if node in self._ranks else None
+            key = (self._held.get(node, _NOTHING), (rank[0], next(iter(rank[1].values()))) if rank else None)
+            if key not in made:
+                made[key] = self._pack(key[0], node, header)
+            found[node] = made[key]
+        return found
+
+    def _pack(self, held: int, node: str, header: Mapping[str, Any]) -> bytes:
+        rank = self._ranks[node][0] if node in self._ranks else None
+        suffix = "" if rank is None else f"{rank}x{next(iter(self._ranks[node][1].values())):g}"
+        head = dict(header) | {"version": self._version(self._number, suffix), "against": None}
+        if held != _NOTHING:
+            head["against"] = start_version(self._start) if held == _FIRST else self._version(held, suffix)
+        since = max(held, 0) if held != _NOTHING else -1
+        changed = [n for n, stamp in self._stamps.items() if stamp > since]
+        tensors: dict[str, Tensor] = {}
+        if self._coded is not None and held != _NOTHING and since == self._number - 1 and rank is None:
+            names, parts = self._coded
+            head |= {"coded": spec(self._codec), "coded_names": names}
+            tensors |= coded_parts(parts)
+            changed = [n for n in changed if n not in names]
+        values = self.state_for(node)
+        tensors |= {n: values[n] for n in changed}
+        increments = {n: [i for i in items if i.number > since] for n, items in self._remainder.items()}
+        whole = {n for n, items in self._remainder.items() if len(increments[n]) == len(items)}
+        tensors |= named({n: stack([i.factors for i in items]) for n, items in increments.items() if items})
+        head["appended"] = sorted(n for n, items in increments.items() if items and n not in whole)
+        return wire.pack({n: t.contiguous() for n, t in tensors.items()}, head)
+
+    def _version(self, number: int, suffix: str) -> str:
+        return f"{self._token}/{number}/{suffix}"
+
+    # --- on disk ----------------------------------------------------------------------------------------------------
+
+    def copy_state(self) -> dict[str, Tensor]:
+        """What participants hold, where a codec makes that differ from the global state; else nothing."""
+        return dict(self._values) if self._codec is not None else {}
+
+    def restore(self, copy: Mapping[str, Tensor], state: GlobalState) -> None:
+        """Goes on from a checkpoint: `copy_state()` of then, or nothing. Nobody is known to hold anything."""
+        self._values = dict(copy or state.values)
+        self._remainder = {n: [_Increment(0, f)] for n, f in state.remainder.items()}
+        self._number, self._start, self._stamps = 0, "", dict.fromkeys(self._values, 0)
+        self._held, self._coded = {}, None

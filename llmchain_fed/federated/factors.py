@@ -1,0 +1,106 @@
+"""Factors: a matrix kept as the product of two thin ones, B·A, and the algebra that never multiplies them out.
+
+Knows linear algebra. Knows nothing about adapters, participants or rounds.
+
+Notation: B is (m, R), A is (R, n), their product (m, n) is what they stand for. Sums of products are stacks:
+[B₁ B₂] · [A₁; A₂] = B₁A₁ + B₂A₂.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """B (m, R) and A (R, n) in place of their product (m, n)."""
+
+    b: Tensor
+    a: Tensor
+
+    @property
+    def rank(self) -> int:
+        """R, which bounds the product's rank."""
+        return int(self.a.shape[0])
+
+    @property
+    def full_rank(self) -> int:
+        """min(m, n): from here on factors hold nothing that fewer could not."""
+        return int(min(self.b.shape[0], self.a.shape[1]))
+
+    def norm(self) -> float:
+        """‖B·A‖ (Frobenius) = √tr(BᵀB · AAᵀ), from two (R, R) matrices in float64."""
+        b, a = self.b.double(), self.a.double()
+        return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U (m, k), S (k,) in falling order and Vᵀ (k, n) of B·A, with k = min(m, n, R), in float64.
+
+        B = Q₁R₁ and Aᵀ = Q₂R₂ give B·A = Q₁ (R₁R₂ᵀ) Q₂ᵀ; only the small middle is decomposed.
+        """
+        q_b, r_b = torch.linalg.qr(self.b.double())
+        q_a, r_a = torch.linalg.qr(self.a.double().T)
+        u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        return q_b @ u, s, vt @ q_a.T
+
+    def truncated(self, rank: int) -> Factors:
+        """The nearest product of this rank (Eckart and Young 1936): B = U·S, A = Vᵀ with orthonormal rows.
+
+        Its distance is √(Σ of the squared singular values left out). Rows and columns that a smaller product does not
+        need are zero, so the shapes are always (m, rank) and (rank, n).
+
+        >>> both = Factors(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.eye(2))
+        >>> nearest = both.truncated(1)
+        >>> nearest.b @ nearest.a
+        tensor([[3., 0.],
+                [0., 0.]])
+        """
+        u, s, vt = self.svd()
+        kept = min(rank, len(s))
+        b = self.b.new_zeros(self.b.shape[0], rank)
+        a = self.a.new_zeros(rank, self.a.shape[1])
+        b[:, :kept] = (u[:, :kept] * s[:kept]).to(b.dtype)
+        a[:kept] = vt[:kept].to(a.dtype)
+        return Factors(b, a)
+
+    def compacted(self) -> Factors:
+        """The same product with at most min(m, n) columns and rows."""
+        return self if self.rank <= self.full_rank else self.truncated(self.full_rank)
+
+
+def stack(parts: Sequence[Factors]) -> Factors:
+    """The sum of the products, as one pair of factors of the summed ranks."""
+    return Factors(torch.cat([p.b for p in parts], dim=1), torch.cat([p.a for p in parts], dim=0))
+
+
+def covariance(parts: Sequence[Factors], shares: Sequence[float]) -> Factors:
+    """Σ p_k B_k·A_k − (Σ p_k B_k)·(Σ p_k A_k), what averaging the factors apart leaves out, with rank (K−1)·r.
+
+    It is Σ p_k (B_k − B̄)(A_k − Ā), and because the differences from a mean sum to zero, also
+    Σ_{k<K} p_k (B_k − B̄)(A_k − A_K): one participant's rank less (arXiv 2410.09432 counts K·r).
+
+    Args:
+        parts: The participants' factors, all of one rank.
+        shares: p_k, which sum to 1.
+    """
+    mean = sum((p.b * share for p, share in zip(parts[1:], shares[1:], strict=True)), parts[0].b * shares[0])
+    last = parts[-1].a
+    pairs = list(zip(parts, shares, strict=True))[:-1]
+    if not pairs:
+        return Factors(last.new_zeros(parts[-1].b.shape[0], 0), last[:0])
+    return stack([Factors((p.b - mean) * share, p.a - last) for p, share in pairs])
+
+
+def as_shares(weights: Sequence[float]) -> list[float]:
+    """p_k = n_k / n.
+
+    >>> as_shares([1, 3])
+    [0.25, 0.75]
+    """
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]

@@ -1,0 +1,76 @@
+"""GlobalState: what a federation agrees on after a round. Trainable values, and a frozen low-rank remainder.
+
+Knows named tensors, factors, and their names in a message. Knows nothing about who holds or needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llmchain_fed.federated.factors import Factors, stack
+from llmchain_fed.model import LocalModel
+
+_A, _B = ".remainder_A.weight", ".remainder_B.weight"
+
+
+@dataclass(frozen=True)
+class GlobalState:
+    """The trainable values by stable name, and what is added to the base's weights beside them, by layer."""
+
+    values: Mapping[str, Tensor] = field(repr=False)
+    remainder: Mapping[str, Factors] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, model: LocalModel) -> GlobalState:
+        """Copies of what a model holds now."""
+        return cls(model.trainable_state(), {n: Factors(b, a) for n, (b, a) in model.remainder().items()})
+
+    def load(self, model: LocalModel) -> None:
+        """Makes this the model's state; all of it, or on an error nothing.
+
+        Raises:
+            WeightsMismatchError: It was made for another model.
+        """
+        former = {} if not self.remainder else model.remainder()
+        model.load_remainder({n: (f.b, f.a) for n, f in self.remainder.items()})
+        try:
+            model.load_state(self.values)
+        except BaseException:
+            model.load_remainder(former)
+            raise
+
+    def plus(self, remainder: Mapping[str, Factors]) -> dict[str, Factors]:
+        """The remainder with increments; a layer whose factors grew wider than its matrix is brought back, losslessly."""
+        found = dict(self.remainder)
+        for layer, more in remainder.items():
+            if more.rank:
+                found[layer] = (stack([found[layer], more]) if layer in found else more).compacted()
+        return found
+
+
+def grown(new: Factors, old: Factors | None) -> Factors | None:
+    """What was appended to `old`, if `new` is `old` and more; else None."""
+    if old is None or new.rank < old.rank:
+        return None
+    if not (torch.equal(new.b[:, : old.rank], old.b) and torch.equal(new.a[: old.rank], old.a)):
+        return None
+    return Factors(new.b[:, old.rank :], new.a[old.rank :])
+
+
+def named(remainder: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Factors as named tensors, for a message or a file."""
+    found = {}
+    for layer, factors in remainder.items():
+        found[layer + _A], found[layer + _B] = factors.a.contiguous(), factors.b.contiguous()
+    return found
+
+
+def parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Factors]]:
+    """The reverse: other values, and the remainder by layer."""
+    values = {n: t for n, t in tensors.items() if not n.endswith((_A, _B))}
+    layers = [n.removesuffix(_A) for n in tensors if n.endswith(_A)]
+    return values, {layer: Factors(tensors[layer + _B], tensors[layer + _A]) for layer in layers}

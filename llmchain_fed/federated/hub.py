@@ -1,0 +1,195 @@
+"""Hub: the leading side of a federation. Its state between rounds, and one round from broadcast to loaded weights.
+
+Knows the seams: transport, rule, codecs, server optimizer, records. Knows nothing about how participants train or where
+they run, nor about when a round is run.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmchain_fed.data import DataReport
+from llmchain_fed.federated import server_optimizers, wire
+from llmchain_fed.federated.aggregation import Weighting
+from llmchain_fed.federated.asking import Asking
+from llmchain_fed.federated.broadcast import Broadcast
+from llmchain_fed.federated.codecs import Codec
+from llmchain_fed.federated.evaluation import Evaluator, Measurement
+from llmchain_fed.federated.global_state import GlobalState
+from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
+from llmchain_fed.federated.options import sample_size
+from llmchain_fed.federated.personal import Ditto
+from llmchain_fed.federated.roster import Roster
+from llmchain_fed.federated.round import OpenRound
+from llmchain_fed.federated.rule import LoraLayout, Round, Rule
+from llmchain_fed.federated.runtime import Transport
+from llmchain_fed.federated.server_optimizers import ServerOptimizer
+from llmchain_fed.federated.trainee import Trainee
+from llmchain_fed.training import TrainingConfig, seed_of
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides how a federation goes on, besides its data."""
+
+    rule: Rule
+    layout: LoraLayout | None
+    training: TrainingConfig
+    weighting: Weighting
+    codec: Codec | None
+    broadcast_codec: Codec | None
+    server_optimizer: ServerOptimizer | None
+    personal: Ditto | None
+    per_round: int | float | None
+    quorum: int
+    deadline: float | None
+    retries: int
+    seed: int
+
+
+class Hub:
+    """Runs rounds and keeps what they leave.
+
+    Args:
+        trainee: The model and chain that learn.
+        transport: The way to the participants.
+        evaluator: What held-out loss is measured on.
+        settings: The options.
+        federation: The federation's id, where an earlier run goes on.
+    """
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        transport: Transport,
+        evaluator: Evaluator,
+        settings: Settings,
+        federation: str | None = None,
+    ) -> None:
+        self.trainee, self.model, self.transport = trainee, trainee.model, transport
+        self.evaluator, self.settings = evaluator, settings
+        self.roster = Roster(transport, trainee, settings.training, federation)
+        self.broadcast = Broadcast(settings.broadcast_codec, settings.layout)
+        self.asking = Asking(transport, self.roster, self.broadcast, settings.rule, settings.deadline, settings.retries)
+        self.round = 0
+        self.history = History()
+        self.data_reports: dict[str, DataReport] = {}
+        self.notes: dict[str, str] = {}
+        """participant → what the next record should say of it"""
+
+    def join(self) -> list[str]:
+        """Lets those join who have not; returns who has now.
+
+        Raises:
+            QuorumError: Too few are there.
+        """
+        newcomers = self.asking.join(self.round, self.settings.quorum)
+        reports = {n: self.roster.joined[n].report for n in newcomers}
+        self.data_reports |= {n: report for n, report in reports.items() if report is not None}
+        return newcomers
+
+    def begin(self) -> OpenRound:
+        """A round that starts at the weights as they are now."""
+        settings = self.settings
+        self.publish()
+        about = Round(self.broadcast.state_for(), settings.layout, self.round, settings.seed)
+        base = self.model.fingerprint()
+        return OpenRound(about, self.broadcast, base, settings.rule, settings.weighting, settings.codec)
+
+    def publish(self) -> GlobalState:
+        """Makes the weights as they are now what participants are sent."""
+        state = GlobalState.of(self.model)
+        self.broadcast.publish(state, self.model.weights_hash)
+        return state
+
+    def header(self, opened: OpenRound) -> dict[str, Any]:
+        """What participants are told to do in a round."""
+        header = opened.header | {"seconds": self.settings.deadline}
+        if self.settings.personal is not None:
+            header["ditto"] = self.settings.personal.model_dump()
+        return header
+
+    def run_round(self, done: Callable[[str], object]) -> RoundRecord:
+        """One round with those who are there.
+
+        Args:
+            done: Told each participant whose answer is in.
+
+        Raises:
+            QuorumError: Too few updates are usable; nothing has changed.
+        """
+        started = time.perf_counter()
+        nodes = self.transport.nodes()
+        chosen = self._choose(self.roster.present())
+        before = self.measure(self.round)
+        opened = self.begin()
+        self.asking.train(opened, chosen, self.header(opened), done)
+        others = {name: self.roster.record_of(name) for name in nodes if name not in opened.records}
+        return self.close(opened, started, before, others)
+
+    def _choose(self, nodes: list[str]) -> list[str]:
+        count = sample_size(self.settings.per_round, len(nodes))
+        if count >= len(nodes):
+            return nodes
+        rng = random.Random(seed_of(self.settings.seed, "sample", self.round))  # noqa: S311 (sampling, no secret)
+        chosen = set(rng.sample(sorted(nodes), count))
+        return [node for node in nodes if node in chosen]
+
+    def measure(self, completed: int) -> Measurement | None:
+        """Held-out losses under the weights as they are now, which stand after so many rounds."""
+        return self.evaluator.measure(
+            self.transport, self.broadcast, self.roster.joined, completed, self.settings.deadline
+        )
+
+    def close(
+        self, opened: OpenRound, started: float, before: Measurement | None, idle: Mapping[str, ParticipantRecord]
+    ) -> RoundRecord:
+        """Aggregates and loads; what fails or is interrupted puts weights and server optimizer back.
+
+        Raises:
+            QuorumError: Too few updates are usable.
+        """
+        former = GlobalState.of(self.model)
+        undo = server_optimizers.snapshot(self.settings.server_optimizer)
+        try:
+            new = self._next_state(opened, former)
+            record = RoundRecord(round=self.round + 1, participants={**opened.records, **idle})
+            for name, note in self.notes.items():
+                if name in record.participants:
+                    record.participants[name].notes.append(note)
+            record.aggregation_gap = opened.gap()
+            new.load(self.model)
+            after = self.measure(self.round + 1) if before else None
+            self.evaluator.fill(record, before, after)
+            record.update_norm = wire.distance(new.values, former.values)
+            record.training_seconds = sum(r.seconds or 0.0 for r in opened.records.values())
+            record.weights_version = self.model.weights_version
+            record.seconds = time.perf_counter() - started
+        except BaseException:
+            former.load(self.model)
+            undo()
+            raise
+        self.round += 1
+        self.notes = {}
+        self.history.append(record)
+        return record
+
+    def _next_state(self, opened: OpenRound, former: GlobalState) -> GlobalState:
+        settings = self.settings
+        combined = opened.aggregate(settings.quorum)
+        values = combined.values
+        if settings.broadcast_codec is not None and settings.rule.linear:
+            # participants started from what they decoded: what they learnt is added to the weights as they really are,
+            # whose distance from that copy the next broadcast brings
+            values = {
+                n: (former.values[n].float() + (v.float() - opened.start[n].float())).to(v.dtype)
+                for n, v in values.items()
+            }
+        moved = server_optimizers.apply(settings.server_optimizer, former.values, values)
+        if settings.rule.refactor is not None and settings.layout is not None:
+            moved = settings.rule.refactor(moved, settings.layout)
+        return GlobalState(moved, former.plus(combined.remainder))

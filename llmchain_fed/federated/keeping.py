@@ -1,0 +1,197 @@
+"""Keeping: the rounds that were. Writes a checkpoint after each, goes back to one, serves one beside the newest.
+
+Knows the hub and checkpoints. Knows nothing about how a round is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmchain_fed.errors import CheckpointError, ConfigError, UnsupportedModelError
+from llmchain_fed.federated import checkpoint, resuming, server_optimizers
+from llmchain_fed.federated.checkpoint import Checkpoint
+from llmchain_fed.federated.global_state import GlobalState, parted
+from llmchain_fed.federated.hub import Hub
+from llmchain_fed.federated.personal import Ditto, with_remainder
+from llmchain_fed.training import TrainingConfig
+
+_RESTORED = ("aggregation", "weighting", "codec", "broadcast_codec", "participants_per_round", "seed")
+
+
+class Keeping:
+    """A federation's checkpoints.
+
+    Args:
+        hub: Whose state is kept.
+        directory: Where; None writes none.
+        keep: How many of the newest; None keeps all.
+        options: Of the federation, as JSON, beside those that decide its future.
+        given: Whether held-out examples were given.
+
+    Raises:
+        ConfigError: `keep` is no count.
+        CheckpointError: The directory holds rounds already, which a run that begins anew would mix with its own.
+    """
+
+    def __init__(
+        self, hub: Hub, directory: str | Path | None, keep: int | None, options: Mapping[str, Any], *, given: bool
+    ) -> None:
+        if keep is not None and (type(keep) is not int or keep < 1):
+            msg = f"keep_checkpoints is a count of at least 1, or None for all, got {keep!r}."
+            raise ConfigError(msg)
+        self._hub, self._keep = hub, keep
+        self._directory = Path(directory) if directory is not None else None
+        self._options = dict(options) | {"keep_checkpoints": keep, "evaluated": given}
+        self._states: dict[str, bytes] = {}
+        self._waiting: dict[str, bytes] = {}
+        self._holdings: dict[str, Any] = {}
+        self._begun = False
+
+    def described(self) -> dict[str, Any]:
+        """The federation's options, flat, for those who watch it."""
+        found: dict[str, Any] = {}
+        for name, value in resuming.decisive(self._hub.settings).items():
+            nested = value if isinstance(value, dict) else {"": value}
+            found |= {f"{name}.{key}" if key else name: v for key, v in nested.items()}
+        return found | {"fingerprint": self._hub.model.fingerprint()} | self._options
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes a checkpoint of the hub as it is now, if there is a directory.
+
+        Raises:
+            CheckpointError: It cannot be written; former ones are as they were.
+        """
+        if self._directory is None:
+            return
+        if not self._begun and (there := checkpoint.rounds(self._directory)):
+            msg = (
+                f"{str(self._directory)!r} holds rounds {there} of an earlier run. Go on from them with "
+                "FederatedAveraging.resume(…), or choose another checkpoint_dir."
+            )
+            raise CheckpointError(msg)
+        made = resuming.checkpoint_of(self._hub, self._options, self._states)
+        checkpoint.write(self._directory, made, keep=self._keep)
+        self._states, self._begun = dict(made.participants), True
+
+    def check_directory(self) -> None:
+        """Makes sure, before anything is trained, that a run that begins anew has the directory for itself.
+
+        Raises:
+            CheckpointError: It holds another run's rounds, or cannot be made.
+        """
+        if self._directory is None or self._begun:
+            return
+        if there := checkpoint.rounds(self._directory):
+            msg = (
+                f"{str(self._directory)!r} holds rounds {there} of an earlier run. Go on from them with "
+                "FederatedAveraging.resume(…), or choose another checkpoint_dir."
+            )
+            raise CheckpointError(msg)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            msg = f"checkpoint_dir {str(self._directory)!r} cannot be made: {error}."
+            raise CheckpointError(msg) from error
+
+    # --- going on ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def read(
+        directory: str | Path, number: int | None, given: Mapping[str, Any]
+    ) -> tuple[Checkpoint, dict[str, Any], str]:
+        """A checkpoint, the options to go on with, and the federation's id.
+
+        Args:
+            directory: The run's.
+            number: Which round; None is the newest.
+            given: Options that were given again, which go first.
+
+        Raises:
+            CheckpointError: See `checkpoint.read`; or an option is missing that no file holds.
+        """
+        found = checkpoint.read(Path(directory), number)
+        decisive, options = found.about["decisive"], dict(found.about["options"])
+        evaluated = options.pop("evaluated")
+        if evaluated and options["evaluation"] is None and "evaluation" not in given:
+            msg = "the run had held-out examples of its own, which no checkpoint holds. Pass evaluation= again."
+            raise CheckpointError(msg)
+        merged = options | {name: decisive[name] for name in _RESTORED}
+        if decisive["personal"] is not None:
+            merged["personal"] = Ditto(**decisive["personal"])
+        given_training = {"training", "optimizer", "lr", "batch_size"} & given.keys()
+        if not given_training:
+            if isinstance(decisive["training"].get("optimizer"), dict):
+                msg = f"the run's optimizer was code ({decisive['training']['optimizer']['class']}): pass it again."
+                raise CheckpointError(msg)
+            merged["training"] = TrainingConfig(**decisive["training"])
+        if decisive["server_optimizer"] is not None and "server_optimizer" not in given:
+            merged["server_optimizer"] = server_optimizers.from_settings(decisive["server_optimizer"])
+        return found, merged | dict(given), found.about["federation"]
+
+    def go_on(self, found: Checkpoint) -> None:
+        """Puts the hub where the checkpoint was, and drops later ones.
+
+        Raises:
+            CheckpointError: It is another federation's; nothing has changed.
+        """
+        resuming.check(self._hub, found)
+        self._states = self._waiting = resuming.restore(self._hub, found)
+        self._holdings = dict(found.about["holdings"])
+        self._begun = True
+        assert self._directory is not None
+        for number in checkpoint.rounds(self._directory):
+            if number > found.round:  # of a future that will not be
+                checkpoint.remove(self._directory, number)
+
+    def give_back(self, newcomers: list[str]) -> None:
+        """Tells participants that have joined where they stood at the checkpoint.
+
+        Raises:
+            CheckpointError: One holds other examples than it did.
+        """
+        if newcomers and (self._waiting or self._holdings):
+            resuming.give_back(self._hub, newcomers, self._waiting, self._holdings)
+            self._waiting = {n: blob for n, blob in self._waiting.items() if n not in newcomers}
+            self._holdings = {n: held for n, held in self._holdings.items() if n not in newcomers}
+
+    def roll_back(self, to: int) -> None:
+        """Takes the hub, and its participants, back to the end of a round.
+
+        Raises:
+            CheckpointError: There is no checkpoint of it; nothing has changed.
+        """
+        found = checkpoint.read(self._there("roll_back"), to)
+        self.go_on(found)
+        for name in self._hub.roster.present():  # they join anew, and are told where they stood
+            self._hub.roster.leave(name)
+
+    def promote(self, number: int, name: str) -> None:
+        """Makes a round's global weights a resident adapter.
+
+        Raises:
+            CheckpointError: There is no checkpoint of it.
+            UnsupportedModelError: The model has no LoRA adapter.
+        """
+        model = self._hub.model
+        if not model.adapters:
+            msg = "promote makes an adapter of a round's weights, and this model has none. Use roll_back, or LoRA."
+            raise UnsupportedModelError(msg)
+        if number == self._hub.round:
+            state = GlobalState.of(model)
+        else:
+            found = checkpoint.read(self._there("promote"), number)
+            state = GlobalState(*parted(found.tensors["global"]))
+        with torch.no_grad():
+            model.add_adapter(name, with_remainder(state.values, state.remainder, model.lora_scaling()))
+
+    def _there(self, what: str) -> Path:
+        if self._directory is None:
+            msg = f"{what} needs the checkpoints of earlier rounds: pass checkpoint_dir= when the federation begins."
+            raise CheckpointError(msg)
+        return self._directory

@@ -1,0 +1,104 @@
+"""LocalData: a participant's examples as the training loop takes them, read once and kept.
+
+Knows forms of examples and token ids. Knows nothing about rounds. What it raises says whose examples they are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from llmchain_fed.data import EncodedExamples, Example, encode_examples, is_ready_tensors, read_examples
+from llmchain_fed.errors import DataError
+from llmchain_fed.federated.participant import Participant
+from llmchain_fed.federated.trainee import Trainee
+from llmchain_fed.training import encoded
+
+_T = TypeVar("_T")
+
+
+class LocalData:
+    """What one participant trains on and is evaluated on.
+
+    Args:
+        trainee: Whose prompt and tokenizer make tokens of it.
+        participant: Whose examples.
+        max_length: tokens beyond which an example is left out.
+    """
+
+    def __init__(self, trainee: Trainee, participant: Participant, max_length: int | None) -> None:
+        self._trainee, self.participant, self._max_length = trainee, participant, max_length
+        self._train: Any = None
+        self._held_out: Any = None
+        self._held_out_examples: list[Example] = []
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return self.participant.held_out is not None
+
+    def take(self, participant: Participant) -> None:
+        """Other examples from now on."""
+        if participant.examples is not self.participant.examples:
+            self.participant, self._train = replace(self.participant, examples=participant.examples), None
+
+    def limit(self, max_length: int | None) -> None:
+        """Another `max_length` from now on."""
+        if max_length != self._max_length:
+            self._max_length, self._train, self._held_out = max_length, None, None
+
+    def train(self) -> Any:
+        """The training examples.
+
+        Raises:
+            DataError: They cannot be used.
+        """
+        if self._train is None:
+            self._train = self._ready(self.participant.examples)
+        return self._train
+
+    def held_out(self) -> Any:
+        """The held-out examples.
+
+        Raises:
+            DataError: They cannot be used.
+        """
+        if self._held_out is None:
+            held_out = self.participant.held_out
+            if not is_ready_tensors(held_out):  # read once: it may be a generator
+                held_out = self._held_out_examples = self._named(lambda: list(self._read()))
+            self._held_out = self._ready(held_out)
+        return self._held_out
+
+    def first_held_out(self, count: int) -> list[Example]:
+        """The first held-out examples that are neither empty nor too long."""
+        model, prompt, longest = self._trainee.model, self._trainee.prompt, self._max_length
+        usable = (e for e in self._held_out_examples if len(encode_examples([e], model, prompt, max_length=longest)))
+        return list(itertools.islice(usable, count))
+
+    def inspect(self) -> str:
+        """What became of the examples, in a line; reads them."""
+        found = f"trains on {_report(self.train())}"
+        if self.holds_out:
+            found += f", holds out {_report(self.held_out())}"
+        return found
+
+    def _read(self) -> Iterator[Example]:
+        return read_examples(self.participant.held_out, self._trainee.prompt)
+
+    def _ready(self, examples: Any) -> Any:
+        trainee = self._trainee
+        return self._named(lambda: encoded(examples, trainee.model, trainee.prompt, self._max_length))
+
+    def _named(self, read: Callable[[], _T]) -> _T:
+        """What `read` returns; what it raises says whose examples they are."""
+        try:
+            return read()
+        except DataError as error:
+            raise type(error)(f"participant {self.participant.name!r}: {error}") from None  # noqa: EM102
+
+
+def _report(data: Any) -> str:
+    return repr(data.report) if isinstance(data, EncodedExamples) else "a DataLoader"

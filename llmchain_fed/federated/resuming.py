@@ -1,0 +1,174 @@
+"""Resuming: a hub's whole state as a checkpoint, and a checkpoint's back into a hub.
+
+Knows what of a hub decides its future. Knows nothing about files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from llmchain_fed.errors import CheckpointError
+from llmchain_fed.federated import server_optimizers, wire
+from llmchain_fed.federated.checkpoint import Checkpoint
+from llmchain_fed.federated.codecs import spec
+from llmchain_fed.federated.global_state import GlobalState, named, parted
+from llmchain_fed.federated.history import History
+from llmchain_fed.federated.hub import Hub, Settings
+from llmchain_fed.federated.roster import ABSENCE
+from llmchain_fed.federated.server_optimizers import ResumableServerOptimizer
+
+_ASK = wire.pack({}, {"kind": "personal_state"})
+_MEANING = {"base": "base weights", "adapter": "adapter", "prompt": "prompt", "tokenizer": "tokenizer"}
+
+
+def decisive(settings: Settings) -> dict[str, Any]:
+    """The options that decide how a federation goes on, as JSON; what is code stands there by its name."""
+    optimizer = settings.server_optimizer
+    training = settings.training.to_plain()
+    return {
+        "aggregation": settings.rule.name,
+        "training": training if training is not None else _named_training(settings),
+        "weighting": settings.weighting,
+        "codec": spec(settings.codec),
+        "broadcast_codec": spec(settings.broadcast_codec),
+        "server_optimizer": optimizer.settings()
+        if isinstance(optimizer, ResumableServerOptimizer)
+        else _kind(optimizer),
+        "personal": settings.personal.model_dump() if settings.personal is not None else None,
+        "participants_per_round": settings.per_round,
+        "seed": settings.seed,
+    }
+
+
+def _named_training(settings: Settings) -> dict[str, Any]:
+    given = {n: getattr(settings.training, n) for n in sorted(settings.training.model_fields_set) if n != "optimizer"}
+    optimizer = settings.training.optimizer
+    kind = optimizer if isinstance(optimizer, type) else type(optimizer)
+    return given | {"optimizer": {"class": kind.__qualname__, "options": repr(getattr(optimizer, "defaults", {}))}}
+
+
+def _kind(value: Any) -> str | None:
+    return None if value is None else type(value).__qualname__
+
+
+def checkpoint_of(hub: Hub, options: Mapping[str, Any], former: Mapping[str, bytes]) -> Checkpoint:
+    """Everything a hub needs to go on as if it had never stopped.
+
+    Participants are asked where they stand; who does not answer, or may not, is as in `former` or keeps it for itself.
+
+    Args:
+        hub: After a whole round.
+        options: What the federation was made with, as JSON.
+        former: Participants' states as of the checkpoint before.
+    """
+    settings, state = hub.settings, GlobalState.of(hub.model)
+    optimizer = settings.server_optimizer
+    memory, numbers = optimizer.state_dict() if isinstance(optimizer, ResumableServerOptimizer) else ({}, {})
+    blobs = dict(former)
+    asked = [n for n in hub.roster.present() if n not in former or _trained_last(hub, n)]
+    for name, answer in hub.transport.call("personal_state", asked, _ASK, settings.deadline) if asked else ():
+        if isinstance(answer, bytes):
+            blobs[name] = answer
+    about = {
+        "contract": hub.trainee.contract(),
+        "decisive": decisive(settings),
+        "options": dict(options),
+        "participants": hub.transport.nodes(),
+        "federation": hub.roster.federation,
+        "holdings": {n: [h.num_examples, h.num_tokens] for n, h in hub.roster.joined.items()},
+        "history": json.loads(hub.history.to_json()),
+        "measured": hub.evaluator.latest(),
+        "server_optimizer": numbers,
+    }
+    tensors = {
+        "global": {**state.values, **named(state.remainder)},
+        "copy": hub.broadcast.copy_state(),
+        "server": memory,
+    }
+    return Checkpoint(hub.round, about, tensors, blobs)
+
+
+def _trained_last(hub: Hub, name: str) -> bool:
+    if not len(hub.history):
+        return True
+    record = hub.history[-1].participants.get(name)
+    return record is None or record.status != "idle"
+
+
+def check(hub: Hub, found: Checkpoint) -> None:
+    """Makes sure that a checkpoint is this federation's.
+
+    Raises:
+        CheckpointError: Another base, adapter, prompt, set of participants, or option that decides the future.
+    """
+    about = found.about
+    ours, theirs = hub.trainee.contract(), about["contract"]
+    different = [k for k in _MEANING if theirs.get(k) != ours[k]]
+    wrong = [f"{_MEANING[k]}: {theirs.get(k)!s:.12} there, {ours[k]!s:.12} here" for k in different]
+    there, here = sorted(about["participants"]), sorted(hub.transport.nodes())
+    if there != here:
+        gone, new = sorted(set(there) - set(here)), sorted(set(here) - set(there))
+        wrong.append(f"participants: {', '.join(gone) or 'none'} are missing, {', '.join(new) or 'none'} are new")
+    now = json.loads(json.dumps(decisive(hub.settings)))
+    then = about["decisive"]
+    wrong += [f"{k}: {v!r:.200} there, {now.get(k)!r:.200} here" for k, v in then.items() if now.get(k) != v]
+    if wrong:
+        msg = (
+            f"the checkpoint of round {found.round} is another federation's ({'; '.join(wrong)}). Give the same chain, "
+            "participants and options, or begin anew with another checkpoint_dir."
+        )
+        raise CheckpointError(msg)
+
+
+def restore(hub: Hub, found: Checkpoint) -> dict[str, bytes]:
+    """Puts a hub where the checkpoint was; all of it or, on an error, nothing.
+
+    Returns:
+        What participants are to be given back once they have joined.
+
+    Raises:
+        CheckpointError: The weights or the server optimizer's memory do not fit.
+    """
+    values, remainder = parted(found.tensors["global"])
+    optimizer = hub.settings.server_optimizer
+    undo = server_optimizers.snapshot(optimizer)
+    state = GlobalState(values, remainder)
+    try:
+        history = History.from_dict(found.about["history"])
+        if isinstance(optimizer, ResumableServerOptimizer):
+            optimizer.load_state_dict(found.tensors.get("server", {}), found.about["server_optimizer"])
+        state.load(hub.model)
+    except Exception as error:
+        undo()
+        msg = f"the checkpoint of round {found.round} does not fit ({type(error).__name__}: {error})."
+        raise CheckpointError(msg) from error
+    hub.round, hub.history = found.round, history
+    hub.broadcast.restore(found.tensors.get("copy", {}), state)
+    hub.evaluator.go_on(found.about["measured"], hub.broadcast.number)
+    return dict(found.participants)
+
+
+def give_back(hub: Hub, newcomers: list[str], states: dict[str, bytes], holdings: Mapping[str, Any]) -> None:
+    """Tells participants that have joined where they stood; one that keeps that for itself stays as it is.
+
+    Raises:
+        CheckpointError: A participant holds other examples than it did.
+    """
+    for name in newcomers:
+        hello = hub.roster.joined[name]
+        if name in holdings and [hello.num_examples, hello.num_tokens] != list(holdings[name]):
+            msg = (
+                f"participant {name!r} held {holdings[name][0]} examples with {holdings[name][1]} tokens, now "
+                f"{hello.num_examples} with {hello.num_tokens}: the run would not be the one that was interrupted."
+            )
+            raise CheckpointError(msg)
+    known = {name: states[name] for name in newcomers if name in states}
+    if not known:
+        return
+    for name, answer in hub.transport.call("personal_state", list(known), known, hub.settings.deadline):
+        if isinstance(answer, ABSENCE):  # its policy, say, keeps that from the hub
+            hub.notes[name] = f"goes on from what it kept itself ({type(answer).__name__})"
+        elif isinstance(answer, Exception):
+            raise answer

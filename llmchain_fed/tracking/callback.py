@@ -1,0 +1,130 @@
+"""Callback: what a federation tells those who watch it; and what of a round is worth watching.
+
+Knows the names of the hooks and how a record becomes flat numbers and texts. Knows no tracker, and nothing of how
+rounds come about.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord, Sample
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What is known before the first round of a fit."""
+
+    options: Mapping[str, Any]
+    """the federation's settings, flat and fit for JSON: model, fingerprint, aggregation, learning rate …"""
+    participants: tuple[str, ...]
+    """names"""
+    start_round: int
+    """rounds completed before this fit: its first record has the number `start_round + 1`"""
+    rounds: int
+    """how many this fit will run at most"""
+
+
+class Callback:
+    """Hears of a fit as it goes. Every method does nothing: override those you need.
+
+    What a callback raises ends the fit like any other error; rounds already recorded are kept. Several fits on one
+    callback follow each other: `on_fit_begin` is called for each, and every one that began ends with exactly one of
+    `on_fit_end` and `on_error`.
+
+    >>> class Losses(Callback):
+    ...     def on_round_end(self, record, history):
+    ...         print(record.round, metrics_of(record)["held_out/after"])
+    """
+
+    def on_fit_begin(self, run: RunInfo) -> None:
+        """Before the first round."""
+
+    def on_round_end(self, record: RoundRecord, history: History) -> None:
+        """After a round has been loaded into the chain, recorded and checkpointed; `history` ends with `record`."""
+
+    def on_fit_end(self, history: History) -> None:
+        """After the last round; `history` holds earlier fits' rounds too."""
+
+    def on_error(self, error: BaseException) -> None:
+        """Fit ends with this error, which may be a KeyboardInterrupt; the earlier rounds are kept."""
+
+
+def metrics_of(record: RoundRecord) -> dict[str, float]:
+    """A round as flat numbers, the same for every tracker.
+
+    Losses are nats per completion token, times seconds. Each participant's numbers stand under
+    `participant/<name>/<field of ParticipantRecord>`; the part after the last slash never has one, so no two names
+    collide whatever is in them. What was not measured, or is not finite, is left out.
+
+    >>> from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
+    >>> record = RoundRecord(3, {"a/b": ParticipantRecord("trained", train_loss=1.5, bytes_up=10)}, held_out_after=1.25)
+    >>> found = metrics_of(record)
+    >>> found["held_out/after"], found["train_loss"], found["bytes/up"], found["participant/a/b/train_loss"]
+    (1.25, 1.5, 10.0, 1.5)
+    >>> "held_out/before" in found
+    False
+    """
+    participants = record.participants
+    found: dict[str, float | None] = {
+        "held_out/before": record.held_out_before,
+        "held_out/after": record.held_out_after,
+        "train_loss": record.train_loss,
+        "update_norm": record.update_norm,
+        "aggregation_gap": getattr(record, "aggregation_gap", None),
+        "bytes/up": record.bytes_up,
+        "bytes/down": record.bytes_down,
+        "bytes/evaluation": sum(p.evaluation_bytes for p in participants.values()),
+        "seconds/round": record.seconds,
+        "seconds/training": record.training_seconds,
+        "seconds/evaluation": record.evaluation_seconds,
+        "participants/trained": len(record.trained),
+        "participants/asked": asked(record),
+    }
+    for name, participant in participants.items():
+        found |= {f"participant/{name}/{field}": value for field, value in _numbers(participant).items()}
+    return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def asked(record: RoundRecord) -> int:
+    """How many participants the round wanted an update of: all but the idle."""
+    return sum(p.status != "idle" for p in record.participants.values())
+
+
+def notes_of(record: RoundRecord) -> list[str]:
+    """Who did not train and why, and what the learning guards found."""
+    missing = [
+        f"{name}: {p.status}" + (f" ({p.reason})" if p.reason else "")
+        for name, p in record.participants.items()
+        if p.status not in ("trained", "idle")
+    ]
+    return missing + [f"{name}: {note}" for name, p in record.participants.items() for note in p.notes]
+
+
+def samples_of(record: RoundRecord) -> dict[str, str]:
+    """Participant → its samples of the round as Markdown, texts fenced so that nothing in them is markup."""
+    grouped: dict[str, list[str]] = {}
+    for sample in record.samples:
+        grouped.setdefault(sample.participant, []).append(_markdown(sample))
+    return {name: "\n\n---\n\n".join(texts) for name, texts in grouped.items()}
+
+
+def _numbers(participant: ParticipantRecord) -> dict[str, float]:
+    values = {field.name: getattr(participant, field.name) for field in fields(participant)}
+    return {n: v for n, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
+def _markdown(sample: Sample) -> str:
+    parts = {"prompt": sample.prompt, "reference": sample.reference, "before": sample.before, "after": sample.after}
+    return "\n\n".join(f"**{title}**\n\n{_fenced(text)}" for title, text in parts.items() if text is not None)
+
+
+def _fenced(text: str) -> str:
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)  # a fence inside the text is shorter, so it cannot close this one
+    return f"{fence}\n{text}\n{fence}"

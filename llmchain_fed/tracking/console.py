@@ -1,0 +1,105 @@
+"""ConsoleTable: a federation's rounds as text, for a terminal, a log file or a notebook.
+
+Knows rich. Knows nothing of how rounds come about.
+"""
+
+from __future__ import annotations
+
+from typing import IO, TYPE_CHECKING
+
+from llmchain_fed.errors import MissingExtraError
+from llmchain_fed.tracking.callback import Callback, RunInfo, asked, notes_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from llmchain_fed.federated.history import History, RoundRecord
+
+_HEADINGS = ("round", "trained", "train loss", "held-out loss", "up / down", "seconds", "gap", "notes")
+_WIDTH = 140  # columns where there is no terminal to ask: a log file's lines are not wrapped at 80
+
+
+class ConsoleTable(Callback):
+    """Prints a line per round as it ends, and the table of all rounds when fit ends, also when it fails.
+
+    Lines are only ever appended, so they read the same in a log file, and beside a progress bar.
+
+    Args:
+        file: Where to; None is standard output (in a notebook, the cell's).
+        console: A rich console of your own instead.
+
+    Raises:
+        MissingExtraError: rich is not installed.
+    """
+
+    def __init__(self, file: IO[str] | None = None, *, console: Console | None = None) -> None:
+        try:
+            from rich.console import Console
+        except ImportError as error:
+            msg = "ConsoleTable needs rich, which is not installed: pip install 'llmchain-fed[rich]'"
+            raise MissingExtraError(msg) from error
+        if console is None:
+            console = Console(file=file)
+            if not console.is_terminal and not console.is_jupyter:
+                console = Console(file=file, width=_WIDTH)
+        self._console = console
+        self._history: History | None = None
+
+    def on_fit_begin(self, run: RunInfo) -> None:
+        """Prints what is about to run."""
+        first, last = run.start_round + 1, run.start_round + run.rounds
+        self._print(f"rounds {first} to {last} with {len(run.participants)} participants")
+
+    def on_round_end(self, record: RoundRecord, history: History) -> None:
+        """Prints the round as one line."""
+        self._history = history
+        named = zip(_HEADINGS, _cells(record), strict=True)
+        self._print(" · ".join(f"{heading} {cell}" for heading, cell in named if cell))
+
+    def on_fit_end(self, history: History) -> None:
+        """Prints the table, earlier fits' rounds included."""
+        self._console.print(_table(history))
+        if history.stopped_early:
+            self._print(f"stopped early: {history.stopped_early}")
+
+    def on_error(self, error: BaseException) -> None:
+        """Prints the table of the completed rounds, and the error."""
+        if self._history is not None:
+            self._console.print(_table(self._history))
+        self._print(f"ended by {type(error).__name__}: {error}")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def _table(history: History) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="left" if heading == "notes" else "right", overflow="fold")
+    for record in history:
+        table.add_row(*(Text(cell) for cell in _cells(record)))  # Text: a name like [red] is no markup
+    return table
+
+
+def _cells(record: RoundRecord) -> tuple[str, ...]:
+    from rich.filesize import decimal
+
+    held_out = record.held_out_before, record.held_out_after
+    return (
+        str(record.round),
+        f"{len(record.trained)} of {asked(record)}",
+        _number(record.train_loss),
+        " → ".join(map(_number, held_out)) if any(value is not None for value in held_out) else "–",
+        f"{decimal(record.bytes_up)} / {decimal(record.bytes_down)}",
+        f"{record.seconds:.1f}",
+        _number(getattr(record, "aggregation_gap", None)),
+        "; ".join(notes_of(record)),
+    )
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
