@@ -496,5 +496,7 @@ def test_a_module_that_cannot_be_saved_is_refused(tokenizer, tmp_path):
 def test_several_adapters_are_refused(tmp_path):
     model = taught_model("causal", lora=True)
     model.module.add_adapter("second", lora_config())
-    with pytest.raises(ChainFileError, match="2 adapters"):
+    model.module.base_model.set_adapter(["default", "second"])
+    model = LocalModel(model.module, model.tokenizer)
+    with pytest.raises(ChainFileError, match="exactly one"):
         LLMChain(llm=LocalLLM(model=model), prompt=TEMPLATE).save(tmp_path / "chain")

@@ -17,39 +17,37 @@ from tqdm.auto import tqdm
 from llmchain_fed._config import unknown_option
 from llmchain_fed.data import DataReport, Examples
 from llmchain_fed.errors import ConfigError, FederationError, NothingTrainedError
-from llmchain_fed.evaluation import EvaluationResult, evaluate_locally
-from llmchain_fed.federated import combinations, personalizing, server_optimizers, wire
-from llmchain_fed.federated.aggregation import Aggregation, Weighting, make_aggregation
-from llmchain_fed.federated.codecs import Codec, make_codec, spec
+from llmchain_fed.federated import wire
+from llmchain_fed.federated.aggregation import Aggregation, Weighting
+from llmchain_fed.federated.between_rounds import BetweenRounds
+from llmchain_fed.federated.codecs import Codec
 from llmchain_fed.federated.evaluation import Evaluator
 from llmchain_fed.federated.global_state import GlobalState, named, parted
 from llmchain_fed.federated.held import Held
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
-from llmchain_fed.federated.hub import Hub, Settings
+from llmchain_fed.federated.hub import Hub
 from llmchain_fed.federated.keeping import Keeping
 from llmchain_fed.federated.options import (
     Patience,
     check_travels,
     checked_quorum,
-    checked_waiting,
     sample_size,
     training_of,
 )
 from llmchain_fed.federated.participant import Participant, as_participants
 from llmchain_fed.federated.peer import LocalPeer
 from llmchain_fed.federated.personal import Ditto
-from llmchain_fed.federated.personalizing import Personalized, SideBySide
-from llmchain_fed.federated.plan import Plan, plan_of
 from llmchain_fed.federated.round import OpenRound
-from llmchain_fed.federated.rule import LoraLayout, Rule
+from llmchain_fed.federated.rule import Rule
 from llmchain_fed.federated.runtime import Cluster, InProcess, Transport
 from llmchain_fed.federated.server_optimizers import ServerOptimizer
+from llmchain_fed.federated.settings import make_settings
 from llmchain_fed.federated.trainee import Trainee
 from llmchain_fed.tracking.callback import Callback, RunInfo
 from llmchain_fed.training import TrainingConfig
 
 
-class FederatedAveraging:
+class FederatedAveraging(BetweenRounds):
     """Lets a chain learn from several participants' examples without pooling them.
 
     In each round every participant starts from the same global weights, trains on its own examples, and hands over its
@@ -134,66 +132,52 @@ class FederatedAveraging:
         self._model = self._trainee.model
         self._progress = progress
         self._callbacks = _checked_callbacks(callbacks)
-        training = training_of(training, optimizer=optimizer, lr=lr, batch_size=batch_size, seed=seed)
-        rule, layout = make_aggregation(aggregation), LoraLayout.of(self._model)
-        server_optimizers.check(server_optimizer)
-        if weighting not in ("examples", "tokens", "equal"):
-            msg = f"weighting is 'examples', 'tokens' or 'equal', got {weighting!r}."
-            raise ConfigError(msg)
-        if personal is not None and not isinstance(personal, Ditto):
-            msg = f"personal is Ditto(lam=…) or None, got {personal!r}."
-            raise ConfigError(msg)
-        deadline, retries = checked_waiting(deadline, retries)
+        self._training = training_of(training, optimizer=optimizer, lr=lr, batch_size=batch_size, seed=seed)
+        self._held = Held(self._model)
         named_participants = as_participants(participants)
         self._cluster = runtime if isinstance(runtime, Cluster) else None
         if runtime is not None and self._cluster is None and named_participants:
             msg = "give participants (they run in this process) or a runtime (which knows its own), not both."
             raise ConfigError(msg)
         if runtime is not None and not isinstance(runtime, (Cluster, InProcess)):
-            check_travels(training)
-        coding, broadcasting = make_codec(codec), make_codec(broadcast_codec)
-        spec(coding), spec(broadcasting)  # refuses what could not be named to participants
+            check_travels(self._training)
         evaluator = Evaluator(self._trainee, evaluation, samples=samples, seed=seed)
-        named_participants = evaluator.divide(named_participants)
-        self._held = Held(self._model)
-        self._training = training
-        self._peers = {name: self._peer(p) for name, p in named_participants.items()}
-        for name, participant in named_participants.items():
-            combinations.check_rank(rule, name, participant.rank, layout)
-        combinations.check(
-            rule,
-            layout,
-            codec=coding,
-            broadcast_codec=broadcasting,
+        self._peers = {name: self._peer(p) for name, p in evaluator.divide(named_participants).items()}
+        available = len(self._peers) if runtime is None else 0 if self._cluster is not None else len(runtime.nodes())
+        settings = make_settings(
+            self._model,
+            self._training,
+            self._peers.values(),
+            available,
+            aggregation=aggregation,
             server_optimizer=server_optimizer,
-            ditto=personal,
-            training=[training, *(peer.config for peer in self._peers.values())],
-        )
-        if self._cluster is not None:
-            self._cluster.host(self._peers)
-        self._transport: Transport = runtime if runtime is not None else InProcess(self._peers)
-        available = len(self._transport.nodes())
-        quorum = checked_quorum(quorum, sample_size(participants_per_round, available), available)
-        settings = Settings(
-            rule=rule,
-            layout=layout,
-            training=training,
-            weighting=weighting,
-            codec=coding,
-            broadcast_codec=broadcasting,
-            server_optimizer=server_optimizer,
+            codec=codec,
+            broadcast_codec=broadcast_codec,
             personal=personal,
-            per_round=participants_per_round,
+            weighting=weighting,
+            participants_per_round=participants_per_round,
             quorum=quorum,
             deadline=deadline,
             retries=retries,
             seed=seed,
         )
+        if self._cluster is not None:
+            self._cluster.host(self._peers)
+            available = len(self._cluster.nodes())
+            checked_quorum(quorum, sample_size(participants_per_round, available), available)
+        self._transport: Transport = runtime if runtime is not None else InProcess(self._peers)
         self._hub = Hub(self._trainee, self._transport, evaluator, settings, federation)
         self._hub.begin()  # refuses a rule that does not fit the model now, not after the first round's training
         options = {"samples": samples, "quorum": quorum, "deadline": deadline, "retries": retries}
         options["evaluation"] = evaluation if isinstance(evaluation, float) else None
-        self._keeping = Keeping(self._hub, checkpoint_dir, keep_checkpoints, options, given=evaluation is not None)
+        self._keeping = Keeping(
+            self._hub,
+            checkpoint_dir,
+            keep_checkpoints,
+            options,
+            given=evaluation is not None,
+            leads=self._cluster is None or self._cluster.leads,
+        )
         self._open: OpenRound | None = None
         self._opened = 0.0
 
@@ -253,24 +237,6 @@ class FederatedAveraging:
     def get_model(self) -> Any:
         """What was passed in: the same object, with the global weights in it."""
         return self._given
-
-    def evaluate(self, data: Examples) -> EvaluationResult:
-        """Held-out loss of the current global weights on any examples, in nats per completion token.
-
-        Raises:
-            DataError: The examples cannot be used.
-        """
-        return evaluate_locally(self._model, data, prompt=self._trainee.prompt, max_length=self._training.max_length)
-
-    def plan(self, rounds: int) -> Plan:
-        """What so many rounds will take: bytes, memory, and time from one timed optimizer step.
-
-        Raises:
-            ConfigError: No rounds, or no participants.
-        """
-        self._check_fit(rounds, None)
-        self._join()
-        return plan_of(self._hub, rounds, evaluates=self._hub.evaluator.active)
 
     # --- the whole loop ---------------------------------------------------------------------------------------------
 
@@ -439,86 +405,6 @@ class FederatedAveraging:
 
     def _peer(self, participant: Participant) -> LocalPeer:
         return LocalPeer(self._trainee, participant, self._training, held=self._held)
-
-    # --- personal models --------------------------------------------------------------------------------------------
-
-    def personalize(self, participant: Any, *, steps: int, lr: float | None = None) -> Personalized:
-        """Fine-tunes a personal adapter for one participant, from the global weights as they are now, where its data is.
-
-        In the process that hosts the participant, `chain.with_adapter(name)` answers with it from then on.
-
-        Args:
-            participant: Its name.
-            steps: optimizer steps.
-            lr: Learning rate; the participant's own by default.
-
-        Raises:
-            ConfigError: Nobody of that name; no LoRA adapter; or a rule whose participants are personal already.
-            FederationError: The participant cannot be reached, or its training failed.
-        """
-        self._check_closed()
-        self._join()
-        found = personalizing.personalize(self._hub, str(participant), steps, lr)
-        if str(participant) in self._peers:
-            self._peers[str(participant)].show_adapter()
-        self._keeping.save()
-        return found
-
-    def compare(self, participants: Iterable[Any] | None = None) -> SideBySide:
-        """Held-out loss of the bare base, the global and the personal model, side by side, per participant.
-
-        Args:
-            participants: Names; everyone who holds out examples by default.
-
-        Raises:
-            ConfigError: Nobody of that name holds out examples.
-        """
-        self._check_closed()
-        self._join()
-        return personalizing.compare(self._hub, [str(p) for p in participants] if participants is not None else None)
-
-    def adaptation_curve(
-        self, participant: Any, *, steps: Sequence[int] = (0, 1, 2, 4, 8), lr: float | None = None
-    ) -> dict[int, float]:
-        """Held-out loss after k optimizer steps from the global weights, for each k: how fast somebody adapts.
-
-        Args:
-            participant: A name, or a `Participant` with `held_out` that takes no part in the federation.
-            steps: The values of k.
-            lr: Learning rate; the participant's own by default.
-
-        Raises:
-            ConfigError: Nothing to measure on, or no counts.
-        """
-        self._check_closed()
-        if isinstance(participant, Participant):
-            return personalizing.curve_of_stranger(self._hub, self._peer(participant), participant, steps, lr)
-        self._join()
-        return personalizing.curve(self._hub, str(participant), steps, lr)
-
-    # --- rounds that were ---------------------------------------------------------------------------------------------
-
-    def roll_back(self, to: int) -> None:
-        """Takes the federation back to the end of an earlier round, as its checkpoint holds it; later ones are dropped.
-
-        Raises:
-            CheckpointError: There is no checkpoint of that round, or it is damaged; nothing has changed.
-        """
-        self._check_closed()
-        self._keeping.roll_back(to)
-
-    def promote(self, round: int, name: str = "promoted") -> None:  # noqa: A002 (the field's own word)
-        """Makes a round's global weights a resident adapter: `chain.with_adapter(name)` serves it while rounds go on.
-
-        Args:
-            round: The current one, or one whose checkpoint is kept.
-            name: The adapter's.
-
-        Raises:
-            CheckpointError: There is no checkpoint of that round.
-            UnsupportedModelError: The model has no LoRA adapter.
-        """
-        self._keeping.promote(round, name)
 
     # --- several processes of one script ----------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from llmchain_fed.federated.codecs import Codec, spec
 from llmchain_fed.federated.factors import Factors, stack
 from llmchain_fed.federated.global_state import GlobalState, grown, named
 from llmchain_fed.federated.held import STALE, coded_parts, start_version
-from llmchain_fed.federated.rule import LoraLayout
+from llmchain_fed.federated.rule import PARTS, LoraLayout, selected
 from llmchain_fed.federated.runtime import Operation, Transport
 
 _NOTHING = -1  # held by a participant that must be sent everything
@@ -58,7 +58,8 @@ class Broadcast:
         self._token = secrets.token_hex(8)
         self._number = 0
         self._start = ""
-        self._values: dict[str, Tensor] = {}
+        self._source: dict[str, Tensor] = {}  # the global values as they are
+        self._values: dict[str, Tensor] = {}  # as participants hold them: the same, but for what a codec left out
         self._stamps: dict[str, int] = {}
         self._remainder: dict[str, list[_Increment]] = {}
         self._coded: tuple[list[str], dict[str, Tensor]] | None = None
@@ -76,16 +77,18 @@ class Broadcast:
         """
         if not self._values:
             self._values, self._start = dict(state.values), digest
+            self._source = dict(state.values)
             self._stamps = dict.fromkeys(state.values, 0)
             self._remainder = {n: [_Increment(0, f)] for n, f in state.remainder.items()}
             return
-        changed = [n for n, t in state.values.items() if not torch.equal(t, self._values[n])]
+        changed = [n for n, t in state.values.items() if not torch.equal(t, self._source[n])]
         moved = [n for n, f in state.remainder.items() if not self._same_remainder(n, f)]
         gone = [n for n in self._remainder if n not in state.remainder]
         if not (changed or moved or gone):
             return
         self._number += 1
         self._coded = None
+        self._source |= {n: state.values[n] for n in changed}
         if gone:  # rare, after rolling back: a message cannot take a layer away, so everything is sent anew
             self._held, self._remainder = {}, {n: [] for n in state.remainder}
         if self._codec is not None and changed:
@@ -203,7 +206,7 @@ class Broadcast:
         made: dict[tuple[int, Any], bytes] = {}
         found = {}
         for node in nodes:
-            rank = self._ranks[node] if node in self._ranks else None
+            rank = self._ranks.get(node)
             key = (self._held.get(node, _NOTHING), (rank[0], next(iter(rank[1].values()))) if rank else None)
             if key not in made:
                 made[key] = self._pack(key[0], node, header)
@@ -221,7 +224,8 @@ class Broadcast:
         tensors: dict[str, Tensor] = {}
         if self._coded is not None and held != _NOTHING and since == self._number - 1 and rank is None:
             names, parts = self._coded
-            head |= {"coded": spec(self._codec), "coded_names": names}
+            part = next((p for p in PARTS if selected(self._values, p) == names), None)
+            head |= {"coded": spec(self._codec), "coded_names": part or names}
             tensors |= coded_parts(parts)
             changed = [n for n in changed if n not in names]
         values = self.state_for(node)
@@ -243,7 +247,7 @@ class Broadcast:
 
     def restore(self, copy: Mapping[str, Tensor], state: GlobalState) -> None:
         """Goes on from a checkpoint: `copy_state()` of then, or nothing. Nobody is known to hold anything."""
-        self._values = dict(copy or state.values)
+        self._source, self._values = dict(state.values), dict(copy or state.values)
         self._remainder = {n: [_Increment(0, f)] for n, f in state.remainder.items()}
         self._number, self._start, self._stamps = 0, "", dict.fromkeys(self._values, 0)
         self._held, self._coded = {}, None

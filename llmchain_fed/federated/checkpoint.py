@@ -89,7 +89,7 @@ def write(directory: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
     except (OSError, ValueError, TypeError) as error:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
-        msg = f"the checkpoint of round {checkpoint.round} cannot be written to {directory}: {error}. Former ones are kept."
+        msg = f"the checkpoint of round {checkpoint.round} cannot be written to {directory}: {error}. Former ones stay."
         raise CheckpointError(msg) from error
     return target
 

@@ -44,7 +44,7 @@ class GlobalState:
             raise
 
     def plus(self, remainder: Mapping[str, Factors]) -> dict[str, Factors]:
-        """The remainder with increments; a layer whose factors grew wider than its matrix is brought back, losslessly."""
+        """The remainder with increments; factors wider than their matrix are brought back, losslessly."""
         found = dict(self.remainder)
         for layer, more in remainder.items():
             if more.rank:

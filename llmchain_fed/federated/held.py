@@ -7,7 +7,7 @@ hold the same states once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.codecs import make_codec
 from llmchain_fed.federated.factors import Factors, stack
 from llmchain_fed.federated.global_state import GlobalState, parted
+from llmchain_fed.federated.rule import Part, selected
 from llmchain_fed.federated.wire import describe
 from llmchain_fed.model import LocalModel
 
@@ -85,6 +86,7 @@ def _changed(former: GlobalState, header: Mapping[str, Any], tensors: Mapping[st
     new_values = dict(former.values)
     if coded:
         codec, names = make_codec(header["coded"]), header["coded_names"]
+        names = selected(former.values, cast(Part, names)) if isinstance(names, str) else names
         assert codec is not None
         infos = describe({n: former.values[n] for n in names})
         for name, change in codec.decode(coded, infos).items():

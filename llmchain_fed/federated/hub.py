@@ -9,46 +9,23 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from llmchain_fed.data import DataReport
 from llmchain_fed.federated import server_optimizers, wire
-from llmchain_fed.federated.aggregation import Weighting
 from llmchain_fed.federated.asking import Asking
 from llmchain_fed.federated.broadcast import Broadcast
-from llmchain_fed.federated.codecs import Codec
 from llmchain_fed.federated.evaluation import Evaluator, Measurement
 from llmchain_fed.federated.global_state import GlobalState
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
 from llmchain_fed.federated.options import sample_size
-from llmchain_fed.federated.personal import Ditto
 from llmchain_fed.federated.roster import Roster
 from llmchain_fed.federated.round import OpenRound
-from llmchain_fed.federated.rule import LoraLayout, Round, Rule
+from llmchain_fed.federated.rule import Round
 from llmchain_fed.federated.runtime import Transport
-from llmchain_fed.federated.server_optimizers import ServerOptimizer
+from llmchain_fed.federated.settings import Settings
 from llmchain_fed.federated.trainee import Trainee
-from llmchain_fed.training import TrainingConfig, seed_of
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides how a federation goes on, besides its data."""
-
-    rule: Rule
-    layout: LoraLayout | None
-    training: TrainingConfig
-    weighting: Weighting
-    codec: Codec | None
-    broadcast_codec: Codec | None
-    server_optimizer: ServerOptimizer | None
-    personal: Ditto | None
-    per_round: int | float | None
-    quorum: int
-    deadline: float | None
-    retries: int
-    seed: int
+from llmchain_fed.training import seed_of
 
 
 class Hub:

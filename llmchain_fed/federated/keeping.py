@@ -31,6 +31,7 @@ class Keeping:
         keep: How many of the newest; None keeps all.
         options: Of the federation, as JSON, beside those that decide its future.
         given: Whether held-out examples were given.
+        leads: Whether this process writes; the others of a cluster only read.
 
     Raises:
         ConfigError: `keep` is no count.
@@ -38,12 +39,19 @@ class Keeping:
     """
 
     def __init__(
-        self, hub: Hub, directory: str | Path | None, keep: int | None, options: Mapping[str, Any], *, given: bool
+        self,
+        hub: Hub,
+        directory: str | Path | None,
+        keep: int | None,
+        options: Mapping[str, Any],
+        *,
+        given: bool,
+        leads: bool,
     ) -> None:
         if keep is not None and (type(keep) is not int or keep < 1):
             msg = f"keep_checkpoints is a count of at least 1, or None for all, got {keep!r}."
             raise ConfigError(msg)
-        self._hub, self._keep = hub, keep
+        self._hub, self._keep, self._leads = hub, keep, leads
         self._directory = Path(directory) if directory is not None else None
         self._options = dict(options) | {"keep_checkpoints": keep, "evaluated": given}
         self._states: dict[str, bytes] = {}
@@ -67,14 +75,9 @@ class Keeping:
         Raises:
             CheckpointError: It cannot be written; former ones are as they were.
         """
-        if self._directory is None:
+        if self._directory is None or not self._leads:
             return
-        if not self._begun and (there := checkpoint.rounds(self._directory)):
-            msg = (
-                f"{str(self._directory)!r} holds rounds {there} of an earlier run. Go on from them with "
-                "FederatedAveraging.resume(…), or choose another checkpoint_dir."
-            )
-            raise CheckpointError(msg)
+        self.check_directory()
         made = resuming.checkpoint_of(self._hub, self._options, self._states)
         checkpoint.write(self._directory, made, keep=self._keep)
         self._states, self._begun = dict(made.participants), True
@@ -85,7 +88,7 @@ class Keeping:
         Raises:
             CheckpointError: It holds another run's rounds, or cannot be made.
         """
-        if self._directory is None or self._begun:
+        if self._directory is None or self._begun or not self._leads:
             return
         if there := checkpoint.rounds(self._directory):
             msg = (
@@ -145,7 +148,7 @@ class Keeping:
         self._holdings = dict(found.about["holdings"])
         self._begun = True
         assert self._directory is not None
-        for number in checkpoint.rounds(self._directory):
+        for number in checkpoint.rounds(self._directory) if self._leads else []:
             if number > found.round:  # of a future that will not be
                 checkpoint.remove(self._directory, number)
 

@@ -101,7 +101,7 @@ class FlexLoRA(_Kept):
 
 
 def orthonormal(state: dict[str, Tensor], layout: LoraLayout) -> dict[str, Tensor]:
-    """FedSVD's step: B·A = U·S·Vᵀ → A ← Vᵀ, B ← U·S; the same product, with orthonormal rows in A (arXiv 2505.12805)."""
+    """FedSVD's step: B·A = U·S·Vᵀ → A ← Vᵀ, B ← U·S; the same product, A's rows orthonormal (arXiv 2505.12805)."""
     found = dict(state)
     for layer in layout.layers:
         pair = layout.factors(state, layer)

@@ -110,6 +110,11 @@ class LocalPeer:
             return self._fine_tune(header, state) if "personal" in header else self._train(header, state)
 
     @property
+    def participant(self) -> Participant:
+        """Whose peer this is."""
+        return self._participant
+
+    @property
     def config(self) -> TrainingConfig:
         """How it trains, its own options included."""
         return self._config
@@ -135,7 +140,7 @@ class LocalPeer:
         self._data.take(participant)
 
     def show_adapter(self) -> None:
-        """Makes the personal model, if there is one, an adapter of this process's model under the participant's name."""
+        """Makes the personal model, if there is one, an adapter of this process's model, by the participant's name."""
         progress = self._latest()
         if progress.private:
             self._add_adapter({**self._model.trainable_state(), **progress.private})

@@ -53,7 +53,7 @@ def plan_of(hub: Hub, rounds: int, *, evaluates: bool) -> Plan:
         rounds: How many.
         evaluates: Whether every round is measured before and after.
     """
-    settings, rule = hub.settings, hub.settings.rule
+    settings = hub.settings
     present = hub.roster.present()
     chosen = sample_size(settings.per_round, len(present))
     hub.publish()

@@ -1,7 +1,7 @@
 """Where a participant stands after a round: its place in the data, and what of tensors stays with it.
 
-Knows torch optimizer states, named tensors and bytes: safetensors and JSON. Knows nothing about training. This never travels with an update: it moves only
-on `personal_state`, which a site's policy may forbid.
+Knows torch optimizer states, named tensors and bytes: safetensors and JSON. Knows nothing about training. This never
+travels with an update: it moves only on `personal_state`, which a site's policy may forbid.
 """
 
 from __future__ import annotations

@@ -15,9 +15,10 @@ from llmchain_fed.federated.checkpoint import Checkpoint
 from llmchain_fed.federated.codecs import spec
 from llmchain_fed.federated.global_state import GlobalState, named, parted
 from llmchain_fed.federated.history import History
-from llmchain_fed.federated.hub import Hub, Settings
+from llmchain_fed.federated.hub import Hub
 from llmchain_fed.federated.roster import ABSENCE
 from llmchain_fed.federated.server_optimizers import ResumableServerOptimizer
+from llmchain_fed.federated.settings import Settings
 
 _ASK = wire.pack({}, {"kind": "personal_state"})
 _MEANING = {"base": "base weights", "adapter": "adapter", "prompt": "prompt", "tokenizer": "tokenizer"}
@@ -68,9 +69,8 @@ def checkpoint_of(hub: Hub, options: Mapping[str, Any], former: Mapping[str, byt
     memory, numbers = optimizer.state_dict() if isinstance(optimizer, ResumableServerOptimizer) else ({}, {})
     blobs = dict(former)
     asked = [n for n in hub.roster.present() if n not in former or _trained_last(hub, n)]
-    for name, answer in hub.transport.call("personal_state", asked, _ASK, settings.deadline) if asked else ():
-        if isinstance(answer, bytes):
-            blobs[name] = answer
+    answers = hub.transport.call("personal_state", asked, _ASK, settings.deadline) if asked else ()
+    blobs |= {name: answer for name, answer in answers if isinstance(answer, bytes)}
     about = {
         "contract": hub.trainee.contract(),
         "decisive": decisive(settings),

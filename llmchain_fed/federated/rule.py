@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, get_args
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from llmchain_fed.training import seed_of
 
 Part = Literal["all", "A", "B"]
 """which of the trainable tensors: all of them, or one kind of LoRA factor"""
+PARTS: tuple[Part, ...] = get_args(Part)
 
 A, B = "lora_A.weight", "lora_B.weight"
 

@@ -121,7 +121,7 @@ def _digest(value: object) -> str:
 
 
 def _adapter_settings(model: LocalModel) -> list[tuple[str, object]]:
-    """What of the trained adapter's configuration changes what its factors mean: rank, alpha, rslora, patterns, dropout."""
+    """What of the trained adapter's configuration changes what its factors mean: rank, alpha, patterns, dropout."""
     found = []
     for name in model.peft_names:
         config = cast(Any, model.module).peft_config[name]

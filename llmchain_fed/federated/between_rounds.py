@@ -1,0 +1,139 @@
+"""BetweenRounds: what can be asked of a federation while no round is under way.
+
+Knows the hub, its kept rounds and this process's participants. Knows nothing about how rounds are run.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from llmchain_fed.data import Examples
+from llmchain_fed.evaluation import EvaluationResult, evaluate_locally
+from llmchain_fed.federated import personalizing
+from llmchain_fed.federated.hub import Hub
+from llmchain_fed.federated.keeping import Keeping
+from llmchain_fed.federated.participant import Participant
+from llmchain_fed.federated.peer import LocalPeer
+from llmchain_fed.federated.personalizing import Personalized, SideBySide
+from llmchain_fed.federated.plan import Plan, plan_of
+
+
+class BetweenRounds(ABC):
+    """The half of `FederatedAveraging` that runs no rounds: measures, plans, personal models, rounds that were."""
+
+    _hub: Hub
+    _keeping: Keeping
+    _peers: dict[str, LocalPeer]
+
+    @abstractmethod
+    def _check_fit(self, rounds: int, patience: int | None) -> None: ...
+
+    @abstractmethod
+    def _check_closed(self) -> None: ...
+
+    @abstractmethod
+    def _join(self) -> None: ...
+
+    @abstractmethod
+    def _peer(self, participant: Participant) -> LocalPeer: ...
+
+    def evaluate(self, data: Examples) -> EvaluationResult:
+        """Held-out loss of the current global weights on any examples, in nats per completion token.
+
+        Raises:
+            DataError: The examples cannot be used.
+        """
+        trainee, longest = self._hub.trainee, self._hub.settings.training.max_length
+        return evaluate_locally(trainee.model, data, prompt=trainee.prompt, max_length=longest)
+
+    def plan(self, rounds: int) -> Plan:
+        """What so many rounds will take: bytes, memory, and time from one timed optimizer step.
+
+        Raises:
+            ConfigError: No rounds, or no participants.
+        """
+        self._check_fit(rounds, None)
+        self._join()
+        return plan_of(self._hub, rounds, evaluates=self._hub.evaluator.active)
+
+    # --- personal models --------------------------------------------------------------------------------------------
+
+    def personalize(self, participant: Any, *, steps: int, lr: float | None = None) -> Personalized:
+        """Fine-tunes a personal adapter for one participant, from the present global weights, where its data is.
+
+        In the process that hosts the participant, `chain.with_adapter(name)` answers with it from then on.
+
+        Args:
+            participant: Its name.
+            steps: optimizer steps.
+            lr: Learning rate; the participant's own by default.
+
+        Raises:
+            ConfigError: Nobody of that name; no LoRA adapter; or a rule whose participants are personal already.
+            FederationError: The participant cannot be reached, or its training failed.
+        """
+        self._check_closed()
+        self._join()
+        found = personalizing.personalize(self._hub, str(participant), steps, lr)
+        if str(participant) in self._peers:
+            self._peers[str(participant)].show_adapter()
+        self._keeping.save()
+        return found
+
+    def compare(self, participants: Iterable[Any] | None = None) -> SideBySide:
+        """Held-out loss of the bare base, the global and the personal model, side by side, per participant.
+
+        Args:
+            participants: Names; everyone who holds out examples by default.
+
+        Raises:
+            ConfigError: Nobody of that name holds out examples.
+        """
+        self._check_closed()
+        self._join()
+        return personalizing.compare(self._hub, [str(p) for p in participants] if participants is not None else None)
+
+    def adaptation_curve(
+        self, participant: Any, *, steps: Sequence[int] = (0, 1, 2, 4, 8), lr: float | None = None
+    ) -> dict[int, float]:
+        """Held-out loss after k optimizer steps from the global weights, for each k: how fast somebody adapts.
+
+        Args:
+            participant: A name, or a `Participant` with `held_out` that takes no part in the federation.
+            steps: The values of k.
+            lr: Learning rate; the participant's own by default.
+
+        Raises:
+            ConfigError: Nothing to measure on, or no counts.
+        """
+        self._check_closed()
+        if isinstance(participant, Participant):
+            return personalizing.curve_of_stranger(self._hub, self._peer(participant), participant, steps, lr)
+        self._join()
+        return personalizing.curve(self._hub, str(participant), steps, lr)
+
+    # --- rounds that were ---------------------------------------------------------------------------------------------
+
+    def roll_back(self, to: int) -> None:
+        """Takes the federation back to the end of an earlier round, as its checkpoint holds it; later ones are dropped.
+
+        Raises:
+            CheckpointError: There is no checkpoint of that round, or it is damaged; nothing has changed.
+        """
+        self._check_closed()
+        self._keeping.roll_back(to)
+
+    def promote(self, round: int, name: str = "promoted") -> None:  # noqa: A002 (the field's own word)
+        """Makes a round's global weights a resident adapter: `chain.with_adapter(name)` serves it while rounds go on.
+
+        Args:
+            round: The current one, or one whose checkpoint is kept.
+            name: The adapter's.
+
+        Raises:
+            CheckpointError: There is no checkpoint of that round.
+            UnsupportedModelError: The model has no LoRA adapter.
+        """
+        self._keeping.promote(round, name)

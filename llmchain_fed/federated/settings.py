@@ -1,0 +1,100 @@
+"""Settings: the options that decide how a federation goes on, checked one by one and against each other.
+
+Knows what each option may be. Knows nothing about how rounds are run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from llmchain_fed.errors import ConfigError
+from llmchain_fed.federated import combinations, server_optimizers
+from llmchain_fed.federated.aggregation import Weighting, make_aggregation
+from llmchain_fed.federated.codecs import Codec, make_codec, spec
+from llmchain_fed.federated.options import checked_quorum, checked_waiting, sample_size
+from llmchain_fed.federated.peer import LocalPeer
+from llmchain_fed.federated.personal import Ditto
+from llmchain_fed.federated.rule import LoraLayout, Rule
+from llmchain_fed.federated.server_optimizers import ServerOptimizer
+from llmchain_fed.model import LocalModel
+from llmchain_fed.training import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides how a federation goes on, besides its data."""
+
+    rule: Rule
+    layout: LoraLayout | None
+    training: TrainingConfig
+    weighting: Weighting
+    codec: Codec | None
+    broadcast_codec: Codec | None
+    server_optimizer: ServerOptimizer | None
+    personal: Ditto | None
+    per_round: int | float | None
+    quorum: int
+    deadline: float | None
+    retries: int
+    seed: int
+
+
+def make_settings(
+    model: LocalModel, training: TrainingConfig, peers: Iterable[LocalPeer], available: int, **given: Any
+) -> Settings:
+    """The settings, if they make sense for this model and these participants.
+
+    Args:
+        model: What is trained.
+        training: How participants train.
+        peers: Participants of this process, who may have options of their own.
+        available: How many participants there are.
+        **given: The other options of `FederatedAveraging`, by its names.
+
+    Raises:
+        ConfigError: One is out of range, or two contradict each other.
+    """
+    rule, layout = make_aggregation(given["aggregation"]), LoraLayout.of(model)
+    optimizer, personal, weighting = given["server_optimizer"], given["personal"], given["weighting"]
+    server_optimizers.check(optimizer)
+    if weighting not in ("examples", "tokens", "equal"):
+        msg = f"weighting is 'examples', 'tokens' or 'equal', got {weighting!r}."
+        raise ConfigError(msg)
+    if personal is not None and not isinstance(personal, Ditto):
+        msg = f"personal is Ditto(lam=…) or None, got {personal!r}."
+        raise ConfigError(msg)
+    deadline, retries = checked_waiting(given["deadline"], given["retries"])
+    codec, broadcast_codec = make_codec(given["codec"]), make_codec(given["broadcast_codec"])
+    for choice in (codec, broadcast_codec):
+        spec(choice)  # refuses what could not be named to participants
+    configs = [training]
+    for peer in peers:
+        combinations.check_rank(rule, peer.participant.name, peer.participant.rank, layout)
+        configs.append(peer.config)
+    combinations.check(
+        rule,
+        layout,
+        codec=codec,
+        broadcast_codec=broadcast_codec,
+        server_optimizer=optimizer,
+        ditto=personal,
+        training=configs,
+    )
+    per_round = given["participants_per_round"]
+    return Settings(
+        rule=rule,
+        layout=layout,
+        training=training,
+        weighting=weighting,
+        codec=codec,
+        broadcast_codec=broadcast_codec,
+        server_optimizer=optimizer,
+        personal=personal,
+        per_round=per_round,
+        quorum=checked_quorum(given["quorum"], sample_size(per_round, available), available),
+        deadline=deadline,
+        retries=retries,
+        seed=given["seed"],
+    )
