@@ -1,4 +1,4 @@
-"""The honest comparison: base, each publisher alone, centralised, and every way to federate LoRA, at equal examples seen.
+"""The honest comparison: base, each publisher alone, centralised, and six ways to federate, at equal examples seen.
 
     python examples/compare_arms.py --seeds 3
     python examples/compare_arms.py --scan          # which learning rate suits which rule, on a split of its own

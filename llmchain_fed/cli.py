@@ -35,6 +35,8 @@ def peer(
     name: Annotated[str | None, typer.Option(help="this site's name, as in its certificate; by default DATA's")] = None,
     held_out: Annotated[Path | None, typer.Option(help="examples to evaluate on, never trained on")] = None,
     hold_out_share: Annotated[float | None, typer.Option(help="or a share of the examples, such as 0.1")] = None,
+    rank: Annotated[int | None, typer.Option(help="a LoRA rank of its own, for the rules flora and flexlora")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha that goes with it; the chain's by default")] = None,
     policy: Annotated[Path | None, typer.Option(help="YAML: what may be asked; see the README")] = None,
     audit: Annotated[Path | None, typer.Option(help="a line per request; SOCKET.audit.jsonl by default")] = None,
     threads: Annotated[int | None, typer.Option(help="for torch; all cores by default")] = None,
@@ -58,7 +60,7 @@ def peer(
     if threads is not None:
         torch.set_num_threads(threads)
     trainee = Trainee.of(_chain(chain))
-    participant = Participant(name, data, held_out)
+    participant = Participant(name, data, held_out, rank=rank, alpha=alpha)
     if hold_out_share is not None:
         participant = hold_out(participant, hold_out_share, trainee.prompt, seed=0)
     worker = LocalPeer(trainee, participant, None, samples=rules.samples)
@@ -73,6 +75,7 @@ def peer(
 def federate(file: Annotated[Path, typer.Argument(help="the federation's YAML file")]) -> None:
     """Runs the rounds of a federation at the hub, and saves the trained chain and the history."""
     from llmchain_fed.federated.averaging import FederatedAveraging
+    from llmchain_fed.federated.checkpoint import rounds
     from llmchain_fed.runtimes.federation_file import FederationFile
     from llmchain_fed.runtimes.nvflare.transport import NVFlare
 
@@ -80,14 +83,19 @@ def federate(file: Annotated[Path, typer.Argument(help="the federation's YAML fi
     hub = {key: getattr(found.hub, key) for key in ("socket", "patience", "recovery", "startup")}
     with NVFlare(found.hub.admin, sites=found.hub.sites, **hub) as runtime:
         chain = _chain(found.chain)
-        fed = FederatedAveraging(chain, runtime=runtime, **found.loop_options())
+        options = found.loop_options()
+        if found.checkpoint_dir is not None and rounds(found.checkpoint_dir):
+            fed = FederatedAveraging.resume(found.checkpoint_dir, chain, runtime=runtime, **options)
+            typer.echo(f"going on after round {fed.round}")
+        else:
+            fed = FederatedAveraging(chain, runtime=runtime, checkpoint_dir=found.checkpoint_dir, **options)
         try:
             found.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             msg = f"out: {found.out} cannot be written: {error}."
             raise ConfigError(msg) from error
         chain.save(found.out / "chain")  # now rather than after hours: a folder that holds something else is refused
-        for _ in range(found.rounds):
+        while fed.round < found.rounds:
             fed.fit(rounds=1)
             chain.save(found.out / "chain")
             fed.history.save(found.out / "history.json")

@@ -4,11 +4,26 @@ Belongs here: equality across runtimes (DESIGN §5.9). Does not: what a runtime 
 test_nvflare).
 """
 
+import json
+
 import pytest
 import torch
 from federation_processes import Federation, difference
 from test_torch_distributed import torchrun
-from torchrun_script import HELD_OUT, REAL_TRAINING, SHARES, TRAINING, federate, real_chain, tiny_chain
+from torchrun_script import (
+    HELD_OUT,
+    REAL_TRAINING,
+    SHARES,
+    TRAINING,
+    VARIANTS,
+    federate,
+    hashes,
+    options_of,
+    real_chain,
+    tiny_chain,
+)
+
+from llmchain_fed import FederatedAveraging
 
 pytestmark = pytest.mark.federation
 KINDS = [
@@ -65,6 +80,45 @@ def check(found):
 def test_tiny_models(kind, lora, sites, tmp_path):
     options = ["--kind", kind, *(["--lora"] if lora else [])]
     check(in_three_runtimes(lambda: tiny_chain(kind, lora=lora), sites, tmp_path, TRAINING, *options))
+
+
+def test_rules_codecs_server_optimizers_and_personal_models(sites, tmp_path):
+    """The same weights hash after three rounds, in one process, on three ranks and at four sites; also when resumed."""
+    wanted, losses = {}, {}
+    for variant in VARIANTS:
+        chain = tiny_chain("causal", lora=True)
+        fed = federate(chain, SHARES, **options_of(variant))
+        wanted[variant], losses[variant] = hashes(chain, SHARES), [r.held_out_after for r in fed.history]
+    status, output, _ = torchrun(tmp_path, "--variants", seconds=400)
+    assert status == 0, output
+    reports = [json.loads((tmp_path / f"rank{rank}.variants.json").read_text()) for rank in range(3)]
+    for report in reports:
+        for variant in VARIANTS:
+            assert report[variant]["global"] == wanted[variant]["global"], variant
+            assert report[variant]["losses"] == pytest.approx(losses[variant], rel=1e-5), variant
+        assert report["resumed"]["global"] == wanted["rolora, int4, FedAdam"]["global"]
+    for variant in ("fedsa", "Ditto"):  # a personal model is where its participant is, and the same there
+        personal = {n: found for report in reports for n, found in report[variant]["personal"].items()}
+        assert personal == wanted[variant]["personal"]
+    federation, runtime = sites
+    federation.change_chain(tiny_chain("causal", lora=True))
+    for variant in VARIANTS:
+        chain = tiny_chain("causal", lora=True)
+        across = federation.federate(runtime, chain=chain, training=TRAINING, **options_of(variant))
+        assert chain.model.weights_hash == wanted[variant]["global"], variant
+        assert [r.held_out_after for r in across.history] == pytest.approx(losses[variant], rel=1e-5), variant
+    table = across.compare()  # the last variant is Ditto's: personal models at the sites, measured there
+    assert {n: set(found) for n, found in table.items()} == {n: {"base", "global", "personal"} for n in HELD_OUT}
+    found = across.personalize("b", steps=2)
+    assert set(found.losses) == {"base", "global", "personal"}
+    assert list(across.adaptation_curve("d", steps=(0, 2))) == [0, 2]
+    chain = tiny_chain("causal", lora=True)
+    options = options_of("rolora, int4, FedAdam")
+    folder = tmp_path / "across"
+    federation.federate(runtime, rounds=2, chain=chain, training=TRAINING, checkpoint_dir=folder, **options)
+    chain = tiny_chain("causal", lora=True)
+    FederatedAveraging.resume(folder, chain, runtime=runtime, progress=False).fit(1)
+    assert chain.model.weights_hash == wanted["rolora, int4, FedAdam"]["global"]
 
 
 @pytest.mark.real_model

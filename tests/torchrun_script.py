@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, train_tokenizer, with_lora
 
 from llmchain_fed import (
+    Ditto,
     FederatedAveraging,
     LLMChain,
     LocalLLM,
@@ -26,6 +28,7 @@ from llmchain_fed import (
     load_chain,
 )
 from llmchain_fed.federated.peer import LocalPeer
+from llmchain_fed.federated.server_optimizers import from_settings
 
 SHARES = {"a": PAIRS[:5], "b": PAIRS[5:8], "c": PAIRS[8:], "d": PAIRS[2:6]}
 HELD_OUT = {"b": PAIRS[:2], "d": PAIRS[8:10]}
@@ -54,6 +57,60 @@ def federate(chain, participants, *, runtime=None, rounds=3, training=TRAINING, 
     )  # fmt: skip
     fed.fit(rounds)
     return fed
+
+
+# what a federation may do besides averaging; every one is compared over all runtimes
+VARIANTS = {
+    "fedex, int8": {"aggregation": "fedex", "codec": "int8", "broadcast_codec": "int8"},
+    "rolora, int4, FedAdam": {
+        "aggregation": "rolora",
+        "codec": "int4",
+        "server_optimizer": {"class": "FedAdam", "lr": 0.01},
+    },
+    "fedsvd": {"aggregation": "fedsvd"},
+    "fedsa": {"aggregation": "fedsa"},
+    "flora": {"aggregation": "flora"},
+    "Ditto": {"aggregation": "fedit", "personal": {"lam": 0.3}},
+}
+
+
+def options_of(variant: str) -> dict:
+    options = dict(VARIANTS[variant])
+    if "server_optimizer" in options:
+        options["server_optimizer"] = from_settings(options["server_optimizer"])
+    if "personal" in options:
+        options["personal"] = Ditto(**options["personal"])
+    return options | {"samples": 0}
+
+
+def run_variants(report: dict, runtime: TorchDistributed, mine: dict, folder: Path) -> None:
+    """Every variant, and one federation that is interrupted after two rounds and resumed."""
+    for variant in VARIANTS:
+        chain = tiny_chain("causal", lora=True)
+        fed = federate(chain, mine, runtime=runtime, **options_of(variant))
+        report[variant] = hashes(chain, mine) | {"losses": [r.held_out_after for r in fed.history]}
+        runtime = TorchDistributed()
+    chain = tiny_chain("causal", lora=True)
+    options = options_of("rolora, int4, FedAdam")
+    federate(chain, mine, runtime=runtime, rounds=2, checkpoint_dir=folder / "checkpoints", **options)
+    held_out = {name: pairs for name, pairs in HELD_OUT.items() if name in mine}
+    chain = tiny_chain("causal", lora=True)
+    fed = FederatedAveraging.resume(
+        folder / "checkpoints",
+        chain,
+        participants=mine,
+        runtime=TorchDistributed(),
+        evaluation=held_out,
+        progress=False,
+    )
+    fed.fit(1)
+    report["resumed"] = hashes(chain, mine)
+
+
+def hashes(chain: LLMChain, mine: dict) -> dict:
+    """Of the global weights, and of the personal adapters in this process."""
+    own = {n: chain.model.with_adapter(n).weights_hash for n in mine if n in chain.adapters}
+    return {"global": chain.model.weights_hash, "personal": own}
 
 
 def misbehave(kind: str | None, rank: int) -> None:
@@ -89,6 +146,7 @@ def main() -> None:
     parser.add_argument("--quorum", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--same-name", action="store_true")
+    parser.add_argument("--variants", action="store_true", help="every variant, with hashes only")
     parser.add_argument("--other-seed", action="store_true", help="rank 2 stands on other base weights")
     args = parser.parse_args()
     runtime = TorchDistributed(timeout=args.timeout)
@@ -97,6 +155,11 @@ def main() -> None:
     chain = real_chain() if args.real else tiny_chain(args.kind, lora=args.lora, seed=seed)
     training = REAL_TRAINING if args.real else TRAINING
     mine = {name: SHARES[name] for name, home in HOMES.items() if home == runtime.rank}
+    if args.variants:
+        report = {"rank": runtime.rank}
+        run_variants(report, runtime, mine, args.out)
+        (args.out / f"rank{dist.get_rank()}.variants.json").write_text(json.dumps(report))
+        return
     report = {"rank": runtime.rank, "threads": torch.get_num_threads(), "mine": list(mine)}
     try:
         if args.same_name:

@@ -52,7 +52,8 @@ class AggregationGap:
         left_out, whole = [], []
         for layer in self._layout.layers:
             scaling = self._layout.scaling[layer]
-            parts = [self._layout.factors(given.tensors, layer) for given in self._kept]
+            pairs = [self._layout.factors(given.tensors, layer) for given in self._kept]
+            parts = [Factors(p.b.float(), p.a.float()) for p in pairs]
             left_out.append(scaling * covariance(parts, shares).norm())
             weighted = [Factors(p.b * share, p.a) for p, share in zip(parts, shares, strict=True)]
             whole.append(scaling * stack(weighted).norm())

@@ -90,12 +90,15 @@ class FlexLoRA(_Kept):
     """
 
     def combine(self) -> Combined:
-        """B = U·S/s and A = Vᵀ, cut to the adapter's rank."""
+        """B = U·S/s and A = Vᵀ, cut to the adapter's rank; A keeps the rows that a smaller stack does not need.
+
+        Their columns of B are zero, so they say nothing; were the rows zero too, neither would ever get a gradient.
+        """
         values = {}
         for layer in self.layout.layers:
-            pair = self.layout.factors(self.round.state, layer)
-            best = self.stacked(layer).truncated(pair.rank)
-            values[f"{layer}.{A}"] = best.a.to(pair.a.dtype)
+            pair, stacked = self.layout.factors(self.round.state, layer), self.stacked(layer)
+            best, needed = stacked.truncated(pair.rank), min(stacked.rank, stacked.full_rank)
+            values[f"{layer}.{A}"] = torch.cat([best.a[:needed].to(pair.a.dtype), pair.a[needed:]])
             values[f"{layer}.{B}"] = (best.b / self.layout.scaling[layer]).to(pair.b.dtype)
         return Combined(values)
 

@@ -58,6 +58,7 @@ def plan_of(hub: Hub, rounds: int, *, evaluates: bool) -> Plan:
     chosen = sample_size(settings.per_round, len(present))
     hub.publish()
     up, down, kept = 0, 0.0, 0
+    remainder = _Remainder(hub, chosen)
     for number in range(hub.round, hub.round + rounds):
         update = sum(_update_bytes(hub, node, number) for node in present) * chosen // len(present)
         up += update
@@ -65,10 +66,10 @@ def plan_of(hub: Hub, rounds: int, *, evaluates: bool) -> Plan:
         if number == hub.round:
             first = sum(len(hub.broadcast.message(n, {})) for n in present)
             down += first * (1 if evaluates else chosen / len(present))
+        change = _change_bytes(hub, number) + remainder.grow()
         last = number == hub.round + rounds - 1
         if not last or evaluates:  # the change that this round makes travels to whoever is asked next
-            receivers = len(present) if evaluates else chosen
-            down += receivers * _change_bytes(hub, number, chosen)
+            down += (len(present) if evaluates else chosen) * change
     timed = _timed_steps(hub, present[:1] if isinstance(hub.transport, InProcess) else present)
     seconds = None
     if timed:
@@ -79,7 +80,7 @@ def plan_of(hub: Hub, rounds: int, *, evaluates: bool) -> Plan:
         participants=chosen,
         bytes_up=int(up),
         bytes_down=int(down),
-        memory=_memory(hub, kept),
+        memory=_memory(hub, kept) + 3 * remainder.bytes,
         seconds=seconds,
         seconds_per_step=max(s for s, _ in timed) if timed else None,
     )
@@ -101,15 +102,39 @@ def _update_bytes(hub: Hub, node: str, number: int) -> int:
     return _message_bytes(_infos(hub, node, hub.settings.rule.shares(number)), hub.settings.codec)
 
 
-def _change_bytes(hub: Hub, number: int, updates: int) -> int:
-    """What a round's outcome costs each receiver: the values that change, and the remainder's new factors."""
-    rule, layout = hub.settings.rule, hub.settings.layout
-    changed: Part = "all" if rule.refactor is not None else rule.shares(number)
-    found = _message_bytes(_infos(hub, None, changed), hub.settings.broadcast_codec)
-    if rule.name in ("fedex", "flora") and layout is not None:
-        factors = sum(i.nbytes for i in _infos(hub, None, "all").values())
-        found += factors * (updates - 1 if rule.name == "fedex" else updates)
-    return found
+def _change_bytes(hub: Hub, number: int) -> int:
+    """What of a round's outcome each receiver is sent, the remainder apart."""
+    rule = hub.settings.rule
+    whole = rule.refactor is not None or not rule.linear
+    return _message_bytes(_infos(hub, None, "all" if whole else rule.shares(number)), hub.settings.broadcast_codec)
+
+
+class _Remainder:
+    """How the frozen remainder of FedEx and FLoRA grows: by rank, up to what its matrix can hold."""
+
+    def __init__(self, hub: Hub, updates: int) -> None:
+        layout, values = hub.settings.layout, hub.broadcast.state_for()
+        self._layers: list[list[int]] = []  # rank, rank a round adds, m + n, min(m, n)
+        grows = {"fedex": updates - 1, "flora": updates}.get(hub.settings.rule.name, 0)
+        for layer in layout.layers if layout is not None and grows else []:
+            pair = layout.factors(values, layer) if layout is not None else None
+            if pair is not None:
+                sides = pair.b.shape[0] + pair.a.shape[1]
+                self._layers.append([0, grows * pair.rank, sides, pair.full_rank])
+
+    def grow(self) -> int:
+        """Bytes of a round's increment; all of a layer's factors, once they had to be brought back."""
+        sent = 0
+        for layer in self._layers:
+            rank, more, sides, most = layer
+            layer[0] = min(rank + more, most)
+            sent += 4 * sides * (more if rank + more <= most else most)
+        return sent
+
+    @property
+    def bytes(self) -> int:
+        """Size of the factors now."""
+        return sum(4 * rank * sides for rank, _, sides, _ in self._layers)
 
 
 def _timed_steps(hub: Hub, nodes: list[str]) -> list[tuple[float, int]]:

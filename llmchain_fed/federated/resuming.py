@@ -54,7 +54,9 @@ def _kind(value: Any) -> str | None:
     return None if value is None else type(value).__qualname__
 
 
-def checkpoint_of(hub: Hub, options: Mapping[str, Any], former: Mapping[str, bytes]) -> Checkpoint:
+def checkpoint_of(
+    hub: Hub, options: Mapping[str, Any], former: Mapping[str, bytes], since: int | None = None
+) -> Checkpoint:
     """Everything a hub needs to go on as if it had never stopped.
 
     Participants are asked where they stand; who does not answer, or may not, is as in `former` or keeps it for itself.
@@ -62,13 +64,15 @@ def checkpoint_of(hub: Hub, options: Mapping[str, Any], former: Mapping[str, byt
     Args:
         hub: After a whole round.
         options: What the federation was made with, as JSON.
-        former: Participants' states as of the checkpoint before.
+        former: Participants' states as they were asked for last.
+        since: After how many rounds that was.
     """
-    settings, state = hub.settings, GlobalState.of(hub.model)
+    # what participants will be sent next: with a broadcast codec their copy follows the global state only then
+    settings, state = hub.settings, hub.publish()
     optimizer = settings.server_optimizer
     memory, numbers = optimizer.state_dict() if isinstance(optimizer, ResumableServerOptimizer) else ({}, {})
     blobs = dict(former)
-    asked = [n for n in hub.roster.present() if n not in former or _trained_last(hub, n)]
+    asked = [n for n in hub.transport.nodes() if _stands_elsewhere(hub, n, former, since)]
     answers = hub.transport.call("personal_state", asked, _ASK, settings.deadline) if asked else ()
     blobs |= {name: answer for name, answer in answers if isinstance(answer, bytes)}
     about = {
@@ -90,11 +94,14 @@ def checkpoint_of(hub: Hub, options: Mapping[str, Any], former: Mapping[str, byt
     return Checkpoint(hub.round, about, tensors, blobs)
 
 
-def _trained_last(hub: Hub, name: str) -> bool:
-    if not len(hub.history):
+def _stands_elsewhere(hub: Hub, name: str, former: Mapping[str, bytes], since: int | None) -> bool:
+    """Whether a participant can be asked, and may stand elsewhere than when it was asked last."""
+    rounds = [r.participants.get(name) for r in hub.history if since is None or r.round > since]
+    if name not in hub.roster.joined and (not rounds or rounds[-1] is None or rounds[-1].status != "trained"):
+        return False  # it is not there; one that `train()` brought is there without having joined
+    if name not in former or not rounds:  # no round since: something else has changed, a personal adapter perhaps
         return True
-    record = hub.history[-1].participants.get(name)
-    return record is None or record.status != "idle"
+    return any(record is None or record.status != "idle" for record in rounds)
 
 
 def check(hub: Hub, found: Checkpoint) -> None:
@@ -144,27 +151,34 @@ def restore(hub: Hub, found: Checkpoint) -> dict[str, bytes]:
         undo()
         msg = f"the checkpoint of round {found.round} does not fit ({type(error).__name__}: {error})."
         raise CheckpointError(msg) from error
+    # in the model's order, not the file's: what is summed over all tensors depends on it in the last bits
+    state = GlobalState.of(hub.model)
+    copy = found.tensors.get("copy", {})
     hub.round, hub.history = found.round, history
-    hub.broadcast.restore(found.tensors.get("copy", {}), state)
+    hub.broadcast.restore({n: copy[n] for n in state.values if n in copy}, state)
     hub.evaluator.go_on(found.about["measured"], hub.broadcast.number)
     return dict(found.participants)
 
 
-def give_back(hub: Hub, newcomers: list[str], states: dict[str, bytes], holdings: Mapping[str, Any]) -> None:
-    """Tells participants that have joined where they stood; one that keeps that for itself stays as it is.
+def check_holdings(hub: Hub, holdings: Mapping[str, Any]) -> None:
+    """Makes sure that those who have joined hold what they held.
 
     Raises:
         CheckpointError: A participant holds other examples than it did.
     """
-    for name in newcomers:
-        hello = hub.roster.joined[name]
+    for name, hello in hub.roster.joined.items():
         if name in holdings and [hello.num_examples, hello.num_tokens] != list(holdings[name]):
             msg = (
                 f"participant {name!r} held {holdings[name][0]} examples with {holdings[name][1]} tokens, now "
                 f"{hello.num_examples} with {hello.num_tokens}: the run would not be the one that was interrupted."
             )
             raise CheckpointError(msg)
-    known = {name: states[name] for name in newcomers if name in states}
+
+
+def give_back(hub: Hub, names: list[str], states: Mapping[str, bytes]) -> None:
+    """Tells participants where they stood; one that keeps that for itself stays as it is, and its record says so."""
+    known = {name: states[name] for name in names if name in states}
+    hub.notes |= {n: "goes on from what it kept itself (no checkpoint holds it)" for n in names if n not in states}
     if not known:
         return
     for name, answer in hub.transport.call("personal_state", list(known), known, hub.settings.deadline):

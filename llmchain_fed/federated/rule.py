@@ -79,14 +79,17 @@ class LoraLayout:
         }
         paired = {f"{layer}.{part}" for layer in layers for part in (A, B)}
         odd = sorted(name for name in parameters if name not in paired or parameters[name].dim() != 2)
+        lone = sorted(paired - parameters.keys())
         refused = [name for name, present in found.items() if present]
         if len(names) > 1:
             refused.append("several adapters trained at once")
         if odd:
             refused.append(f"trainable tensors that are no pair of LoRA matrices, such as {odd[0]}")
+        if lone:
+            refused.append(f"LoRA factors that are not trained, such as {lone[0]}")
         if refused:
             return cls({}, None, 1.0, refused=tuple(refused))
-        ranks = {int(parameters[f"{layer}.{A}"].shape[0]) for layer in layers if f"{layer}.{A}" in parameters}
+        ranks = {int(parameters[f"{layer}.{A}"].shape[0]) for layer in layers}
         rank = next(iter(ranks)) if len(ranks) == 1 else None
         alpha = float(getattr(config, "lora_alpha", 1))
         return cls(model.lora_scaling(), rank, alpha, bool(getattr(config, "use_rslora", False)))

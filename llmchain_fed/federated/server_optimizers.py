@@ -503,14 +503,18 @@ def from_settings(settings: Mapping[str, Any]) -> ServerOptimizer:
     if not isinstance(settings, Mapping):
         settings = {"class": settings}
     options = {name: value for name, value in settings.items() if name != "class"}
-    if settings["class"] == "TorchServerOptimizer":
+    if settings.get("class") == "TorchServerOptimizer":
         module, _, kind = str(options["optimizer"]).rpartition(".")
         found = getattr(torch.optim, kind, None)
         if found is not None and found.__module__ == module:
             return TorchServerOptimizer(found, **options["options"])
     own = {kind.__name__: kind for kind in (FedAvgM, Reptile, FedAdagrad, FedAdam, FedYogi, DiLoCo)}
     if settings.get("class") in own:
-        made: ServerOptimizer = own[settings["class"]](**options)
+        try:
+            made: ServerOptimizer = own[settings["class"]](**options)
+        except TypeError as error:
+            msg = f"{settings['class']} does not take {sorted(options)}: {error}."
+            raise ConfigError(msg) from None
         return made
     msg = f"the server optimizer was {dict(settings)!r:.120}, which is code of your own: pass server_optimizer= again."
     raise ConfigError(msg)

@@ -12,7 +12,10 @@ from pydantic import Field
 
 from llmchain_fed._config import FrozenConfig
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.federated.aggregation import Weighting
+from llmchain_fed.federated.aggregation import Weighting, make_aggregation
+from llmchain_fed.federated.codecs import make_codec
+from llmchain_fed.federated.personal import Ditto
+from llmchain_fed.federated.server_optimizers import from_settings
 from llmchain_fed.runtimes.policy import read_options
 from llmchain_fed.training import TrainingConfig
 
@@ -42,6 +45,18 @@ class FederationFile(FrozenConfig):
     out: Path
     """folder for the trained chain and the history, relative to the file"""
     rounds: int = Field(default=3, ge=1)
+    """in all: those that a checkpoint holds already count"""
+    checkpoint_dir: Path | None = None
+    """where a checkpoint is written after each round, relative to the file; started again, the federation goes on"""
+    keep_checkpoints: int | None = Field(default=3, ge=1)
+    aggregation: str = "fedavg"
+    codec: str | None = None
+    """what updates travel as: bf16, int8, int4, topk:<ratio>"""
+    broadcast_codec: str | None = None
+    server_optimizer: dict[str, Any] | None = None
+    """its class and options, such as {class: FedAdam, lr: 0.01}"""
+    personal: Ditto | None = None
+    """a personal model at every site, such as {lam: 0.1}"""
     training: TrainingConfig = TrainingConfig()
     participants_per_round: int | float | None = None
     quorum: int = Field(default=1, ge=1)
@@ -60,15 +75,22 @@ class FederationFile(FrozenConfig):
             ConfigError: No such file, an unknown option, or a value out of range.
         """
         options = read_options(path, "federation")
-        for name, kind in (("hub", HubOptions), ("training", TrainingConfig)):
+        for name, kind in (("hub", HubOptions), ("training", TrainingConfig), ("personal", Ditto)):
             if isinstance(options.get(name), dict):
                 options[name] = kind(**options[name])
         found = cls(**options)
         here = Path(path).absolute().parent
         chain = str(here / found.chain) if (here / found.chain / "chain.yaml").is_file() else found.chain
         moved: FederationFile = found.replace(
-            hub=found.hub.replace(admin=here / found.hub.admin), out=here / found.out, chain=chain
+            hub=found.hub.replace(admin=here / found.hub.admin),
+            out=here / found.out,
+            chain=chain,
+            checkpoint_dir=here / found.checkpoint_dir if found.checkpoint_dir is not None else None,
         )
+        make_aggregation(moved.aggregation)
+        for choice in (moved.codec, moved.broadcast_codec):
+            make_codec(choice)
+        moved.loop_options()
         if moved.quorum > len(moved.hub.sites):
             msg = f"a quorum of {moved.quorum} can never be met by {len(moved.hub.sites)} sites."
             raise ConfigError(msg)
@@ -76,5 +98,7 @@ class FederationFile(FrozenConfig):
 
     def loop_options(self) -> dict[str, Any]:
         """What `FederatedAveraging` is given."""
-        names = ("training", "participants_per_round", "quorum", "deadline", "retries", "weighting", "samples", "seed")
-        return {name: getattr(self, name) for name in names}
+        names = ["training", "participants_per_round", "quorum", "deadline", "retries", "weighting", "samples", "seed"]
+        names += ["aggregation", "codec", "broadcast_codec", "personal", "keep_checkpoints"]
+        optimizer = from_settings(self.server_optimizer) if self.server_optimizer is not None else None
+        return {name: getattr(self, name) for name in names} | {"server_optimizer": optimizer}

@@ -1,0 +1,386 @@
+"""What travels: differences, codecs, the ledger and its projection.
+
+Belongs here: which bytes participants are sent and send, and that the ledger counts them. Does not: how a codec turns
+numbers into codes (test_codecs), or what rules do with what arrives (test_lora_rules).
+"""
+
+import json
+
+import pytest
+import torch
+from tiny import PAIRS
+
+from llmchain_fed import ConfigError, FedAdam, FederatedAveraging, Participant, TrainingConfig
+from llmchain_fed.federated.broadcast import Broadcast
+from llmchain_fed.federated.codecs import Int4, make_codec
+from llmchain_fed.federated.factors import Factors
+from llmchain_fed.federated.global_state import GlobalState
+from llmchain_fed.federated.held import STALE, Held
+from llmchain_fed.federated.runtime import InProcess, payload_for
+from llmchain_fed.federated.wire import inspect, values
+
+SHARES = {"a": PAIRS[:4], "b": PAIRS[4:9], "c": PAIRS[9:]}
+ADAM = TrainingConfig(optimizer="adam", learning_rate=1e-2, batch_size=4)
+
+
+class Wire(InProcess):
+    """In this process, noting every message: (op, node, bytes down, bytes up, header, names)."""
+
+    def __init__(self, peers):
+        super().__init__(peers)
+        self.seen = []
+
+    def call(self, op, nodes, payload, timeout=None):
+        for node, answer in super().call(op, nodes, payload, timeout):
+            sent = payload_for(payload, node)
+            up = len(answer) if isinstance(answer, bytes) and answer != STALE else 0
+            head, infos = inspect(sent, max_bytes=len(sent)) if op in ("train", "evaluate") else ({}, {})
+            self.seen.append((op, node, len(sent), up, head, set(infos)))
+            yield node, answer
+
+    def of(self, op):
+        found = [entry for entry in self.seen if entry[0] == op]
+        self.seen = []
+        return found
+
+
+def federation(chain, shares=SHARES, **options):
+    options = {"participants": shares, "training": ADAM, "progress": False} | options
+    fed = FederatedAveraging(chain, **options)
+    wire = Wire(fed._peers)
+    fed._transport = fed._hub.transport = fed._hub.asking._transport = fed._hub.roster._transport = wire
+    return fed, wire
+
+
+def assert_equal(got, wanted):
+    assert got.keys() == wanted.keys()
+    assert [n for n in wanted if not torch.equal(got[n], wanted[n])] == []
+
+
+# --- what is sent -----------------------------------------------------------------------------------------------------
+
+
+def test_nobody_is_sent_what_it_holds(make_chain):
+    """The start is the same everywhere; after a round what changed travels once, and training comes for a header."""
+    chain = make_chain(lora=True)
+    fed, wire = federation(chain, evaluation=dict.fromkeys(SHARES, PAIRS[:2]), samples=0)
+    state = set(chain.model.trainable_state())
+    fed.fit(2)
+    names = [(op, node, names) for op, node, *_, names in wire.seen if op in ("train", "evaluate")]
+    assert [found for op, _, found in names[:6]] == [set()] * 6  # before round 1, and its training
+    assert [found for op, _, found in names[6:9]] == [state] * 3  # after round 1
+    assert [(op, found) for op, _, found in names[9:12]] == [("train", set())] * 3
+    assert [(op, found) for op, _, found in names[12:]] == [("evaluate", state)] * 3
+
+
+def test_only_the_factor_that_changed_travels(make_chain):
+    fed, wire = federation(make_chain(lora=True), aggregation="ffa")
+    fed.fit(1)
+    wire.of("train")
+    fed.fit(1)
+    assert all(names and all("lora_B" in n for n in names) for *_, names in wire.of("train"))
+    fed, wire = federation(make_chain(lora=True), aggregation="rolora")
+    fed.fit(2)
+    wire.of("train")
+    fed.fit(1)
+    assert all(names and all("lora_A" in n for n in names) for *_, names in wire.of("train"))
+
+
+def test_another_base_start_is_sent_whole(make_chain):
+    """A participant whose adapter starts elsewhere says so, and gets everything."""
+    hub, other = make_chain(lora=True), make_chain(lora=True)
+    with torch.no_grad():
+        for parameter in other.model.trainable_parameters().values():
+            parameter.add_(0.5)
+    fed = FederatedAveraging(other, participants=SHARES, training=ADAM, progress=False)
+    remote = Wire(fed._peers)
+    lead = FederatedAveraging(hub, runtime=remote, training=ADAM, progress=False)
+    twin = make_chain(lora=True)
+    FederatedAveraging(twin, participants=SHARES, training=ADAM, progress=False).fit(2)
+    lead.fit(2)
+    first = [entry for entry in remote.seen if entry[0] == "train"][:3]
+    assert [len(names) for *_, names in first] == [len(hub.model.trainable_state())] * 3
+    assert_equal(hub.model.trainable_state(), twin.model.trainable_state())
+
+
+@pytest.mark.parametrize("rule", ["fedit", "fedex", "flora"])
+def test_a_participant_that_lost_what_it_held_is_sent_all(rule, make_chain):
+    chain, smooth = make_chain(lora=True), make_chain(lora=True)
+    federation(smooth, aggregation=rule)[0].fit(4)
+    fed, wire = federation(chain, aggregation=rule)
+    fed.fit(3)
+    wire.of("train")
+    fed._held.forget()
+    fed.fit(1)
+    answers = wire.of("train")
+    assert len(answers) == 6  # three that were stale, and their repetition
+    assert_equal(chain.model.trainable_state(), smooth.model.trainable_state())
+    record = fed.history[-1].participants["a"]
+    assert record.bytes_down == sum(down for _, node, down, *_ in answers if node == "a")
+
+
+def test_who_missed_rounds_is_sent_what_changed_since(make_chain):
+    """Sampled rarely, without evaluation: versions behind, whole tensors, the same weights as for the others."""
+    chain, twin = make_chain(lora=True), make_chain(lora=True)
+    options = {"participants_per_round": 1, "aggregation": "fedex", "seed": 3}
+    fed, _ = federation(chain, **options)
+    fed.fit(5)
+    other, _ = federation(twin, **options)
+    for _ in range(5):
+        other._held.forget()  # everything is sent whole every time
+        other.fit(1)
+    assert_equal(chain.model.trainable_state(), twin.model.trainable_state())
+
+
+def test_weights_that_the_user_changes_between_rounds_reach_the_participants(make_chain):
+    chain, twin = make_chain(lora=True), make_chain(lora=True)
+    fed, _ = federation(chain)
+    fed.fit(1)
+    state = {n: t + 0.01 for n, t in chain.model.trainable_state().items()}
+    chain.model.load_state(state)
+    fed.fit(1)
+    other, _ = federation(twin)
+    other.fit(1)
+    twin.model.load_state(state)
+    other._held.forget()
+    other.fit(1)
+    assert_equal(chain.model.trainable_state(), twin.model.trainable_state())
+
+
+# --- versions, on the two ends alone ----------------------------------------------------------------------------------
+
+
+def both_ends(make_model, codec=None):
+    model = make_model(lora=True)
+    return Broadcast(make_codec(codec), None), Held(model), GlobalState.of(model), model.weights_hash
+
+
+def deliver(broadcast, held, node="a"):
+    message = broadcast.message(node, {"kind": "task"})
+    header, infos = inspect(message, max_bytes=len(message))
+    state = held.receive(header, values(message, infos))
+    if state is not None:
+        broadcast._held[node] = broadcast.number
+    return state, len(message)
+
+
+def moved(state, seed, layer="model.layers.0.self_attn.q_proj", rank=2):
+    generator = torch.Generator().manual_seed(seed)
+    new = {n: t + 0.01 * torch.randn(t.shape, generator=generator) for n, t in state.values.items()}
+    more = Factors(torch.randn(32, rank, generator=generator), torch.randn(rank, 32, generator=generator))
+    return GlobalState(new, state.plus({layer: more}))
+
+
+def test_both_ends_hold_the_same_after_every_version(make_model):
+    broadcast, held, state, digest = both_ends(make_model)
+    for number in range(6):
+        broadcast.publish(state, digest)
+        if number != 2:  # one version is missed
+            found, _ = deliver(broadcast, held)
+            assert_equal(dict(found.values), dict(state.values))
+            assert found.remainder.keys() == state.remainder.keys()
+            for layer, factors in state.remainder.items():
+                assert torch.equal(found.remainder[layer].b, factors.b)
+                assert torch.equal(found.remainder[layer].a, factors.a)
+        state = moved(state, number)
+
+
+def test_a_remainder_travels_as_what_was_added(make_model):
+    broadcast, held, state, digest = both_ends(make_model)
+    broadcast.publish(state, digest)
+    deliver(broadcast, held)
+    sizes = []
+    for number in range(5):
+        state = GlobalState(state.values, moved(state, number).remainder)
+        broadcast.publish(state, digest)
+        sizes.append(deliver(broadcast, held)[1])
+    assert max(sizes) - min(sizes) < 100
+    fresh = Broadcast(None, None)
+    fresh.publish(state, "")
+    assert deliver(fresh, Held(make_model(lora=True)))[1] > sizes[-1] + 4 * 4 * 2 * 64  # four earlier increments
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4", "topk:0.2"])
+def test_what_a_broadcast_codec_leaves_out_comes_with_the_next_message(codec, make_model):
+    """The copy that participants hold follows the weights; once these stand still it comes arbitrarily near."""
+    broadcast, held, state, digest = both_ends(make_model, codec)
+    broadcast.publish(state, digest)
+    deliver(broadcast, held)
+    start = state
+    for number in range(4):
+        state = GlobalState(moved(state, number).values)
+        broadcast.publish(state, digest)
+        found, _ = deliver(broadcast, held)
+        assert_equal(dict(found.values), broadcast.state_for("a"))  # the hub knows the copy exactly
+
+    def gap(values):
+        return sum(float((values[n] - state.values[n]).norm() ** 2) for n in values) ** 0.5
+
+    way = sum(float((start.values[n] - state.values[n]).norm() ** 2) for n in state.values) ** 0.5
+    assert gap(found.values) < {"int8": 0.02, "int4": 0.2, "topk:0.2": 0.8}[codec] * way
+    left = [gap(found.values)]
+    for number in range(3):  # a change too small to see carries what was left out before
+        state = GlobalState({n: t + 1e-9 * (number + 1) for n, t in state.values.items()})
+        state = GlobalState({n: torch.nextafter(t, torch.tensor(float("inf"))) for n, t in state.values.items()})
+        broadcast.publish(state, digest)
+        found, _ = deliver(broadcast, held)
+        left.append(gap(found.values))
+    assert left[-1] < 0.7 * left[0]
+
+
+def test_publishing_the_same_weights_again_sends_nothing(make_model):
+    broadcast, held, state, digest = both_ends(make_model, "int4")
+    broadcast.publish(state, digest)
+    deliver(broadcast, held)
+    broadcast.publish(moved(state, 0), digest)
+    deliver(broadcast, held)
+    number = broadcast.number
+    broadcast.publish(moved(state, 0), digest)
+    assert broadcast.number == number
+    assert deliver(broadcast, held)[1] < 400
+
+
+def test_a_difference_to_something_else_is_stale(make_model):
+    broadcast, held, state, digest = both_ends(make_model)
+    broadcast.publish(state, digest)
+    deliver(broadcast, held)
+    broadcast.publish(moved(state, 1), digest)
+    assert deliver(broadcast, Held(make_model(lora=True)))[0] is None
+    assert json.loads(STALE) == {"stale": True}
+
+
+# --- codecs, end to end -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "fedit", "ffa", "rolora", "fedsvd", "fedex", "flora", "flexlora"])
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_codecs_go_with_every_rule(rule, codec, make_chain):
+    plain, coded = make_chain(lora=True), make_chain(lora=True)
+    one, _ = federation(plain, aggregation=rule)
+    two, _ = federation(coded, aggregation=rule, codec=codec)
+    start = plain.model.trainable_state()
+    one.fit(1)
+    two.fit(1)
+    wanted, found = (c.model.trainable_state() for c in (plain, coded))
+    if rule not in ("flora", "fedsvd", "flexlora"):  # whose factors are written anew: compared by what they mean
+        way = sum(float((wanted[n] - start[n]).norm() ** 2) for n in wanted) ** 0.5
+        apart = sum(float((wanted[n] - found[n]).norm() ** 2) for n in wanted) ** 0.5
+        assert 0 < apart < 0.03 * way
+    losses = [f.evaluate(PAIRS).loss for f in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=5e-3)
+    ups = [f.history[0].bytes_up for f in (one, two)]
+    assert ups[1] < {"bf16": 0.6, "int8": 0.4}[codec] * ups[0]
+
+
+def test_error_feedback_sends_what_was_left_out(make_chain):
+    """The sum of what arrived, and the residual a participant keeps, is the sum of what it learnt."""
+    chain = make_chain(lora=True)
+    fed, _ = federation(chain, {"a": PAIRS[:4]}, codec="int4")
+    peer, learnt, arrived = fed._peers["a"], None, None
+    inner = peer._trained
+
+    def watch(header, state, *rest):
+        nonlocal learnt
+        trained, result = inner(header, state, *rest)
+        change = {n: t - state.values[n] for n, t in trained.items()}
+        learnt = change if learnt is None else {n: learnt[n] + c for n, c in change.items()}
+        return trained, result
+
+    peer._trained = watch
+    start = chain.model.trainable_state()
+    fed.fit(6)
+    arrived = {n: t - start[n] for n, t in chain.model.trainable_state().items()}
+    residual = peer._latest().residual
+    assert sum(float(r.norm()) for r in residual.values()) > 0
+    for name in start:
+        torch.testing.assert_close(arrived[name] + residual[name], learnt[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_codec_that_the_participant_did_not_use_is_refused(make_chain):
+    fed, _ = federation(make_chain(lora=True), codec="int8", quorum=1)
+    peer = fed._peers["b"]
+    inner = peer._train
+    peer._train = lambda header, state: inner(header | {"codec": None}, state)
+    fed.fit(1)
+    record = fed.history[0].participants["b"]
+    assert record.status == "refused"
+    assert "its codec is None, asked for was 'int8'" in record.reason
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"codec": "int7"}, "unknown codec 'int7'. Valid: bf16, int8, int4, topk"),
+        ({"broadcast_codec": "zip"}, "unknown codec 'zip'"),
+        ({"codec": Int4(block=32)}, "no code travels"),
+        ({"codec": "topk", "aggregation": "flora"}, "error feedback cannot bring it back"),
+        ({"broadcast_codec": "int8", "aggregation": "fedsvd"}, "blur the whole model"),
+        ({"server_optimizer": FedAdam(), "aggregation": "flexlora"}, "no longer be the participants' mean"),
+    ],
+)
+def test_codecs_that_cannot_be_used(options, reason, make_chain):
+    with pytest.raises(ConfigError, match=reason):
+        federation(make_chain(lora=True), **options)
+
+
+# --- the ledger and its projection ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"codec": "int8", "broadcast_codec": "int4"},
+        {"aggregation": "fedex"},
+        {"aggregation": "rolora", "evaluation": dict.fromkeys(SHARES, PAIRS[:2])},
+        {"participants_per_round": 2, "aggregation": "flora"},
+    ],
+)
+def test_the_ledger_is_what_travelled(options, make_chain):
+    fed, wire = federation(make_chain(lora=True), samples=0, **options)
+    fed.fit(3)
+    records = [r.participants for r in fed.history]
+    for name in SHARES:
+        down = sum(d for op, node, d, *_ in wire.seen if (op, node) == ("train", name))
+        up = sum(u for op, node, _, u, *_ in wire.seen if (op, node) == ("train", name))
+        both = sum(d + u for op, node, d, u, *_ in wire.seen if (op, node) == ("evaluate", name))
+        assert sum(r[name].bytes_down for r in records) == down
+        assert sum(r[name].bytes_up for r in records) == up
+        assert sum(r[name].evaluation_bytes for r in records) == both
+
+
+@pytest.mark.parametrize("rule", ["fedit", "ffa", "rolora", "fedsvd", "fedex", "flora", "flexlora"])
+@pytest.mark.parametrize("codec", [None, "int8"])
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_the_projection_is_what_the_ledger_says_afterwards(rule, codec, evaluates, make_chain):
+    held_out = dict.fromkeys(SHARES, PAIRS[:2]) if evaluates else None
+    options = {"aggregation": rule, "codec": codec, "samples": 0, "evaluation": held_out}
+    fed, _ = federation(make_chain(lora=True), **options)
+    start = fed._model.trainable_state()
+    plan, parameters = fed.plan(rounds=4), sum(p.numel() * 4 for p in fed._model.parameters())
+    assert_equal(fed._model.trainable_state(), start)
+    assert fed.round == 0
+    fed.fit(4)
+    up = sum(r.bytes_up for r in fed.history)
+    down = sum(p.bytes_down + p.evaluation_bytes for r in fed.history for p in r.participants.values())
+    assert plan.bytes_up == pytest.approx(up, rel=0.08)
+    assert plan.bytes_down == pytest.approx(down, rel=0.15, abs=3000)
+    assert plan.seconds > 0
+    assert plan.memory > parameters
+    assert "4 rounds × 3 participants" in str(plan)
+
+
+def test_a_projection_needs_participants(make_chain):
+    with pytest.raises(ConfigError, match="nobody to learn from"):
+        FederatedAveraging(make_chain(lora=True)).plan(rounds=2)
+    with pytest.raises(ConfigError, match="at least one round"):
+        federation(make_chain(lora=True))[0].plan(rounds=0)
+
+
+def test_mixed_ranks_are_sent_their_own_size(make_chain):
+    shares = [Participant("weak", PAIRS[:6], rank=1), Participant("strong", PAIRS[6:])]
+    fed, wire = federation(make_chain(lora=True), shares, aggregation="flexlora")
+    fed.fit(2)
+    last = {node: (down, up) for op, node, down, up, *_ in wire.seen if op == "train"}
+    assert last["weak"][0] < 0.65 * last["strong"][0]
+    assert last["weak"][1] < 0.65 * last["strong"][1]

@@ -1,0 +1,796 @@
+"""An interrupted federation goes on as if it had never stopped: resume, roll_back, promote, and what refuses to.
+
+Belongs here: what a checkpoint must hold so that nothing is lost, and what makes it another federation's. Does not: the
+files themselves (test_checkpoint), processes that are killed (test_kills).
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import PAIRS, lora_config
+
+from llmchain_fed import FederatedAveraging, Participant, TrainingConfig
+from llmchain_fed.errors import CheckpointError, ConfigError, LLMChainFedError, ParticipantError, PolicyError
+from llmchain_fed.federated import checkpoint, wire
+from llmchain_fed.federated.global_state import GlobalState, named
+from llmchain_fed.federated.personal import Ditto
+from llmchain_fed.federated.running_mean import RunningMean
+from llmchain_fed.federated.runtime import InProcess
+from llmchain_fed.federated.server_optimizers import DiLoCo, FedAdam, FedYogi, TorchServerOptimizer
+from llmchain_fed.tracking.callback import Callback
+
+SGD = TrainingConfig(optimizer="sgd", learning_rate=0.05, batch_size=4)
+ADAM = TrainingConfig(optimizer="adamw", learning_rate=0.005, batch_size=4)
+KEPT = ADAM.replace(max_steps=2, epochs=None, keep_optimizer=True)
+SHARES = {"a": PAIRS[:5], "b": PAIRS[5:9], "c": PAIRS[9:]}
+RANKS = [Participant("a", PAIRS[:5], rank=2), Participant("b", PAIRS[5:9], rank=4), Participant("c", PAIRS[9:], rank=1)]
+_MEASURED = {"seconds", "training_seconds", "evaluation_seconds", "bytes_up", "bytes_down", "evaluation_bytes"}
+_ASK = wire.pack({}, {"kind": "personal_state"})
+
+
+def federation(chain, participants=SHARES, **options):
+    return FederatedAveraging(chain, participants=participants, **({"training": SGD, "progress": False} | options))
+
+
+def resumed(directory, chain, participants=SHARES, **options):
+    return FederatedAveraging.resume(directory, chain, participants=participants, progress=False, **options)
+
+
+def weights_of(fed) -> dict[str, torch.Tensor]:
+    """Every trainable tensor and every factor of the remainder."""
+    state = GlobalState.of(fed._hub.model)
+    return {**state.values, **named(state.remainder)}
+
+
+def told(fed) -> Any:
+    """The history without what a clock or a counter of loads says."""
+
+    def without(value):
+        if isinstance(value, dict):
+            value = {k: without(v) for k, v in value.items() if k not in _MEASURED}
+            if "weights_version" in value:
+                value["weights_version"] = value["weights_version"].partition("-")[2]  # the hash alone
+        return [without(v) for v in value] if isinstance(value, list) else value
+
+    return without(json.loads(fed.history.to_json()))
+
+
+def standing(fed) -> dict[str, Any]:
+    """Where every participant says it stands: place in the data, moments, residual, private and personal tensors."""
+    found = {}
+    for name, answer in fed._transport.call("personal_state", fed._transport.nodes(), _ASK):
+        assert isinstance(answer, bytes), answer
+        header, infos = wire.inspect(answer, max_bytes=len(answer))
+        found[name] = header["progress"], wire.values(answer, infos)
+    return found
+
+
+def assert_tensors_equal(got, wanted):
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        assert torch.equal(got[name], wanted[name]), name
+
+
+def assert_same(fed, twin):
+    """Weights, remainder, history, the server's memory and every participant are those of the twin, bit for bit."""
+    assert fed.round == twin.round
+    assert_tensors_equal(weights_of(fed), weights_of(twin))
+    assert told(fed) == told(twin)
+    server, wanted = (f._hub.settings.server_optimizer for f in (fed, twin))
+    if wanted is not None:
+        assert_tensors_equal(server.state_dict()[0], wanted.state_dict()[0])
+        assert server.state_dict()[1] == wanted.state_dict()[1]
+    ours, theirs = standing(fed), standing(twin)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert ours[name][0] == theirs[name][0], name
+        assert_tensors_equal(ours[name][1], theirs[name][1])
+
+
+@dataclass(frozen=True)
+class Case:
+    """One federation, and after how many of its rounds it is interrupted."""
+
+    id: str
+    kind: str = "causal"
+    lora: dict[str, Any] | None = None
+    """changes to the adapter's configuration; None trains full weights"""
+    options: Callable[[], dict[str, Any]] = field(default=dict)
+    participants: Any = field(default_factory=lambda: SHARES)
+    at: int = 2
+    rounds: int = 4
+
+    def chain(self, make_chain):
+        return make_chain(self.kind, lora=False if self.lora is None else lora_config(self.kind, **self.lora))
+
+
+CASES = [
+    Case("full-int8-sampled", options=lambda: {"codec": "int8", "participants_per_round": 0.5, "training": ADAM}),
+    Case("full-broadcast_int8", options=lambda: {"broadcast_codec": "int8"}),
+    Case("seq2seq-full-yogi-topk", "seq2seq", options=lambda: {"server_optimizer": FedYogi(lr=0.02), "codec": "topk"}),
+    Case("fednova-kept", options=lambda: {"aggregation": "fednova", "training": KEPT, "weighting": "tokens"}, at=1),
+    Case(
+        "fedit-adam-int4-ditto-kept",
+        lora={},
+        options=lambda: {
+            "aggregation": "fedit",
+            "server_optimizer": FedAdam(lr=0.01),
+            "codec": "int4",
+            "personal": Ditto(lam=0.3),
+            "training": KEPT,
+        },
+    ),
+    Case(
+        "seq2seq-fedit-diloco-both-codecs",
+        "seq2seq",
+        {},
+        lambda: {
+            "aggregation": "fedit",
+            "server_optimizer": DiLoCo(),
+            "codec": "int8",
+            "broadcast_codec": "int8",
+            "evaluation": 0.2,
+        },
+    ),
+    Case("ffa-topk-broadcast_int8", lora={}, options=lambda: {"aggregation": "ffa", "codec": "topk:0.2", "broadcast_codec": "int8"}),
+    Case("rolora-odd", lora={}, options=lambda: {"aggregation": "rolora", "codec": "int4", "personal": Ditto()}, at=1),
+    Case("seq2seq-rolora-even-adam", "seq2seq", {}, lambda: {"aggregation": "rolora", "server_optimizer": FedAdam(lr=0.01)}),
+    Case(
+        "fedsvd-torch_adamw",
+        lora={},
+        options=lambda: {
+            "aggregation": "fedsvd",
+            "server_optimizer": TorchServerOptimizer(torch.optim.AdamW, lr=0.01, betas=(0.8, 0.95)),
+            "codec": "int8",
+        },
+    ),
+    Case("fedex-broadcast_int8", lora={}, options=lambda: {"aggregation": "fedex", "broadcast_codec": "int8", "evaluation": 0.2}),
+    Case("seq2seq-fedex-kept", "seq2seq", {}, lambda: {"aggregation": "fedex", "training": KEPT, "codec": "int4"}),
+    Case("flora-dropout", lora={"lora_dropout": 0.3}, options=lambda: {"aggregation": "flora", "training": ADAM}),
+    Case("seq2seq-flora-mixed", "seq2seq", {}, lambda: {"aggregation": "flora", "codec": "int8"}, RANKS),
+    Case("flexlora-mixed-evaluated", lora={}, options=lambda: {"aggregation": "flexlora", "evaluation": 0.2}, participants=RANKS),
+    Case(
+        "fedsa-kept-sampled-dropout",
+        lora={"lora_dropout": 0.2},
+        options=lambda: {"aggregation": "fedsa", "training": KEPT, "codec": "int8", "participants_per_round": 0.5},
+        rounds=5,
+    ),
+    Case(
+        "seq2seq-fedsa-broadcast_int8",
+        "seq2seq",
+        {},
+        lambda: {"aggregation": "fedsa", "broadcast_codec": "int8", "server_optimizer": DiLoCo(lr=0.5)},
+        at=3,
+    ),
+    Case(
+        "fedavg-lora-ditto-sampled",
+        lora={"lora_dropout": 0.2},
+        options=lambda: {"personal": Ditto(lam=1.0, max_steps=1), "participants_per_round": 2, "weighting": "equal"},
+        at=1,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_a_resumed_run_is_the_run_that_never_stopped(case, make_chain, tmp_path):
+    """The interrupted one writes checkpoints and the other does not, so that writing is seen to change nothing."""
+    straight = federation(case.chain(make_chain), case.participants, **case.options())
+    straight.fit(rounds=case.rounds)
+    federation(case.chain(make_chain), case.participants, checkpoint_dir=tmp_path, **case.options()).fit(case.at)
+    again = resumed(tmp_path, case.chain(make_chain), case.participants)
+    assert again.round == len(again.history) == case.at
+    again.fit(rounds=case.rounds - case.at)
+    assert_same(again, straight)
+    assert checkpoint.rounds(tmp_path)[-1] == case.rounds
+
+
+def test_the_cases_tell_a_lost_state_from_a_kept_one(make_chain, tmp_path, monkeypatch):
+    """The comparison above would be worth nothing if forgetting where participants stood did not show in it."""
+    case = next(c for c in CASES if c.id == "fedit-adam-int4-ditto-kept")
+    straight = federation(case.chain(make_chain), **case.options())
+    straight.fit(rounds=3)
+    federation(case.chain(make_chain), checkpoint_dir=tmp_path, **case.options()).fit(rounds=2)
+    again = resumed(tmp_path, case.chain(make_chain))
+    again._keeping._waiting = {}
+    again.fit(rounds=1)
+    different = [n for n, t in weights_of(straight).items() if not torch.equal(t, weights_of(again)[n])]
+    assert different
+
+
+def test_a_run_interrupted_within_a_round_repeats_that_round(make_chain, tmp_path):
+    """Ctrl-C while the second of three trains: the checkpoint is of the round before, and nothing of this one counts."""
+    options = {"training": KEPT, "codec": "int8", "personal": Ditto()}
+    straight = federation(make_chain(lora=True), **options)
+    straight.fit(rounds=3)
+    fed = federation(make_chain(lora=True), checkpoint_dir=tmp_path, **options)
+    fed.fit(rounds=1)
+    inner = fed._peers["b"].handle
+
+    def interrupted(op, payload):
+        if op == "train":
+            raise KeyboardInterrupt
+        return inner(op, payload)
+
+    fed._peers["b"].handle = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        fed.fit(rounds=2)
+    again = resumed(tmp_path, make_chain(lora=True))
+    again.fit(rounds=2)
+    assert_same(again, straight)
+    fed._peers["b"].handle = inner
+    fed.fit(rounds=2)
+    assert_same(fed, straight)
+
+
+def test_a_run_may_be_resumed_after_every_round(make_chain, tmp_path):
+    options = {"training": KEPT, "codec": "topk", "broadcast_codec": "int8", "participants_per_round": 0.5}
+    straight = federation(make_chain(lora=True), server_optimizer=FedAdam(lr=0.01), **options)
+    straight.fit(rounds=5)
+    fed = federation(make_chain(lora=True), server_optimizer=FedAdam(lr=0.01), checkpoint_dir=tmp_path, **options)
+    fed.fit(rounds=1)
+    for _ in range(4):
+        fed = resumed(tmp_path, make_chain(lora=True))
+        fed.fit(rounds=1)
+    assert_same(fed, straight)
+
+
+def test_resuming_twice_without_a_round_in_between_changes_nothing(make_chain, tmp_path):
+    fed = federation(make_chain(), checkpoint_dir=tmp_path, training=KEPT)
+    fed.fit(rounds=2)
+    resumed(tmp_path, make_chain())
+    again = resumed(tmp_path, make_chain())
+    assert_tensors_equal(weights_of(again), weights_of(fed))
+    assert again.history.to_json() == fed.history.to_json()
+    again.fit(rounds=1)
+    fed_straight = federation(make_chain(), training=KEPT)
+    fed_straight.fit(rounds=3)
+    assert_same(again, fed_straight)
+
+
+def test_a_resumed_chain_answers_as_the_interrupted_one(battery, tmp_path):
+    chain, other = battery(), battery()
+    federation(chain, checkpoint_dir=tmp_path, training=ADAM).fit(rounds=2)
+    questions = [{"text": text} for text, _ in PAIRS[:3]]
+    before = other.batch(questions)
+    resumed(tmp_path, other)
+    assert other.batch(questions) == chain.batch(questions)
+    assert other.batch(questions) != before
+
+
+def test_the_federation_keeps_its_name(make_chain, tmp_path):
+    """By which sites know that it is the same: another one would make them forget where they stand."""
+    fed = federation(make_chain(), checkpoint_dir=tmp_path)
+    fed.fit(rounds=1)
+    assert resumed(tmp_path, make_chain())._hub.roster.federation == fed._hub.roster.federation
+
+
+# --- earlier rounds ---------------------------------------------------------------------------------------------------
+
+
+def test_an_earlier_round_replays_what_followed(make_chain, tmp_path):
+    options = {"training": KEPT, "codec": "int8", "keep_checkpoints": None}
+    straight = federation(make_chain(lora=True), server_optimizer=FedAdam(lr=0.01), checkpoint_dir=tmp_path, **options)
+    straight.fit(rounds=4)
+    assert checkpoint.rounds(tmp_path) == [1, 2, 3, 4]
+    again = resumed(tmp_path, make_chain(lora=True), round=2)
+    assert again.round == 2
+    assert checkpoint.rounds(tmp_path) == [1, 2], "later ones are of a future that may not come"
+    again.fit(rounds=2)
+    assert_same(again, straight)
+    assert checkpoint.rounds(tmp_path) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("aggregation", ["fedit", "rolora", "fedsvd", "fedex", "flora", "flexlora", "fedsa"])
+def test_rolling_back_is_the_state_of_then_and_goes_on_like_it(aggregation, make_chain, tmp_path):
+    options = {"aggregation": aggregation, "evaluation": 0.2, "keep_checkpoints": None, "checkpoint_dir": tmp_path}
+    fed = federation(make_chain(lora=True), **options)
+    then, standings, histories = {}, {}, {}
+    for _ in range(4):
+        fed.fit(rounds=1)
+        then[fed.round], histories[fed.round] = weights_of(fed), told(fed)
+        standings[fed.round] = standing(fed)
+    fed.roll_back(to=2)
+    assert (fed.round, checkpoint.rounds(tmp_path)) == (2, [1, 2])
+    assert_tensors_equal(weights_of(fed), then[2])
+    assert told(fed) == histories[2]
+    fed.fit(rounds=2)
+    assert_tensors_equal(weights_of(fed), then[4])
+    assert told(fed) == histories[4]
+    for name, (header, tensors) in standing(fed).items():
+        assert header == standings[4][name][0]
+        assert_tensors_equal(tensors, standings[4][name][1])
+
+
+@pytest.mark.parametrize("options", [{}, {"evaluation": 0.2}, {"broadcast_codec": "int8"}], ids=["plain", "eval", "codec"])
+@pytest.mark.parametrize(("rounds", "to"), [(1, 1), (2, 1), (2, 2), (3, 1)])
+def test_rolling_back_from_any_round_to_any_other(rounds, to, options, make_chain, tmp_path):
+    """Also to the round one is at: what participants hold by an old name must not be taken for the new state."""
+    straight = federation(make_chain(), **options)
+    straight.fit(rounds=to + 2)
+    fed = federation(make_chain(), checkpoint_dir=tmp_path, keep_checkpoints=None, **options)
+    fed.fit(rounds=rounds)
+    fed.roll_back(to=to)
+    fed.fit(rounds=2)
+    assert_tensors_equal(weights_of(fed), weights_of(straight))
+    assert told(fed) == told(straight)
+
+
+def test_rolling_back_brings_back_what_participants_kept(make_chain, tmp_path):
+    options = {"training": KEPT, "codec": "int4", "personal": Ditto(), "participants_per_round": 0.5}
+    straight = federation(make_chain(lora=True), server_optimizer=FedYogi(lr=0.01), **options)
+    straight.fit(rounds=4)
+    fed = federation(
+        make_chain(lora=True), server_optimizer=FedYogi(lr=0.01), checkpoint_dir=tmp_path, keep_checkpoints=None, **options
+    )
+    fed.fit(rounds=4)
+    fed.roll_back(to=1)
+    fed.fit(rounds=3)
+    assert_same(fed, straight)
+
+
+def test_rolling_back_to_what_is_not_there_changes_nothing(make_chain, tmp_path):
+    fed = federation(make_chain(), checkpoint_dir=tmp_path, keep_checkpoints=2)
+    fed.fit(rounds=4)
+    before, history = weights_of(fed), fed.history.to_json()
+    for number in (1, 5, 0, -1):
+        with pytest.raises(CheckpointError, match=f"no checkpoint of round {number}.*rounds there: 3, 4"):
+            fed.roll_back(to=number)
+    (tmp_path / "round-000003" / "global.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="global.safetensors"):
+        fed.roll_back(to=3)
+    assert_tensors_equal(weights_of(fed), before)
+    assert fed.history.to_json() == history
+    assert checkpoint.rounds(tmp_path) == [3, 4]
+    with pytest.raises(CheckpointError, match="checkpoint_dir="):
+        federation(make_chain()).roll_back(to=1)
+
+
+def logits(model) -> torch.Tensor:
+    ids = torch.arange(2, 22)[None]
+    inputs = {"decoder_input_ids": ids[:, :5]} if model.kind == "seq2seq" else {}
+    with model.exclusive(), torch.inference_mode():
+        return model.module(input_ids=ids, **inputs).logits.clone()
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+@pytest.mark.parametrize("aggregation", ["fedit", "fedsvd", "fedex", "flora", "flexlora"])
+def test_a_promoted_round_answers_beside_the_newest(aggregation, kind, make_chain, tmp_path):
+    """As a chain answers that stopped at that round, its remainder included, while the trained adapter goes on."""
+    options = {"aggregation": aggregation, "training": ADAM}
+    then = make_chain(kind, lora=True)
+    federation(then, **options).fit(rounds=2)
+    chain = make_chain(kind, lora=True)
+    fed = federation(chain, checkpoint_dir=tmp_path, **options)
+    fed.fit(rounds=3)
+    fed.promote(2)
+    fed.promote(3, "newest")
+    wanted, newest = logits(then.model), logits(chain.model)
+    torch.testing.assert_close(logits(chain.with_adapter("promoted").model), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(chain.with_adapter("newest").model), newest, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(wanted, newest, rtol=1e-4, atol=1e-5)
+    fed.fit(rounds=1)
+    torch.testing.assert_close(logits(chain.with_adapter("promoted").model), wanted, rtol=1e-4, atol=1e-5)
+    straight = make_chain(kind, lora=True)
+    federation(straight, **options).fit(rounds=4)
+    assert_tensors_equal(chain.model.trainable_state(), straight.model.trainable_state())
+
+
+def test_promoting_what_is_not_there_is_refused(make_chain, tmp_path):
+    fed = federation(make_chain(lora=True), checkpoint_dir=tmp_path, keep_checkpoints=1)
+    fed.fit(rounds=2)
+    with pytest.raises(CheckpointError, match="no checkpoint of round 1"):
+        fed.promote(1)
+    full = federation(make_chain())
+    full.fit(rounds=1)
+    with pytest.raises(LLMChainFedError, match="this model has none"):
+        full.promote(1)
+
+
+# --- personal models --------------------------------------------------------------------------------------------------
+
+
+def test_a_personalised_adapter_outlives_the_process(make_chain, tmp_path):
+    options = {"evaluation": 0.4, "training": ADAM}
+    straight = federation(make_chain(lora=True), **options)
+    chain = make_chain(lora=True)
+    fed = federation(chain, checkpoint_dir=tmp_path, **options)
+    for one in (straight, fed):
+        one.fit(rounds=2)
+        one.personalize("b", steps=3)
+    other = make_chain(lora=True)
+    again = resumed(tmp_path, other)
+    assert again.compare(["b"]) == fed.compare(["b"])
+    assert torch.equal(logits(other.with_adapter("b").model), logits(chain.with_adapter("b").model))
+    again.fit(rounds=1)
+    straight.fit(rounds=1)
+    assert_same(again, straight)
+
+
+def test_also_of_one_who_was_not_sampled_last(make_chain, tmp_path):
+    fed = federation(make_chain(lora=True), checkpoint_dir=tmp_path, participants_per_round=1, training=ADAM)
+    fed.fit(rounds=2)
+    idle = [n for n, r in fed.history[-1].participants.items() if r.status == "idle"]
+    assert len(idle) == 2
+    for name in idle:
+        fed.personalize(name, steps=2)
+    again = resumed(tmp_path, make_chain(lora=True))
+    again._join()
+    for name in idle:
+        assert_tensors_equal(standing(again)[name][1], standing(fed)[name][1])
+        assert any("/personal/" in n for n in standing(again)[name][1])
+
+
+def test_before_the_first_round_too(make_chain, tmp_path):
+    fed = federation(make_chain(lora=True), checkpoint_dir=tmp_path, training=ADAM)
+    fed.personalize("a", steps=2)
+    assert checkpoint.rounds(tmp_path) == [0]
+    again = resumed(tmp_path, make_chain(lora=True))
+    again.fit(rounds=1)
+    fed.fit(rounds=1)
+    assert_same(again, fed)
+
+
+def test_an_adapter_made_after_an_interruption_is_kept_with_the_round_before(make_chain, tmp_path):
+    """What the interrupted round left at the first participant has not happened, on disk as little as here."""
+    fed = federation(make_chain(lora=True), checkpoint_dir=tmp_path, training=KEPT)
+    fed.fit(rounds=1)
+    inner = fed._peers["b"].handle
+
+    def interrupted(op, payload):
+        if op == "train":
+            raise KeyboardInterrupt
+        return inner(op, payload)
+
+    fed._peers["b"].handle = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        fed.fit(rounds=1)
+    fed._peers["b"].handle = inner
+    fed.personalize("c", steps=2)
+    again = resumed(tmp_path, make_chain(lora=True))
+    again.fit(rounds=1)
+    fed.fit(rounds=1)
+    assert_same(again, fed)
+
+
+# --- what stops a run early -------------------------------------------------------------------------------------------
+
+
+class Interrupt(Callback):
+    """Ends the process, as far as this test is concerned, after a round."""
+
+    def __init__(self, after: int) -> None:
+        self._after = after
+
+    def on_round_end(self, record, history):
+        if record.round == self._after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_patience_counts_on(at, make_chain, tmp_path):
+    """A rate that changes next to nothing: with patience 3 a run ends after 3 rounds, wherever it was interrupted."""
+    options = {"training": SGD.replace(learning_rate=1e-9), "evaluation": PAIRS[:3]}
+    straight = federation(make_chain(), **options)
+    straight.fit(rounds=9, patience=3, min_delta=0.1)
+    assert straight.round == 3
+    fed = federation(make_chain(), checkpoint_dir=tmp_path, callbacks=[Interrupt(at)], **options)
+    with pytest.raises(KeyboardInterrupt):
+        fed.fit(rounds=9, patience=3, min_delta=0.1)
+    again = resumed(tmp_path, make_chain(), evaluation=PAIRS[:3])
+    again.fit(rounds=9 - at, patience=3, min_delta=0.1)
+    assert_same(again, straight)
+    assert again.history.stopped_early == straight.history.stopped_early
+
+
+def test_a_run_that_stopped_early_says_so_when_it_is_read_again(make_chain, tmp_path):
+    options = {"training": SGD.replace(learning_rate=1e-9), "evaluation": PAIRS[:3]}
+    fed = federation(make_chain(), checkpoint_dir=tmp_path, **options)
+    fed.fit(rounds=5, patience=1, min_delta=0.1)
+    again = resumed(tmp_path, make_chain(), evaluation=PAIRS[:3])
+    again.fit(rounds=1)
+    fed.fit(rounds=1)
+    assert_same(again, fed)
+
+
+# --- one participant at a time ----------------------------------------------------------------------------------------
+
+
+def test_train_and_step_go_on_too(make_chain, tmp_path):
+    options = {"training": KEPT, "codec": "int8"}
+
+    def drive(fed, rounds):
+        for _ in range(rounds):
+            for name, pairs in SHARES.items():
+                fed.train(pairs, name)
+            fed.step()
+
+    straight = federation(make_chain(), **options)
+    drive(straight, 3)
+    drive(federation(make_chain(), checkpoint_dir=tmp_path, **options), 2)
+    again = resumed(tmp_path, make_chain())
+    drive(again, 1)
+    assert_same(again, straight)
+
+
+def test_who_joined_by_train_alone_is_kept_as_well(make_chain, tmp_path):
+    fed = federation(make_chain(), None, checkpoint_dir=tmp_path, training=KEPT)
+    for name, pairs in SHARES.items():
+        fed.train(pairs, name)
+    fed.step()
+    kept = checkpoint.read(tmp_path).participants
+    assert sorted(kept) == sorted(SHARES)
+    again = resumed(tmp_path, make_chain())
+    again.fit(rounds=1)
+    straight = federation(make_chain(), training=KEPT)
+    straight.fit(rounds=2)
+    assert_tensors_equal(weights_of(again), weights_of(straight))
+
+
+# --- another process --------------------------------------------------------------------------------------------------
+
+_PROCESS = """
+import hashlib, sys
+import torch
+torch.set_num_threads(1)
+from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, train_tokenizer, with_lora
+from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel
+tokenizer = train_tokenizer()
+model = LocalModel(with_lora(tiny_module("causal", len(tokenizer)), lora_config("causal")), tokenizer, name="tiny")
+chain = LLMChain(llm=LocalLLM(model=model, max_new_tokens=12), prompt=TEMPLATE)
+fed = FederatedAveraging.resume(
+    sys.argv[1], chain, participants={"a": PAIRS[:5], "b": PAIRS[5:9], "c": PAIRS[9:]}, progress=False
+)
+fed.fit(rounds=2)
+digest = hashlib.sha256()
+for name, tensor in sorted(model.trainable_state().items()):
+    digest.update(name.encode() + tensor.numpy().tobytes())
+print(fed.round, digest.hexdigest())
+"""
+
+
+def test_a_fresh_process_goes_on_bit_for_bit(make_chain, tmp_path):
+    import hashlib
+
+    options = {"training": KEPT, "codec": "int8", "personal": Ditto(), "participants_per_round": 0.5}
+    straight = federation(make_chain(lora=True), server_optimizer=FedAdam(lr=0.01), **options)
+    straight.fit(rounds=4)
+    federation(
+        make_chain(lora=True), server_optimizer=FedAdam(lr=0.01), checkpoint_dir=tmp_path / "kept", **options
+    ).fit(rounds=2)
+    done = subprocess.run(
+        [sys.executable, "-c", _PROCESS, str(tmp_path / "kept")],
+        cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    digest = hashlib.sha256()
+    for name, tensor in sorted(straight._hub.model.trainable_state().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    assert done.stdout.split() == ["4", digest.hexdigest()]
+
+
+# --- what must be given again -----------------------------------------------------------------------------------------
+
+
+class Halfway:
+    """A server optimizer of one's own, whose memory is the number of its steps."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def step(self, state, pseudo_gradient):
+        self.steps += 1
+        return {n: state[n] + d / (1 + self.steps) for n, d in pseudo_gradient.items()}
+
+    def settings(self):
+        return {"class": "Halfway"}
+
+    def state_dict(self):
+        return {}, {"steps": self.steps}
+
+    def load_state_dict(self, tensors, numbers):
+        self.steps = numbers["steps"]
+
+
+class Mine:
+    """An aggregation of one's own."""
+
+    name = "mine"
+
+    def start(self, state):
+        return RunningMean(state)
+
+
+@pytest.mark.parametrize(
+    ("options", "again", "said"),
+    [
+        ({"training": None, "optimizer": torch.optim.Adagrad, "lr": 0.01}, {"optimizer": torch.optim.Adagrad, "lr": 0.01}, "Adagrad"),
+        ({"evaluation": {"a": PAIRS[9:]}}, {"evaluation": {"a": PAIRS[9:]}}, "evaluation="),
+        ({"evaluation": PAIRS[9:]}, {"evaluation": PAIRS[9:]}, "evaluation="),
+        ({"server_optimizer": Halfway}, {"server_optimizer": Halfway}, "Halfway.*server_optimizer="),
+        ({"aggregation": Mine}, {"aggregation": Mine}, "mine.*aggregation="),
+    ],
+    ids=["optimizer", "evaluation by name", "evaluation for all", "server optimizer", "aggregation"],
+)  # fmt: skip
+def test_what_is_code_or_data_must_be_given_again(options, again, said, make_chain, tmp_path):
+    def made(given):
+        return {n: v() if v in (Halfway, Mine) else v for n, v in given.items()}
+
+    straight = federation(make_chain(), **made(options))
+    straight.fit(rounds=3)
+    federation(make_chain(), checkpoint_dir=tmp_path, **made(options)).fit(rounds=2)
+    chain = make_chain()
+    before = chain.model.trainable_state()
+    with pytest.raises(CheckpointError, match=said):
+        resumed(tmp_path, chain)
+    assert_tensors_equal(chain.model.trainable_state(), before)
+    fed = resumed(tmp_path, chain, **made(again))
+    fed.fit(rounds=1)
+    assert_same(fed, straight)
+
+
+def test_everything_else_need_not_be_given_again(make_chain, tmp_path):
+    """Deadline, retries, quorum, samples and how many checkpoints are kept are those of then."""
+    options = {"deadline": 60.0, "retries": 2, "quorum": 2, "samples": 0, "keep_checkpoints": 1, "evaluation": 0.2}
+    federation(make_chain(), checkpoint_dir=tmp_path, **options).fit(rounds=2)
+    fed = resumed(tmp_path, make_chain())
+    settings = fed._hub.settings
+    assert (settings.deadline, settings.retries, settings.quorum) == (60.0, 2, 2)
+    fed.fit(rounds=2)
+    assert checkpoint.rounds(tmp_path) == [4]
+    assert fed.history[-1].samples == []
+    assert fed.history[-1].held_out_after is not None
+    assert resumed(tmp_path, make_chain(), quorum=1, keep_checkpoints=2)._hub.settings.quorum == 1, "given goes first"
+
+
+# --- another federation's ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(make_chain, tmp_path):
+    """A directory with two rounds of a LoRA federation, and what is in it."""
+    federation(make_chain(lora=True), checkpoint_dir=tmp_path, server_optimizer=FedAdam(lr=0.01)).fit(rounds=2)
+    return tmp_path
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+REFUSED = {
+    "base weights": (lambda make: make(lora=True, seed=7), {}),
+    "prompt": (lambda make: make(lora=True, prompt="En français : {text}\n"), {}),
+    "adapter": (lambda make: make(lora=lora_config(r=2)), {}),
+    "adapter: .* there": (lambda make: make(lora=lora_config(lora_alpha=16)), {}),
+    "b are missing, none are new": (None, {"participants": {"a": PAIRS[:5], "c": PAIRS[9:]}}),
+    "none are missing, d are new": (None, {"participants": {**SHARES, "d": PAIRS[:2]}}),
+    "c are missing, d are new": (None, {"participants": {"a": PAIRS[:5], "b": PAIRS[5:9], "d": PAIRS[9:]}}),
+    "aggregation: 'fedavg' there, 'fedex' here": (None, {"aggregation": "fedex", "server_optimizer": None}),
+    "seed: 0 there, 1 here": (None, {"seed": 1}),
+    "training: .*0.05.* there, .*0.5.* here": (None, {"training": SGD.replace(learning_rate=0.5)}),
+    "training: ": (None, {"lr": 0.5}),
+    "weighting: 'examples' there, 'equal' here": (None, {"weighting": "equal"}),
+    "codec: None there, 'int8' here": (None, {"codec": "int8"}),
+    "broadcast_codec: None there, 'int8' here": (None, {"broadcast_codec": "int8"}),
+    "server_optimizer: .*FedAdam.* there, .*FedYogi.* here": (None, {"server_optimizer": FedYogi(lr=0.01)}),
+    "server_optimizer: .*0.01.* there, .*0.02.* here": (None, {"server_optimizer": FedAdam(lr=0.02)}),
+    "personal: None there": (None, {"personal": Ditto()}),
+    "participants_per_round: None there, 2 here": (None, {"participants_per_round": 2}),
+}
+
+
+@pytest.mark.parametrize("named_so", REFUSED)
+def test_another_federations_checkpoint_is_refused_by_name(named_so, kept, make_chain):
+    make, options = REFUSED[named_so]
+    chain = make(make_chain) if make else make_chain(lora=True)
+    before, files = chain.model.trainable_state(), contents(kept)
+    with pytest.raises(CheckpointError, match=named_so):
+        resumed(kept, chain, options.pop("participants", SHARES) if "participants" in options else SHARES, **options)
+    assert_tensors_equal(chain.model.trainable_state(), before)
+    assert contents(kept) == files
+
+
+@pytest.mark.parametrize("changed", [PAIRS[5:8], [*PAIRS[5:8], ("page", "une page bien plus longue")]], ids=["fewer", "longer"])
+def test_other_examples_are_refused_when_they_are_first_counted(changed, kept, make_chain):
+    chain = make_chain(lora=True)
+    fed = resumed(kept, chain, {**SHARES, "b": changed})
+    before, history = chain.model.trainable_state(), fed.history.to_json()
+    for _ in range(2):  # nor the second time
+        with pytest.raises(CheckpointError, match="'b' held 4 examples"):
+            fed.fit(rounds=1)
+    assert_tensors_equal(chain.model.trainable_state(), before)
+    assert fed.history.to_json() == history
+    assert checkpoint.rounds(kept) == [1, 2]
+
+
+def test_an_empty_directory_is_no_run(make_chain, tmp_path):
+    for directory in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(CheckpointError, match="no checkpoint"):
+            resumed(directory, make_chain())
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_round_that_is_not_kept_is_refused_by_number(kept, make_chain):
+    with pytest.raises(CheckpointError, match="no checkpoint of round 7 .*rounds there: 1, 2"):
+        resumed(kept, make_chain(lora=True), round=7)
+
+
+def test_an_option_that_goes_nowhere_is_refused_before_anything_is_dropped(kept, make_chain):
+    with pytest.raises(ConfigError, match="unknown option `rounds`"):
+        resumed(kept, make_chain(lora=True), round=1, rounds=3)
+    assert checkpoint.rounds(kept) == [1, 2]
+
+
+# --- participants that keep to themselves -----------------------------------------------------------------------------
+
+
+class Discreet(InProcess):
+    """Participants whose policy keeps where they stand from the hub, once it is in force."""
+
+    def __init__(self, peers, *, refuses: bool = True) -> None:
+        super().__init__(peers)
+        self.refuses = refuses
+
+    def call(self, op, nodes, payload, timeout=None):
+        for node in nodes:
+            if op == "personal_state" and self.refuses:
+                try:
+                    raise PolicyError("personal_state is not allowed here")
+                except PolicyError as error:  # as the transports between processes report it
+                    yield node, ParticipantError(f"PolicyError: {error}")
+            else:
+                yield from super().call(op, [node], payload, timeout)
+
+
+@pytest.mark.parametrize("from_the_start", [False, True])
+def test_participants_that_refuse_their_state_go_on_from_what_they_kept(from_the_start, make_chain, tmp_path):
+    """The sites live on while the hub restarts: the outcome is the same, and the record says who was not told."""
+    straight = federation(make_chain(), training=KEPT)
+    straight.fit(rounds=3)
+    sites = federation(make_chain(), training=KEPT)._peers  # on a model of their own, like real ones
+    first = federation(
+        make_chain(), None, training=KEPT, runtime=Discreet(sites, refuses=from_the_start), checkpoint_dir=tmp_path
+    )
+    first.fit(rounds=2)
+    again = resumed(tmp_path, make_chain(), None, runtime=Discreet(sites))
+    again.fit(rounds=1)
+    assert_tensors_equal(weights_of(again), weights_of(straight))
+    for record in again.history[-1].participants.values():
+        assert any("goes on from what it kept itself" in note for note in record.notes)
+    again.fit(rounds=1)
+    assert all(record.notes == [] for record in again.history[-1].participants.values()), "said once"
+
+
+# --- when writing fails on the way ------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_failed_leaves_no_gap_behind(make_chain, tmp_path, monkeypatch):
+    """Who trained in the round that could not be written and rests in the next is not kept as of the round before."""
+    options = {"training": KEPT, "codec": "int8", "participants_per_round": 1}
+    straight = federation(make_chain(), **options)
+    straight.fit(rounds=6)
+    fed = federation(make_chain(), checkpoint_dir=tmp_path, **options)
+    fed.fit(rounds=1)
+    real = checkpoint.write
+    for _ in range(2):
+        with monkeypatch.context() as full:
+            full.setattr(checkpoint, "write", _no_space)
+            with pytest.raises(CheckpointError, match="no space"):
+                fed.fit(rounds=1)
+    assert checkpoint.write is real
+    fed.fit(rounds=1)
+    assert [list(r.trained) for r in fed.history][1:] != [list(fed.history[-1].trained)] * 3, "somebody else rested"
+    again = resumed(tmp_path, make_chain())
+    assert again.round == 4
+    again.fit(rounds=2)
+    assert_same(again, straight)
+
+
+def _no_space(*_: Any, **__: Any) -> None:
+    raise CheckpointError("no space left on the device")
