@@ -4,6 +4,7 @@ Belongs here: what a checkpoint must hold so that nothing is lost, and what make
 files themselves (test_checkpoint), processes that are killed (test_kills).
 """
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from tiny import PAIRS, lora_config
 
 from llmchain_fed import FederatedAveraging, Participant, TrainingConfig
 from llmchain_fed.errors import CheckpointError, ConfigError, LLMChainFedError, ParticipantError, PolicyError
-from llmchain_fed.federated import checkpoint, wire
+from llmchain_fed.federated import checkpoint, resuming, wire
 from llmchain_fed.federated.global_state import GlobalState, named
 from llmchain_fed.federated.personal import Ditto
 from llmchain_fed.federated.running_mean import RunningMean
@@ -139,9 +140,18 @@ CASES = [
             "evaluation": 0.2,
         },
     ),
-    Case("ffa-topk-broadcast_int8", lora={}, options=lambda: {"aggregation": "ffa", "codec": "topk:0.2", "broadcast_codec": "int8"}),
+    Case(
+        "ffa-topk-broadcast_int8",
+        lora={},
+        options=lambda: {"aggregation": "ffa", "codec": "topk:0.2", "broadcast_codec": "int8"},
+    ),
     Case("rolora-odd", lora={}, options=lambda: {"aggregation": "rolora", "codec": "int4", "personal": Ditto()}, at=1),
-    Case("seq2seq-rolora-even-adam", "seq2seq", {}, lambda: {"aggregation": "rolora", "server_optimizer": FedAdam(lr=0.01)}),
+    Case(
+        "seq2seq-rolora-even-adam",
+        "seq2seq",
+        {},
+        lambda: {"aggregation": "rolora", "server_optimizer": FedAdam(lr=0.01)},
+    ),
     Case(
         "fedsvd-torch_adamw",
         lora={},
@@ -151,11 +161,20 @@ CASES = [
             "codec": "int8",
         },
     ),
-    Case("fedex-broadcast_int8", lora={}, options=lambda: {"aggregation": "fedex", "broadcast_codec": "int8", "evaluation": 0.2}),
+    Case(
+        "fedex-broadcast_int8",
+        lora={},
+        options=lambda: {"aggregation": "fedex", "broadcast_codec": "int8", "evaluation": 0.2},
+    ),
     Case("seq2seq-fedex-kept", "seq2seq", {}, lambda: {"aggregation": "fedex", "training": KEPT, "codec": "int4"}),
     Case("flora-dropout", lora={"lora_dropout": 0.3}, options=lambda: {"aggregation": "flora", "training": ADAM}),
     Case("seq2seq-flora-mixed", "seq2seq", {}, lambda: {"aggregation": "flora", "codec": "int8"}, RANKS),
-    Case("flexlora-mixed-evaluated", lora={}, options=lambda: {"aggregation": "flexlora", "evaluation": 0.2}, participants=RANKS),
+    Case(
+        "flexlora-mixed-evaluated",
+        lora={},
+        options=lambda: {"aggregation": "flexlora", "evaluation": 0.2},
+        participants=RANKS,
+    ),
     Case(
         "fedsa-kept-sampled-dropout",
         lora={"lora_dropout": 0.2},
@@ -197,8 +216,8 @@ def test_the_cases_tell_a_lost_state_from_a_kept_one(make_chain, tmp_path, monke
     straight = federation(case.chain(make_chain), **case.options())
     straight.fit(rounds=3)
     federation(case.chain(make_chain), checkpoint_dir=tmp_path, **case.options()).fit(rounds=2)
+    monkeypatch.setattr(resuming, "give_back", lambda *_: None)
     again = resumed(tmp_path, case.chain(make_chain))
-    again._keeping._waiting = {}
     again.fit(rounds=1)
     different = [n for n, t in weights_of(straight).items() if not torch.equal(t, weights_of(again)[n])]
     assert different
@@ -230,7 +249,7 @@ def test_a_run_interrupted_within_a_round_repeats_that_round(make_chain, tmp_pat
 
 
 def test_a_run_may_be_resumed_after_every_round(make_chain, tmp_path):
-    options = {"training": KEPT, "codec": "topk", "broadcast_codec": "int8", "participants_per_round": 0.5}
+    options = {"training": KEPT, "codec": "topk", "broadcast_codec": "int8"}
     straight = federation(make_chain(lora=True), server_optimizer=FedAdam(lr=0.01), **options)
     straight.fit(rounds=5)
     fed = federation(make_chain(lora=True), server_optimizer=FedAdam(lr=0.01), checkpoint_dir=tmp_path, **options)
@@ -255,13 +274,14 @@ def test_resuming_twice_without_a_round_in_between_changes_nothing(make_chain, t
 
 
 def test_a_resumed_chain_answers_as_the_interrupted_one(battery, tmp_path):
+    """At once, before another round."""
     chain, other = battery(), battery()
     federation(chain, checkpoint_dir=tmp_path, training=ADAM).fit(rounds=2)
-    questions = [{"text": text} for text, _ in PAIRS[:3]]
-    before = other.batch(questions)
+    before = logits(other.model)
     resumed(tmp_path, other)
-    assert other.batch(questions) == chain.batch(questions)
-    assert other.batch(questions) != before
+    assert torch.equal(logits(other.model), logits(chain.model))
+    assert not torch.allclose(logits(other.model), before)
+    assert other.invoke({"text": PAIRS[0][0]}) == chain.invoke({"text": PAIRS[0][0]})
 
 
 def test_the_federation_keeps_its_name(make_chain, tmp_path):
@@ -287,7 +307,7 @@ def test_an_earlier_round_replays_what_followed(make_chain, tmp_path):
     assert checkpoint.rounds(tmp_path) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("aggregation", ["fedit", "rolora", "fedsvd", "fedex", "flora", "flexlora", "fedsa"])
+@pytest.mark.parametrize("aggregation", ["rolora", "fedsvd", "fedex", "flora", "fedsa"])
 def test_rolling_back_is_the_state_of_then_and_goes_on_like_it(aggregation, make_chain, tmp_path):
     options = {"aggregation": aggregation, "evaluation": 0.2, "keep_checkpoints": None, "checkpoint_dir": tmp_path}
     fed = federation(make_chain(lora=True), **options)
@@ -308,8 +328,10 @@ def test_rolling_back_is_the_state_of_then_and_goes_on_like_it(aggregation, make
         assert_tensors_equal(tensors, standings[4][name][1])
 
 
-@pytest.mark.parametrize("options", [{}, {"evaluation": 0.2}, {"broadcast_codec": "int8"}], ids=["plain", "eval", "codec"])
-@pytest.mark.parametrize(("rounds", "to"), [(1, 1), (2, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize(
+    "options", [{}, {"evaluation": 0.2}, {"broadcast_codec": "int8"}], ids=["plain", "eval", "codec"]
+)
+@pytest.mark.parametrize(("rounds", "to"), [(1, 1), (2, 1), (2, 2)])
 def test_rolling_back_from_any_round_to_any_other(rounds, to, options, make_chain, tmp_path):
     """Also to the round one is at: what participants hold by an old name must not be taken for the new state."""
     straight = federation(make_chain(), **options)
@@ -327,7 +349,11 @@ def test_rolling_back_brings_back_what_participants_kept(make_chain, tmp_path):
     straight = federation(make_chain(lora=True), server_optimizer=FedYogi(lr=0.01), **options)
     straight.fit(rounds=4)
     fed = federation(
-        make_chain(lora=True), server_optimizer=FedYogi(lr=0.01), checkpoint_dir=tmp_path, keep_checkpoints=None, **options
+        make_chain(lora=True),
+        server_optimizer=FedYogi(lr=0.01),
+        checkpoint_dir=tmp_path,
+        keep_checkpoints=None,
+        **options,
     )
     fed.fit(rounds=4)
     fed.roll_back(to=1)
@@ -359,8 +385,10 @@ def logits(model) -> torch.Tensor:
         return model.module(input_ids=ids, **inputs).logits.clone()
 
 
-@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
-@pytest.mark.parametrize("aggregation", ["fedit", "fedsvd", "fedex", "flora", "flexlora"])
+@pytest.mark.parametrize(
+    ("aggregation", "kind"),
+    [("fedit", "causal"), ("fedsvd", "causal"), ("fedex", "causal"), ("fedex", "seq2seq"), ("flora", "causal")],
+)
 def test_a_promoted_round_answers_beside_the_newest(aggregation, kind, make_chain, tmp_path):
     """As a chain answers that stopped at that round, its remainder included, while the trained adapter goes on."""
     options = {"aggregation": aggregation, "training": ADAM}
@@ -556,9 +584,7 @@ print(fed.round, digest.hexdigest())
 
 
 def test_a_fresh_process_goes_on_bit_for_bit(make_chain, tmp_path):
-    import hashlib
-
-    options = {"training": KEPT, "codec": "int8", "personal": Ditto(), "participants_per_round": 0.5}
+    options = {"training": KEPT, "codec": "int8", "personal": Ditto()}
     straight = federation(make_chain(lora=True), server_optimizer=FedAdam(lr=0.01), **options)
     straight.fit(rounds=4)
     federation(
@@ -604,7 +630,7 @@ class Mine:
     name = "mine"
 
     def start(self, state):
-        return RunningMean(state)
+        return RunningMean()
 
 
 @pytest.mark.parametrize(
@@ -691,12 +717,14 @@ def test_another_federations_checkpoint_is_refused_by_name(named_so, kept, make_
     chain = make(make_chain) if make else make_chain(lora=True)
     before, files = chain.model.trainable_state(), contents(kept)
     with pytest.raises(CheckpointError, match=named_so):
-        resumed(kept, chain, options.pop("participants", SHARES) if "participants" in options else SHARES, **options)
+        resumed(kept, chain, **options)
     assert_tensors_equal(chain.model.trainable_state(), before)
     assert contents(kept) == files
 
 
-@pytest.mark.parametrize("changed", [PAIRS[5:8], [*PAIRS[5:8], ("page", "une page bien plus longue")]], ids=["fewer", "longer"])
+@pytest.mark.parametrize(
+    "changed", [PAIRS[5:8], [*PAIRS[5:8], ("page", "une page bien plus longue")]], ids=["fewer", "longer"]
+)
 def test_other_examples_are_refused_when_they_are_first_counted(changed, kept, make_chain):
     chain = make_chain(lora=True)
     fed = resumed(kept, chain, {**SHARES, "b": changed})
@@ -777,15 +805,14 @@ def test_a_checkpoint_that_failed_leaves_no_gap_behind(make_chain, tmp_path, mon
     straight.fit(rounds=6)
     fed = federation(make_chain(), checkpoint_dir=tmp_path, **options)
     fed.fit(rounds=1)
-    real = checkpoint.write
     for _ in range(2):
         with monkeypatch.context() as full:
             full.setattr(checkpoint, "write", _no_space)
             with pytest.raises(CheckpointError, match="no space"):
                 fed.fit(rounds=1)
-    assert checkpoint.write is real
     fed.fit(rounds=1)
-    assert [list(r.trained) for r in fed.history][1:] != [list(fed.history[-1].trained)] * 3, "somebody else rested"
+    missed = {n for record in fed.history.rounds[1:3] for n in record.trained}
+    assert missed - set(fed.history[-1].trained), "somebody trained unwritten and rested since"
     again = resumed(tmp_path, make_chain())
     assert again.round == 4
     again.fit(rounds=2)

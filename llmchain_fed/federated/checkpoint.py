@@ -11,6 +11,7 @@ Knows files and digests. Knows nothing of what is in them beyond names and bytes
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -30,8 +31,11 @@ from llmchain_fed.errors import CheckpointError
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
-_NAME = re.compile(r"round-(\d{6,})")
+_FILE = re.compile(r"(participants/)?[a-z0-9]+\.safetensors")
+_NAME = re.compile(r"(round-|\.former-)(\d{6,})")
 _SCRATCH = ".writing-"
+_FORMER = ".former-"  # what a checkpoint of the same round replaces, until the new one stands in its place
+_LOST = (OSError, ValueError, TypeError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def write(directory: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
     Raises:
         CheckpointError: It cannot be written; what was there is as it was.
     """
-    target = directory / f"round-{checkpoint.round:06d}"
+    target, former = (directory / f"{prefix}{checkpoint.round:06d}" for prefix in ("round-", _FORMER))
     scratch = None
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -72,33 +76,57 @@ def write(directory: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
             _write(scratch / name, data)
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         content = {"format": FORMAT, "round": checkpoint.round, "files": digests, "participants": owners}
-        text = json.dumps(content | {"about": checkpoint.about}, ensure_ascii=False, allow_nan=False)
+        # ASCII: a text that came from elsewhere may hold half a surrogate pair, which UTF-8 has not
+        text = json.dumps(content | {"about": checkpoint.about}, allow_nan=False)
         _write(scratch / _MANIFEST, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}".encode())
         for folder in (scratch / "participants", scratch):
             if folder.is_dir():
                 _sync(folder)
         scratch.chmod(0o700)
-        if target.exists():  # the round was done again after going back: a kill in between leaves the rounds before
-            target.rename(directory / f"{scratch.name}-former")
+        if target.exists():  # of the same round: before a personal adapter was made, say
+            target.rename(former)
         scratch.rename(target)
         _sync(directory)
         _sweep(directory)
         if keep is not None:
             for number in rounds(directory)[:-keep]:
                 remove(directory, number)
-    except (OSError, ValueError, TypeError) as error:
+    except _LOST as error:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+        if former.is_dir() and not target.exists():
+            with contextlib.suppress(OSError):  # where it stays, it is found all the same
+                former.rename(target)
         msg = f"the checkpoint of round {checkpoint.round} cannot be written to {directory}: {error}. Former ones stay."
         raise CheckpointError(msg) from error
     return target
 
 
+def prepare(directory: Path) -> None:
+    """Makes the directory, and makes sure that a checkpoint can be written there.
+
+    Raises:
+        CheckpointError: It cannot.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(prefix=_SCRATCH, dir=directory))
+    except OSError as error:
+        msg = f"no checkpoint could be written to {str(directory)!r}: {error}. Choose another checkpoint_dir."
+        raise CheckpointError(msg) from error
+
+
 def rounds(directory: Path) -> list[int]:
     """Which rounds there are whole checkpoints of, in order."""
+    return sorted(_folders(directory))
+
+
+def _folders(directory: Path) -> dict[int, Path]:
     if not directory.is_dir():
-        return []
-    return sorted(int(m[1]) for p in directory.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir())
+        return {}
+    found = [(m[1], int(m[2]), p) for p in directory.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    # a process killed while it replaced a round leaves the former one: that counts where there is no other
+    return {n: p for kind, n, p in sorted(found, key=lambda item: item[0] == "round-")}
 
 
 def read(directory: Path, number: int | None = None) -> Checkpoint:
@@ -107,13 +135,14 @@ def read(directory: Path, number: int | None = None) -> Checkpoint:
     Raises:
         CheckpointError: None there, or one with a missing, truncated, altered or added file. Nothing has been changed.
     """
-    there = rounds(directory)
+    folders = _folders(directory)
+    there = sorted(folders)
     if not there or (number is not None and number not in there):
         what = f"no checkpoint of round {number}" if there else "no checkpoint"
         msg = f"there is {what} in {str(directory)!r}; rounds there: {', '.join(map(str, there)) or 'none'}."
         raise CheckpointError(msg)
     number = there[-1] if number is None else number
-    folder = directory / f"round-{number:06d}"
+    folder = folders[number]
     others = [n for n in there if n != number]
     content = _manifest(folder, number, others)
     data: dict[str, bytes] = {}
@@ -142,8 +171,10 @@ def read(directory: Path, number: int | None = None) -> Checkpoint:
 def remove(directory: Path, number: int) -> None:
     """Takes a checkpoint away; killed meanwhile, it is gone or whole."""
     doomed = directory / f"{_SCRATCH}removing-{number}"
-    shutil.rmtree(doomed, ignore_errors=True)
-    (directory / f"round-{number:06d}").rename(doomed)
+    for prefix in (_FORMER, "round-"):  # in this order: the former one must not take the other's place
+        shutil.rmtree(doomed, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process of the same script was faster
+            (directory / f"{prefix}{number:06d}").rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -154,9 +185,15 @@ def _manifest(folder: Path, number: int, others: list[int]) -> dict[str, Any]:
         raise _damaged(folder, f"{_MANIFEST} cannot be read ({type(error).__name__})", others) from None
     if hashlib.sha256(text.encode()).hexdigest() != digest:
         raise _damaged(folder, f"{_MANIFEST} has changed or is cut off (SHA-256 differs)", others)
-    content: dict[str, Any] = json.loads(text)
-    if content.get("format") != FORMAT or content.get("round") != number:
-        raise _damaged(folder, f"it is format {content.get('format')!r} of round {content.get('round')!r}", others)
+    try:
+        content: dict[str, Any] = json.loads(text)
+        if content["format"] != FORMAT or content["round"] != number:
+            raise _damaged(folder, f"it is format {content['format']!r} of round {content['round']!r}", others)
+        inside = all(_FILE.fullmatch(name) for name in content["files"])
+        if not inside or not content["participants"].keys() <= content["files"].keys() or not content["about"]:
+            raise _damaged(folder, f"{_MANIFEST} names files that no federation writes", others)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(folder, f"{_MANIFEST} makes no sense ({type(error).__name__}: {error})", others) from None
     return content
 
 
@@ -187,6 +224,12 @@ def _sync(folder: Path) -> None:
 
 
 def _sweep(directory: Path) -> None:
-    """What killed processes left unfinished."""
+    """Puts right what killed processes left unfinished."""
     for path in directory.glob(f"{_SCRATCH}*"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in directory.glob(f"{_FORMER}*"):
+        target = directory / f"round-{path.name.removeprefix(_FORMER)}"
+        if target.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(target)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_NARROW = 128  # ranks up to here are worked on in float64
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -34,17 +36,23 @@ class Factors:
         return int(min(self.b.shape[0], self.a.shape[1]))
 
     def norm(self) -> float:
-        """‖B·A‖ (Frobenius) = √tr(BᵀB · AAᵀ), from two (R, R) matrices in float64."""
-        b, a = self.b.double(), self.a.double()
-        return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
+        """‖B·A‖ (Frobenius) = √tr(BᵀB · AAᵀ), from two (R, R) matrices."""
+        kind = self._precise
+        b, a = self.b.to(kind), self.a.to(kind)
+        return math.sqrt(max(float(((b.T @ b).double() * (a @ a.T).double()).sum()), 0.0))
+
+    @property
+    def _precise(self) -> torch.dtype:
+        """float64 where that costs nothing; wide stacks in float32, as the factors themselves."""
+        return torch.float64 if self.rank <= _NARROW else torch.float32
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U (m, k), S (k,) in falling order and Vᵀ (k, n) of B·A, with k = min(m, n, R), in float64.
+        """U (m, k), S (k,) in falling order and Vᵀ (k, n) of B·A, with k = min(m, n, R).
 
         B = Q₁R₁ and Aᵀ = Q₂R₂ give B·A = Q₁ (R₁R₂ᵀ) Q₂ᵀ; only the small middle is decomposed.
         """
-        q_b, r_b = torch.linalg.qr(self.b.double())
-        q_a, r_a = torch.linalg.qr(self.a.double().T)
+        q_b, r_b = torch.linalg.qr(self.b.to(self._precise))
+        q_a, r_a = torch.linalg.qr(self.a.to(self._precise).T)
         u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
         return q_b @ u, s, vt @ q_a.T
 

@@ -13,10 +13,12 @@ import torch
 
 from llmchain_fed.errors import CheckpointError, ConfigError, UnsupportedModelError
 from llmchain_fed.federated import checkpoint, resuming, server_optimizers
+from llmchain_fed.federated.aggregation import AGGREGATIONS
 from llmchain_fed.federated.checkpoint import Checkpoint
 from llmchain_fed.federated.global_state import GlobalState, parted
 from llmchain_fed.federated.hub import Hub
 from llmchain_fed.federated.personal import Ditto, with_remainder
+from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.training import TrainingConfig
 
 _RESTORED = ("aggregation", "weighting", "codec", "broadcast_codec", "participants_per_round", "seed")
@@ -57,6 +59,8 @@ class Keeping:
         self._states: dict[str, bytes] = {}
         self._waiting: dict[str, bytes] = {}
         self._holdings: dict[str, Any] = {}
+        self._owed: set[str] = set()
+        self._asked: int | None = None
         self._begun = False
 
     def described(self) -> dict[str, Any]:
@@ -78,15 +82,16 @@ class Keeping:
         if self._directory is None or not self._leads:
             return
         self.check_directory()
-        made = resuming.checkpoint_of(self._hub, self._options, self._states)
+        made = resuming.checkpoint_of(self._hub, self._options, self._states, self._asked)
+        # before it is written: what fails once the folder has its name leaves a round that is this run's own
+        self._states, self._asked, self._begun = dict(made.participants), made.round, True
         checkpoint.write(self._directory, made, keep=self._keep)
-        self._states, self._begun = dict(made.participants), True
 
     def check_directory(self) -> None:
         """Makes sure, before anything is trained, that a run that begins anew has the directory for itself.
 
         Raises:
-            CheckpointError: It holds another run's rounds, or cannot be made.
+            CheckpointError: It holds another run's rounds, or cannot be made or written to.
         """
         if self._directory is None or self._begun or not self._leads:
             return
@@ -96,11 +101,7 @@ class Keeping:
                 "FederatedAveraging.resume(…), or choose another checkpoint_dir."
             )
             raise CheckpointError(msg)
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            msg = f"checkpoint_dir {str(self._directory)!r} cannot be made: {error}."
-            raise CheckpointError(msg) from error
+        checkpoint.prepare(self._directory)
 
     # --- going on ---------------------------------------------------------------------------------------------------
 
@@ -134,7 +135,13 @@ class Keeping:
                 raise CheckpointError(msg)
             merged["training"] = TrainingConfig(**decisive["training"])
         if decisive["server_optimizer"] is not None and "server_optimizer" not in given:
-            merged["server_optimizer"] = server_optimizers.from_settings(decisive["server_optimizer"])
+            try:
+                merged["server_optimizer"] = server_optimizers.from_settings(decisive["server_optimizer"])
+            except ConfigError as error:
+                raise CheckpointError(str(error)) from None
+        if decisive["aggregation"] not in AGGREGATIONS and "aggregation" not in given:
+            msg = f"the run's aggregation, {decisive['aggregation']!r:.100}, was code: pass aggregation= again."
+            raise CheckpointError(msg)
         return found, merged | dict(given), found.about["federation"]
 
     def go_on(self, found: Checkpoint) -> None:
@@ -144,24 +151,35 @@ class Keeping:
             CheckpointError: It is another federation's; nothing has changed.
         """
         resuming.check(self._hub, found)
-        self._states = self._waiting = resuming.restore(self._hub, found)
+        self._states = resuming.restore(self._hub, found)
         self._holdings = dict(found.about["holdings"])
-        self._begun = True
+        self._asked, self._begun = found.round, True
+        nodes = self._hub.transport.nodes()
+        self._waiting, self._owed = resuming.begun_by_then(self._hub, nodes, self._states), set(nodes)
+        if isinstance(self._hub.transport, InProcess):  # at once: `train()` needs nobody to join
+            self._tell(nodes)
         assert self._directory is not None
         for number in checkpoint.rounds(self._directory) if self._leads else []:
             if number > found.round:  # of a future that will not be
                 checkpoint.remove(self._directory, number)
 
-    def give_back(self, newcomers: list[str]) -> None:
+    def give_back(self, newcomers: list[str]) -> None:  # noqa: ARG002
         """Tells participants that have joined where they stood at the checkpoint.
 
         Raises:
             CheckpointError: One holds other examples than it did.
         """
-        if newcomers and (self._waiting or self._holdings):
-            resuming.give_back(self._hub, newcomers, self._waiting, self._holdings)
-            self._waiting = {n: blob for n, blob in self._waiting.items() if n not in newcomers}
-            self._holdings = {n: held for n, held in self._holdings.items() if n not in newcomers}
+        if not (self._owed or self._holdings):
+            return
+        resuming.check_holdings(self._hub, self._holdings)
+        there = self._hub.roster.joined  # not the newcomers alone: an earlier attempt may have failed half way
+        self._tell([n for n in there if n in self._owed])
+        self._holdings = {n: held for n, held in self._holdings.items() if n not in there}
+
+    def _tell(self, names: list[str]) -> None:
+        resuming.give_back(self._hub, names, self._waiting)
+        self._owed -= set(names)
+        self._waiting = {n: blob for n, blob in self._waiting.items() if n not in names}
 
     def roll_back(self, to: int) -> None:
         """Takes the hub, and its participants, back to the end of a round.

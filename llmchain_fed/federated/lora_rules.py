@@ -7,6 +7,7 @@ by layer. s_k is a participant's scaling, p_k = n_k/n, a bar the mean with these
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -18,36 +19,56 @@ from llmchain_fed.federated.running_mean import RunningMean
 
 
 class _Kept:
-    """Keeps every contribution until all are in."""
+    """Keeps every contribution until all are in, and gives its memory back layer by layer while they are combined."""
 
     def __init__(self, round_: Round) -> None:
         assert round_.layout is not None  # Rule.check has made sure
         self.round, self.layout = round_, round_.layout
-        self.given: list[Contribution] = []
+        self._weights: list[float] = []
+        self._scaling: list[Mapping[str, float]] = []
+        self._tensors: dict[str, list[Tensor]] = {}
+        self._one_rank = True
+        self._left_out: list[float] = []
+        self._whole: list[float] = []
 
     def add(self, given: Contribution) -> None:
         """Keeps it; a weight that is no share of anything is refused."""
         if not (math.isfinite(given.weight) and given.weight > 0):
             msg = f"an update's weight must be positive and finite, got {given.weight}. Use its number of examples."
             raise FederationError(msg)
-        self.given.append(given)
+        self._weights.append(given.weight)
+        self._scaling.append(given.scaling or self.layout.scaling)
+        self._one_rank = self._one_rank and given.scaling is None
+        for name, tensor in given.tensors.items():
+            # copies: the tensors of a message share one block, which could not be given back piece by piece
+            self._tensors.setdefault(name, []).append(tensor.to(torch.float32, copy=True))
 
-    @property
-    def shares(self) -> list[float]:
-        """p_k, in the order of arrival."""
-        if not self.given:
+    def _layers(self) -> Iterator[tuple[str, list[Factors], Factors]]:
+        """Layer, the participants' factors, and Σ p_k s_k B_k·A_k of rank Σ r_k; each is gone with the next."""
+        if not self._weights:
             msg = "there is no update to combine."
             raise FederationError(msg)
-        return as_shares([g.weight for g in self.given])
+        shares = as_shares(self._weights)
+        for layer in self.layout.layers:
+            pairs = zip(self._tensors.pop(f"{layer}.{B}"), self._tensors.pop(f"{layer}.{A}"), strict=True)
+            parts = [Factors(b, a) for b, a in pairs]
+            scaled = zip(parts, shares, self._scaling, strict=True)
+            whole = stack([Factors(p.b * (share * scaling[layer]), p.a) for p, share, scaling in scaled])
+            if self._one_rank:
+                self._whole.append(whole.norm())
+                self._left_out.append(self.layout.scaling[layer] * covariance(parts, shares).norm())
+            yield layer, parts, whole
 
-    def stacked(self, layer: str) -> Factors:
-        """Σ p_k s_k B_k·A_k of one layer, of rank Σ r_k."""
-        parts = []
-        for given, share in zip(self.given, self.shares, strict=True):
-            scaling = (given.scaling or self.layout.scaling)[layer]
-            pair = self.layout.factors(given.tensors, layer)
-            parts.append(Factors(pair.b.float() * (share * scaling), pair.a.float()))
-        return stack(parts)
+    def _fresh(self, layer: str, shape: torch.Size) -> Tensor:
+        """(r, n) as PEFT starts A: Kaiming uniform with a = √5; of this round and layer."""
+        generator = torch.Generator().manual_seed(self.round.seed_for(layer))
+        bound = 1 / math.sqrt(shape[1])
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+    def _gap(self) -> float | None:
+        """‖mean(BA) − B̄·Ā‖ / ‖mean(BA)‖ over the layers seen; None where ranks differ."""
+        whole = math.hypot(*self._whole) if self._one_rank else 0.0
+        return math.hypot(*self._left_out) / whole if whole > 0 else None
 
 
 class FedEx(_Kept):
@@ -55,16 +76,18 @@ class FedEx(_Kept):
 
     def combine(self) -> Combined:
         """The mean factors, and the remainder's increment of rank (K−1)·r per layer."""
-        shares = self.shares
-        mean = RunningMean()
-        for given in self.given:
-            mean.add(given.tensors, given.weight)
-        remainder = {}
-        for layer in self.layout.layers if len(self.given) > 1 else []:
-            parts = [self.layout.factors(g.tensors, layer) for g in self.given]
-            left_out = covariance([Factors(p.b.float(), p.a.float()) for p in parts], shares)
-            remainder[layer] = Factors(left_out.b * self.layout.scaling[layer], left_out.a)
-        return Combined(mean.result(), remainder)
+        shares = as_shares(self._weights or [1.0])
+        values: dict[str, Tensor] = {}
+        remainder: dict[str, Factors] = {}
+        for layer, parts, _ in self._layers():
+            mean = RunningMean()
+            for part, weight in zip(parts, self._weights, strict=True):
+                mean.add({B: part.b, A: part.a}, weight)
+            values |= {f"{layer}.{name}": tensor for name, tensor in mean.result().items()}
+            left_out = covariance(parts, shares)
+            if left_out.rank:
+                remainder[layer] = Factors(left_out.b * self.layout.scaling[layer], left_out.a)
+        return Combined({n: t.to(self.round.state[n].dtype) for n, t in values.items()}, remainder, self._gap())
 
 
 class FLoRA(_Kept):
@@ -72,14 +95,13 @@ class FLoRA(_Kept):
 
     def combine(self) -> Combined:
         """A fresh random A, a zero B, and the stack of rank Σ r_k per layer."""
-        values = {}
-        for layer in self.layout.layers:
+        values, remainder = {}, {}
+        for layer, _, whole in self._layers():
             pair = self.layout.factors(self.round.state, layer)
-            generator = torch.Generator().manual_seed(self.round.seed_for(layer))
-            bound = 1 / math.sqrt(pair.a.shape[1])  # PEFT's own start: Kaiming uniform with a = √5
-            fresh = torch.empty(pair.a.shape).uniform_(-bound, bound, generator=generator)
+            fresh = self._fresh(layer, pair.a.shape)
             values[f"{layer}.{A}"], values[f"{layer}.{B}"] = fresh.to(pair.a.dtype), torch.zeros_like(pair.b)
-        return Combined(values, {layer: self.stacked(layer) for layer in self.layout.layers})
+            remainder[layer] = whole
+        return Combined(values, remainder, self._gap())
 
 
 class FlexLoRA(_Kept):
@@ -90,17 +112,16 @@ class FlexLoRA(_Kept):
     """
 
     def combine(self) -> Combined:
-        """B = U·S/s and A = Vᵀ, cut to the adapter's rank; A keeps the rows that a smaller stack does not need.
-
-        Their columns of B are zero, so they say nothing; were the rows zero too, neither would ever get a gradient.
-        """
+        """B = U·S/s and A = Vᵀ, cut to the adapter's rank."""
         values = {}
-        for layer in self.layout.layers:
-            pair, stacked = self.layout.factors(self.round.state, layer), self.stacked(layer)
-            best, needed = stacked.truncated(pair.rank), min(stacked.rank, stacked.full_rank)
-            values[f"{layer}.{A}"] = torch.cat([best.a[:needed].to(pair.a.dtype), pair.a[needed:]])
+        for layer, _, whole in self._layers():
+            pair = self.layout.factors(self.round.state, layer)
+            best = whole.truncated(pair.rank)
+            if whole.rank < pair.rank:  # columns of B and rows of A that are both zero would never learn again
+                best.a[whole.rank :] = self._fresh(layer, pair.a.shape)[whole.rank :]
+            values[f"{layer}.{A}"] = best.a.to(pair.a.dtype)
             values[f"{layer}.{B}"] = (best.b / self.layout.scaling[layer]).to(pair.b.dtype)
-        return Combined(values)
+        return Combined(values, gap=self._gap())
 
 
 def orthonormal(state: dict[str, Tensor], layout: LoraLayout) -> dict[str, Tensor]:

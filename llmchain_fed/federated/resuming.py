@@ -10,17 +10,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmchain_fed.errors import CheckpointError
-from llmchain_fed.federated import server_optimizers, wire
+from llmchain_fed.federated import private_state, server_optimizers, wire
 from llmchain_fed.federated.checkpoint import Checkpoint
 from llmchain_fed.federated.codecs import spec
 from llmchain_fed.federated.global_state import GlobalState, named, parted
 from llmchain_fed.federated.history import History
 from llmchain_fed.federated.hub import Hub
+from llmchain_fed.federated.private_state import Progress
 from llmchain_fed.federated.roster import ABSENCE
 from llmchain_fed.federated.server_optimizers import ResumableServerOptimizer
 from llmchain_fed.federated.settings import Settings
 
 _ASK = wire.pack({}, {"kind": "personal_state"})
+_START = private_state.pack({-1: Progress()})
 _MEANING = {"base": "base weights", "adapter": "adapter", "prompt": "prompt", "tokenizer": "tokenizer"}
 
 
@@ -158,6 +160,12 @@ def restore(hub: Hub, found: Checkpoint) -> dict[str, bytes]:
     hub.broadcast.restore({n: copy[n] for n in state.values if n in copy}, state)
     hub.evaluator.go_on(found.about["measured"], hub.broadcast.number)
     return dict(found.participants)
+
+
+def begun_by_then(hub: Hub, nodes: list[str], states: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Participants' states at a checkpoint, with those of whom the restored history knows nothing at their start."""
+    trained = {name for record in hub.history for name in record.trained}
+    return {n: states.get(n, _START) for n in nodes if n in states or n not in trained}
 
 
 def check_holdings(hub: Hub, holdings: Mapping[str, Any]) -> None:

@@ -59,8 +59,9 @@ class OpenRound:
         self.part = rule.shares(about.number)
         self._names = selected(self.start, self.part)
         self._collector = rule.begin(replace(about, state=self.start))
-        measured = about.layout is not None and not about.layout.refused and self.part == "all"
+        measured = about.layout is not None and not about.layout.refused and self.part == "all" and rule.linear
         self._gap = AggregationGap(about.layout) if measured and about.layout is not None else None
+        self._gap_found: float | None = None
         self._comparable = True
         total = sum(self.start[n].numel() for n in self._names)
         self._stride = max(1, math.ceil(total / _COORDINATES))
@@ -209,6 +210,7 @@ class OpenRound:
             reasons = {n: r.reason for n, r in self.records.items() if r.reason}
             raise too_few(self.number, len(trained), quorum, reasons, "usable updates")
         combined = self._collector.combine()
+        self._gap_found = combined.gap
         if self._comparable:
             total = math.fsum(self._weights.values())
             rows = (self._coordinates[n] * (self._weights[n] / total) for n in trained)
@@ -223,7 +225,7 @@ class OpenRound:
             return None
         if self.part != "all":
             return None if self._rule.personal else 0.0
-        return self._gap.value() if self._gap is not None else None
+        return self._gap.value() if self._gap is not None else self._gap_found
 
 
 def too_few(

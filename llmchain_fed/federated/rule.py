@@ -156,6 +156,8 @@ class Combined:
     """new global values; names that are left out stay as they are"""
     remainder: dict[str, Factors] = field(default_factory=dict)
     """layer → what is added to the frozen remainder beside the base"""
+    gap: float | None = None
+    """the aggregation gap, where the rule has seen all factors anyway"""
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ class Collector(Protocol):
         """
 
     def combine(self) -> Combined:
-        """The outcome.
+        """The outcome; may use up what was added.
 
         Raises:
             FederationError: Nothing was added.

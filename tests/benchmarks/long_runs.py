@@ -1,0 +1,150 @@
+"""What exact aggregation, checkpoints and resident adapters cost on the real model: shares of a round's time, and memory.
+
+    python tests/benchmarks/long_runs.py              # some five minutes on a quiet machine
+
+A round here is 16 participants × 6 optimizer steps of 8 examples (48 examples each), SmolLM2-135M, LoRA r=16 on all
+linear layers, in one process; its training time is that of one participant, measured, times 16. Updates are what such a
+participant trains, each from its own seed. Memory is the peak of the process beyond what stood before `combine`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+from peft import LoraConfig
+from transformers.utils import logging as transformers_logging
+
+from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, TrainingConfig, train_locally
+from llmchain_fed.federated.aggregation import make_aggregation
+from llmchain_fed.federated.gap import AggregationGap
+from llmchain_fed.federated.global_state import GlobalState
+from llmchain_fed.federated.rule import Contribution, LoraLayout, Round
+
+PAIRS = [(f"Save the page number {i}", f"Enregistrer la page numéro {i}") for i in range(48)]
+
+
+def peak_of(work: Callable[[], object]) -> tuple[float, int]:
+    """Seconds, and bytes of resident memory at most beyond the present."""
+    process, stop, peak = psutil.Process(), threading.Event(), [0]
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        while not stop.wait(0.002):
+            peak[0] = max(peak[0], process.memory_info().rss - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    kept = work()
+    seconds = time.perf_counter() - began
+    stop.set()
+    watcher.join()
+    del kept
+    return seconds, peak[0]
+
+
+def updates_of(chain: LLMChain, count: int, config: TrainingConfig) -> tuple[list[Contribution], float]:
+    """What participants would send, and the median seconds one takes; a few are trained, the others vary them."""
+    start, seconds, trained = chain.model.trainable_state(), [], []
+    for seed in range(3):
+        result = train_locally(chain.model, PAIRS, config.replace(seed=seed), prompt=chain)
+        seconds.append(result.seconds)
+        trained.append(chain.model.trainable_state())
+        chain.model.load_state(start)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for k in range(count):
+        base = trained[k % 3]
+        spread = {n: (base[n] - start[n]).std() * 0.5 for n in start}
+        tensors = {n: base[n] + spread[n] * torch.randn(base[n].shape, generator=generator) for n in start}
+        found.append(Contribution(tensors, 48.0, 6))
+    return found, statistics.median(seconds)
+
+
+def main() -> None:
+    """Prints one JSON object and a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--participants", type=int, default=16)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    args = parser.parse_args()
+    transformers_logging.disable_progress_bar()
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    llm = LocalLLM.from_pretrained("smollm2-135m-instruct", lora=lora)
+    chain = LLMChain(llm=llm, prompt="Translate the following text to French: {text}\n")
+    model, config = chain.model, TrainingConfig(learning_rate=1e-3, batch_size=8, precision=args.precision)
+    given, each = updates_of(chain, args.participants, config)
+    round_seconds = each * args.participants
+    layout = LoraLayout.of(model)
+    assert layout is not None
+    state = model.trainable_state()
+    adapter = sum(t.numel() * 4 for t in state.values())
+    layer = max(4 * model.module.get_parameter(n).numel() for n, _ in model.module.named_parameters() if "lora" not in n)
+    found: dict[str, object] = {"round seconds": round(round_seconds, 1), "adapter MB": round(adapter / 1e6, 1)}
+    rows = [f"| a round: {args.participants} participants × {each:.1f} s of training | {round_seconds:.0f} s | | |"]
+    for name in ("fedit", "fedex", "flora", "flexlora"):
+        collector = make_aggregation(name).begin(Round(state, layout))
+        for item in given:
+            collector.add(item)
+        seconds, memory = peak_of(collector.combine)
+        found[name] = {"seconds": seconds, "share": seconds / round_seconds, "bytes": memory}
+        bound = (args.participants * adapter + layer) / 1e6
+        rows.append(f"| {name} | {seconds:.2f} s | {seconds / round_seconds:.2%} | {memory / 1e6:.0f} MB of {bound:.0f} |")
+    gap = AggregationGap(layout)
+    for item in given:
+        gap.add(item)
+    seconds, _ = peak_of(gap.value)
+    found["gap"] = {"seconds": seconds, "share": seconds / round_seconds, "value": gap.value()}
+    rows.append(f"| aggregation gap | {seconds:.2f} s | {seconds / round_seconds:.2%} | |")
+    del given, collector, gap
+
+    with tempfile.TemporaryDirectory() as folder:
+        shares = {f"p{k}": PAIRS[3 * k : 3 * k + 3] for k in range(args.participants)}
+        fed = FederatedAveraging(
+            chain, participants=shares, training=config, codec="int8", checkpoint_dir=Path(folder) / "c", progress=False
+        )
+        fed.fit(1)
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            fed._keeping.save()
+            times.append(time.perf_counter() - began)
+        plain = FederatedAveraging(chain, participants=shares, training=config, checkpoint_dir=Path(folder) / "d", progress=False)
+        plain._hub.join()
+        lean = []
+        for _ in range(5):
+            began = time.perf_counter()
+            plain._keeping.save()
+            lean.append(time.perf_counter() - began)
+    for what, values in (("checkpoint", lean), ("checkpoint with 16 residuals of int8", times)):
+        seconds = statistics.median(values)
+        found[what] = {"seconds": seconds, "share": seconds / round_seconds}
+        rows.append(f"| {what} | {seconds:.2f} s | {seconds / round_seconds:.2%} | |")
+
+    before = psutil.Process().memory_info().rss
+    for k in range(10):
+        model.add_adapter(f"resident {k}", {n: t + 0.001 * k for n, t in state.items()})
+    grown = psutil.Process().memory_info().rss - before
+    views, times = [model.with_adapter(f"resident {k}") for k in range(10)], []
+    for k in range(100):
+        began = time.perf_counter()
+        with views[k % 10]._lock, views[k % 10]._activated():
+            times.append(time.perf_counter() - began)
+    milliseconds = 1000 * statistics.median(times)
+    found["adapters"] = {"switch ms": milliseconds, "bytes": grown, "of": 10 * adapter}
+    rows.append(f"| switching among ten resident adapters | {milliseconds:.2f} ms | | {grown / 1e6:.0f} MB |")
+    GlobalState(state).load(model)
+    print(json.dumps(found, indent=1))
+    print("\n| what | time | of a round | memory |\n|---|---|---|---|\n" + "\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()
