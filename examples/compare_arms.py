@@ -31,7 +31,7 @@ CODED: dict[str, dict[str, Any]] = {
     "fedit, int4": {"aggregation": "fedit", "codec": "int4", "broadcast_codec": "int4"},
 }
 # of --lr, as `--scan` found them: who trains one factor of the two needs larger steps
-LEARNING_RATES = {"ffa": 4.0, "rolora": 2.0, "fedsvd": 2.0, "flora": 2.0}
+LEARNING_RATES = {"ffa": 4.0, "rolora": 2.0, "fedsvd": 2.0}
 SCAN = (1.0, 2.0, 4.0)
 _SCAN_SEED = 1000  # of a split that no arm is compared on
 
@@ -140,7 +140,7 @@ def scan(chain: LLMChain, args: Any) -> str:
     config = TrainingConfig(learning_rate=args.lr, batch_size=args.batch_size, precision=args.precision)
     pooled = [pair for s in splits.values() for pair in s.held_out]
     lines = ["| rule | " + " | ".join(f"{args.lr * s:g}" for s in SCAN) + " |", "|---|" + "---|" * len(SCAN)]
-    for rule in RULES:
+    for rule in args.arms or RULES:
         cells = []
         for scale in SCAN:
             reset(chain, start)

@@ -107,6 +107,7 @@ def main() -> None:
     """Forks a child per line of standard input."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # Python warns of forks beside threads; torch has started none that matters here
+    print("ready", flush=True)
     for line in sys.stdin:
         directory, seconds = json.loads(line)
         pid = os.fork()

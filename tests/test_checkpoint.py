@@ -140,7 +140,7 @@ def test_the_newest_is_read_unless_a_round_is_named(tmp_path):
     assert checkpoint.rounds(tmp_path) == [2, 9, 10, 1_000_000]
     assert_reads_as(tmp_path, 1_000_000)
     assert_reads_as(tmp_path, 9, 9)
-    with pytest.raises(CheckpointError, match="no checkpoint of round 3 .*rounds there: 2, 9, 10, 1000000"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of round 3 .*rounds there: 2, 9, 10, 1000000"):
         checkpoint.read(tmp_path, 3)
 
 
@@ -318,7 +318,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_round(make_chain, tmp_path
     fed.fit(rounds=1)
     with monkeypatch.context() as patched:
         install(patched, "fsync", FULL, 2)
-        with pytest.raises(CheckpointError, match="round 2 cannot be written.*No space left"):
+        with pytest.raises(CheckpointError, match=r"round 2 cannot be written.*No space left"):
             fed.fit(rounds=2)
     assert fed.round == len(fed.history) == 2
     two = make_chain()
@@ -330,9 +330,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_round(make_chain, tmp_path
     assert all(torch.equal(t, straight.model.trainable_state()[n]) for n, t in chain.model.trainable_state().items())
 
 
-def test_a_disk_that_fails_after_the_very_first_was_written_does_not_lock_the_run_out(
-    make_chain, tmp_path, monkeypatch
-):
+def test_a_disk_that_fails_after_the_very_first_write_does_not_lock_the_run_out(make_chain, tmp_path, monkeypatch):
     """The folder has its name and syncing the directory fails: the rounds there are this run's own."""
     fed = federation(make_chain(), tmp_path)
     real = checkpoint._sync
@@ -431,7 +429,7 @@ def refused(directory: Path, name: str, number: int | None = None) -> str:
 
 @pytest.fixture
 def damaged(kept, tmp_path):
-    """`damaged(change)`: every file of the newest checkpoint in turn, changed by `change(path)`; yields name and copy."""
+    """`damaged(change)`: every file of the newest checkpoint in turn, changed; yields name and copy."""
 
     def each(change):
         names = files_of(kept / "round-000002")

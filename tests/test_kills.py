@@ -38,6 +38,7 @@ class Nursery:
             [sys.executable, str(here / "killed_federation.py")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=here,
         )  # fmt: skip
+        assert self._process.stdout.readline() == "ready\n"
 
     def start(self, directory: Path, dawdle: float = 0.0) -> int:
         """Begins an attempt; returns its process id."""
@@ -108,7 +109,7 @@ def kill_while_writing(pid: int, kept: Path, rng: random.Random) -> None:
         if rng.random() < 0.3:
             while writing(kept) and not gone(pid):
                 time.sleep(0.001)
-    time.sleep(rng.uniform(0.0, 0.25))
+    time.sleep(rng.uniform(0.0, 0.2))
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 

@@ -739,10 +739,10 @@ def gap_of(states, weights, layout=LAYOUT):
     return gap.value()
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 16])
-def test_the_gap_is_exact_for_up_to_sixteen(count):
-    start = random_state(0)
-    states = {k: random_state(k + 1, base=start, far=0.5) for k in range(count)}
+@pytest.mark.parametrize(("count", "rank"), [(1, 4), (2, 4), (5, 4), (16, 4), (16, 12)])
+def test_the_gap_is_exact_for_up_to_sixteen(count, rank):
+    start = random_state(0, rank)
+    states = {k: random_state(k + 1, rank, base=start, far=0.5) for k in range(count)}
     weights = {k: 1.0 + k * k for k in states}
     wanted = dense_gap(states, weights, LAYOUT.scaling)
     assert gap_of(states, weights) == pytest.approx(wanted, rel=1e-5, abs=1e-7)

@@ -224,7 +224,7 @@ def test_the_cases_tell_a_lost_state_from_a_kept_one(make_chain, tmp_path, monke
 
 
 def test_a_run_interrupted_within_a_round_repeats_that_round(make_chain, tmp_path):
-    """Ctrl-C while the second of three trains: the checkpoint is of the round before, and nothing of this one counts."""
+    """Ctrl-C while the second of three trains: the checkpoint is of the round before; nothing of this one counts."""
     options = {"training": KEPT, "codec": "int8", "personal": Ditto()}
     straight = federation(make_chain(lora=True), **options)
     straight.fit(rounds=3)
@@ -369,7 +369,7 @@ def test_rolling_back_to_what_is_not_there_changes_nothing(make_chain, tmp_path)
         with pytest.raises(CheckpointError, match=f"no checkpoint of round {number}.*rounds there: 3, 4"):
             fed.roll_back(to=number)
     (tmp_path / "round-000003" / "global.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="global.safetensors"):
+    with pytest.raises(CheckpointError, match=r"global.safetensors"):
         fed.roll_back(to=3)
     assert_tensors_equal(weights_of(fed), before)
     assert fed.history.to_json() == history
@@ -624,6 +624,9 @@ class Halfway:
         self.steps = numbers["steps"]
 
 
+ADAGRAD = {"optimizer": torch.optim.Adagrad, "lr": 0.01}
+
+
 class Mine:
     """An aggregation of one's own."""
 
@@ -636,7 +639,7 @@ class Mine:
 @pytest.mark.parametrize(
     ("options", "again", "said"),
     [
-        ({"training": None, "optimizer": torch.optim.Adagrad, "lr": 0.01}, {"optimizer": torch.optim.Adagrad, "lr": 0.01}, "Adagrad"),
+        ({"training": None, **ADAGRAD}, ADAGRAD, "Adagrad"),
         ({"evaluation": {"a": PAIRS[9:]}}, {"evaluation": {"a": PAIRS[9:]}}, "evaluation="),
         ({"evaluation": PAIRS[9:]}, {"evaluation": PAIRS[9:]}, "evaluation="),
         ({"server_optimizer": Halfway}, {"server_optimizer": Halfway}, "Halfway.*server_optimizer="),
@@ -745,7 +748,7 @@ def test_an_empty_directory_is_no_run(make_chain, tmp_path):
 
 
 def test_a_round_that_is_not_kept_is_refused_by_number(kept, make_chain):
-    with pytest.raises(CheckpointError, match="no checkpoint of round 7 .*rounds there: 1, 2"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of round 7 .*rounds there: 1, 2"):
         resumed(kept, make_chain(lora=True), round=7)
 
 

@@ -314,59 +314,6 @@ def ratio(codec: Codec, infos: Mapping[str, TensorInfo]) -> float:
     return encoded_bytes(codec, infos) / plain if plain else 1.0
 
 
-@torch.no_grad()
-def encode_with_feedback(
-    codec: Codec, tensors: Mapping[str, Tensor], residual: Mapping[str, Tensor] | None = None
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Encodes tensors + residual; what that leaves out is the next residual (arXiv 1809.07599, 1901.09847).
-
-    So all that was decoded, plus the last residual, is the sum of all deltas. Nothing passed in is changed: a round
-    that comes to nothing drops the new residual and keeps the old one.
-
-    Args:
-        codec: Where it says no `lossy_feedback`, a residual is still sent but none is kept of these tensors.
-        tensors: The true delta.
-        residual: From the round before; names that are not in `tensors` are handed on as they are.
-
-    Returns:
-        The parts, what a receiver decodes from them, and the next residual.
-
-    Raises:
-        FederationError: Not finite, no float, or a residual of another shape.
-    """
-    before = dict(residual or {})
-    for name in tensors.keys() & before.keys():
-        if tensors[name].shape != before[name].shape:
-            shapes = f"{tuple(before[name].shape)}, the delta's {tuple(tensors[name].shape)}"
-            msg = f"the residual of {name} has shape {shapes}: it is of another model. Start without a residual."
-            raise FederationError(msg)
-    wanted = {n: t.float() + before[n] if n in before else t for n, t in tensors.items()}
-    parts = codec.encode(wanted)
-    decoded = codec.decode(parts, describe(wanted))
-    after = {n: t for n, t in before.items() if n not in tensors}
-    if codec.lossy_feedback:
-        after |= {n: t.float() - decoded[n] for n, t in wanted.items()}
-    return parts, decoded, after
-
-
-class ErrorFeedback:
-    """`encode_with_feedback` with a memory, for one sender; `residual` is what has not been sent yet.
-
-    >>> feedback = ErrorFeedback(TopK(0.5))
-    >>> feedback.encode({"w": torch.tensor([1.0, 3.0])})["values"], feedback.residual["w"]
-    (tensor([3.]), tensor([1., 0.]))
-    """
-
-    def __init__(self, codec: Codec, residual: Mapping[str, Tensor] | None = None) -> None:
-        self.codec = codec
-        self.residual: dict[str, Tensor] = {name: tensor.clone() for name, tensor in (residual or {}).items()}
-
-    def encode(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parts of tensors + residual; the residual changes only where this does not raise."""
-        parts, _, self.residual = encode_with_feedback(self.codec, tensors, self.residual)
-        return parts
-
-
 # --- shared: (N,) is all values, tensor after tensor in the order of their names --------------------------------------
 
 

@@ -20,7 +20,8 @@ from llmchain_fed.data import EncodedExamples
 from llmchain_fed.errors import ConfigError, DeadlineError, FederationError, LLMChainFedError
 from llmchain_fed.evaluation import evaluate_locally
 from llmchain_fed.federated import personal, private_state, wire
-from llmchain_fed.federated.codecs import encode_with_feedback, make_codec
+from llmchain_fed.federated.codecs import make_codec
+from llmchain_fed.federated.feedback import encode_with_feedback
 from llmchain_fed.federated.global_state import GlobalState
 from llmchain_fed.federated.held import STALE, Held
 from llmchain_fed.federated.local_data import LocalData

@@ -21,7 +21,6 @@ from llmchain_fed.federated.roster import ABSENCE
 from llmchain_fed.federated.server_optimizers import ResumableServerOptimizer
 from llmchain_fed.federated.settings import Settings
 
-_ASK = wire.pack({}, {"kind": "personal_state"})
 _START = private_state.pack({-1: Progress()})
 _MEANING = {"base": "base weights", "adapter": "adapter", "prompt": "prompt", "tokenizer": "tokenizer"}
 
@@ -74,8 +73,9 @@ def checkpoint_of(
     optimizer = settings.server_optimizer
     memory, numbers = optimizer.state_dict() if isinstance(optimizer, ResumableServerOptimizer) else ({}, {})
     blobs = dict(former)
+    ask = wire.pack({}, {"kind": "personal_state", "round": hub.round})  # before it: an interrupted one does not count
     asked = [n for n in hub.transport.nodes() if _stands_elsewhere(hub, n, former, since)]
-    answers = hub.transport.call("personal_state", asked, _ASK, settings.deadline) if asked else ()
+    answers = hub.transport.call("personal_state", asked, ask, settings.deadline) if asked else ()
     blobs |= {name: answer for name, answer in answers if isinstance(answer, bytes)}
     about = {
         "contract": hub.trainee.contract(),

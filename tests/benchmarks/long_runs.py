@@ -1,10 +1,11 @@
-"""What exact aggregation, checkpoints and resident adapters cost on the real model: shares of a round's time, and memory.
+"""What exact aggregation, checkpoints and resident adapters cost on the real model: shares of a round, and memory.
 
     python tests/benchmarks/long_runs.py              # some five minutes on a quiet machine
 
 A round here is 16 participants × 6 optimizer steps of 8 examples (48 examples each), SmolLM2-135M, LoRA r=16 on all
 linear layers, in one process; its training time is that of one participant, measured, times 16. Updates are what such a
-participant trains, each from its own seed. Memory is the peak of the process beyond what stood before `combine`.
+participant trains, each from its own seed. Memory is the peak of a process of its own, from before the first update is
+added to the end of `combine`, without the model.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -21,6 +24,7 @@ from pathlib import Path
 import psutil
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, TrainingConfig, train_locally
@@ -70,12 +74,36 @@ def updates_of(chain: LLMChain, count: int, config: TrainingConfig) -> tuple[lis
     return found, statistics.median(seconds)
 
 
+def combine(rule: str, folder: Path, count: int) -> None:
+    """One rule over the updates in a folder, read one by one as they would arrive; prints seconds and peak memory."""
+    layout = LoraLayout(json.loads((folder / "scaling.json").read_text()), 16, 32.0)
+    state = load_file(folder / "start")
+    seconds = [0.0]
+
+    def work() -> object:
+        collector = make_aggregation(rule).begin(Round(state, layout))
+        for k in range(count):
+            collector.add(Contribution(load_file(folder / str(k)), 48.0, 6))
+        began = time.perf_counter()
+        outcome = collector.combine()
+        seconds[0] = time.perf_counter() - began
+        return outcome
+
+    _, peak = peak_of(work)
+    print(json.dumps({"seconds": seconds[0], "bytes": peak}))
+
+
 def main() -> None:
     """Prints one JSON object and a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--participants", type=int, default=16)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--combine", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.combine:
+        combine(args.combine, args.folder, args.participants)
+        return
     transformers_logging.disable_progress_bar()
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     llm = LocalLLM.from_pretrained("smollm2-135m-instruct", lora=lora)
@@ -87,24 +115,32 @@ def main() -> None:
     assert layout is not None
     state = model.trainable_state()
     adapter = sum(t.numel() * 4 for t in state.values())
-    layer = max(4 * model.module.get_parameter(n).numel() for n, _ in model.module.named_parameters() if "lora" not in n)
+    layer = max(4 * p.numel() for name, p in model.module.named_parameters() if "lora" not in name)
     found: dict[str, object] = {"round seconds": round(round_seconds, 1), "adapter MB": round(adapter / 1e6, 1)}
     rows = [f"| a round: {args.participants} participants × {each:.1f} s of training | {round_seconds:.0f} s | | |"]
-    for name in ("fedit", "fedex", "flora", "flexlora"):
-        collector = make_aggregation(name).begin(Round(state, layout))
-        for item in given:
-            collector.add(item)
-        seconds, memory = peak_of(collector.combine)
-        found[name] = {"seconds": seconds, "share": seconds / round_seconds, "bytes": memory}
-        bound = (args.participants * adapter + layer) / 1e6
-        rows.append(f"| {name} | {seconds:.2f} s | {seconds / round_seconds:.2%} | {memory / 1e6:.0f} MB of {bound:.0f} |")
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(state, f"{folder}/start")
+        for k, item in enumerate(given):
+            save_file(dict(item.tensors), f"{folder}/{k}")
+        Path(folder, "scaling.json").write_text(json.dumps(dict(layout.scaling)))
+        for name in ("fedit", "fedex", "flora", "flexlora"):
+            command = [sys.executable, __file__, "--combine", name, "--folder", folder]
+            command += ["--participants", str(args.participants)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            cost = json.loads(done.stdout)
+            found[name] = cost | {"share": cost["seconds"] / round_seconds}
+            bound = (args.participants * adapter + layer) / 1e6
+            share = f"{cost['seconds'] / round_seconds:.2%}"
+            rows.append(
+                f"| {name} | {cost['seconds']:.2f} s | {share} | {cost['bytes'] / 1e6:.0f} MB; bound {bound:.0f} |"
+            )
     gap = AggregationGap(layout)
     for item in given:
         gap.add(item)
     seconds, _ = peak_of(gap.value)
     found["gap"] = {"seconds": seconds, "share": seconds / round_seconds, "value": gap.value()}
     rows.append(f"| aggregation gap | {seconds:.2f} s | {seconds / round_seconds:.2%} | |")
-    del given, collector, gap
+    del given, gap
 
     with tempfile.TemporaryDirectory() as folder:
         shares = {f"p{k}": PAIRS[3 * k : 3 * k + 3] for k in range(args.participants)}
@@ -117,7 +153,8 @@ def main() -> None:
             began = time.perf_counter()
             fed._keeping.save()
             times.append(time.perf_counter() - began)
-        plain = FederatedAveraging(chain, participants=shares, training=config, checkpoint_dir=Path(folder) / "d", progress=False)
+        options = {"participants": shares, "training": config, "progress": False}
+        plain = FederatedAveraging(chain, checkpoint_dir=Path(folder) / "d", **options)
         plain._hub.join()
         lean = []
         for _ in range(5):
