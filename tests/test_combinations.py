@@ -38,7 +38,7 @@ OPTIONS = {
     "nothing": {},
     "mixed ranks": {"participants": [Participant("a", SHARES["a"], rank=2, alpha=3), Participant("b", SHARES["b"])]},
     **{f"codec {name}": {"codec": name} for name in ("bf16", "int8", "int4", "topk:0.5")},
-    **{f"broadcast codec {name}": {"broadcast_codec": name} for name in ("bf16", "int8", "int4", "topk:0.5")},
+    **{f"broadcast codec {name}": {"broadcast_codec": name} for name in ("int8", "topk:0.5")},
     "server optimizer": {"server_optimizer": FedAvgM(lr=0.5)},
     "kept optimizer": {"training": FAST.replace(keep_optimizer=True)},
     "one's kept optimizer": {
