@@ -153,10 +153,15 @@ CASES = [
         lambda: {"aggregation": "rolora", "server_optimizer": FedAdam(lr=0.01)},
     ),
     Case(
-        "fedsvd-torch_adamw",
+        "fedsvd-reptile",
+        lora={},
+        options=lambda: {"aggregation": "fedsvd", "server_optimizer": Reptile(step_size=0.5), "codec": "int8"},
+    ),
+    Case(
+        "fednova-torch_adamw",
         lora={},
         options=lambda: {
-            "aggregation": "fedsvd",
+            "aggregation": "fednova",
             "server_optimizer": TorchServerOptimizer(torch.optim.AdamW, lr=0.01, betas=(0.8, 0.95)),
             "codec": "int8",
         },

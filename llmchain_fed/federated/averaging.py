@@ -81,7 +81,8 @@ class FederatedAveraging(BetweenRounds):
         deadline: seconds a round's training may take; who is later is dropped and recorded. None waits for all.
         retries: How often a participant that could not be reached, or failed elsewhere, is asked again in a round.
         samples: held-out examples per participant whose answers are recorded before and after each round.
-        checkpoint_dir: Where a checkpoint is written after each round; `FederatedAveraging.resume` goes on from it.
+        checkpoint_dir: Where a checkpoint is written after each round; `FederatedAveraging.resume` goes on from it. A
+            server optimizer of your own needs `state_dict` and `load_state_dict` for that, or starts its memory anew.
         keep_checkpoints: How many of the newest are kept; None keeps all.
         callbacks: Told of every round: TensorBoard, MLflow, Trackio, ConsoleTable, or your own `Callback`.
         seed: Decides sampling, the order of data and dropout.
@@ -261,6 +262,8 @@ class FederatedAveraging(BetweenRounds):
         self._check_fit(rounds, patience)
         self._keeping.check_directory()
         stop = Patience(patience, min_delta) if patience is not None else None
+        if stop is not None:
+            stop.go_on(self._hub.patience)
         if self._cluster is None:
             self._lead(rounds, stop)
         elif self._cluster.leads:
@@ -299,13 +302,16 @@ class FederatedAveraging(BetweenRounds):
             for _ in range(rounds):
                 self._join()  # a round's seconds begin with its broadcast: an engine's start is not a round's cost
                 record = self._hub.run_round(bar.set_postfix_str)
+                over = stop is not None and stop.over(record.held_out_before, record.held_out_after)
+                self._hub.patience = stop.state() if stop is not None and not over else []
                 self._completed(record)
                 bar.update()
                 if self._progress:
                     bar.write(f"round {record}")
-                if stop is not None and stop.over(record.held_out_before, record.held_out_after):
+                if over:
                     self.history.stopped_early = str(stop)
                     break
+        self._hub.patience = []
 
     def _completed(self, record: RoundRecord) -> None:
         """After a round: personal adapters, the checkpoint, and those who watch."""
@@ -337,6 +343,9 @@ class FederatedAveraging(BetweenRounds):
     def _join(self) -> None:
         newcomers = self._hub.join()
         self._keeping.give_back(newcomers)
+        for name in newcomers:
+            if name in self._peers:
+                self._peers[name].show_adapter()
         for name in newcomers:
             report = self.data_reports.get(name)
             if report is not None and self._progress and (report.empty or report.too_long):

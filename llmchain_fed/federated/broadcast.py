@@ -20,7 +20,7 @@ from llmchain_fed.federated.factors import Factors, stack
 from llmchain_fed.federated.global_state import GlobalState, grown, named
 from llmchain_fed.federated.held import STALE, coded_parts, start_version
 from llmchain_fed.federated.rule import PARTS, LoraLayout, selected
-from llmchain_fed.federated.runtime import Operation, Transport
+from llmchain_fed.federated.runtime import InProcess, Operation, Transport
 
 _NOTHING = -1  # held by a participant that must be sent everything
 _FIRST = -2  # the first state, which a participant found in its own model
@@ -174,8 +174,16 @@ class Broadcast:
         """
         if largest is not None and hasattr(transport, "expect"):
             transport.expect(largest)
+        # One after the other where they are asked so anyway: a stale one is asked again at once, and updates come in
+        # one order whoever held what, so that a resumed run adds them as an uninterrupted one does.
+        for group in [[n] for n in nodes] if isinstance(transport, InProcess) else [list(nodes)]:
+            yield from self._call(transport, op, group, header, timeout)
+
+    def _call(
+        self, transport: Transport, op: Operation, nodes: list[str], header: Mapping[str, Any], timeout: float | None
+    ) -> Iterator[Sent]:
         bytes_sent = dict.fromkeys(nodes, 0)
-        waiting = list(nodes)
+        waiting = nodes
         for attempt in range(2):
             messages = self._messages(waiting, header)
             stale = []
@@ -249,5 +257,6 @@ class Broadcast:
         """Goes on from a checkpoint: `copy_state()` of then, or nothing. Nobody is known to hold anything."""
         self._source, self._values = dict(state.values), dict(copy or state.values)
         self._remainder = {n: [_Increment(0, f)] for n, f in state.remainder.items()}
+        self._token = secrets.token_hex(8)
         self._number, self._start, self._stamps = 0, "", dict.fromkeys(self._values, 0)
         self._held, self._coded = {}, None

@@ -8,7 +8,7 @@ Knows what rules, codecs, server optimizers and personal models promise. Knows n
 | fedavg, fednova, fedit, ffa | no | yes | yes | yes | yes | yes | yes |
 | rolora | no | yes | yes | yes | no | yes | yes |
 | fedsa | no | yes | yes | yes | yes | no: B is personal | no |
-| fedsvd | no | bf16, int8 | no | yes | no | no | yes |
+| fedsvd | no | bf16, int8 | no | Reptile alone | no | no | yes |
 | fedex | no | yes | yes | no | yes | no | yes |
 | flora, flexlora | yes | bf16, int8 | no | no | no | no | yes |
 """
@@ -22,6 +22,7 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.codecs import Codec
 from llmchain_fed.federated.personal import Ditto
 from llmchain_fed.federated.rule import LoraLayout, Rule
+from llmchain_fed.federated.server_optimizers import Reptile
 from llmchain_fed.training import TrainingConfig
 
 _FINE = ("bf16", "int8")  # codecs precise enough to go without error feedback
@@ -48,7 +49,13 @@ def check(
         _refuse(
             f"aggregation={name!r} and a server optimizer",
             "it would move A and B apart, and their product would no longer be the participants' mean",
-            "Leave server_optimizer out, or use a rule that is linear: fedit, ffa, rolora, fedsvd",
+            "Leave server_optimizer out, or use a rule that is linear: fedit, ffa, rolora",
+        )
+    if server_optimizer is not None and rule.regauges and not isinstance(server_optimizer, Reptile):
+        _refuse(
+            f"aggregation={name!r} and {server_optimizer!r:.60}",
+            "it writes the factors anew every round, so a momentum of the round before points elsewhere",
+            "Use Reptile(step_size=…), which keeps none, or leave server_optimizer out",
         )
     if codec is not None and rule.regauges and codec.name not in _FINE:
         _refuse(

@@ -17,7 +17,7 @@ from llmchain_fed.evaluation import evaluate_locally
 from llmchain_fed.federated import wire
 from llmchain_fed.federated.broadcast import Broadcast
 from llmchain_fed.federated.global_state import GlobalState
-from llmchain_fed.federated.history import RoundRecord, Sample
+from llmchain_fed.federated.history import RoundRecord, Sample, finite
 from llmchain_fed.federated.participant import Participant, hold_out
 from llmchain_fed.federated.roster import Hello
 from llmchain_fed.federated.runtime import Transport
@@ -144,7 +144,8 @@ class Evaluator:
         """The last measurement as JSON, for a checkpoint."""
         if self._latest is None:
             return None
-        return {"own": self._latest[1].own, "shared": self._latest[1].shared}
+        found: dict[str, Any] = finite({"own": self._latest[1].own, "shared": self._latest[1].shared})
+        return found
 
     def go_on(self, latest: Mapping[str, Any] | None, version: int) -> None:
         """Takes a measurement of these weights over from a checkpoint, instead of measuring them again."""

@@ -21,8 +21,8 @@ class AggregationGap:
     """‖mean(BA) − B̄·Ā‖ / ‖mean(BA)‖, Frobenius over all adapted layers, scaling included.
 
     Exact for up to 16 participants. Beyond, their factors would fill the memory, so both norms are estimated from
-    M·Ω with 32 Gaussian columns Ω, whose expected squared norm is 32·‖M‖² (Halko, Martinsson, Tropp 2011): as a rule
-    within a few per cent of the exact figure.
+    M·Ω with 32 Gaussian columns Ω, whose expected squared norm is 32·‖M‖² (Halko, Martinsson, Tropp 2011): within a few
+    per cent of the exact figure over many layers, some 12 per cent for a single one of rank 1.
     """
 
     def __init__(self, layout: LoraLayout) -> None:

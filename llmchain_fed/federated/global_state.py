@@ -35,7 +35,7 @@ class GlobalState:
         Raises:
             WeightsMismatchError: It was made for another model.
         """
-        former = {} if not self.remainder else model.remainder()
+        former = model.remainder()
         model.load_remainder({n: (f.b, f.a) for n, f in self.remainder.items()})
         try:
             model.load_state(self.values)

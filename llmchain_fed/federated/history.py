@@ -159,7 +159,7 @@ class History:
 
     def to_json(self) -> str:
         """Everything as JSON; numbers that are not finite, which JSON has not, become null."""
-        return json.dumps(_finite(self.to_dict()), ensure_ascii=False, indent=1, allow_nan=False)
+        return json.dumps(finite(self.to_dict()), ensure_ascii=False, indent=1, allow_nan=False)
 
     def save(self, path: str | Path) -> None:
         """Writes `to_json()` to a file."""
@@ -245,11 +245,12 @@ def _cells(record: RoundRecord) -> tuple[str, ...]:
     )
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same data with null for numbers that are not finite, which JSON has not."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -55,6 +55,8 @@ class Hub:
         self.round = 0
         self.history = History()
         self.data_reports: dict[str, DataReport] = {}
+        self.patience: list[float] = []
+        """of a fit that is under way, or was when it was interrupted"""
         self.notes: dict[str, str] = {}
         """participant → what the next record should say of it"""
 

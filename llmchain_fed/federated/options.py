@@ -5,6 +5,7 @@ Knows TrainingConfig and counts. Knows nothing about rounds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llmchain_fed.errors import ConfigError
@@ -114,6 +115,15 @@ class Patience:
 
     def __str__(self) -> str:
         return f"held-out loss did not improve by {self._min_delta} for {self._waited} rounds"
+
+    def state(self) -> list[float]:
+        """The best loss so far and the rounds since, for a checkpoint."""
+        return [self._best, self._waited] if self._best < float("inf") else []
+
+    def go_on(self, state: Sequence[float]) -> None:
+        """Counts on from `state()` of a run that was interrupted."""
+        if state:
+            self._best, self._waited = float(state[0]), int(state[1])
 
     def over(self, before: float | None, after: float | None) -> bool:
         """Whether to stop after a round with these held-out losses; None where they were not measured."""

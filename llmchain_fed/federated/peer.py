@@ -189,7 +189,8 @@ class LocalPeer:
     def _personal_state(self, header: Mapping[str, Any], tensors: dict[str, Tensor]) -> bytes:
         if "progress" in header:
             self._progress = private_state.read(header["progress"], tensors)
-        latest = max(self._progress)
+        asked = header.get("round")  # one that was interrupted has not happened
+        latest = max(r for r in self._progress if not isinstance(asked, int) or r < asked)
         return private_state.pack({latest: self._progress[latest]})
 
     # --- training ---------------------------------------------------------------------------------------------------

@@ -86,6 +86,7 @@ def checkpoint_of(
         "holdings": {n: [h.num_examples, h.num_tokens] for n, h in hub.roster.joined.items()},
         "history": json.loads(hub.history.to_json()),
         "measured": hub.evaluator.latest(),
+        "patience": hub.patience,
         "server_optimizer": numbers,
     }
     tensors = {
@@ -158,6 +159,7 @@ def restore(hub: Hub, found: Checkpoint) -> dict[str, bytes]:
     copy = found.tensors.get("copy", {})
     hub.round, hub.history = found.round, history
     hub.broadcast.restore({n: copy[n] for n in state.values if n in copy}, state)
+    hub.patience = list(found.about["patience"])
     hub.evaluator.go_on(found.about["measured"], hub.broadcast.number)
     return dict(found.participants)
 
