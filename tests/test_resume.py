@@ -24,7 +24,7 @@ from llmchain_fed.federated.global_state import GlobalState, named
 from llmchain_fed.federated.personal import Ditto
 from llmchain_fed.federated.running_mean import RunningMean
 from llmchain_fed.federated.runtime import InProcess
-from llmchain_fed.federated.server_optimizers import DiLoCo, FedAdam, FedYogi, TorchServerOptimizer
+from llmchain_fed.federated.server_optimizers import DiLoCo, FedAdam, FedYogi, Reptile, TorchServerOptimizer
 from llmchain_fed.tracking.callback import Callback
 
 SGD = TrainingConfig(optimizer="sgd", learning_rate=0.05, batch_size=4)
