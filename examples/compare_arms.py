@@ -6,7 +6,8 @@
 Every arm takes the same number of optimizer steps one after the other and sees the same number of examples in all:
 K publishers × batch size a step. A federation spreads them over its publishers (K models of one batch each, combined
 every round); the centralised arm draws them from the pooled examples; a publisher alone draws them from its own, in K
-times as many passes. LoRA start and held-out texts are the same; the learning rate is each rule's own, found by --scan.
+times as many passes. LoRA start and held-out texts are the same. The learning rate is each rule's own, found by --scan;
+centralised and alone take fedit's, which was not scanned for them.
 Writes Markdown and JSON to `out/arms/` after every arm; started again, it goes on where it was.
 """
 
@@ -175,7 +176,8 @@ def main() -> None:
         return
     start = chain.model.trainable_state()
     file = args.out / "arms.json"
-    setting = {k: getattr(args, k) for k in ("language", "rounds", "train", "test", "lr", "batch_size", "precision")}
+    setting: dict[str, Any] = {"rates": LEARNING_RATES}
+    setting |= {k: getattr(args, k) for k in ("language", "rounds", "train", "test", "lr", "batch_size", "precision")}
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     results: list[dict[str, Arm]] = known["results"] if known.get("setting") == setting else []
     for seed in range(args.seeds):

@@ -135,7 +135,7 @@ def summary_row(
         "chrf_before": chrf(before[name], split.held_out),
         "chrf_after": chrf(after[name], split.held_out),
         "MB_up": sum(r.bytes_up for r in records) / 1e6,
-        "MB_down": sum(r.bytes_down for r in records) / 1e6,
+        "MB_down": sum(r.bytes_down + r.evaluation_bytes for r in records) / 1e6,
         "seconds": sum(r.seconds or 0 for r in records),
     }
 

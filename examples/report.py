@@ -140,7 +140,8 @@ def _facts(rounds: Sequence[Row], rows: Sequence[Row]) -> list[tuple[str, str]]:
     first, last = (_participants(rounds[i]) if rounds else {} for i in (0, -1))
     loss = _means((first[n].get("held_out_before"), last[n].get("held_out_after")) for n in first if n in last)
     chrf = _means((row.get("chrf_before"), row.get("chrf_after")) for row in rows)
-    megabytes = sum(_total(r, "bytes_up") + _total(r, "bytes_down") for r in rounds) / 1e6
+    moved = ("bytes_up", "bytes_down", "evaluation_bytes")
+    megabytes = sum(_total(r, name) for r in rounds for name in moved) / 1e6
     facts = [
         ("participants", str(len({name for r in rounds for name in _participants(r)}))),
         ("rounds", str(len(rounds))),
@@ -229,5 +230,6 @@ def _chrf_plot(rows: Sequence[Row]) -> str | None:
 
 
 def _bytes_plot(rounds: Sequence[Row]) -> str | None:
-    columns = {name: [_total(r, f"bytes_{name}") / 1e6 for r in rounds] for name in ("down", "up")}
+    down = [(_total(r, "bytes_down") + _total(r, "evaluation_bytes")) / 1e6 for r in rounds]
+    columns = {"down": down, "up": [_total(r, "bytes_up") / 1e6 for r in rounds]}
     return _bars(_round_names(rounds), columns, axis="round")

@@ -95,6 +95,7 @@ def federate(file: Annotated[Path, typer.Argument(help="the federation's YAML fi
             msg = f"out: {found.out} cannot be written: {error}."
             raise ConfigError(msg) from error
         chain.save(found.out / "chain")  # now rather than after hours: a folder that holds something else is refused
+        fed.history.save(found.out / "history.json")  # of rounds that a run before this one was killed after
         while fed.round < found.rounds:
             fed.fit(rounds=1)
             chain.save(found.out / "chain")

@@ -10,14 +10,14 @@ import pytest
 import torch
 from tiny import PAIRS
 
-from llmchain_fed import ConfigError, FedAdam, FederatedAveraging, Participant, TrainingConfig
+from llmchain_fed import ConfigError, FedAdam, FederatedAveraging, FederationError, Participant, TrainingConfig
 from llmchain_fed.federated.broadcast import Broadcast
 from llmchain_fed.federated.codecs import Int4, make_codec
 from llmchain_fed.federated.factors import Factors
 from llmchain_fed.federated.global_state import GlobalState
 from llmchain_fed.federated.held import STALE, Held
 from llmchain_fed.federated.runtime import InProcess, payload_for
-from llmchain_fed.federated.wire import inspect, values
+from llmchain_fed.federated.wire import inspect, pack, values
 
 SHARES = {"a": PAIRS[:4], "b": PAIRS[4:9], "c": PAIRS[9:]}
 ADAM = TrainingConfig(optimizer="adam", learning_rate=1e-2, batch_size=4)
@@ -315,6 +315,7 @@ def test_a_codec_that_the_participant_did_not_use_is_refused(make_chain):
         ({"codec": Int4(block=32)}, "no code travels"),
         ({"codec": "topk", "aggregation": "flora"}, "error feedback cannot bring it back"),
         ({"broadcast_codec": "int8", "aggregation": "fedsvd"}, "blur the whole model"),
+        ({"broadcast_codec": "int8", "aggregation": "fedex"}, "never saw what the codec had left out"),
         ({"server_optimizer": FedAdam(), "aggregation": "flexlora"}, "no longer be the participants' mean"),
     ],
 )
@@ -384,3 +385,48 @@ def test_mixed_ranks_are_sent_their_own_size(make_chain):
     last = {node: (down, up) for op, node, down, up, *_ in wire.seen if op == "train"}
     assert last["weak"][0] < 0.65 * last["strong"][0]
     assert last["weak"][1] < 0.65 * last["strong"][1]
+
+
+# --- what nobody should send ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1e6, 1e300, -1.0, 2.5])
+def test_steps_that_nobody_asked_for_are_refused(steps, make_chain):
+    """FedNova divides by them; one participant must not move the others' weights by lying, nor end the round."""
+    honest, chain = make_chain(lora=True), make_chain(lora=True)
+    federation(honest, {n: SHARES[n] for n in "ac"}, aggregation="fednova")[0].fit(1)
+    fed, _ = federation(chain, aggregation="fednova")
+    peer = fed._peers["b"]
+    inner = peer._train
+
+    def lie(header, state):
+        answer = inner(header, state)
+        head, infos = inspect(answer, max_bytes=len(answer))
+        head["metrics"]["steps"] = steps
+        return pack(values(answer, infos), head)
+
+    peer._train = lie
+    fed.fit(1)
+    record = fed.history[0].participants["b"]
+    assert record.status == "refused"
+    assert "steps, asked for were some" in record.reason
+    assert_equal(chain.model.trainable_state(), honest.model.trainable_state())
+
+
+def test_two_federations_do_not_share_a_server_optimizers_memory(make_chain):
+    optimizer = FedAdam(lr=0.01)
+    federation(make_chain(lora=True), server_optimizer=optimizer)[0].fit(2)
+    second, fresh = make_chain(lora=True), make_chain(lora=True)
+    federation(second, server_optimizer=optimizer)[0].fit(1)
+    federation(fresh, server_optimizer=FedAdam(lr=0.01))[0].fit(1)
+    assert_equal(second.model.trainable_state(), fresh.model.trainable_state())
+
+
+def test_other_trainable_tensors_between_rounds_are_named(make_chain):
+    chain = make_chain(lora=True)
+    fed, _ = federation(chain)
+    fed.fit(1)
+    dict(chain.model.module.named_parameters())["base_model.model.model.norm.weight"].requires_grad_(True)
+    with pytest.raises(FederationError, match="trainable tensors are others than when the federation began"):
+        fed.fit(1)
+    assert fed.round == 1

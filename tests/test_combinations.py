@@ -60,7 +60,7 @@ TABLE = {
     ("rolora", True): LINEAR | {"Ditto", "personalize"},
     ("fedsa", True): LINEAR | KEPT,
     ("fedsvd", True): {"nothing", "personalize"} | FINE,
-    ("fedex", True): {"nothing", "personalize"} | CODECS | KEPT,
+    ("fedex", True): {"nothing", "personalize"} | {o for o in CODECS if "broadcast" not in o} | KEPT,
     ("flora", True): {"nothing", "mixed ranks", "personalize"} | FINE,
     ("flexlora", True): {"nothing", "mixed ranks", "personalize"} | FINE,
 }
@@ -90,7 +90,7 @@ REASONS = {
     "mixed ranks": "needs one rank for all",
     "codec int4": "codec='int4' do not go together: it writes the factors anew",
     "codec topk:0.5": "codec='topk.*' do not go together: it writes the factors anew",
-    **{name: "broadcast_codec=.* do not go together: it writes the factors anew" for name in CODECS if "broad" in name},
+    **{name: "broadcast_codec=.* do not go together: it (writes|takes)" for name in CODECS if "broad" in name},
     "server optimizer": "do not go together: it (would move A and B apart|writes the factors anew)",
     **dict.fromkeys(KEPT, "keep_optimizer do not go together: the kept moments"),
     "Ditto": "do not go together: (personal models are LoRA adapters|its B is personal|it rewrites the global factors)",

@@ -13,6 +13,7 @@ from tiny import PAIRS
 
 from llmchain_fed import (
     ConfigError,
+    DeadlineError,
     Ditto,
     FederatedAveraging,
     FederationError,
@@ -334,3 +335,100 @@ def test_federated_weights_adapt_faster_than_the_start(make_chain):
     after = fed.adaptation_curve(newcomer, steps=(0, 2))
     assert after[0] < untrained[0]
     assert after[2] < untrained[2]
+
+
+# --- names, other states, and what was taken back ---------------------------------------------------------------------
+
+
+def test_a_participant_called_global_cannot_have_a_model_of_its_own(make_chain):
+    shares = {"global": PAIRS[:5], "b": PAIRS[5:]}
+    for options in ({"personal": Ditto()}, {"aggregation": "fedsa"}):
+        with pytest.raises(ConfigError, match="federation's own adapter"):
+            federation(make_chain(lora=True), shares, **options)
+    fed = federation(make_chain(lora=True), shares)
+    fed.fit(1)
+    with pytest.raises(ConfigError, match="federation's own"):
+        fed.personalize("global", steps=1)
+
+
+def test_a_view_is_not_federated(make_chain):
+    chain = make_chain(lora=True)
+    chain.model.add_adapter("x", chain.model.trainable_state())
+    with pytest.raises(ConfigError, match="answers with the adapter 'x'"):
+        federation(chain.with_adapter("x"))
+
+
+@pytest.mark.parametrize("options", [{"personal": Ditto(lam=0.0)}, {"aggregation": "fedsa"}])
+def test_personal_models_over_a_remainder_of_an_earlier_federation_carry_it(options, make_chain):
+    chain = make_chain(lora=True)
+    federation(chain, aggregation="fedex").fit(2)
+    still = ADAM.replace(learning_rate=1e-12)
+    fed = federation(chain, training=still, evaluation={"a": PAIRS[:4]}, **options)
+    fed.fit(1)
+    found = fed.compare()["a"]
+    assert found["personal"] == pytest.approx(found["global"], abs=1e-5)
+    assert abs(found["base"] - found["global"]) > 1e-3
+
+
+def test_personalizing_after_an_interrupted_round(make_chain, monkeypatch):
+    chain, twin = make_chain(lora=True), make_chain(lora=True)
+    fed, smooth = federation(chain), federation(twin)
+    for one in (fed, smooth):
+        one.fit(1)
+    monkeypatch.setattr(fed._peers["c"], "_train", lambda *_: 1 / 0)
+    fed._hub.settings.__dict__["quorum"] = 3
+    with pytest.raises(FederationError, match="quorum"):
+        fed.fit(1)
+    monkeypatch.undo()
+    fed.personalize("a", steps=2)
+    smooth.personalize("a", steps=2)
+    assert_equal(chain.model.adapter_state("a"), twin.model.adapter_state("a"))
+
+
+def test_rolling_back_takes_personal_models_back(make_chain, tmp_path):
+    chain = make_chain(lora=True)
+    fed = federation(chain, personal=Ditto(), checkpoint_dir=tmp_path)
+    fed.fit(1)
+    first = chain.model.adapter_state("a")
+    fed.fit(1)
+    fed.roll_back(1)
+    assert_equal(chain.model.adapter_state("a"), first)
+    again = make_chain(lora=True)
+    FederatedAveraging.resume(tmp_path, again, participants=SHARES, progress=False)
+    assert_equal(again.model.adapter_state("a"), first)  # at once, to be served
+    with pytest.raises(ConfigError, match="'a' is a participant"):
+        fed.promote(1, "a")
+
+
+def test_train_and_step_follow_the_same_orders_as_fit(make_chain):
+    one, two = make_chain(lora=True), make_chain(lora=True)
+    options = {"personal": Ditto(lam=0.2), "codec": "int8"}
+    federation(one, **options).fit(2)
+    fed = federation(two, None, **options)
+    for _ in range(2):
+        for name, pairs in SHARES.items():
+            fed.train(pairs, name)
+        fed.step()
+    assert_equal(two.model.trainable_state(), one.model.trainable_state())
+    for name in SHARES:
+        assert_equal(two.model.adapter_state(name), one.model.adapter_state(name))
+    with pytest.raises(DeadlineError):
+        federation(two, None, deadline=1e-9).train(PAIRS, "x")
+
+
+def test_more_steps_than_a_site_gives_are_refused(make_chain):
+    fed = federation(make_chain(lora=True), evaluation={"a": PAIRS[:2]})
+    with pytest.raises(ConfigError, match="more than a personal model is given"):
+        fed.adaptation_curve("a", steps=(0, 10**9))
+    with pytest.raises(ConfigError, match="more than a personal model is given"):
+        fed.personalize("a", steps=10**9)
+
+
+def test_a_newcomer_may_have_a_rank_of_its_own(make_chain):
+    chain = make_chain(lora=True)
+    fed = federation(chain, aggregation="flora")
+    fed.fit(1)
+    found = fed.adaptation_curve(Participant("new", PAIRS[:4], held_out=PAIRS[4:6], rank=2), steps=(0, 1))
+    assert found[0] == pytest.approx(loss(chain.model, PAIRS[4:6], chain), abs=1e-5)
+    with pytest.raises(ConfigError, match="takes part already"):
+        fed.adaptation_curve(Participant("a", PAIRS, held_out=PAIRS))

@@ -96,6 +96,10 @@ def test_rules_codecs_server_optimizers_and_personal_models(sites, tmp_path):
         for variant in VARIANTS:
             assert report[variant]["global"] == wanted[variant]["global"], variant
             assert report[variant]["losses"] == pytest.approx(losses[variant], rel=1e-5), variant
+        assert set(report["compared"]["d"]) == {"base", "global", "personal"}
+        assert report["personalized"]["losses"] == report["compared"]["d"]
+        asked = ("compared", "curve", "planned")  # on every rank the same answers
+        assert [report[what] for what in asked] == [reports[0][what] for what in asked]
         assert report["resumed"]["global"] == wanted["rolora, int4, FedAdam"]["global"]
     for variant in ("fedsa", "Ditto"):  # a personal model is where its participant is, and the same there
         personal = {n: found for report in reports for n, found in report[variant]["personal"].items()}

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -61,7 +62,8 @@ def federate(chain, participants, *, runtime=None, rounds=3, training=TRAINING, 
 
 # what a federation may do besides averaging; every one is compared over all runtimes
 VARIANTS = {
-    "fedex, int8": {"aggregation": "fedex", "codec": "int8", "broadcast_codec": "int8"},
+    "fedex, int8": {"aggregation": "fedex", "codec": "int8"},
+    "fednova, both codecs": {"aggregation": "fednova", "codec": "int8", "broadcast_codec": "int8"},
     "rolora, int4, FedAdam": {
         "aggregation": "rolora",
         "codec": "int4",
@@ -90,6 +92,10 @@ def run_variants(report: dict, runtime: TorchDistributed, mine: dict, folder: Pa
         fed = federate(chain, mine, runtime=runtime, **options_of(variant))
         report[variant] = hashes(chain, mine) | {"losses": [r.held_out_after for r in fed.history]}
         runtime = TorchDistributed()
+    report["personalized"] = asdict(fed.personalize("d", steps=2))  # on every rank, where `d` is on one
+    report["compared"] = {n: dict(found) for n, found in fed.compare().items()}
+    report["curve"] = fed.adaptation_curve("b", steps=(0, 2))
+    report["planned"] = fed.plan(rounds=5).bytes_up
     chain = tiny_chain("causal", lora=True)
     options = options_of("rolora, int4, FedAdam")
     federate(chain, mine, runtime=runtime, rounds=2, checkpoint_dir=folder / "checkpoints", **options)

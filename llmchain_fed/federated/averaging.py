@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -211,6 +211,7 @@ class FederatedAveraging(BetweenRounds):
         found, merged, federation = Keeping.read(checkpoint_dir, round, options)
         made = cls(model, participants=participants, checkpoint_dir=checkpoint_dir, _federation=federation, **merged)
         made._keeping.go_on(found)
+        made._show_adapters()
         return made
 
     def __repr__(self) -> str:
@@ -299,11 +300,11 @@ class FederatedAveraging(BetweenRounds):
 
     def _rounds(self, rounds: int, stop: Patience | None) -> None:
         with tqdm(total=rounds, desc="federating", unit="round", disable=not self._progress) as bar:
-            for _ in range(rounds):
+            for left in reversed(range(rounds)):
                 self._join()  # a round's seconds begin with its broadcast: an engine's start is not a round's cost
                 record = self._hub.run_round(bar.set_postfix_str)
                 over = stop is not None and stop.over(record.held_out_before, record.held_out_after)
-                self._hub.patience = stop.state() if stop is not None and not over else []
+                self._hub.patience = stop.state() if stop is not None and not over and left else []
                 self._completed(record)
                 bar.update()
                 if self._progress:
@@ -314,12 +315,18 @@ class FederatedAveraging(BetweenRounds):
         self._hub.patience = []
 
     def _completed(self, record: RoundRecord) -> None:
-        """After a round: personal adapters, the checkpoint, and those who watch."""
+        """After a round: checkpoint, personal adapters, and those who watch, even if the write failed."""
+        try:
+            self._keeping.save()
+        finally:
+            self._show_adapters()
+            for callback in self._callbacks:
+                callback.on_round_end(record, self.history)
+
+    def _show_adapters(self) -> None:
+        """Personal models of this process's participants become adapters of its chain."""
         for peer in self._peers.values():
-            peer.show_adapter()
-        self._keeping.save()
-        for callback in self._callbacks:
-            callback.on_round_end(record, self.history)
+            peer.show_adapter(self.round)
 
     def _check_fit(self, rounds: int, patience: int | None) -> None:
         if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
@@ -343,9 +350,6 @@ class FederatedAveraging(BetweenRounds):
     def _join(self) -> None:
         newcomers = self._hub.join()
         self._keeping.give_back(newcomers)
-        for name in newcomers:
-            if name in self._peers:
-                self._peers[name].show_adapter()
         for name in newcomers:
             report = self.data_reports.get(name)
             if report is not None and self._progress and (report.empty or report.too_long):
@@ -383,7 +387,9 @@ class FederatedAveraging(BetweenRounds):
             peer = self._peer(participant)
         else:
             peer.take(participant)
-        message = self._hub.broadcast.message(name, opened.header)
+        if peer.participant.rank is not None:
+            self._hub.broadcast.joined(name, None, peer.participant.rank, peer.participant.alpha)
+        message = self._hub.broadcast.message(name, self._hub.header(opened))
         update = peer.handle("train", message)  # what it raises is the caller's to see
         if self._open is None:
             self._open, self._opened = opened, time.perf_counter()
@@ -417,10 +423,27 @@ class FederatedAveraging(BetweenRounds):
 
     # --- several processes of one script ----------------------------------------------------------------------------
 
-    def _outcome(self) -> bytes:
+    def _everywhere(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives, as JSON, on every process of a cluster: one does it, the others help and adopt."""
+        self._led: Any = None
+        if self._cluster is None:
+            return work()
+        if not self._cluster.leads:
+            self._cluster.follow(self._adopt)
+            return self._led
+        try:
+            found = work()
+        except BaseException as error:
+            self._cluster.publish(self._outcome(), error)
+            raise
+        self._cluster.publish(self._outcome(found))
+        return found
+
+    def _outcome(self, result: Any = None) -> bytes:
         """What the other processes need in order to stand where this one does."""
         reports = {name: asdict(report) for name, report in self.data_reports.items()}
         header = {"round": self.round, "history": json.loads(self.history.to_json()), "reports": reports}
+        header["result"] = result
         state = GlobalState.of(self._model)
         return wire.pack({**state.values, **named(state.remainder)}, header)
 
@@ -429,8 +452,8 @@ class FederatedAveraging(BetweenRounds):
         GlobalState(*parted(wire.values(outcome, infos))).load(self._model)
         self._hub.round, self._hub.history = header["round"], History.from_dict(header["history"])
         self._hub.data_reports = {name: DataReport(**report) for name, report in header["reports"].items()}
-        for peer in self._peers.values():
-            peer.show_adapter()
+        self._show_adapters()
+        self._led = header["result"]
 
 
 def _checked_callbacks(given: Any) -> tuple[Callback, ...]:

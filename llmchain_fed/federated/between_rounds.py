@@ -6,7 +6,8 @@ Knows the hub, its kept rounds and this process's participants. Knows nothing ab
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from llmchain_fed.data import Examples
@@ -37,6 +38,12 @@ class BetweenRounds(ABC):
     def _join(self) -> None: ...
 
     @abstractmethod
+    def _everywhere(self, work: Callable[[], Any]) -> Any: ...
+
+    @abstractmethod
+    def _show_adapters(self) -> None: ...
+
+    @abstractmethod
     def _peer(self, participant: Participant) -> LocalPeer: ...
 
     def evaluate(self, data: Examples) -> EvaluationResult:
@@ -55,8 +62,13 @@ class BetweenRounds(ABC):
             ConfigError: No rounds, or no participants.
         """
         self._check_fit(rounds, None)
-        self._join()
-        return plan_of(self._hub, rounds, evaluates=self._hub.evaluator.active)
+
+        def work() -> dict[str, Any]:
+            self._join()
+            evaluates = any(hello.held_out for hello in self._hub.roster.joined.values())
+            return asdict(plan_of(self._hub, rounds, evaluates=evaluates))
+
+        return Plan(**self._everywhere(work))
 
     # --- personal models --------------------------------------------------------------------------------------------
 
@@ -75,12 +87,15 @@ class BetweenRounds(ABC):
             FederationError: The participant cannot be reached, or its training failed.
         """
         self._check_closed()
-        self._join()
-        found = personalizing.personalize(self._hub, str(participant), steps, lr)
-        if str(participant) in self._peers:
-            self._peers[str(participant)].show_adapter()
-        self._keeping.save()
-        return found
+
+        def work() -> dict[str, Any]:
+            self._join()
+            found = personalizing.personalize(self._hub, str(participant), steps, lr)
+            self._show_adapters()
+            self._keeping.save()
+            return asdict(found)
+
+        return Personalized(**self._everywhere(work))
 
     def compare(self, participants: Iterable[Any] | None = None) -> SideBySide:
         """Held-out loss of the bare base, the global and the personal model, side by side, per participant.
@@ -92,8 +107,13 @@ class BetweenRounds(ABC):
             ConfigError: Nobody of that name holds out examples.
         """
         self._check_closed()
-        self._join()
-        return personalizing.compare(self._hub, [str(p) for p in participants] if participants is not None else None)
+        names = [str(p) for p in participants] if participants is not None else None
+
+        def work() -> dict[str, dict[str, float]]:
+            self._join()
+            return personalizing.compare(self._hub, names)
+
+        return SideBySide(self._everywhere(work))
 
     def adaptation_curve(
         self, participant: Any, *, steps: Sequence[int] = (0, 1, 2, 4, 8), lr: float | None = None
@@ -111,8 +131,12 @@ class BetweenRounds(ABC):
         self._check_closed()
         if isinstance(participant, Participant):
             return personalizing.curve_of_stranger(self._hub, self._peer(participant), participant, steps, lr)
-        self._join()
-        return personalizing.curve(self._hub, str(participant), steps, lr)
+
+        def work() -> dict[int, float]:
+            self._join()
+            return personalizing.curve(self._hub, str(participant), steps, lr)
+
+        return {int(k): loss for k, loss in self._everywhere(work).items()}  # JSON made text of the counts
 
     # --- rounds that were ---------------------------------------------------------------------------------------------
 
@@ -124,6 +148,7 @@ class BetweenRounds(ABC):
         """
         self._check_closed()
         self._keeping.roll_back(to)
+        self._show_adapters()
 
     def promote(self, round: int, name: str = "promoted") -> None:  # noqa: A002 (the field's own word)
         """Makes a round's global weights a resident adapter: `chain.with_adapter(name)` serves it while rounds go on.

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llmchain_fed.errors import FederationError
 from llmchain_fed.federated import wire
 from llmchain_fed.federated.codecs import Codec, spec
 from llmchain_fed.federated.factors import Factors, stack
@@ -81,6 +82,13 @@ class Broadcast:
             self._stamps = dict.fromkeys(state.values, 0)
             self._remainder = {n: [_Increment(0, f)] for n, f in state.remainder.items()}
             return
+        if state.values.keys() != self._source.keys():
+            different = sorted(state.values.keys() ^ self._source.keys())
+            msg = (
+                f"the model's trainable tensors are others than when the federation began ({different[:3]} …). "
+                "Freeze or unfreeze before FederatedAveraging is made, or make a new one."
+            )
+            raise FederationError(msg)
         changed = [n for n, t in state.values.items() if not torch.equal(t, self._source[n])]
         moved = [n for n, f in state.remainder.items() if not self._same_remainder(n, f)]
         gone = [n for n in self._remainder if n not in state.remainder]
@@ -176,6 +184,8 @@ class Broadcast:
             transport.expect(largest)
         # One after the other where they are asked so anyway: a stale one is asked again at once, and updates come in
         # one order whoever held what, so that a resumed run adds them as an uninterrupted one does.
+        if isinstance(transport, InProcess) and self._number:  # their module has moved on with the hub's
+            self._held = {n: held if held != _FIRST else _NOTHING for n, held in self._held.items()}
         for group in [[n] for n in nodes] if isinstance(transport, InProcess) else [list(nodes)]:
             yield from self._call(transport, op, group, header, timeout)
 
@@ -205,10 +215,6 @@ class Broadcast:
     def message(self, node: str, header: Mapping[str, Any]) -> bytes:
         """The one message for one node."""
         return self._messages([node], header)[node]
-
-    def whole(self, header: Mapping[str, Any]) -> bytes:
-        """Everything there is, for somebody who takes no part."""
-        return self._pack(_NOTHING, "", header)
 
     def _messages(self, nodes: Sequence[str], header: Mapping[str, Any]) -> dict[str, bytes]:
         made: dict[tuple[int, Any], bytes] = {}

@@ -9,7 +9,7 @@ Knows what rules, codecs, server optimizers and personal models promise. Knows n
 | rolora | no | yes | yes | yes | no | yes | yes |
 | fedsa | no | yes | yes | yes | yes | no: B is personal | no |
 | fedsvd | no | bf16, int8 | no | Reptile alone | no | no | yes |
-| fedex | no | yes | yes | no | yes | no | yes |
+| fedex | no | yes | no | no | yes | no | yes |
 | flora, flexlora | yes | bf16, int8 | no | no | no | no | yes |
 """
 
@@ -64,11 +64,13 @@ def check(
             "and error feedback cannot bring it back",
             f"Use {' or '.join(_FINE)}",
         )
-    if broadcast_codec is not None and rule.regauges:
+    if broadcast_codec is not None and (rule.regauges or not rule.linear):
+        why = "it writes the factors anew every round, so coding their change would blur the whole model"
+        if not rule.regauges:
+            why = "it takes the global factors from participants, who never saw what the codec had left out"
         _refuse(
             f"aggregation={name!r} and broadcast_codec={broadcast_codec.name!r}",
-            "it writes the factors anew every round, so their change is as large as they are, and coding it would "
-            "blur the whole model",
+            why,
             "Leave broadcast_codec out; codec= for updates is fine",
         )
     if any(config.keep_optimizer for config in training) and (rule.regauges or name == "rolora"):

@@ -17,7 +17,7 @@ from llmchain_fed.evaluation import evaluate_locally
 from llmchain_fed.federated import wire
 from llmchain_fed.federated.broadcast import Broadcast
 from llmchain_fed.federated.global_state import GlobalState
-from llmchain_fed.federated.history import RoundRecord, Sample, finite
+from llmchain_fed.federated.history import RoundRecord, Sample
 from llmchain_fed.federated.participant import Participant, hold_out
 from llmchain_fed.federated.roster import Hello
 from llmchain_fed.federated.runtime import Transport
@@ -140,17 +140,9 @@ class Evaluator:
         self._latest = (version, found)
         return replace(found, seconds=time.perf_counter() - started)
 
-    def latest(self) -> dict[str, Any] | None:
-        """The last measurement as JSON, for a checkpoint."""
-        if self._latest is None:
-            return None
-        found: dict[str, Any] = finite({"own": self._latest[1].own, "shared": self._latest[1].shared})
-        return found
-
-    def go_on(self, latest: Mapping[str, Any] | None, version: int) -> None:
-        """Takes a measurement of these weights over from a checkpoint, instead of measuring them again."""
-        found = Measurement(dict(latest["own"]), dict(latest["shared"])) if latest else None
-        self._latest = (version, found) if found is not None else None
+    def forget(self) -> None:
+        """The next measurement is made anew, whatever was measured before."""
+        self._latest = None
 
     def fill(self, record: RoundRecord, before: Measurement | None, after: Measurement | None) -> None:
         """Writes both measurements into the round's record."""

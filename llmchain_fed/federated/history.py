@@ -107,6 +107,11 @@ class RoundRecord:
         """Bytes of all broadcasts for training."""
         return sum(r.bytes_down for r in self.participants.values())
 
+    @property
+    def evaluation_bytes(self) -> int:
+        """Bytes of evaluation: mostly weights on their way down, which training need not send again."""
+        return sum(r.evaluation_bytes for r in self.participants.values())
+
     def __str__(self) -> str:
         return " | ".join(_cells(self))
 
@@ -239,7 +244,7 @@ def _cells(record: RoundRecord) -> tuple[str, ...]:
         f"{len(record.trained)} of {asked}",
         _number(record.train_loss),
         held_out if record.held_out_after is not None else "–",
-        f"{size(record.bytes_up)} / {size(record.bytes_down)}",
+        f"{size(record.bytes_up)} / {size(record.bytes_down + record.evaluation_bytes)}",
         f"{record.seconds:.1f}",
         "; ".join(notes[:3]) + (f" … and {len(notes) - 3} more" if len(notes) > 3 else ""),
     )

@@ -77,7 +77,9 @@ class Hub:
         self.publish()
         about = Round(self.broadcast.state_for(), settings.layout, self.round, settings.seed)
         base = self.model.fingerprint()
-        return OpenRound(about, self.broadcast, base, settings.rule, settings.weighting, settings.codec)
+        return OpenRound(
+            about, self.broadcast, base, settings.rule, settings.weighting, settings.codec, settings.training
+        )
 
     def publish(self) -> GlobalState:
         """Makes the weights as they are now what participants are sent."""

@@ -62,6 +62,8 @@ class Keeping:
         self._owed: set[str] = set()
         self._asked: int | None = None
         self._begun = False
+        self._superseded = False
+        """whether rounds later than the hub's may lie in the directory"""
 
     def described(self) -> dict[str, Any]:
         """The federation's options, flat, for those who watch it."""
@@ -86,6 +88,15 @@ class Keeping:
         # before it is written: what fails once the folder has its name leaves a round that is this run's own
         self._states, self._asked, self._begun = dict(made.participants), made.round, True
         checkpoint.write(self._directory, made, keep=self._keep)
+        self._drop_later(made.round)
+
+    def _drop_later(self, than: int) -> None:
+        """Rounds of a future that will not be, once this run has written one of its own in their place."""
+        assert self._directory is not None
+        for number in checkpoint.rounds(self._directory) if self._superseded else []:
+            if number > than:
+                checkpoint.remove(self._directory, number)
+        self._superseded = False
 
     def check_directory(self) -> None:
         """Makes sure, before anything is trained, that a run that begins anew has the directory for itself.
@@ -145,7 +156,7 @@ class Keeping:
         return found, merged | dict(given), found.about["federation"]
 
     def go_on(self, found: Checkpoint) -> None:
-        """Puts the hub where the checkpoint was, and drops later ones.
+        """Puts the hub where the checkpoint was; later ones are dropped with the next one that is written.
 
         Raises:
             CheckpointError: It is another federation's; nothing has changed.
@@ -158,10 +169,7 @@ class Keeping:
         self._waiting, self._owed = resuming.begun_by_then(self._hub, nodes, self._states), set(nodes)
         if isinstance(self._hub.transport, InProcess):  # at once: `train()` needs nobody to join
             self._tell(nodes)
-        assert self._directory is not None
-        for number in checkpoint.rounds(self._directory) if self._leads else []:
-            if number > found.round:  # of a future that will not be
-                checkpoint.remove(self._directory, number)
+        self._superseded = True
 
     def give_back(self, newcomers: list[str]) -> None:  # noqa: ARG002
         """Tells participants that have joined where they stood at the checkpoint.
@@ -189,6 +197,9 @@ class Keeping:
         """
         found = checkpoint.read(self._there("roll_back"), to)
         self.go_on(found)
+        self._hub.patience = []
+        if self._leads:
+            self._drop_later(found.round)
         for name in self._hub.roster.present():  # they join anew, and are told where they stood
             self._hub.roster.leave(name)
 
@@ -196,10 +207,14 @@ class Keeping:
         """Makes a round's global weights a resident adapter.
 
         Raises:
+            ConfigError: A participant has that name.
             CheckpointError: There is no checkpoint of it.
             UnsupportedModelError: The model has no LoRA adapter.
         """
         model = self._hub.model
+        if name in self._hub.transport.nodes():
+            msg = f"{name!r} is a participant, whose personal model would take its place. Choose another name."
+            raise ConfigError(msg)
         if not model.adapters:
             msg = "promote makes an adapter of a round's weights, and this model has none. Use roll_back, or LoRA."
             raise UnsupportedModelError(msg)

@@ -6,6 +6,7 @@ participants or of what becomes of its update. It leaves the model as it found i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
@@ -68,6 +69,7 @@ class LocalPeer:
         self._scaling = _own_scaling(trainee, participant)
         self._federation: str | None = None
         self._given_up = threading.Event()
+        self._shown = False
         self._progress: dict[int, Progress] = {-1: Progress()}
 
     def handle(self, op: Operation, payload: bytes) -> bytes:
@@ -108,7 +110,9 @@ class LocalPeer:
         with self._at_own_rank():
             if op == "evaluate":
                 return json.dumps(self._evaluate(header, state)).encode()
-            return self._fine_tune(header, state) if "personal" in header else self._train(header, state)
+            if any(what in header for what in ("personal", "curve", "time_step")):
+                return json.dumps(self._try(header, state)).encode()
+            return self._train(header, state)
 
     @property
     def participant(self) -> Participant:
@@ -140,16 +144,28 @@ class LocalPeer:
         """Other examples for the next rounds; where it stands (optimizer, position) is kept."""
         self._data.take(participant)
 
-    def show_adapter(self) -> None:
-        """Makes the personal model, if there is one, an adapter of this process's model, by the participant's name."""
-        progress = self._latest()
-        if progress.private:
-            self._add_adapter({**self._model.trainable_state(), **progress.private})
-        elif progress.personal:
-            self._add_adapter(progress.personal)
+    def show_adapter(self, completed: int) -> None:
+        """Makes the personal model, if there is one, an adapter of this process's model, by the participant's name.
+
+        Args:
+            completed: Rounds that count; an interrupted one has not happened.
+        """
+        own = self._own_model(self._latest(completed), GlobalState.of(self._model))
+        if own:
+            self._add_adapter(own)
+        elif self._name in self._model.adapters[1:] and self._shown:
+            self._model.remove_adapter(self._name)  # of a round that was taken back
+
+    def _own_model(self, progress: Progress, state: GlobalState) -> dict[str, Tensor]:
+        """The personal model's factors as one adapter that needs no remainder beside it; none without one."""
+        if progress.personal:
+            return progress.personal
+        own = {**state.values, **progress.private} if progress.private else progress.ditto
+        return personal.with_remainder(own, state.remainder, self._scaling or self._model.lora_scaling()) if own else {}
 
     def _add_adapter(self, values: Mapping[str, Tensor]) -> None:
         self._model.add_adapter(self._name, values, scaling=self._scaling)
+        self._shown = True
 
     def _hello(self, payload: bytes) -> bytes:
         asked = wire.read_json(payload)
@@ -166,6 +182,7 @@ class LocalPeer:
             "holds": self._model.weights_hash,
             "rank": self._participant.rank,
             "alpha": self._participant.alpha,
+            "options": hashlib.sha256(repr(self._config).encode()).hexdigest()[:16],
         }
         if isinstance(data, EncodedExamples):
             answer |= {
@@ -190,8 +207,8 @@ class LocalPeer:
         if "progress" in header:
             self._progress = private_state.read(header["progress"], tensors)
         asked = header.get("round")  # one that was interrupted has not happened
-        latest = max(r for r in self._progress if not isinstance(asked, int) or r < asked)
-        return private_state.pack({latest: self._progress[latest]})
+        latest = max((r for r in self._progress if not isinstance(asked, int) or r < asked), default=-1)
+        return private_state.pack({latest: self._progress.get(latest, Progress())})
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -210,12 +227,13 @@ class LocalPeer:
             carried = {n: residual[n] for n in shared if n in residual} if header.get("feedback") else None
             parts, _, left = encode_with_feedback(codec, delta, carried or None)
             residual = residual | left if header.get("feedback") else {}
-        own = progress.personal
+        pulled, own = progress.ditto, progress.personal
         if "ditto" in header:
-            ditto = Ditto(**header["ditto"])
-            own = personal.train_ditto(
-                self._model, state, own, ditto, self._data.train(), self._config, before_step=check, **place
+            ditto, data = Ditto(**header["ditto"]), self._data.train()
+            pulled = personal.train_ditto(
+                self._model, state, pulled, ditto, data, self._config, before_step=check, **place
             )
+            own = {}  # an adapter made before this round is older than this one
         update = Update(
             participant=self._name,
             round=number,
@@ -228,7 +246,7 @@ class LocalPeer:
         )
         answer = update.to_bytes()
         kept = {r: p for r, p in self._progress.items() if p is progress}
-        now = Progress(result.next_step, result.optimizer_state, residual, private, own)
+        now = Progress(result.next_step, result.optimizer_state, residual, private, pulled, own)
         self._progress = kept | {number: now}
         return answer
 
@@ -256,18 +274,29 @@ class LocalPeer:
             )
             return model.trainable_state(), result
 
-    def _fine_tune(self, header: Mapping[str, Any], state: GlobalState) -> bytes:
+    def _try(self, header: Mapping[str, Any], state: GlobalState) -> dict[str, Any]:
+        """Training that ends in no update: it counts as training where a policy counts, and ends when that would."""
+        place = {"participant": self._name, "round": header["round"]}
+        check = self._watch(header.get("seconds"))
+        if "curve" in header:
+            steps = header["curve"]
+            config = personal.steps_config(self._config, max(1, *steps), header.get("lr")).replace(max_steps=1)
+            curve = personal.adaptation_curve(self._model, state, self._data, config, steps, before_step=check, **place)
+            return {"curve": curve}
+        return self._fine_tune(header, state) if "personal" in header else self._time_step(state, place)
+
+    def _fine_tune(self, header: Mapping[str, Any], state: GlobalState) -> dict[str, Any]:
         """Makes a personal model from the global one, and says what that did to the held-out loss."""
         asked, number = header["personal"], header["round"]
         config = personal.steps_config(self._config, asked["steps"], asked.get("lr"))
         place = {"participant": self._name, "round": number, "before_step": self._watch(header.get("seconds"))}
         values, result = personal.fine_tune(self._model, state, self._data.train(), config, **place)
-        at = max(r for r in self._progress if r < number)
-        self._progress = self._progress | {at: replace(self._progress[at], personal=values)}
+        at = max((r for r in self._progress if r < number), default=-1)
+        self._progress = self._progress | {at: replace(self._latest(number), personal=values)}
         answer: dict[str, Any] = {"train_loss": result.loss, "steps": result.steps, "seconds": result.seconds}
         if self._data.holds_out:
             answer["losses"] = self._side_by_side(state, self._progress[at])
-        return json.dumps(answer).encode()
+        return answer
 
     def _watch(self, seconds: float | None) -> Callable[[], None]:
         """What ends a training whose result nobody waits for any more."""
@@ -284,21 +313,15 @@ class LocalPeer:
 
     def _latest(self, before: int | None = None) -> Progress:
         """Where it stands before a round: an interrupted or repeated one has not happened."""
-        return self._progress[max(r for r in self._progress if before is None or r < before)]
+        at = max((r for r in self._progress if before is None or r < before), default=None)
+        return self._progress[at] if at is not None else Progress()  # rolled back beyond what is kept: from the start
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def _evaluate(self, header: Mapping[str, Any], state: GlobalState) -> dict[str, Any]:
         progress = self._latest(header.get("round"))
-        place = {"participant": self._name, "round": header.get("round", 0)}
-        if "curve" in header:
-            config = personal.steps_config(self._config, 1, header.get("lr"))
-            curve = personal.adaptation_curve(self._model, state, self._data, config, header["curve"], **place)
-            return {"curve": curve}
         if header.get("side_by_side"):
             return self._side_by_side(state, progress)
-        if header.get("time_step"):
-            return self._time_step(state, place)
         with loaded(self._model, state, progress.private):
             result = evaluate_locally(self._model, self._data.held_out(), precision=self._config.precision)
             answer: dict[str, Any] = {"loss": result.loss, "tokens": result.tokens, "examples": result.examples}
@@ -306,7 +329,7 @@ class LocalPeer:
         return answer
 
     def _side_by_side(self, state: GlobalState, progress: Progress) -> dict[str, float]:
-        own = {**state.values, **progress.private} if progress.private else progress.personal
+        own = self._own_model(progress, state)
         if own:
             self._add_adapter(own)
         name = self._name if own else None

@@ -22,12 +22,15 @@ from llmchain_fed.federated.rule import A, B
 from llmchain_fed.model import LocalModel
 from llmchain_fed.training import TrainingConfig, TrainingResult, train_locally
 
+MOST_STEPS = 10_000
+
 
 class Ditto(FrozenConfig):
     """Every participant also trains a personal model, which is pulled to the global one (arXiv 2012.04221).
 
     The personal model minimises its own loss + λ/2·‖v − w‖², with w the global weights of the round; the global model
-    is trained as without it. λ = 0 is local training alone. With SGD a step needs lr·λ < 2.
+    is trained as without it. λ = 0 is local training alone. With SGD a step needs lr·λ < 2. All of the personal adapter
+    is trained, also under `ffa` and `rolora`, which train one factor of the global one.
 
     >>> Ditto(lam=0.5)
     Ditto(lam=0.5)
@@ -143,6 +146,9 @@ def steps_config(config: TrainingConfig, steps: int, lr: float | None) -> Traini
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         msg = f"steps is a count of at least 1, got {steps!r}."
+        raise ConfigError(msg)
+    if steps > MOST_STEPS:
+        msg = f"{steps:,} steps are more than a personal model is given ({MOST_STEPS:,}): train it in rounds instead."
         raise ConfigError(msg)
     options: dict[str, Any] = {"max_steps": steps, "epochs": None, "keep_optimizer": False}
     if lr is not None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmchain_fed.adapters import GLOBAL
 from llmchain_fed.errors import ConfigError, FederationError, LLMChainFedError, ParticipantError
 from llmchain_fed.federated import wire
 from llmchain_fed.federated.hub import Hub
@@ -81,6 +82,9 @@ def personalize(hub: Hub, participant: str, steps: int, lr: float | None) -> Per
     if layout is None or layout.refused:
         msg = "personal models are LoRA adapters beside one base, and this model trains none. Give the chain LoRA."
         raise ConfigError(msg)
+    if participant == GLOBAL:
+        msg = f"no personal adapter can be called {GLOBAL!r}: that is the federation's own."
+        raise ConfigError(msg)
     if rule.personal:
         msg = f"under aggregation={rule.name!r} every participant's B is personal already: use with_adapter(name)."
         raise ConfigError(msg)
@@ -96,14 +100,14 @@ def personalize(hub: Hub, participant: str, steps: int, lr: float | None) -> Per
     return Personalized(participant, steps, numbers["train_loss"], numbers["seconds"], losses)
 
 
-def compare(hub: Hub, participants: Sequence[str] | None) -> SideBySide:
+def compare(hub: Hub, participants: Sequence[str] | None) -> dict[str, dict[str, float]]:
     """Losses side by side; see `FederatedAveraging.compare`."""
     holders = [n for n, hello in hub.roster.joined.items() if hello.held_out]
     wanted = holders if participants is None else list(participants)
     if strangers := [n for n in wanted if n not in holders]:
         msg = f"{strangers} hold out no examples. Those who do: {', '.join(holders) or 'nobody; pass evaluation='}."
         raise ConfigError(msg)
-    return SideBySide({n: _losses(_ask(hub, "evaluate", n, {"side_by_side": True}), n) for n in wanted})
+    return {n: _losses(_ask(hub, "evaluate", n, {"side_by_side": True}), n) for n in wanted}
 
 
 def curve(hub: Hub, participant: str, steps: Sequence[int], lr: float | None) -> dict[int, float]:
@@ -112,7 +116,7 @@ def curve(hub: Hub, participant: str, steps: Sequence[int], lr: float | None) ->
     if not hub.roster.joined[participant].held_out if participant in hub.roster.joined else False:
         msg = f"participant {participant!r} holds out no examples to measure on. Pass evaluation=, or held_out=."
         raise ConfigError(msg)
-    return _curve(_ask(hub, "evaluate", participant, {"curve": wanted, "lr": lr}), wanted, participant)
+    return _curve(_ask(hub, "train", participant, {"curve": wanted, "lr": lr}), wanted, participant)
 
 
 def curve_of_stranger(
@@ -123,9 +127,12 @@ def curve_of_stranger(
     if participant.held_out is None:
         msg = f"participant {participant.name!r} has no held_out= to measure on."
         raise ConfigError(msg)
+    if participant.name in hub.transport.nodes():
+        msg = f"{participant.name!r} takes part already: pass its name, or give the newcomer another."
+        raise ConfigError(msg)
     hub.publish()
-    header = _header(hub) | {"curve": wanted, "lr": lr}
-    answer = peer.handle("evaluate", hub.broadcast.whole(header))
+    hub.broadcast.joined(participant.name, None, participant.rank, participant.alpha)
+    answer = peer.handle("train", hub.broadcast.message(participant.name, _header(hub) | {"curve": wanted, "lr": lr}))
     return _curve(wire.read_json(answer), wanted, participant.name)
 
 

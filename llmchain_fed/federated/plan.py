@@ -141,7 +141,7 @@ def _timed_steps(hub: Hub, nodes: list[str]) -> list[tuple[float, int]]:
     """(seconds of a step, steps a round) where somebody says so."""
     found = []
     header = {"kind": "task", "round": hub.round, "base": hub.model.fingerprint(), "time_step": True}
-    for sent in hub.broadcast.call(hub.transport, "evaluate", nodes, header, hub.settings.deadline):
+    for sent in hub.broadcast.call(hub.transport, "train", nodes, header, hub.settings.deadline):
         if isinstance(sent.answer, bytes):
             said = wire.read_json(sent.answer)
             seconds, steps = said.get("seconds"), said.get("steps")

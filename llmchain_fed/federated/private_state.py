@@ -16,7 +16,7 @@ from torch import Tensor
 from llmchain_fed.errors import ParticipantError
 from llmchain_fed.federated import wire
 
-_KINDS = ("residual", "private", "personal")
+_KINDS = ("residual", "private", "ditto", "personal")
 
 
 @dataclass
@@ -31,8 +31,10 @@ class Progress:
     """what a lossy codec has left out so far"""
     private: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """trained tensors that are never shared (FedSA-LoRA's B)"""
+    ditto: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """the factors that Ditto goes on training, beside the global state's remainder"""
     personal: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    """the personal model's factors"""
+    """an adapter that `personalize` made, which stands alone"""
 
     def kept(self) -> dict[str, dict[str, Tensor]]:
         """The named tensors by kind."""

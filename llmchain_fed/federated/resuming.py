@@ -9,15 +9,17 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llmchain_fed.errors import CheckpointError
+from llmchain_fed.errors import CheckpointError, DeadlineError, TransportError
 from llmchain_fed.federated import private_state, server_optimizers, wire
+from llmchain_fed.federated.aggregation import AGGREGATIONS
 from llmchain_fed.federated.checkpoint import Checkpoint
 from llmchain_fed.federated.codecs import spec
 from llmchain_fed.federated.global_state import GlobalState, named, parted
 from llmchain_fed.federated.history import History
 from llmchain_fed.federated.hub import Hub
 from llmchain_fed.federated.private_state import Progress
-from llmchain_fed.federated.roster import ABSENCE
+from llmchain_fed.federated.roster import ABSENCE, Hello
+from llmchain_fed.federated.rule import Rule
 from llmchain_fed.federated.server_optimizers import ResumableServerOptimizer
 from llmchain_fed.federated.settings import Settings
 
@@ -30,7 +32,7 @@ def decisive(settings: Settings) -> dict[str, Any]:
     optimizer = settings.server_optimizer
     training = settings.training.to_plain()
     return {
-        "aggregation": settings.rule.name,
+        "aggregation": _name_of(settings.rule),
         "training": training if training is not None else _named_training(settings),
         "weighting": settings.weighting,
         "codec": spec(settings.codec),
@@ -42,6 +44,11 @@ def decisive(settings: Settings) -> dict[str, Any]:
         "participants_per_round": settings.per_round,
         "seed": settings.seed,
     }
+
+
+def _name_of(rule: Rule) -> str:
+    """One of those that are known by name, or that it is code."""
+    return rule.name if AGGREGATIONS.get(rule.name) is rule else f"code: {rule.name}"
 
 
 def _named_training(settings: Settings) -> dict[str, Any]:
@@ -76,16 +83,19 @@ def checkpoint_of(
     ask = wire.pack({}, {"kind": "personal_state", "round": hub.round})  # before it: an interrupted one does not count
     asked = [n for n in hub.transport.nodes() if _stands_elsewhere(hub, n, former, since)]
     answers = hub.transport.call("personal_state", asked, ask, settings.deadline) if asked else ()
-    blobs |= {name: answer for name, answer in answers if isinstance(answer, bytes)}
+    for name, answer in answers:
+        if isinstance(answer, bytes):
+            blobs[name] = answer
+        elif name in former and isinstance(answer, (TransportError, DeadlineError)):  # others keep it for themselves
+            hub.notes[name] = f"the checkpoint of round {hub.round} holds an earlier state of it ({answer!s:.80})"
     about = {
         "contract": hub.trainee.contract(),
         "decisive": decisive(settings),
         "options": dict(options),
         "participants": hub.transport.nodes(),
         "federation": hub.roster.federation,
-        "holdings": {n: [h.num_examples, h.num_tokens] for n, h in hub.roster.joined.items()},
+        "holdings": {n: _holding(h) for n, h in hub.roster.joined.items()},
         "history": json.loads(hub.history.to_json()),
-        "measured": hub.evaluator.latest(),
         "patience": hub.patience,
         "server_optimizer": numbers,
     }
@@ -160,7 +170,7 @@ def restore(hub: Hub, found: Checkpoint) -> dict[str, bytes]:
     hub.round, hub.history = found.round, history
     hub.broadcast.restore({n: copy[n] for n in state.values if n in copy}, state)
     hub.patience = list(found.about["patience"])
-    hub.evaluator.go_on(found.about["measured"], hub.broadcast.number)
+    hub.evaluator.forget()
     return dict(found.participants)
 
 
@@ -170,6 +180,17 @@ def begun_by_then(hub: Hub, nodes: list[str], states: Mapping[str, bytes]) -> di
     return {n: states.get(n, _START) for n in nodes if n in states or n not in trained}
 
 
+def _holding(hello: Hello) -> dict[str, Any]:
+    """What of a participant decides how it goes on, as far as it says so."""
+    return {
+        "examples": hello.num_examples,
+        "tokens": hello.num_tokens,
+        "rank": hello.rank,
+        "alpha": hello.alpha,
+        "options": hello.options,
+    }
+
+
 def check_holdings(hub: Hub, holdings: Mapping[str, Any]) -> None:
     """Makes sure that those who have joined hold what they held.
 
@@ -177,10 +198,14 @@ def check_holdings(hub: Hub, holdings: Mapping[str, Any]) -> None:
         CheckpointError: A participant holds other examples than it did.
     """
     for name, hello in hub.roster.joined.items():
-        if name in holdings and [hello.num_examples, hello.num_tokens] != list(holdings[name]):
+        then, now = holdings.get(name), _holding(hello)
+        if then is not None and then != now:
+            different = "; ".join(
+                f"{what}: {then.get(what)} then, {now[what]} now" for what in now if then.get(what) != now[what]
+            )
             msg = (
-                f"participant {name!r} held {holdings[name][0]} examples with {holdings[name][1]} tokens, now "
-                f"{hello.num_examples} with {hello.num_tokens}: the run would not be the one that was interrupted."
+                f"participant {name!r} is not as it was ({different}): the run would not be the one that was "
+                "interrupted."
             )
             raise CheckpointError(msg)
 

@@ -45,6 +45,8 @@ class Hello:
     rank: int | None = None
     """its own LoRA rank, if it has one"""
     alpha: float | None = None
+    options: str | None = None
+    """digest of the training options it follows, its own included"""
 
 
 class Roster:
@@ -136,7 +138,9 @@ class Roster:
             raise ParticipantError(msg)
         known = DataReport(**report) if report is not None else None
         holds = holds[:64] if isinstance(holds, str) else None
-        return Hello(said.get("held_out") is True, examples, tokens, known, holds, rank, alpha)
+        options = said.get("options")
+        options = options[:64] if isinstance(options, str) else None
+        return Hello(said.get("held_out") is True, examples, tokens, known, holds, rank, alpha, options)
 
 
 def _is_report(found: object) -> bool:

@@ -32,8 +32,10 @@ from llmchain_fed.federated.history import ParticipantRecord
 from llmchain_fed.federated.rule import Combined, Contribution, Round, Rule, selected
 from llmchain_fed.federated.update import Expected, Update
 from llmchain_fed.federated.wire import TensorInfo
+from llmchain_fed.training import TrainingConfig
 
 _COORDINATES = 1024
+_GENEROUS = 10  # times the steps asked for: a participant may have options of its own
 
 
 class OpenRound:
@@ -46,11 +48,20 @@ class OpenRound:
         rule: The server rule.
         weighting: What an update counts by.
         codec: What updates travel as.
+        training: How participants were told to train.
     """
 
     def __init__(
-        self, about: Round, broadcast: Broadcast, base: str, rule: Rule, weighting: Weighting, codec: Codec | None
+        self,
+        about: Round,
+        broadcast: Broadcast,
+        base: str,
+        rule: Rule,
+        weighting: Weighting,
+        codec: Codec | None,
+        training: TrainingConfig,
     ) -> None:
+        self._training = training
         self.about, self.number = about, about.number
         self.start = broadcast.state_for()
         """where participants start: the global state, or with a broadcast codec what they decoded of it"""
@@ -125,12 +136,25 @@ class OpenRound:
             expected = Expected(name, self.number, self._base, layout, num_examples, num_tokens, self._codec, start)
             update = Update.from_bytes(answer, expected)
             delta_norms, coordinates = self._distances(update, start)
+            self._check_steps(update)
             self._take(name, update, coordinates)
             self._note(record, name, answer, update, delta_norms)
         except LLMChainFedError as error:
             record.status, record.reason = "refused", f"{type(error).__name__}: {error}"
         self.records[name] = record
         return record
+
+    def _check_steps(self, update: Update) -> None:
+        """Makes sure that a participant says it took no more steps than it was asked for, its own options allowed for.
+
+        Raises:
+            UpdateRefusedError: It does; FedNova would believe it.
+        """
+        steps = update.metrics.get("steps", 0.0)
+        asked = self._training.max_steps or update.num_examples * (self._training.epochs or 1)
+        if not 0 <= steps <= _GENEROUS * asked or steps != int(steps):
+            msg = f"it says it took {steps:g} steps, asked for were some {asked}."
+            raise UpdateRefusedError(msg)
 
     def _take(self, name: str, update: Update, coordinates: Tensor) -> None:
         weight = float({"examples": update.num_examples, "tokens": update.num_tokens, "equal": 1}[self._weighting])

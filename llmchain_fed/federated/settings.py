@@ -5,10 +5,12 @@ Knows what each option may be. Knows nothing about how rounds are run.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from llmchain_fed.adapters import GLOBAL
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated import combinations, server_optimizers
 from llmchain_fed.federated.aggregation import Weighting, make_aggregation
@@ -17,7 +19,7 @@ from llmchain_fed.federated.options import checked_quorum, checked_waiting, samp
 from llmchain_fed.federated.peer import LocalPeer
 from llmchain_fed.federated.personal import Ditto
 from llmchain_fed.federated.rule import LoraLayout, Rule
-from llmchain_fed.federated.server_optimizers import ServerOptimizer
+from llmchain_fed.federated.server_optimizers import ResumableServerOptimizer, ServerOptimizer
 from llmchain_fed.model import LocalModel
 from llmchain_fed.training import TrainingConfig
 
@@ -56,6 +58,12 @@ def make_settings(
     Raises:
         ConfigError: One is out of range, or two contradict each other.
     """
+    if model.adapter not in (None, GLOBAL):
+        msg = (
+            f"this chain answers with the adapter {model.adapter!r}, and a federation trains the chain's own. Pass the "
+            "chain itself; personalize() makes adapters for participants."
+        )
+        raise ConfigError(msg)
     rule, layout = make_aggregation(given["aggregation"]), LoraLayout.of(model)
     optimizer, personal, weighting = given["server_optimizer"], given["personal"], given["weighting"]
     server_optimizers.check(optimizer)
@@ -71,6 +79,9 @@ def make_settings(
         spec(choice)  # refuses what could not be named to participants
     configs = [training]
     for peer in peers:
+        if peer.participant.name == GLOBAL and (rule.personal or personal is not None):
+            msg = f"no participant can have personal models as {GLOBAL!r}: that is the federation's own adapter."
+            raise ConfigError(msg)
         combinations.check_rank(rule, peer.participant.name, peer.participant.rank, layout)
         configs.append(peer.config)
     combinations.check(
@@ -90,7 +101,8 @@ def make_settings(
         weighting=weighting,
         codec=codec,
         broadcast_codec=broadcast_codec,
-        server_optimizer=optimizer,
+        # its own copy: the memory of another federation, or of a run before, must not move this one's weights
+        server_optimizer=copy.deepcopy(optimizer) if isinstance(optimizer, ResumableServerOptimizer) else optimizer,
         personal=personal,
         per_round=per_round,
         quorum=checked_quorum(given["quorum"], sample_size(per_round, available), available),

@@ -94,7 +94,7 @@ def _cells(record: RoundRecord) -> tuple[str, ...]:
         f"{len(record.trained)} of {asked(record)}",
         _number(record.train_loss),
         " → ".join(map(_number, held_out)) if any(value is not None for value in held_out) else "–",
-        f"{decimal(record.bytes_up)} / {decimal(record.bytes_down)}",
+        f"{decimal(record.bytes_up)} / {decimal(record.bytes_down + record.evaluation_bytes)}",
         f"{record.seconds:.1f}",
         _number(getattr(record, "aggregation_gap", None)),
         "; ".join(notes_of(record)),
