@@ -38,7 +38,10 @@ class Plan:
     seconds_per_step: float | None
 
     def __str__(self) -> str:
-        time = "time unknown" if self.seconds is None else f"{self.seconds / 3600:.1f} h of training"
+        time = "time unknown"
+        if self.seconds is not None:
+            long = self.seconds >= 3600
+            time = f"{self.seconds / 3600:.1f} h of training" if long else f"{self.seconds:.0f} s of training"
         return (
             f"{self.rounds} rounds × {self.participants} participants: {size(self.bytes_up)} up, "
             f"{size(self.bytes_down)} down, {size(self.memory)} of memory at the hub, {time}"
