@@ -49,8 +49,8 @@ test-federation: $(VENV)/dev.stamp  ## kills and restarts real processes, and pu
 test-kills: $(VENV)/dev.stamp  ## SIGKILL into a federation with checkpoints, 50 times; some minutes
 	$(BIN)/python -m pytest -m kills --durations=10 -s
 
-notebooks: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=120 examples/*.ipynb
+notebooks: $(VENV)/dev.stamp  ## one thread: tiny models, and two beside a busy core would be many times slower
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=120 examples/*.ipynb
 
 compare: $(VENV)/demo.stamp  ## base, alone, centralised, six rules, two codecs; writes the README's table to out/arms/
 	$(BIN)/python examples/compare_arms.py $(COMPARE)
