@@ -115,7 +115,8 @@ def main() -> None:
     assert layout is not None
     state = model.trainable_state()
     adapter = sum(t.numel() * 4 for t in state.values())
-    layer = max(4 * p.numel() for name, p in model.module.named_parameters() if "lora" not in name)
+    pairs = [layout.factors(state, name) for name in layout.layers]
+    layer = max(4 * pair.b.shape[0] * pair.a.shape[1] for pair in pairs)
     found: dict[str, object] = {"round seconds": round(round_seconds, 1), "adapter MB": round(adapter / 1e6, 1)}
     rows = [f"| a round: {args.participants} participants × {each:.1f} s of training | {round_seconds:.0f} s | | |"]
     with tempfile.TemporaryDirectory() as folder:
