@@ -23,7 +23,7 @@ from llmchain_fed import train_locally as train
 from llmchain_fed.data import collate, encode_examples
 from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.aggregation import AGGREGATIONS
-from llmchain_fed.federated.factors import Factors, covariance, stack
+from llmchain_fed.federated.factors import Factors, Stack, covariance, stack
 from llmchain_fed.federated.gap import AggregationGap
 from llmchain_fed.federated.peer import LocalPeer
 from llmchain_fed.federated.rule import Contribution, LoraLayout, Round
@@ -434,6 +434,51 @@ def test_compacting_keeps_the_product(m, n):
 
 def test_the_norm_of_a_product_of_zeros_is_zero():
     assert Factors(torch.zeros(4, 2), torch.randn(2, 3)).norm() == 0
+
+
+def stacked(parts, capacity):
+    found = Stack(capacity)
+    for part in parts:
+        found.append(part)
+    return found
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 5, 9, 100])
+def test_a_growing_stack_is_the_parts_side_by_side(capacity):
+    parts = [random_factors(1, 9, 7, r, seed=r, dtype=torch.float32)[0] for r in (2, 1, 4, 2)]
+    found = stacked(parts, capacity)
+    assert found.ranks == [2, 1, 4, 2]
+    for got, wanted in zip(found.parts(), parts, strict=True):
+        assert torch.equal(got.b, wanted.b)
+        assert torch.equal(got.a, wanted.a)
+    weights = [0.1, -2.0, 3.0, 0.5]
+    dense = sum(w * p.b.double() @ p.a.double() for w, p in zip(weights, parts, strict=True))
+    whole = found.scale(weights)
+    torch.testing.assert_close(whole.b.double() @ whole.a.double(), dense, rtol=0, atol=1e-5)
+    assert parts[1].b is not found.parts()[1].b, "it copies: a message's memory is given back"
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("capacity", [1, 10, 64])
+def test_a_stack_becomes_the_covariance_of_its_parts(count, capacity):
+    parts, shares = random_factors(count, dtype=torch.float32), [1 / count] * count
+    mean_b, mean_a = (sum(p * getattr(f, part).double() for p, f in zip(shares, parts, strict=True)) for part in "ba")
+    dense = sum(p * f.b.double() @ f.a.double() for p, f in zip(shares, parts, strict=True)) - mean_b @ mean_a
+    found = stacked(parts, capacity).centre(shares, 3.0)
+    assert found.rank == 2 * (count - 1)
+    torch.testing.assert_close(found.b.double() @ found.a.double(), 3.0 * dense, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fedex", "flora"])
+def test_what_goes_to_the_remainder_takes_no_more_memory_than_the_participants_factors(name):
+    start = random_state(0)
+    collector = AGGREGATIONS[name].begin(Round(start, LAYOUT, expected=3))
+    for seed in (1, 2, 3):
+        collector.add(given(random_state(seed)))
+    for layer, factors in collector.combine().remainder.items():
+        m, n = SHAPES[layer]
+        held = sum(t.untyped_storage().nbytes() for t in (factors.b, factors.a))
+        assert held == 3 * 4 * (m + n) * 4  # participants × rank × (m + n) × bytes
 
 
 # --- rules on factors alone -------------------------------------------------------------------------------------------

@@ -86,6 +86,67 @@ def stack(parts: Sequence[Factors]) -> Factors:
     return Factors(torch.cat([p.b for p in parts], dim=1), torch.cat([p.a for p in parts], dim=0))
 
 
+class Stack:
+    """A stack that grows: one block for B and one for A, so that putting parts side by side copies each of them once.
+
+    Parts kept one by one leave holes behind that the whole, which is larger, does not fit: memory would hold both.
+
+    Args:
+        capacity: Rank to make room for; more is taken in all the same, by moving to larger blocks.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = max(1, capacity)
+        self._b = self._a = torch.empty(0, 0)
+        self.ranks: list[int] = []
+        """of the parts, in their order"""
+
+    def append(self, part: Factors) -> None:
+        """Copies one part in, as float32."""
+        begin = sum(self.ranks)
+        end = begin + part.rank
+        if not self.ranks or end > self._a.shape[0]:
+            room = max(self._capacity, end, 2 * begin)
+            b, a = torch.empty(part.b.shape[0], room), torch.empty(room, part.a.shape[1])
+            if begin:
+                b[:, :begin], a[:begin] = self._b[:, :begin], self._a[:begin]
+            self._b, self._a = b, a
+        self._b[:, begin:end], self._a[begin:end] = part.b, part.a
+        self.ranks.append(part.rank)
+
+    def factors(self) -> Factors:
+        """All of it, as views."""
+        rank = sum(self.ranks)
+        return Factors(self._b[:, :rank], self._a[:rank])
+
+    def parts(self) -> list[Factors]:
+        """What was appended, as views."""
+        whole = self.factors()
+        pairs = zip(whole.b.split(self.ranks, dim=1), whole.a.split(self.ranks), strict=True)
+        return [Factors(b, a) for b, a in pairs]
+
+    def scale(self, factors: Sequence[float]) -> Factors:
+        """The sum of the products times a factor each, made of the stack itself."""
+        whole = self.factors()
+        whole.b.mul_(torch.tensor(factors).repeat_interleave(torch.tensor(self.ranks)))
+        return whole
+
+    def centre(self, shares: Sequence[float], scaling: float = 1.0) -> Factors:
+        """`covariance` of the parts times a scaling, made of the stack itself."""
+        *parts, last = self.parts()
+        mean = _mean_b([*parts, last], shares)
+        for part, share in zip(parts, shares, strict=False):
+            part.b.sub_(mean).mul_(share).mul_(scaling)
+            part.a.sub_(last.a)
+        whole, rank = self.factors(), sum(self.ranks[:-1])
+        return Factors(whole.b[:, :rank], whole.a[:rank])
+
+
+def weighted(parts: Sequence[Factors], scales: Sequence[float]) -> Factors:
+    """Σ w_k B_k·A_k as one pair of factors."""
+    return stack([Factors(p.b * scale, p.a) for p, scale in zip(parts, scales, strict=True)])
+
+
 def covariance(parts: Sequence[Factors], shares: Sequence[float]) -> Factors:
     """Σ p_k B_k·A_k − (Σ p_k B_k)·(Σ p_k A_k), what averaging the factors apart leaves out, with rank (K−1)·r.
 
@@ -96,12 +157,15 @@ def covariance(parts: Sequence[Factors], shares: Sequence[float]) -> Factors:
         parts: The participants' factors, all of one rank.
         shares: p_k, which sum to 1.
     """
-    mean = sum((p.b * share for p, share in zip(parts[1:], shares[1:], strict=True)), parts[0].b * shares[0])
-    last = parts[-1].a
+    mean, last = _mean_b(parts, shares), parts[-1].a
     pairs = list(zip(parts, shares, strict=True))[:-1]
     if not pairs:
         return Factors(last.new_zeros(parts[-1].b.shape[0], 0), last[:0])
     return stack([Factors((p.b - mean) * share, p.a - last) for p, share in pairs])
+
+
+def _mean_b(parts: Sequence[Factors], shares: Sequence[float]) -> Tensor:
+    return sum((p.b * share for p, share in zip(parts[1:], shares[1:], strict=True)), parts[0].b * shares[0])
 
 
 def as_shares(weights: Sequence[float]) -> list[float]:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from llmchain_fed.federated.factors import Factors, as_shares, covariance, stack
+from llmchain_fed.federated.factors import Factors, as_shares, covariance, weighted
 from llmchain_fed.federated.rule import Contribution, LoraLayout
 
 _KEPT = 16  # participants whose factors are kept for the exact figure
@@ -55,8 +55,7 @@ class AggregationGap:
             pairs = [self._layout.factors(given.tensors, layer) for given in self._kept]
             parts = [Factors(p.b.float(), p.a.float()) for p in pairs]
             left_out.append(scaling * covariance(parts, shares).norm())
-            weighted = [Factors(p.b * share, p.a) for p, share in zip(parts, shares, strict=True)]
-            whole.append(scaling * stack(weighted).norm())
+            whole.append(scaling * weighted(parts, shares).norm())
         return _ratio(math.hypot(*left_out), math.hypot(*whole))
 
 

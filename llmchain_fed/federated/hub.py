@@ -75,7 +75,8 @@ class Hub:
         """A round that starts at the weights as they are now."""
         settings = self.settings
         self.publish()
-        about = Round(self.broadcast.state_for(), settings.layout, self.round, settings.seed)
+        expected = sample_size(settings.per_round, len(self.transport.nodes()))
+        about = Round(self.broadcast.state_for(), settings.layout, self.round, settings.seed, expected)
         base = self.model.fingerprint()
         return OpenRound(
             about, self.broadcast, base, settings.rule, settings.weighting, settings.codec, settings.training

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.errors import FederationError
-from llmchain_fed.federated.factors import Factors, as_shares, covariance, stack
+from llmchain_fed.federated.factors import Factors, Stack, as_shares, covariance, weighted
 from llmchain_fed.federated.rule import A, B, Combined, Contribution, LoraLayout, Round
 from llmchain_fed.federated.running_mean import RunningMean
 
@@ -26,7 +26,7 @@ class _Kept:
         self.round, self.layout = round_, round_.layout
         self._weights: list[float] = []
         self._scaling: list[Mapping[str, float]] = []
-        self._tensors: dict[str, list[Tensor]] = {}
+        self._stacks: dict[str, Stack] = {}
         self._one_rank = True
         self._left_out: list[float] = []
         self._whole: list[float] = []
@@ -39,25 +39,31 @@ class _Kept:
         self._weights.append(given.weight)
         self._scaling.append(given.scaling or self.layout.scaling)
         self._one_rank = self._one_rank and given.scaling is None
-        for name, tensor in given.tensors.items():
-            # copies: the tensors of a message share one block, which could not be given back piece by piece
-            self._tensors.setdefault(name, []).append(tensor.to(torch.float32, copy=True))
+        for layer in self.layout.layers:
+            if layer not in self._stacks:
+                rank = self.layout.factors(self.round.state, layer).rank
+                self._stacks[layer] = Stack(rank * self.round.expected)
+            self._stacks[layer].append(self.layout.factors(given.tensors, layer))
 
-    def _layers(self) -> Iterator[tuple[str, list[Factors], Factors]]:
-        """Layer, the participants' factors, and Σ p_k s_k B_k·A_k of rank Σ r_k; each is gone with the next."""
+    def _layers(self) -> Iterator[tuple[str, Stack, list[float]]]:
+        """Layer, the participants' factors, and their p_k s_k; each is gone with the next."""
         if not self._weights:
             msg = "there is no update to combine."
             raise FederationError(msg)
         shares = as_shares(self._weights)
         for layer in self.layout.layers:
-            pairs = zip(self._tensors.pop(f"{layer}.{B}"), self._tensors.pop(f"{layer}.{A}"), strict=True)
-            parts = [Factors(b, a) for b, a in pairs]
-            scaled = zip(parts, shares, self._scaling, strict=True)
-            whole = stack([Factors(p.b * (share * scaling[layer]), p.a) for p, share, scaling in scaled])
+            found = self._stacks.pop(layer)
+            scales = [share * scaling[layer] for share, scaling in zip(shares, self._scaling, strict=True)]
             if self._one_rank:
-                self._whole.append(whole.norm())
+                parts = found.parts()
+                self._whole.append(weighted(parts, scales).norm())
                 self._left_out.append(self.layout.scaling[layer] * covariance(parts, shares).norm())
-            yield layer, parts, whole
+            yield layer, found, scales
+
+    def _room(self) -> dict[str, Tensor]:
+        """Zeros for the new factors, made before anything temporary: small tensors in between would pin its memory."""
+        names = [f"{layer}.{part}" for layer in self.layout.layers for part in (A, B)]
+        return {name: torch.zeros_like(self.round.state[name]) for name in names}
 
     def _fresh(self, layer: str, shape: torch.Size) -> Tensor:
         """(r, n) as PEFT starts A: Kaiming uniform with a = √5; of this round and layer."""
@@ -77,17 +83,17 @@ class FedEx(_Kept):
     def combine(self) -> Combined:
         """The mean factors, and the remainder's increment of rank (K−1)·r per layer."""
         shares = as_shares(self._weights or [1.0])
-        values: dict[str, Tensor] = {}
-        remainder: dict[str, Factors] = {}
+        values, remainder = self._room(), {}
         for layer, parts, _ in self._layers():
             mean = RunningMean()
-            for part, weight in zip(parts, self._weights, strict=True):
+            for part, weight in zip(parts.parts(), self._weights, strict=True):
                 mean.add({B: part.b, A: part.a}, weight)
-            values |= {f"{layer}.{name}": tensor for name, tensor in mean.result().items()}
-            left_out = covariance(parts, shares)
+            for name, tensor in mean.result().items():
+                values[f"{layer}.{name}"].copy_(tensor)
+            left_out = parts.centre(shares, self.layout.scaling[layer])
             if left_out.rank:
-                remainder[layer] = Factors(left_out.b * self.layout.scaling[layer], left_out.a)
-        return Combined({n: t.to(self.round.state[n].dtype) for n, t in values.items()}, remainder, self._gap())
+                remainder[layer] = left_out
+        return Combined(values, remainder, self._gap())
 
 
 class FLoRA(_Kept):
@@ -95,12 +101,11 @@ class FLoRA(_Kept):
 
     def combine(self) -> Combined:
         """A fresh random A, a zero B, and the stack of rank Σ r_k per layer."""
-        values, remainder = {}, {}
-        for layer, _, whole in self._layers():
-            pair = self.layout.factors(self.round.state, layer)
-            fresh = self._fresh(layer, pair.a.shape)
-            values[f"{layer}.{A}"], values[f"{layer}.{B}"] = fresh.to(pair.a.dtype), torch.zeros_like(pair.b)
-            remainder[layer] = whole
+        values, remainder = self._room(), {}
+        for layer, parts, scales in self._layers():
+            new = values[f"{layer}.{A}"]
+            new.copy_(self._fresh(layer, new.shape))
+            remainder[layer] = parts.scale(scales)
         return Combined(values, remainder, self._gap())
 
 
@@ -113,14 +118,14 @@ class FlexLoRA(_Kept):
 
     def combine(self) -> Combined:
         """B = U·S/s and A = Vᵀ, cut to the adapter's rank."""
-        values = {}
-        for layer, _, whole in self._layers():
-            pair = self.layout.factors(self.round.state, layer)
-            best = whole.truncated(pair.rank)
-            if whole.rank < pair.rank:  # columns of B and rows of A that are both zero would never learn again
-                best.a[whole.rank :] = self._fresh(layer, pair.a.shape)[whole.rank :]
-            values[f"{layer}.{A}"] = best.a.to(pair.a.dtype)
-            values[f"{layer}.{B}"] = (best.b / self.layout.scaling[layer]).to(pair.b.dtype)
+        values = self._room()
+        for layer, parts, scales in self._layers():
+            new, whole = self.layout.factors(values, layer), parts.scale(scales)
+            best = whole.truncated(new.rank)
+            if whole.rank < new.rank:  # columns of B and rows of A that are both zero would never learn again
+                best.a[whole.rank :] = self._fresh(layer, new.a.shape)[whole.rank :]
+            new.a.copy_(best.a)
+            new.b.copy_(best.b / self.layout.scaling[layer])
         return Combined(values, gap=self._gap())
 
 

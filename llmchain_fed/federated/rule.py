@@ -142,6 +142,8 @@ class Round:
     number: int = 0
     """0 for the first"""
     seed: int = 0
+    expected: int = 1
+    """updates that will come if nobody fails: room may be made for so many"""
 
     def seed_for(self, *parts: object) -> int:
         """63 bits that follow from the federation's seed and this round."""

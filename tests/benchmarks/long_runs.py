@@ -5,7 +5,8 @@
 A round here is 16 participants × 6 optimizer steps of 8 examples (48 examples each), SmolLM2-135M, LoRA r=16 on all
 linear layers, in one process; its training time is that of one participant, measured, times 16. Updates are what such a
 participant trains, each from its own seed. Memory is the peak of a process of its own, from before the first update is
-added to the end of `combine`, without the model.
+added to the end of `combine`, without the model and what the libraries take at their first call. Its bound: the
+participants' factors, the new global ones, and one layer's matrix.
 """
 
 from __future__ import annotations
@@ -79,9 +80,11 @@ def combine(rule: str, folder: Path, count: int) -> None:
     layout = LoraLayout(json.loads((folder / "scaling.json").read_text()), 16, 32.0)
     state = load_file(folder / "start")
     seconds = [0.0]
+    many = torch.randn(256, 1536)  # training has called the libraries long before
+    torch.linalg.svd(torch.linalg.qr(many.T)[1] @ many @ many.T)
 
     def work() -> object:
-        collector = make_aggregation(rule).begin(Round(state, layout))
+        collector = make_aggregation(rule).begin(Round(state, layout, expected=count))
         for k in range(count):
             collector.add(Contribution(load_file(folder / str(k)), 48.0, 6))
         began = time.perf_counter()
@@ -130,7 +133,7 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             cost = json.loads(done.stdout)
             found[name] = cost | {"share": cost["seconds"] / round_seconds}
-            bound = (args.participants * adapter + layer) / 1e6
+            bound = ((args.participants + 1) * adapter + layer) / 1e6
             share = f"{cost['seconds'] / round_seconds:.2%}"
             rows.append(
                 f"| {name} | {cost['seconds']:.2f} s | {share} | {cost['bytes'] / 1e6:.0f} MB; bound {bound:.0f} |"
