@@ -100,12 +100,12 @@ def remove(module: nn.Module, primary: Sequence[str], name: str) -> None:
 
 
 def remainder(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Copies of the frozen addition's factors; empty without one."""
+    """The frozen addition's factors on the CPU, not copied where they lie there; empty without one."""
     if not has_remainder(module):
         return {}
     found = lora_layers(module, REMAINDER)
     pairs = {n: (layer.lora_B[REMAINDER].weight, layer.lora_A[REMAINDER].weight) for n, layer in found.items()}
-    return {n: (b.detach().to("cpu", copy=True), a.detach().to("cpu", copy=True)) for n, (b, a) in pairs.items()}
+    return {n: (b.detach().to("cpu"), a.detach().to("cpu")) for n, (b, a) in pairs.items()}
 
 
 def load_remainder(module: nn.Module, primary: Sequence[str], factors: Factors) -> None:
@@ -146,7 +146,7 @@ def _holds(module: nn.Module, factors: Factors) -> bool:
 
 def _equal(weight: Tensor, given: Any) -> bool:
     alike = isinstance(given, Tensor) and (given.dtype, given.device) == (weight.dtype, weight.device)
-    return alike and torch.equal(weight, given)
+    return alike and (weight.is_set_to(given) or torch.equal(weight, given))
 
 
 def _paired(given: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -218,7 +218,9 @@ def _write(
     for name, layer in layers.items():
         b, a = factors[name]
         rank = a.shape[0]
-        if key in layer.lora_A and layer.r[key] == rank:  # the same parameters: who holds them goes on with them
+        # The same parameters, where there are any: who holds them goes on with them. Not so the remainder, whose
+        # factors others may have been given, of which a copy each round would be too many.
+        if key != REMAINDER and key in layer.lora_A and layer.r[key] == rank:
             with torch.no_grad():
                 layer.lora_A[key].weight.copy_(a)
                 layer.lora_B[key].weight.copy_(b)

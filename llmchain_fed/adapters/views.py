@@ -126,7 +126,11 @@ class AdapterViews:
         return residents.scalings(self.module, self._name_in_peft)
 
     def remainder(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The frozen addition to the base: layer's stable name → copies of (B (m, R), A (R, n)); empty without one."""
+        """The frozen addition to the base: layer's stable name → (B (m, R), A (R, n)); empty without one.
+
+        On the CPU, and where the module is there too, they are the factors that it answers with: do not write into
+        them. `load_remainder` puts others in their place, so they keep their values.
+        """
         with self._lock:
             return residents.remainder(self.module)
 

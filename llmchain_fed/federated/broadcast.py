@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 from llmchain_fed.errors import FederationError
 from llmchain_fed.federated import wire
 from llmchain_fed.federated.codecs import Codec, spec
-from llmchain_fed.federated.factors import Factors, stack
-from llmchain_fed.federated.global_state import GlobalState, grown, named
+from llmchain_fed.federated.factors import Factors
+from llmchain_fed.federated.global_state import GlobalState, is_start_of, named
 from llmchain_fed.federated.held import STALE, coded_parts, start_version
 from llmchain_fed.federated.rule import PARTS, LoraLayout, selected
 from llmchain_fed.federated.runtime import InProcess, Operation, Transport
@@ -35,11 +35,30 @@ class Sent(NamedTuple):
     bytes: int
 
 
-@dataclass
-class _Increment:
-    number: int
-    """the version it came with"""
+@dataclass(frozen=True)
+class _Grown:
+    """A layer's remainder: its factors, and what rank they had before each version that added to them."""
+
     factors: Factors
+    before: tuple[tuple[int, int], ...]
+    """(version, rank before it), oldest first"""
+    writes: int = field(init=False)
+    """torch's count of changes in place: the factors are those that the model answers with"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "writes", self._written)
+
+    @property
+    def _written(self) -> int:
+        return self.factors.a._version + self.factors.b._version
+
+    def rank_shared_with(self, new: Factors) -> int:
+        """How much of `new`, from its beginning, is this remainder: all of it or nothing."""
+        return self.factors.rank if self.writes == self._written and is_start_of(self.factors, new) else 0
+
+    def after(self, version: int) -> int | None:
+        """From which rank on the factors are newer than that version; None where nothing is."""
+        return next((rank for number, rank in self.before if number > version), None)
 
 
 class Broadcast:
@@ -62,7 +81,7 @@ class Broadcast:
         self._source: dict[str, Tensor] = {}  # the global values as they are
         self._values: dict[str, Tensor] = {}  # as participants hold them: the same, but for what a codec left out
         self._stamps: dict[str, int] = {}
-        self._remainder: dict[str, list[_Increment]] = {}
+        self._remainder: dict[str, _Grown] = {}
         self._coded: tuple[list[str], dict[str, Tensor]] | None = None
         self._held: dict[str, int] = {}
         self._ranks: dict[str, tuple[int, Mapping[str, float]]] = {}
@@ -80,7 +99,7 @@ class Broadcast:
             self._values, self._start = dict(state.values), digest
             self._source = dict(state.values)
             self._stamps = dict.fromkeys(state.values, 0)
-            self._remainder = {n: [_Increment(0, f)] for n, f in state.remainder.items()}
+            self._remainder = {n: _Grown(f, ((0, 0),)) for n, f in state.remainder.items()}
             return
         if state.values.keys() != self._source.keys():
             different = sorted(state.values.keys() ^ self._source.keys())
@@ -90,31 +109,26 @@ class Broadcast:
             )
             raise FederationError(msg)
         changed = [n for n, t in state.values.items() if not torch.equal(t, self._source[n])]
-        moved = [n for n, f in state.remainder.items() if not self._same_remainder(n, f)]
         gone = [n for n in self._remainder if n not in state.remainder]
+        known = {} if gone else self._remainder  # a message cannot take a layer away: everything is sent anew
+        shared = {n: known[n].rank_shared_with(f) if n in known else 0 for n, f in state.remainder.items()}
+        moved = [n for n, f in state.remainder.items() if shared[n] != f.rank]
         if not (changed or moved or gone):
             return
         self._number += 1
         self._coded = None
         self._source |= {n: state.values[n] for n in changed}
-        if gone:  # rare, after rolling back: a message cannot take a layer away, so everything is sent anew
-            self._held, self._remainder = {}, {n: [] for n in state.remainder}
+        if gone:  # rare, after rolling back
+            self._held = {}
         if self._codec is not None and changed:
             self._encode(changed, state)
         else:
             self._values |= {n: state.values[n] for n in changed}
         self._stamps |= dict.fromkeys(changed, self._number)
+        self._remainder = dict(known)
         for layer in moved:
-            known = self._remainder.get(layer, [])
-            more = grown(state.remainder[layer], stack([i.factors for i in known]) if known else None)
-            whole = more is None
-            added = _Increment(self._number, state.remainder[layer] if more is None else more)
-            self._remainder[layer] = [added] if whole else [*known, added]
-
-    def _same_remainder(self, layer: str, factors: Factors) -> bool:
-        known = self._remainder.get(layer)
-        more = grown(factors, stack([i.factors for i in known])) if known else None
-        return more is not None and more.rank == 0
+            former = known[layer].before if shared[layer] else ()
+            self._remainder[layer] = _Grown(state.remainder[layer], (*former, (self._number, shared[layer])))
 
     def _encode(self, changed: list[str], state: GlobalState) -> None:
         assert self._codec is not None
@@ -244,10 +258,9 @@ class Broadcast:
             changed = [n for n in changed if n not in names]
         values = self.state_for(node)
         tensors |= {n: values[n] for n in changed}
-        increments = {n: [i for i in items if i.number > since] for n, items in self._remainder.items()}
-        whole = {n for n, items in self._remainder.items() if len(increments[n]) == len(items)}
-        tensors |= named({n: stack([i.factors for i in items]) for n, items in increments.items() if items})
-        head["appended"] = sorted(n for n, items in increments.items() if items and n not in whole)
+        begins = {n: rank for n, known in self._remainder.items() if (rank := known.after(since)) is not None}
+        tensors |= named({n: self._remainder[n].factors.beyond(rank) for n, rank in begins.items()})
+        head["appended"] = sorted(n for n, rank in begins.items() if rank)
         return wire.pack({n: t.contiguous() for n, t in tensors.items()}, head)
 
     def _version(self, number: int, suffix: str) -> str:
@@ -262,7 +275,7 @@ class Broadcast:
     def restore(self, copy: Mapping[str, Tensor], state: GlobalState) -> None:
         """Goes on from a checkpoint: `copy_state()` of then, or nothing. Nobody is known to hold anything."""
         self._source, self._values = dict(state.values), dict(copy or state.values)
-        self._remainder = {n: [_Increment(0, f)] for n, f in state.remainder.items()}
+        self._remainder = {n: _Grown(f, ((0, 0),)) for n, f in state.remainder.items()}
         self._token = secrets.token_hex(8)
         self._number, self._start, self._stamps = 0, "", dict.fromkeys(self._values, 0)
         self._held, self._coded = {}, None

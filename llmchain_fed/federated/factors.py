@@ -35,6 +35,10 @@ class Factors:
         """min(m, n): from here on factors hold nothing that fewer could not."""
         return int(min(self.b.shape[0], self.a.shape[1]))
 
+    def beyond(self, rank: int) -> Factors:
+        """Without the first so many columns and rows."""
+        return Factors(self.b[:, rank:], self.a[rank:])
+
     def norm(self) -> float:
         """‖B·A‖ (Frobenius) = √tr(BᵀB · AAᵀ), from two (R, R) matrices."""
         kind = self._precise
@@ -122,7 +126,7 @@ class Stack:
     def parts(self) -> list[Factors]:
         """What was appended, as views."""
         whole = self.factors()
-        pairs = zip(whole.b.split(self.ranks, dim=1), whole.a.split(self.ranks), strict=True)
+        pairs = zip(torch.split(whole.b, self.ranks, dim=1), torch.split(whole.a, self.ranks), strict=True)
         return [Factors(b, a) for b, a in pairs]
 
     def scale(self, factors: Sequence[float]) -> Factors:

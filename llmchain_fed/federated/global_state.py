@@ -26,7 +26,7 @@ class GlobalState:
 
     @classmethod
     def of(cls, model: LocalModel) -> GlobalState:
-        """Copies of what a model holds now."""
+        """What a model holds now: copies of the trainable values, and the remainder itself where it is on the CPU."""
         return cls(model.trainable_state(), {n: Factors(b, a) for n, (b, a) in model.remainder().items()})
 
     def load(self, model: LocalModel) -> None:
@@ -52,13 +52,12 @@ class GlobalState:
         return found
 
 
-def grown(new: Factors, old: Factors | None) -> Factors | None:
-    """What was appended to `old`, if `new` is `old` and more; else None."""
-    if old is None or new.rank < old.rank:
-        return None
-    if not (torch.equal(new.b[:, : old.rank], old.b) and torch.equal(new.a[: old.rank], old.a)):
-        return None
-    return Factors(new.b[:, old.rank :], new.a[old.rank :])
+def is_start_of(old: Factors, new: Factors) -> bool:
+    """Whether `new` is `old`, or `old` and more."""
+    if new.rank < old.rank:
+        return False
+    b, a = new.b[:, : old.rank], new.a[: old.rank]
+    return (b.is_set_to(old.b) and a.is_set_to(old.a)) or (torch.equal(b, old.b) and torch.equal(a, old.a))
 
 
 def named(remainder: Mapping[str, Factors]) -> dict[str, Tensor]:

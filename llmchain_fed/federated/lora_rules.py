@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.errors import FederationError
-from llmchain_fed.federated.factors import Factors, Stack, as_shares, covariance, weighted
+from llmchain_fed.federated.factors import Stack, as_shares, covariance, weighted
 from llmchain_fed.federated.rule import A, B, Combined, Contribution, LoraLayout, Round
 from llmchain_fed.federated.running_mean import RunningMean
 
