@@ -6,8 +6,7 @@
 Every arm takes the same number of optimizer steps one after the other and sees the same number of examples in all:
 K publishers × batch size a step. A federation spreads them over its publishers (K models of one batch each, combined
 every round); the centralised arm draws them from the pooled examples; a publisher alone draws them from its own, in K
-times as many passes. LoRA start and held-out texts are the same. The learning rate is each rule's own, found by --scan;
-centralised and alone take fedit's, which was not scanned for them.
+times as many passes. LoRA start and held-out texts are the same. The learning rate is each arm's own, found by --scan.
 Writes Markdown and JSON to `out/arms/` after every arm; started again, it goes on where it was.
 """
 
@@ -33,7 +32,6 @@ CODED: dict[str, dict[str, Any]] = {
 }
 # times --lr, the best of `--scan`: who trains one factor, or starts anew every round, needs larger steps
 LEARNING_RATES = {"ffa": 4.0, "rolora": 2.0, "fedsvd": 2.0, "flora": 4.0}
-SCAN = (1.0, 2.0, 4.0)
 _SCAN_SEED = 1000  # of a split that no arm is compared on
 
 Arm = dict[str, Any]
@@ -62,12 +60,10 @@ def federate(
     chain: LLMChain, splits: Mapping[str, Split], config: TrainingConfig, rounds: int, **choice: Any
 ) -> dict[str, Any]:
     """Trains the chain by one rule; what it cost."""
-    scale = LEARNING_RATES.get(choice["aggregation"], 1.0)
-    assert config.learning_rate is not None
     fed = FederatedAveraging(
         chain,
         participants={name: s.train for name, s in splits.items()},
-        training=config.replace(learning_rate=config.learning_rate * choice.pop("scale", scale)),
+        training=config,
         progress=False,
         **choice,
     )
@@ -76,10 +72,26 @@ def federate(
     return {"bytes": sum(r.bytes_up + r.bytes_down for r in history), "gap": statistics.fmean(gaps) if gaps else None}
 
 
+def scale_of(arm: str) -> float:
+    """Times --lr: the arm's learning rate."""
+    return LEARNING_RATES.get("alone" if arm.endswith(" alone") else arm, 1.0)
+
+
 def run_arm(
-    chain: LLMChain, arm: str, splits: Mapping[str, Split], config: TrainingConfig, rounds: int
+    chain: LLMChain, arm: str, splits: Mapping[str, Split], config: TrainingConfig, rounds: int, scale: float
 ) -> tuple[dict[str, Any], float]:
-    """Trains the chain the arm's way, from the start it has; what it cost, and the seconds."""
+    """Trains the chain the arm's way, from the start it has; what it cost, and the seconds.
+
+    Args:
+        chain: What learns.
+        arm: One of `arms_of`.
+        splits: Publisher → its examples.
+        config: With the learning rate that the arms' own are multiples of.
+        rounds: Of federated arms; the others take as many steps.
+        scale: Times the learning rate.
+    """
+    assert config.learning_rate is not None
+    config = config.replace(learning_rate=config.learning_rate * scale)
     steps = rounds * -(-len(next(iter(splits.values())).train) // config.batch_size)
     wide = config.replace(max_steps=steps, batch_size=config.batch_size * len(splits))
     began, cost = time.perf_counter(), {}
@@ -135,19 +147,20 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def scan(chain: LLMChain, args: Any) -> str:
-    """Markdown: pooled held-out loss of every rule at several learning rates, on a split of its own."""
+    """Markdown: pooled held-out loss of arms at several learning rates, on a split of its own."""
     start = chain.model.trainable_state()
     splits = split_publishers(PUBLISHERS, args.language, train=args.train, test=args.test, seed=_SCAN_SEED)
     config = TrainingConfig(learning_rate=args.lr, batch_size=args.batch_size, precision=args.precision)
     pooled = [pair for s in splits.values() for pair in s.held_out]
-    lines = ["| rule | " + " | ".join(f"{args.lr * s:g}" for s in SCAN) + " |", "|---|" + "---|" * len(SCAN)]
-    for rule in args.arms or RULES:
+    rates = args.scales
+    lines = ["| arm | " + " | ".join(f"{args.lr * s:g}" for s in rates) + " |", "|---|" + "---|" * len(rates)]
+    for arm in args.arms or [*RULES, "centralised", *(f"{name} alone" for name in splits)]:
         cells = []
-        for scale in SCAN:
+        for scale in rates:
             reset(chain, start)
-            federate(chain, splits, config, args.rounds, aggregation=rule, scale=scale)
+            run_arm(chain, arm, splits, config, args.rounds, scale)
             cells.append(f"{evaluate_locally(chain.model, pooled, prompt=chain).loss:.3f}")
-        lines.append(f"| {rule} | " + " | ".join(cells) + " |")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     return "\n".join(lines)
 
@@ -163,6 +176,7 @@ def main() -> None:
     parser = options("Base, alone, centralised and every rule of federated LoRA, at equal examples seen.")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--scan", action="store_true", help="compare learning rates instead, on a split of its own")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="times --lr, for --scan")
     parser.add_argument("--arms", nargs="*", help="only these")
     parser.add_argument("--out", type=Path, default=Path("out/arms"))
     args = parser.parse_args()
@@ -176,8 +190,7 @@ def main() -> None:
         return
     start = chain.model.trainable_state()
     file = args.out / "arms.json"
-    setting: dict[str, Any] = {"rates": LEARNING_RATES}
-    setting |= {k: getattr(args, k) for k in ("language", "rounds", "train", "test", "lr", "batch_size", "precision")}
+    setting = {k: getattr(args, k) for k in ("language", "rounds", "train", "test", "lr", "batch_size", "precision")}
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     results: list[dict[str, Arm]] = known["results"] if known.get("setting") == setting else []
     for seed in range(args.seeds):
@@ -185,11 +198,11 @@ def main() -> None:
         config = TrainingConfig(learning_rate=args.lr, batch_size=args.batch_size, precision=args.precision, seed=seed)
         results += [{}] if len(results) <= seed else []
         for arm in args.arms or arms_of(splits):
-            if arm in results[seed]:
+            if results[seed].get(arm, {}).get("scale") == scale_of(arm):
                 continue
             reset(chain, start)
-            cost, seconds = run_arm(chain, arm, splits, config, args.rounds)
-            results[seed][arm] = score(chain, splits) | cost | {"seconds": seconds}
+            cost, seconds = run_arm(chain, arm, splits, config, args.rounds, scale_of(arm))
+            results[seed][arm] = score(chain, splits) | cost | {"seconds": seconds, "scale": scale_of(arm)}
             print(f"seed {seed}, {arm}: pooled {results[seed][arm]['pooled']}, {seconds:.0f} s of training", flush=True)
             file.write_text(json.dumps({"setting": setting, "results": results}, indent=1), encoding="utf-8")
             (args.out / "arms.md").write_text(table(results, PUBLISHERS) + "\n", encoding="utf-8")
