@@ -5,10 +5,8 @@ Knows the options, the hub, checkpoints and callbacks. Knows nothing about how p
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,12 +15,11 @@ from tqdm.auto import tqdm
 from llmchain_fed._config import unknown_option
 from llmchain_fed.data import DataReport, Examples
 from llmchain_fed.errors import ConfigError, FederationError, NothingTrainedError
-from llmchain_fed.federated import wire
 from llmchain_fed.federated.aggregation import Aggregation, Weighting
+from llmchain_fed.federated.alike import Alike
 from llmchain_fed.federated.between_rounds import BetweenRounds
 from llmchain_fed.federated.codecs import Codec
 from llmchain_fed.federated.evaluation import Evaluator
-from llmchain_fed.federated.global_state import GlobalState, named, parted
 from llmchain_fed.federated.held import Held
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
 from llmchain_fed.federated.hub import Hub
@@ -44,6 +41,7 @@ from llmchain_fed.federated.server_optimizers import ServerOptimizer
 from llmchain_fed.federated.settings import make_settings
 from llmchain_fed.federated.trainee import Trainee
 from llmchain_fed.tracking.callback import Callback, RunInfo
+from llmchain_fed.tracking.telling import Callbacks
 from llmchain_fed.training import TrainingConfig
 
 
@@ -132,7 +130,7 @@ class FederatedAveraging(BetweenRounds):
         self._trainee = Trainee.of(model)
         self._model = self._trainee.model
         self._progress = progress
-        self._callbacks = _checked_callbacks(callbacks)
+        self._callbacks = Callbacks(callbacks)
         self._training = training_of(training, optimizer=optimizer, lr=lr, batch_size=batch_size, seed=seed)
         self._held = Held(self._model)
         named_participants = as_participants(participants)
@@ -179,6 +177,7 @@ class FederatedAveraging(BetweenRounds):
             given=evaluation is not None,
             leads=self._cluster is None or self._cluster.leads,
         )
+        self._alike = Alike(self._hub, self._cluster, self._show_adapters)
         self._open: OpenRound | None = None
         self._opened = 0.0
 
@@ -265,38 +264,17 @@ class FederatedAveraging(BetweenRounds):
         stop = Patience(patience, min_delta) if patience is not None else None
         if stop is not None:
             stop.go_on(self._hub.patience)
-        if self._cluster is None:
-            self._lead(rounds, stop)
-        elif self._cluster.leads:
-            try:
-                self._lead(rounds, stop)
-            except BaseException as error:
-                self._cluster.publish(self._outcome(), error)
-                raise
-            self._cluster.publish(self._outcome())
-        else:
-            self._cluster.follow(self._adopt)
+        self._everywhere(lambda: self._lead(rounds, stop))
         return self.history
+
+    def _everywhere(self, work: Callable[[], Any]) -> Any:
+        return self._alike.do(work)
 
     def _lead(self, rounds: int, stop: Patience | None) -> None:
         self.history.stopped_early = None
-        names = tuple(self._transport.nodes())
-        info = RunInfo({"model": self._model.name, **self._keeping.described()}, names, self.round, rounds)
-        begun: list[Callback] = []
-        try:
-            for callback in self._callbacks:
-                begun.append(callback)  # before the call: one that has half begun must still be told of an error
-                callback.on_fit_begin(info)
-            self._rounds(rounds, stop)
-            while begun:
-                begun.pop(0).on_fit_end(self.history)
-        except BaseException as error:
-            for callback in begun:
-                try:
-                    callback.on_error(error)
-                except Exception as second:
-                    error.add_note(f"{callback!r} failed as well: {second}")
-            raise
+        options = {"model": self._model.name, **self._keeping.described()}
+        info = RunInfo(options, tuple(self._transport.nodes()), self.round, rounds)
+        self._callbacks.watch(info, self.history, lambda: self._rounds(rounds, stop))
 
     def _rounds(self, rounds: int, stop: Patience | None) -> None:
         with tqdm(total=rounds, desc="federating", unit="round", disable=not self._progress) as bar:
@@ -320,8 +298,7 @@ class FederatedAveraging(BetweenRounds):
             self._keeping.save()
         finally:
             self._show_adapters()
-            for callback in self._callbacks:
-                callback.on_round_end(record, self.history)
+            self._callbacks.round_ended(record, self.history)
 
     def _show_adapters(self) -> None:
         """Personal models of this process's participants become adapters of its chain."""
@@ -420,46 +397,3 @@ class FederatedAveraging(BetweenRounds):
 
     def _peer(self, participant: Participant) -> LocalPeer:
         return LocalPeer(self._trainee, participant, self._training, held=self._held)
-
-    # --- several processes of one script ----------------------------------------------------------------------------
-
-    def _everywhere(self, work: Callable[[], Any]) -> Any:
-        """What `work` gives, as JSON, on every process of a cluster: one does it, the others help and adopt."""
-        self._led: Any = None
-        if self._cluster is None:
-            return work()
-        if not self._cluster.leads:
-            self._cluster.follow(self._adopt)
-            return self._led
-        try:
-            found = work()
-        except BaseException as error:
-            self._cluster.publish(self._outcome(), error)
-            raise
-        self._cluster.publish(self._outcome(found))
-        return found
-
-    def _outcome(self, result: Any = None) -> bytes:
-        """What the other processes need in order to stand where this one does."""
-        reports = {name: asdict(report) for name, report in self.data_reports.items()}
-        header = {"round": self.round, "history": json.loads(self.history.to_json()), "reports": reports}
-        header["result"] = result
-        state = GlobalState.of(self._model)
-        return wire.pack({**state.values, **named(state.remainder)}, header)
-
-    def _adopt(self, outcome: bytes) -> None:
-        header, infos = wire.inspect(outcome, max_bytes=len(outcome))
-        GlobalState(*parted(wire.values(outcome, infos))).load(self._model)
-        self._hub.round, self._hub.history = header["round"], History.from_dict(header["history"])
-        self._hub.data_reports = {name: DataReport(**report) for name, report in header["reports"].items()}
-        self._show_adapters()
-        self._led = header["result"]
-
-
-def _checked_callbacks(given: Any) -> tuple[Callback, ...]:
-    callbacks = tuple(given) if isinstance(given, (list, tuple)) else (given,)
-    for item in callbacks:
-        if not isinstance(item, Callback):
-            msg = f"callbacks are objects of Callback, such as ConsoleTable(), got {item!r:.80}."
-            raise ConfigError(msg)
-    return callbacks

@@ -1,0 +1,70 @@
+"""Alike: the processes of one script end every call with the same weights, history and result.
+
+Knows the hub's state as bytes and the cluster that carries it. Knows nothing about what is done in between.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from llmchain_fed.data import DataReport
+from llmchain_fed.federated import wire
+from llmchain_fed.federated.global_state import GlobalState, named, parted
+from llmchain_fed.federated.history import History
+from llmchain_fed.federated.hub import Hub
+from llmchain_fed.federated.runtime import Cluster
+
+
+class Alike:
+    """Lets one process work while the others help, and then stand where it does.
+
+    Args:
+        hub: This process's.
+        cluster: The processes; None where there is only this one.
+        adopted: Called on the others once they do.
+    """
+
+    def __init__(self, hub: Hub, cluster: Cluster | None, adopted: Callable[[], object]) -> None:
+        self._hub, self._cluster, self._adopted = hub, cluster, adopted
+        self._result: Any = None
+
+    def do(self, work: Callable[[], Any]) -> Any:
+        """What `work`, called by the leading process only, gives: JSON, on every process.
+
+        Raises:
+            FederationError: On the others, where the work failed or its process is gone.
+        """
+        if self._cluster is None:
+            return work()
+        if not self._cluster.leads:
+            self._cluster.follow(self._adopt)
+            return self._result
+        try:
+            found = work()
+        except BaseException as error:
+            self._cluster.publish(self._outcome(), error)
+            raise
+        self._cluster.publish(self._outcome(found))
+        return found
+
+    def _outcome(self, result: Any = None) -> bytes:
+        """What the other processes need in order to stand where this one does."""
+        hub, state = self._hub, GlobalState.of(self._hub.model)
+        header = {
+            "round": hub.round,
+            "history": json.loads(hub.history.to_json()),
+            "reports": {name: asdict(report) for name, report in hub.data_reports.items()},
+            "result": result,
+        }
+        return wire.pack({**state.values, **named(state.remainder)}, header)
+
+    def _adopt(self, outcome: bytes) -> None:
+        header, infos = wire.inspect(outcome, max_bytes=len(outcome))
+        GlobalState(*parted(wire.values(outcome, infos))).load(self._hub.model)
+        self._hub.round, self._hub.history = header["round"], History.from_dict(header["history"])
+        self._hub.data_reports = {name: DataReport(**report) for name, report in header["reports"].items()}
+        self._result = header["result"]
+        self._adopted()
