@@ -30,8 +30,9 @@ CODED: dict[str, dict[str, Any]] = {
     "fedit, int8": {"aggregation": "fedit", "codec": "int8", "broadcast_codec": "int8"},
     "fedit, int4": {"aggregation": "fedit", "codec": "int4", "broadcast_codec": "int4"},
 }
-# times --lr, the best of `--scan`: who trains one factor, or starts anew every round, needs larger steps
-LEARNING_RATES = {"ffa": 4.0, "rolora": 2.0, "fedsvd": 2.0, "flora": 4.0}
+# times --lr, the best of `--scan`: who trains one factor, or starts anew every round, needs larger steps; who repeats
+# few examples, smaller ones
+LEARNING_RATES = {"ffa": 4.0, "rolora": 2.0, "fedsvd": 2.0, "flora": 4.0, "alone": 0.5}
 _SCAN_SEED = 1000  # of a split that no arm is compared on
 
 Arm = dict[str, Any]
