@@ -5,6 +5,7 @@ numbers into codes (test_codecs), or what rules do with what arrives (test_lora_
 """
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from llmchain_fed.federated.codecs import Int4, make_codec
 from llmchain_fed.federated.factors import Factors
 from llmchain_fed.federated.global_state import GlobalState
 from llmchain_fed.federated.held import STALE, Held
+from llmchain_fed.federated.peer import LocalPeer
 from llmchain_fed.federated.runtime import InProcess, payload_for
+from llmchain_fed.federated.trainee import Trainee
 from llmchain_fed.federated.wire import inspect, pack, values
 
 SHARES = {"a": PAIRS[:4], "b": PAIRS[4:9], "c": PAIRS[9:]}
@@ -147,6 +150,69 @@ def test_weights_that_the_user_changes_between_rounds_reach_the_participants(mak
     assert_equal(chain.model.trainable_state(), twin.model.trainable_state())
 
 
+class Processes:
+    """Participants in groups: each group one model and what it was sent, as a process elsewhere has them."""
+
+    def __init__(self, make_chain, groups, shares=SHARES):
+        self.peers, self.stale = {}, 0
+        for group in groups:
+            trainee = Trainee.of(make_chain(lora=True))
+            held = Held(trainee.model)
+            self.peers |= {n: LocalPeer(trainee, Participant(n, shares[n]), None, held=held) for n in group}
+
+    def nodes(self):
+        return list(self.peers)
+
+    def call(self, op, nodes, payload, timeout=None):
+        for node in nodes:
+            answer = self.peers[node].handle(op, payload_for(payload, node))
+            self.stale += answer == STALE
+            yield node, answer
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("codec", [None, "int8"])
+@pytest.mark.parametrize("rule", ["fedit", "ffa", "rolora", "fedex", "flora"])
+def test_sampled_participants_are_sent_the_same_wherever_they_live(rule, codec, make_chain):
+    """In one process, two by two, or with a model each: what they lack, once, and nothing is stale."""
+    if codec and rule in ("fedex", "flora"):
+        pytest.skip("refused: broadcast codecs do not go with it")
+    options = {"training": ADAM, "progress": False, "participants_per_round": 1, "seed": 1, "aggregation": rule}
+    options |= {"broadcast_codec": codec}
+    found = []
+    for groups in (None, ["ab", "c"], ["a", "b", "c"]):
+        chain = make_chain(lora=True)
+        runtime = Processes(make_chain, groups) if groups else None
+        fed = FederatedAveraging(chain, runtime=runtime, participants=None if groups else SHARES, **options)
+        fed.fit(8)
+        assert runtime is None or runtime.stale == 0
+        found.append(([r.bytes_down for r in fed.history], chain.model.trainable_state()))
+    # a version's name is as long everywhere, but one's own start is named by another word than the first version
+    for down, state in found[1:]:
+        assert max(abs(a - b) for a, b in zip(down, found[0][0], strict=True)) < 80
+        assert_equal(state, found[0][1])
+
+
+@pytest.mark.parametrize("rule", ["fedit", "flora", "fedex"])
+def test_a_run_resumed_on_shared_processes_is_the_same_bit_for_bit(rule, make_chain, tmp_path):
+    shares = {"a": PAIRS[:3], "b": PAIRS[3:6], "c": PAIRS[6:9], "d": PAIRS[9:]}
+
+    def processes():
+        return Processes(make_chain, ["ab", "cd"], shares)
+
+    options = {"training": ADAM, "progress": False, "participants_per_round": 3, "aggregation": rule}
+    chain, folder = make_chain(lora=True), tmp_path / "run"
+    whole = FederatedAveraging(chain, runtime=processes(), checkpoint_dir=folder, keep_checkpoints=None, **options)
+    whole.fit(5)
+    for number in (2, 3):
+        copied = shutil.copytree(folder, tmp_path / f"{rule}{number}")
+        other = make_chain(lora=True)
+        FederatedAveraging.resume(copied, other, runtime=processes(), round=number, progress=False).fit(5 - number)
+        assert_equal(other.model.trainable_state(), chain.model.trainable_state())
+
+
 # --- versions, on the two ends alone ----------------------------------------------------------------------------------
 
 
@@ -198,6 +264,74 @@ def test_a_remainder_travels_as_what_was_added(make_model):
     fresh = Broadcast(None, None)
     fresh.publish(state, "")
     assert deliver(fresh, Held(make_model(lora=True)))[1] > sizes[-1] + 4 * 4 * 2 * 64  # four earlier increments
+
+
+@pytest.mark.parametrize(("codec", "rounds"), [("int8", 2), ("int4", 3), ("topk:0.05", 3)])
+def test_who_missed_changes_is_sent_their_codes(codec, rounds, make_model):
+    """All of them, as long as they are fewer bytes than the values; then both hold the same copy."""
+    broadcast, held, state, digest = both_ends(make_model, codec)
+    broadcast.publish(state, digest)
+    deliver(broadcast, held, "b")
+    often, size = Held(make_model(lora=True)), 0
+    deliver(broadcast, often)
+    for number in range(rounds):
+        state = GlobalState(moved(state, number).values)
+        broadcast.publish(state, digest)
+        always, each = deliver(broadcast, often)
+        size += each
+    after, sent = deliver(broadcast, held, "b")
+    assert_equal(dict(after.values), dict(always.values))
+    assert_equal(dict(after.values), broadcast.state_for("b"))
+    assert sent < 0.95 * sum(t.nbytes for t in state.values.values())
+    assert sent < size
+    for number in range(20):  # far behind: the values themselves are less
+        state = GlobalState(moved(state, number).values)
+        broadcast.publish(state, digest)
+        always, _ = deliver(broadcast, often)
+    after, sent = deliver(broadcast, held, "b")
+    assert_equal(dict(after.values), dict(always.values))
+    assert sent < sum(t.nbytes for t in state.values.values()) + 3000
+
+
+def test_a_process_that_has_newer_states_understands_what_changed_since_an_older_one(make_model):
+    """Its participants are asked in turns: a message says what changed since *they* were asked."""
+    broadcast, held, state, digest = both_ends(make_model)
+    broadcast.publish(state, digest)
+    deliver(broadcast, held, "a")
+    deliver(broadcast, held, "b")
+    for number in range(4):
+        state = moved(state, number, rank=1 + number)
+        broadcast.publish(state, digest)
+        if number < 3:
+            deliver(broadcast, held, "a")
+    found, _ = deliver(broadcast, held, "b")
+    assert_equal(dict(found.values), dict(state.values))
+    for layer, factors in state.remainder.items():
+        assert factors.rank == 1 + 2 + 3 + 4
+        assert torch.equal(found.remainder[layer].b, factors.b)
+        assert torch.equal(found.remainder[layer].a, factors.a)
+
+
+@pytest.mark.parametrize("write", ["in place", "through data"])
+def test_a_remainder_that_somebody_wrote_into_is_sent_anew(write, make_model):
+    broadcast, held, state, digest = both_ends(make_model)
+    state = moved(state, 0)
+    broadcast.publish(state, digest)
+    deliver(broadcast, held)
+    (factors,) = state.remainder.values()
+    tensor = factors.b if write == "in place" else factors.b.data
+    tensor.mul_(2)
+    broadcast.publish(state, digest)
+    found, _ = deliver(broadcast, held)
+    (got,) = found.remainder.values()
+    assert torch.equal(got.b, factors.b)
+
+
+@pytest.mark.parametrize("version", ["x", "x/y/", "", 3, "x/-1/"])
+def test_a_version_that_is_none_is_refused(version, make_model):
+    held = Held(make_model(lora=True))
+    with pytest.raises(FederationError, match="names no version"):
+        held.receive({"version": version, "against": None}, {})
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4", "topk:0.2"])

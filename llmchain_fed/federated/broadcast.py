@@ -19,9 +19,10 @@ from llmchain_fed.federated import wire
 from llmchain_fed.federated.codecs import Codec, spec
 from llmchain_fed.federated.factors import Factors
 from llmchain_fed.federated.global_state import GlobalState, is_start_of, named
-from llmchain_fed.federated.held import STALE, coded_parts, start_version
+from llmchain_fed.federated.held import STALE, Version, coded_parts, start_version
 from llmchain_fed.federated.rule import PARTS, LoraLayout, selected
 from llmchain_fed.federated.runtime import InProcess, Operation, Transport
+from llmchain_fed.weights import change_stamp
 
 _NOTHING = -1  # held by a participant that must be sent everything
 _FIRST = -2  # the first state, which a participant found in its own model
@@ -42,30 +43,43 @@ class _Grown:
     factors: Factors
     before: tuple[tuple[int, int], ...]
     """(version, rank before it), oldest first"""
-    writes: int = field(init=False)
-    """torch's count of changes in place: the factors are those that the model answers with"""
+    stamp: bytes = field(init=False)
+    """tells whether they were written into since: they are those that the model answers with"""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "writes", self._written)
+        object.__setattr__(self, "stamp", self._stamp_now())
 
-    @property
-    def _written(self) -> int:
-        return self.factors.a._version + self.factors.b._version
+    def _stamp_now(self) -> bytes:
+        return change_stamp({"a": self.factors.a, "b": self.factors.b})
 
     def rank_shared_with(self, new: Factors) -> int:
         """How much of `new`, from its beginning, is this remainder: all of it or nothing."""
-        return self.factors.rank if self.writes == self._written and is_start_of(self.factors, new) else 0
+        return self.factors.rank if is_start_of(self.factors, new) and self.stamp == self._stamp_now() else 0
 
     def after(self, version: int) -> int | None:
         """From which rank on the factors are newer than that version; None where nothing is."""
         return next((rank for number, rank in self.before if number > version), None)
 
 
+@dataclass(frozen=True)
+class _Codes:
+    """The change that made a version, as a codec's parts."""
+
+    number: int
+    names: list[str]
+    parts: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
+
 class Broadcast:
     """Keeps versions of what participants hold: the global state, or with a codec its copy as they decode it.
 
     With a codec a change travels as codes, of the difference between the global state and that copy: what one message
-    loses, the next one brings, because the difference still holds it (error feedback, arXiv 1809.07599).
+    loses, the next one brings, because the difference still holds it (error feedback, arXiv 1809.07599). The codes of
+    the last changes are kept for who was not asked meanwhile, as long as they are fewer bytes than the values.
 
     Args:
         codec: For changes; None sends changed tensors as they are.
@@ -74,7 +88,6 @@ class Broadcast:
 
     def __init__(self, codec: Codec | None, layout: LoraLayout | None) -> None:
         self._codec, self.layout = codec, layout
-        # part of every version's name: after a restart the same number may mean another state
         self._token = secrets.token_hex(8)
         self._number = 0
         self._start = ""
@@ -82,7 +95,8 @@ class Broadcast:
         self._values: dict[str, Tensor] = {}  # as participants hold them: the same, but for what a codec left out
         self._stamps: dict[str, int] = {}
         self._remainder: dict[str, _Grown] = {}
-        self._coded: tuple[list[str], dict[str, Tensor]] | None = None
+        self._codes: list[_Codes] = []
+        self._codes_since = 0  # the version from which on they are all there
         self._held: dict[str, int] = {}
         self._ranks: dict[str, tuple[int, Mapping[str, float]]] = {}
 
@@ -116,7 +130,6 @@ class Broadcast:
         if not (changed or moved or gone):
             return
         self._number += 1
-        self._coded = None
         self._source |= {n: state.values[n] for n in changed}
         if gone:  # rare, after rolling back
             self._held = {}
@@ -138,7 +151,9 @@ class Broadcast:
         for name, change in decoded.items():
             old = self._values[name]
             self._values[name] = (old.float() + change).to(old.dtype)
-        self._coded = (changed, parts)
+        self._codes.append(_Codes(self._number, changed, parts))
+        while sum(codes.nbytes for codes in self._codes) > sum(t.nbytes for t in self._values.values()):
+            self._codes_since = self._codes.pop(0).number
 
     def state_for(self, node: str | None = None) -> dict[str, Tensor]:
         """The trainable values that a participant starts from, at its own rank; not to be changed."""
@@ -198,8 +213,6 @@ class Broadcast:
             transport.expect(largest)
         # One after the other where they are asked so anyway: a stale one is asked again at once, and updates come in
         # one order whoever held what, so that a resumed run adds them as an uninterrupted one does.
-        if isinstance(transport, InProcess) and self._number:  # their module has moved on with the hub's
-            self._held = {n: held if held != _FIRST else _NOTHING for n, held in self._held.items()}
         for group in [[n] for n in nodes] if isinstance(transport, InProcess) else [list(nodes)]:
             yield from self._call(transport, op, group, header, timeout)
 
@@ -244,27 +257,30 @@ class Broadcast:
     def _pack(self, held: int, node: str, header: Mapping[str, Any]) -> bytes:
         rank = self._ranks[node][0] if node in self._ranks else None
         suffix = "" if rank is None else f"{rank}x{next(iter(self._ranks[node][1].values())):g}"
-        head = dict(header) | {"version": self._version(self._number, suffix), "against": None}
+        head = dict(header) | {"version": str(Version(self._token, self._number, suffix)), "against": None}
         if held != _NOTHING:
-            head["against"] = start_version(self._start) if held == _FIRST else self._version(held, suffix)
+            known_as = start_version(self._start) if held == _FIRST else str(Version(self._token, held, suffix))
+            head["against"] = known_as
         since = max(held, 0) if held != _NOTHING else -1
         changed = [n for n, stamp in self._stamps.items() if stamp > since]
         tensors: dict[str, Tensor] = {}
-        if self._coded is not None and held != _NOTHING and since == self._number - 1 and rank is None:
-            names, parts = self._coded
-            part = next((p for p in PARTS if selected(self._values, p) == names), None)
-            head |= {"coded": spec(self._codec), "coded_names": part or names}
-            tensors |= coded_parts(parts)
-            changed = [n for n in changed if n not in names]
+        codes = [codes for codes in self._codes if codes.number > since]
+        known = held != _NOTHING and since >= self._codes_since and rank is None
+        if known and sum(c.nbytes for c in codes) < sum(self._values[n].nbytes for n in changed):
+            head |= {"coded": spec(self._codec), "coded_names": {str(c.number): self._named(c.names) for c in codes}}
+            for each in codes:
+                tensors |= coded_parts(each.parts, each.number)
+                changed = [n for n in changed if n not in each.names]
         values = self.state_for(node)
         tensors |= {n: values[n] for n in changed}
         begins = {n: rank for n, known in self._remainder.items() if (rank := known.after(since)) is not None}
         tensors |= named({n: self._remainder[n].factors.beyond(rank) for n, rank in begins.items()})
-        head["appended"] = sorted(n for n, rank in begins.items() if rank)
+        head["appended"] = {n: rank for n, rank in begins.items() if rank}
         return wire.pack({n: t.contiguous() for n, t in tensors.items()}, head)
 
-    def _version(self, number: int, suffix: str) -> str:
-        return f"{self._token}/{number}/{suffix}"
+    def _named(self, names: list[str]) -> str | list[str]:
+        """Shorter, where they are one of the usual parts."""
+        return next((part for part in PARTS if selected(self._values, part) == names), names)
 
     # --- on disk ----------------------------------------------------------------------------------------------------
 
@@ -278,4 +294,4 @@ class Broadcast:
         self._remainder = {n: _Grown(f, ((0, 0),)) for n, f in state.remainder.items()}
         self._token = secrets.token_hex(8)
         self._number, self._start, self._stamps = 0, "", dict.fromkeys(self._values, 0)
-        self._held, self._coded = {}, None
+        self._held, self._codes, self._codes_since = {}, [], 0

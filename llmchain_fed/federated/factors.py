@@ -35,6 +35,10 @@ class Factors:
         """min(m, n): from here on factors hold nothing that fewer could not."""
         return int(min(self.b.shape[0], self.a.shape[1]))
 
+    def until(self, rank: int) -> Factors:
+        """The first so many columns and rows."""
+        return Factors(self.b[:, :rank], self.a[:rank])
+
     def beyond(self, rank: int) -> Factors:
         """Without the first so many columns and rows."""
         return Factors(self.b[:, rank:], self.a[rank:])

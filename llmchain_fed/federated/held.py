@@ -7,7 +7,7 @@ hold the same states once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, Self, cast
 
 from torch import Tensor
 
@@ -25,13 +25,42 @@ _START = "start:"
 _CODED = "coded/"
 
 
+class Version(NamedTuple):
+    """Names a global state among those of one hub and one rank."""
+
+    hub: str
+    """one run of one hub: after a restart the same number may mean another state"""
+    number: int
+    rank: str
+    """of the participant's factors, empty for the common one"""
+
+    def __str__(self) -> str:
+        return f"{self.hub}/{self.number}/{self.rank}"
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """From its text.
+
+        Raises:
+            FederationError: It is none.
+        """
+        hub, number, rank = (*str(text).split("/", 2), "", "")[:3]
+        if not number.isdecimal():
+            msg = f"{text!r:.80} names no version of the global state."
+            raise FederationError(msg)
+        return cls(hub, int(number), rank)
+
+
 def start_version(digest: str) -> str:
-    """The name of the state a participant has before it was sent any."""
+    """The name of the state a participant has before it was sent any: the first that its hub publishes."""
     return _START + digest
 
 
 class Held:
-    """Global states by version, the latest of each rank.
+    """The latest global state of each rank.
+
+    Those of a process may have been sent others last: who was not asked for a while is sent what changed since, and
+    that can be told from any state in between.
 
     Args:
         model: Whose own weights are the state before the first message.
@@ -39,7 +68,7 @@ class Held:
 
     def __init__(self, model: LocalModel) -> None:
         self._model = model
-        self._states: dict[str, GlobalState] = {}
+        self._states: dict[str, tuple[Version, GlobalState]] = {}
 
     def receive(self, header: Mapping[str, Any], tensors: dict[str, Tensor]) -> GlobalState | None:
         """The state a message stands for; None where it is a difference to one that is not held.
@@ -47,57 +76,77 @@ class Held:
         Raises:
             FederationError: The message contradicts itself.
         """
-        version, against = header.get("version"), header.get("against")
-        if version is None:
+        if header.get("version") is None:
             return GlobalState(*parted(tensors))
-        if version in self._states:
-            return self._states[version]
+        version, against = Version.read(header["version"]), header.get("against")
+        known = self._states.get(version.rank)
+        if known is not None and known[0] == version:
+            return known[1]
         if against is None:
             state = GlobalState(*parted(tensors))
         else:
-            former = self._former(against)
+            former = self._since(against, version)
             if former is None:
                 return None
-            state = _changed(former, header, tensors)
-        rank = str(version).rpartition("/")[2]  # one of each rank: those of a smaller one live beside the others
-        self._states = {v: s for v, s in self._states.items() if v.rpartition("/")[2] != rank} | {version: state}
+            state = _changed(*former, header, tensors)
+        self._states[version.rank] = (version, state)
         return state
 
     def forget(self) -> None:
         """Another federation begins."""
         self._states = {}
 
-    def _former(self, version: str) -> GlobalState | None:
-        if version.startswith(_START):
-            same = self._model.weights_hash == version.removeprefix(_START)
-            return GlobalState.of(self._model) if same else None
-        return self._states.get(version)
+    def _since(self, against: str, version: Version) -> tuple[GlobalState, int] | None:
+        """A state between the two versions, and its number; None where none is held."""
+        known = self._states.get(version.rank)
+        first = against.startswith(_START)
+        oldest = Version(version.hub, 0, version.rank) if first else Version.read(against)
+        if known is not None and oldest <= known[0] <= version and known[0].hub == version.hub:
+            return known[1], known[0].number
+        if not first or self._model.weights_hash != against.removeprefix(_START):
+            return None
+        own = GlobalState.of(self._model)  # whose remainder is the module's own: others may write into that
+        return GlobalState(own.values, {n: Factors(f.b.clone(), f.a.clone()) for n, f in own.remainder.items()}), 0
 
 
-def coded_parts(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A codec's parts under the names they have in a message."""
-    return {_CODED + name: part for name, part in parts.items()}
+def coded_parts(parts: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """A codec's parts under the names they have in a message: those of the change that made version `number`."""
+    return {f"{_CODED}{number}/{name}": part for name, part in parts.items()}
 
 
-def _changed(former: GlobalState, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GlobalState:
-    """The former state with a message's changes."""
-    coded = {n.removeprefix(_CODED): t for n, t in tensors.items() if n.startswith(_CODED)}
+def _changed(former: GlobalState, number: int, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GlobalState:
+    """The former state with those of a message's changes that are newer."""
     values, remainder = parted({n: t for n, t in tensors.items() if not n.startswith(_CODED)})
     new_values = dict(former.values)
-    if coded:
-        codec, names = make_codec(header["coded"]), header["coded_names"]
-        names = selected(former.values, cast(Part, names)) if isinstance(names, str) else names
-        assert codec is not None
-        infos = describe({n: former.values[n] for n in names})
-        for name, change in codec.decode(coded, infos).items():
-            old = former.values[name]
-            new_values[name] = (old.float() + change).to(old.dtype)
+    changes: Mapping[str, Any] = header.get("coded_names") or {}
+    for newer in sorted(int(key) for key in changes if int(key) > number):
+        new_values |= _decoded(new_values, header["coded"], changes[str(newer)], _parts_of(tensors, newer))
     if values.keys() - new_values.keys():
         msg = f"the message changes {sorted(values.keys() - new_values.keys())[:3]}, which it did not bring before."
         raise FederationError(msg)
     new_values |= values
-    added: set[str] = set(header.get("appended", ()))
+    begins: Mapping[str, int] = header.get("appended") or {}
     found: dict[str, Factors] = dict(former.remainder)
     for layer, factors in remainder.items():
-        found[layer] = stack([found[layer], factors]) if layer in added and layer in found else factors
+        rank = begins.get(layer, 0)
+        if rank > (found[layer].rank if layer in found else 0):
+            msg = f"the message continues {layer}'s remainder at rank {rank}, which is more than there was."
+            raise FederationError(msg)
+        found[layer] = stack([found[layer].until(rank), factors]) if rank else factors
     return GlobalState(new_values, found)
+
+
+def _parts_of(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    prefix = f"{_CODED}{number}/"
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _decoded(
+    values: Mapping[str, Tensor], codec: str, names: str | list[str], parts: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The named values with a coded change added."""
+    made = make_codec(codec)
+    assert made is not None
+    chosen = selected(values, cast(Part, names)) if isinstance(names, str) else names
+    changes = made.decode(parts, describe({n: values[n] for n in chosen}))
+    return {n: (values[n].float() + change).to(values[n].dtype) for n, change in changes.items()}
