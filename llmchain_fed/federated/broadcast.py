@@ -167,6 +167,10 @@ class Broadcast:
         """Which version participants are sent now; another number means that something changed."""
         return self._number
 
+    def rank_of(self, node: str) -> int | None:
+        """The LoRA rank of a participant that has one of its own."""
+        return self._ranks[node][0] if node in self._ranks else None
+
     def scaling_of(self, node: str) -> Mapping[str, float] | None:
         """Layer → s of a participant whose rank is its own."""
         return self._ranks[node][1] if node in self._ranks else None
@@ -255,7 +259,7 @@ class Broadcast:
         return found
 
     def _pack(self, held: int, node: str, header: Mapping[str, Any]) -> bytes:
-        rank = self._ranks[node][0] if node in self._ranks else None
+        rank = self.rank_of(node)
         suffix = "" if rank is None else f"{rank}x{next(iter(self._ranks[node][1].values())):g}"
         head = dict(header) | {"version": str(Version(self._token, self._number, suffix)), "against": None}
         if held != _NOTHING:

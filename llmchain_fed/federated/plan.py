@@ -6,10 +6,12 @@ Knows the hub's sizes. Trains one step and throws it away.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 
 from llmchain_fed.federated import wire
 from llmchain_fed.federated.codecs import Codec, encoded_bytes
+from llmchain_fed.federated.global_state import GlobalState
 from llmchain_fed.federated.history import size
 from llmchain_fed.federated.hub import Hub
 from llmchain_fed.federated.options import sample_size
@@ -18,6 +20,7 @@ from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.wire import TensorInfo
 
 _HEADER = 400  # bytes: what a message says beside its tensors' names
+_ENTRY = 90  # bytes: what it says of a tensor beside its name
 
 
 @dataclass(frozen=True)
@@ -56,34 +59,29 @@ def plan_of(hub: Hub, rounds: int, *, evaluates: bool) -> Plan:
         rounds: How many.
         evaluates: Whether every round is measured before and after.
     """
-    settings = hub.settings
     present = hub.roster.present()
-    chosen = sample_size(settings.per_round, len(present))
     hub.publish()
-    up, down, kept = 0, 0.0, 0
-    remainder = _Remainder(hub, chosen)
+    in_process = isinstance(hub.transport, InProcess)
+    timed = _timed_steps(hub, present[:1] if in_process else present)  # before the bytes: it brings the state to them
+    downlink, up, down, kept = _Downlink(hub, present), 0, 0, 0
+    down += sum(map(downlink.ask, present)) if evaluates else 0
     for number in range(hub.round, hub.round + rounds):
-        update = sum(_update_bytes(hub, node, number) for node in present) * chosen // len(present)
-        up += update
-        kept = max(kept, update)
-        if number == hub.round:
-            first = sum(len(hub.broadcast.message(n, {})) for n in present)
-            down += first * (1 if evaluates else chosen / len(present))
-        change = _change_bytes(hub, number) + remainder.grow()
-        last = number == hub.round + rounds - 1
-        if not last or evaluates:  # the change that this round makes travels to whoever is asked next
-            down += (len(present) if evaluates else chosen) * change
-    timed = _timed_steps(hub, present[:1] if isinstance(hub.transport, InProcess) else present)
+        chosen = hub.chosen(present, number)
+        down += sum(map(downlink.ask, chosen))
+        update = sum(_update_bytes(hub, node, number) for node in chosen)
+        up, kept = up + update, max(kept, update)
+        downlink.close(number, chosen)
+        down += sum(map(downlink.ask, present)) if evaluates else 0
     seconds = None
     if timed:
         steps = max(seconds * count for seconds, count in timed)
-        seconds = steps * rounds * (chosen if isinstance(hub.transport, InProcess) else 1)
+        seconds = steps * rounds * (sample_size(hub.settings.per_round, len(present)) if in_process else 1)
     return Plan(
         rounds=rounds,
-        participants=chosen,
-        bytes_up=int(up),
-        bytes_down=int(down),
-        memory=_memory(hub, kept) + 3 * remainder.bytes,
+        participants=sample_size(hub.settings.per_round, len(present)),
+        bytes_up=up,
+        bytes_down=down,
+        memory=_memory(hub, kept) + 3 * downlink.remainder_bytes,
         seconds=seconds,
         seconds_per_step=max(s for s, _ in timed) if timed else None,
     )
@@ -105,39 +103,98 @@ def _update_bytes(hub: Hub, node: str, number: int) -> int:
     return _message_bytes(_infos(hub, node, hub.settings.rule.shares(number)), hub.settings.codec)
 
 
-def _change_bytes(hub: Hub, number: int) -> int:
-    """What of a round's outcome each receiver is sent, the remainder apart."""
-    rule = hub.settings.rule
-    whole = rule.refactor is not None or not rule.linear
-    return _message_bytes(_infos(hub, None, "all" if whole else rule.shares(number)), hub.settings.broadcast_codec)
+class _Downlink:
+    """What every participant lacks, by size, as rounds go by; what `Broadcast` will find out by comparing values.
+
+    Args:
+        hub: Whose state is published.
+        nodes: Who may be asked.
+    """
+
+    def __init__(self, hub: Hub, nodes: list[str]) -> None:
+        self._hub, self._rule = hub, hub.settings.rule
+        messages = {n: hub.broadcast.message(n, {}) for n in nodes}
+        self._first = {n: wire.inspect(m, max_bytes=len(m))[1] for n, m in messages.items()}
+        self._sizes = {n: len(m) for n, m in messages.items()}
+        self._asked = dict.fromkeys(nodes, 0)  # closed rounds that it has been sent
+        self._changes: list[Part] = []  # of each closed round
+        self._remainder = _Remainder(hub)
+
+    @property
+    def remainder_bytes(self) -> int:
+        """Size of the frozen factors now."""
+        return self._remainder.bytes
+
+    def ask(self, node: str) -> int:
+        """Bytes of the next message to it, which it then holds."""
+        since, first = self._asked[node], self._first.pop(node, None)
+        self._asked[node] = len(self._changes)
+        if since == len(self._changes) and first is not None:
+            return self._sizes[node] + _HEADER
+        infos = _infos(self._hub, node, "all")
+        names = {n for part in self._changes[since:] for n in selected(infos, part)} | (first or {}).keys()
+        whole = _message_bytes({n: infos[n] for n in infos if n in names}, None)
+        lacks_values = bool(first and first.keys() & infos.keys())  # else what it lacked so far travels as codes, too
+        coded = self._coded(since) + (self._sizes[node] if first else 0)
+        return self._remainder.since(since) + (whole if lacks_values else min(whole, coded))
+
+    def _coded(self, since: int) -> int:
+        """Bytes of the changes as codes, where they travel so."""
+        codec, changes = self._hub.settings.broadcast_codec, self._changes[since:]
+        if codec is None:
+            return sys.maxsize
+        return sum(_message_bytes(_infos(self._hub, None, part), codec) - _HEADER for part in changes) + _HEADER
+
+    def close(self, number: int, nodes: list[str]) -> None:
+        """A round of these participants is over."""
+        whole = self._rule.refactor is not None or not self._rule.linear
+        part: Part = "all" if whole else self._rule.shares(number)
+        self._changes.append("A" if self._rule.name == "flora" and self._zero_b() else part)
+        self._remainder.grow(nodes)
+
+    def _zero_b(self) -> bool:
+        """Whether B is zero before the round, as FLoRA leaves it: what does not change does not travel."""
+        values = self._hub.broadcast.state_for()
+        return bool(self._changes) or not any(bool(values[n].any()) for n in selected(values, "B"))
 
 
 class _Remainder:
     """How the frozen remainder of FedEx and FLoRA grows: by rank, up to what its matrix can hold."""
 
-    def __init__(self, hub: Hub, updates: int) -> None:
-        layout, values = hub.settings.layout, hub.broadcast.state_for()
-        self._layers: list[list[int]] = []  # rank, rank a round adds, m + n, min(m, n)
-        grows = {"fedex": updates - 1, "flora": updates}.get(hub.settings.rule.name, 0)
-        for layer in layout.layers if layout is not None and grows else []:
-            pair = layout.factors(values, layer) if layout is not None else None
-            if pair is not None:
-                sides = pair.b.shape[0] + pair.a.shape[1]
-                self._layers.append([0, grows * pair.rank, sides, pair.full_rank])
+    def __init__(self, hub: Hub) -> None:
+        layout = hub.settings.layout
+        self._hub, self._rule = hub, hub.settings.rule.name
+        layers = layout.layers if layout is not None and self._rule in ("fedex", "flora") else []
+        pairs = [layout.factors(hub.broadcast.state_for(), layer) for layer in layers] if layout is not None else []
+        self._sides = [(p.b.shape[0] + p.a.shape[1], p.full_rank) for p in pairs]
+        self._names = 2 * sum(len(layer) + _ENTRY for layer in layers)
+        now = GlobalState.of(hub.model).remainder
+        self._ranks = [[now[layer].rank if layer in now else 0 for layer in layers]]  # after each round
+        self._since: list[list[int]] = []  # rank from which on a round's outcome is sent
 
-    def grow(self) -> int:
-        """Bytes of a round's increment; all of a layer's factors, once they had to be brought back."""
-        sent = 0
-        for layer in self._layers:
-            rank, more, sides, most = layer
-            layer[0] = min(rank + more, most)
-            sent += 4 * sides * (more if rank + more <= most else most)
-        return sent
+    def grow(self, nodes: list[str]) -> None:
+        """A round of these participants."""
+        layout = self._hub.settings.layout
+        if layout is None or not self._sides:
+            return
+        own = [self._hub.broadcast.rank_of(node) or layout.rank or 0 for node in nodes]
+        more = sum(own) if self._rule == "flora" else sum(own[1:])
+        former = self._ranks[-1]
+        fits = [rank + more <= most for rank, (_, most) in zip(former, self._sides, strict=True)]
+        self._since.append([rank if fit else 0 for rank, fit in zip(former, fits, strict=True)])
+        self._ranks.append([min(r + more, most) for r, (_, most) in zip(former, self._sides, strict=True)])
+
+    def since(self, closed: int) -> int:
+        """Bytes of what came after so many rounds."""
+        begins = [min(ranks) for ranks in zip(*self._since[closed:], strict=True)]
+        pairs = zip(begins, self._ranks[-1], self._sides, strict=False)  # no begins: nothing came
+        sent = sum(4 * sides * (rank - begin) for begin, rank, (sides, _) in pairs)
+        return sent + self._names if sent else 0
 
     @property
     def bytes(self) -> int:
         """Size of the factors now."""
-        return sum(4 * rank * sides for rank, _, sides, _ in self._layers)
+        return sum(4 * rank * sides for rank, (sides, _) in zip(self._ranks[-1], self._sides, strict=True))
 
 
 def _timed_steps(hub: Hub, nodes: list[str]) -> list[tuple[float, int]]:
