@@ -6,7 +6,9 @@ Knows pydantic. Knows nothing of what the options mean.
 from __future__ import annotations
 
 import difflib
-from typing import Any
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -17,6 +19,11 @@ class FrozenConfig(BaseModel):
     """A frozen pydantic model whose failures are `ConfigError`s that name the option and the remedy."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, validate_default=True)
+
+    def __new__(cls, *values: Any, **options: Any) -> Self:
+        """Refuses values without a name, which pydantic would with a TypeError."""
+        check_by_name(cls, cls.model_fields, values, options)
+        return super().__new__(cls)
 
     def __init__(self, **options: Any) -> None:
         try:
@@ -54,6 +61,29 @@ def _sentence(item: Any, model: type[BaseModel]) -> str:
         return unknown_option(where, model.model_fields)
     value = "" if item["type"] == "missing" else f" (got {item['input']!r})" if item["loc"] else ""
     return f"`{where}`: {item['msg'].removeprefix('Value error, ')}{value}"
+
+
+def check_by_name(kind: Any, known: Iterable[str], values: Sequence[Any], options: Mapping[str, Any]) -> None:
+    """Makes sure that what an object is made with are options it knows, by name.
+
+    Args:
+        kind: The class.
+        known: Its options.
+        values: What was given without a name.
+        options: What was given by name.
+
+    Raises:
+        ConfigError: An unknown name, or a value without one; the valid ones are listed.
+    """
+    try:
+        inspect.signature(kind.__init__).bind(None, *values, **options)  # a subclass may take others
+    except TypeError:
+        known = sorted(known)
+        if strange := [name for name in options if name not in known]:
+            raise ConfigError(f"{kind.__name__}: {unknown_option(strange[0], known)}") from None  # noqa: EM102
+        if values:
+            msg = f"{kind.__name__} takes options by name, got {values[0]!r:.80} without. Valid: {', '.join(known)}"
+            raise ConfigError(msg) from None
 
 
 def unknown_option(name: str, known: Any) -> str:

@@ -10,11 +10,14 @@ import weakref
 
 import pytest
 import torch
+from tiny import PAIRS
 
+from llmchain_fed import FederatedAveraging
 from llmchain_fed.errors import ConfigError, FederationError
 from llmchain_fed.federated import server_optimizers
 from llmchain_fed.federated.aggregation import AGGREGATIONS, RunningMean, make_aggregation, weighted_average
 from llmchain_fed.federated.rule import Contribution, Round
+from llmchain_fed.federated.server_optimizers import FedAvgM
 
 SHAPES = {"a": (3, 4), "b": (5,), "scalar": (), "c.weight": (2, 1, 3)}
 
@@ -204,6 +207,59 @@ def test_a_rule_of_ones_own_combines_as_it_says():
     collector = rule.begin(Round({"w": torch.tensor([0.0, 9.0])}, None))
     collector.add(Contribution({"w": torch.tensor([5.0, 1.0])}, 1.0))
     assert (rule.name, collector.combine().values["w"].tolist()) == ("largest", [5.0, 9.0])
+
+
+class Wrong:
+    """A rule of one's own whose result is not what it should be."""
+
+    name = "wrong"
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def start(self, state):
+        self.tensors = {}
+        return self
+
+    def add(self, tensors, weight):
+        self.tensors = dict(tensors)
+
+    def result(self):
+        return self.answer(self.tensors)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (lambda _: None, r"aggregation 'wrong' returned NoneType\. It must return a mapping of names to tensors"),
+        (
+            lambda tensors: {n: t.numpy() for n, t in tensors.items()},
+            r"returned ndarray for .* Make it a torch\.Tensor",
+        ),
+        (lambda tensors: {"x": torch.ones(1)}, r"1 tensors \['x'\] are not in the global weights"),
+        (lambda tensors: {n: t.flatten()[:1] for n, t in tensors.items()}, r"has shape \(1,\), the global weights' is"),
+    ],
+    ids=["nothing", "numpy", "other names", "other shapes"],
+)
+@pytest.mark.parametrize("options", [{}, {"broadcast_codec": "int8"}, {"server_optimizer": FedAvgM()}], ids=repr)
+def test_a_rule_of_ones_own_that_returns_no_weights_fails_its_round(answer, reason, options, make_chain):
+    chain = make_chain()
+    fed = FederatedAveraging(chain, participants={"a": PAIRS[:3]}, aggregation=Wrong(answer), progress=False, **options)
+    before = chain.model.trainable_state()
+    with pytest.raises(FederationError, match=reason):
+        fed.fit(1)
+    after = chain.model.trainable_state()
+    assert all(torch.equal(after[n], before[n]) for n in before)
+    assert (fed.round, len(fed.history)) == (0, 0)
+
+
+def test_a_rule_of_ones_own_that_starts_nothing_is_refused_before_anything_is_trained(make_chain):
+    class Nothing:
+        def start(self, state):
+            return None
+
+    with pytest.raises(ConfigError, match=r"aggregation 'Nothing': start\(\) returns an object with add and result"):
+        FederatedAveraging(make_chain(), participants={"a": PAIRS[:3]}, aggregation=Nothing(), progress=False)
 
 
 def test_fedit_is_for_lora():

@@ -23,6 +23,7 @@ from llmchain_fed import (
 )
 from llmchain_fed.data import collate, encode_examples
 from llmchain_fed.errors import (
+    CheckpointError,
     ConfigError,
     DataError,
     DuplicateParticipantError,
@@ -38,6 +39,7 @@ from llmchain_fed.errors import (
 )
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
 from llmchain_fed.federated.participant import hold_out
+from llmchain_fed.federated.runtime import InProcess
 
 FAST = TrainingConfig(optimizer="sgd", learning_rate=0.05, batch_size=16)
 SHARES = {"a": PAIRS[:5], "b": PAIRS[5:9], "c": PAIRS[9:]}
@@ -303,6 +305,9 @@ def test_short_options_and_training_say_the_same(make_chain):
         ({"evaluation": True}, "between 0 and 1"),
         ({"evaluation": {"z": PAIRS}}, r"\['z'\], who take no part"),
         ({"samples": -1}, "samples"),
+        ({"samples": True}, "samples is a count of 0 or more, got True"),
+        ({"seed": None}, "seed is a whole number, got None"),
+        ({"seed": True}, "seed is a whole number, got True"),
         ({"participants": ["a", "b"]}, "list of Participant, got str"),
         ({"participants": PAIRS}, "list of Participant, got tuple"),
         ({"participants": 5}, "got int"),
@@ -377,6 +382,18 @@ def test_rounds_are_a_positive_count(rounds, make_chain):
     with pytest.raises(ConfigError, match="at least one round"):
         fed.fit(rounds=rounds)
     assert len(fed.history) == 0
+    with pytest.raises(ConfigError, match="plan takes at least one round"):
+        fed.plan(rounds=rounds)
+
+
+@pytest.mark.parametrize("min_delta", ["0.1", math.nan, math.inf, -0.1, True, None, 10**400])
+def test_an_improvement_is_a_finite_number(min_delta, make_chain, tmp_path):
+    fed = federation(make_chain(), evaluation=PAIRS[:3], checkpoint_dir=tmp_path)
+    for patience in (1, None):
+        with pytest.raises(ConfigError, match="min_delta is a finite number"):
+            fed.fit(rounds=1, patience=patience, min_delta=min_delta)
+    assert fed.round == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nobody_to_learn_from(make_chain):
@@ -404,6 +421,115 @@ def test_nobody_trains_twice_in_a_round(make_chain):
             fed.train(PAIRS[:2], same)
     fed.step()
     fed.train(PAIRS[:2], 0)
+
+
+def spoil(monkeypatch, peer, answer=b"garbage"):
+    """Lets a participant train and then answer something else."""
+    inner = peer.handle
+
+    def handle(op, payload):
+        found = inner(op, payload)
+        return answer if op == "train" else found
+
+    monkeypatch.setattr(peer, "handle", handle)
+
+
+def test_who_was_refused_may_train_again_in_the_same_round(make_chain, monkeypatch):
+    chain = make_chain()
+    fed = federation(chain)
+    fed.train(SHARES["b"], "b")
+    spoil(monkeypatch, fed._peers["a"])
+    first = fed.train(SHARES["a"], "a")
+    assert (first.status, first.bytes_up) == ("refused", len(b"garbage"))
+    with pytest.raises(FederationError, match=r"\['b'\] have trained"):
+        fed.fit(rounds=1)
+    monkeypatch.undo()
+    second = fed.train(SHARES["a"], "a")
+    assert (second.status, second.reason) == ("trained", None)
+    assert second.bytes_down > first.bytes_down > 0, "the ledger counts both ways there"
+    with pytest.raises(DuplicateParticipantError, match="'a' has already trained"):
+        fed.train(SHARES["a"], "a")
+    record = fed.step()
+    assert record.participants["a"] is second
+    assert record.trained == ["b", "a"]
+    wanted = mean_of(*((trained(make_chain, SHARES[n], n), len(SHARES[n])) for n in "ab"))
+    assert_close(chain.model.trainable_state(), wanted)
+
+
+@pytest.mark.parametrize("after", ["train", "fit"])
+@pytest.mark.parametrize("evaluation", [None, PAIRS[:2]])
+def test_a_round_without_a_usable_update_is_closed_by_step(after, evaluation, make_chain, monkeypatch):
+    chain = make_chain()
+    start = chain.model.trainable_state()
+    fed = federation(chain, {"a": SHARES["a"]}, evaluation=evaluation)
+    spoil(monkeypatch, fed._peers["a"])
+    assert fed.train(SHARES["a"], "a").status == "refused"
+    with pytest.raises(FederationError, match=r"has no usable update \(from a\)"):
+        fed.fit(rounds=1)
+    with pytest.raises(QuorumError, match=r"0 usable updates, the quorum is 1 \(a: UpdateRefusedError"):
+        fed.step()
+    monkeypatch.undo()
+    assert_equal(chain.model.trainable_state(), start)
+    assert (fed.round, len(fed.history)) == (0, 0)
+    with pytest.raises(NothingTrainedError):
+        fed.step()
+    if after == "fit":
+        fed.fit(rounds=1)
+    else:
+        fed.train(SHARES["a"], "a")
+        fed.step()
+    assert_equal(chain.model.trainable_state(), trained(make_chain, SHARES["a"], "a"))
+    assert fed.round == len(fed.history) == 1
+
+
+@pytest.mark.parametrize("loses", ["what it found", "what it was sent"])
+def test_train_sends_everything_to_one_that_lost_what_it_held(loses, make_chain, monkeypatch):
+    """One that no round has asked found the first weights in the chain, which has moved on since."""
+    chain = make_chain()
+    fed = federation(chain, participants_per_round=1 if loses == "what it found" else None)
+    asked = fed.fit(rounds=1)[0].trained
+    name = next(n for n in SHARES if (n in asked) == (loses == "what it was sent"))
+    if loses == "what it was sent":
+        fed._held.forget()
+    start, payloads, inner = chain.model.trainable_state(), [], fed._peers[name].handle
+
+    def handle(op, payload):
+        payloads.append(len(payload))
+        return inner(op, payload)
+
+    monkeypatch.setattr(fed._peers[name], "handle", handle)
+    record = fed.train(SHARES[name], name)
+    assert (record.status, record.reason) == ("trained", None)
+    assert record.bytes_down == sum(payloads)
+    assert payloads[-1] > sum(t.numel() * t.element_size() for t in start.values())
+    fed.step()
+    assert_equal(chain.model.trainable_state(), trained(make_chain, SHARES[name], name, start, round_number=1))
+
+
+def test_train_sends_what_changed_to_one_that_holds_the_rest(make_chain):
+    """As many bytes as `fit` sends it: under ffa only B has changed since."""
+    whole, by_hand = (federation(make_chain(lora=True), aggregation="ffa") for _ in range(2))
+    sent = whole.fit(rounds=2)[1].participants["a"].bytes_down
+    by_hand.fit(rounds=1)
+    assert by_hand.train(SHARES["a"], "a").bytes_down == sent
+    state = whole._model.trainable_state()
+    assert sent < sum(t.numel() * t.element_size() for t in state.values())
+
+
+@pytest.mark.parametrize("rounds_before", [0, 1])
+@pytest.mark.parametrize("bad", [[], 5, [{"x": 1}], Broken()])
+def test_a_failed_train_leaves_a_participant_its_examples(bad, rounds_before, make_chain):
+    """Those of before were a generator, which cannot be read a second time."""
+    chain, smooth = make_chain(), make_chain()
+    fed = federation(chain, {"a": (p for p in SHARES["a"]), "b": SHARES["b"]})
+    if rounds_before:
+        fed.fit(rounds=1)
+    with pytest.raises((DataError, OSError)):
+        fed.train(bad, "a")
+    fed.fit(rounds=1)
+    assert fed.history[-1].participants["a"].examples == len(SHARES["a"])
+    federation(smooth, {"a": SHARES["a"], "b": SHARES["b"]}).fit(rounds=rounds_before + 1)
+    assert_equal(chain.model.trainable_state(), smooth.model.trainable_state())
 
 
 def test_fit_does_not_begin_in_an_open_round(make_chain):
@@ -563,6 +689,36 @@ def test_the_quorum_counts_usable_updates(make_chain, monkeypatch):
         by_hand.step()
     by_hand.train(PAIRS[4:], 1)  # the round is still open
     assert by_hand.step().trained == ["0", "1"]
+
+
+class Processes(InProcess):
+    """A cluster whose other processes hear what the leading one, this one, publishes."""
+
+    leads = True
+
+    def __init__(self):
+        super().__init__({})
+        self.heard = []
+
+    def host(self, peers):
+        self._peers = dict(peers)
+
+    def follow(self, adopt):
+        raise AssertionError("this process leads")
+
+    def publish(self, outcome, error=None):
+        self.heard.append(error)
+
+
+def test_every_process_hears_that_a_directory_is_taken(make_chain, tmp_path):
+    """Only the leading one looks; the others wait for it, and would for ever if it raised unheard."""
+    federation(make_chain(), checkpoint_dir=tmp_path).fit(rounds=1)
+    processes = Processes()
+    fed = federation(make_chain(), runtime=processes, checkpoint_dir=tmp_path)
+    with pytest.raises(CheckpointError, match="of an earlier run") as caught:
+        fed.fit(rounds=1)
+    assert processes.heard == [caught.value]
+    assert fed.round == 0
 
 
 # --- the server's side ------------------------------------------------------------------------------------------------

@@ -441,12 +441,16 @@ def test_a_codec_that_the_participant_did_not_use_is_refused(make_chain):
     assert "its codec is None, asked for was 'int8'" in record.reason
 
 
+class OwnCodec(Int4):
+    """Code that participants elsewhere do not have."""
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"codec": "int7"}, "unknown codec 'int7'. Valid: bf16, int8, int4, topk"),
         ({"broadcast_codec": "zip"}, "unknown codec 'zip'"),
-        ({"codec": Int4(block=32)}, "no code travels"),
+        ({"codec": OwnCodec()}, "no code travels"),
         ({"codec": "topk", "aggregation": "flora"}, "error feedback cannot bring it back"),
         ({"broadcast_codec": "int8", "aggregation": "fedsvd"}, "blur the whole model"),
         ({"broadcast_codec": "int8", "aggregation": "fedex"}, "never saw what the codec had left out"),

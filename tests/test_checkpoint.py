@@ -170,6 +170,22 @@ def test_a_count_that_is_none_is_refused(keep, make_chain, tmp_path):
         federation(make_chain(), tmp_path, keep_checkpoints=keep)
 
 
+@pytest.mark.parametrize("directory", [5, 1.5, b"there", ["there"]])
+def test_a_directory_that_is_no_path_is_refused(directory, make_chain):
+    with pytest.raises(ConfigError, match="checkpoint_dir is the path of a directory, got"):
+        federation(make_chain(), directory)
+    for nowhere in (directory, None):
+        with pytest.raises(ConfigError, match="checkpoint_dir is the path of a directory, got"):
+            FederatedAveraging.resume(nowhere, make_chain(), participants=SHARES, progress=False)
+
+
+def test_a_directory_that_no_file_system_holds_is_refused_before_anything_is_trained(make_chain, tmp_path):
+    fed = federation(make_chain(), f"{tmp_path}/a\0b")
+    with pytest.raises(CheckpointError, match="Choose another checkpoint_dir"):
+        fed.fit(rounds=1)
+    assert fed.round == 0
+
+
 def test_what_else_lies_there_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "round-1").mkdir()

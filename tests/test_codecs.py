@@ -12,7 +12,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from tiny import PAIRS
 
+from llmchain_fed import FederatedAveraging
 from llmchain_fed.errors import ConfigError, FederationError, UpdateRefusedError
 from llmchain_fed.federated import wire
 from llmchain_fed.federated.codecs import (
@@ -24,6 +26,7 @@ from llmchain_fed.federated.codecs import (
     encoded_bytes,
     make_codec,
     ratio,
+    spec,
 )
 from llmchain_fed.federated.feedback import encode_with_feedback
 from llmchain_fed.federated.wire import TensorInfo, describe
@@ -497,6 +500,7 @@ def test_codecs_by_name():
     assert make_codec(None) is None
     assert make_codec("topk:0.01") == TopK(0.01)
     assert make_codec("topk:1e-3") == TopK(0.001)
+    assert [make_codec("int8:64"), make_codec("int4:256")] == [Int8(block=64), Int4(block=256)]
     own = Int8(block=32)
     assert make_codec(own) is own
     assert repr(own) == "Int8(block=32)"
@@ -511,7 +515,10 @@ def test_codecs_by_name():
         ("zip", r"unknown codec 'zip'\. Valid: bf16, int8, int4, topk, topk:<ratio>"),
         ("", "unknown codec ''. Valid: bf16"),
         ("INT8", "unknown codec 'INT8'"),
-        ("int8:7", "unknown codec 'int8:7'"),
+        ("bf16:7", "unknown codec 'bf16:7'"),
+        ("int8:", "'' is no number"),
+        ("int8:1.5", "'1.5' is no number.*int8:<block>"),
+        ("int4:0", "Int4: `block` .* 1 to 65,536, got 0"),
         ("topk:", "'' is no number"),
         ("topk:many", "'many' is no number"),
         ("topk:0", "above 0 up to 1, got 0.0"),
@@ -538,6 +545,67 @@ def test_blocks_that_are_none(codec, block):
 def test_ratios_that_are_none(share):
     with pytest.raises(ConfigError, match=rf"TopK: `ratio` .* got {share!r}"):
         TopK(share)
+
+
+@pytest.mark.parametrize(
+    ("codec", "text"),
+    [
+        (None, None),
+        (BF16(), "bf16"),
+        (Int8(), "int8"),
+        (Int8(block=64), "int8:64"),
+        (Int4(), "int4"),
+        (Int4(block=256), "int4:256"),
+        (TopK(), "topk:0.1"),
+        (TopK(ratio=1 / 3), "topk:0.3333333333333333"),
+    ],
+)
+def test_every_codec_of_these_has_a_text_that_makes_it_elsewhere(codec, text):
+    assert spec(codec) == text
+    assert make_codec(text) == codec
+
+
+def test_a_federation_takes_these_with_other_settings(make_chain, tmp_path):
+    shares = {"a": PAIRS[:5], "b": PAIRS[5:9]}
+    chains = {}
+    for how, choice in {"object": Int8(block=32), "name": "int8:32", "usual": "int8"}.items():
+        chains[how] = make_chain()
+        options = {"codec": choice, "broadcast_codec": choice, "checkpoint_dir": tmp_path / how}
+        FederatedAveraging(chains[how], participants=shares, progress=False, **options).fit(2)
+    weights = {how: chain.model.trainable_state() for how, chain in chains.items()}
+    assert all(torch.equal(tensor, weights["name"][n]) for n, tensor in weights["object"].items())
+    assert not all(torch.equal(tensor, weights["usual"][n]) for n, tensor in weights["object"].items())
+    again = make_chain()
+    FederatedAveraging.resume(tmp_path / "object", again, participants=shares, round=1, progress=False).fit(1)
+    assert all(torch.equal(tensor, weights["object"][n]) for n, tensor in again.model.trainable_state().items())
+
+
+def test_a_federation_takes_none_of_ones_own(make_chain):
+    class Squared(Int8):
+        name = "int8"
+
+    class Named(Int8):
+        name = "mine"
+
+    for own in (Squared(), Named(block=32)):
+        for option in ("codec", "broadcast_codec"):
+            with pytest.raises(ConfigError, match=r"is code of your own.*Valid: bf16, int8, int4, topk"):
+                FederatedAveraging(make_chain(), participants={"a": PAIRS}, progress=False, **{option: own})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("codec", [BF16(), Int8(), Int4(), TopK(0.3)], ids=repr)
+def test_torchs_default_type_plays_no_role(codec, dtype):
+    tensors = delta()
+    wanted = there_and_back(codec, tensors)
+    torch.set_default_dtype(dtype)
+    try:
+        found = there_and_back(codec, tensors)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, wanted[name]), name
 
 
 def test_a_codec_of_ones_own():

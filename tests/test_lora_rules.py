@@ -540,6 +540,27 @@ def test_identical_participants_are_one_of_them(name, number):
         assert furthest(found, wanted) < 1e-4  # of values around 10
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", LORA_RULES)
+def test_torchs_default_type_plays_no_role(name, dtype):
+    """Not even in the last bit: neither the random factors nor the sums are of another type."""
+    start = random_state(0)
+    updates = [given(seen_by(name, random_state(seed, base=start), start), float(seed)) for seed in (1, 2, 3)]
+    _, values, remainder = combined(name, updates, start)
+    torch.set_default_dtype(dtype)
+    try:
+        _, found, more = combined(name, updates, start)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+    assert all(torch.equal(tensor, values[n]) for n, tensor in found.items())
+    assert more.keys() == remainder.keys()
+    for layer, factors in more.items():
+        assert factors.a.dtype == factors.b.dtype == torch.float32
+        assert torch.equal(factors.a, remainder[layer].a)
+        assert torch.equal(factors.b, remainder[layer].b)
+
+
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("name", LORA_RULES)
 def test_the_order_of_participants_changes_nothing(name, number):

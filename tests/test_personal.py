@@ -13,6 +13,7 @@ from tiny import PAIRS
 
 from llmchain_fed import (
     ConfigError,
+    DataError,
     DeadlineError,
     Ditto,
     FederatedAveraging,
@@ -26,6 +27,7 @@ from llmchain_fed import (
 from llmchain_fed.federated.runtime import InProcess
 
 SHARES = {"a": PAIRS[:4], "b": PAIRS[4:9], "c": PAIRS[9:]}
+NEWCOMER = Participant("new", PAIRS[:4], held_out=PAIRS[4:6])
 SGD = TrainingConfig(optimizer="sgd", learning_rate=0.5, batch_size=2)
 ADAM = TrainingConfig(optimizer="adam", learning_rate=5e-3, batch_size=2)
 
@@ -104,9 +106,18 @@ def test_personalizing_again_starts_from_the_global_weights_again(make_chain):
         (lambda f: f.personalize("a", steps=0), ConfigError, "steps is a count of at least 1, got 0"),
         (lambda f: f.personalize("a", steps=True), ConfigError, "steps"),
         (lambda f: f.personalize("a", steps=1, lr=-1.0), ConfigError, "lr is a positive number"),
+        (lambda f: f.personalize("a", steps=1, lr=True), ConfigError, "lr is a positive number, got True"),
+        (lambda f: f.personalize("a", steps=1, lr=10**400), ConfigError, "lr is a positive number"),
         (lambda f: f.compare(["a"]), ConfigError, r"\['a'\] hold out no examples"),
+        (lambda f: f.compare("abc"), ConfigError, r"\['abc'\] hold out no examples"),
+        (lambda f: f.compare(3), ConfigError, "compare takes the names of participants, got 3"),
         (lambda f: f.adaptation_curve("a"), ConfigError, "holds out no examples"),
         (lambda f: f.adaptation_curve("a", steps=[-1]), ConfigError, "counts of 0 or more"),
+        (lambda f: f.adaptation_curve("a", steps=5), ConfigError, "counts of 0 or more.*got 5"),
+        (lambda f: f.adaptation_curve("a", steps=[[1]]), ConfigError, r"counts of 0 or more.*got \[\[1\]\]"),
+        (lambda f: f.adaptation_curve("a", steps=[]), ConfigError, "counts of 0 or more"),
+        (lambda f: f.adaptation_curve("a", lr=float("nan")), ConfigError, "lr is a positive number, got nan"),
+        (lambda f: f.adaptation_curve(NEWCOMER, lr=float("nan")), ConfigError, "lr is a positive number, got nan"),
         (lambda f: f.adaptation_curve(Participant("new", PAIRS)), ConfigError, "no held_out="),
     ],
 )
@@ -161,7 +172,7 @@ def test_losses_side_by_side_are_those_of_the_three_models(make_chain):
     assert len({round(v, 6) for v in found["a"].values()}) == 3
     assert repr(found).splitlines()[0].split() == ["participant", "base", "global", "personal"]
     assert "<td>b</td>" in found._repr_html_()
-    assert list(fed.compare(["b"])) == ["b"]
+    assert list(fed.compare(["b"])) == list(fed.compare("b")) == ["b"]
 
 
 # --- Ditto ------------------------------------------------------------------------------------------------------------
@@ -432,3 +443,29 @@ def test_a_newcomer_may_have_a_rank_of_its_own(make_chain):
     assert found[0] == pytest.approx(loss(chain.model, PAIRS[4:6], chain), abs=1e-5)
     with pytest.raises(ConfigError, match="takes part already"):
         fed.adaptation_curve(Participant("a", PAIRS, held_out=PAIRS))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_newcomers_rank_is_forgotten_with_it(fails, make_chain):
+    """One that trains under its name later does so at the chain's rank, as if no curve had been drawn."""
+    chain, smooth = make_chain(lora=True), make_chain(lora=True)
+    fed, twin = federation(chain, aggregation="flora"), federation(smooth, aggregation="flora")
+    newcomer = Participant("new", 5 if fails else PAIRS[:4], held_out=PAIRS[4:6], rank=2)
+    if fails:
+        with pytest.raises(DataError):
+            fed.adaptation_curve(newcomer, steps=(0, 1))
+    else:
+        fed.adaptation_curve(newcomer, steps=(0, 1))
+    for one in (fed, twin):
+        assert one.train(PAIRS[:4], "new").status == "trained"
+        one.step()
+    assert_equal(chain.model.trainable_state(), smooth.model.trainable_state())
+    for layer, factors in smooth.model.remainder().items():
+        assert all(map(torch.equal, chain.model.remainder()[layer], factors))
+
+
+def test_train_says_anew_what_rank_a_participant_has(make_chain):
+    """Whatever one of that name was told before, such as by a curve that this process did not end."""
+    fed = federation(make_chain(lora=True), None, aggregation="flora")
+    fed._hub.broadcast.joined("new", None, 2, None)
+    assert fed.train(PAIRS[:4], "new").status == "trained"

@@ -54,8 +54,16 @@ def test_an_overlong_held_out_example_costs_no_held_out_loss(make_chain):
 
 def test_a_share_and_train_would_train_on_what_is_held_out(make_chain):
     fed = FederatedAveraging(make_chain(), participants={"a": PAIRS}, evaluation=0.2, progress=False)
-    with pytest.raises(ConfigError, match="train\\(\\) brings its own"):
+    with pytest.raises(ConfigError, match="train\\(\\) brings its own") as caught:
         fed.train(PAIRS, "a")
+    for advice, options in {
+        "evaluation=examples, one set for all": {"evaluation": PAIRS[8:]},
+        "both participants= and evaluation=": {"participants": {"a": PAIRS[:2]}, "evaluation": {"a": PAIRS[8:]}},
+    }.items():
+        assert advice in str(caught.value)
+        followed = FederatedAveraging(make_chain(), progress=False, **options)
+        followed.train(PAIRS[:8], "a")
+        assert followed.step().held_out_after is not None
 
 
 def test_the_same_question_in_two_forms_stands_on_one_side(make_chain):

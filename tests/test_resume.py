@@ -253,6 +253,30 @@ def test_a_run_interrupted_within_a_round_repeats_that_round(make_chain, tmp_pat
     assert_same(fed, straight)
 
 
+class InPlace:
+    """A server optimizer of one's own that writes into the weights it is given."""
+
+    def step(self, state, pseudo_gradient):
+        for name, value in state.items():
+            value.add_(pseudo_gradient[name])
+        return dict(state)
+
+
+def test_a_round_interrupted_after_a_step_in_place_leaves_the_chain_as_it_was(make_chain, monkeypatch):
+    fed = federation(make_chain(), server_optimizer=InPlace())
+    before = weights_of(fed)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(fed._hub.evaluator, "fill", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fed.fit(rounds=1)
+    assert fed.round == 0
+    assert_tensors_equal(weights_of(fed), before)
+
+
 def test_a_run_may_be_resumed_after_every_round(make_chain, tmp_path):
     options = {"training": KEPT, "codec": "topk", "broadcast_codec": "int8"}
     straight = federation(make_chain(lora=True), server_optimizer=FedAdam(lr=0.01), **options)
@@ -426,6 +450,40 @@ def test_promoting_what_is_not_there_is_refused(make_chain, tmp_path):
     full.fit(rounds=1)
     with pytest.raises(LLMChainFedError, match="this model has none"):
         full.promote(1)
+    for number in (None, "2", 2.0, True):
+        with pytest.raises(ConfigError, match="takes the number of a round, such as 3, got"):
+            fed.promote(number, "n")
+        with pytest.raises(ConfigError, match="takes the number of a round, such as 3, got"):
+            fed.roll_back(number)
+    assert fed.round == 2
+
+
+@pytest.mark.parametrize("what", ["adapter", "base weights", "prompt"])
+def test_a_round_of_another_base_adapter_or_prompt_is_not_promoted(what, make_chain, tmp_path):
+    federation(make_chain(lora=True), checkpoint_dir=tmp_path).fit(rounds=1)
+    changes = {
+        "adapter": {"lora": lora_config(lora_alpha=16)},
+        "base weights": {"seed": 7},
+        "prompt": {"prompt": "En français : {text}\n"},
+    }
+    chain = make_chain(**({"lora": True} | changes[what]))
+    fed = federation(chain, checkpoint_dir=tmp_path)
+    for refused in (lambda: fed.promote(1, "n"), lambda: fed.roll_back(1)):
+        with pytest.raises(CheckpointError, match=f"of round 1 is another federation's \\({what}: .* there, .* here"):
+            refused()
+    assert "n" not in chain.model.adapters
+
+
+def test_a_round_from_before_somebody_joined_is_promoted(make_chain, tmp_path):
+    """Its weights mean the same in this chain, whoever has come since."""
+    chain = make_chain(lora=True)
+    fed = federation(chain, {"a": PAIRS[:5]}, checkpoint_dir=tmp_path)
+    fed.fit(rounds=1)
+    wanted = logits(chain.model)
+    fed.train(PAIRS[5:9], "b")
+    fed.step()
+    fed.promote(1)
+    torch.testing.assert_close(logits(chain.with_adapter("promoted").model), wanted, rtol=1e-4, atol=1e-5)
 
 
 # --- personal models --------------------------------------------------------------------------------------------------
@@ -685,6 +743,31 @@ def test_everything_else_need_not_be_given_again(make_chain, tmp_path):
     assert resumed(tmp_path, make_chain(), quorum=1, keep_checkpoints=2)._hub.settings.quorum == 1, "given goes first"
 
 
+@pytest.mark.parametrize(
+    "again", [{"lr": 0.05}, {"batch_size": 4}, {"optimizer": "sgd"}, {"lr": 0.05, "batch_size": 4}, {"training": SGD}]
+)
+def test_training_options_given_again_as_they_were_are_laid_over_those_of_then(again, make_chain, tmp_path):
+    training = SGD.replace(max_grad_norm=0.5)
+    straight = federation(make_chain(), training=training)
+    straight.fit(rounds=3)
+    federation(make_chain(), training=training, checkpoint_dir=tmp_path).fit(rounds=2)
+    fed = resumed(tmp_path, make_chain(), **({n: training if n == "training" else v for n, v in again.items()}))
+    fed.fit(rounds=1)
+    assert_same(fed, straight)
+
+
+def test_of_an_optimizer_that_is_code_the_rest_need_not_be_given_again(make_chain, tmp_path):
+    options = {"training": TrainingConfig(batch_size=4), **ADAGRAD}
+    straight = federation(make_chain(), **options)
+    straight.fit(rounds=2)
+    federation(make_chain(), checkpoint_dir=tmp_path, **options).fit(rounds=1)
+    with pytest.raises(CheckpointError, match=r"optimizer was code \(Adagrad\): pass it again"):
+        resumed(tmp_path, make_chain(), lr=0.01)
+    fed = resumed(tmp_path, make_chain(), optimizer=torch.optim.Adagrad)
+    fed.fit(rounds=1)
+    assert_same(fed, straight)
+
+
 # --- another federation's ---------------------------------------------------------------------------------------------
 
 
@@ -706,6 +789,7 @@ REFUSED = {
     "adapter: .* there": (lambda make: make(lora=lora_config(lora_alpha=16)), {}),
     "b are missing, none are new": (None, {"participants": {"a": PAIRS[:5], "c": PAIRS[9:]}}),
     "none are missing, d are new": (None, {"participants": {**SHARES, "d": PAIRS[:2]}}),
+    "participants: in the order a, b, c there, c, a, b here": (None, {"participants": {n: SHARES[n] for n in "cab"}}),
     "c are missing, d are new": (None, {"participants": {"a": PAIRS[:5], "b": PAIRS[5:9], "d": PAIRS[9:]}}),
     "aggregation: 'fedavg' there, 'fedex' here": (None, {"aggregation": "fedex", "server_optimizer": None}),
     "seed: 0 there, 1 here": (None, {"seed": 1}),
@@ -735,9 +819,52 @@ def test_another_federations_checkpoint_is_refused_by_name(named_so, kept, make_
 @pytest.mark.parametrize(
     "changed", [PAIRS[5:8], [*PAIRS[5:8], ("page", "une page bien plus longue")]], ids=["fewer", "longer"]
 )
-def test_other_examples_are_refused_when_they_are_first_counted(changed, kept, make_chain):
+def test_other_examples_are_refused_before_anything_is_restored(changed, kept, make_chain):
     chain = make_chain(lora=True)
-    fed = resumed(kept, chain, {**SHARES, "b": changed})
+    before, version = chain.model.trainable_state(), chain.model.weights_version
+    with pytest.raises(CheckpointError, match=r"'b' is not as it was \(.*Give it the examples and options of then"):
+        resumed(kept, chain, {**SHARES, "b": changed})
+    assert_tensors_equal(chain.model.trainable_state(), before)
+    assert chain.model.weights_version == version, "not even for a while"
+    assert checkpoint.rounds(kept) == [1, 2]
+
+
+def test_examples_that_changed_meanwhile_are_refused_by_roll_back(kept, make_chain):
+    chain = make_chain(lora=True)
+    fed = resumed(kept, chain)
+    fed.train(PAIRS[:3], "a")
+    fed.step()
+    before = chain.model.trainable_state()
+    with pytest.raises(CheckpointError, match=r"'a' is not as it was .*examples: 5 then, 3 now"):
+        fed.roll_back(to=1)
+    assert_tensors_equal(chain.model.trainable_state(), before)
+    assert fed.round == 3
+    fed.fit(rounds=1)
+
+
+class Elsewhere:
+    """Participants on a model of their own, who say what they hold once they are asked to join."""
+
+    def __init__(self, peers) -> None:
+        self._inside = InProcess(peers)
+
+    def nodes(self):
+        return self._inside.nodes()
+
+    def call(self, op, nodes, payload, timeout=None):
+        return self._inside.call(op, nodes, payload, timeout)
+
+    def close(self):
+        self._inside.close()
+
+
+@pytest.mark.parametrize(
+    "changed", [PAIRS[5:8], [*PAIRS[5:8], ("page", "une page bien plus longue")]], ids=["fewer", "longer"]
+)
+def test_other_examples_elsewhere_are_refused_when_they_are_first_counted(changed, kept, make_chain):
+    chain = make_chain(lora=True)
+    sites = federation(make_chain(lora=True), {**SHARES, "b": changed})._peers
+    fed = resumed(kept, chain, None, runtime=Elsewhere(sites))
     before, history = chain.model.trainable_state(), fed.history.to_json()
     for _ in range(2):  # nor the second time
         with pytest.raises(CheckpointError, match="'b' is not as it was"):

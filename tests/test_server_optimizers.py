@@ -26,6 +26,7 @@ from llmchain_fed.federated.server_optimizers import (
     TorchServerOptimizer,
     apply,
     check,
+    from_settings,
     snapshot,
 )
 
@@ -473,7 +474,7 @@ def test_incomplete_memory_is_refused():
         Reptile().load_state_dict({"m/w": torch.ones(1)}, {"class": "Reptile"})
 
 
-@pytest.mark.parametrize("bad", [0, -1.0, math.nan, math.inf, "0.1", None, True])
+@pytest.mark.parametrize("bad", [0, -1.0, math.nan, math.inf, 10**400, "0.1", None, True], ids=lambda v: f"{v!r:.9}")
 @pytest.mark.parametrize(
     ("rule", "option"),
     [(r, "lr") for r in (FedAvgM, FedAdagrad, FedAdam, FedYogi, DiLoCo)]
@@ -481,7 +482,9 @@ def test_incomplete_memory_is_refused():
     + [(Reptile, "step_size")],
 )
 def test_rates_that_are_none(rule, option, bad):
-    with pytest.raises(ConfigError, match=f"{rule.__name__}: `{option}` is a number, positive and finite, got {bad!r}"):
+    with pytest.raises(
+        ConfigError, match=f"{rule.__name__}: `{option}` is a number, positive and finite, got {bad!r:.80}"
+    ):
         rule(**{option: bad})
 
 
@@ -496,12 +499,33 @@ def test_decays_that_are_none(rule, option, bad):
         rule(**{option: bad})
 
 
-@pytest.mark.parametrize("rule", [FedAvgM, FedAdagrad, FedAdam, FedYogi, Reptile, DiLoCo])
-def test_options_are_given_by_name(rule):
-    with pytest.raises(TypeError):
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        (FedAvgM, "lr, momentum"),
+        (FedAdagrad, "beta1, lr, tau"),
+        (FedAdam, "beta1, beta2, lr, tau"),
+        (FedYogi, "beta1, beta2, lr, tau"),
+        (Reptile, "step_size"),
+        (DiLoCo, "lr, momentum"),
+    ],
+)
+def test_options_are_given_by_name(rule, options):
+    with pytest.raises(ConfigError, match=rf"^{rule.__name__} takes options by name, got 0\.1 .*Valid: {options}$"):
         rule(0.1)
-    with pytest.raises(TypeError):
+    with pytest.raises(ConfigError, match=rf"^{rule.__name__}: unknown option `learning_rate`; .*Valid: {options}$"):
         rule(learning_rate=0.1)
+    with pytest.raises(ConfigError, match=rf"unknown option `{options.split(', ')[0]}s`; did you mean"):
+        from_settings({"class": rule.__name__, f"{options.split(', ')[0]}s": 0.1})
+
+
+def test_an_optimizer_made_of_one_of_these_may_take_what_it_likes():
+    class Halved(FedAvgM):
+        def __init__(self, full):
+            super().__init__(lr=full / 2, momentum=0.0)
+
+    assert Halved(1.0).step({"w": torch.zeros(1)}, {"w": torch.ones(1)})["w"].tolist() == [0.5]
+    assert copy.deepcopy(Halved(1.0)).lr == 0.5
 
 
 class KeepsAcross(torch.optim.SGD):
@@ -601,14 +625,61 @@ def test_a_step_that_returns_other_names_is_refused(change, reason):
         apply(Wrong(), values(0), values(1))
 
 
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (lambda state: None, r"returned NoneType\. It must return a mapping of names to tensors"),
+        (lambda state: list(state.values()), "returned list"),
+        (lambda state: {n: v.numpy() for n, v in state.items()}, "returned ndarray for 'a'. Make it a torch.Tensor"),
+    ],
+)
+def test_a_step_that_returns_no_tensors_is_refused(answer, reason):
+    class Wrong:
+        def step(self, state, pseudo_gradient):
+            return answer(state)
+
+    with pytest.raises(FederationError, match=rf"the step of .*{reason}"):
+        apply(Wrong(), values(0), values(1))
+
+
+class InPlace:
+    """Writes into what it is given, as torch's own optimizers do."""
+
+    def step(self, state, pseudo_gradient):
+        for name, value in state.items():
+            value.add_(pseudo_gradient[name])
+        return dict(state)
+
+
+class InPlaceAndResumable(FedAvgM):
+    step = InPlace.step
+
+
+@pytest.mark.parametrize("optimizer", [InPlace(), InPlaceAndResumable()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_in_place_moves_the_result_and_not_what_a_failed_round_goes_back_to(optimizer, dtype):
+    state, mean = values(0, dtype), values(1, dtype)
+    after = apply(optimizer, state, mean)
+    assert_equal(state, values(0, dtype))
+    for name in mean:
+        torch.testing.assert_close(after[name], mean[name], rtol=1e-2, atol=1e-2)
+
+
 def test_what_can_be_passed():
     check(None)
     check(Plain())
     for make in MAKERS.values():
         check(make())
-    for wrong in ("adam", 3, FedAdam, Plain, torch.optim.SGD, object()):
-        with pytest.raises(ConfigError, match=re.escape("object with step(state, pseudo_gradient), got")):
+    for wrong in ("adam", 3, torch.nn.Linear, object()):
+        with pytest.raises(ConfigError, match=re.escape("object with step(state, pseudo_gradient), got")) as told:
             check(wrong)
+        for kind in (FedAvgM, FedAdagrad, FedAdam, FedYogi, Reptile, DiLoCo, TorchServerOptimizer):
+            assert f"{kind.__name__}(" in str(told.value)
+    for kind in (FedAdam, DiLoCo, Plain):
+        with pytest.raises(ConfigError, match=rf"is a class, not an object\. Call it: {kind.__name__}\(…\)\."):
+            check(kind)
+    with pytest.raises(ConfigError, match=r"is a class.*Pass TorchServerOptimizer\(torch\.optim\.SGD, …\)"):
+        check(torch.optim.SGD)
     with pytest.raises(ConfigError, match=r"Pass TorchServerOptimizer\(torch\.optim\.Adam, …\)"):
         check(torch.optim.Adam([torch.nn.Parameter(torch.ones(1))]))
 

@@ -14,7 +14,7 @@ For a layer W (m, n) with LoRA factors B (m, r) and A (r, n), K participants, va
 | fedsa | A ← Ā; every participant keeps its own B | rn | rn | no common product | 2410.01463 |
 | fedsvd | B ← B̄, then B·A = USVᵀ: A ← Vᵀ, B ← US | rm | r(m+n) | yes | 2505.12805 |
 | fedex | A ← Ā, B ← B̄, rest to a frozen remainder | r(m+n) | r(m+n) + (K−1)r(m+n) | yes | 2410.09432 |
-| flora | stack to the remainder, LoRA anew | r_k(m+n) | (r + Σr_k)(m+n) | yes, also mixed ranks | 2409.05976 |
+| flora | stack to the remainder, LoRA anew | r_k(m+n) | rn + Σr_k(m+n) | yes, also mixed ranks | 2409.05976 |
 | flexlora | stack, cut to rank r by SVD | r_k(m+n) | r_k(m+n) | if r holds Σ r_k, else nearest | 2402.11505 |
 """
 
@@ -29,6 +29,7 @@ from llmchain_fed.errors import ConfigError, FederationError
 from llmchain_fed.federated import lora_rules
 from llmchain_fed.federated.rule import Accumulator, Aggregation, Combined, Contribution, Plain, Round, Rule
 from llmchain_fed.federated.running_mean import RunningMean, weighted_average
+from llmchain_fed.federated.server_memory import check_names, check_tensors
 
 __all__ = [
     "AGGREGATIONS",
@@ -73,6 +74,23 @@ class FedNova:
         """The normalised mean, added to where the round began."""
         change, tau = self._mean.result(), self._steps / max(self._total, 1e-300)
         return Combined({n: (self._state[n].float() + tau * c).to(self._state[n].dtype) for n, c in change.items()})
+
+
+class _Own(Plain):
+    """Lets an accumulator of a user's own collect, and makes sure that what it says are tensors of the model."""
+
+    def __init__(self, name: str, accumulator: Any, state: Mapping[str, Tensor]) -> None:
+        if not all(callable(getattr(accumulator, method, None)) for method in ("add", "result")):
+            msg = f"aggregation {name!r:.80}: start() returns an object with add and result, got {accumulator!r:.80}."
+            raise ConfigError(msg)
+        super().__init__(accumulator)
+        self._name, self._state = name, state
+
+    def combine(self) -> Combined:
+        combined = super().combine()
+        check_tensors(f"aggregation {self._name!r:.80}", combined.values)
+        check_names(self._state, combined.values)
+        return combined
 
 
 def _mean(_: Round) -> Plain:
@@ -131,8 +149,9 @@ def make_aggregation(choice: str | Aggregation | Rule) -> Rule:
         msg = f"aggregation is a name ({valid}) or an object with start(state), got {choice!r}."
         raise ConfigError(msg)
 
-    def begin(round_: Round) -> Plain:
-        state: Mapping[str, Tensor] = round_.state
-        return Plain(start(state))
+    name = str(getattr(choice, "name", type(choice).__name__))
 
-    return Rule(str(getattr(choice, "name", type(choice).__name__)), begin)
+    def begin(round_: Round) -> Plain:
+        return _Own(name, start(round_.state), round_.state)
+
+    return Rule(name, begin)

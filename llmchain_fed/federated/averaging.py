@@ -14,19 +14,21 @@ from tqdm.auto import tqdm
 
 from llmchain_fed._config import unknown_option
 from llmchain_fed.data import DataReport, Examples
-from llmchain_fed.errors import ConfigError, FederationError, NothingTrainedError
+from llmchain_fed.errors import ConfigError, FederationError, NothingTrainedError, QuorumError
 from llmchain_fed.federated.aggregation import Aggregation, Weighting
 from llmchain_fed.federated.alike import Alike
 from llmchain_fed.federated.between_rounds import BetweenRounds
 from llmchain_fed.federated.codecs import Codec
 from llmchain_fed.federated.evaluation import Evaluator
-from llmchain_fed.federated.held import Held
+from llmchain_fed.federated.held import STALE, Held
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
 from llmchain_fed.federated.hub import Hub
 from llmchain_fed.federated.keeping import Keeping
 from llmchain_fed.federated.options import (
     Patience,
+    check_numbers,
     check_travels,
+    checked_patience,
     checked_quorum,
     sample_size,
     training_of,
@@ -126,6 +128,7 @@ class FederatedAveraging(BetweenRounds):
         for name in unknown:
             known = set(type(self).__init__.__annotations__) - {"return", "unknown"}
             raise ConfigError(f"{type(self).__name__}: {unknown_option(name, known)}")  # noqa: EM102
+        check_numbers(samples, seed)
         self._given = model
         self._trainee = Trainee.of(model)
         self._model = self._trainee.model
@@ -253,15 +256,16 @@ class FederatedAveraging(BetweenRounds):
             The history, of earlier calls too.
 
         Raises:
-            ConfigError: No rounds or no participants; `patience` without evaluation.
+            ConfigError: No rounds or no participants; `patience` without evaluation; a `min_delta` below 0.
             DataError: A participant's examples cannot be used.
             QuorumError: A round has too few usable updates; earlier rounds are kept.
             FederationError: A round opened by `train()` is not closed.
             CheckpointError: A checkpoint cannot be written; the round itself is kept.
         """
-        self._check_fit(rounds, patience)
-        self._keeping.check_directory()
-        stop = Patience(patience, min_delta) if patience is not None else None
+        self._check_rounds("fit", rounds)
+        # participants elsewhere may hold out examples of their own
+        measured = self._hub.evaluator.active or not isinstance(self._transport, InProcess)
+        stop = checked_patience(patience, min_delta, measured=measured)
         if stop is not None:
             stop.go_on(self._hub.patience)
         self._everywhere(lambda: self._lead(rounds, stop))
@@ -271,6 +275,7 @@ class FederatedAveraging(BetweenRounds):
         return self._alike.do(work)
 
     def _lead(self, rounds: int, stop: Patience | None) -> None:
+        self._keeping.check_directory()  # here, where the other processes of a script hear of what it raises
         self.history.stopped_early = None
         options = {"model": self._model.name, **self._keeping.described()}
         info = RunInfo(options, tuple(self._transport.nodes()), self.round, rounds)
@@ -305,24 +310,25 @@ class FederatedAveraging(BetweenRounds):
         for peer in self._peers.values():
             peer.show_adapter(self.round)
 
-    def _check_fit(self, rounds: int, patience: int | None) -> None:
+    def _check_rounds(self, what: str, rounds: int) -> None:
         if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
-            msg = f"fit runs at least one round, got rounds={rounds!r}."
+            msg = f"{what} takes at least one round, got rounds={rounds!r}."
             raise ConfigError(msg)
         if not self._transport.nodes():
             msg = "there is nobody to learn from. Pass participants={name: examples, …}, or use train() and step()."
             raise ConfigError(msg)
-        # others may hold out their own
-        held_out = self._hub.evaluator.active or not isinstance(self._transport, InProcess)
-        if patience is not None and (not isinstance(patience, int) or patience < 1 or not held_out):
-            msg = "patience is at least 1 and needs evaluation=…, which says what held-out loss is measured on."
-            raise ConfigError(msg)
         self._check_closed()
 
     def _check_closed(self) -> None:
-        if self._open is not None:
-            msg = f"{self._open.trained} have trained in a round that is still open. Call step() first."
-            raise FederationError(msg)
+        if self._open is None:
+            return
+        msg = f"{self._open.trained} have trained in a round that is still open. Call step() first."
+        if not self._open.trained:
+            msg = (
+                f"the round that train() opened has no usable update (from {', '.join(self._open.records)}). Call "
+                "train() again, or step(), which says why and closes it."
+            )
+        raise FederationError(msg)
 
     def _join(self) -> None:
         newcomers = self._hub.join()
@@ -337,12 +343,15 @@ class FederatedAveraging(BetweenRounds):
     def train(self, local_data: Examples, device_id: Any) -> ParticipantRecord:
         """Trains one participant from the current global weights; the chain keeps those until `step()`.
 
+        One whose update was refused, which its record says, may train again in the same round: its new record then
+        takes the place of the old one.
+
         Args:
             local_data: Its examples, in any form.
             device_id: Its name.
 
         Raises:
-            DuplicateParticipantError: It has trained in this round already.
+            DuplicateParticipantError: An update of its own is in this round already.
             DataError, TrainingError: Its examples or its training failed; nothing has changed.
             ConfigError: The participants run elsewhere (`runtime=`).
         """
@@ -351,8 +360,8 @@ class FederatedAveraging(BetweenRounds):
             raise ConfigError(msg)
         if self._hub.evaluator.holds_out_a_share:
             msg = (
-                "evaluation as a share sets apart examples of participants=…, and train() brings its own. "
-                "Pass evaluation={name: examples}, or one set for all."
+                "evaluation as a share sets apart examples of participants=…, and train() brings its own. Pass "
+                "evaluation=examples, one set for all, or both participants= and evaluation= as {name: examples}."
             )
             raise ConfigError(msg)
         name = str(device_id)
@@ -362,35 +371,51 @@ class FederatedAveraging(BetweenRounds):
         participant = Participant(name, local_data)
         if peer is None:
             peer = self._peer(participant)
-        else:
-            peer.take(participant)
-        if peer.participant.rank is not None:
-            self._hub.broadcast.joined(name, None, peer.participant.rank, peer.participant.alpha)
-        message = self._hub.broadcast.message(name, self._hub.header(opened))
-        update = peer.handle("train", message)  # what it raises is the caller's to see
+        with peer.taking(participant):
+            update, sent = self._asked(peer, self._hub.header(opened))  # what it raises is the caller's to see
         if self._open is None:
             self._open, self._opened = opened, time.perf_counter()
         if name not in self._peers:
             self._peers[name] = peer
             self._transport.add(name, peer)
-        record = opened.accept(name, update, sent=len(message))
+        record = opened.accept(name, update, sent=sent)
         self._hub.roster.leave(name)  # it may hold another number of examples now: the next round asks anew
         return record
+
+    def _asked(self, peer: LocalPeer, header: Mapping[str, Any]) -> tuple[bytes, int]:
+        """A participant's update, and the bytes that went to it; one that lost what it held is sent everything."""
+        broadcast, participant = self._hub.broadcast, peer.participant
+        name, rank, alpha = participant.name, participant.rank, participant.alpha
+        if rank is not None or broadcast.scaling_of(name) is not None:  # else it holds what it is known to hold
+            broadcast.joined(name, None, rank, alpha)
+        message = broadcast.message(name, header)
+        answer = peer.handle("train", message)
+        if answer != STALE:
+            return answer, len(message)
+        broadcast.joined(name, None, rank, alpha)
+        everything = broadcast.message(name, header)
+        return peer.handle("train", everything), len(message) + len(everything)
 
     def step(self) -> RoundRecord:
         """Averages what has been trained since the last step and loads it: w = Σ n_k/n · w_k.
 
         Raises:
             NothingTrainedError: Nobody has trained in this round.
-            QuorumError: Too few updates were usable.
+            QuorumError: Too few updates were usable. The round stays open, so that more can train; it is closed where
+                not one was usable. Weights and history are as before.
         """
         if self._open is None:
             msg = "no participant has trained since the last step(). Call train(local_data, device_id) first."
             raise NothingTrainedError(msg)
-        if self._hub.evaluator.active:
-            self._join()
-        before = self._hub.measure(self.round)
-        record = self._hub.close(self._open, self._opened, before, {})
+        try:
+            if self._hub.evaluator.active:
+                self._join()
+            before = self._hub.measure(self.round)
+            record = self._hub.close(self._open, self._opened, before, {})
+        except QuorumError:
+            if not self._open.trained:  # nothing in it is worth waiting for: fit() and train() may begin anew
+                self._open = None
+            raise
         self._open = None
         self._completed(record)
         return record

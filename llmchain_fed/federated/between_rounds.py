@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llmchain_fed.data import Examples
+from llmchain_fed.errors import ConfigError
 from llmchain_fed.evaluation import EvaluationResult, evaluate_locally
 from llmchain_fed.federated import personalizing
 from llmchain_fed.federated.hub import Hub
@@ -29,7 +30,7 @@ class BetweenRounds(ABC):
     _peers: dict[str, LocalPeer]
 
     @abstractmethod
-    def _check_fit(self, rounds: int, patience: int | None) -> None: ...
+    def _check_rounds(self, what: str, rounds: int) -> None: ...
 
     @abstractmethod
     def _check_closed(self) -> None: ...
@@ -42,9 +43,6 @@ class BetweenRounds(ABC):
 
     @abstractmethod
     def _show_adapters(self) -> None: ...
-
-    @abstractmethod
-    def _peer(self, participant: Participant) -> LocalPeer: ...
 
     def evaluate(self, data: Examples) -> EvaluationResult:
         """Held-out loss of the current global weights on any examples, in nats per completion token.
@@ -61,7 +59,7 @@ class BetweenRounds(ABC):
         Raises:
             ConfigError: No rounds, or no participants.
         """
-        self._check_fit(rounds, None)
+        self._check_rounds("plan", rounds)
 
         def work() -> dict[str, Any]:
             self._join()
@@ -101,13 +99,17 @@ class BetweenRounds(ABC):
         """Held-out loss of the bare base, the global and the personal model, side by side, per participant.
 
         Args:
-            participants: Names; everyone who holds out examples by default.
+            participants: Names, or one; everyone who holds out examples by default.
 
         Raises:
             ConfigError: Nobody of that name holds out examples.
         """
         self._check_closed()
-        names = [str(p) for p in participants] if participants is not None else None
+        if participants is not None and not isinstance(participants, Iterable):
+            msg = f"compare takes the names of participants, got {participants!r:.80}. Pass ['a', 'b'] or 'a'."
+            raise ConfigError(msg)
+        given = [participants] if isinstance(participants, str) else participants
+        names = [str(p) for p in given] if given is not None else None
 
         def work() -> dict[str, dict[str, float]]:
             self._join()
@@ -126,11 +128,11 @@ class BetweenRounds(ABC):
             lr: Learning rate; the participant's own by default.
 
         Raises:
-            ConfigError: Nothing to measure on, or no counts.
+            ConfigError: Nothing to measure on, no counts, or a learning rate that is none.
         """
         self._check_closed()
         if isinstance(participant, Participant):
-            return personalizing.curve_of_stranger(self._hub, self._peer(participant), participant, steps, lr)
+            return personalizing.curve_of_stranger(self._hub, participant, steps, lr)
 
         def work() -> dict[int, float]:
             self._join()

@@ -111,7 +111,7 @@ def prepare(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         os.rmdir(tempfile.mkdtemp(prefix=_SCRATCH, dir=directory))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
         msg = f"no checkpoint could be written to {str(directory)!r}: {error}. Choose another checkpoint_dir."
         raise CheckpointError(msg) from error
 

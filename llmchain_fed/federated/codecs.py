@@ -29,7 +29,10 @@ _MAX_INDEX = 2**31  # int32 indices
 
 
 class Codec(Protocol):
-    """Named float tensors to few flat parts and back. Pass your own object wherever a codec's name is taken."""
+    """Named float tensors to few flat parts and back.
+
+    A federation uses those of this module, which participants elsewhere make from `spec`'s text: no code travels.
+    """
 
     @property
     def name(self) -> str:
@@ -210,7 +213,7 @@ class TopK:
         """The largest magnitudes, in the order of their places."""
         sizes = _sizes(describe(tensors))
         counts = self._counts(sizes)
-        indices, values = [torch.empty(0, dtype=torch.int32)], [torch.empty(0)]
+        indices, values = [torch.empty(0, dtype=torch.int32)], [torch.empty(0, dtype=torch.float32)]
         for name, part in zip(sizes, torch.split(_flat(tensors), list(sizes.values())), strict=True):
             if not counts[name]:
                 continue
@@ -236,7 +239,7 @@ class TopK:
         places = indices + (extents.cumsum(0) - extents).repeat_interleave(repeats)
         # all are inside their tensor by now, so the order across tensors is right wherever the one within is
         _refuse_where(places.diff(prepend=places.new_tensor([-1])) <= 0, counts, "has indices out of order or twice")
-        dense = torch.zeros(sum(sizes.values()))
+        dense = torch.zeros(sum(sizes.values()), dtype=torch.float32)
         dense[places] = values
         return _split(dense, infos)
 
@@ -249,18 +252,24 @@ class TopK:
 
 
 CODECS: Mapping[str, Callable[[], Codec]] = {"bf16": BF16, "int8": Int8, "int4": Int4, "topk": TopK}
+_WITH_OPTION: Mapping[str, Callable[[str], Codec]] = {
+    "int8": lambda block: Int8(int(block)),
+    "int4": lambda block: Int4(int(block)),
+    "topk": lambda share: TopK(float(share)),
+}
+_VALID = f"Valid: {', '.join(CODECS)}, topk:<ratio> such as topk:0.01, int8:<block> and int4:<block> such as int8:64"
 
 
 def make_codec(choice: str | Codec | None) -> Codec | None:
-    """The codec of that name (`"topk:0.01"`: with that ratio), or the object itself; None stays None.
+    """The codec of that name (`"topk:0.01"`, `"int8:64"`: with that option), or the object itself; None stays None.
 
     Raises:
-        ConfigError: Unknown, or a ratio out of range; the valid names are listed.
+        ConfigError: Unknown, or an option out of range; the valid names are listed.
 
-    >>> make_codec("topk:0.01")
-    TopK(ratio=0.01)
+    >>> make_codec("topk:0.01"), make_codec("int8:64")
+    (TopK(ratio=0.01), Int8(block=64))
     """
-    valid = f"Valid: {', '.join(CODECS)}, topk:<ratio> such as topk:0.01, a codec object, or None."
+    valid = f"{_VALID}, an object of these such as Int8(block=64), or None."
     if choice is None:
         return None
     if not isinstance(choice, str):
@@ -269,14 +278,14 @@ def make_codec(choice: str | Codec | None) -> Codec | None:
             msg = f"{choice!r} is no object with name, lossy_feedback, layout, encode and decode. {valid}"
             raise ConfigError(msg)
         return choice
-    name, colon, share = choice.partition(":")
-    if name not in CODECS or (colon and name != "topk"):
+    name, colon, option = choice.partition(":")
+    if name not in CODECS or (colon and name not in _WITH_OPTION):
         msg = f"unknown codec {choice!r}. {valid}"
         raise ConfigError(msg)
     try:
-        return TopK(float(share)) if colon else CODECS[name]()
+        return _WITH_OPTION[name](option) if colon else CODECS[name]()
     except ValueError:
-        msg = f"codec {choice!r}: {share!r} is no number. {valid}"
+        msg = f"codec {choice!r}: {option!r} is no number. {valid}"
         raise ConfigError(msg) from None
 
 
@@ -284,17 +293,20 @@ def spec(codec: Codec | None) -> str | None:
     """The text from which `make_codec` makes an equal codec elsewhere; None stays None.
 
     Raises:
-        ConfigError: A codec with other settings, or of one's own: no code travels.
+        ConfigError: A codec of one's own: no code travels.
 
-    >>> spec(TopK(ratio=0.01))
-    'topk:0.01'
+    >>> spec(TopK(ratio=0.01)), spec(Int8(block=64)), spec(Int8())
+    ('topk:0.01', 'int8:64', 'int8')
     """
     if codec is None:
         return None
-    found = f"topk:{codec.ratio!r}" if isinstance(codec, TopK) else codec.name
+    found = str(codec.name)
+    if isinstance(codec, TopK):
+        found = f"topk:{codec.ratio!r}"
+    elif isinstance(codec, Int8) and codec.block != type(codec).block:
+        found = f"{found}:{codec.block}"
     if found.partition(":")[0] not in CODECS or make_codec(found) != codec:
-        valid = f"{', '.join(CODECS)} or topk:<ratio>"
-        msg = f"{codec!r:.80} cannot be named to participants, and no code travels. Use {valid}."
+        msg = f"{codec!r:.80} is code of your own, and no code travels to participants. {_VALID}."
         raise ConfigError(msg)
     return found
 
@@ -328,7 +340,7 @@ def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
             msg = f"{name} is {tensor.dtype}; a delta is floating point. Encode trained weights only."
             raise FederationError(msg)
     sizes = _sizes(describe(tensors))
-    flat = torch.empty(sum(sizes.values()))
+    flat = torch.empty(sum(sizes.values()), dtype=torch.float32)
     for name, piece in zip(sizes, torch.split(flat, list(sizes.values())), strict=True):
         piece.copy_(tensors[name].detach().reshape(-1))
     if not all_finite(flat):

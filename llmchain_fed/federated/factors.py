@@ -115,7 +115,8 @@ class Stack:
         end = begin + part.rank
         if not self.ranks or end > self._a.shape[0]:
             room = max(self._capacity, end, 2 * begin)
-            b, a = torch.empty(part.b.shape[0], room), torch.empty(room, part.a.shape[1])
+            # float32 whatever torch's default: a rule must not compute otherwise because of a setting elsewhere
+            b, a = (torch.empty(s, dtype=torch.float32) for s in ((len(part.b), room), (room, part.a.shape[1])))
             if begin:
                 b[:, :begin], a[:begin] = self._b[:, :begin], self._a[:begin]
             self._b, self._a = b, a
@@ -136,7 +137,8 @@ class Stack:
     def scale(self, factors: Sequence[float]) -> Factors:
         """The sum of the products times a factor each, made of the stack itself."""
         whole = self.factors()
-        whole.b.mul_(torch.tensor(factors).repeat_interleave(torch.tensor(self.ranks)))
+        scales = torch.tensor(factors, dtype=torch.float32)
+        whole.b.mul_(scales.repeat_interleave(torch.tensor(self.ranks)))
         return whole
 
     def centre(self, shares: Sequence[float], scaling: float = 1.0) -> Factors:

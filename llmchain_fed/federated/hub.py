@@ -106,18 +106,19 @@ class Hub:
         """
         started = time.perf_counter()
         nodes = self.transport.nodes()
-        chosen = self._choose(self.roster.present())
+        chosen = self.chosen(self.roster.present(), self.round)
         before = self.measure(self.round)
         opened = self.begin()
         self.asking.train(opened, chosen, self.header(opened), done)
         others = {name: self.roster.record_of(name) for name in nodes if name not in opened.records}
         return self.close(opened, started, before, others)
 
-    def _choose(self, nodes: list[str]) -> list[str]:
+    def chosen(self, nodes: list[str], number: int) -> list[str]:
+        """Who of them is asked in a round."""
         count = sample_size(self.settings.per_round, len(nodes))
         if count >= len(nodes):
             return nodes
-        rng = random.Random(seed_of(self.settings.seed, "sample", self.round))  # noqa: S311 (sampling, no secret)
+        rng = random.Random(seed_of(self.settings.seed, "sample", number))  # noqa: S311 (sampling, no secret)
         chosen = set(rng.sample(sorted(nodes), count))
         return [node for node in nodes if node in chosen]
 

@@ -18,9 +18,12 @@ from llmchain_fed.federated.checkpoint import Checkpoint
 from llmchain_fed.federated.global_state import GlobalState, parted
 from llmchain_fed.federated.hub import Hub
 from llmchain_fed.federated.personal import Ditto, with_remainder
+from llmchain_fed.federated.roster import Hello
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.training import TrainingConfig
 
+_SHORT = {"optimizer": "optimizer", "lr": "learning_rate", "batch_size": "batch_size"}
+"""options of a federation → those of its training"""
 _RESTORED = ("aggregation", "weighting", "codec", "broadcast_codec", "participants_per_round", "seed")
 
 
@@ -36,7 +39,7 @@ class Keeping:
         leads: Whether this process writes; the others of a cluster only read.
 
     Raises:
-        ConfigError: `keep` is no count.
+        ConfigError: `keep` is no count, `directory` no path.
         CheckpointError: The directory holds rounds already, which a run that begins anew would mix with its own.
     """
 
@@ -54,7 +57,7 @@ class Keeping:
             msg = f"keep_checkpoints is a count of at least 1, or None for all, got {keep!r}."
             raise ConfigError(msg)
         self._hub, self._keep, self._leads = hub, keep, leads
-        self._directory = Path(directory) if directory is not None else None
+        self._directory = _path(directory) if directory is not None else None
         self._options = dict(options) | {"keep_checkpoints": keep, "evaluated": given}
         self._states: dict[str, bytes] = {}
         self._waiting: dict[str, bytes] = {}
@@ -128,9 +131,10 @@ class Keeping:
             given: Options that were given again, which go first.
 
         Raises:
+            ConfigError: `directory` is no path.
             CheckpointError: See `checkpoint.read`; or an option is missing that no file holds.
         """
-        found = checkpoint.read(Path(directory), number)
+        found = checkpoint.read(_path(directory), number)
         decisive, options = found.about["decisive"], dict(found.about["options"])
         evaluated = options.pop("evaluated")
         if evaluated and options["evaluation"] is None and "evaluation" not in given:
@@ -139,12 +143,14 @@ class Keeping:
         merged = options | {name: decisive[name] for name in _RESTORED}
         if decisive["personal"] is not None:
             merged["personal"] = Ditto(**decisive["personal"])
-        given_training = {"training", "optimizer", "lr", "batch_size"} & given.keys()
-        if not given_training:
-            if isinstance(decisive["training"].get("optimizer"), dict):
-                msg = f"the run's optimizer was code ({decisive['training']['optimizer']['class']}): pass it again."
+        training = given.get("training")
+        if training is None:
+            again = {field: given[name] for name, field in _SHORT.items() if given.get(name) is not None}
+            laid = decisive["training"] | again
+            if isinstance(laid.get("optimizer"), dict):
+                msg = f"the run's optimizer was code ({laid['optimizer']['class']}): pass it again."
                 raise CheckpointError(msg)
-            merged["training"] = TrainingConfig(**decisive["training"])
+            training = TrainingConfig(**laid)
         if decisive["server_optimizer"] is not None and "server_optimizer" not in given:
             try:
                 merged["server_optimizer"] = server_optimizers.from_settings(decisive["server_optimizer"])
@@ -153,21 +159,29 @@ class Keeping:
         if decisive["aggregation"] not in AGGREGATIONS and "aggregation" not in given:
             msg = f"the run's aggregation, {decisive['aggregation']!r:.100}, was code: pass aggregation= again."
             raise CheckpointError(msg)
-        return found, merged | dict(given), found.about["federation"]
+        return found, merged | dict(given) | {"training": training}, found.about["federation"]
 
     def go_on(self, found: Checkpoint) -> None:
         """Puts the hub where the checkpoint was; later ones are dropped with the next one that is written.
 
         Raises:
-            CheckpointError: It is another federation's; nothing has changed.
+            CheckpointError: It is another federation's, or a participant of this process holds other examples than it
+                did; nothing has changed.
+            LLMChainFedError: A participant's own error in this process, such as examples that cannot be used.
         """
         resuming.check(self._hub, found)
+        nodes, holdings = self._hub.transport.nodes(), dict(found.about["holdings"])
+        here = isinstance(self._hub.transport, InProcess)
+        if here:  # others say what they hold when they join
+            said = dict(self._hub.roster.ask([n for n in nodes if n in holdings]))
+            hellos = {n: answer for n, answer in said.items() if isinstance(answer, Hello)}
+            resuming.check_holdings(hellos, holdings)
+            holdings = {n: held for n, held in holdings.items() if n not in hellos}  # `train()` may bring others now
         self._states = resuming.restore(self._hub, found)
-        self._holdings = dict(found.about["holdings"])
+        self._holdings = holdings
         self._asked, self._begun = found.round, True
-        nodes = self._hub.transport.nodes()
         self._waiting, self._owed = resuming.begun_by_then(self._hub, nodes, self._states), set(nodes)
-        if isinstance(self._hub.transport, InProcess):  # at once: `train()` needs nobody to join
+        if here:  # at once: `train()` needs nobody to join
             self._tell(nodes)
         self._superseded = True
 
@@ -179,7 +193,7 @@ class Keeping:
         """
         if not (self._owed or self._holdings):
             return
-        resuming.check_holdings(self._hub, self._holdings)
+        resuming.check_holdings(self._hub.roster.joined, self._holdings)
         there = self._hub.roster.joined  # not the newcomers alone: an earlier attempt may have failed half way
         self._tell([n for n in there if n in self._owed])
         self._holdings = {n: held for n, held in self._holdings.items() if n not in there}
@@ -193,8 +207,10 @@ class Keeping:
         """Takes the hub, and its participants, back to the end of a round.
 
         Raises:
-            CheckpointError: There is no checkpoint of it; nothing has changed.
+            ConfigError: `to` is no round.
+            CheckpointError: There is no checkpoint of it, or it is another federation's; nothing has changed.
         """
+        _check_round("roll_back", to)
         found = checkpoint.read(self._there("roll_back"), to)
         self.go_on(found)
         self._hub.patience = []
@@ -207,11 +223,12 @@ class Keeping:
         """Makes a round's global weights a resident adapter.
 
         Raises:
-            ConfigError: A participant has that name.
-            CheckpointError: There is no checkpoint of it.
+            ConfigError: A participant has that name, or `number` is no round.
+            CheckpointError: There is no checkpoint of it, or it is of another base, adapter or prompt.
             UnsupportedModelError: The model has no LoRA adapter.
         """
         model = self._hub.model
+        _check_round("promote", number)
         if name in self._hub.transport.nodes():
             msg = f"{name!r} is a participant, whose personal model would take its place. Choose another name."
             raise ConfigError(msg)
@@ -222,6 +239,7 @@ class Keeping:
             state = GlobalState.of(model)
         else:
             found = checkpoint.read(self._there("promote"), number)
+            resuming.check_contract(self._hub, found)
             state = GlobalState(*parted(found.tensors["global"]))
         with torch.no_grad():
             model.add_adapter(name, with_remainder(state.values, state.remainder, model.lora_scaling()))
@@ -231,3 +249,17 @@ class Keeping:
             msg = f"{what} needs the checkpoints of earlier rounds: pass checkpoint_dir= when the federation begins."
             raise CheckpointError(msg)
         return self._directory
+
+
+def _path(directory: Any) -> Path:
+    try:
+        return Path(directory)
+    except TypeError:
+        msg = f"checkpoint_dir is the path of a directory, got {directory!r:.80}."
+        raise ConfigError(msg) from None
+
+
+def _check_round(what: str, number: Any) -> None:
+    if type(number) is not int:
+        msg = f"{what} takes the number of a round, such as 3, got {number!r:.80}."
+        raise ConfigError(msg)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -39,10 +40,17 @@ class LocalData:
         """Whether there is anything to evaluate on."""
         return self.participant.held_out is not None
 
-    def take(self, participant: Participant) -> None:
-        """Other examples from now on."""
+    @contextmanager
+    def taking(self, participant: Participant) -> Iterator[None]:
+        """Other examples from now on; where what is done with them fails, the former ones stay."""
+        former = self.participant, self._train  # both: examples that were a generator cannot be read again
         if participant.examples is not self.participant.examples:
             self.participant, self._train = replace(self.participant, examples=participant.examples), None
+        try:
+            yield
+        except BaseException:
+            self.participant, self._train = former
+            raise
 
     def limit(self, max_length: int | None) -> None:
         """Another `max_length` from now on."""

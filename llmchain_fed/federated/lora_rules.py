@@ -69,7 +69,7 @@ class _Kept:
         """(r, n) as PEFT starts A: Kaiming uniform with a = √5; of this round and layer."""
         generator = torch.Generator().manual_seed(self.round.seed_for(layer))
         bound = 1 / math.sqrt(shape[1])
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
     def _gap(self) -> float | None:
         """‖mean(BA) − B̄·Ā‖ / ‖mean(BA)‖ over the layers seen; None where ranks differ."""

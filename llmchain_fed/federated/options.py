@@ -5,6 +5,7 @@ Knows TrainingConfig and counts. Knows nothing about rounds.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,6 +85,20 @@ def check_travels(training: TrainingConfig) -> None:
         raise ConfigError(msg)
 
 
+def check_numbers(samples: int, seed: int) -> None:
+    """Makes sure that `samples` and `seed` are whole numbers.
+
+    Raises:
+        ConfigError: One is none, or `samples` is below 0.
+    """
+    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 0:
+        msg = f"samples is a count of 0 or more, got {samples!r:.80}."
+        raise ConfigError(msg)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        msg = f"seed is a whole number, got {seed!r:.80}."
+        raise ConfigError(msg)
+
+
 def checked_waiting(deadline: float | None, retries: int) -> tuple[float | None, int]:
     """`deadline` and `retries`, if they make sense.
 
@@ -134,3 +149,24 @@ class Patience:
         improved = after < self._best - self._min_delta
         self._best, self._waited = (after, 0) if improved else (self._best, self._waited + 1)
         return self._waited >= self._rounds
+
+
+def checked_patience(rounds: int | None, min_delta: float, *, measured: bool) -> Patience | None:
+    """`patience` and `min_delta`, if they make sense; None where nothing stops early.
+
+    Args:
+        rounds: `patience`.
+        min_delta: Checked without patience, too.
+        measured: Whether held-out loss is.
+
+    Raises:
+        ConfigError: No count, or nothing is measured; no finite number of 0 or more.
+    """
+    if rounds is not None and (type(rounds) is not int or rounds < 1 or not measured):
+        msg = "patience is at least 1 and needs evaluation=…, which says what held-out loss is measured on."
+        raise ConfigError(msg)
+    number = isinstance(min_delta, (int, float)) and not isinstance(min_delta, bool)
+    if not (number and 0 <= min_delta <= sys.float_info.max):
+        msg = f"min_delta is a finite number of nats per token, 0 or more, got {min_delta!r:.80}."
+        raise ConfigError(msg)
+    return Patience(rounds, min_delta) if rounds is not None else None

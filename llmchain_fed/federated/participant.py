@@ -6,6 +6,7 @@ Knows the forms of examples. Knows nothing about rounds or other participants.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,6 +43,11 @@ class Participant:
         if not self.name:
             msg = "a participant needs a name: it is how updates, history and errors refer to it."
             raise ConfigError(msg)
+        try:
+            self.name.encode()
+        except UnicodeEncodeError:
+            msg = f"participant {self.name!r}: half a surrogate pair cannot be sent or written. Choose another name."
+            raise ConfigError(msg) from None
         if not isinstance(self.training, Mapping):
             msg = (
                 f"participant {self.name!r}: training is a mapping of the options that differ, such as "
@@ -52,8 +58,8 @@ class Participant:
             msg = f"participant {self.name!r}: rank is a count of at least 1, got {self.rank!r}."
             raise ConfigError(msg)
         number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
-        if self.alpha is not None and not (number and self.rank is not None and 0 < self.alpha < float("inf")):
-            msg = f"participant {self.name!r}: alpha is positive and goes with a rank, got {self.alpha!r}."
+        if self.alpha is not None and not (number and self.rank is not None and 0 < self.alpha <= sys.float_info.max):
+            msg = f"participant {self.name!r}: alpha is positive and goes with a rank, got {self.alpha!r:.80}."
             raise ConfigError(msg)
 
     def __repr__(self) -> str:

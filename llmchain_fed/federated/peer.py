@@ -11,7 +11,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -140,9 +140,9 @@ class LocalPeer:
         """Lets work that comes from now on run to its end again."""
         self._given_up.clear()
 
-    def take(self, participant: Participant) -> None:
-        """Other examples for the next rounds; where it stands (optimizer, position) is kept."""
-        self._data.take(participant)
+    def taking(self, participant: Participant) -> AbstractContextManager[None]:
+        """Other examples from now on, unless what is done within fails; optimizer and position are kept."""
+        return self._data.taking(participant)
 
     def show_adapter(self, completed: int) -> None:
         """Makes the personal model, if there is one, an adapter of this process's model, by the participant's name.

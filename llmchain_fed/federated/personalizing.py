@@ -6,9 +6,8 @@ Knows the hub and the messages. Knows nothing about how a participant trains for
 from __future__ import annotations
 
 import html
-import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,9 +90,7 @@ def personalize(hub: Hub, participant: str, steps: int, lr: float | None) -> Per
     if type(steps) is not int or steps < 1:
         msg = f"steps is a count of at least 1, got {steps!r}."
         raise ConfigError(msg)
-    if lr is not None and not (isinstance(lr, (int, float)) and 0 < lr < math.inf):
-        msg = f"lr is a positive number, got {lr!r}."
-        raise ConfigError(msg)
+    _check_lr(lr)
     answer = _ask(hub, "train", participant, {"personal": {"steps": steps, "lr": lr}})
     numbers = _finite(answer, ("train_loss", "seconds"), participant)
     losses = _losses(answer.get("losses", {}), participant)
@@ -113,26 +110,31 @@ def compare(hub: Hub, participants: Sequence[str] | None) -> dict[str, dict[str,
 def curve(hub: Hub, participant: str, steps: Sequence[int], lr: float | None) -> dict[int, float]:
     """Held-out loss over steps of adaptation; see `FederatedAveraging.adaptation_curve`."""
     wanted = _checked_steps(steps)
+    _check_lr(lr)
     if not hub.roster.joined[participant].held_out if participant in hub.roster.joined else False:
         msg = f"participant {participant!r} holds out no examples to measure on. Pass evaluation=, or held_out=."
         raise ConfigError(msg)
     return _curve(_ask(hub, "train", participant, {"curve": wanted, "lr": lr}), wanted, participant)
 
 
-def curve_of_stranger(
-    hub: Hub, peer: LocalPeer, participant: Participant, steps: Sequence[int], lr: float | None
-) -> dict[int, float]:
-    """The same for one that takes no part, in this process."""
+def curve_of_stranger(hub: Hub, participant: Participant, steps: Sequence[int], lr: float | None) -> dict[int, float]:
+    """The same for one that takes no part, in this process; nothing of it stays."""
     wanted = _checked_steps(steps)
+    _check_lr(lr)
     if participant.held_out is None:
         msg = f"participant {participant.name!r} has no held_out= to measure on."
         raise ConfigError(msg)
     if participant.name in hub.transport.nodes():
         msg = f"{participant.name!r} takes part already: pass its name, or give the newcomer another."
         raise ConfigError(msg)
+    peer = LocalPeer(hub.trainee, participant, hub.settings.training)  # what it is sent, it alone holds
+    header = _header(hub) | {"curve": wanted, "lr": lr}
     hub.publish()
     hub.broadcast.joined(participant.name, None, participant.rank, participant.alpha)
-    answer = peer.handle("train", hub.broadcast.message(participant.name, _header(hub) | {"curve": wanted, "lr": lr}))
+    try:
+        answer = peer.handle("train", hub.broadcast.message(participant.name, header))
+    finally:  # whoever trains under this name later has a rank of its own
+        hub.broadcast.joined(participant.name, None, None, None)
     return _curve(wire.read_json(answer), wanted, participant.name)
 
 
@@ -158,11 +160,18 @@ def _ask(hub: Hub, op: Operation, participant: str, what: Mapping[str, Any]) -> 
 
 
 def _checked_steps(steps: Sequence[int]) -> list[int]:
-    found = sorted(set(steps))
+    found = list(steps) if isinstance(steps, Iterable) else []
     if not found or any(type(k) is not int or k < 0 for k in found):
-        msg = f"steps are counts of 0 or more, got {list(steps)!r:.80}."
+        msg = f"steps are counts of 0 or more, such as (0, 1, 2), got {found or steps!r:.80}."
         raise ConfigError(msg)
-    return found
+    return sorted(set(found))
+
+
+def _check_lr(lr: float | None) -> None:
+    number = isinstance(lr, (int, float)) and not isinstance(lr, bool)
+    if lr is not None and not (number and 0 < lr <= sys.float_info.max):
+        msg = f"lr is a positive number, got {lr!r:.80}."
+        raise ConfigError(msg)
 
 
 def _curve(answer: Mapping[str, Any], wanted: list[int], participant: str) -> dict[int, float]:

@@ -20,6 +20,7 @@ from llmchain_fed.federated.hub import Hub
 from llmchain_fed.federated.private_state import Progress
 from llmchain_fed.federated.roster import ABSENCE, Hello
 from llmchain_fed.federated.rule import Rule
+from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server_optimizers import ResumableServerOptimizer
 from llmchain_fed.federated.settings import Settings
 
@@ -124,16 +125,35 @@ def check(hub: Hub, found: Checkpoint) -> None:
         CheckpointError: Another base, adapter, prompt, set of participants, or option that decides the future.
     """
     about = found.about
-    ours, theirs = hub.trainee.contract(), about["contract"]
-    different = [k for k in _MEANING if theirs.get(k) != ours[k]]
-    wrong = [f"{_MEANING[k]}: {theirs.get(k)!s:.12} there, {ours[k]!s:.12} here" for k in different]
-    there, here = sorted(about["participants"]), sorted(hub.transport.nodes())
-    if there != here:
+    wrong = _other_contract(hub, found)
+    there, here = about["participants"], hub.transport.nodes()
+    if sorted(there) != sorted(here):
         gone, new = sorted(set(there) - set(here)), sorted(set(here) - set(there))
         wrong.append(f"participants: {', '.join(gone) or 'none'} are missing, {', '.join(new) or 'none'} are new")
+    elif there != here and isinstance(hub.transport, InProcess):  # asked in their order, whose sums end otherwise
+        wrong.append(f"participants: in the order {', '.join(there)} there, {', '.join(here)} here")
     now = json.loads(json.dumps(decisive(hub.settings)))
     then = about["decisive"]
     wrong += [f"{k}: {v!r:.200} there, {now.get(k)!r:.200} here" for k, v in then.items() if now.get(k) != v]
+    _refuse(found, wrong)
+
+
+def check_contract(hub: Hub, found: Checkpoint) -> None:
+    """Makes sure that a checkpoint's weights mean in this hub's chain what they meant in its own.
+
+    Raises:
+        CheckpointError: Another base, adapter or prompt.
+    """
+    _refuse(found, _other_contract(hub, found))
+
+
+def _other_contract(hub: Hub, found: Checkpoint) -> list[str]:
+    ours, theirs = hub.trainee.contract(), found.about["contract"]
+    different = [k for k in _MEANING if theirs.get(k) != ours[k]]
+    return [f"{_MEANING[k]}: {theirs.get(k)!s:.12} there, {ours[k]!s:.12} here" for k in different]
+
+
+def _refuse(found: Checkpoint, wrong: list[str]) -> None:
     if wrong:
         msg = (
             f"the checkpoint of round {found.round} is another federation's ({'; '.join(wrong)}). Give the same chain, "
@@ -191,13 +211,17 @@ def _holding(hello: Hello) -> dict[str, Any]:
     }
 
 
-def check_holdings(hub: Hub, holdings: Mapping[str, Any]) -> None:
-    """Makes sure that those who have joined hold what they held.
+def check_holdings(hellos: Mapping[str, Hello], holdings: Mapping[str, Any]) -> None:
+    """Makes sure that participants hold what they held.
+
+    Args:
+        hellos: What they say now, by name.
+        holdings: What a checkpoint says of them.
 
     Raises:
         CheckpointError: A participant holds other examples than it did.
     """
-    for name, hello in hub.roster.joined.items():
+    for name, hello in hellos.items():
         then, now = holdings.get(name), _holding(hello)
         if then is not None and then != now:
             different = "; ".join(
@@ -205,7 +229,7 @@ def check_holdings(hub: Hub, holdings: Mapping[str, Any]) -> None:
             )
             msg = (
                 f"participant {name!r} is not as it was ({different}): the run would not be the one that was "
-                "interrupted."
+                "interrupted. Give it the examples and options of then."
             )
             raise CheckpointError(msg)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from llmchain_fed.data import DataReport
@@ -87,24 +88,42 @@ class Roster:
         newcomers = [node for node in nodes if node not in self.joined]
         if not newcomers:
             return []
+        found: dict[str, Hello] = {}
+        for node, answer in self.ask(newcomers, timeout=timeout):
+            if isinstance(answer, Hello):
+                found[node] = answer
+                self.absent.pop(node, None)
+            else:
+                self.absent[node] = answer
+        self.joined |= found
+        return list(found)
+
+    def ask(self, nodes: list[str], *, timeout: float | None = None) -> Iterator[tuple[str, Hello | Exception]]:
+        """What participants hold, or why they cannot join; by this alone nobody joins.
+
+        Args:
+            nodes: Who is asked.
+            timeout: seconds to wait for them.
+
+        Raises:
+            LLMChainFedError: See `join`.
+        """
         contract = self._trainee.contract()
         said = {"contract": contract, "training": self._training, "federation": self.federation}
-        found: dict[str, Hello] = {}
-        for node, answer in self._transport.call("hello", newcomers, json.dumps(said).encode(), timeout):
-            if isinstance(answer, Exception) and not isinstance(answer, ABSENCE):
-                if isinstance(answer, LLMChainFedError):
-                    raise answer
-                msg = f"participant {node!r} cannot join: {type(answer).__name__}: {answer}"
-                raise FederationError(msg) from answer
+        for node, answer in self._transport.call("hello", nodes, json.dumps(said).encode(), timeout):
+            found: Hello | Exception
             try:
                 if isinstance(answer, Exception):
                     raise answer
-                found[node] = self._read(node, answer)
-                self.absent.pop(node, None)
+                found = self._read(node, answer)
             except ABSENCE as error:
-                self.absent[node] = error
-        self.joined |= found
-        return list(found)
+                found = error
+            except LLMChainFedError:
+                raise
+            except Exception as error:
+                msg = f"participant {node!r} cannot join: {type(error).__name__}: {error}"
+                raise FederationError(msg) from error
+            yield node, found
 
     def present(self) -> list[str]:
         """Who can be asked, in the transport's order."""

@@ -119,17 +119,18 @@ class OpenRound:
             sent: bytes that went to it for this.
 
         Raises:
-            DuplicateParticipantError: It has answered in this round already.
+            DuplicateParticipantError: An answer of its own has been used already.
         """
         self.refuse_twice(name)
-        record = ParticipantRecord(bytes_down=sent)
+        former = self.records.get(name) or ParticipantRecord()  # of an answer that was of no use: its bytes did travel
+        record = ParticipantRecord(bytes_down=former.bytes_down + sent, bytes_up=former.bytes_up)
         if isinstance(answer, Exception):
             late, absent = isinstance(answer, DeadlineError), isinstance(answer, TransportError)
             record.status = "late" if late else "absent" if absent else "failed"
             record.reason = f"{type(answer).__name__}: {answer}"
             self.records[name] = record
             return record
-        record.bytes_up = len(answer)
+        record.bytes_up += len(answer)
         try:
             start = self._broadcast.state_for(name)
             layout = self._layout(start)
@@ -171,12 +172,13 @@ class OpenRound:
         self._weights[name] = weight
 
     def refuse_twice(self, name: str) -> None:
-        """Makes sure that this participant has not answered yet.
+        """Makes sure that no update of this participant is in yet; one that could not be used may come again.
 
         Raises:
-            DuplicateParticipantError: It has.
+            DuplicateParticipantError: There is one.
         """
-        if name in self.records:
+        former = self.records.get(name)
+        if former is not None and former.status == "trained":
             msg = f"participant {name!r} has already trained in this round. Call step() to close the round first."
             raise DuplicateParticipantError(msg)
 

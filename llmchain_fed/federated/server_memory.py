@@ -5,7 +5,7 @@ Knows named tensors. Knows no optimizer.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +18,7 @@ from llmchain_fed.weights import all_finite
 Memory = dict[str, Any]  # of one tensor: slot → its value
 
 _RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
-    **dict.fromkeys(("lr", "tau", "step_size"), ("positive and finite", lambda value: 0 < value < math.inf)),
+    **dict.fromkeys(("lr", "tau", "step_size"), ("positive and finite", lambda value: 0 < value <= sys.float_info.max)),
     **dict.fromkeys(("momentum", "beta1", "beta2"), ("from 0 to below 1", lambda value: 0 <= value < 1)),
 }
 
@@ -27,7 +27,7 @@ def checked(rule: str, option: str, value: Any) -> float:
     """The option as a number, if it is in its range."""
     allowed, fits = _RANGES[option]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
-        msg = f"{rule}: `{option}` is a number, {allowed}, got {value!r}."
+        msg = f"{rule}: `{option}` is a number, {allowed}, got {value!r:.80}."
         raise ConfigError(msg)
     return float(value)
 
@@ -45,6 +45,17 @@ def check_names(state: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> No
         raise FederationError(msg)
     for name, value in values.items():
         check_shape(name, value, state[name])
+
+
+def check_tensors(whose: str, values: Any) -> None:
+    """Makes sure that what code of a user's own returned are named tensors."""
+    if not isinstance(values, Mapping):
+        msg = f"{whose} returned {type(values).__name__}. It must return a mapping of names to tensors."
+        raise FederationError(msg)
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            msg = f"{whose} returned {type(value).__name__} for {name!r:.80}. Make it a torch.Tensor."
+            raise FederationError(msg)
 
 
 def check_shape(what: str, value: Tensor, weights: Tensor) -> None:

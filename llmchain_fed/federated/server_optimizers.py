@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.errors import ConfigError, FederationError
-from llmchain_fed.federated.server_memory import check_names
+from llmchain_fed.federated.server_memory import check_names, check_tensors
 from llmchain_fed.federated.server_rules import FedAdagrad, FedAdam, FedAvgM, FedYogi, Reptile
 from llmchain_fed.federated.torch_server_optimizers import DiLoCo, TorchServerOptimizer
 
@@ -36,6 +36,9 @@ __all__ = [
     "from_settings",
     "snapshot",
 ]
+
+
+_WRITTEN_OUT = (FedAvgM, Reptile, FedAdagrad, FedAdam, FedYogi, DiLoCo)
 
 
 class ServerOptimizer(Protocol):
@@ -67,13 +70,19 @@ def apply(
     Without an optimizer they are the aggregate itself, bit by bit.
 
     Raises:
-        FederationError: Names that are not the state's, another shape, or a result of other names than were asked for.
+        FederationError: Names that are not the state's, another shape, or a result that is no tensors of the names
+            that were asked for.
     """
     check_names(state, aggregate)
     if optimizer is None:
         return {**state, **aggregate}
     gradient = {name: value.float() - state[name].float() for name, value in aggregate.items()}
-    moved = optimizer.step({name: state[name] for name in aggregate}, gradient)
+    before = {name: state[name] for name in aggregate}
+    if type(optimizer) not in (*_WRITTEN_OUT, TorchServerOptimizer):
+        # one that writes in place must not write into what a round that fails goes back to
+        before = {name: value.clone() for name, value in before.items()}
+    moved = optimizer.step(before, gradient)
+    check_tensors(f"the step of {optimizer!r:.80}", moved)
     missing, extra = sorted(aggregate.keys() - moved.keys()), sorted(moved.keys() - aggregate.keys())
     if missing or extra:
         msg = (
@@ -99,8 +108,19 @@ def check(optimizer: Any) -> None:
             f"Pass TorchServerOptimizer(torch.optim.{kind}, …)."
         )
         raise ConfigError(msg)
-    if isinstance(optimizer, type) or not callable(getattr(optimizer, "step", None)):
-        msg = f"server_optimizer is an object with step(state, pseudo_gradient), got {optimizer!r}."
+    steps = callable(getattr(optimizer, "step", None))
+    if isinstance(optimizer, type) and steps:
+        kind = optimizer.__name__
+        torchs = issubclass(optimizer, torch.optim.Optimizer)
+        instead = f"Pass TorchServerOptimizer(torch.optim.{kind}, …)" if torchs else f"Call it: {kind}(…)"
+        msg = f"server_optimizer={kind} is a class, not an object. {instead}."
+        raise ConfigError(msg)
+    if not steps:
+        known = ", ".join(f"{kind.__name__}()" for kind in _WRITTEN_OUT)
+        msg = (
+            f"server_optimizer is None, {known}, TorchServerOptimizer(torch.optim.…, …), or an object with "
+            f"step(state, pseudo_gradient), got {optimizer!r:.80}."
+        )
         raise ConfigError(msg)
 
 
@@ -144,13 +164,9 @@ def from_settings(settings: Mapping[str, Any]) -> ServerOptimizer:
         found = getattr(torch.optim, kind, None)
         if found is not None and found.__module__ == module:
             return TorchServerOptimizer(found, **options["options"])
-    own = {kind.__name__: kind for kind in (FedAvgM, Reptile, FedAdagrad, FedAdam, FedYogi, DiLoCo)}
+    own = {kind.__name__: kind for kind in _WRITTEN_OUT}
     if settings.get("class") in own:
-        try:
-            made: ServerOptimizer = own[settings["class"]](**options)
-        except TypeError as error:
-            msg = f"{settings['class']} does not take {sorted(options)}: {error}."
-            raise ConfigError(msg) from None
+        made: ServerOptimizer = own[settings["class"]](**options)
         return made
     msg = f"the server optimizer was {dict(settings)!r:.120}, which is code of your own: pass server_optimizer= again."
     raise ConfigError(msg)

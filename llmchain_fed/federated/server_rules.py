@@ -8,11 +8,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from llmchain_fed._config import check_by_name
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.server_memory import (
     Memory,
@@ -33,6 +34,11 @@ class _Rule(ABC):
 
     _memory: dict[str, Memory] = field(default_factory=dict, init=False, repr=False)
     _slots: ClassVar[tuple[str, ...]] = ()
+
+    def __new__(cls, *values: Any, **options: Any) -> Self:
+        """Refuses what the options are not, which a dataclass would with a TypeError."""
+        check_by_name(cls, [f.name for f in fields(cls) if f.init], values, options)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for option, value in self.settings().items():

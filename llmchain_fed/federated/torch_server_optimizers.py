@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from llmchain_fed._config import check_by_name
 from llmchain_fed.errors import ConfigError, FederationError
 from llmchain_fed.federated.server_memory import (
     Memory,
@@ -136,6 +137,11 @@ class DiLoCo:
     >>> DiLoCo().step({"w": torch.zeros(1)}, {"w": torch.ones(1)})["w"]
     tensor([1.3300])
     """
+
+    def __new__(cls, *values: Any, **options: Any) -> Self:
+        """Refuses what the options are not, which Python would with a TypeError."""
+        check_by_name(cls, ("lr", "momentum"), values, options)
+        return super().__new__(cls)
 
     def __init__(self, *, lr: float = 0.7, momentum: float = 0.9) -> None:
         self.lr, self.momentum = checked("DiLoCo", "lr", lr), checked("DiLoCo", "momentum", momentum)
