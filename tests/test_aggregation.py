@@ -253,6 +253,26 @@ def test_a_rule_of_ones_own_that_returns_no_weights_fails_its_round(answer, reas
     assert (fed.round, len(fed.history)) == (0, 0)
 
 
+def test_a_rule_of_ones_own_may_write_into_what_it_is_given():
+    class Sum:
+        def start(self, state):
+            self.total = state
+            return self
+
+        def add(self, tensors, weight):
+            for name, tensor in tensors.items():
+                self.total[name].add_(tensor)
+
+        def result(self):
+            return self.total
+
+    state = {"w": torch.tensor([1.0, 2.0])}
+    collector = make_aggregation(Sum()).begin(Round(state, None))
+    collector.add(Contribution({"w": torch.tensor([5.0, 1.0])}, 1.0))
+    assert torch.equal(state["w"], torch.tensor([1.0, 2.0]))
+    assert torch.equal(collector.combine().values["w"], torch.tensor([6.0, 3.0]))
+
+
 def test_a_rule_of_ones_own_that_starts_nothing_is_refused_before_anything_is_trained(make_chain):
     class Nothing:
         def start(self, state):

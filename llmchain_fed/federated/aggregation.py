@@ -152,6 +152,7 @@ def make_aggregation(choice: str | Aggregation | Rule) -> Rule:
     name = str(getattr(choice, "name", type(choice).__name__))
 
     def begin(round_: Round) -> Plain:
-        return _Own(name, start(round_.state), round_.state)
+        copies = {n: t.clone() for n, t in round_.state.items()}  # the state itself is what participants are sent
+        return _Own(name, start(copies), round_.state)
 
     return Rule(name, begin)
