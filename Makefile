@@ -41,7 +41,7 @@ types: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 unit: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m "not federation and not kills" --durations=10
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not federation and not kills" --durations=10
 
 test-federation: $(VENV)/dev.stamp  ## kills and restarts real processes, and pulls a cable (as root); some ten minutes
 	$(BIN)/python -m pytest -m federation --durations=10
