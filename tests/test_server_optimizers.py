@@ -583,7 +583,7 @@ class Plain:
         return {n: state[n] + 0.5 * pseudo_gradient[n] for n in state}
 
 
-@pytest.mark.parametrize("optimizer", [None, Plain(), Reptile(step_size=0.5), DiLoCo()], ids=repr)
+@pytest.mark.parametrize("optimizer", [None, Plain(), Reptile(step_size=0.5), DiLoCo()], ids=lambda o: type(o).__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_aggregate_of_some_names_moves_those_alone(optimizer, dtype):
     state, mean = values(0, dtype), values(1, dtype)
