@@ -20,7 +20,7 @@ class FrozenConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, validate_default=True)
 
-    def __new__(cls, *values: Any, **options: Any) -> Self:
+    def __new__(cls, /, *values: Any, **options: Any) -> Self:
         """Refuses values without a name, which pydantic would with a TypeError."""
         check_by_name(cls, cls.model_fields, values, options)
         return super().__new__(cls)

@@ -160,6 +160,15 @@ def test_sampling_chooses_among_those_who_are_there(make_chain):
     assert ("train", "a") not in transport.asked
 
 
+def test_a_count_larger_than_who_is_there_asks_them_all(make_chain):
+    """It was valid when the federation began; the quorum says whether those are enough."""
+    fed, _ = federation(make_chain, {"hello": {"a": [CUT] * 9, "b": [CUT] * 9}}, participants_per_round=2)
+    fed.fit(2)
+    for record in statuses(fed):
+        assert record == {"c": "trained", "a": "absent", "b": "absent"}
+    assert fed.plan(3).participants == 1
+
+
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [

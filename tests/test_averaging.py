@@ -36,6 +36,7 @@ from llmchain_fed.errors import (
     QuorumError,
     TemplatedTwiceError,
     UnsupportedModelError,
+    WeightsMismatchError,
 )
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
 from llmchain_fed.federated.participant import hold_out
@@ -504,6 +505,38 @@ def test_train_sends_everything_to_one_that_lost_what_it_held(loses, make_chain,
     assert payloads[-1] > sum(t.numel() * t.element_size() for t in start.values())
     fed.step()
     assert_equal(chain.model.trainable_state(), trained(make_chain, SHARES[name], name, start, round_number=1))
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "fedex", "flora", "flexlora"])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, "NaN"])
+def test_a_step_that_fails_once_the_updates_are_used_up_closes_the_round(rule, failure, make_chain, monkeypatch):
+    chain, twin = make_chain(lora=True), make_chain(lora=True)
+    fed = federation(chain, participants=None, aggregation=rule)
+    for name, share in SHARES.items():
+        fed.train(share, name)
+    before = chain.model.trainable_state()
+
+    def apply(optimizer, state, aggregate):
+        if failure == "NaN":
+            return {n: t * float("nan") for n, t in state.items()}
+        raise failure
+
+    with monkeypatch.context() as patched:
+        patched.setattr("llmchain_fed.federated.server_optimizers.apply", apply)
+        with pytest.raises((KeyboardInterrupt, WeightsMismatchError)) as caught:
+            fed.step()
+    assert "participants must train anew" in caught.value.__notes__[0]
+    assert_equal(chain.model.trainable_state(), before)
+    assert chain.model.remainder() == {}
+    assert fed.round == len(fed.history) == 0
+    with pytest.raises(NothingTrainedError):
+        fed.step()
+    other = federation(twin, participants=None, aggregation=rule)
+    for each in (fed, other):
+        for name, share in SHARES.items():
+            each.train(share, name)
+        each.step()
+    assert_equal(chain.model.trainable_state(), twin.model.trainable_state())
 
 
 def test_train_sends_what_changed_to_one_that_holds_the_rest(make_chain):

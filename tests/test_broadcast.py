@@ -538,6 +538,28 @@ def test_the_projection_knows_who_will_be_asked(options, after, make_chain):
     assert plan.bytes_down == pytest.approx(sum(r.bytes_down for r in fed.history[after:]), rel=0.1)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("rule", ["flora", "fedex"])
+def test_the_projection_counts_what_somebody_has_lacked_for_long(rule, seed, make_chain):
+    """Who was never asked lacks the whole remainder, which has grown before the plan."""
+    shares = {name: PAIRS[2 * i : 2 * i + 2] for i, name in enumerate("abcdef")}
+    options = {"aggregation": rule, "participants_per_round": 2 if rule == "fedex" else 1, "seed": seed, "samples": 0}
+    fed, _ = federation(make_chain(lora=True), shares, **options)
+    fed.fit(3)
+    plan = fed.plan(rounds=6)
+    fed.fit(6)
+    assert plan.bytes_down == pytest.approx(sum(r.bytes_down for r in fed.history[3:]), rel=0.08)
+
+
+def test_the_projection_counts_evaluation_where_somebody_holds_out(make_chain):
+    options = {"evaluation": {"a": PAIRS[:2]}, "participants_per_round": 1, "samples": 0}
+    fed, _ = federation(make_chain(lora=True), **options)
+    plan = fed.plan(rounds=4)
+    fed.fit(4)
+    down = sum(p.bytes_down + p.evaluation_bytes for r in fed.history for p in r.participants.values())
+    assert plan.bytes_down == pytest.approx(down, rel=0.08)
+
+
 def test_a_projection_needs_participants(make_chain):
     with pytest.raises(ConfigError, match="nobody to learn from"):
         FederatedAveraging(make_chain(lora=True)).plan(rounds=2)

@@ -42,5 +42,8 @@ def test_options_are_given_by_name():
         TrainingConfig(0.1, batch_size=2)
     with pytest.raises(ConfigError, match=r"^Ditto: unknown option `lambda`; .*Valid: lam, max_steps$"):
         Ditto(**{"lambda": 0.1})
+    for name in ("cls", "self", "options", "values"):
+        with pytest.raises(ConfigError, match=f"unknown option `{name}`"):
+            TrainingConfig(**{name: 1})
     ditto = Ditto(lam=0.3)
     assert [copy.deepcopy(ditto), pickle.loads(pickle.dumps(ditto)), Ditto.model_validate({"lam": 0.3})] == [ditto] * 3

@@ -403,6 +403,8 @@ class FederatedAveraging(BetweenRounds):
             NothingTrainedError: Nobody has trained in this round.
             QuorumError: Too few updates were usable. The round stays open, so that more can train; it is closed where
                 not one was usable. Weights and history are as before.
+            LLMChainFedError: The updates cannot be combined or loaded. Weights and history are as before, and the round
+                is closed: its updates are used up.
         """
         if self._open is None:
             msg = "no participant has trained since the last step(). Call train(local_data, device_id) first."
@@ -412,9 +414,13 @@ class FederatedAveraging(BetweenRounds):
                 self._join()
             before = self._hub.measure(self.round)
             record = self._hub.close(self._open, self._opened, before, {})
-        except QuorumError:
-            if not self._open.trained:  # nothing in it is worth waiting for: fit() and train() may begin anew
-                self._open = None
+        except BaseException as error:
+            if self._open.spent:
+                error.add_note(
+                    "The round is closed, weights and history are as before: its participants must train anew."
+                )
+            if self._open.spent or (isinstance(error, QuorumError) and not self._open.trained):
+                self._open = None  # nothing in it is worth waiting for: fit() and train() may begin anew
             raise
         self._open = None
         self._completed(record)

@@ -63,8 +63,7 @@ class BetweenRounds(ABC):
 
         def work() -> dict[str, Any]:
             self._join()
-            evaluates = any(hello.held_out for hello in self._hub.roster.joined.values())
-            return asdict(plan_of(self._hub, rounds, evaluates=evaluates))
+            return asdict(plan_of(self._hub, rounds))
 
         return Plan(**self._everywhere(work))
 

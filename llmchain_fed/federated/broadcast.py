@@ -260,7 +260,7 @@ class Broadcast:
 
     def _pack(self, held: int, node: str, header: Mapping[str, Any]) -> bytes:
         rank = self.rank_of(node)
-        suffix = "" if rank is None else f"{rank}x{next(iter(self._ranks[node][1].values())):g}"
+        suffix = "" if rank is None else f"{rank}x{next(iter(self._ranks[node][1].values()))!r}"
         head = dict(header) | {"version": str(Version(self._token, self._number, suffix)), "against": None}
         if held != _NOTHING:
             known_as = start_version(self._start) if held == _FIRST else str(Version(self._token, held, suffix))

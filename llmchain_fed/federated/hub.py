@@ -18,7 +18,7 @@ from llmchain_fed.federated.broadcast import Broadcast
 from llmchain_fed.federated.evaluation import Evaluator, Measurement
 from llmchain_fed.federated.global_state import GlobalState
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
-from llmchain_fed.federated.options import sample_size
+from llmchain_fed.federated.options import sampled
 from llmchain_fed.federated.roster import Roster
 from llmchain_fed.federated.round import OpenRound
 from llmchain_fed.federated.rule import Round
@@ -75,7 +75,7 @@ class Hub:
         """A round that starts at the weights as they are now."""
         settings = self.settings
         self.publish()
-        expected = sample_size(settings.per_round, len(self.transport.nodes()))
+        expected = sampled(settings.per_round, len(self.transport.nodes()))
         about = Round(self.broadcast.state_for(), settings.layout, self.round, settings.seed, expected)
         base = self.model.fingerprint()
         return OpenRound(
@@ -115,7 +115,7 @@ class Hub:
 
     def chosen(self, nodes: list[str], number: int) -> list[str]:
         """Who of them is asked in a round."""
-        count = sample_size(self.settings.per_round, len(nodes))
+        count = sampled(self.settings.per_round, len(nodes))
         if count >= len(nodes):
             return nodes
         rng = random.Random(seed_of(self.settings.seed, "sample", number))  # noqa: S311 (sampling, no secret)

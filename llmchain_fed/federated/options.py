@@ -56,6 +56,11 @@ def sample_size(wanted: float | None, available: int) -> int:
     return max(1, round(wanted * available)) if share else int(wanted)
 
 
+def sampled(wanted: float | None, present: int) -> int:
+    """How many of those who are there now: a count that was valid once asks for all where fewer are left."""
+    return min(wanted, present) if type(wanted) is int else sample_size(wanted, present)
+
+
 def checked_quorum(quorum: int, sampled: int, available: int) -> int:
     """The quorum, if a round can meet it.
 

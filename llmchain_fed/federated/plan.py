@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from llmchain_fed.federated import wire
 from llmchain_fed.federated.codecs import Codec, encoded_bytes
-from llmchain_fed.federated.global_state import GlobalState
+from llmchain_fed.federated.global_state import GlobalState, parted
 from llmchain_fed.federated.history import size
 from llmchain_fed.federated.hub import Hub
-from llmchain_fed.federated.options import sample_size
 from llmchain_fed.federated.rule import Part, selected
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.wire import TensorInfo
@@ -51,34 +51,34 @@ class Plan:
         )
 
 
-def plan_of(hub: Hub, rounds: int, *, evaluates: bool) -> Plan:
+def plan_of(hub: Hub, rounds: int) -> Plan:
     """The projection for so many more rounds.
 
     Args:
         hub: After its participants have joined.
         rounds: How many.
-        evaluates: Whether every round is measured before and after.
     """
     present = hub.roster.present()
+    holders = [n for n in present if hub.roster.joined[n].held_out]
     hub.publish()
     in_process = isinstance(hub.transport, InProcess)
     timed = _timed_steps(hub, present[:1] if in_process else present)  # before the bytes: it brings the state to them
     downlink, up, down, kept = _Downlink(hub, present), 0, 0, 0
-    down += sum(map(downlink.ask, present)) if evaluates else 0
+    down += sum(map(downlink.ask, holders))
     for number in range(hub.round, hub.round + rounds):
         chosen = hub.chosen(present, number)
         down += sum(map(downlink.ask, chosen))
         update = sum(_update_bytes(hub, node, number) for node in chosen)
         up, kept = up + update, max(kept, update)
         downlink.close(number, chosen)
-        down += sum(map(downlink.ask, present)) if evaluates else 0
+        down += sum(map(downlink.ask, holders))
     seconds = None
     if timed:
         steps = max(seconds * count for seconds, count in timed)
-        seconds = steps * rounds * (sample_size(hub.settings.per_round, len(present)) if in_process else 1)
+        seconds = steps * rounds * (len(hub.chosen(present, hub.round)) if in_process else 1)
     return Plan(
         rounds=rounds,
-        participants=sample_size(hub.settings.per_round, len(present)),
+        participants=len(hub.chosen(present, hub.round)),
         bytes_up=up,
         bytes_down=down,
         memory=_memory(hub, kept) + 3 * downlink.remainder_bytes,
@@ -113,12 +113,18 @@ class _Downlink:
 
     def __init__(self, hub: Hub, nodes: list[str]) -> None:
         self._hub, self._rule = hub, hub.settings.rule
-        messages = {n: hub.broadcast.message(n, {}) for n in nodes}
-        self._first = {n: wire.inspect(m, max_bytes=len(m))[1] for n, m in messages.items()}
-        self._sizes = {n: len(m) for n, m in messages.items()}
+        self._remainder = _Remainder(hub)
+        self._first: dict[str, set[str]] = {}  # names of what it lacks now, till it is asked
+        self._begins: dict[str, list[int]] = {}  # and from which rank on the remainder
+        self._sizes: dict[str, int] = {}
+        for node in nodes:
+            message = hub.broadcast.message(node, {})
+            header, infos = wire.inspect(message, max_bytes=len(message))
+            values, remainder = parted(wire.values(message, infos))
+            self._first[node], self._sizes[node] = set(values), len(message)
+            self._begins[node] = self._remainder.begins(remainder.keys(), header["appended"])
         self._asked = dict.fromkeys(nodes, 0)  # closed rounds that it has been sent
         self._changes: list[Part] = []  # of each closed round
-        self._remainder = _Remainder(hub)
 
     @property
     def remainder_bytes(self) -> int:
@@ -127,16 +133,17 @@ class _Downlink:
 
     def ask(self, node: str) -> int:
         """Bytes of the next message to it, which it then holds."""
-        since, first = self._asked[node], self._first.pop(node, None)
+        since, begins = self._asked[node], self._begins.pop(node, None)
+        first = self._first.pop(node, set())
         self._asked[node] = len(self._changes)
-        if since == len(self._changes) and first is not None:
+        if since == len(self._changes) and begins is not None:
             return self._sizes[node] + _HEADER
         infos = _infos(self._hub, node, "all")
-        names = {n for part in self._changes[since:] for n in selected(infos, part)} | (first or {}).keys()
+        names = first.union(*(selected(infos, part) for part in self._changes[since:]))
         whole = _message_bytes({n: infos[n] for n in infos if n in names}, None)
-        lacks_values = bool(first and first.keys() & infos.keys())  # else what it lacked so far travels as codes, too
+        lacks_values = bool(first & infos.keys())  # else what it lacked so far travels as codes, too
         coded = self._coded(since) + (self._sizes[node] if first else 0)
-        return self._remainder.since(since) + (whole if lacks_values else min(whole, coded))
+        return self._remainder.since(since, begins) + (whole if lacks_values else min(whole, coded))
 
     def _coded(self, since: int) -> int:
         """Bytes of the changes as codes, where they travel so."""
@@ -167,6 +174,7 @@ class _Remainder:
         layers = layout.layers if layout is not None and self._rule in ("fedex", "flora") else []
         pairs = [layout.factors(hub.broadcast.state_for(), layer) for layer in layers] if layout is not None else []
         self._sides = [(p.b.shape[0] + p.a.shape[1], p.full_rank) for p in pairs]
+        self._layers = layers
         self._names = 2 * sum(len(layer) + _ENTRY for layer in layers)
         now = GlobalState.of(hub.model).remainder
         self._ranks = [[now[layer].rank if layer in now else 0 for layer in layers]]  # after each round
@@ -184,9 +192,14 @@ class _Remainder:
         self._since.append([rank if fit else 0 for rank, fit in zip(former, fits, strict=True)])
         self._ranks.append([min(r + more, most) for r, (_, most) in zip(former, self._sides, strict=True)])
 
-    def since(self, closed: int) -> int:
-        """Bytes of what came after so many rounds."""
-        begins = [min(ranks) for ranks in zip(*self._since[closed:], strict=True)]
+    def begins(self, sent: Collection[str], appended: Mapping[str, int]) -> list[int]:
+        """From which rank on somebody lacks each layer now, who is sent these layers."""
+        ranks = zip(self._layers, self._ranks[0], strict=True)
+        return [appended.get(layer, 0) if layer in sent else rank for layer, rank in ranks]
+
+    def since(self, closed: int, first: list[int] | None) -> int:
+        """Bytes of what came after so many rounds, and of what was lacking before the first."""
+        begins = [min(ranks) for ranks in zip(*self._since[closed:], *([first] if first else []), strict=True)]
         pairs = zip(begins, self._ranks[-1], self._sides, strict=False)  # no begins: nothing came
         sent = sum(4 * sides * (rank - begin) for begin, rank, (sides, _) in pairs)
         return sent + self._names if sent else 0

@@ -66,6 +66,8 @@ class OpenRound:
         self.start = broadcast.state_for()
         """where participants start: the global state, or with a broadcast codec what they decoded of it"""
         self.records: dict[str, ParticipantRecord] = {}
+        self.spent = False
+        """whether its updates have been combined: rules may use them up"""
         self._broadcast, self._base, self._rule, self._weighting, self._codec = broadcast, base, rule, weighting, codec
         self.part = rule.shares(about.number)
         self._names = selected(self.start, self.part)
@@ -235,6 +237,7 @@ class OpenRound:
         if len(trained) < max(1, quorum):
             reasons = {n: r.reason for n, r in self.records.items() if r.reason}
             raise too_few(self.number, len(trained), quorum, reasons, "usable updates")
+        self.spent = True
         combined = self._collector.combine()
         self._gap_found = combined.gap
         if self._comparable:

@@ -35,7 +35,7 @@ class _Rule(ABC):
     _memory: dict[str, Memory] = field(default_factory=dict, init=False, repr=False)
     _slots: ClassVar[tuple[str, ...]] = ()
 
-    def __new__(cls, *values: Any, **options: Any) -> Self:
+    def __new__(cls, /, *values: Any, **options: Any) -> Self:
         """Refuses what the options are not, which a dataclass would with a TypeError."""
         check_by_name(cls, [f.name for f in fields(cls) if f.init], values, options)
         return super().__new__(cls)

@@ -138,7 +138,7 @@ class DiLoCo:
     tensor([1.3300])
     """
 
-    def __new__(cls, *values: Any, **options: Any) -> Self:
+    def __new__(cls, /, *values: Any, **options: Any) -> Self:
         """Refuses what the options are not, which Python would with a TypeError."""
         check_by_name(cls, ("lr", "momentum"), values, options)
         return super().__new__(cls)
