@@ -5,10 +5,12 @@ Belongs here: what a federation survives. Does not: what it does when all is wel
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from torchrun_script import SHARES, TRAINING, tiny_chain
 from llmchain_fed import FederatedAveraging, QuorumError
 from llmchain_fed.errors import TransportError
 from llmchain_fed.runtimes.nvflare import engine
+from llmchain_fed.runtimes.nvflare.session import EngineSession
 
 pytestmark = pytest.mark.federation
 
@@ -201,6 +204,20 @@ def test_the_hubs_driver_killed_and_started_again_finds_its_job(federation):
     assert difference(whole.model.trainable_state(), torch.load(out, weights_only=True)) < 1e-5
 
 
+def wake_after(federation, sleeper, other, seconds=5.0):
+    """Lets a stopped site go on some seconds after the hub has heard of another."""
+    session = EngineSession(federation.kits["admin"])
+    until = time.monotonic() + 80
+    while time.monotonic() < until:
+        with suppress(TransportError):
+            if other in session.connected():
+                break
+        time.sleep(0.5)
+    time.sleep(seconds)
+    federation.engines[sleeper].send_signal(signal.SIGCONT)
+    session.close()
+
+
 def test_a_server_that_stays_away_is_one_clear_error_and_the_weights_are_kept(federation):
     with federation.runtime(recovery=6.0) as runtime:
         running = Running(federation, runtime, 3)
@@ -209,7 +226,9 @@ def test_a_server_that_stays_away_is_one_clear_error_and_the_weights_are_kept(fe
         with pytest.raises(QuorumError, match="The engine was not back within 6 s"):
             running.result()
         assert running.fed.round == len(running.fed.history) == 1
+        federation.engines["a"].send_signal(signal.SIGSTOP)  # it finds the hub again seconds after b
         federation.start_hub()
+        threading.Thread(target=wake_after, args=[federation, "a", "b"]).start()
         fed = running.fed
         until = time.monotonic() + 90
         while True:  # by hand now: the same object goes on

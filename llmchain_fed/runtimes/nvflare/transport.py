@@ -50,7 +50,8 @@ class NVFlare:
         socket: Where the job finds this process; by default a path that follows from `admin`.
         patience: seconds without a sign of life after which a site counts as absent.
         recovery: seconds within which the engine must be back after it went away.
-        startup: seconds to wait for all sites to connect before the first job; later ones join as they come.
+        startup: seconds to wait for all sites to connect before the first job, and before the next once all were lost;
+            later ones join as they come.
 
     Raises:
         ConfigError: No kit, no or doubled sites, or somebody listens at the socket.
@@ -177,7 +178,8 @@ class NVFlare:
             self._link.release()
             with suppress(TransportError):
                 self._end_job()
-            self._submit(0.0)
+            # When all were lost it is as at the start: they find a restarted hub one by one.
+            self._submit(0.0 if self._reached else self._startup)
 
     def _meet(self, names: Sequence[str]) -> None:
         """Pings sites that may be in the job; nothing is recovered for that."""
