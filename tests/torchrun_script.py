@@ -134,7 +134,7 @@ def misbehave(kind: str | None, rank: int) -> None:
             if kind == "raise":
                 raise RuntimeError("out of memory")
         if kind == "slow":
-            time.sleep(2.2)
+            time.sleep(8.0)
         return inner(self, header, state)
 
     LocalPeer._train = die
