@@ -31,7 +31,7 @@ from llmchain_fed.federated.personal import Ditto, loaded
 from llmchain_fed.federated.private_state import Progress
 from llmchain_fed.federated.rule import LoraLayout, selected
 from llmchain_fed.federated.runtime import OPERATIONS, Operation
-from llmchain_fed.federated.trainee import Trainee
+from llmchain_fed.federated.trainee import Trainee, check_contract
 from llmchain_fed.federated.update import Update
 from llmchain_fed.training import TrainingConfig, TrainingResult, train_locally
 
@@ -169,7 +169,8 @@ class LocalPeer:
 
     def _hello(self, payload: bytes) -> bytes:
         asked = wire.read_json(payload)
-        self._trainee.check_contract(asked.get("contract"), f"the hub that {self._name!r} is asked by")
+        contract = self._trainee.contract()
+        check_contract(contract, asked.get("contract"), f"the hub that {self._name!r} is asked by")
         if self._told:
             self._adopt(asked.get("training"))
         if self._federation not in (None, asked.get("federation")):
@@ -177,7 +178,7 @@ class LocalPeer:
         data = self._data.train()
         answer: dict[str, Any] = {
             "participant": self._name,
-            "contract": self._trainee.contract(),
+            "contract": contract,
             "held_out": self._data.holds_out,
             "holds": self._model.weights_hash,
             "rank": self._participant.rank,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from llmchain_fed.data import DataReport
 from llmchain_fed.errors import (
@@ -23,7 +24,7 @@ from llmchain_fed.errors import (
 from llmchain_fed.federated import wire
 from llmchain_fed.federated.history import ParticipantRecord
 from llmchain_fed.federated.runtime import Transport
-from llmchain_fed.federated.trainee import Trainee
+from llmchain_fed.federated.trainee import Trainee, check_contract
 from llmchain_fed.training import TrainingConfig
 
 # What another process reports of itself makes it absent. Any other error is this process's own and raised.
@@ -115,7 +116,7 @@ class Roster:
             try:
                 if isinstance(answer, Exception):
                     raise answer
-                found = self._read(node, answer)
+                found = _read(node, answer, contract)
             except ABSENCE as error:
                 found = error
             except LLMChainFedError:
@@ -140,26 +141,27 @@ class Roster:
         why = self.absent.get(node)
         return ParticipantRecord("absent", f"{type(why).__name__}: {why}") if why else ParticipantRecord("idle")
 
-    def _read(self, node: str, answer: bytes) -> Hello:
-        said = wire.read_json(answer)
-        name = said.get("participant")
-        if name != node:
-            msg = f"the peer at {node!r} calls itself {name!r:.80}: start it with the name of its node."
-            raise ParticipantError(msg)
-        self._trainee.check_contract(said.get("contract"), f"participant {node!r}")
-        examples, tokens, report = said.get("num_examples"), said.get("num_tokens"), said.get("report")
-        counted = all(count is None or (type(count) is int and count >= 1) for count in (examples, tokens))
-        rank, alpha, holds = said.get("rank"), said.get("alpha"), said.get("holds")
-        counted = counted and (rank is None or (type(rank) is int and 1 <= rank <= _LARGEST_RANK))
-        counted = counted and (alpha is None or (type(alpha) in (int, float) and 0 < alpha <= _LARGEST_RANK))
-        if not counted or not (report is None or _is_report(report)):
-            msg = f"what {node!r} says it holds makes no sense: {answer[:200]!r}"
-            raise ParticipantError(msg)
-        known = DataReport(**report) if report is not None else None
-        holds = holds[:64] if isinstance(holds, str) else None
-        options = said.get("options")
-        options = options[:64] if isinstance(options, str) else None
-        return Hello(said.get("held_out") is True, examples, tokens, known, holds, rank, alpha, options)
+
+def _read(node: str, answer: bytes, contract: Mapping[str, Any]) -> Hello:
+    said = wire.read_json(answer)
+    name = said.get("participant")
+    if name != node:
+        msg = f"the peer at {node!r} calls itself {name!r:.80}: start it with the name of its node."
+        raise ParticipantError(msg)
+    check_contract(contract, said.get("contract"), f"participant {node!r}")
+    examples, tokens, report = said.get("num_examples"), said.get("num_tokens"), said.get("report")
+    counted = all(count is None or (type(count) is int and count >= 1) for count in (examples, tokens))
+    rank, alpha, holds = said.get("rank"), said.get("alpha"), said.get("holds")
+    counted = counted and (rank is None or (type(rank) is int and 1 <= rank <= _LARGEST_RANK))
+    counted = counted and (alpha is None or (type(alpha) in (int, float) and 0 < alpha <= _LARGEST_RANK))
+    if not counted or not (report is None or _is_report(report)):
+        msg = f"what {node!r} says it holds makes no sense: {answer[:200]!r}"
+        raise ParticipantError(msg)
+    known = DataReport(**report) if report is not None else None
+    holds = holds[:64] if isinstance(holds, str) else None
+    options = said.get("options")
+    options = options[:64] if isinstance(options, str) else None
+    return Hello(said.get("held_out") is True, examples, tokens, known, holds, rank, alpha, options)
 
 
 def _is_report(found: object) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from llmchain_fed.chain import LLMChain, find_chain
 from llmchain_fed.data import Example, Prompt
@@ -28,6 +29,7 @@ _MEANING = {
 # how an adapter was made, not what it is
 _MADE = ("auto_mapping", "inference_mode", "init_lora_weights", "init_weights", "peft_version")
 _PROBES = ("Save the page, naïve Café №5!", "  two  spaces\n\ttabs and 1234567890", "日本語 Ελληνικά 😀 don't")
+_VOCABULARIES: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -94,26 +96,27 @@ class Trainee:
             "version": version("llmchain-fed"),
         }
 
-    def check_contract(self, theirs: Any, who: str) -> None:
-        """Makes sure that another side trains the same thing.
 
-        Args:
-            theirs: Its `contract()`, as it arrived.
-            who: It, for the message.
+def check_contract(ours: Mapping[str, Any], theirs: Any, who: str) -> None:
+    """Makes sure that another side trains the same thing.
 
-        Raises:
-            ContractError: What differs, by name.
-        """
-        ours = self.contract()
-        theirs = theirs if isinstance(theirs, Mapping) else {}
-        different = [k for k in ours if theirs.get(k) != ours[k]]
-        if different:
-            named = "; ".join(f"{_MEANING[k]}: {ours[k]!s:.12} here, {theirs.get(k)!s:.12} there" for k in different)
-            msg = (
-                f"{who} stands on another contract ({named}). Averaged weights would mean nothing: start both sides "
-                "from the same model, adapter, prompt and version."
-            )
-            raise ContractError(msg)
+    Args:
+        ours: This side's `contract()`.
+        theirs: The other's, as it arrived.
+        who: The other, for the message.
+
+    Raises:
+        ContractError: What differs, by name.
+    """
+    theirs = theirs if isinstance(theirs, Mapping) else {}
+    different = [k for k in ours if theirs.get(k) != ours[k]]
+    if different:
+        named = "; ".join(f"{_MEANING[k]}: {ours[k]!s:.12} here, {theirs.get(k)!s:.12} there" for k in different)
+        msg = (
+            f"{who} stands on another contract ({named}). Averaged weights would mean nothing: start both sides "
+            "from the same model, adapter, prompt and version."
+        )
+        raise ContractError(msg)
 
 
 def _digest(value: object) -> str:
@@ -137,4 +140,13 @@ def _tokenizer_identity(model: LocalModel) -> object:
     if tokenizer is None:
         return None
     probes = [list(tokenizer(text)["input_ids"]) for text in _PROBES]
-    return sorted(tokenizer.get_vocab().items()), model.eos_ids, model.pad_id, probes
+    return _vocabulary(tokenizer), model.eos_ids, model.pad_id, probes
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    """Digest of all tokens and their ids; kept until tokens are added, for it takes a tenth of a second."""
+    known = _VOCABULARIES.get(tokenizer)
+    if known is None or known[0] != len(tokenizer):
+        known = len(tokenizer), _digest(sorted(tokenizer.get_vocab().items()))
+        _VOCABULARIES[tokenizer] = known
+    return known[1]
