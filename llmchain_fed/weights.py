@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,20 +42,25 @@ def adapter_names(module: nn.Module) -> list[str]:
     return [names] if isinstance(names, str) else list(names or [])
 
 
-def _parameters_without(
-    module: nn.Module, adapters: Collection[str], prefix: str = "", seen: set[int] | None = None
-) -> Iterator[tuple[str, nn.Parameter]]:
+def _parameters_without(module: nn.Module, adapters: Collection[str]) -> list[tuple[str, nn.Parameter]]:
     """`named_parameters()` that does not walk into these adapters, of which there may be many beside the one."""
-    seen = set() if seen is None else seen
-    inside = adapters if _is_adapter_slot(prefix.removesuffix(".").rpartition(".")[2]) else ()
-    for name, parameter in module._parameters.items():
-        if parameter is not None and id(parameter) not in seen and name not in inside:
-            seen.add(id(parameter))
-            yield prefix + name, parameter
-    for name, part in module._modules.items():
-        if part is not None and id(part) not in seen and name not in inside:
-            seen.add(id(part))
-            yield from _parameters_without(part, adapters, f"{prefix}{name}.", seen)
+    found: list[tuple[str, nn.Parameter]] = []
+    seen: set[int] = set()
+
+    # A list, because generators inside generators hand every parameter up through all levels.
+    def walk(part: nn.Module, prefix: str, inside: Collection[str]) -> None:
+        for name, parameter in part._parameters.items():
+            if parameter is not None and id(parameter) not in seen and name not in inside:
+                seen.add(id(parameter))
+                found.append((prefix + name, parameter))
+        for name, child in part._modules.items():
+            if child is not None and id(child) not in seen and name not in inside:
+                seen.add(id(child))
+                if child._parameters or child._modules:
+                    walk(child, f"{prefix}{name}.", adapters if _is_adapter_slot(name) else ())
+
+    walk(module, "", ())
+    return found
 
 
 def _other_adapters(module: nn.Module, adapters: Collection[str]) -> set[str]:

@@ -23,7 +23,7 @@ from llmchain_fed import train_locally as train
 from llmchain_fed.data import collate, encode_examples
 from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.aggregation import AGGREGATIONS
-from llmchain_fed.federated.factors import Factors, Stack, covariance, stack
+from llmchain_fed.federated.factors import Factors, Stack, covariance, norms_of_mean, stack
 from llmchain_fed.federated.gap import AggregationGap
 from llmchain_fed.federated.peer import LocalPeer
 from llmchain_fed.federated.rule import Contribution, LoraLayout, Round
@@ -386,6 +386,11 @@ def test_the_covariance_of_factors_in_float64():
     assert found.rank == 3 * 2
     assert int(torch.linalg.matrix_rank(product)) == 6
     assert found.norm() == pytest.approx(float(torch.linalg.matrix_norm(product)), rel=1e-12)
+    whole, left_out = norms_of_mean(parts, shares)
+    assert whole == pytest.approx(float(torch.linalg.matrix_norm(product + mean_b @ mean_a)), rel=1e-12)
+    assert left_out == pytest.approx(float(torch.linalg.matrix_norm(product)), rel=1e-12)
+    one = float(torch.linalg.matrix_norm(parts[0].b @ parts[0].a))
+    assert norms_of_mean(parts[:1], [1.0]) == (pytest.approx(one, rel=1e-12), 0.0)
 
 
 @pytest.mark.parametrize("part", "ab")

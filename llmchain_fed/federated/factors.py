@@ -44,10 +44,17 @@ class Factors:
         return Factors(self.b[:, rank:], self.a[rank:])
 
     def norm(self) -> float:
-        """‖B·A‖ (Frobenius) = √tr(BᵀB · AAᵀ), from two (R, R) matrices."""
+        """‖B·A‖ (Frobenius) = √tr(BᵀB · AAᵀ)."""
+        return math.sqrt(max(float(self.gram().sum()), 0.0))
+
+    def gram(self) -> Tensor:
+        """(R, R), float64: entry (i, j) is the inner product of bᵢ·aᵢ and bⱼ·aⱼ, whose sum over i is B·A.
+
+        That is BᵀB ∘ AAᵀ, and the sum over any block is the inner product of the two partial sums.
+        """
         kind = self._precise
         b, a = self.b.to(kind), self.a.to(kind)
-        return math.sqrt(max(float(((b.T @ b).double() * (a @ a.T).double()).sum()), 0.0))
+        return (b.T @ b).double() * (a @ a.T).double()
 
     @property
     def _precise(self) -> torch.dtype:
@@ -144,17 +151,12 @@ class Stack:
     def centre(self, shares: Sequence[float], scaling: float = 1.0) -> Factors:
         """`covariance` of the parts times a scaling, made of the stack itself."""
         *parts, last = self.parts()
-        mean = _mean_b([*parts, last], shares)
+        mean = _mean([p.b for p in [*parts, last]], shares)
         for part, share in zip(parts, shares, strict=False):
             part.b.sub_(mean).mul_(share).mul_(scaling)
             part.a.sub_(last.a)
         whole, rank = self.factors(), sum(self.ranks[:-1])
         return Factors(whole.b[:, :rank], whole.a[:rank])
-
-
-def weighted(parts: Sequence[Factors], scales: Sequence[float]) -> Factors:
-    """Σ w_k B_k·A_k as one pair of factors."""
-    return stack([Factors(p.b * scale, p.a) for p, scale in zip(parts, scales, strict=True)])
 
 
 def covariance(parts: Sequence[Factors], shares: Sequence[float]) -> Factors:
@@ -167,15 +169,31 @@ def covariance(parts: Sequence[Factors], shares: Sequence[float]) -> Factors:
         parts: The participants' factors, all of one rank.
         shares: p_k, which sum to 1.
     """
-    mean, last = _mean_b(parts, shares), parts[-1].a
+    mean, last = _mean([p.b for p in parts], shares), parts[-1].a
     pairs = list(zip(parts, shares, strict=True))[:-1]
     if not pairs:
         return Factors(last.new_zeros(parts[-1].b.shape[0], 0), last[:0])
     return stack([Factors((p.b - mean) * share, p.a - last) for p, share in pairs])
 
 
-def _mean_b(parts: Sequence[Factors], shares: Sequence[float]) -> Tensor:
-    return sum((p.b * share for p, share in zip(parts[1:], shares[1:], strict=True)), parts[0].b * shares[0])
+def norms_of_mean(parts: Sequence[Factors], shares: Sequence[float]) -> tuple[float, float]:
+    """‖Σ p_k B_k·A_k‖ and ‖Σ p_k B_k·A_k − B̄·Ā‖ (Frobenius), from one pair of (K·r, K·r) matrices.
+
+    The first is the stack of `covariance` and B̄·Ā, so what the second needs is a corner of what the first needs.
+
+    Args:
+        parts: The participants' factors, all of one rank.
+        shares: p_k, which sum to 1.
+    """
+    apart = covariance(parts, shares)
+    means = (_mean([p.b for p in parts], shares), _mean([p.a for p in parts], shares))
+    both = stack([apart, Factors(*means)])
+    found, corner = both.gram(), slice(apart.rank)
+    return math.sqrt(max(float(found.sum()), 0.0)), math.sqrt(max(float(found[corner, corner].sum()), 0.0))
+
+
+def _mean(parts: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    return sum((p * share for p, share in zip(parts[1:], shares[1:], strict=True)), parts[0] * shares[0])
 
 
 def as_shares(weights: Sequence[float]) -> list[float]:

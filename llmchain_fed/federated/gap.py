@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from llmchain_fed.federated.factors import Factors, as_shares, covariance, weighted
+from llmchain_fed.federated.factors import Factors, as_shares, norms_of_mean
 from llmchain_fed.federated.rule import Contribution, LoraLayout
 
 _KEPT = 16  # participants whose factors are kept for the exact figure
@@ -54,8 +54,9 @@ class AggregationGap:
             scaling = self._layout.scaling[layer]
             pairs = [self._layout.factors(given.tensors, layer) for given in self._kept]
             parts = [Factors(p.b.float(), p.a.float()) for p in pairs]
-            left_out.append(scaling * covariance(parts, shares).norm())
-            whole.append(scaling * weighted(parts, shares).norm())
+            both, apart = norms_of_mean(parts, shares)
+            left_out.append(scaling * apart)
+            whole.append(scaling * both)
         return _ratio(math.hypot(*left_out), math.hypot(*whole))
 
 

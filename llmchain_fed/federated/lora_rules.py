@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.errors import FederationError
-from llmchain_fed.federated.factors import Stack, as_shares, covariance, weighted
+from llmchain_fed.federated.factors import Stack, as_shares, norms_of_mean
 from llmchain_fed.federated.rule import A, B, Combined, Contribution, LoraLayout, Round
 from llmchain_fed.federated.running_mean import RunningMean
 
@@ -55,9 +55,9 @@ class _Kept:
             found = self._stacks.pop(layer)
             scales = [share * scaling[layer] for share, scaling in zip(shares, self._scaling, strict=True)]
             if self._one_rank:
-                parts = found.parts()
-                self._whole.append(weighted(parts, scales).norm())
-                self._left_out.append(self.layout.scaling[layer] * covariance(parts, shares).norm())
+                whole, left_out = norms_of_mean(found.parts(), shares)
+                self._whole.append(self.layout.scaling[layer] * whole)
+                self._left_out.append(self.layout.scaling[layer] * left_out)
             yield layer, found, scales
 
     def _room(self) -> dict[str, Tensor]:

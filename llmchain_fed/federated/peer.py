@@ -150,9 +150,9 @@ class LocalPeer:
         Args:
             completed: Rounds that count; an interrupted one has not happened.
         """
-        own = self._own_model(self._latest(completed), GlobalState.of(self._model))
-        if own:
-            self._add_adapter(own)
+        progress = self._latest(completed)
+        if progress.has_own:
+            self._add_adapter(self._own_model(progress, GlobalState.of(self._model)))
         elif self._name in self._model.adapters[1:] and self._shown:
             self._model.remove_adapter(self._name)  # of a round that was taken back
 

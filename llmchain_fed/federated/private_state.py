@@ -36,6 +36,11 @@ class Progress:
     personal: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """an adapter that `personalize` made, which stands alone"""
 
+    @property
+    def has_own(self) -> bool:
+        """Whether there is a personal model of any kind."""
+        return bool(self.personal or self.private or self.ditto)
+
     def kept(self) -> dict[str, dict[str, Tensor]]:
         """The named tensors by kind."""
         return {kind: getattr(self, kind) for kind in _KINDS}

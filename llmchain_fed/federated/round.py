@@ -141,7 +141,7 @@ class OpenRound:
             delta_norms, coordinates = self._distances(update, start)
             self._check_steps(update)
             self._take(name, update, coordinates)
-            self._note(record, name, answer, update, delta_norms)
+            self._note(record, name, update, delta_norms, coordinates)
         except LLMChainFedError as error:
             record.status, record.reason = "refused", f"{type(error).__name__}: {error}"
         self.records[name] = record
@@ -201,7 +201,12 @@ class OpenRound:
         return norms, torch.cat(coordinates)
 
     def _note(
-        self, record: ParticipantRecord, name: str, data: bytes, update: Update, delta_norms: Mapping[str, float]
+        self,
+        record: ParticipantRecord,
+        name: str,
+        update: Update,
+        delta_norms: Mapping[str, float],
+        coordinates: Tensor,
     ) -> None:
         """Fills in the record, learning guards included."""
         norm = math.hypot(*delta_norms.values())
@@ -216,9 +221,9 @@ class OpenRound:
             record.notes.append("its update is zero: nothing was learnt")
         elif untouched:
             record.notes.append(f"{len(untouched)} tensors never changed, such as {untouched[0]}")
-        start = 8 + int.from_bytes(data[:8], "little")
-        digest = hashlib.blake2b(memoryview(data)[start:], digest_size=16).digest()
-        twin = self._owners.setdefault(digest, name)
+        # Every tensor's norm and a thousand coordinates, to the bit: what is equal in these was not trained apart.
+        seen = coordinates.numpy().tobytes() + repr(list(delta_norms.values())).encode()
+        twin = self._owners.setdefault(hashlib.blake2b(seen, digest_size=16).digest(), name)
         if twin != name and norm > 0:
             record.notes.append(f"its update equals {twin!r}'s: the same data or a copied answer")
 
