@@ -228,7 +228,8 @@ def test_a_server_that_stays_away_is_one_clear_error_and_the_weights_are_kept(fe
         assert running.fed.round == len(running.fed.history) == 1
         federation.engines["a"].send_signal(signal.SIGSTOP)  # it finds the hub again seconds after b
         federation.start_hub()
-        threading.Thread(target=wake_after, args=[federation, "a", "b"]).start()
+        waking = threading.Thread(target=wake_after, args=[federation, "a", "b"])
+        waking.start()
         fed = running.fed
         until = time.monotonic() + 90
         while True:  # by hand now: the same object goes on
@@ -238,6 +239,7 @@ def test_a_server_that_stays_away_is_one_clear_error_and_the_weights_are_kept(fe
             except QuorumError:
                 assert time.monotonic() < until
                 time.sleep(2)
+        waking.join()
         assert fed.history[1].trained == ["a", "b"]
 
 

@@ -488,6 +488,7 @@ def test_another_tokenizer_is_another_contract_and_the_same_one_loaded_again_is_
     from llmchain_fed import LLMChain
 
     chain = make_chain(lora=True)
+    chain.model.tokenizer = copy.deepcopy(chain.model.tokenizer)  # the fixture's is everybody's
     ours = Trainee.of(chain).contract()
     chain.save(tmp_path / "c")
     check_contract(ours, Trainee.of(LLMChain.load(tmp_path / "c")).contract(), "it")

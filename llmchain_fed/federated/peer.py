@@ -157,11 +157,11 @@ class LocalPeer:
             self._model.remove_adapter(self._name)  # of a round that was taken back
 
     def _own_model(self, progress: Progress, state: GlobalState) -> dict[str, Tensor]:
-        """The personal model's factors as one adapter that needs no remainder beside it; none without one."""
+        """The personal model's factors as one adapter that needs no remainder beside it; there is one."""
         if progress.personal:
             return progress.personal
         own = {**state.values, **progress.private} if progress.private else progress.ditto
-        return personal.with_remainder(own, state.remainder, self._scaling or self._model.lora_scaling()) if own else {}
+        return personal.with_remainder(own, state.remainder, self._scaling or self._model.lora_scaling())
 
     def _add_adapter(self, values: Mapping[str, Tensor]) -> None:
         self._model.add_adapter(self._name, values, scaling=self._scaling)
@@ -330,10 +330,9 @@ class LocalPeer:
         return answer
 
     def _side_by_side(self, state: GlobalState, progress: Progress) -> dict[str, float]:
-        own = self._own_model(progress, state)
-        if own:
-            self._add_adapter(own)
-        name = self._name if own else None
+        if progress.has_own:
+            self._add_adapter(self._own_model(progress, state))
+        name = self._name if progress.has_own else None
         return personal.side_by_side(self._model, state, name, self._data, self._config)
 
     def _time_step(self, state: GlobalState, place: Mapping[str, Any]) -> dict[str, Any]:
