@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmchain_fed.errors import (
     ChainFileError,
+    ChatTemplateError,
     CheckpointError,
     ConfigError,
     ContractError,
@@ -35,6 +36,7 @@ from llmchain_fed.errors import (
     TemplatedTwiceError,
     TrainingError,
     TransportError,
+    UnsayableError,
     UnsupportedModelError,
     UpdateRefusedError,
     WeightsMismatchError,
@@ -43,7 +45,7 @@ from llmchain_fed.errors import (
 if TYPE_CHECKING:
     from llmchain_fed.chain import LLMChain
     from llmchain_fed.chat import LocalChatModel
-    from llmchain_fed.data import DataReport, Example
+    from llmchain_fed.data import DataReport, Example, RawText
     from llmchain_fed.evaluation import evaluate_locally
     from llmchain_fed.federated.averaging import FederatedAveraging
     from llmchain_fed.federated.history import History
@@ -94,6 +96,7 @@ _HOMES = {
     "MLflow": "tracking.mlflow",
     "NVFlare": "runtimes.nvflare.transport",
     "Participant": "federated.participant",
+    "RawText": "data",
     "Reptile": "federated.server_optimizers",
     "TensorBoard": "tracking.tensorboard",
     "TorchDistributed": "runtimes.torch_distributed",
@@ -111,6 +114,7 @@ _HOMES = {
 __all__ = [
     "Callback",
     "ChainFileError",
+    "ChatTemplateError",
     "CheckpointError",
     "ConfigError",
     "ConsoleTable",
@@ -149,6 +153,7 @@ __all__ = [
     "PromptTooLongError",
     "PromptVariablesError",
     "QuorumError",
+    "RawText",
     "RecipeError",
     "Reptile",
     "TemplatedTwiceError",
@@ -159,6 +164,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingError",
     "TransportError",
+    "UnsayableError",
     "UnsupportedModelError",
     "UpdateRefusedError",
     "WeightsMismatchError",

@@ -23,10 +23,11 @@ from llmchain_fed import saving
 from llmchain_fed._config import explain, unknown_option
 from llmchain_fed.chat import LocalChatModel
 from llmchain_fed.errors import ChainFileError, ConfigError, PromptVariablesError, UnsupportedModelError
-from llmchain_fed.face import SAVED, check_saved
-from llmchain_fed.library import make_parser, parser_name, prompt_from_data, prompt_to_data
+from llmchain_fed.face import Bare, LocalFace, check_saved, saved_fields
+from llmchain_fed.library import StripOutputParser, make_parser, parser_name, prompt_from_data, prompt_to_data
 from llmchain_fed.llm import LocalLLM
 from llmchain_fed.model import LocalModel
+from llmchain_fed.prompt_step import PromptStep, mark_values
 from llmchain_fed.recipes import ParserName
 
 ChainInput = dict[str, Any] | str
@@ -75,7 +76,7 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
             msg = f"LLMChain: `kwargs` {options['kwargs']!r} would never reach the model. Pass them as llm_kwargs."
             raise ConfigError(msg)
         options |= {"prompt": prompt, "llm": llm, "output_parser": parser, "llm_kwargs": kwargs}
-        options["bound"] = prompt | (llm.bind(**kwargs) if kwargs else llm) | parser
+        options["bound"] = _steps(prompt, llm, kwargs, parser)
         super().__init__(**options)
 
     # --- its parts --------------------------------------------------------------------------------------------------
@@ -87,9 +88,7 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         Raises:
             UnsupportedModelError: The chain's model is not a local one.
         """
-        found: Any = self.llm
-        while isinstance(found, RunnableBindingBase):
-            found = found.bound
+        found = _below_bindings(self.llm)
         if not isinstance(found, (LocalLLM, LocalChatModel)):
             msg = (
                 f"the chain's model is {type(found).__name__}, which has no weights here to train. Use "
@@ -126,11 +125,7 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         return self._over(self.model.without_adapter())
 
     def _over(self, model: LocalModel) -> Self:
-        def swapped(llm: Any) -> Any:
-            inner = isinstance(llm, RunnableBindingBase)
-            return llm.model_copy(update={"bound": swapped(llm.bound)} if inner else {"model": model})
-
-        return self._rebound(swapped(self.llm), self.llm_kwargs)
+        return self._rebound(_with_face_fields(self.llm, model=model), self.llm_kwargs)
 
     @property
     def input_variables(self) -> Sequence[str]:
@@ -145,7 +140,20 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
     @property
     def adds_special_tokens(self) -> bool:
         """False over a chat model: a chat template writes its special tokens itself."""
-        return not isinstance(self.face, LocalChatModel)
+        return self.face.adds_special_tokens
+
+    @property
+    def completion_controls(self) -> frozenset[str]:
+        """Control tokens, beside the model's own, that a completion cannot write: those of a chat template."""
+        return self.face.own_controls
+
+    def as_prompt(self) -> Self:
+        """What makes text of an example's input: the chain itself."""
+        return self
+
+    def parsed(self, text: str) -> str:
+        """What the parser leaves of an answer's text, as far as it only drops the white space around it."""
+        return text.strip() if isinstance(self.output_parser, StripOutputParser) else text
 
     @property
     def literals(self) -> Sequence[str]:
@@ -159,10 +167,11 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         texts = [str(m.content) for m in value.to_messages()]
         return [literal for text in texts for literal in re.split("\ue000.*?\ue001", text)]
 
-    def prompt_identity(self) -> list[str]:
-        """What two sides of a federation must share of the prompt: fixed texts, variables and defaults."""
+    def prompt_identity(self) -> list[Any]:
+        """What two sides of a federation must share of the prompt: fixed texts, variables, defaults, chat template."""
         defaults = [f"{k}={v}" for k, v in sorted(self.prompt.partial_variables.items()) if isinstance(v, str)]
-        return [type(self.prompt).__name__, *self.literals, *sorted(self.input_variables), *defaults]
+        texts = [type(self.prompt).__name__, *self.literals, *sorted(self.input_variables), *defaults]
+        return [texts, self.face.path_identity(), sorted((k, repr(v)) for k, v in self._rendering_kwargs().items())]
 
     def render(self, inputs: Mapping[str, Any] | str) -> str:
         """The text that the model sees for `inputs`: byte for byte what invoke sends it, and what training uses.
@@ -190,12 +199,21 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
             raise PromptVariablesError(msg)
         value: PromptValue = self.prompt.format_prompt(**inputs)
         face = self.face
-        return face.render(value.to_messages()) if isinstance(face, LocalChatModel) else value.to_string()
+        if isinstance(face, LocalChatModel):
+            return face.render(value.to_messages(), **self._rendering_kwargs())
+        if face.control_tokens == "template":
+            return value.to_string()
+        return mark_values(self.prompt, inputs, value.to_string(), lambda: _controls(face.model))
 
     def generation_options(self) -> dict[str, Any]:
         """Keywords for `model.generate` that give the answers this chain gives."""
-        kwargs = self._all_llm_kwargs()
+        rendering = self._rendering_kwargs()
+        kwargs = {k: v for k, v in self._all_llm_kwargs().items() if k not in rendering}
         return self.face.options(kwargs.pop("stop", None), kwargs)
+
+    def _rendering_kwargs(self) -> dict[str, Any]:
+        """The keywords of a call to the model that decide the prompt's text: the switches of a chat template."""
+        return {k: v for k, v in self._all_llm_kwargs().items() if k in self.face.rendering_options}
 
     # --- Runnable ---------------------------------------------------------------------------------------------------
 
@@ -221,7 +239,7 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
 
     def _rebound(self, llm: Runnable[Any, Any], llm_kwargs: dict[str, Any]) -> Self:
         """The same prompt, parser and configuration around this model and these keywords."""
-        bound = self.prompt | (llm.bind(**llm_kwargs) if llm_kwargs else llm) | self.output_parser
+        bound = _steps(self.prompt, llm, llm_kwargs, self.output_parser)
         return self.model_copy(update={"llm": llm, "llm_kwargs": llm_kwargs, "bound": bound})
 
     @override
@@ -331,7 +349,7 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
             Path(directory),
             face.model,
             face="chat" if isinstance(face, LocalChatModel) else "llm",
-            options={name: getattr(face, name) for name in sorted(SAVED & face.model_fields_set)},
+            options={name: getattr(face, name) for name in sorted(saved_fields(type(face)) & face.model_fields_set)},
             llm_kwargs=self._all_llm_kwargs(),
             prompt=prompt_to_data(self.prompt),
             parser=parser_name(cast(BaseOutputParser[Any], self.output_parser)),
@@ -362,7 +380,7 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         # everything that can be wrong with the data is found before the weights are read
         prompt, parser = prompt_from_data(file.prompt), make_parser(cast(ParserName, file.parser))
         try:
-            check_saved(file.options, file.llm_kwargs)
+            check_saved(kind, file.options, file.llm_kwargs)
         except ConfigError as error:
             msg = f"{saving.RECIPE}: {error}. Only save() writes it; save the chain again."
             raise ChainFileError(msg) from None
@@ -373,24 +391,64 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         return cls(llm=face, prompt=prompt, output_parser=parser, llm_kwargs=file.llm_kwargs)
 
 
-def find_chain(runnable: Any) -> LLMChain | None:
-    """The LLMChain within `with_config`, `with_retry`, `with_fallbacks` or `prompt | llm | parser`, or None.
+def _steps(
+    prompt: BasePromptTemplate[Any], llm: Any, llm_kwargs: Mapping[str, Any], parser: Runnable[Any, Any]
+) -> Runnable[Any, Any]:
+    """`prompt | llm | parser`; a local string model is told which of the text came from the variables."""
+    face = _below_bindings(llm)
+    first: Runnable[Any, Any] = prompt
+    if isinstance(face, LocalLLM) and face.control_tokens == "text":
+        first = PromptStep(prompt=prompt, controls=lambda: _controls(face.model))
+    return first | (llm.bind(**llm_kwargs) if llm_kwargs else llm) | parser
 
-    LangChain's legacy chain found its model in the same way.
+
+def _controls(model: LocalModel) -> tuple[frozenset[str], frozenset[str]]:
+    added = getattr(model.tokenizer, "added_tokens_decoder", {}).values()
+    return model.control_tokens(), frozenset(token.content for token in added)
+
+
+def _below_bindings(llm: Any) -> Any:
+    while isinstance(llm, RunnableBindingBase):
+        llm = llm.bound
+    return llm
+
+
+def _with_face_fields(llm: Any, **fields: Any) -> Any:
+    """The same model under the same bindings, with other fields of its face."""
+    inner = isinstance(llm, RunnableBindingBase)
+    return llm.model_copy(update={"bound": _with_face_fields(llm.bound, **fields)} if inner else fields)
+
+
+def find_prompt(runnable: Any) -> LLMChain | Bare | None:
+    """What renders the prompts of a Runnable over a local model, so that training sees what its `invoke` sends.
+
+    Finds an LLMChain or a face within `with_config`, `with_retry`, `with_fallbacks`, `bind`, `prompt | llm | parser`
+    and `llm | parser`. LangChain's legacy chain found its model in the same way. None where there is none.
     """
-    while not isinstance(runnable, LLMChain):
+    call: dict[str, Any] = {}
+    strips = False
+    while True:
+        if isinstance(runnable, LLMChain):
+            return runnable._with(call)
+        if isinstance(runnable, LocalFace):
+            return Bare(runnable, call, strips)
         if isinstance(runnable, RunnableSequence):
-            prompt, llm, *rest = runnable.steps
-            if not isinstance(prompt, BasePromptTemplate):  # chain | something: the chain is what learns
-                runnable = prompt
-                continue
-            parser = rest[0] if len(rest) == 1 else RunnableSequence(*rest) if rest else None
-            return LLMChain(llm=llm, prompt=prompt, output_parser=parser)
+            first, second, *rest = runnable.steps
+            if isinstance(first, BasePromptTemplate):
+                return _chain_of(first, second, rest)
+            runnable, strips = first, strips or isinstance(second, StripOutputParser)  # the first is what learns
         # by class: RunnableWithFallbacks forwards unknown attributes, `bound` too, to the chain within
-        if isinstance(runnable, RunnableBindingBase):
-            runnable = runnable.bound
+        elif isinstance(runnable, RunnableBindingBase):
+            runnable, call = runnable.bound, {**runnable.kwargs, **call}
         elif isinstance(runnable, RunnableWithFallbacks):
             runnable = runnable.runnable
         else:
             return None
-    return runnable
+
+
+def _chain_of(prompt: BasePromptTemplate[Any], llm: Any, rest: Sequence[Runnable[Any, Any]]) -> LLMChain:
+    """`prompt | llm | …` as a chain. LangChain hands a string model one text there, whose author is the caller."""
+    parser = rest[0] if len(rest) == 1 else RunnableSequence(*rest) if rest else None
+    if isinstance(_below_bindings(llm), LocalLLM):
+        llm = _with_face_fields(llm, control_tokens="template")
+    return LLMChain(llm=llm, prompt=prompt, output_parser=parser)

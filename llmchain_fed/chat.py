@@ -5,22 +5,25 @@ Knows langchain_core's BaseChatModel, messages and LocalModel. Knows nothing abo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import CallbackManagerForLLMRun
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, convert_to_openai_messages
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from pydantic import Field
+from pydantic import Field, model_validator
 from typing_extensions import override
 
-from llmchain_fed.errors import UnsupportedModelError
+from llmchain_fed import chat_template
+from llmchain_fed.errors import ConfigError, DataError, UnsupportedModelError
 from llmchain_fed.face import LocalFace
 from llmchain_fed.generation import Completion
+from llmchain_fed.messages import to_transformers
 
 
 class LocalChatModel(LocalFace, BaseChatModel):
@@ -36,6 +39,45 @@ class LocalChatModel(LocalFace, BaseChatModel):
 
     cache: BaseCache | bool | None = Field(default=False, exclude=True)
     """off, also under a global cache; True opts in, with the weights' version in the key"""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """switches of the chat template, such as `{"enable_thinking": False}`; a call may give others, which go first"""
+    path_fields: ClassVar[frozenset[str]] = frozenset({"chat_template_kwargs"})
+    rendering_options: ClassVar[frozenset[str]] = frozenset({"chat_template_kwargs"})
+
+    @model_validator(mode="after")
+    def _known_switches(self) -> Self:
+        if self.chat_template_kwargs:
+            name = self.model.name
+            template = chat_template.template_of(self.model.tokenizer, name)
+            chat_template.check_switches(self.chat_template_kwargs, template, name)
+        return self
+
+    @property
+    def adds_special_tokens(self) -> bool:
+        """False: a chat template writes its special tokens itself."""
+        return False
+
+    @property
+    def own_controls(self) -> frozenset[str]:
+        """The added tokens that the chat template writes."""
+        tokenizer = self.model.tokenizer
+        template = chat_template.template_of(tokenizer, self.model.name)
+        return chat_template.written_tokens(tokenizer, template, self.chat_template_kwargs)
+
+    @override
+    def path_identity(self) -> list[Any]:
+        template = str(getattr(self.model.tokenizer, "chat_template", None))
+        digest = hashlib.sha256(template.encode()).hexdigest()[:16]
+        return [*super().path_identity(), digest, sorted(self.chat_template_kwargs.items())]
+
+    @override
+    def text_of(self, value: Any, call: Mapping[str, Any]) -> str:
+        try:
+            messages = self._convert_input(value).to_messages()
+        except (ValueError, NotImplementedError) as error:
+            msg = f"cannot read {value!r:.80} as an input of LocalChatModel: {error}. Pass text or messages."
+            raise DataError(msg) from None
+        return self.render(messages, chat_template_kwargs=call.get("chat_template_kwargs"))
 
     @classmethod
     def _tolerated(cls) -> frozenset[str]:
@@ -60,29 +102,38 @@ class LocalChatModel(LocalFace, BaseChatModel):
     def get_token_ids(self, text: str) -> list[int]:
         return self.model.encode([text], add_special_tokens=False)[0]
 
-    def render(self, messages: Sequence[BaseMessage]) -> str:
+    def render(self, messages: Sequence[BaseMessage], *, chat_template_kwargs: Mapping[str, Any] | None = None) -> str:
         """Messages → the text that the model sees, up to where its answer begins.
 
+        A last message of the assistant's is a begun answer, which the model goes on from. Where a message's text
+        spells a control token, the result is a `Rendered`, which `LocalModel.encode` keeps from becoming one.
+
+        Args:
+            messages: The conversation.
+            chat_template_kwargs: Switches of the template for this call, over the model's own.
+
         Raises:
+            ChatTemplateError: The template refuses the messages.
+            ConfigError: A switch that the template does not have.
             UnsupportedModelError: The model is seq2seq, its tokenizer has no chat template, or a message is not text.
         """
-        tokenizer = self.model.tokenizer
-        if self.model.kind != "causal" or not getattr(tokenizer, "chat_template", None):
-            msg = (
-                f"{self.model.name!r} has no chat template, so messages cannot become a prompt. Use LocalLLM, or set "
-                "tokenizer.chat_template."
-            )
+        model = self.model
+        if model.kind != "causal":
+            msg = f"{model.name!r} is seq2seq, and chat templates are for causal models. Use LocalLLM."
             raise UnsupportedModelError(msg)
-        conversation = convert_to_openai_messages(messages, text_format="string")
-        for message in conversation:
-            if not isinstance(message.get("content") or "", str):
-                msg = (
-                    f"a {message['role']} message holds more than text, which {self.model.name!r} cannot "
-                    "read. Send text only."
-                )
-                raise UnsupportedModelError(msg)
-        text: str = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        return text
+        given = self.chat_template_kwargs | dict(chat_template_kwargs or {})
+        conversation = to_transformers(messages, model.name)
+        return chat_template.render(
+            model.tokenizer, conversation, given, controls=model.control_tokens(), name=model.name
+        )
+
+    def _rendered(self, messages: list[BaseMessage], kwargs: dict[str, Any]) -> str:
+        """The prompt of a call; its switches leave `kwargs`."""
+        switches = kwargs.pop("chat_template_kwargs", None)
+        if switches is not None and not isinstance(switches, Mapping):
+            msg = f"chat_template_kwargs is a mapping of switches to values, got {switches!r:.80}."
+            raise ConfigError(msg)
+        return self.render(messages, chat_template_kwargs=switches)
 
     @override
     def _generate(
@@ -92,8 +143,9 @@ class LocalChatModel(LocalFace, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
+        text = self._rendered(messages, kwargs)
         options = self.options(stop, kwargs)
-        (done,) = self.model.complete([self.render(messages)], add_special_tokens=False, **options)
+        (done,) = self.model.complete([text], add_special_tokens=False, **options)
         message = AIMessage(content=done.text, usage_metadata=_usage(done), response_metadata=self._about(done))
         return ChatResult(generations=[ChatGeneration(message=message)], llm_output={"model_name": self.model.name})
 
@@ -105,8 +157,9 @@ class LocalChatModel(LocalFace, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
+        text = self._rendered(messages, kwargs)
         options = self.options(stop, kwargs)
-        pieces = self.model.stream(self.render(messages), add_special_tokens=False, **options)
+        pieces = self.model.stream(text, add_special_tokens=False, **options)
         while True:
             try:
                 piece = next(pieces)

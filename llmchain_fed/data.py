@@ -14,10 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmchain_fed.errors import DataError, UnsupportedModelError
-from llmchain_fed.examples import Example, Examples, Prompt, is_ready_tensors, read_examples
+from llmchain_fed.control_tokens import Rendered
+from llmchain_fed.errors import UnsupportedModelError
+from llmchain_fed.examples import (
+    Example,
+    Examples,
+    Prompt,
+    PromptRow,
+    RawText,
+    is_ready_tensors,
+    prompt_text,
+    read_examples,
+)
 from llmchain_fed.generation import pad_rows
 from llmchain_fed.model import LocalModel
+from llmchain_fed.saying import Saying
 
 __all__ = [
     "IGNORE",
@@ -26,10 +37,12 @@ __all__ = [
     "Example",
     "Examples",
     "Prompt",
+    "RawText",
     "bucketed_order",
     "collate",
     "encode_examples",
     "is_ready_tensors",
+    "prompt_text",
     "read_examples",
     "unwrap",
 ]
@@ -47,10 +60,29 @@ class DataReport:
     """left out: no completion (or no prompt) to learn from"""
     too_long: int = 0
     """left out: longer than `max_length` or the model's context"""
+    holds_end: int = 0
+    """left out: an end token within the completion, where an answer would end"""
+    holds_stop: int = 0
+    """left out: a stop string within the completion, before which an answer would end"""
+    stripped: int = 0
+    """left out: white space around the completion, which the parser or the tokenizer takes away"""
+    not_decodable: int = 0
+    """left out: its tokens, decoded, are another text: characters that the vocabulary lacks, lower-cased letters …"""
     duplicate: int = 0
     """kept: the same prompt and completion occurred before"""
+    raw: int = 0
+    """kept: `RawText`, used as it is"""
+    prompt_as_input: int = 0
+    """kept: rows of `prompt` and `completion` whose prompt is the input and goes through the template"""
+    control_text: int = 0
+    """kept: examples that spell a control token where they may not write one; it is encoded as text"""
     completion_tokens: int = 0
     """tokens that carry loss, end tokens included"""
+
+    @property
+    def unsayable(self) -> int:
+        """Examples left out because no answer could ever be their completion."""
+        return self.holds_end + self.holds_stop + self.stripped + self.not_decodable
 
     def __repr__(self) -> str:
         shown = [
@@ -70,6 +102,8 @@ class EncodedExamples:
     tokens: Tensor = field(repr=False)  # (sum of lengths,) int32
     bounds: Tensor = field(repr=False)  # (2 * examples + 1,) int64
     report: DataReport = field(default_factory=DataReport)
+    unsayable: str = ""
+    """the first completion that no answer could be, and why; empty where there is none"""
 
     def __len__(self) -> int:
         return (len(self.bounds) - 1) // 2
@@ -97,20 +131,24 @@ def encode_examples(
     Raises:
         DataError: See `read_examples`.
     """
-    texts, completions = [], []
+    texts, completions, kinds = [], [], []
     for example in read_examples(source, prompt):
-        if example.prompt is None and prompt is None:
-            msg = "variables need a prompt to render them. Pass the chain, or examples with final text as 'prompt'."
-            raise DataError(msg)
-        texts.append(example.prompt if example.prompt is not None else prompt.render(example.inputs))  # type: ignore[union-attr,arg-type]
+        text = prompt_text(example, prompt)
+        texts.append(text)
         completions.append(example.completion)
+        kinds.append(
+            "raw" if isinstance(example, RawText) else "prompt_as_input" if isinstance(example, PromptRow) else ""
+        )
     special = prompt.adds_special_tokens if prompt is not None else True
+    controls = prompt.completion_controls if prompt is not None else ()
     prompt_ids = model.encode(texts, add_special_tokens=special)
-    completion_ids = model.encode_completions(completions)
+    completion_ids = model.encode_completions(completions, controls=controls)
+    saying = Saying(model, prompt)
 
     limits = [limit for limit in (max_length, model.context_length) if limit is not None]
-    report, flat, bounds, seen = DataReport(), [], [0], set()
-    for text, completion, p, c in zip(texts, completions, prompt_ids, completion_ids, strict=True):
+    report, flat, bounds, seen, first = DataReport(), [], [0], set(), ""
+    rows = zip(texts, completions, kinds, prompt_ids, completion_ids, strict=True)
+    for text, completion, kind, p, c in rows:
         longest = len(p) + len(c) if model.kind == "causal" else max(len(p), len(c))
         if not completion.strip() or not p:
             report.empty += 1
@@ -118,13 +156,20 @@ def encode_examples(
         if limits and longest > min(limits):
             report.too_long += 1
             continue
+        if (unsaid := saying.fails(completion, c)) is not None:
+            setattr(report, unsaid, getattr(report, unsaid) + 1)
+            first = first or saying.explain(completion, c, unsaid)
+            continue
         report.duplicate += (text, completion) in seen
         seen.add((text, completion))
         report.used += 1
+        report.raw += prompt is not None and kind == "raw"
+        report.prompt_as_input += prompt is not None and kind == "prompt_as_input"
+        report.control_text += isinstance(text, Rendered)
         report.completion_tokens += len(c)
         flat += p + c
         bounds += [bounds[-1] + len(p), bounds[-1] + len(p) + len(c)]
-    return EncodedExamples(torch.tensor(flat, dtype=torch.int32), torch.tensor(bounds), report)
+    return EncodedExamples(torch.tensor(flat, dtype=torch.int32), torch.tensor(bounds), report, first)
 
 
 def collate(rows: Sequence[tuple[list[int], list[int]]], model: LocalModel) -> dict[str, Tensor]:
@@ -164,7 +209,7 @@ def bucketed_order(lengths: Sequence[int], batch_size: int, rng: random.Random) 
 
 
 def unwrap(model: Any, prompt: Prompt | None) -> tuple[LocalModel, Prompt | None]:
-    """The LocalModel in what may be a chain, and what renders its prompts: the chain itself unless another is given.
+    """The LocalModel in what may be a chain or a face, and what renders its prompts: itself unless another is given.
 
     Raises:
         UnsupportedModelError: Neither a LocalModel nor something that has one as `.model`.
@@ -178,5 +223,5 @@ def unwrap(model: Any, prompt: Prompt | None) -> tuple[LocalModel, Prompt | None
             "LocalModel(module, tokenizer)."
         )
         raise UnsupportedModelError(msg)
-    renders = hasattr(model, "input_variables") and hasattr(model, "render")
-    return inner, prompt if prompt is not None or not renders else model
+    renders = getattr(model, "as_prompt", None)
+    return inner, prompt if prompt is not None or renders is None else renders()

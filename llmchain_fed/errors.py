@@ -15,9 +15,11 @@ and files as they were.
     │   ├── WeightsMismatchError      a state of another adapter or model, or with NaN in it
     │   └── PromptTooLongError        the prompt leaves no room in the model's context
     ├── DataError
+    │   ├── ChatTemplateError         a chat template that refuses its messages, or looks into text it should not
     │   ├── EmptyParticipantError     no usable example
     │   ├── PromptVariablesError      the example's variables are not the prompt's
-    │   └── TemplatedTwiceError       a value already carries the template's text
+    │   ├── TemplatedTwiceError       a value already carries the template's text
+    │   └── UnsayableError            completions that decoding does not give back
     ├── TrainingError
     │   └── NonFiniteLossError        the loss or a weight became NaN or infinite
     └── FederationError
@@ -83,6 +85,14 @@ class DataError(LLMChainFedError):
 
 class EmptyParticipantError(DataError):
     """A participant without a single usable example."""
+
+
+class ChatTemplateError(DataError):
+    """A chat template that refuses the messages it is given, or that cannot be applied to them."""
+
+
+class UnsayableError(DataError):
+    """Completions that the model could never give as an answer, because decoding does not give them back."""
 
 
 class PromptVariablesError(DataError):

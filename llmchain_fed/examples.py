@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,8 +25,8 @@ class Prompt(Protocol):
     """What training needs of a prompt: the same rendering that inference uses."""
 
     @property
-    def input_variables(self) -> Sequence[str]:
-        """The variables an example must give."""
+    def input_variables(self) -> Sequence[str] | None:
+        """The variables an example must give; None where an input is no mapping of variables (a bare model)."""
 
     @property
     def optional_variables(self) -> Sequence[str]:
@@ -40,26 +40,34 @@ class Prompt(Protocol):
     def adds_special_tokens(self) -> bool:
         """Whether the tokenizer adds special tokens to the rendered text."""
 
-    def render(self, inputs: Mapping[str, Any] | str) -> str:
+    @property
+    def completion_controls(self) -> Collection[str]:
+        """Control tokens, beside the model's own, that a completion cannot write."""
+
+    def render(self, inputs: Any) -> str:
         """Inputs → the text that the model sees."""
+
+    def generation_options(self) -> Mapping[str, Any]:
+        """How answers are generated; `stop` ends them."""
+
+    def parsed(self, text: str) -> str:
+        """What is left of an answer's text, for the white space around it."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """What you would pass to `chain.invoke`, and what you want back.
+    """What you would pass to `invoke`, and what you want back.
 
     >>> Example(inputs={"text": "Page locked"}, completion="Page verrouillée")
-    Example(inputs={'text': 'Page locked'}, completion='Page verrouillée', prompt=None)
+    Example(inputs={'text': 'Page locked'}, completion='Page verrouillée')
 
     Args:
-        inputs: A mapping of the prompt's variables, or a string where the prompt has one.
+        inputs: A mapping of the prompt's variables, or a string where the prompt has one; what a bare model takes.
         completion: The wanted answer.
-        prompt: Instead of `inputs`: the prompt as final text, used as it is.
     """
 
-    inputs: Mapping[str, Any] | str | None = None
-    completion: str = ""
-    prompt: str | None = None
+    inputs: Any
+    completion: str
 
     def __post_init__(self) -> None:
         if not isinstance(self.completion, str):
@@ -68,28 +76,70 @@ class Example:
                 "Convert it to the words the model should write."
             )
             raise DataError(msg)
-        if (self.inputs is None) == (self.prompt is None):
-            msg = (
-                "an Example has either `inputs` (templated by the chain) or `prompt` (final text), not both or neither."
-            )
-            raise DataError(msg)
-        for text in (self.completion, self.prompt, self.inputs):
-            if isinstance(text, str) and not _is_unicode(text):
+        _check_unicode(self.completion, self.inputs)
+
+
+class PromptRow(Example):
+    """An example out of a row of `prompt` and `completion`, whose prompt was taken for the input."""
+
+
+@dataclass(frozen=True)
+class RawText:
+    r"""A prompt that is final text, used as it is: no template, no chat template; its author is you.
+
+    >>> RawText(prompt="Translate to French: Page locked\n", completion="Page verrouillée").completion
+    'Page verrouillée'
+
+    Args:
+        prompt: All of the text before the answer, special tokens included.
+        completion: The wanted answer.
+    """
+
+    prompt: str
+    completion: str
+
+    def __post_init__(self) -> None:
+        for name, value in (("prompt", self.prompt), ("completion", self.completion)):
+            if not isinstance(value, str):
                 msg = (
-                    f"the text {text!r:.60} holds half a surrogate pair, which is no character. Decode the source anew."
+                    f"RawText holds final text, got {type(value).__name__} as `{name}`. What a template is to render "
+                    "goes into (inputs, completion)."
                 )
                 raise DataError(msg)
-        if self.prompt is not None and not isinstance(self.prompt, str):
-            msg = f"`prompt` is final text, got {type(self.prompt).__name__}. Pass variables as `inputs`."
+        _check_unicode(self.completion, self.prompt)
+
+
+def _check_unicode(*texts: Any) -> None:
+    for text in texts:
+        if isinstance(text, str) and not _is_unicode(text):
+            msg = f"the text {text!r:.60} holds half a surrogate pair, which is no character. Decode the source anew."
             raise DataError(msg)
 
 
-def read_examples(source: Examples, prompt: Prompt | None = None) -> Iterator[Example]:
+def prompt_text(example: Example | RawText, prompt: Prompt | None) -> str:
+    """The text that the model sees before the completion.
+
+    Raises:
+        DataError: Variables, and nothing to render them.
+    """
+    if isinstance(example, RawText):
+        return example.prompt
+    if prompt is None:
+        msg = (
+            f"{example.inputs!r:.80} needs a prompt to become text. Pass the chain, or final text as "
+            "RawText(prompt, completion)."
+        )
+        raise DataError(msg)
+    return prompt.render(example.inputs)
+
+
+def read_examples(source: Examples, prompt: Prompt | None = None) -> Iterator[Example | RawText]:
     """Every example of a source, checked.
 
-    Accepted forms: `(x, completion)` with x what `chain.invoke` takes; a mapping of the prompt's variables plus
-    `"completion"`; `{"prompt": text, "completion": text}`, used as it is (the TRL format); `Example`. The source is any
-    iterable of these (a `datasets.Dataset` is one) or the path of a JSONL or CSV file.
+    Accepted forms: `(x, completion)` with x what `invoke` takes; a mapping of the prompt's variables plus
+    `"completion"`; `{"prompt": x, "completion": text}` (the TRL format), where x is the input of a bare model, or the
+    one variable of a prompt; `Example`; `RawText`. The source is any iterable of these (a `datasets.Dataset` is one) or
+    the path of a JSONL or CSV file.
 
     Args:
         source: Where they come from.
@@ -103,7 +153,7 @@ def read_examples(source: Examples, prompt: Prompt | None = None) -> Iterator[Ex
     for number, item in enumerate(_items(source)):
         try:
             example = _parse(item, prompt)
-            if prompt is not None and example.inputs is not None:
+            if prompt is not None and isinstance(example, Example) and prompt.input_variables is not None:
                 _check_inputs(example.inputs, prompt)
         except DataError as error:
             raise type(error)(f"example {number}: {error}") from None  # noqa: EM102
@@ -153,7 +203,9 @@ def _read_lines(file: Iterable[str], name: str) -> Iterator[Any]:
                 raise DataError(msg) from None
 
 
-def _parse(item: Any, prompt: Prompt | None) -> Example:
+def _parse(item: Any, prompt: Prompt | None) -> Example | RawText:
+    if isinstance(item, RawText):
+        return item
     if isinstance(item, Example):
         example = item
     elif isinstance(item, Mapping):
@@ -167,8 +219,8 @@ def _parse(item: Any, prompt: Prompt | None) -> Example:
             "or {'prompt': …, 'completion': …}."
         )
         raise DataError(msg)
-    if prompt is None and isinstance(example.inputs, str):
-        return Example(prompt=example.inputs, completion=example.completion)
+    if prompt is None and isinstance(example.inputs, str):  # a LocalModel takes final text
+        return RawText(example.inputs, example.completion)
     return example
 
 
@@ -177,14 +229,31 @@ def _parse_mapping(item: Mapping[Any, Any], prompt: Prompt | None) -> Example:
         msg = f"no 'completion' among the keys {sorted(map(str, item))}: nothing to learn."
         raise DataError(msg)
     rest = {k: v for k, v in item.items() if k != "completion"}
-    variables = set(prompt.input_variables) if prompt is not None else set()
-    if set(rest) == {"prompt"} and "prompt" not in variables:
-        return Example(prompt=rest["prompt"], completion=item["completion"])
-    return Example(inputs=rest, completion=item["completion"])
+    bare = prompt is None or prompt.input_variables is None
+    variables = [] if prompt is None or prompt.input_variables is None else list(prompt.input_variables)
+    optional = [] if prompt is None else list(prompt.optional_variables)
+    if set(rest) != {"prompt"} or "prompt" in (*variables, *optional):
+        if bare:
+            msg = (
+                f"the keys {sorted(map(str, item))} name variables, and there is no template to put them into. Write "
+                "{'prompt': …, 'completion': …}, (text, completion), or pass a chain."
+            )
+            raise DataError(msg)
+        return Example(inputs=rest, completion=item["completion"])
+    if bare:
+        return PromptRow(inputs=rest["prompt"], completion=item["completion"])
+    if len(variables) != 1:
+        msg = (
+            f"a row of 'prompt' and 'completion' does not say which of the variables {sorted(variables)} its prompt "
+            "is. Name them as the template does, or pass final text as RawText(prompt, completion)."
+        )
+        raise PromptVariablesError(msg)
+    return PromptRow(inputs={variables[0]: rest["prompt"]}, completion=item["completion"])
 
 
 def _check_inputs(inputs: Mapping[str, Any] | str, prompt: Prompt) -> None:
-    needed, allowed = set(prompt.input_variables), {*prompt.input_variables, *prompt.optional_variables}
+    needed = set(prompt.input_variables or ())
+    allowed = needed | set(prompt.optional_variables)
     if isinstance(inputs, str):
         if len(needed) != 1:
             msg = f"the prompt has the variables {sorted(needed)}, so one string is not enough. Pass a mapping of them."
@@ -199,7 +268,7 @@ def _check_inputs(inputs: Mapping[str, Any] | str, prompt: Prompt) -> None:
             f"the prompt takes {sorted(needed)}"
             + (f", {missing} is missing" if missing else "")
             + (f", {extra} is unknown" if extra else "")
-            + ". Rename or drop keys; final prompt text goes under 'prompt'."
+            + ". Rename or drop keys; final text is passed as RawText(prompt, completion)."
         )
         raise PromptVariablesError(msg)
     for name, value in inputs.items():
@@ -212,8 +281,7 @@ def _check_inputs(inputs: Mapping[str, Any] | str, prompt: Prompt) -> None:
         if isinstance(value, str) and carries(value, prompt.literals):
             msg = (
                 f"`{name}` already carries the template's text ({value!r:.80}): it would be templated "
-                "twice. Pass the bare "
-                "value, or final text as {'prompt': …, 'completion': …}."
+                "twice. Pass the bare value, or final text as RawText(prompt, completion)."
             )
             raise TemplatedTwiceError(msg)
 

@@ -5,8 +5,10 @@ Knows pydantic and LocalModel. Knows nothing of LangChain: `llm` and `chat` add 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 from peft import LoraConfig
@@ -27,6 +29,11 @@ class LocalFace(BaseModel):
     """The fields of `LocalLLM` and `LocalChatModel`. Constructors are cheap; only `from_pretrained` reads weights."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    path_fields: ClassVar[frozenset[str]] = frozenset()
+    """fields of a kind of face alone, which decide how its input becomes text"""
+    rendering_options: ClassVar[frozenset[str]] = frozenset()
+    """call-time keywords that decide the prompt's text, not how the model answers it"""
 
     model: LocalModel = Field(exclude=True, repr=False)
     """what answers; shared, never copied"""
@@ -101,9 +108,39 @@ class LocalFace(BaseModel):
         """
         given = {ALIASES.get(k, k): v for k, v in overrides.items() if v is not None}
         for name in given.keys() - OPTIONS:
-            raise ConfigError(unknown_option(name, {*OPTIONS, "stop"}))
+            raise ConfigError(unknown_option(name, {*OPTIONS, "stop", *self.rendering_options}))
         own = {name: getattr(self, name) for name in OPTIONS}
         return own | given | {"stop": self.stop if stop is None else stop}
+
+    def as_prompt(self, call: Mapping[str, Any] | None = None) -> Bare:
+        """What makes text of this object's own input: with it, training sees what a call sends.
+
+        Args:
+            call: Keywords that go along with every call, from `bind`.
+        """
+        return Bare(self, dict(call or {}))
+
+    @abstractmethod
+    def text_of(self, value: Any, call: Mapping[str, Any]) -> str:
+        """An input of this object's `invoke` → the text that the model sees.
+
+        Raises:
+            DataError: No input that `invoke` takes.
+        """
+
+    @property
+    @abstractmethod
+    def adds_special_tokens(self) -> bool:
+        """Whether the tokenizer adds its special tokens to that text."""
+
+    @property
+    def own_controls(self) -> frozenset[str]:
+        """Control tokens beside the model's own: those of a chat template."""
+        return frozenset()
+
+    def path_identity(self) -> list[Any]:
+        """What decides, beside the model and its tokenizer, which tokens an input becomes."""
+        return [type(self).__name__]
 
     def identity(self) -> dict[str, Any]:
         """What decides an answer: base, weights as they are now, and options. The key of any answer cache."""
@@ -114,6 +151,7 @@ class LocalFace(BaseModel):
             "weights_version": self.model.weights_version,
             "batch_size": self.batch_size,
             "stop": self.stop,
+            "path": self.path_identity(),
         } | {name: getattr(self, name) for name in sorted(OPTIONS)}
 
     def standard_params(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,19 +166,79 @@ class LocalFace(BaseModel):
         }
 
 
-SAVED = LocalFace.model_fields.keys() - {"model"}
-"""The fields that a saved chain holds."""
+@dataclass(frozen=True)
+class Bare:
+    """A face by itself as the `Prompt` of its examples: an example's input is what the face's `invoke` takes.
+
+    Args:
+        face: Who answers.
+        call: Keywords that go along with every call.
+        strips: Whether a parser behind the face drops the white space around an answer.
+    """
+
+    face: LocalFace
+    call: Mapping[str, Any]
+    strips: bool = False
+
+    input_variables: ClassVar[None] = None
+    optional_variables: ClassVar[tuple[str, ...]] = ()
+    literals: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def model(self) -> LocalModel:
+        """The `LocalModel` that answers and that a federation trains."""
+        return self.face.model
+
+    @property
+    def adds_special_tokens(self) -> bool:
+        """Whether the tokenizer adds special tokens to the rendered text."""
+        return self.face.adds_special_tokens
+
+    @property
+    def completion_controls(self) -> frozenset[str]:
+        """Control tokens, beside the model's own, that a completion cannot write."""
+        return self.face.own_controls
+
+    def render(self, inputs: Any) -> str:
+        """An input of the face's `invoke` → the text that the model sees.
+
+        Raises:
+            DataError: No input that `invoke` takes.
+        """
+        return self.face.text_of(inputs, self.call)
+
+    def generation_options(self) -> dict[str, Any]:
+        """Keywords for `model.generate` that give the answers the face gives."""
+        call = {k: v for k, v in self.call.items() if k not in self.face.rendering_options}
+        return self.face.options(call.pop("stop", None), call)
+
+    def parsed(self, text: str) -> str:
+        """What is left of an answer's text, for the white space around it."""
+        return text.strip() if self.strips else text
+
+    def prompt_identity(self) -> list[Any]:
+        """What two sides of a federation must share of the way from input to tokens."""
+        return [self.face.path_identity(), sorted((k, repr(v)) for k, v in self.call.items() if k != "stop")]
 
 
-def check_saved(options: Mapping[str, Any], llm_kwargs: Mapping[str, Any]) -> None:
+def saved_fields(kind: type[LocalFace]) -> frozenset[str]:
+    """The fields of a face that a saved chain holds."""
+    return frozenset({*LocalFace.model_fields, *kind.path_fields} - {"model"})
+
+
+def check_saved(kind: type[LocalFace], options: Mapping[str, Any], llm_kwargs: Mapping[str, Any]) -> None:
     """Makes sure that a saved chain's fields and call-time keywords are what they were when they were saved.
 
     Raises:
         ConfigError: An unknown option, or one out of range.
     """
-    for name in options.keys() - SAVED:
-        raise ConfigError(unknown_option(name, SAVED))
+    saved = saved_fields(kind)
+    for name in options.keys() - saved:
+        raise ConfigError(unknown_option(name, saved))
     kwargs = {ALIASES.get(k, k): v for k, v in llm_kwargs.items() if v is not None}
+    for name in kind.rendering_options & kwargs.keys():
+        if not isinstance(kwargs.pop(name), Mapping):
+            raise ConfigError(f"{name} is a mapping, got {llm_kwargs[name]!r:.80}.")  # noqa: EM102
     checked_stops(kwargs.pop("stop", None))
     GenerationOptions(**kwargs)
     GenerationOptions(**{k: v for k, v in options.items() if k in OPTIONS})

@@ -5,8 +5,8 @@ Knows langchain_core's BaseLLM and LocalModel. Knows nothing about prompts' temp
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from typing import Any
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any, ClassVar, Literal
 
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import CallbackManagerForLLMRun
@@ -18,6 +18,8 @@ from langchain_core.runnables.config import get_config_list
 from pydantic import Field
 from typing_extensions import override
 
+from llmchain_fed.control_tokens import Rendered
+from llmchain_fed.errors import DataError
 from llmchain_fed.face import LocalFace
 from llmchain_fed.generation import GenerationOptions
 
@@ -37,6 +39,28 @@ class LocalLLM(LocalFace, BaseLLM):
 
     cache: BaseCache | bool | None = Field(default=False, exclude=True)
     """off, also under a global cache; True opts in, with the weights' version in the key"""
+    control_tokens: Literal["text", "template"] = "text"
+    """what becomes of control tokens that a chain's variables spell: "text" encodes them as the text they are, so that
+    no value can end or open anything; "template" takes them for the template's own"""
+    path_fields: ClassVar[frozenset[str]] = frozenset({"control_tokens"})
+
+    @property
+    def adds_special_tokens(self) -> bool:
+        """True: the text is bare."""
+        return True
+
+    @override
+    def path_identity(self) -> list[Any]:
+        return [*super().path_identity(), self.control_tokens]
+
+    @override
+    def text_of(self, value: Any, call: Mapping[str, Any]) -> str:
+        """The text itself; a caller who hands over text is its author."""
+        try:
+            return str(self._convert_input(value).to_string())
+        except ValueError as error:
+            msg = f"cannot read {value!r:.80} as an input of LocalLLM: {error}. Pass text."
+            raise DataError(msg) from None
 
     @property
     def _llm_type(self) -> str:
@@ -60,21 +84,23 @@ class LocalLLM(LocalFace, BaseLLM):
     def generate(
         self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
     ) -> LLMResult:
-        face, rest = self._keyed_by_options(kwargs)
+        face, rest = self._keyed_by_options(prompts, kwargs)
         return super(LocalLLM, face).generate(prompts, stop, callbacks, **rest)
 
     @override
     async def agenerate(
         self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
     ) -> LLMResult:
-        face, rest = self._keyed_by_options(kwargs)
+        face, rest = self._keyed_by_options(prompts, kwargs)
         return await super(LocalLLM, face).agenerate(prompts, stop, callbacks, **rest)
 
-    def _keyed_by_options(self, kwargs: dict[str, Any]) -> tuple[LocalLLM, dict[str, Any]]:
+    def _keyed_by_options(self, prompts: list[str], kwargs: dict[str, Any]) -> tuple[LocalLLM, dict[str, Any]]:
         """With a cache, call-time options become fields, because BaseLLM's cache key holds only those.
 
         Upstream: https://github.com/langchain-ai/langchain/issues/39598
         """
+        if any(isinstance(prompt, Rendered) for prompt in prompts):  # a key holds a prompt's text, not whose it is
+            return self.model_copy(update={"cache": False}), kwargs
         cached = self.cache if self.cache is not None else get_llm_cache()
         given = {k: v for k, v in kwargs.items() if k not in _OF_THE_RUN}
         if not cached or not given:

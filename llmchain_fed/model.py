@@ -6,7 +6,7 @@ Knows torch, transformers and PEFT. Knows nothing of LangChain, examples, traini
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -239,9 +239,22 @@ class LocalModel(AdapterViews):
         """
         return self._tokens.encode(texts, add_special_tokens=add_special_tokens)
 
-    def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
-        """Completions → token ids with the end token behind each, so that the model learns to stop."""
-        return self._tokens.encode_completions(texts)
+    def encode_completions(self, texts: Sequence[str], *, controls: Collection[str] = ()) -> list[list[int]]:
+        """Completions → token ids with the end token behind each, so that the model learns to stop.
+
+        Args:
+            texts: Completions. What in them spells a control token is encoded as text.
+            controls: Control tokens beside `control_tokens()`: those that a chat template writes.
+        """
+        return self._tokens.encode_completions(texts, controls)
+
+    def control_tokens(self) -> frozenset[str]:
+        """The texts of the begin, end and padding tokens, which no foreign text can write."""
+        return self._tokens.control_tokens()
+
+    def said(self, ids: Sequence[int], *, stop: Sequence[str] | str | None = None) -> str:
+        """What an answer of these ids says: decoded as answers are, up to the first end token or stop string."""
+        return cut_at_stop(self._tokens.decode(self._tokens.until_end(list(ids))), checked_stops(stop))
 
     def generate(
         self,

@@ -1,15 +1,17 @@
-"""Tokens: text to token ids and back, the way one model wants it.
+"""Tokens: text to token ids and back, the way one model wants it, for training and for answering alike.
 
 Knows tokenizers and special tokens. Knows nothing about generation, examples or weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from llmchain_fed import control_tokens
+from llmchain_fed.control_tokens import Rendered, foreign_text
 from llmchain_fed.errors import UnsupportedModelError
 
 
@@ -39,10 +41,27 @@ class Tokens:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end an answer, the tokenizer's own first."""
-        configured = getattr(getattr(self._module, "generation_config", None), "eos_token_id", None)
-        ids = [getattr(self.tokenizer, "eos_token_id", None)]
-        ids += configured if isinstance(configured, list) else [configured]
+        ids = [getattr(self.tokenizer, "eos_token_id", None), *self._configured("eos_token_id")]
         return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+
+    def _configured(self, name: str) -> list[int]:
+        """The ids that the module's generation configuration has under a name: one, several or none."""
+        value = getattr(getattr(self._module, "generation_config", None), name, None)
+        return (
+            [int(i) for i in value] if isinstance(value, (list, tuple)) else [int(value)] if value is not None else []
+        )
+
+    def control_tokens(self) -> frozenset[str]:
+        """The texts of the begin, end and padding tokens: those that open, end or fill any text."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            return frozenset()
+        own = [getattr(tokenizer, f"{what}_token_id", None) for what in ("bos", "eos", "pad")]
+        ids = {i for i in (*own, *self.eos_ids, *self._configured("bos_token_id")) if i is not None}
+        known = getattr(tokenizer, "added_tokens_decoder", {})  # an end id may be an ordinary word, which nobody spells
+        return frozenset(known[i].content for i in ids if i in known)
+
+    # --- text to ids ------------------------------------------------------------------------------------------------
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         """Prompts → ids; a causal prompt never ends in an end token that the tokenizer appended."""
@@ -50,15 +69,52 @@ class Tokens:
         if self.seq2seq or not add_special_tokens:
             return rows
         eos, ends = str(getattr(self.tokenizer, "eos_token", None)), self.eos_ids[:1]
-        return [r[:-1] if r and r[-1] in ends and not t.endswith(eos) else r for r, t in zip(rows, texts, strict=True)]
+        return [
+            r[:-1] if r and r[-1] in ends and not self._written(t, eos) else r for r, t in zip(rows, texts, strict=True)
+        ]
 
-    def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
-        """Completions → ids with the end token behind each."""
+    @staticmethod
+    def _written(text: str, eos: str) -> bool:
+        """Whether the author's text itself ends in the end token."""
+        foreign = isinstance(text, Rendered) and text.foreign[-1][1] == len(text)
+        return text.endswith(eos) and not foreign
+
+    def encode_completions(self, texts: Sequence[str], controls: Collection[str] = ()) -> list[list[int]]:
+        """Completions → ids with the end token behind each.
+
+        Args:
+            texts: Completions; one that spells a control token is encoded as the text it is.
+            controls: Control tokens beside the model's own: those that a chat template writes.
+        """
+        known = {*self.control_tokens(), *controls}
+        texts = [foreign_text(text, known) for text in texts]
         eos = list(self.eos_ids[:1])
         if not self.seq2seq:
-            return [row + eos for row in self._tokenize(list(texts), add_special_tokens=False)]
-        rows = self._tokenize(None, text_target=list(texts), add_special_tokens=True)
+            return [row + eos for row in self._tokenize(texts, add_special_tokens=False)]
+        rows = self._tokenize(texts, text_target=True, add_special_tokens=True)
         return [row if eos and row[-1:] == eos else row + eos for row in rows]
+
+    def _tokenize(self, texts: list[str], *, text_target: bool = False, add_special_tokens: bool) -> list[list[int]]:
+        if self.tokenizer is None:
+            msg = (
+                f"this {type(self._module).__name__} has no tokenizer, so text cannot become tokens. Pass "
+                "LocalModel(module, tokenizer) or ready tensors."
+            )
+            raise UnsupportedModelError(msg)
+        if not texts:
+            return []
+        # verbose=False: the tokenizer's own warning about length; ours is an error or a count in a report
+        options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
+        given = {"text_target": texts} if text_target else {"text": texts}
+        ids: list[list[int]] = self.tokenizer(**given, **options)["input_ids"]
+        for i, text in enumerate(texts):
+            if isinstance(text, Rendered):
+                ids[i] = control_tokens.encode(
+                    self.tokenizer, text, text_target=text_target, add_special_tokens=add_special_tokens
+                )
+        return ids
+
+    # --- ids to text ------------------------------------------------------------------------------------------------
 
     def until_end(self, ids: list[int]) -> list[int]:
         """Without the end token and the padding behind it; a row cut at a stop string has padding alone."""
@@ -70,24 +126,31 @@ class Tokens:
         return ids[:end]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids → text without special tokens."""
+        """Ids → text, without end and padding tokens and without the tokens that only begin an answer.
+
+        Other special tokens are kept: they are what a completion taught, a label perhaps.
+        """
+        silent, begins = self._silent_ids()
+        start = 0
+        while start < len(ids) and (ids[start] in begins or ids[start] in silent):
+            start += 1
+        kept = [i for i in ids[start:] if i not in silent]
         # the clean-up of spaces would change earlier text while a stream is under way
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
     def decode_rows(self, rows: Tensor) -> list[str]:
         """(B, T) ids → B texts."""
         return [self.decode(row) for row in rows.tolist()]
 
-    def _tokenize(self, texts: list[str] | None, **options: Any) -> list[list[int]]:
-        if self.tokenizer is None:
-            msg = (
-                f"this {type(self._module).__name__} has no tokenizer, so text cannot become tokens. Pass "
-                "LocalModel(module, tokenizer) or ready tensors."
-            )
-            raise UnsupportedModelError(msg)
-        if not (texts or options.get("text_target")):
-            return []
-        # verbose=False: the tokenizer's own warning about length; ours is an error or a count in a report
-        ids: list[list[int]] = self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
-        return ids
+    def _silent_ids(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Ids that are never part of an answer's text, and those that are not where an answer begins."""
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        silent = {*self.eos_ids, *self._configured("pad_token_id"), *([int(pad)] if pad is not None else [])}
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        begins = {*self._configured("bos_token_id"), *([int(bos)] if bos is not None else [])}
+        for name in ("decoder_start_token_id", "forced_bos_token_id"):
+            begins |= set(self._configured(name))
+            value = getattr(getattr(self._module, "config", None), name, None)
+            begins |= {int(value)} if isinstance(value, int) else set()
+        return frozenset(silent), frozenset(begins)

@@ -34,6 +34,7 @@ from llmchain_fed.errors import EmptyParticipantError, NonFiniteLossError
 from llmchain_fed.generation import seeded
 from llmchain_fed.loss import computing_in, on_device, summed_loss
 from llmchain_fed.model import LocalModel
+from llmchain_fed.saying import check_tolerance
 from llmchain_fed.training_config import TrainingConfig
 from llmchain_fed.weights import all_finite
 
@@ -95,11 +96,12 @@ def train_locally(
         EmptyParticipantError: Not a single usable example.
         NonFiniteLossError: The loss or a weight became NaN or infinite; the weights are as before the call.
         DataError: See `read_examples`.
+        UnsayableError: More completions than `config.tolerance` could never be an answer.
         NotTrainableError: No parameter requires a gradient.
     """
     config = config or TrainingConfig()
     model, prompt = unwrap(model, prompt)
-    data = encoded(examples, model, prompt, config.max_length)
+    data = encoded(examples, model, prompt, config.max_length, tolerance=config.tolerance)
     parameters = model.trainable_parameters()
     with model.exclusive():
         before = {n: p.detach().clone() for n, p in parameters.items()}
@@ -283,12 +285,25 @@ def seed_of(*parts: object) -> int:
 
 
 def encoded(
-    examples: Examples | EncodedExamples, model: LocalModel, prompt: Prompt | None, max_length: int | None
+    examples: Examples | EncodedExamples,
+    model: LocalModel,
+    prompt: Prompt | None,
+    max_length: int | None,
+    *,
+    tolerance: float | None = None,
 ) -> EncodedExamples | Any:
     """Examples in the form the loop takes; a DataLoader stays as it is.
 
+    Args:
+        examples: See `train_locally`.
+        model: Whose tokens.
+        prompt: What renders inputs.
+        max_length: tokens beyond which an example is left out.
+        tolerance: The share of completions that may be left out because no answer could be theirs; None is any.
+
     Raises:
         EmptyParticipantError: Not a single usable example.
+        UnsayableError: More completions than `tolerance` could never be an answer.
         DataError: See `read_examples`.
     """
     if is_ready_tensors(examples):
@@ -298,6 +313,7 @@ def encoded(
         if isinstance(examples, EncodedExamples)
         else encode_examples(examples, model, prompt, max_length=max_length)
     )
+    check_tolerance(data.report.unsayable, data.report.used, data.unsayable, tolerance)
     if not len(data):
         raise EmptyParticipantError(no_examples("the participant", repr(data.report)))
     return data

@@ -44,6 +44,9 @@ class TrainingConfig(FrozenConfig):
     """clips the gradient's L2 norm; None is off"""
     max_length: int | None = Field(default=None, ge=2)
     """tokens: longer examples are left out and counted"""
+    tolerance: float = Field(default=0.05, ge=0.0, le=1.0)
+    """share of a participant's examples that may be left out because no answer could be their completion (an end token
+    or stop string in it, characters that the vocabulary lacks); beyond it the participant is refused"""
     proximal_mu: float = Field(default=0.0, ge=0.0)
     """FedProx: adds mu/2 · ‖w − w_global‖² to the loss (arXiv 1812.06127)"""
     precision: Precision = "fp32"

@@ -17,7 +17,7 @@ from taught import ANSWERS, PROMPTS, taught_model
 from tiny import PAIRS, TEMPLATE
 
 from llmchain_fed import LLMChain, LocalChatModel, LocalLLM
-from llmchain_fed.chain import find_chain
+from llmchain_fed.chain import find_prompt
 from llmchain_fed.errors import ConfigError, PromptVariablesError, UnsupportedModelError
 
 INPUT = {"text": "page locked"}
@@ -205,7 +205,7 @@ def test_a_fallback_takes_over_after_an_error(causal):
     assert chain.invoke({"text": "x" * 200}) == "fallback"
 
 
-def test_find_chain_sees_through_every_wrapping(causal):
+def test_find_prompt_sees_through_every_wrapping(causal):
     for wrap in (
         causal,
         causal.with_config(tags=["t"]),
@@ -215,18 +215,18 @@ def test_find_chain_sees_through_every_wrapping(causal):
         causal | RunnableLambda(str),
         causal | RunnableLambda(str) | RunnableLambda(str),
     ):
-        assert find_chain(wrap) is causal
+        assert find_prompt(wrap) is causal
 
 
-def test_find_chain_makes_one_of_a_plain_sequence(causal):
-    found = find_chain(causal.prompt | causal.llm.bind(stop=["rou"]) | CommaSeparatedListOutputParser())
+def test_find_prompt_makes_one_of_a_plain_sequence(causal):
+    found = find_prompt(causal.prompt | causal.llm.bind(stop=["rou"]) | CommaSeparatedListOutputParser())
     assert found.model is causal.model
     assert found.invoke(INPUT) == ["page ver"]
     assert found.render(INPUT) == PROMPTS[0]
-    assert find_chain((causal.prompt | causal.llm).with_config(tags=["t"])).invoke(INPUT) == "page verrouillée"
+    assert find_prompt((causal.prompt | causal.llm).with_config(tags=["t"])).invoke(INPUT) == "page verrouillée"
 
 
-def test_find_chain_finds_nothing_where_there_is_none(causal):
+def test_find_prompt_finds_nothing_where_there_is_none(causal):
     for other in (
         RunnableLambda(str),
         "text",
@@ -235,7 +235,7 @@ def test_find_chain_finds_nothing_where_there_is_none(causal):
         causal.llm,
         RunnableLambda(str) | RunnableLambda(str),
     ):
-        assert find_chain(other) is None
+        assert find_prompt(other) is None
 
 
 # --- prompts and rendering ------------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from llmchain_fed.data import EncodedExamples, Example, encode_examples, is_ready_tensors, read_examples
+from llmchain_fed.data import EncodedExamples, Example, RawText, encode_examples, is_ready_tensors, read_examples
 from llmchain_fed.errors import DataError
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.trainee import Trainee
-from llmchain_fed.training import encoded
+from llmchain_fed.training import TrainingConfig, encoded
 
 _T = TypeVar("_T")
 
@@ -26,14 +26,15 @@ class LocalData:
     Args:
         trainee: Whose prompt and tokenizer make tokens of it.
         participant: Whose examples.
-        max_length: tokens beyond which an example is left out.
+        config: What decides which examples are left out, and how many may be.
     """
 
-    def __init__(self, trainee: Trainee, participant: Participant, max_length: int | None) -> None:
-        self._trainee, self.participant, self._max_length = trainee, participant, max_length
+    def __init__(self, trainee: Trainee, participant: Participant, config: TrainingConfig) -> None:
+        self._trainee, self.participant = trainee, participant
+        self._max_length, self._tolerance = config.max_length, config.tolerance
         self._train: Any = None
         self._held_out: Any = None
-        self._held_out_examples: list[Example] = []
+        self._held_out_examples: list[Example | RawText] = []
 
     @property
     def holds_out(self) -> bool:
@@ -52,10 +53,11 @@ class LocalData:
             self.participant, self._train = former
             raise
 
-    def limit(self, max_length: int | None) -> None:
-        """Another `max_length` from now on."""
-        if max_length != self._max_length:
-            self._max_length, self._train, self._held_out = max_length, None, None
+    def limit(self, config: TrainingConfig) -> None:
+        """Other limits from now on."""
+        if (config.max_length, config.tolerance) != (self._max_length, self._tolerance):
+            self._max_length, self._tolerance = config.max_length, config.tolerance
+            self._train = self._held_out = None
 
     def train(self) -> Any:
         """The training examples.
@@ -64,7 +66,7 @@ class LocalData:
             DataError: They cannot be used.
         """
         if self._train is None:
-            self._train = self._ready(self.participant.examples)
+            self._train = self._ready(self.participant.examples, self._tolerance)
         return self._train
 
     def held_out(self) -> Any:
@@ -80,7 +82,7 @@ class LocalData:
             self._held_out = self._ready(held_out)
         return self._held_out
 
-    def first_held_out(self, count: int) -> list[Example]:
+    def first_held_out(self, count: int) -> list[Example | RawText]:
         """The first held-out examples that are neither empty nor too long."""
         model, prompt, longest = self._trainee.model, self._trainee.prompt, self._max_length
         usable = (e for e in self._held_out_examples if len(encode_examples([e], model, prompt, max_length=longest)))
@@ -93,12 +95,12 @@ class LocalData:
             found += f", holds out {_report(self.held_out())}"
         return found
 
-    def _read(self) -> Iterator[Example]:
+    def _read(self) -> Iterator[Example | RawText]:
         return read_examples(self.participant.held_out, self._trainee.prompt)
 
-    def _ready(self, examples: Any) -> Any:
-        trainee = self._trainee
-        return self._named(lambda: encoded(examples, trainee.model, trainee.prompt, self._max_length))
+    def _ready(self, examples: Any, tolerance: float | None = None) -> Any:
+        trainee, longest = self._trainee, self._max_length
+        return self._named(lambda: encoded(examples, trainee.model, trainee.prompt, longest, tolerance=tolerance))
 
     def _named(self, read: Callable[[], _T]) -> _T:
         """What `read` returns; what it raises says whose examples they are."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llmchain_fed.data import Example, Examples, Prompt, is_ready_tensors, read_examples
+from llmchain_fed.data import Example, Examples, Prompt, RawText, is_ready_tensors, prompt_text, read_examples
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, EmptyParticipantError
 
 
@@ -138,7 +138,6 @@ def hold_out(participant: Participant, share: float, prompt: Prompt | None, seed
     return replace(participant, examples=train, held_out=held_out)
 
 
-def _key(example: Example, prompt: Prompt | None, seed: int) -> str:
+def _key(example: Example | RawText, prompt: Prompt | None, seed: int) -> str:
     # by the question alone: the same question with two answers, or in another form, must not stand on both sides
-    text = example.prompt if example.prompt is not None or prompt is None else prompt.render(example.inputs or {})
-    return hashlib.sha256(f"{seed}|{text}".encode()).hexdigest()
+    return hashlib.sha256(f"{seed}|{prompt_text(example, prompt)}".encode()).hexdigest()

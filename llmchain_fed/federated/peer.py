@@ -64,7 +64,7 @@ class LocalPeer:
         self._told = config is None
         self._samples = samples
         self._config = _own_config(config or TrainingConfig(), participant)
-        self._data = LocalData(trainee, participant, self._config.max_length)
+        self._data = LocalData(trainee, participant, self._config)
         self._held = held or Held(trainee.model)
         self._scaling = _own_scaling(trainee, participant)
         self._federation: str | None = None
@@ -202,7 +202,7 @@ class LocalPeer:
             msg = f"the hub did not say how {self._name!r} should train."
             raise ConfigError(msg)
         self._config = _own_config(TrainingConfig(**training), self._participant)
-        self._data.limit(self._config.max_length)
+        self._data.limit(self._config)
 
     def _personal_state(self, header: Mapping[str, Any], tensors: dict[str, Tensor]) -> bytes:
         if "progress" in header:

@@ -12,10 +12,10 @@ from importlib.metadata import version
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
-from llmchain_fed.chain import LLMChain, find_chain
-from llmchain_fed.data import Example, Prompt
+from llmchain_fed.chain import LLMChain, find_prompt
+from llmchain_fed.data import Example, RawText, prompt_text
 from llmchain_fed.errors import ContractError, UnsupportedModelError
-from llmchain_fed.face import LocalFace
+from llmchain_fed.face import Bare
 from llmchain_fed.model import LocalModel
 
 _MEANING = {
@@ -34,30 +34,28 @@ _VOCABULARIES: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Trainee:
-    """What is trained: a LocalModel, and the chain that renders its prompts, if there is one."""
+    """What is trained: a LocalModel, and what makes the text of its examples' inputs, as `invoke` would.
+
+    Args:
+        model: Whose weights.
+        prompt: A chain or a face; None for a bare `LocalModel` or module, whose examples hold final text.
+    """
 
     model: LocalModel
-    chain: LLMChain | None = None
-
-    @property
-    def prompt(self) -> Prompt | None:
-        """What renders inputs to text."""
-        return self.chain
+    prompt: LLMChain | Bare | None = None
 
     @classmethod
     def of(cls, given: Any) -> Trainee:
-        """Finds the model in a chain (also a wrapped one), an LLM, a LocalModel or a bare module.
+        """Finds the model in a chain, an LLM (wrapped ones too), a LocalModel or a bare module.
 
         Raises:
             UnsupportedModelError: None of these.
         """
         if isinstance(given, LocalModel):
             return cls(given)
-        if isinstance(given, LocalFace):
-            return cls(given.model)
-        chain = find_chain(given)
-        if chain is not None:
-            return cls(chain.model, chain)
+        prompt = find_prompt(given)
+        if prompt is not None:
+            return cls(prompt.model, prompt)
         if hasattr(given, "named_parameters"):
             return cls(LocalModel(given))
         msg = (
@@ -67,27 +65,21 @@ class Trainee:
         )
         raise UnsupportedModelError(msg)
 
-    def answer(self, examples: list[Example], max_new_tokens: int) -> list[tuple[str, str]]:
+    def answer(self, examples: list[Example | RawText], max_new_tokens: int) -> list[tuple[str, str]]:
         """(prompt, answer) per example; generated without callbacks, so that examples reach no tracer."""
-        texts = [self.text(e) for e in examples]
-        if self.chain is None:
+        texts = [prompt_text(e, self.prompt) for e in examples]
+        if self.prompt is None:
             return list(zip(texts, self.model.generate(texts, max_new_tokens=max_new_tokens), strict=True))
-        options = self.chain.generation_options()
+        options = self.prompt.generation_options()
         options["max_new_tokens"] = min(options["max_new_tokens"], max_new_tokens)
-        special = self.chain.adds_special_tokens
+        special = self.prompt.adds_special_tokens
         return list(zip(texts, self.model.generate(texts, add_special_tokens=special, **options), strict=True))
-
-    def text(self, example: Example) -> str:
-        """The prompt the model sees for this example."""
-        if example.prompt is not None or self.chain is None:
-            return str(example.prompt)
-        return self.chain.render(example.inputs or {})
 
     def contract(self) -> dict[str, Any]:
         """What all sides of a federation must share, as digests."""
         layout = {n: (str(p.dtype), tuple(p.shape)) for n, p in sorted(self.model.trainable_parameters().items())}
-        chain = self.chain
-        prompt = (chain.prompt_identity(), chain.adds_special_tokens) if chain is not None else None
+        own = self.prompt
+        prompt = (own.prompt_identity(), own.adds_special_tokens) if own is not None else None
         return {
             "base": self.model.fingerprint(),
             "adapter": _digest((layout, _adapter_settings(self.model))),

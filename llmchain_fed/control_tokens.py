@@ -1,0 +1,190 @@
+"""Whose text is it: control tokens that foreign text happens to spell are encoded as the text they are.
+
+A control token opens or ends something: begin, end, padding, and the added tokens that a template writes. Text of the
+author's (a template's literals) may write one; text from elsewhere (a variable's value, a message, a completion) cannot.
+Knows tokenizers. Knows nothing about templates, chains or weights: who renders says which text is foreign.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from tokenizers import Tokenizer
+
+from llmchain_fed.errors import DataError
+
+_OPEN, _CLOSE = "\U0010fff0", "\U0010fff1"
+"""around the name that a control token has in a disguised tokenizer: private-use characters that no text holds"""
+_disguised: WeakKeyDictionary[Any, dict[frozenset[str], tuple[int, Any]]] = WeakKeyDictionary()
+
+
+class Rendered(str):
+    """A text that spells control tokens in places where it may not write them; elsewhere a text is a plain `str`.
+
+    Args:
+        text: The whole text.
+        foreign: (start, end) of each place where foreign text spells a control token, in order.
+        controls: All control tokens; where one stands outside `foreign`, the author wrote it.
+    """
+
+    foreign: tuple[tuple[int, int], ...]
+    controls: frozenset[str]
+
+    def __new__(cls, text: str, foreign: Iterable[tuple[int, int]], controls: Iterable[str]) -> Rendered:
+        made = super().__new__(cls, text)
+        made.foreign, made.controls = tuple(foreign), frozenset(controls)
+        return made
+
+    def __getnewargs__(self) -> tuple[str, tuple[tuple[int, int], ...], frozenset[str]]:  # type: ignore[override]
+        return str(self), self.foreign, self.controls
+
+
+def occurrences(text: str, controls: Iterable[str]) -> list[tuple[int, int]]:
+    """(start, end) of every control token spelled in `text`, leftmost and longest first, as tokenizers match them.
+
+    >>> occurrences("a</s>b", ["</s>", "<s>"])
+    [(1, 5)]
+    """
+    found = [c for c in sorted(controls, key=len, reverse=True) if c and c in text]
+    return [m.span() for m in re.finditer("|".join(map(re.escape, found)), text)] if found else []
+
+
+def foreign_text(text: str, controls: Iterable[str]) -> str:
+    """A text that is foreign as a whole: as it is, or, where it spells a control token, as `Rendered`."""
+    controls = frozenset(controls)
+    places = occurrences(text, controls)
+    return Rendered(text, places, controls) if places else text
+
+
+def may_spell(text: str, controls: Iterable[str]) -> bool:
+    """Whether `text` spells a control token, or could begin or end one together with the text around it.
+
+    >>> may_spell("1 < 2", ["<eos>"]), may_spell("a <", ["<eos>"]), may_spell("x<eos>", ["<eos>"])
+    (False, True, True)
+    """
+    return any(
+        c in text or any(text.endswith(c[:n]) or text.startswith(c[-n:]) for n in range(1, len(c)))
+        for c in controls
+        if c
+    )
+
+
+def encode(tokenizer: Any, text: Rendered, **options: Any) -> list[int]:
+    """Token ids in which no foreign place of `text` has become a control token; all else is as the tokenizer has it.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer; it is not changed.
+        text: What to encode.
+        **options: For the tokenizer's call; `text_target=True` encodes it as a target.
+
+    Raises:
+        DataError: The tokenizer knows no other way to write such a place.
+    """
+    if _OPEN in text or _CLOSE in text:
+        msg = (
+            f"a text spells a control token and holds the private-use character {_OPEN!r} too, so the two cannot be "
+            "told apart. Remove that character."
+        )
+        raise DataError(msg)
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return _encode_in_pieces(tokenizer, text, **options)
+    twin = _disguise(tokenizer, text.controls)
+    target = options.pop("text_target", False)
+    given = {"text_target": _renamed(text)} if target else {"text": _renamed(text)}
+    ids: list[int] = list(twin(**given, return_attention_mask=False, verbose=False, **options)["input_ids"])
+    return ids
+
+
+def _name(control: str, controls: frozenset[str]) -> str:
+    return f"{_OPEN}{sorted(controls).index(control)}{_CLOSE}"
+
+
+def _renamed(text: Rendered) -> str:
+    """The text with the author's control tokens under their disguised names."""
+    parts, at = [], 0
+    foreign = set(text.foreign)
+    for place in occurrences(text, text.controls):
+        start, end = place
+        if place in foreign:
+            continue
+        parts += [text[at:start], _name(text[start:end], text.controls)]
+        at = end
+    return "".join([*parts, text[at:]])
+
+
+def _disguise(tokenizer: Any, controls: frozenset[str]) -> Any:
+    """A copy of the tokenizer that knows the control tokens, with their ids, by other names alone; kept.
+
+    `split_special_tokens` would not do: it also takes labels apart that a user added, leaves added tokens whole that
+    are not "special", and a vocabulary may hold a control token as an ordinary piece (T5's `</s>`).
+    """
+    kept = _disguised.setdefault(tokenizer, {})
+    known = kept.get(controls)
+    if known is not None and known[0] == len(tokenizer):
+        return known[1]
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    names = {control: _name(control, controls) for control in controls}
+    for token in data.get("added_tokens", ()):
+        token["content"] = names.get(token["content"], token["content"])
+    _rename_vocabulary(data["model"], names)
+    data["truncation"] = data["padding"] = None
+    twin = copy.deepcopy(tokenizer)
+    twin._tokenizer = Tokenizer.from_str(json.dumps(data))
+    kept[controls] = (len(tokenizer), twin)
+    return twin
+
+
+def _rename_vocabulary(model: dict[str, Any], names: dict[str, str]) -> None:
+    """The model's own entries of these tokens, in place: an id keeps its place, the text loses it."""
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, dict):  # BPE, WordPiece, WordLevel
+        model["vocab"] = {names.get(token, token): id_ for token, id_ in vocabulary.items()}
+    elif vocabulary:  # Unigram: (piece, score), the id is the position
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
+    if "merges" in model:
+        model["merges"] = [m for m in model["merges"] if not names.keys() & {*_halves(m), "".join(_halves(m))}]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+
+
+def _halves(merge: Any) -> list[str]:
+    return merge.split(" ") if isinstance(merge, str) else list(merge)
+
+
+def _encode_in_pieces(tokenizer: Any, text: Rendered, **options: Any) -> list[int]:
+    """The way of tokenizers without a backend to copy (ByT5): foreign places apart, special tokens split in them."""
+    target, special = options.pop("text_target", False), options.pop("add_special_tokens", True)
+    ids: list[int] = []
+    at = 0
+    for start, end in [*text.foreign, (len(text), len(text))]:
+        for piece, split in ((text[at:start], False), (text[start:end], True)):
+            if piece:
+                found = tokenizer(piece, add_special_tokens=False, split_special_tokens=split, verbose=False)
+                ids += list(found["input_ids"])
+                _check_split(tokenizer, found["input_ids"], piece, text.controls if split else ())
+        at = end
+    if special:
+        context = getattr(tokenizer, "_switch_to_target_mode", None) if target else None
+        if context is not None:
+            context()
+        try:
+            ids = list(tokenizer.build_inputs_with_special_tokens(ids))
+        finally:
+            if context is not None:
+                tokenizer._switch_to_input_mode()
+    return ids
+
+
+def _check_split(tokenizer: Any, ids: Sequence[int], piece: str, controls: Iterable[str]) -> None:
+    written = set(ids) & set(tokenizer.convert_tokens_to_ids(sorted(controls))) if controls else set()
+    if written:
+        msg = (
+            f"{piece!r} stands in foreign text, and {type(tokenizer).__name__} can only write it as a control token. "
+            "Take it out of the text, or use a tokenizer with a Rust backend."
+        )
+        raise DataError(msg)
