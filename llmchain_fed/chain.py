@@ -203,7 +203,7 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
             return face.render(value.to_messages(), **self._rendering_kwargs())
         if face.control_tokens == "template":
             return value.to_string()
-        return mark_values(self.prompt, inputs, value.to_string(), lambda: _controls(face.model))
+        return mark_values(self.prompt, inputs, value.to_string(), lambda: _controls(face))
 
     def generation_options(self) -> dict[str, Any]:
         """Keywords for `model.generate` that give the answers this chain gives."""
@@ -398,13 +398,13 @@ def _steps(
     face = _below_bindings(llm)
     first: Runnable[Any, Any] = prompt
     if isinstance(face, LocalLLM) and face.control_tokens == "text":
-        first = PromptStep(prompt=prompt, controls=lambda: _controls(face.model))
+        first = PromptStep(prompt=prompt, controls=lambda: _controls(face))
     return first | (llm.bind(**llm_kwargs) if llm_kwargs else llm) | parser
 
 
-def _controls(model: LocalModel) -> tuple[frozenset[str], frozenset[str]]:
-    added = getattr(model.tokenizer, "added_tokens_decoder", {}).values()
-    return model.control_tokens(), frozenset(token.content for token in added)
+def _controls(face: LocalFace) -> tuple[frozenset[str], frozenset[str]]:
+    added = getattr(face.model.tokenizer, "added_tokens_decoder", {}).values()
+    return face.model.control_tokens() | face.own_controls, frozenset(token.content for token in added)
 
 
 def _below_bindings(llm: Any) -> Any:

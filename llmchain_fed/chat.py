@@ -58,11 +58,9 @@ class LocalChatModel(LocalFace, BaseChatModel):
         return False
 
     @property
-    def own_controls(self) -> frozenset[str]:
-        """The added tokens that the chat template writes."""
-        tokenizer = self.model.tokenizer
-        template = chat_template.template_of(tokenizer, self.model.name)
-        return chat_template.written_tokens(tokenizer, template, self.chat_template_kwargs)
+    def switches(self) -> Mapping[str, Any]:
+        """The chat template's switches that go along with every call."""
+        return self.chat_template_kwargs
 
     @override
     def path_identity(self) -> list[Any]:

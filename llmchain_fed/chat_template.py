@@ -25,10 +25,14 @@ from llmchain_fed.provenance import Change, map_texts, mark_foreign, texts_of
 Message = dict[str, Any]
 
 _RESERVED = frozenset(
-    "messages conversation tools documents add_generation_prompt continue_final_message tokenize chat_template "
-    "return_dict return_tensors return_assistant_tokens_mask padding truncation max_length tokenizer_kwargs "
-    "sanitize_control_tokens raise_exception strftime_now range namespace dict lipsum cycler joiner".split()
+    {
+        *("messages", "conversation", "tools", "documents", "add_generation_prompt", "continue_final_message"),
+        *("tokenize", "chat_template", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding"),
+        *("truncation", "max_length", "tokenizer_kwargs", "sanitize_control_tokens", "raise_exception"),
+        *("strftime_now", "range", "namespace", "dict", "lipsum", "cycler", "joiner"),
+    }
 )
+"""names in a template that are not a caller's to set"""
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")  # transformers' own, unknown to jinja2
 _FOREIGN = ("content", "name", "reasoning_content", "tool_calls")
 """fields of a message whose texts are not the template's"""

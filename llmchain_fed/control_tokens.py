@@ -1,7 +1,7 @@
 """Whose text is it: control tokens that foreign text happens to spell are encoded as the text they are.
 
-A control token opens or ends something: begin, end, padding, and the added tokens that a template writes. Text of the
-author's (a template's literals) may write one; text from elsewhere (a variable's value, a message, a completion) cannot.
+A control token opens or ends something: begin, end, padding, and the added tokens that a template writes. The author's
+text (a template's literals) may write one; text from elsewhere (a variable's value, a message, a completion) cannot.
 Knows tokenizers. Knows nothing about templates, chains or weights: who renders says which text is foreign.
 """
 
@@ -36,6 +36,7 @@ class Rendered(str):
     controls: frozenset[str]
 
     def __new__(cls, text: str, foreign: Iterable[tuple[int, int]], controls: Iterable[str]) -> Rendered:
+        """A `str` is made here, not in `__init__`."""
         made = super().__new__(cls, text)
         made.foreign, made.controls = tuple(foreign), frozenset(controls)
         return made

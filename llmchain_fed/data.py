@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.control_tokens import Rendered
-from llmchain_fed.errors import UnsupportedModelError
+from llmchain_fed.errors import DataError, UnsupportedModelError
 from llmchain_fed.examples import (
     Example,
     Examples,
@@ -132,9 +132,11 @@ def encode_examples(
         DataError: See `read_examples`.
     """
     texts, completions, kinds = [], [], []
-    for example in read_examples(source, prompt):
-        text = prompt_text(example, prompt)
-        texts.append(text)
+    for number, example in enumerate(read_examples(source, prompt)):
+        try:
+            texts.append(prompt_text(example, prompt))
+        except DataError as error:
+            raise type(error)(f"example {number}: {error}") from None  # noqa: EM102
         completions.append(example.completion)
         kinds.append(
             "raw" if isinstance(example, RawText) else "prompt_as_input" if isinstance(example, PromptRow) else ""

@@ -14,8 +14,9 @@ import torch
 from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from llmchain_fed import chat_template
 from llmchain_fed._config import explain, unknown_option
-from llmchain_fed.errors import ConfigError
+from llmchain_fed.errors import ConfigError, UnsupportedModelError
 from llmchain_fed.generation import GenerationOptions, checked_stops
 from llmchain_fed.model import LocalModel
 
@@ -135,8 +136,20 @@ class LocalFace(BaseModel):
 
     @property
     def own_controls(self) -> frozenset[str]:
-        """Control tokens beside the model's own: those of a chat template."""
-        return frozenset()
+        """Control tokens beside the model's own: the added tokens that the tokenizer's chat template writes."""
+        tokenizer = self.model.tokenizer
+        if not isinstance(getattr(tokenizer, "chat_template", None), (str, dict)):
+            return frozenset()
+        try:
+            template = chat_template.template_of(tokenizer, self.model.name)
+        except UnsupportedModelError:  # several and no default: none of them is used
+            return frozenset()
+        return chat_template.written_tokens(tokenizer, template, self.switches)
+
+    @property
+    def switches(self) -> Mapping[str, Any]:
+        """The chat template's switches that go along with every call."""
+        return {}
 
     def path_identity(self) -> list[Any]:
         """What decides, beside the model and its tokenizer, which tokens an input becomes."""

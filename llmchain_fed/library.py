@@ -86,9 +86,11 @@ def load_chain(name: str, *, llm: BaseLanguageModel[Any] | None = None) -> LLMCh
     from llmchain_fed.chain import LLMChain
 
     if llm is None:
+        from llmchain_fed.chat import LocalChatModel
         from llmchain_fed.llm import LocalLLM
 
-        llm = LocalLLM.from_pretrained(spec.model, lora=spec.adapter.to_lora() if spec.adapter else None)
+        face = LocalChatModel if spec.chat_template_kwargs else LocalLLM
+        llm = face.from_pretrained(spec.model, lora=spec.adapter.to_lora() if spec.adapter else None)
     return LLMChain(llm=llm, prompt=prompt, output_parser=make_parser(spec.parser), llm_kwargs=spec.llm_kwargs())
 
 

@@ -20,7 +20,7 @@ from llmchain_fed.control_tokens import Rendered, may_spell
 from llmchain_fed.provenance import Change, map_texts, mark_foreign, texts_of
 
 Controls = Callable[[], tuple[frozenset[str], frozenset[str]]]
-"""Control tokens of any text, and all added tokens: those that a template's fixed texts spell are control tokens too."""
+"""control tokens of any text, and all added tokens, of which those that a template's fixed texts spell are, too"""
 
 
 def mark_values(prompt: BasePromptTemplate[Any], inputs: Mapping[str, Any], text: str, controls: Controls) -> str:

@@ -11,7 +11,7 @@ import textwrap
 from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from llmchain_fed._config import unknown_option
 from llmchain_fed.errors import RecipeError
@@ -175,11 +175,16 @@ class ChainSpec(_Spec):
     stop: Several[Text] = ()
     """the answer ends before the first of these"""
     parser: ParserName = "text"
+    chat_template_kwargs: dict[str, JsonValue] = {}
+    """switches of the model's chat template; with any, the recipe is one for a chat model"""
 
     def llm_kwargs(self) -> dict[str, Any]:
         """Generation defaults and stop strings, as keyword arguments of a call to the model."""
         options = self.generation.model_dump(exclude_none=True)
-        return options | ({"stop": list(self.stop)} if self.stop else {})
+        options |= {"stop": list(self.stop)} if self.stop else {}
+        return options | (
+            {"chat_template_kwargs": dict(self.chat_template_kwargs)} if self.chat_template_kwargs else {}
+        )
 
 
 class _Plain(BaseModel):

@@ -1,7 +1,7 @@
 """One test of every completion before it is taught: could an answer ever be this text?
 
-Its token ids are decoded as an answer's are, ended where an answer would end, and must give the completion back: else the
-model learns something that it can never say. Knows models and stop strings. Knows nothing about why a tokenizer fails.
+Its token ids are decoded as an answer's are, ended where an answer would end, and must give the completion back: else
+the model learns something that it can never say. Knows models and stop strings. Knows nothing about training.
 """
 
 from __future__ import annotations

@@ -68,16 +68,13 @@ class Tokens:
         rows = self._tokenize(list(texts), add_special_tokens=add_special_tokens)
         if self.seq2seq or not add_special_tokens:
             return rows
-        eos, ends = str(getattr(self.tokenizer, "eos_token", None)), self.eos_ids[:1]
-        return [
-            r[:-1] if r and r[-1] in ends and not self._written(t, eos) else r for r, t in zip(rows, texts, strict=True)
-        ]
+        ends = self.eos_ids[:1] if self._appends_end() else ()
+        return [row[:-1] if row[-1:] == list(ends) else row for row in rows]
 
-    @staticmethod
-    def _written(text: str, eos: str) -> bool:
-        """Whether the author's text itself ends in the end token."""
-        foreign = isinstance(text, Rendered) and text.foreign[-1][1] == len(text)
-        return text.endswith(eos) and not foreign
+    def _appends_end(self) -> bool:
+        """Whether the tokenizer puts an end token behind every text."""
+        alone, dressed = (self._tokenize(["a"], add_special_tokens=special)[0] for special in (False, True))
+        return bool(dressed) and dressed[-1:] == list(self.eos_ids[:1]) and alone[-1:] != dressed[-1:]
 
     def encode_completions(self, texts: Sequence[str], controls: Collection[str] = ()) -> list[list[int]]:
         """Completions → ids with the end token behind each.

@@ -211,11 +211,13 @@ def test_find_prompt_sees_through_every_wrapping(causal):
         causal.with_config(tags=["t"]),
         causal.with_retry().with_config(run_name="r"),
         causal.with_fallbacks([RunnableLambda(str)]),
-        causal.with_fallbacks([RunnableLambda(str)]).bind(stop=["x"]),
         causal | RunnableLambda(str),
         causal | RunnableLambda(str) | RunnableLambda(str),
     ):
         assert find_prompt(wrap) is causal
+    bound = find_prompt(causal.with_fallbacks([RunnableLambda(str)]).bind(stop=["rou"]))
+    assert bound.model is causal.model
+    assert bound.invoke(INPUT) == "page ver"
 
 
 def test_find_prompt_makes_one_of_a_plain_sequence(causal):
@@ -232,7 +234,6 @@ def test_find_prompt_finds_nothing_where_there_is_none(causal):
         "text",
         None,
         causal.prompt,
-        causal.llm,
         RunnableLambda(str) | RunnableLambda(str),
     ):
         assert find_prompt(other) is None

@@ -14,7 +14,7 @@ import torch
 from tiny import PAIRS, TEMPLATE
 from torch.utils.data import DataLoader
 
-from llmchain_fed import DataReport, Example, LocalModel
+from llmchain_fed import DataReport, Example, LocalModel, RawText
 from llmchain_fed.data import bucketed_order, collate, encode_examples, is_ready_tensors, read_examples
 from llmchain_fed.errors import DataError, PromptVariablesError, TemplatedTwiceError
 from llmchain_fed.examples import carries
@@ -56,19 +56,18 @@ FORMS = {
     "tuple with string": lambda _: PAIRS,
     "list of two": lambda _: [[t, c] for t, c in PAIRS],
     "dict of variables": lambda _: [{"text": t, "completion": c} for t, c in PAIRS],
-    "prompt and completion": lambda _: [{"prompt": TEMPLATE.format(text=t), "completion": c} for t, c in PAIRS],
+    "prompt and completion": lambda _: [{"prompt": t, "completion": c} for t, c in PAIRS],
     "Example": lambda _: [Example(inputs={"text": t}, completion=c) for t, c in PAIRS],
     "Example with a string": lambda _: [Example(t, c) for t, c in PAIRS],
-    "Example with a prompt": lambda _: [Example(prompt=TEMPLATE.format(text=t), completion=c) for t, c in PAIRS],
+    "RawText": lambda _: [RawText(TEMPLATE.format(text=t), c) for t, c in PAIRS],
     "generator": lambda _: (pair for pair in PAIRS),
     "JSONL": jsonl,
     "CSV": csv_file,
     "CSV of a spreadsheet": lambda tmp_path: csv_file(tmp_path, "utf-8-sig"),
     "Dataset": lambda _: datasets.Dataset.from_list([{"text": t, "completion": c} for t, c in PAIRS]),
-    "Dataset of prompts": lambda _: datasets.Dataset.from_list(
-        [{"prompt": TEMPLATE.format(text=t), "completion": c} for t, c in PAIRS]
-    ),
+    "Dataset of prompts": lambda _: datasets.Dataset.from_list([{"prompt": t, "completion": c} for t, c in PAIRS]),
 }
+SAID = {"RawText": "raw", "prompt and completion": "prompt_as_input", "Dataset of prompts": "prompt_as_input"}
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
@@ -79,7 +78,8 @@ def test_every_form_gives_the_same_ids_as_encoding_by_hand(form, kind, make_chai
     expected = by_hand(tokenizer, PAIRS)
     assert rows_of(encoded) == expected
     assert encoded.lengths() == [len(p) + len(c) for p, c in expected]
-    assert encoded.report == DataReport(used=len(PAIRS), completion_tokens=sum(len(c) for _, c in expected))
+    said = {SAID[form]: len(PAIRS)} if form in SAID else {}
+    assert encoded.report == DataReport(used=len(PAIRS), completion_tokens=sum(len(c) for _, c in expected), **said)
 
 
 def test_without_a_chain_a_string_is_the_prompt_itself(make_model, tokenizer):
@@ -96,7 +96,6 @@ def test_a_chain_of_two_variables(make_chain, tokenizer):
 
 
 def test_a_variable_named_prompt_is_a_variable(make_chain, tokenizer):
-    """{"prompt", "completion"} is final text only where the template has no variable of that name."""
     chain = make_chain(prompt="say: {prompt}!")
     encoded = encode_examples([{"prompt": "page", "completion": "x"}], chain.model, chain)
     assert encoded[0][0] == tokenizer("say: page!")["input_ids"]
@@ -245,7 +244,7 @@ REFUSED = {
     "completion is a list": ([{"text": "a", "completion": ["c"]}], DataError, "got list"),
     "completion is bytes": ([({"text": "a"}, b"c")], DataError, "got bytes"),
     "no completion": ([{"text": "a"}], DataError, "no 'completion'"),
-    "prompt is no text": ([{"prompt": 3, "completion": "c"}], DataError, "final text, got int"),
+    "a templated row": ([{"prompt": TEMPLATE.format(text="a"), "completion": "c"}], TemplatedTwiceError, "RawText"),
     "an integer": ([3], DataError, "cannot read 3"),
     "a bare string": (["ab"], DataError, "cannot read 'ab'"),
     "three parts": ([("a", "b", "c")], DataError, "cannot read"),
@@ -296,17 +295,25 @@ def test_one_string_for_two_variables_is_refused(make_chain):
         encode_examples([("x", "y")], chain.model, chain)
 
 
+def test_a_prompt_row_for_two_variables_is_refused(make_chain):
+    chain = make_chain(prompt="{a} {b}")
+    with pytest.raises(PromptVariablesError, match=r"\['a', 'b'\].*RawText"):
+        encode_examples([{"prompt": "x", "completion": "y"}], chain.model, chain)
+
+
 def test_variables_without_a_chain_are_refused(make_model):
-    with pytest.raises(DataError, match="need a prompt to render"):
-        encode_examples([({"text": "a"}, "b")], make_model())
+    for rows in ([({"text": "a"}, "b")], [{"text": "a", "completion": "b"}]):
+        with pytest.raises(DataError, match=r"RawText|no template"):
+            encode_examples(rows, make_model())
 
 
-def test_an_example_is_either_inputs_or_prompt():
-    for wrong in ({}, {"inputs": {"text": "a"}, "prompt": "a"}):
-        with pytest.raises(DataError, match="either"):
-            Example(**wrong, completion="b")
+def test_raw_text_and_examples_hold_text():
     with pytest.raises(DataError, match="got int"):
         Example(inputs="a", completion=5)
+    with pytest.raises(DataError, match="got dict as `prompt`"):
+        RawText({"text": "a"}, "b")
+    with pytest.raises(DataError, match="got NoneType as `completion`"):
+        RawText("a", None)
 
 
 def test_text_that_only_mentions_the_template_is_no_error(make_chain):

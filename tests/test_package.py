@@ -22,6 +22,7 @@ PACKAGE = ROOT / "llmchain_fed"
 PUBLIC = [
     "Callback",
     "ChainFileError",
+    "ChatTemplateError",
     "CheckpointError",
     "ConfigError",
     "ConsoleTable",
@@ -60,6 +61,7 @@ PUBLIC = [
     "PromptTooLongError",
     "PromptVariablesError",
     "QuorumError",
+    "RawText",
     "RecipeError",
     "Reptile",
     "TemplatedTwiceError",
@@ -70,6 +72,7 @@ PUBLIC = [
     "TrainingConfig",
     "TrainingError",
     "TransportError",
+    "UnsayableError",
     "UnsupportedModelError",
     "UpdateRefusedError",
     "WeightsMismatchError",
@@ -88,6 +91,9 @@ LAYERS = [
     [
         "errors",
         "_config",
+        "control_tokens",
+        "provenance",
+        "chat_template",
         "recipes",
         "recipe_files",
         "embedded",
@@ -98,8 +104,8 @@ LAYERS = [
         "tokens",
         "model",
     ],
-    ["examples", "data", "loss", "training_config", "training", "evaluation"],
-    ["face", "llm", "chat", "saving", "library"],
+    ["examples", "saying", "data", "loss", "training_config", "training", "evaluation"],
+    ["face", "llm", "messages", "chat", "saving", "library", "prompt_step"],
     ["chain"],
     ["tracking"],
     ["federated"],
@@ -107,7 +113,7 @@ LAYERS = [
     ["cli"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
-LANGCHAIN = {"llm", "chat", "chain", "library"}
+LANGCHAIN = {"llm", "chat", "chain", "library", "messages", "prompt_step"}
 DEFERRED = {("library", "chain")}  # load_chain makes a chain: the one documented exception
 
 

@@ -21,10 +21,12 @@ from llmchain_fed import (
     Participant,
     PromptTooLongError,
     PromptVariablesError,
+    RawText,
     TrainingConfig,
     UnsupportedModelError,
     train_locally,
 )
+from llmchain_fed.data import prompt_text
 from llmchain_fed.federated.history import RoundRecord
 from llmchain_fed.federated.participant import hold_out
 
@@ -69,9 +71,11 @@ def test_a_share_and_train_would_train_on_what_is_held_out(make_chain):
 def test_the_same_question_in_two_forms_stands_on_one_side(make_chain):
     chain = make_chain()
     mixed = [(s, t) for s, t in PAIRS] + [({"text": s}, t) for s, t in PAIRS]
-    mixed += [{"prompt": TEMPLATE.format(text=s), "completion": t} for s, t in PAIRS]
+    mixed += [RawText(TEMPLATE.format(text=s), t) for s, t in PAIRS] + [
+        {"prompt": s, "completion": t} for s, t in PAIRS
+    ]
     divided = hold_out(Participant("a", mixed), 0.3, chain, seed=1)
-    texts = [{e.prompt or chain.render(e.inputs) for e in side} for side in (divided.examples, divided.held_out)]
+    texts = [{prompt_text(e, chain) for e in side} for side in (divided.examples, divided.held_out)]
     assert not texts[0] & texts[1]
     assert len(texts[0] | texts[1]) == len(PAIRS)
 
