@@ -399,7 +399,8 @@ def _steps(
     first: Runnable[Any, Any] = prompt
     if isinstance(face, LocalLLM) and face.control_tokens == "text":
         first = PromptStep(prompt=prompt, controls=lambda: _controls(face))
-    return first | (llm.bind(**llm_kwargs) if llm_kwargs else llm) | parser
+    steps: Runnable[Any, Any] = first | (llm.bind(**llm_kwargs) if llm_kwargs else llm) | parser
+    return steps
 
 
 def _controls(face: LocalFace) -> tuple[frozenset[str], frozenset[str]]:

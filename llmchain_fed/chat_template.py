@@ -7,6 +7,7 @@ arrive as mappings with `role` and `content`.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,6 +69,7 @@ def template_of(tokenizer: Any, name: str) -> str:
         raise UnsupportedModelError(msg) from None
 
 
+@functools.lru_cache(maxsize=32)
 def switches(template: str) -> frozenset[str]:
     """The names that a template reads and that are a caller's to set, such as `enable_thinking`.
 
@@ -88,6 +90,8 @@ def check_switches(given: Mapping[str, Any], template: str, name: str) -> None:
     Raises:
         ConfigError: It is not: it would have no effect.
     """
+    if not given:
+        return
     known = switches(template)
     for key in given:
         if key in _RESERVED or key not in known:

@@ -8,6 +8,7 @@ Knows tokenizers. Knows nothing about templates, chains or weights: who renders 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -62,17 +63,22 @@ def foreign_text(text: str, controls: Iterable[str]) -> str:
     return Rendered(text, places, controls) if places else text
 
 
-def may_spell(text: str, controls: Iterable[str]) -> bool:
+def may_spell(text: str, controls: frozenset[str]) -> bool:
     """Whether `text` spells a control token, or could begin or end one together with the text around it.
 
-    >>> may_spell("1 < 2", ["<eos>"]), may_spell("a <", ["<eos>"]), may_spell("x<eos>", ["<eos>"])
-    (False, True, True)
+    >>> [may_spell(text, frozenset({"<eos>"})) for text in ("1 < 2", "a <", "x<eos>")]
+    [False, True, True]
     """
-    return any(
-        c in text or any(text.endswith(c[:n]) or text.startswith(c[-n:]) for n in range(1, len(c)))
-        for c in controls
-        if c
-    )
+    return _spelling(controls).search(text) is not None
+
+
+@functools.lru_cache(maxsize=64)
+def _spelling(controls: frozenset[str]) -> re.Pattern[str]:
+    """Matches a control token, the beginning of one at a text's end, and the end of one at a text's beginning."""
+    cuts = [(c[:n], c[n:]) for c in sorted(controls) for n in range(1, len(c))]
+    parts = [re.escape(c) for c in sorted(controls) if c]
+    parts += [rf"{re.escape(head)}\Z" for head, _ in cuts] + [rf"\A{re.escape(tail)}" for _, tail in cuts]
+    return re.compile("|".join(parts) or r"(?!)")
 
 
 def encode(tokenizer: Any, text: Rendered, **options: Any) -> list[int]:

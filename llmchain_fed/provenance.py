@@ -105,7 +105,7 @@ def map_texts(value: object, change: Change) -> object:
     if kind is dict:
         return {map_texts(k, change): map_texts(v, change) for k, v in value.items()}  # type: ignore[attr-defined]
     if kind in (list, tuple):
-        return kind(map_texts(v, change) for v in value)  # type: ignore[call-arg,attr-defined]
+        return kind(map_texts(v, change) for v in value)  # type: ignore[attr-defined]
     return value if value is None or kind in (bool, int, float) else _Changed(value, change)
 
 

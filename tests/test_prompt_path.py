@@ -41,7 +41,7 @@ LABEL = "[POS]"
 TOKENIZERS = {kind: make_tokenizer(kind, labels=(LABEL,)) for kind in KINDS}
 MODULES = {kind: make_module(tokenizer) for kind, tokenizer in TOKENIZERS.items()}
 SEQ2SEQ = {kind: tiny_module("seq2seq", len(tokenizer)) for kind, tokenizer in TOKENIZERS.items()}
-for _kind, _module in SEQ2SEQ.items():
+for _module in SEQ2SEQ.values():
     for _config in (_module.config, _module.generation_config):
         _config.eos_token_id, _config.pad_token_id = 2, 0
 TEMPLATE = "Translate: {text}\n"
