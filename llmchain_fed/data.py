@@ -145,6 +145,7 @@ def encode_examples(
     controls = prompt.completion_controls if prompt is not None else ()
     prompt_ids = model.encode(texts, add_special_tokens=special)
     completion_ids = model.encode_completions(completions, controls=controls)
+    known = {*model.control_tokens(), *controls}
     saying = Saying(model, prompt)
 
     limits = [limit for limit in (max_length, model.context_length) if limit is not None]
@@ -167,7 +168,7 @@ def encode_examples(
         report.used += 1
         report.raw += prompt is not None and kind == "raw"
         report.prompt_as_input += prompt is not None and kind == "prompt_as_input"
-        report.control_text += isinstance(text, Rendered)
+        report.control_text += isinstance(text, Rendered) or any(c in completion for c in known)
         report.completion_tokens += len(c)
         flat += p + c
         bounds += [bounds[-1] + len(p), bounds[-1] + len(p) + len(c)]

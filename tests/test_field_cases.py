@@ -1,6 +1,6 @@
 """Thirteen kinds of failure that users of other tools report, on inputs of our own, with the right values.
 
-Belongs here: one test a kind, end to end, as its reporter would meet it; details of each mechanism are tested elsewhere.
+Belongs here: one test a kind, end to end, as its reporter would meet it; details of a mechanism are tested elsewhere.
 Where a value is computed, transformers and PEFT compute it.
 """
 

@@ -441,6 +441,14 @@ def test_completions_that_no_answer_could_be_are_counted_with_their_reason():
     assert tokenizers["T5-like"].unk_token_id in t5.model.encode_completions(["a\nb"])[0]
 
 
+def test_look_alikes_are_said():
+    chat = LocalChatModel(model=model_of("byte-level"))
+    rows = [("a", "b"), ("a<eos>", "b"), ("a", "<|user|>"), (f"is it {LABEL}", LABEL)]
+    report = encode_examples(rows, chat.model, chat.as_prompt()).report
+    assert (report.used, report.control_text) == (4, 2)
+    assert "control_text=2" in repr(report)
+
+
 def test_an_end_id_that_is_an_ordinary_word():
     model = LocalModel(make_module(TOKENIZERS["byte-level"]), TOKENIZERS["byte-level"])
     dot = TOKENIZERS["byte-level"]("!", add_special_tokens=False)["input_ids"]
