@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmchain_fed import vocabulary
 from llmchain_fed.errors import DataError, UnsupportedModelError
 from llmchain_fed.examples import Example, Examples, Prompt, is_ready_tensors, read_examples
 from llmchain_fed.generation import pad_rows
@@ -44,7 +45,7 @@ class DataReport:
 
     used: int = 0
     empty: int = 0
-    """left out: no completion (or no prompt) to learn from"""
+    """left out: a missing or blank completion, prompt or variable"""
     too_long: int = 0
     """left out: longer than `max_length` or the model's context"""
     duplicate: int = 0
@@ -96,20 +97,25 @@ def encode_examples(
 
     Raises:
         DataError: See `read_examples`.
+        UnsupportedModelError: A token that the model's embedding has no row for.
     """
-    texts, completions = [], []
+    report, texts, completions = DataReport(), [], []
     for example in read_examples(source, prompt):
         if example.prompt is None and prompt is None:
             msg = "variables need a prompt to render them. Pass the chain, or examples with final text as 'prompt'."
             raise DataError(msg)
+        if example.empty:  # not rendered: a missing list of messages, for one, is nothing that a prompt takes
+            report.empty += 1
+            continue
         texts.append(example.prompt if example.prompt is not None else prompt.render(example.inputs))  # type: ignore[union-attr,arg-type]
         completions.append(example.completion)
     special = prompt.adds_special_tokens if prompt is not None else True
     prompt_ids = model.encode(texts, add_special_tokens=special)
     completion_ids = model.encode_completions(completions)
+    vocabulary.check(model, prompt_ids, completion_ids)
 
     limits = [limit for limit in (max_length, model.context_length) if limit is not None]
-    report, flat, bounds, seen = DataReport(), [], [0], set()
+    flat, bounds, seen = [], [0], set()
     for text, completion, p, c in zip(texts, completions, prompt_ids, completion_ids, strict=True):
         longest = len(p) + len(c) if model.kind == "causal" else max(len(p), len(c))
         if not completion.strip() or not p:

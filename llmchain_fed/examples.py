@@ -1,22 +1,22 @@
 """The forms an example may have, and the checks it must pass before anything is made of it.
 
-Knows files, mappings and the prompt's variables (a prompt is anything that renders inputs to text). Knows nothing about
-tokens, models or training.
+Knows mappings and the prompt's variables (a prompt is anything that renders inputs to text). Knows nothing about tokens,
+models or training; files are read in `readers`, and what counts as a missing value stands in `missing`.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader
 
 from llmchain_fed.errors import DataError, PromptVariablesError, TemplatedTwiceError
+from llmchain_fed.missing import filled, is_blank, is_empty, is_missing
+from llmchain_fed.readers import numbered
 
+_LARGEST = 10**4300
 Examples = Any
 """What is accepted as examples: an iterable of the forms of `read_examples`, a JSONL or CSV path, a DataLoader."""
 
@@ -62,6 +62,11 @@ class Example:
     prompt: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("completion", "prompt"):
+            if isinstance(getattr(self, name), str) or (name == "prompt" and self.prompt is None):
+                continue
+            if is_missing(getattr(self, name)):  # as everywhere: counted as empty
+                object.__setattr__(self, name, "")
         if not isinstance(self.completion, str):
             msg = (
                 f"a completion is text, got {type(self.completion).__name__} ({self.completion!r:.60}). "
@@ -83,13 +88,21 @@ class Example:
             msg = f"`prompt` is final text, got {type(self.prompt).__name__}. Pass variables as `inputs`."
             raise DataError(msg)
 
+    @property
+    def empty(self) -> bool:
+        """Whether a value is missing or blank, so that there is nothing to learn: counted, and not trained on."""
+        return is_empty(self.inputs, self.completion, self.prompt)
+
 
 def read_examples(source: Examples, prompt: Prompt | None = None) -> Iterator[Example]:
     """Every example of a source, checked.
 
     Accepted forms: `(x, completion)` with x what `chain.invoke` takes; a mapping of the prompt's variables plus
     `"completion"`; `{"prompt": text, "completion": text}`, used as it is (the TRL format); `Example`. The source is any
-    iterable of these (a `datasets.Dataset` is one) or the path of a JSONL or CSV file.
+    iterable of these (a `datasets.Dataset` is one), a frame of pandas or polars, or the path of a JSONL or CSV file.
+
+    A missing value (None, NaN, NaT, `pandas.NA` …) or a blank text makes an example `empty`, in every form alike; in a
+    CSV file so do the words that programs write for it, such as NaN, NA or NULL, unless they stand in quotes.
 
     Args:
         source: Where they come from.
@@ -100,57 +113,25 @@ def read_examples(source: Examples, prompt: Prompt | None = None) -> Iterator[Ex
         PromptVariablesError: Variables other than the prompt's.
         TemplatedTwiceError: A value that already carries the template's text.
     """
-    for number, item in enumerate(_items(source)):
+    for place, item in numbered(source):
         try:
+            item = filled(item)  # noqa: PLW2901
+            _check_no_header(item, prompt)
             example = _parse(item, prompt)
             if prompt is not None and example.inputs is not None:
                 _check_inputs(example.inputs, prompt)
         except DataError as error:
-            raise type(error)(f"example {number}: {error}") from None  # noqa: EM102
+            raise type(error)(f"{place}: {error}") from None  # noqa: EM102
         yield example
 
 
-def _items(source: Examples) -> Iterable[Any]:
-    if isinstance(source, (str, Path)):
-        return _read_file(Path(source))
-    if isinstance(source, (Mapping, bytes)) or not isinstance(source, Iterable):
-        msg = (
-            "examples are a list of (inputs, completion), a JSONL or CSV path or a dataset, got "
-            f"{type(source).__name__}."
-        )
+def _check_no_header(item: Any, prompt: Prompt | None) -> None:
+    """Makes sure that a row is not the names of the columns, which a reader of lists, or two joined files, leave."""
+    variables = prompt.input_variables if prompt is not None else ()
+    pair = isinstance(item, tuple) and item[1:] == ("completion",) and isinstance(item[0], str) and item[0] in variables
+    if pair or (isinstance(item, Mapping) and len(item) > 1 and all(isinstance(v, str) and k == v for k, v in item.items())):
+        msg = f"{item!r:.80} are the names of the columns, not an example. Leave the header out."
         raise DataError(msg)
-    return source
-
-
-def _read_file(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        msg = f"there is no file {str(path)!r}. Give the path of a .jsonl or .csv file."
-        raise DataError(msg)
-    if path.suffix not in (".jsonl", ".csv"):
-        msg = (
-            f"{path.name}: examples are read from .jsonl or .csv files, not {path.suffix or 'files without a suffix'}."
-        )
-        raise DataError(msg)
-    # utf-8-sig: spreadsheets write a byte order mark, which would become part of the first column's name
-    with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
-        try:
-            yield from csv.DictReader(file, strict=True) if path.suffix == ".csv" else _read_lines(file, path.name)
-        except UnicodeDecodeError as error:
-            msg = f"{path.name} is not UTF-8 text: {error}. Save it as UTF-8."
-            raise DataError(msg) from None
-        except csv.Error as error:
-            msg = f"{path.name} is not CSV: {error}. Quote values that hold commas, quotes or line breaks."
-            raise DataError(msg) from None
-
-
-def _read_lines(file: Iterable[str], name: str) -> Iterator[Any]:
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                msg = f"{name}, line {number} is not JSON: {error}."
-                raise DataError(msg) from None
 
 
 def _parse(item: Any, prompt: Prompt | None) -> Example:
@@ -185,6 +166,8 @@ def _parse_mapping(item: Mapping[Any, Any], prompt: Prompt | None) -> Example:
 
 def _check_inputs(inputs: Mapping[str, Any] | str, prompt: Prompt) -> None:
     needed, allowed = set(prompt.input_variables), {*prompt.input_variables, *prompt.optional_variables}
+    if not isinstance(inputs, Mapping) and is_blank(inputs):
+        return  # whatever the variables are called, there is nothing in it
     if isinstance(inputs, str):
         if len(needed) != 1:
             msg = f"the prompt has the variables {sorted(needed)}, so one string is not enough. Pass a mapping of them."
@@ -203,9 +186,12 @@ def _check_inputs(inputs: Mapping[str, Any] | str, prompt: Prompt) -> None:
         )
         raise PromptVariablesError(msg)
     for name, value in inputs.items():
-        if value is None:
-            msg = f"`{name}` is None, which would be templated as the word. Fill it in or leave the example out."
-            raise PromptVariablesError(msg)
+        if isinstance(value, (bytes, bytearray)):
+            msg = f"`{name}` is {type(value).__name__}, which would be templated as {value!r:.40}. Decode it first."
+            raise DataError(msg)
+        if isinstance(value, int) and abs(value) >= _LARGEST:
+            msg = f"`{name}` is a number of more digits than Python writes (4300). Pass it as text."
+            raise DataError(msg)
         if isinstance(value, str) and not _is_unicode(value):
             msg = f"`{name}` holds half a surrogate pair, which is no character. Decode the source anew."
             raise DataError(msg)
