@@ -50,8 +50,12 @@ def numbered(source: Any) -> Iterator[tuple[str, Any]]:
 
 def _rows(source: Any) -> Iterable[Any]:
     if isinstance(source, Mapping) and source and all(hasattr(part, "column_names") for part in source.values()):
-        msg = f"a dataset's splits {', '.join(map(repr, source))} are not examples. Pass one of them: d[{_first(source)}]."
+        splits = ", ".join(map(repr, source))
+        msg = f"the splits {splits} of a data set are not examples. Pass one of them: d[{next(iter(source))!r}]."
         raise DataError(msg)
+    frame = _frame_rows(source)
+    if frame is not None:
+        return frame
     if isinstance(source, (Mapping, bytes, bytearray)) or not isinstance(source, Iterable):
         msg = (
             "examples are a list of (inputs, completion), a JSONL or CSV path or a dataset, got "
@@ -61,25 +65,20 @@ def _rows(source: Any) -> Iterable[Any]:
     if inspect.isgenerator(source) and inspect.getgeneratorstate(source) == inspect.GEN_CLOSED:
         msg = "the generator has been read to its end before: it gives nothing a second time. Pass list(generator)."
         raise DataError(msg)
-    return _frame_rows(source)
+    return source
 
 
-def _first(splits: Mapping[Any, Any]) -> str:
-    return repr(next(iter(splits)))
-
-
-def _frame_rows(source: Any) -> Iterable[Any]:
-    """The rows of what would otherwise give the names of its columns, or the columns themselves."""
+def _frame_rows(source: Any) -> Iterable[Any] | None:
+    """The rows of what would otherwise give the names of its columns, or the columns themselves; else None."""
     package, kind = type(source).__module__.partition(".")[0], type(source).__name__
     if (package, kind) not in (("pandas", "DataFrame"), ("polars", "DataFrame"), ("pyarrow", "Table")):
-        return source  # type: ignore[no-any-return]
+        return None
     names = list(source.column_names if package == "pyarrow" else source.columns)
-    if twice := sorted({str(name) for name in names if names.count(name) > 1}):
+    if twice := [str(name) for name in names if names.count(name) > 1]:
         msg = f"the {kind} has two columns {twice[0]!r}, of which a row would keep one. Rename or drop the other."
         raise DataError(msg)
-    if package == "pandas":
-        return source.to_dict("records")  # type: ignore[no-any-return]
-    return source.to_dicts() if package == "polars" else source.to_pylist()  # type: ignore[no-any-return]
+    how = {"pandas": lambda: source.to_dict("records"), "polars": lambda: source.to_dicts()}
+    return how.get(package, lambda: source.to_pylist())()  # type: ignore[no-any-return]
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
