@@ -1,11 +1,12 @@
 """The forms an example may have, and the checks it must pass before anything is made of it.
 
-Knows mappings and the prompt's variables (a prompt is anything that renders inputs to text). Knows nothing about tokens,
-models or training; files are read in `readers`, and what counts as a missing value stands in `missing`.
+Knows mappings and the prompt's variables (a prompt is anything that renders inputs to text). Knows nothing about
+tokens, models or training; files are read in `readers`, and what counts as a missing value stands in `missing`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from llmchain_fed.errors import DataError, PromptVariablesError, TemplatedTwiceE
 from llmchain_fed.missing import filled, is_blank, is_empty, is_missing
 from llmchain_fed.readers import numbered
 
-_LARGEST = 10**4300
+_LARGEST = 10**4300  # Python refuses to write longer numbers, and would do so in the middle of rendering
 Examples = Any
 """What is accepted as examples: an iterable of the forms of `read_examples`, a JSONL or CSV path, a DataLoader."""
 
@@ -62,11 +63,10 @@ class Example:
     prompt: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("completion", "prompt"):
-            if isinstance(getattr(self, name), str) or (name == "prompt" and self.prompt is None):
-                continue
-            if is_missing(getattr(self, name)):  # as everywhere: counted as empty
-                object.__setattr__(self, name, "")
+        if not isinstance(self.completion, str) and is_missing(self.completion):  # as everywhere: counted as empty
+            object.__setattr__(self, "completion", "")
+        if self.prompt is not None and not isinstance(self.prompt, str) and is_missing(self.prompt):
+            object.__setattr__(self, "prompt", "")
         if not isinstance(self.completion, str):
             msg = (
                 f"a completion is text, got {type(self.completion).__name__} ({self.completion!r:.60}). "
@@ -115,7 +115,7 @@ def read_examples(source: Examples, prompt: Prompt | None = None) -> Iterator[Ex
     """
     for place, item in numbered(source):
         try:
-            item = filled(item)  # noqa: PLW2901
+            item = filled(item)
             _check_no_header(item, prompt)
             example = _parse(item, prompt)
             if prompt is not None and example.inputs is not None:
@@ -128,8 +128,11 @@ def read_examples(source: Examples, prompt: Prompt | None = None) -> Iterator[Ex
 def _check_no_header(item: Any, prompt: Prompt | None) -> None:
     """Makes sure that a row is not the names of the columns, which a reader of lists, or two joined files, leave."""
     variables = prompt.input_variables if prompt is not None else ()
-    pair = isinstance(item, tuple) and item[1:] == ("completion",) and isinstance(item[0], str) and item[0] in variables
-    if pair or (isinstance(item, Mapping) and len(item) > 1 and all(isinstance(v, str) and k == v for k, v in item.items())):
+    texts = isinstance(item, tuple) and all(isinstance(part, str) for part in item)
+    pair = texts and item[0] in variables and item[1] == "completion"
+    if pair or (
+        isinstance(item, Mapping) and len(item) > 1 and all(isinstance(v, str) and k == v for k, v in item.items())
+    ):
         msg = f"{item!r:.80} are the names of the columns, not an example. Leave the header out."
         raise DataError(msg)
 
@@ -191,6 +194,9 @@ def _check_inputs(inputs: Mapping[str, Any] | str, prompt: Prompt) -> None:
             raise DataError(msg)
         if isinstance(value, int) and abs(value) >= _LARGEST:
             msg = f"`{name}` is a number of more digits than Python writes (4300). Pass it as text."
+            raise DataError(msg)
+        if isinstance(value, float) and math.isinf(value):
+            msg = f"`{name}` is infinite, which would be templated as {value!s}. Leave the example out, or pass a text."
             raise DataError(msg)
         if isinstance(value, str) and not _is_unicode(value):
             msg = f"`{name}` holds half a surrogate pair, which is no character. Decode the source anew."

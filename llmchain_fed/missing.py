@@ -22,7 +22,7 @@ _INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")
 
 
 def is_missing(value: Any) -> bool:
-    """Whether this is the marker of a value that is not there; a list that holds one is as good as missing.
+    """Whether this is the marker of a value that is not there; a collection that holds one is as good as missing.
 
     The word "nan" that somebody wrote is text, and so are the other words that readers take for markers.
 
@@ -39,9 +39,10 @@ def is_missing(value: Any) -> bool:
         return True
     if isinstance(value, Decimal):  # a signalling NaN raises where it is compared
         return value.is_nan()
-    if isinstance(value, (list, tuple)):
-        # not within its mappings: a message of role and content may well have other fields that are null
+    if isinstance(value, (list, tuple, set, frozenset)):
         return any(is_missing(part) for part in value)
+    if isinstance(value, Mapping):  # null says something there: a message may have a role, tool calls and no content
+        return any(part is not None and is_missing(part) for part in value.values())
     if package == "pyarrow" and hasattr(value, "as_py"):
         return is_missing(value.as_py())
     if hasattr(value, "dtype") and hasattr(value, "tolist"):  # of numpy, pandas and torch alike
@@ -53,17 +54,17 @@ def is_missing(value: Any) -> bool:
 def _unlike_itself(value: Any) -> bool:
     """NaN and NaT are the only values that differ from themselves."""
     try:
-        return bool(value != value)  # noqa: PLR0124
+        return bool(value != value)
     except (TypeError, ValueError, ArithmeticError, RuntimeError):
         return False
 
 
 def is_blank(value: Any) -> bool:
-    """Whether nothing can be read in it: missing, or text without a visible character.
+    r"""Whether nothing can be read in it: missing, or text without a visible character.
 
     Messages are blank where every one is. An empty list is not: a conversation without history is one.
 
-    >>> [is_blank(v) for v in (" \\n", "\\ufeff\\u200b", "a", 0, [])]
+    >>> [is_blank(v) for v in (" \n", "\ufeff\u200b", "a", 0, [])]
     [True, True, False, False, False]
     """
     if isinstance(value, str):

@@ -25,8 +25,9 @@ _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _LONGEST_CELL = 2**31 - 1  # characters; what a C long holds everywhere
 _LIMIT = threading.Lock()
 CSV_MARKERS = frozenset(
-    "nan NaN NAN -nan -NaN <NA> NaT NA N/A n/a NULL null None \\N #N/A #NA 1.#IND -1.#IND 1.#QNAN -1.#QNAN".split()
-) | {"#N/A N/A"}
+    {"nan", "NaN", "NAN", "-nan", "-NaN", "NaT", "<NA>", "NA", "N/A", "n/a", "NULL", "null", "None", "\\N"}
+    | {"#N/A", "#N/A N/A", "#NA", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"}
+)
 """what pandas, R, SQL and spreadsheets write, without quotes, for a value that is missing"""
 
 
@@ -71,14 +72,26 @@ def _rows(source: Any) -> Iterable[Any]:
 def _frame_rows(source: Any) -> Iterable[Any] | None:
     """The rows of what would otherwise give the names of its columns, or the columns themselves; else None."""
     package, kind = type(source).__module__.partition(".")[0], type(source).__name__
-    if (package, kind) not in (("pandas", "DataFrame"), ("polars", "DataFrame"), ("pyarrow", "Table")):
+    where = {
+        ("pandas", "DataFrame"): "columns",
+        ("polars", "DataFrame"): "columns",
+        ("pyarrow", "Table"): "column_names",
+        ("csv", "DictReader"): "fieldnames",
+    }.get((package, kind))
+    if where is None:
         return None
-    names = list(source.column_names if package == "pyarrow" else source.columns)
+    given = getattr(source, where)
+    names = list(given) if given is not None else []
     if twice := [str(name) for name in names if names.count(name) > 1]:
         msg = f"the {kind} has two columns {twice[0]!r}, of which a row would keep one. Rename or drop the other."
         raise DataError(msg)
-    how = {"pandas": lambda: source.to_dict("records"), "polars": lambda: source.to_dicts()}
-    return how.get(package, lambda: source.to_pylist())()  # type: ignore[no-any-return]
+    how = {
+        "pandas": lambda: source.to_dict("records"),
+        "polars": lambda: source.to_dicts(),
+        "pyarrow": lambda: source.to_pylist(),
+        "csv": lambda: source,
+    }
+    return how[package]()  # type: ignore[no-any-return]
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -150,7 +163,7 @@ def _checked(file: TextIO, name: str) -> Iterator[str]:
 
 def _read_jsonl(file: TextIO, name: str) -> Iterator[tuple[int, Any]]:
     number, found = 0, 0
-    for number, line in enumerate(_checked(file, name), start=1):  # noqa: B007
+    for number, line in enumerate(_checked(file, name), start=1):
         if line.strip():
             found += 1
             yield number, _object(line, name, number)

@@ -66,7 +66,10 @@ class Tokens:
         """Without the end token and the padding behind it; a row cut at a stop string has padding alone."""
         eos, pad = self.eos_ids, self.pad_id
         end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
-        known = pad in (getattr(self.tokenizer, "pad_token_id", None), *eos)  # else it is some token, maybe the answer's
+        known = pad in (
+            getattr(self.tokenizer, "pad_token_id", None),
+            *eos,
+        )  # else it is some token, maybe the answer's
         while known and end and ids[end - 1] == pad:
             end -= 1
         return ids[:end]

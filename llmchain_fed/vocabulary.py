@@ -25,6 +25,7 @@ def check(model: Any, prompts: Iterable[Sequence[int]], completions: Iterable[Se
     Raises:
         UnsupportedModelError: A token has no row; it is named.
     """
+    _check_decoder(model)
     for rows, limit, where in (
         (prompts, input_rows(model.module), "prompt"),
         (completions, output_rows(model.module), "completion"),
@@ -32,6 +33,26 @@ def check(model: Any, prompts: Iterable[Sequence[int]], completions: Iterable[Se
         highest = max((max(row) for row in rows if row), default=-1)
         if limit is not None and highest >= limit:
             _refuse(model, highest, limit, where)
+
+
+def _check_decoder(model: Any) -> None:
+    """Makes sure that what an encoder-decoder puts before and behind labels by itself has a row.
+
+    Raises:
+        UnsupportedModelError: It has none.
+    """
+    config, limit = getattr(model.module, "config", None), output_rows(model.module)
+    if not getattr(config, "is_encoder_decoder", False) or limit is None:
+        return
+    for name in ("decoder_start_token_id", "pad_token_id"):
+        token = getattr(config, name, None)
+        if isinstance(token, int) and token >= limit:
+            msg = (
+                f"{name} in the configuration of {model.name!r} is {token}, and its decoder has {limit} rows of "
+                f"embedding: it would read that id in every batch. Set module.config.{name} to one below {limit}, or "
+                "call module.resize_token_embeddings(len(tokenizer)) before any adapter is added."
+            )
+            raise UnsupportedModelError(msg)
 
 
 def _refuse(model: Any, token: int, rows: int, where: str) -> None:
@@ -87,5 +108,5 @@ def _rows(embedding: Any) -> int | None:
     count = getattr(embedding, "num_embeddings", None) or getattr(embedding, "out_features", None)
     if isinstance(count, int):
         return count
-    shape = getattr(getattr(embedding, "weight", None), "shape", ())
+    shape: Sequence[int] = getattr(getattr(embedding, "weight", None), "shape", ())
     return int(shape[0]) if len(shape) == 2 else None

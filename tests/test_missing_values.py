@@ -47,6 +47,8 @@ MARKERS = {
     "complex": complex("nan"),
     "torch": torch.tensor(float("nan")),
     "list": ["a", None],
+    "set": {None},
+    "nested": {"a": [1.0, float("nan")]},
 }
 BLANKS = {"empty": "", "spaces": " \t\n", "no-break": "\xa0", "byte order mark": "\ufeff", "zero width": "\u200b\u2060"}
 PRESENT = {
@@ -89,7 +91,9 @@ def test_a_row_without_a_value_counts_as_empty_in_every_form(form, make_chain):
     chain = make_chain()
     alone = encode_examples(PAIRS[:2], chain.model, chain)
     for dress, marker in (MARKERS | BLANKS).items():
-        label = None if dress == "list" else marker  # a list is no completion
+        if isinstance(marker, dict) and form in ("tuple", "list"):
+            continue  # there it would be the variables
+        label = None if isinstance(marker, (list, set, dict)) else marker  # these are no completions
         for x, c in ((marker, "seite"), ("page", label), (marker, label)):
             encoded = encode_examples([PAIRS[0], ROWS[form](x, c), PAIRS[1]], chain.model, chain)
             assert encoded.report == DataReport(2, empty=1, completion_tokens=alone.report.completion_tokens), dress
@@ -192,6 +196,12 @@ def test_a_missing_history_is_not_rendered_and_an_empty_one_is(make_model):
     assert not is_blank([AIMessage("", tool_calls=[{"name": "f", "args": {}, "id": "1"}])])
 
 
+@pytest.mark.parametrize("value", [float("inf"), -np.inf, np.float64("inf")])
+def test_an_infinite_number_is_refused_from_a_list_as_from_a_file(value, make_chain):
+    with pytest.raises(DataError, match="example 0: `text` is infinite"):
+        encode_examples([({"text": value}, "c")], make_chain().model, make_chain())
+
+
 @pytest.mark.parametrize("value", [b"abc", bytearray(b"abc"), np.bytes_(b"abc")])
 def test_bytes_are_refused_as_inputs_and_as_completions(value, make_chain):
     chain = make_chain()
@@ -201,7 +211,9 @@ def test_bytes_are_refused_as_inputs_and_as_completions(value, make_chain):
         encode_examples([("a", value)], chain.model, chain)
 
 
-@pytest.mark.parametrize("label", [1, True, 1.5, np.int64(1), np.float32(2), np.bool_(True), Decimal(1), ["a"], {"a": 1}])
+@pytest.mark.parametrize(
+    "label", [1, True, 1.5, np.int64(1), np.float32(2), np.bool_(True), Decimal(1), ["a"], {"a": 1}]
+)
 def test_labels_that_are_no_text_are_refused(label, make_chain):
     chain = make_chain()
     with pytest.raises(DataError, match=r"example 0.*completion is text, got"):
@@ -235,6 +247,8 @@ def test_a_header_among_the_rows_is_refused(make_chain):
         with pytest.raises(DataError, match=r"example 0.*names of the columns"):
             list(read_examples(rows, chain))
     assert len(list(read_examples([("text", "Text"), ("completion", "completion")], chain))) == 2
+    with pytest.raises(DataError, match="got Series"):  # compared with care
+        list(read_examples(pd.DataFrame([("a", "b")], columns=["text", "completion"]).iterrows(), chain))
 
 
 def test_a_consumed_generator_is_refused(make_chain):

@@ -82,7 +82,11 @@ REFUSED = {
     "text behind a quote": ("a.csv", HEAD + "c,d\n" + '"a"x,b\n', r"^a\.csv, line 3 is not CSV: "),
     "joined": ("a.csv", HEAD + "a,b\n" + HEAD + "c,d\n", r"example 1 \(a\.csv, line 3\): .*names of the columns"),
     # rows
-    "row of a file": ("a.jsonl", GOOD + "\n" + '{"text": "a", "completion": 5}', r"example 1 \(a\.jsonl, line 3\): .*int"),
+    "row of a file": (
+        "a.jsonl",
+        GOOD + "\n" + '{"text": "a", "completion": 5}',
+        r"example 1 \(a\.jsonl, line 3\): .*int",
+    ),
     "other columns": ("a.csv", "txt,completion\na,b\n", r"example 0 \(a\.csv, line 2\): .*'text'\] is missing"),
     "half a pair": ("a.jsonl", '{"text": "\\ud800", "completion": "b"}', r"line 1\): .*half a surrogate pair"),
     "half a key": ("a.jsonl", '{"text": "a", "\\ud800": "b", "completion": "b"}', r"line 1\): .*unknown"),
@@ -208,7 +212,8 @@ def test_frames_give_their_rows_and_no_column_is_lost(make_chain):
     for source in (frame, pa.Table.from_pandas(frame), datasets.Dataset.from_pandas(frame)):
         assert encode_examples(source, chain.model, chain).tokens.tolist() == expected.tokens.tolist()
     twins = pd.DataFrame([("a", "b", "c")], columns=["text", "completion", "text"])
-    for source in (twins, pa.table([["a"], ["b"], ["c"]], names=["text", "completion", "text"])):
+    reader = csv.DictReader(["text,completion,text", "a,b,c"])
+    for source in (twins, pa.table([["a"], ["b"], ["c"]], names=["text", "completion", "text"]), reader):
         with pytest.raises(DataError, match="two columns 'text'"):
             rows(source)
 

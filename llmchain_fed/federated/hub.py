@@ -173,15 +173,21 @@ class Hub:
             record.participants[name].notes += own.notes() if own is not None else []
         if not new or not isinstance(self.transport, InProcess):
             return  # what others hold in another process, nobody here knows
-        here = {n: p.data for n, p in self.transport.peers.items() if isinstance(p, LocalPeer) and n in self.roster.joined}
+        here = {
+            n: p.data for n, p in self.transport.peers.items() if isinstance(p, LocalPeer) and n in self.roster.joined
+        }
         shared = self.evaluator.shared()
         for name in new:
             found = overlap(here[name].train(), shared) if name in here else None
             record.participants[name].notes += found.notes("shared evaluation examples") if found is not None else []
         held_out = {n: data.held_out() for n, data in here.items() if data.holds_out}
-        for name, (count, of) in crossing({n: d.train() for n, d in here.items()} if held_out else {}, held_out).items():
+        for name, (count, of) in crossing(
+            {n: d.train() for n, d in here.items()} if held_out else {}, held_out
+        ).items():
             if name in new:
-                note = f"{count} of {of} held-out examples are trained on by another participant: held-out loss flatters"
+                note = (
+                    f"{count} of {of} held-out examples are trained on by another participant: held-out loss flatters"
+                )
                 record.participants[name].notes.append(note)
 
     def _next_state(self, opened: OpenRound, former: GlobalState) -> GlobalState:

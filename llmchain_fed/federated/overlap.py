@@ -51,7 +51,7 @@ class Overlap:
         if not (isinstance(found, list) and len(found) == 3 and all(type(count) is int for count in found)):
             raise ValueError(found)
         same, asked, of = found
-        if not (0 <= same and 0 <= asked and same + asked <= of <= most):
+        if not (same >= 0 and asked >= 0 and same + asked <= of <= most):
             raise ValueError(found)
         return cls(same, asked, of)
 

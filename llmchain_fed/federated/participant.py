@@ -18,6 +18,7 @@ from llmchain_fed.errors import ConfigError, DuplicateParticipantError, EmptyPar
 _TRAINED_ON = ("train", "training")
 _HELD_OUT = ("validation", "valid", "val", "dev", "eval", "evaluation", "test", "testing")  # the better ones first
 
+
 @dataclass(frozen=True)
 class Participant:
     """A device, hospital, publisher or bank that holds examples.
