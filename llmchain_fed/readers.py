@@ -72,12 +72,9 @@ def _rows(source: Any) -> Iterable[Any]:
 def _frame_rows(source: Any) -> Iterable[Any] | None:
     """The rows of what would otherwise give the names of its columns, or the columns themselves; else None."""
     package, kind = type(source).__module__.partition(".")[0], type(source).__name__
-    where = {
-        ("pandas", "DataFrame"): "columns",
-        ("polars", "DataFrame"): "columns",
-        ("pyarrow", "Table"): "column_names",
-        ("csv", "DictReader"): "fieldnames",
-    }.get((package, kind))
+    frames = {("pandas", "DataFrame"): "columns", ("polars", "DataFrame"): "columns"}
+    others = {("pyarrow", "Table"): "column_names", ("csv", "DictReader"): "fieldnames"}
+    where = (frames | others).get((package, kind))
     if where is None:
         return None
     given = getattr(source, where)
@@ -85,13 +82,11 @@ def _frame_rows(source: Any) -> Iterable[Any] | None:
     if twice := [str(name) for name in names if names.count(name) > 1]:
         msg = f"the {kind} has two columns {twice[0]!r}, of which a row would keep one. Rename or drop the other."
         raise DataError(msg)
-    how = {
-        "pandas": lambda: source.to_dict("records"),
-        "polars": lambda: source.to_dicts(),
-        "pyarrow": lambda: source.to_pylist(),
-        "csv": lambda: source,
-    }
-    return how[package]()  # type: ignore[no-any-return]
+    if package == "pandas":
+        return source.to_dict("records")  # type: ignore[no-any-return]
+    if package == "csv":
+        return source  # type: ignore[no-any-return]
+    return source.to_dicts() if package == "polars" else source.to_pylist()  # type: ignore[no-any-return]
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -166,8 +166,7 @@ class Hub:
 
     def _note_overlaps(self, record: RoundRecord) -> None:
         """Says of those whose first round this is what is both trained on and held out."""
-        former = {n for r in self.history for n, p in r.participants.items() if p.status != "absent"}
-        new = [n for n in record.participants if n in self.roster.joined and n not in former]
+        new = [n for n in record.participants if n in self.roster.joined and not self._has_been_there(n)]
         for name in new:
             own = self.roster.joined[name].overlap
             record.participants[name].notes += own.notes() if own is not None else []
@@ -189,6 +188,10 @@ class Hub:
                     f"{count} of {of} held-out examples are trained on by another participant: held-out loss flatters"
                 )
                 record.participants[name].notes.append(note)
+
+    def _has_been_there(self, name: str) -> bool:
+        found = (r.participants[name].status for r in reversed(self.history.rounds) if name in r.participants)
+        return any(status != "absent" for status in found)
 
     def _next_state(self, opened: OpenRound, former: GlobalState) -> GlobalState:
         settings = self.settings
