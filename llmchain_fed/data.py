@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmchain_fed import vocabulary
 from llmchain_fed.control_tokens import Rendered
 from llmchain_fed.errors import DataError, UnsupportedModelError
 from llmchain_fed.examples import (
@@ -57,7 +58,7 @@ class DataReport:
 
     used: int = 0
     empty: int = 0
-    """left out: no completion (or no prompt) to learn from"""
+    """left out: a missing or blank completion, prompt or variable"""
     too_long: int = 0
     """left out: longer than `max_length` or the model's context"""
     holds_end: int = 0
@@ -130,9 +131,13 @@ def encode_examples(
 
     Raises:
         DataError: See `read_examples`.
+        UnsupportedModelError: A token that the model's embedding has no row for.
     """
-    texts, completions, kinds = [], [], []
+    report, texts, completions, kinds = DataReport(), [], [], []
     for number, example in enumerate(read_examples(source, prompt)):
+        if example.empty:  # not rendered: a missing list of messages, for one, is nothing that a prompt takes
+            report.empty += 1
+            continue
         try:
             texts.append(prompt_text(example, prompt))
         except DataError as error:
@@ -145,11 +150,12 @@ def encode_examples(
     controls = prompt.completion_controls if prompt is not None else ()
     prompt_ids = model.encode(texts, add_special_tokens=special)
     completion_ids = model.encode_completions(completions, controls=controls)
+    vocabulary.check(model, prompt_ids, completion_ids)
     known = {*model.control_tokens(), *controls}
     saying = Saying(model, prompt)
 
     limits = [limit for limit in (max_length, model.context_length) if limit is not None]
-    report, flat, bounds, seen, first = DataReport(), [], [0], set(), ""
+    flat, bounds, seen, first = [], [0], set(), ""
     rows = zip(texts, completions, kinds, prompt_ids, completion_ids, strict=True)
     for text, completion, kind, p, c in rows:
         longest = len(p) + len(c) if model.kind == "causal" else max(len(p), len(c))

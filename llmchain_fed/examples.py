@@ -1,22 +1,23 @@
 """The forms an example may have, and the checks it must pass before anything is made of it.
 
-Knows files, mappings and the prompt's variables (a prompt is anything that renders inputs to text). Knows nothing about
-tokens, models or training.
+Knows mappings and the prompt's variables (a prompt is anything that renders inputs to text). Knows nothing about
+tokens, models or training; files are read in `readers`, and what counts as a missing value stands in `missing`.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader
 
 from llmchain_fed.errors import DataError, PromptVariablesError, TemplatedTwiceError
+from llmchain_fed.missing import filled, is_blank, is_empty, is_missing
+from llmchain_fed.readers import numbered
 
+_LARGEST = 10**4300  # Python refuses to write longer numbers, and would do so in the middle of rendering
 Examples = Any
 """What is accepted as examples: an iterable of the forms of `read_examples`, a JSONL or CSV path, a DataLoader."""
 
@@ -70,6 +71,8 @@ class Example:
     completion: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.completion, str) and is_missing(self.completion):  # as everywhere: counted as empty
+            object.__setattr__(self, "completion", "")
         if not isinstance(self.completion, str):
             msg = (
                 f"a completion is text, got {type(self.completion).__name__} ({self.completion!r:.60}). "
@@ -77,6 +80,11 @@ class Example:
             )
             raise DataError(msg)
         _check_unicode(self.completion, self.inputs)
+
+    @property
+    def empty(self) -> bool:
+        """Whether a value is missing or blank, so that there is nothing to learn: counted, and not trained on."""
+        return is_empty(self.inputs, self.completion)
 
 
 class PromptRow(Example):
@@ -100,13 +108,20 @@ class RawText:
 
     def __post_init__(self) -> None:
         for name, value in (("prompt", self.prompt), ("completion", self.completion)):
-            if not isinstance(value, str):
+            if not isinstance(value, str) and is_missing(value):  # as everywhere: counted as empty
+                object.__setattr__(self, name, "")
+            elif not isinstance(value, str):
                 msg = (
                     f"RawText holds final text, got {type(value).__name__} as `{name}`. What a template is to render "
                     "goes into (inputs, completion)."
                 )
                 raise DataError(msg)
         _check_unicode(self.completion, self.prompt)
+
+    @property
+    def empty(self) -> bool:
+        """Whether the prompt or the completion is missing or blank: counted, and not trained on."""
+        return is_empty(self.prompt, self.completion)
 
 
 def _check_unicode(*texts: Any) -> None:
@@ -138,8 +153,11 @@ def read_examples(source: Examples, prompt: Prompt | None = None) -> Iterator[Ex
 
     Accepted forms: `(x, completion)` with x what `invoke` takes; a mapping of the prompt's variables plus
     `"completion"`; `{"prompt": x, "completion": text}` (the TRL format), where x is the input of a bare model, or the
-    one variable of a prompt; `Example`; `RawText`. The source is any iterable of these (a `datasets.Dataset` is one) or
-    the path of a JSONL or CSV file.
+    one variable of a prompt; `Example`; `RawText`. The source is any iterable of these (a `datasets.Dataset` is one), a
+    frame of pandas or polars, or the path of a JSONL or CSV file.
+
+    A missing value (None, NaN, NaT, `pandas.NA` …) or a blank text makes an example `empty`, in every form alike; in a
+    CSV file so do the words that programs write for it, such as NaN, NA or NULL, unless they stand in quotes.
 
     Args:
         source: Where they come from.
@@ -150,57 +168,28 @@ def read_examples(source: Examples, prompt: Prompt | None = None) -> Iterator[Ex
         PromptVariablesError: Variables other than the prompt's.
         TemplatedTwiceError: A value that already carries the template's text.
     """
-    for number, item in enumerate(_items(source)):
+    for place, item in numbered(source):
         try:
+            item = filled(item)
+            _check_no_header(item, prompt)
             example = _parse(item, prompt)
             if prompt is not None and isinstance(example, Example) and prompt.input_variables is not None:
                 _check_inputs(example.inputs, prompt)
         except DataError as error:
-            raise type(error)(f"example {number}: {error}") from None  # noqa: EM102
+            raise type(error)(f"{place}: {error}") from None  # noqa: EM102
         yield example
 
 
-def _items(source: Examples) -> Iterable[Any]:
-    if isinstance(source, (str, Path)):
-        return _read_file(Path(source))
-    if isinstance(source, (Mapping, bytes)) or not isinstance(source, Iterable):
-        msg = (
-            "examples are a list of (inputs, completion), a JSONL or CSV path or a dataset, got "
-            f"{type(source).__name__}."
-        )
+def _check_no_header(item: Any, prompt: Prompt | None) -> None:
+    """Makes sure that a row is not the names of the columns, which a reader of lists, or two joined files, leave."""
+    variables = (prompt.input_variables if prompt is not None else None) or ()
+    texts = isinstance(item, tuple) and all(isinstance(part, str) for part in item)
+    pair = texts and item[0] in variables and item[1] == "completion"
+    if pair or (
+        isinstance(item, Mapping) and len(item) > 1 and all(isinstance(v, str) and k == v for k, v in item.items())
+    ):
+        msg = f"{item!r:.80} are the names of the columns, not an example. Leave the header out."
         raise DataError(msg)
-    return source
-
-
-def _read_file(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        msg = f"there is no file {str(path)!r}. Give the path of a .jsonl or .csv file."
-        raise DataError(msg)
-    if path.suffix not in (".jsonl", ".csv"):
-        msg = (
-            f"{path.name}: examples are read from .jsonl or .csv files, not {path.suffix or 'files without a suffix'}."
-        )
-        raise DataError(msg)
-    # utf-8-sig: spreadsheets write a byte order mark, which would become part of the first column's name
-    with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
-        try:
-            yield from csv.DictReader(file, strict=True) if path.suffix == ".csv" else _read_lines(file, path.name)
-        except UnicodeDecodeError as error:
-            msg = f"{path.name} is not UTF-8 text: {error}. Save it as UTF-8."
-            raise DataError(msg) from None
-        except csv.Error as error:
-            msg = f"{path.name} is not CSV: {error}. Quote values that hold commas, quotes or line breaks."
-            raise DataError(msg) from None
-
-
-def _read_lines(file: Iterable[str], name: str) -> Iterator[Any]:
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                msg = f"{name}, line {number} is not JSON: {error}."
-                raise DataError(msg) from None
 
 
 def _parse(item: Any, prompt: Prompt | None) -> Example | RawText:
@@ -254,6 +243,8 @@ def _parse_mapping(item: Mapping[Any, Any], prompt: Prompt | None) -> Example:
 def _check_inputs(inputs: Mapping[str, Any] | str, prompt: Prompt) -> None:
     needed = set(prompt.input_variables or ())
     allowed = needed | set(prompt.optional_variables)
+    if not isinstance(inputs, Mapping) and is_blank(inputs):
+        return  # whatever the variables are called, there is nothing in it
     if isinstance(inputs, str):
         if len(needed) != 1:
             msg = f"the prompt has the variables {sorted(needed)}, so one string is not enough. Pass a mapping of them."
@@ -272,9 +263,15 @@ def _check_inputs(inputs: Mapping[str, Any] | str, prompt: Prompt) -> None:
         )
         raise PromptVariablesError(msg)
     for name, value in inputs.items():
-        if value is None:
-            msg = f"`{name}` is None, which would be templated as the word. Fill it in or leave the example out."
-            raise PromptVariablesError(msg)
+        if isinstance(value, (bytes, bytearray)):
+            msg = f"`{name}` is {type(value).__name__}, which would be templated as {value!r:.40}. Decode it first."
+            raise DataError(msg)
+        if isinstance(value, int) and abs(value) >= _LARGEST:
+            msg = f"`{name}` is a number of more digits than Python writes (4300). Pass it as text."
+            raise DataError(msg)
+        if isinstance(value, float) and math.isinf(value):
+            msg = f"`{name}` is infinite, which would be templated as {value!s}. Leave the example out, or pass a text."
+            raise DataError(msg)
         if isinstance(value, str) and not _is_unicode(value):
             msg = f"`{name}` holds half a surrogate pair, which is no character. Decode the source anew."
             raise DataError(msg)

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import StoppingCriteriaList
 
-from llmchain_fed import pretrained, weights
+from llmchain_fed import pretrained, vocabulary, weights
 from llmchain_fed.adapters import REMAINDER
 from llmchain_fed.adapters.views import AdapterViews
 from llmchain_fed.errors import ConfigError, NotTrainableError, PromptTooLongError, UnsupportedModelError
@@ -277,6 +277,7 @@ class LocalModel(AdapterViews):
         Raises:
             ConfigError: An unknown option or a value out of range.
             PromptTooLongError: A prompt leaves no room in the context.
+            UnsupportedModelError: A prompt holds a token that the model's embedding has no row for.
         """
         done = self.complete(
             prompts, stop=stop, add_special_tokens=add_special_tokens, batch_size=batch_size, **options
@@ -298,6 +299,7 @@ class LocalModel(AdapterViews):
             raise ConfigError(msg)
         settings, stops = GenerationOptions(**options), checked_stops(stop)
         rows = self.encode(prompts, add_special_tokens=add_special_tokens)
+        vocabulary.check(self, rows)
         rooms = [self._room(row, settings.max_new_tokens) for row in rows]
         # Neighbours in length share a batch; so do only prompts with the same room for their answers.
         order = sorted(range(len(rows)), key=lambda i: (-rooms[i], len(rows[i])))
@@ -324,6 +326,7 @@ class LocalModel(AdapterViews):
         """
         settings, stops = GenerationOptions(**options), checked_stops(stop)
         (row,) = self.encode([prompt], add_special_tokens=add_special_tokens)
+        vocabulary.check(self, [row])
         settings = settings.replace(max_new_tokens=self._room(row, settings.max_new_tokens))
         return self._pieces(row, settings, stops)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llmchain_fed import control_tokens
+from llmchain_fed import control_tokens, vocabulary
 from llmchain_fed.control_tokens import Rendered, foreign_text
 from llmchain_fed.errors import UnsupportedModelError
 
@@ -34,9 +34,10 @@ class Tokens:
 
     @property
     def pad_id(self) -> int:
-        """The padding token's id, else the end token's."""
+        """The padding token's id, else the end token's; one that the model can look up, for padding is computed too."""
         pad = getattr(self.tokenizer, "pad_token_id", None)
-        return int(pad) if pad is not None else (self.eos_ids or (0,))[0]
+        wanted = ([int(pad)] if pad is not None else []) + list(self.eos_ids)
+        return vocabulary.usable_pad(self._module, wanted)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -117,7 +118,10 @@ class Tokens:
         """Without the end token and the padding behind it; a row cut at a stop string has padding alone."""
         eos, pad = self.eos_ids, self.pad_id
         end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
-        known = getattr(self.tokenizer, "pad_token_id", None) is not None or bool(eos)
+        known = pad in (
+            getattr(self.tokenizer, "pad_token_id", None),
+            *eos,
+        )  # else it is some token, maybe the answer's
         while known and end and ids[end - 1] == pad:
             end -= 1
         return ids[:end]

@@ -213,11 +213,11 @@ def test_max_length_leaves_out_whole_examples_and_cuts_nothing(kind, make_chain,
 def test_the_context_is_the_outer_limit(make_chain):
     """128 positions in the tiny Llama: an example of exactly 128 tokens is used, one of 129 is left out."""
     chain = make_chain()
-    prompt = chain.model.encode([TEMPLATE.format(text="")])[0]
+    prompt = chain.model.encode([TEMPLATE.format(text="a")])[0]
     for extra, used in ((0, 1), (1, 0)):
         completion = "x" * (128 - len(prompt) - 1 + extra)
         assert len(chain.model.tokenizer(completion)["input_ids"]) == len(completion)
-        report = encode_examples([("", completion)], chain.model, chain, max_length=10_000).report
+        report = encode_examples([("a", completion)], chain.model, chain, max_length=10_000).report
         assert (report.used, report.too_long) == (used, 1 - used)
 
 
@@ -240,7 +240,7 @@ REFUSED = {
     "missing variable": ([{"txt": "a", "completion": "c"}], PromptVariablesError, r"\['text'\] is missing"),
     "second is bad": ([PAIRS[0], ({}, "c")], PromptVariablesError, "example 1"),
     "input is a number": ([(5, "c")], PromptVariablesError, "int"),
-    "completion is None": ([("a", None)], DataError, "completion is text, got NoneType"),
+    "completion is a number": ([("a", 1)], DataError, "completion is text, got int"),
     "completion is a list": ([{"text": "a", "completion": ["c"]}], DataError, "got list"),
     "completion is bytes": ([({"text": "a"}, b"c")], DataError, "got bytes"),
     "no completion": ([{"text": "a"}], DataError, "no 'completion'"),
@@ -274,8 +274,8 @@ def test_bad_examples_are_refused_by_name_and_reason(case, make_chain):
         ("a.jsonl", b'{"text": "a", "completion": 5}\n', "example 0.*got int"),
         ("a.jsonl", b'{"text": "caf\xe9", "completion": "b"}\n', r"a.jsonl.*UTF-8"),
         ("a.csv", b"text,completion\ncaf\xe9,b\n", r"a.csv.*UTF-8"),
-        ("a.csv", b"text,completion\na\n", "example 0.*got NoneType"),
-        ("a.csv", b"text,completion\na,b,c\n", "example 0.*unknown"),
+        ("a.csv", b"text,completion\na\n", r"a.csv, line 2 has 1 cells under 2 columns"),
+        ("a.csv", b"text,completion\na,b,c\n", r"a.csv, line 2 has 3 cells under 2 columns"),
         ("a.csv", b'text,completion\n"a"x,b\n', "a.csv.*not CSV"),
         ("a.parquet", b"PAR1", r"\.jsonl or \.csv"),
         ("data", b"x", "without a suffix"),
@@ -312,8 +312,8 @@ def test_raw_text_and_examples_hold_text():
         Example(inputs="a", completion=5)
     with pytest.raises(DataError, match="got dict as `prompt`"):
         RawText({"text": "a"}, "b")
-    with pytest.raises(DataError, match="got NoneType as `completion`"):
-        RawText("a", None)
+    with pytest.raises(DataError, match="got list as `completion`"):
+        RawText("a", [])
 
 
 def test_text_that_only_mentions_the_template_is_no_error(make_chain):

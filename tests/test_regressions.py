@@ -13,6 +13,7 @@ from llmchain_fed import (
     ChainFileError,
     ConfigError,
     DataError,
+    EmptyParticipantError,
     Example,
     FederatedAveraging,
     LLMChain,
@@ -20,7 +21,6 @@ from llmchain_fed import (
     NonFiniteLossError,
     Participant,
     PromptTooLongError,
-    PromptVariablesError,
     RawText,
     TrainingConfig,
     UnsupportedModelError,
@@ -139,7 +139,8 @@ def test_a_weight_that_breaks_in_the_last_step_is_an_error(make_model):
 @pytest.mark.parametrize(
     ("example", "error"),
     [
-        (({"text": None}, "x"), PromptVariablesError),
+        (({"text": None}, "x"), EmptyParticipantError),  # counted, and here nothing else is left
+        (({"text": b"a"}, "x"), DataError),
         (({"text": "\ud83d"}, "x"), DataError),
         (("fine", "\ud83d"), DataError),
     ],

@@ -5,7 +5,6 @@ Knows the transport's `evaluate` operation and the records it fills. Knows nothi
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,8 +13,9 @@ from typing import Any
 from llmchain_fed.data import Examples
 from llmchain_fed.errors import ConfigError, LLMChainFedError
 from llmchain_fed.evaluation import evaluate_locally
-from llmchain_fed.federated import wire
+from llmchain_fed.federated import finiteness, wire
 from llmchain_fed.federated.broadcast import Broadcast
+from llmchain_fed.federated.finiteness import told
 from llmchain_fed.federated.global_state import GlobalState
 from llmchain_fed.federated.history import RoundRecord, Sample
 from llmchain_fed.federated.participant import Participant, hold_out
@@ -79,6 +79,20 @@ class Evaluator:
         """Whether held-out examples come out of the participants' own."""
         return isinstance(self._evaluation, float)
 
+    @property
+    def _is_shared(self) -> bool:
+        return self._evaluation is not None and not isinstance(self._evaluation, (float, Mapping))
+
+    def shared(self) -> Any:
+        """The set that belongs to no participant, encoded; None where there is none.
+
+        Raises:
+            DataError: It cannot be used.
+        """
+        if self._shared is None and self._is_shared:  # read once: it may be a generator
+            self._shared = encoded(self._evaluation, self._trainee.model, self._trainee.prompt, None)
+        return self._shared
+
     def divide(self, participants: dict[str, Participant]) -> dict[str, Participant]:
         """The participants with their held-out examples set apart.
 
@@ -116,8 +130,7 @@ class Evaluator:
             timeout: seconds to wait for their answers.
         """
         holders = [n for n, hello in joined.items() if hello.held_out]
-        shared = self._evaluation is not None and not isinstance(self._evaluation, (float, Mapping))
-        if not holders and not shared:
+        if not holders and not self._is_shared:
             return None
         model = self._trainee.model
         broadcast.publish(GlobalState.of(model), model.weights_hash)
@@ -132,11 +145,9 @@ class Evaluator:
             for name, answer, size in broadcast.call(transport, "evaluate", holders, header, timeout):
                 found.own[name] = _read(answer, self._samples)
                 found.bytes[name] = size + (0 if isinstance(answer, Exception) else len(answer))
-        if shared:
-            if self._shared is None:  # read once: it may be a generator
-                self._shared = encoded(self._evaluation, self._trainee.model, self._trainee.prompt, None)
-            result = evaluate_locally(self._trainee.model, self._shared)
-            found.shared.update(loss=result.loss, tokens=result.tokens)
+        if self._is_shared:
+            result = evaluate_locally(self._trainee.model, self.shared())
+            found.shared.update(told(result.loss), tokens=result.tokens)
         self._latest = (version, found)
         return replace(found, seconds=time.perf_counter() - started)
 
@@ -157,6 +168,9 @@ class Evaluator:
             for key, what in (("error", "its evaluation failed"), ("samples_error", "no samples")):
                 found = dict.fromkeys(side[key] for side in (old, new) if key in side)
                 target.notes += [f"{what}: {error}" for error in found]
+            target.notes += finiteness.notes(old, new)
+            if target.status == "trained":
+                target.notes += finiteness.notes(before.shared, after.shared, "the shared evaluation's loss")
             for was, now in zip(old.get("samples", []), new.get("samples", []), strict=False):
                 record.samples.append(Sample(name, was["prompt"], was["reference"], was["answer"], now["answer"]))
 
@@ -172,18 +186,16 @@ def _read(answer: bytes | Exception, samples: int) -> dict[str, Any]:
         found = wire.read_json(answer)
     except LLMChainFedError as error:
         return {"error": str(error)}
-    loss, tokens, texts = found.get("loss"), found.get("tokens"), found.get("samples", [])
+    loss, tokens, texts = finiteness.read(found), found.get("tokens"), found.get("samples", [])
     if not (
-        isinstance(loss, (int, float))
-        and not isinstance(loss, bool)
-        and abs(loss) <= sys.float_info.max
+        loss is not None
         and type(tokens) is int
         and 1 <= tokens <= MAX_EXAMPLES
         and isinstance(texts, list)
         and all(isinstance(s, dict) and isinstance(s.get(k), str) for s in texts for k in _SAMPLE)
     ):
         return {"error": f"its evaluation makes no sense: {answer[:120]!r}"}
-    kept: dict[str, Any] = {"loss": float(loss), "tokens": tokens}
+    kept: dict[str, Any] = loss | {"tokens": tokens}
     kept["samples"] = [{k: s[k][:_LONGEST] for k in _SAMPLE} for s in texts[:samples]]
     if "samples_error" in found:
         kept["samples_error"] = str(found["samples_error"])[:_LONGEST]
@@ -191,12 +203,18 @@ def _read(answer: bytes | Exception, samples: int) -> dict[str, Any]:
 
 
 def _pooled(before: Measurement, after: Measurement) -> tuple[float | None, float | None]:
-    """Mean over the same held-out tokens on both sides; the shared set alone, where there is one."""
+    """Mean over the same held-out tokens on both sides; the shared set alone, where there is one.
+
+    None on a side where a loss is not finite: a mean over the others would be one over another set.
+    """
     if before.shared and after.shared:
         return before.shared["loss"], after.shared["loss"]
     both = [n for n in before.own if "loss" in before.own[n] and "loss" in after.own.get(n, {})]
     tokens = sum(before.own[n]["tokens"] for n in both)
     if not tokens:
         return None, None
-    old, new = (sum(m.own[n]["loss"] * m.own[n]["tokens"] for n in both) / tokens for m in (before, after))
+    sides = [[(m.own[n]["loss"], m.own[n]["tokens"]) for n in both] for m in (before, after)]
+    old, new = (
+        None if any(loss is None for loss, _ in side) else sum(loss * n for loss, n in side) / tokens for side in sides
+    )
     return old, new

@@ -50,7 +50,8 @@ class ParticipantRecord:
     evaluation_bytes: int = 0
     """of the weights it was sent to evaluate, and of its answers"""
     notes: list[str] = field(default_factory=list)
-    """learning guards: a zero update, one equal to another's, adapter tensors that never changed"""
+    """learning guards: a zero update, one equal to another's, adapter tensors that never changed; in its first round
+    what is both trained on and held out; held-out losses that are not finite"""
 
 
 @dataclass

@@ -19,10 +19,12 @@ from llmchain_fed.federated.evaluation import Evaluator, Measurement
 from llmchain_fed.federated.global_state import GlobalState
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
 from llmchain_fed.federated.options import sampled
+from llmchain_fed.federated.overlap import crossing, overlap
+from llmchain_fed.federated.peer import LocalPeer
 from llmchain_fed.federated.roster import Roster
 from llmchain_fed.federated.round import OpenRound
 from llmchain_fed.federated.rule import Round
-from llmchain_fed.federated.runtime import Transport
+from llmchain_fed.federated.runtime import InProcess, Transport
 from llmchain_fed.federated.settings import Settings
 from llmchain_fed.federated.trainee import Trainee
 from llmchain_fed.training import seed_of
@@ -144,6 +146,7 @@ class Hub:
             for name, note in self.notes.items():
                 if name in record.participants:
                     record.participants[name].notes.append(note)
+            self._note_overlaps(record)
             record.aggregation_gap = opened.gap()
             new.load(self.model)
             after = self.measure(self.round + 1) if before else None
@@ -160,6 +163,35 @@ class Hub:
         self.notes = {}
         self.history.append(record)
         return record
+
+    def _note_overlaps(self, record: RoundRecord) -> None:
+        """Says of those whose first round this is what is both trained on and held out."""
+        new = [n for n in record.participants if n in self.roster.joined and not self._has_been_there(n)]
+        for name in new:
+            own = self.roster.joined[name].overlap
+            record.participants[name].notes += own.notes() if own is not None else []
+        if not new or not isinstance(self.transport, InProcess):
+            return  # what others hold in another process, nobody here knows
+        here = {
+            n: p.data for n, p in self.transport.peers.items() if isinstance(p, LocalPeer) and n in self.roster.joined
+        }
+        shared = self.evaluator.shared()
+        for name in new:
+            found = overlap(here[name].train(), shared) if name in here else None
+            record.participants[name].notes += found.notes("shared evaluation examples") if found is not None else []
+        held_out = {n: data.held_out() for n, data in here.items() if data.holds_out}
+        for name, (count, of) in crossing(
+            {n: d.train() for n, d in here.items()} if held_out else {}, held_out
+        ).items():
+            if name in new:
+                note = (
+                    f"{count} of {of} held-out examples are trained on by another participant: held-out loss flatters"
+                )
+                record.participants[name].notes.append(note)
+
+    def _has_been_there(self, name: str) -> bool:
+        found = (r.participants[name].status for r in reversed(self.history.rounds) if name in r.participants)
+        return any(status != "absent" for status in found)
 
     def _next_state(self, opened: OpenRound, former: GlobalState) -> GlobalState:
         settings = self.settings

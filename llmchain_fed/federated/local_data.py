@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from llmchain_fed.data import EncodedExamples, Example, RawText, encode_examples, is_ready_tensors, read_examples
 from llmchain_fed.errors import DataError
+from llmchain_fed.federated.overlap import Overlap, overlap
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.trainee import Trainee
 from llmchain_fed.training import TrainingConfig, encoded
@@ -35,6 +36,7 @@ class LocalData:
         self._train: Any = None
         self._held_out: Any = None
         self._held_out_examples: list[Example | RawText] = []
+        self._compared: tuple[Any, Any, Overlap | None] | None = None
 
     @property
     def holds_out(self) -> bool:
@@ -81,6 +83,15 @@ class LocalData:
                 held_out = self._held_out_examples = self._named(lambda: list(self._read()))
             self._held_out = self._ready(held_out)
         return self._held_out
+
+    def overlap(self) -> Overlap | None:
+        """What of its held-out examples it trains on; None where nothing is held out, or by a DataLoader."""
+        if not self.holds_out:
+            return None
+        train, held_out = self.train(), self.held_out()
+        if self._compared is None or self._compared[0] is not train or self._compared[1] is not held_out:
+            self._compared = train, held_out, overlap(train, held_out)
+        return self._compared[2]
 
     def first_held_out(self, count: int) -> list[Example | RawText]:
         """The first held-out examples that are neither empty nor too long."""

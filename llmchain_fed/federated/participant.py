@@ -6,6 +6,7 @@ Knows the forms of examples. Knows nothing about rounds or other participants.
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,9 @@ from typing import Any
 
 from llmchain_fed.data import Example, Examples, Prompt, RawText, is_ready_tensors, prompt_text, read_examples
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, EmptyParticipantError
+
+_TRAINED_ON = ("train", "training")
+_HELD_OUT = ("validation", "valid", "val", "dev", "eval", "evaluation", "test", "testing")  # the better ones first
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,13 @@ def as_participants(given: Mapping[Any, Any] | Iterable[Participant] | None) -> 
     """Participants by name, from a mapping name → examples or from a list of `Participant`.
 
     Raises:
-        ConfigError: Neither of these, or no name.
+        ConfigError: Neither of these, or no name; or the splits of one data set.
         DuplicateParticipantError: A name occurs twice.
     """
     if given is None:
         return {}
     if isinstance(given, Mapping):
+        _refuse_splits(given)
         found = [v if isinstance(v, Participant) else Participant(str(k), v) for k, v in given.items()]
         for key, item in zip(given, found, strict=True):
             if item.name != str(key):
@@ -106,6 +111,40 @@ def as_participants(given: Mapping[Any, Any] | Iterable[Participant] | None) -> 
     return by_name
 
 
+def _refuse_splits(given: Mapping[Any, Any]) -> None:
+    """Makes sure that the participants are not train, validation and test: all three would be trained on.
+
+    Raises:
+        ConfigError: Every name is one of a split; or the mapping is a `DatasetDict` with such names, among others.
+    """
+    of_datasets = type(given).__name__.endswith("DatasetDict")  # also the iterable kind
+    bare = [str(key) for key, value in given.items() if not isinstance(value, Participant)]
+    known = {key: split for key in bare if (split := _split_named(key, loosely=of_datasets)) is not None}
+    if not known or (len(known) < len(given) and not of_datasets):
+        return
+    ranked = [(split, key) for key, split in known.items()]
+    train = next((key for split, key in ranked if split in _TRAINED_ON), None)
+    held = sorted((_HELD_OUT.index(split), key) for split, key in ranked if split in _HELD_OUT)
+    remedy = f'participants={{"me": d[{train or next(iter(given))!r}]}}'
+    if held and train is not None:
+        remedy += f", evaluation=d[{held[0][1]!r}]"
+    remedy = remedy.replace("d['", 'd["').replace("']", '"]')
+    msg = (
+        f"{', '.join(map(repr, given))} are the splits of one data set, and as participants each would be trained on, "
+        f"what is meant for evaluation too. Pass {remedy}; participants who are really called so are given as "
+        f"Participant({next(iter(known))!r}, …) values."
+    )
+    raise ConfigError(msg)
+
+
+def _split_named(key: str, *, loosely: bool) -> str | None:
+    """The split that a key names; loosely also in "train_sft" or "validation-matched", as published data sets have."""
+    word = key.strip().lower()
+    if loosely:
+        word = re.split(r"[^a-z]", word, maxsplit=1)[0]
+    return word if word in (*_TRAINED_ON, *_HELD_OUT) else None
+
+
 def hold_out(participant: Participant, share: float, prompt: Prompt | None, seed: int) -> Participant:
     """The participant with a share of its examples set apart for evaluation.
 
@@ -124,12 +163,12 @@ def hold_out(participant: Participant, share: float, prompt: Prompt | None, seed
         )
         raise ConfigError(msg)
     examples = list(read_examples(participant.examples, prompt))
-    keys = [_key(e, prompt, seed) for e in examples]
-    distinct = sorted(set(keys))
+    keys = ["" if e.empty else _key(e, prompt, seed) for e in examples]  # empty ones stay where they are counted
+    distinct = sorted(set(keys) - {""})
     apart = set(distinct[: max(1, round(share * len(distinct)))])
     held_out = [e for e, key in zip(examples, keys, strict=True) if key in apart]
     train = [e for e, key in zip(examples, keys, strict=True) if key not in apart]
-    if not train or not held_out:
+    if len(apart) == len(distinct):
         msg = (
             f"{participant.name!r} has {len(distinct)} distinct examples, too few to hold out {share:.0%} "
             "and train on the rest."

@@ -23,6 +23,7 @@ from llmchain_fed.evaluation import evaluate_locally
 from llmchain_fed.federated import personal, private_state, wire
 from llmchain_fed.federated.codecs import make_codec
 from llmchain_fed.federated.feedback import encode_with_feedback
+from llmchain_fed.federated.finiteness import spelled, told
 from llmchain_fed.federated.global_state import GlobalState
 from llmchain_fed.federated.held import STALE, Held
 from llmchain_fed.federated.local_data import LocalData
@@ -109,9 +110,9 @@ class LocalPeer:
         del tensors
         with self._at_own_rank():
             if op == "evaluate":
-                return json.dumps(self._evaluate(header, state)).encode()
+                return json.dumps(spelled(self._evaluate(header, state))).encode()
             if any(what in header for what in ("personal", "curve", "time_step")):
-                return json.dumps(self._try(header, state)).encode()
+                return json.dumps(spelled(self._try(header, state))).encode()
             return self._train(header, state)
 
     @property
@@ -131,6 +132,11 @@ class LocalPeer:
             DataError: They cannot be used.
         """
         return self._data.inspect()
+
+    @property
+    def data(self) -> LocalData:
+        """What it trains on and is evaluated on, for who shares its process."""
+        return self._data
 
     def give_up(self) -> None:
         """Ends the work that runs in another thread at its next step: nobody waits for its result any more."""
@@ -191,8 +197,8 @@ class LocalPeer:
                 "num_tokens": data.report.completion_tokens,
                 "report": asdict(data.report),
             }
-        if self._data.holds_out:
-            self._data.held_out()
+        if (found := self._data.overlap()) is not None:
+            answer["overlap"] = found.to_plain()
         self._federation = str(asked.get("federation"))
         return json.dumps(answer).encode()
 
@@ -325,7 +331,7 @@ class LocalPeer:
             return self._side_by_side(state, progress)
         with loaded(self._model, state, progress.private):
             result = evaluate_locally(self._model, self._data.held_out(), precision=self._config.precision)
-            answer: dict[str, Any] = {"loss": result.loss, "tokens": result.tokens, "examples": result.examples}
+            answer: dict[str, Any] = told(result.loss) | {"tokens": result.tokens, "examples": result.examples}
             self._add_samples(answer, header)
         return answer
 

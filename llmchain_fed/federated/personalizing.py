@@ -13,7 +13,7 @@ from typing import Any
 
 from llmchain_fed.adapters import GLOBAL
 from llmchain_fed.errors import ConfigError, FederationError, LLMChainFedError, ParticipantError
-from llmchain_fed.federated import wire
+from llmchain_fed.federated import finiteness, wire
 from llmchain_fed.federated.hub import Hub
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.peer import LocalPeer
@@ -92,7 +92,7 @@ def personalize(hub: Hub, participant: str, steps: int, lr: float | None) -> Per
         raise ConfigError(msg)
     _check_lr(lr)
     answer = _ask(hub, "train", participant, {"personal": {"steps": steps, "lr": lr}})
-    numbers = _finite(answer, ("train_loss", "seconds"), participant)
+    numbers = _numbers(answer, ("train_loss", "seconds"), participant)
     losses = _losses(answer.get("losses", {}), participant)
     return Personalized(participant, steps, numbers["train_loss"], numbers["seconds"], losses)
 
@@ -179,7 +179,7 @@ def _curve(answer: Mapping[str, Any], wanted: list[int], participant: str) -> di
     if not isinstance(points, list) or not all(isinstance(p, dict) for p in points):
         msg = f"what {participant!r} answers is no curve: {answer!r:.120}"
         raise ParticipantError(msg)
-    found = {p.get("steps"): _finite(p, ("loss",), participant)["loss"] for p in points}
+    found = {p.get("steps"): _numbers(p, ("loss",), participant)["loss"] for p in points}
     if sorted(found, key=str) != sorted(wanted, key=str):
         msg = f"{participant!r} measured at {list(found)!r:.80}, asked for was {wanted}."
         raise ParticipantError(msg)
@@ -188,15 +188,12 @@ def _curve(answer: Mapping[str, Any], wanted: list[int], participant: str) -> di
 
 def _losses(answer: Any, participant: str) -> dict[str, float]:
     known = [kind for kind in _KINDS if isinstance(answer, dict) and kind in answer]
-    return _finite(answer, known, participant) if known else {}
+    return _numbers(answer, known, participant) if known else {}
 
 
-def _finite(answer: Mapping[str, Any], names: Sequence[str], participant: str) -> dict[str, float]:
-    numbers = {}
-    for name in names:
-        value = answer.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
-            numbers[name] = float(value)
+def _numbers(answer: Mapping[str, Any], names: Sequence[str], participant: str) -> dict[str, float]:
+    """These of an answer's numbers; a loss of a model that has diverged is NaN, and shown as that."""
+    numbers = {name: found for name in names if (found := finiteness.number(answer.get(name))) is not None}
     if len(numbers) < len(names):
         msg = f"what {participant!r} answers makes no sense: {answer!r:.120}"
         raise ParticipantError(msg)

@@ -23,8 +23,10 @@ from llmchain_fed.errors import (
 )
 from llmchain_fed.federated import wire
 from llmchain_fed.federated.history import ParticipantRecord
+from llmchain_fed.federated.overlap import Overlap
 from llmchain_fed.federated.runtime import Transport
 from llmchain_fed.federated.trainee import Trainee, check_contract
+from llmchain_fed.federated.update import MAX_EXAMPLES
 from llmchain_fed.training import TrainingConfig
 
 # What another process reports of itself makes it absent. Any other error is this process's own and raised.
@@ -49,6 +51,8 @@ class Hello:
     alpha: float | None = None
     options: str | None = None
     """digest of the training options it follows, its own included"""
+    overlap: Overlap | None = None
+    """what of its held-out examples it trains on"""
 
 
 class Roster:
@@ -154,6 +158,10 @@ def _read(node: str, answer: bytes, contract: Mapping[str, Any]) -> Hello:
     rank, alpha, holds = said.get("rank"), said.get("alpha"), said.get("holds")
     counted = counted and (rank is None or (type(rank) is int and 1 <= rank <= _LARGEST_RANK))
     counted = counted and (alpha is None or (type(alpha) in (int, float) and 0 < alpha <= _LARGEST_RANK))
+    try:
+        overlap = Overlap.read(said["overlap"], MAX_EXAMPLES) if said.get("overlap") is not None else None
+    except ValueError:
+        counted = False
     if not counted or not (report is None or _is_report(report)):
         msg = f"what {node!r} says it holds makes no sense: {answer[:200]!r}"
         raise ParticipantError(msg)
@@ -161,7 +169,7 @@ def _read(node: str, answer: bytes, contract: Mapping[str, Any]) -> Hello:
     holds = holds[:64] if isinstance(holds, str) else None
     options = said.get("options")
     options = options[:64] if isinstance(options, str) else None
-    return Hello(said.get("held_out") is True, examples, tokens, known, holds, rank, alpha, options)
+    return Hello(said.get("held_out") is True, examples, tokens, known, holds, rank, alpha, options, overlap)
 
 
 def _is_report(found: object) -> bool:

@@ -90,6 +90,11 @@ class InProcess:
         """Lets one more participant join."""
         self._peers[name] = peer
 
+    @property
+    def peers(self) -> Mapping[str, Peer]:
+        """Those who work, by name."""
+        return self._peers
+
     def nodes(self) -> list[str]:
         """Their names, in the order they were given."""
         return list(self._peers)

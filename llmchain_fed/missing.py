@@ -1,0 +1,122 @@
+"""Missing values: what stands where a value should be and is none, and what follows for an example.
+
+Knows the markers of Python, numpy, pandas, pyarrow and JSON, by their value or their type's name, and imports none of
+these. Knows nothing about files, prompts or tokens.
+"""
+
+from __future__ import annotations
+
+import numbers
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import replace
+from decimal import Decimal
+from typing import Any
+
+_MARKERS = {("pandas", "NAType"), ("pandas", "NaTType"), ("numpy", "MaskedConstant")}
+"""(package, type): values that are nothing but markers, and refuse to be compared"""
+_NUMPY_WORDS = ("nan", "NaT", "<NA>")
+"""what numpy makes of a marker that it is given among texts: `np.array(["a", nan])` holds two strings"""
+_INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")
+"""Unicode categories without ink: spaces, line breaks, controls, byte order marks, zero-width joiners"""
+
+
+def is_missing(value: Any) -> bool:
+    """Whether this is the marker of a value that is not there; a collection that holds one is as good as missing.
+
+    The word "nan" that somebody wrote is text, and so are the other words that readers take for markers.
+
+    >>> [is_missing(v) for v in (None, float("nan"), "nan", "", 0, ["a", None], [])]
+    [True, True, False, False, False, True, False]
+    """
+    if value is None:
+        return True
+    kind = type(value)
+    package = kind.__module__.partition(".")[0]
+    if isinstance(value, str):
+        return package == "numpy" and str(value) in _NUMPY_WORDS
+    if (package, kind.__name__) in _MARKERS:
+        return True
+    if isinstance(value, Decimal):  # a signalling NaN raises where it is compared
+        return value.is_nan()
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return any(is_missing(part) for part in value)
+    if isinstance(value, Mapping):  # null says something there: a message may have a role, tool calls and no content
+        return any(part is not None and is_missing(part) for part in value.values())
+    if package == "pyarrow" and hasattr(value, "as_py"):
+        return is_missing(value.as_py())
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):  # of numpy, pandas and torch alike
+        plain = value.tolist()
+        return is_missing(plain) if plain is None or isinstance(plain, (float, list)) else _unlike_itself(value)
+    return isinstance(value, numbers.Number) and _unlike_itself(value)
+
+
+def _unlike_itself(value: Any) -> bool:
+    """NaN and NaT are the only values that differ from themselves."""
+    try:
+        return bool(value != value)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):
+        return False
+
+
+def is_blank(value: Any) -> bool:
+    r"""Whether nothing can be read in it: missing, or text without a visible character.
+
+    Messages are blank where every one is. An empty list is not: a conversation without history is one.
+
+    >>> [is_blank(v) for v in (" \n", "\ufeff\u200b", "a", 0, [])]
+    [True, True, False, False, False]
+    """
+    if isinstance(value, str):
+        return is_missing(value) or all(unicodedata.category(c) in _INVISIBLE for c in value)
+    if isinstance(value, (list, tuple)) and value and all(hasattr(m, "content") for m in value):
+        return all(not getattr(m, "tool_calls", None) and (not m.content or is_blank(m.content)) for m in value)
+    return is_missing(value)
+
+
+def filled(item: Any) -> Any:
+    """A row as given, with the empty text for every missing value, so that all forms of a row are treated alike.
+
+    A named tuple with a field `completion` becomes a mapping: its fields say more than their order.
+
+    >>> filled({"text": None, "completion": "b"})
+    {'text': '', 'completion': 'b'}
+    >>> filled((float("nan"), "b"))
+    ('', 'b')
+    """
+    if "completion" in getattr(item, "_fields", ()) and hasattr(item, "_asdict"):
+        item = item._asdict()
+    if isinstance(item, Mapping):
+        return _filled(item)
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        return tuple(_filled(part) if isinstance(part, Mapping) else _text_for(part) for part in item)
+    inputs = getattr(item, "inputs", None)
+    if isinstance(inputs, Mapping) and (found := _filled(inputs)) is not inputs:
+        return replace(item, inputs=found)
+    if inputs is not None and not isinstance(inputs, Mapping) and is_missing(inputs):
+        return replace(item, inputs="")
+    return item
+
+
+def _filled(row: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    if any(is_missing(value) for value in row.values()):
+        return {key: _text_for(value) for key, value in row.items()}
+    return row
+
+
+def _text_for(value: Any) -> Any:
+    return "" if is_missing(value) else value
+
+
+def is_empty(inputs: Any, completion: Any) -> bool:
+    """Whether an example has nothing to teach: no completion, or not all of what it should be answered to.
+
+    One blank variable among several counts too: a CSV file and a frame know no difference between a text that is
+    empty and one that is missing. That holds for variables with a default as well, for a row that names one and gives
+    nothing does not say that it wants the default.
+    """
+    if is_blank(completion):
+        return True
+    if isinstance(inputs, Mapping):
+        return any(is_blank(value) for value in inputs.values())
+    return is_blank(inputs)

@@ -1,0 +1,199 @@
+"""What held-out losses are worth: examples that are trained on too, and losses that are not finite.
+
+Belongs here: notes in records about held-out data. Does not: what is measured, and when (test_averaging).
+"""
+
+import json
+import math
+
+import pytest
+import torch
+from tiny import PAIRS
+from torch.utils.data import DataLoader
+
+from llmchain_fed import FederatedAveraging, Participant
+from llmchain_fed.data import collate, encode_examples
+from llmchain_fed.errors import ParticipantError
+from llmchain_fed.federated import evaluation, finiteness, roster
+from llmchain_fed.federated.history import History
+from llmchain_fed.federated.overlap import Overlap, crossing, overlap
+
+
+def federation(chain, participants, **options):
+    return FederatedAveraging(
+        chain, participants=participants, progress=False, samples=0, **({"lr": 1e-3, "batch_size": 4} | options)
+    )
+
+
+def notes(record):
+    return {name: found.notes for name, found in record.participants.items()}
+
+
+A, B, REST = PAIRS[:4], PAIRS[4:8], PAIRS[8:]
+BOTH = "1 of 5 held-out examples are also trained on: held-out loss flatters"
+
+
+@pytest.mark.parametrize("how", ["held_out", "by name", "shared"])
+def test_an_example_that_is_trained_on_and_held_out_is_noted_once(how, make_chain):
+    held = [A[1], *REST]
+    if how == "held_out":
+        fed = federation(make_chain(), [Participant("a", A, held), Participant("b", B)])
+    else:
+        fed = federation(make_chain(), {"a": A, "b": B}, evaluation={"a": held} if how == "by name" else held)
+    fed.fit(rounds=2)
+    expected = BOTH.replace("held-out examples", "shared evaluation examples") if how == "shared" else BOTH
+    assert notes(fed.history[0]) == {"a": [expected], "b": []}
+    assert notes(fed.history[1]) == {"a": [], "b": []}
+    assert expected in repr(fed.history)
+
+
+def test_the_same_prompt_with_another_completion_is_counted_apart(make_chain):
+    held = [(A[0][0], "other"), A[1], ({"text": A[2][0]}, A[2][1]), *REST]
+    fed = federation(make_chain(), [Participant("a", A, held)])
+    assert notes(fed.fit(rounds=1)[0])["a"] == [
+        "2 of 7 held-out examples are also trained on: held-out loss flatters",
+        "1 of 7 held-out examples have a prompt that is trained on, with another completion",
+    ]
+
+
+def test_what_another_participant_trains_on_is_noted(make_chain):
+    fed = federation(make_chain(), [Participant("a", A, [*B[:2], *REST]), Participant("b", B)])
+    assert notes(fed.fit(rounds=1)[0]) == {
+        "a": ["2 of 6 held-out examples are trained on by another participant: held-out loss flatters"], "b": [],
+    }  # fmt: skip
+
+
+def test_a_share_set_apart_overlaps_with_nothing(make_chain):
+    fed = federation(make_chain(), {"a": [*A, *A], "b": [*B, B[0]]}, evaluation=0.25)
+    assert notes(fed.fit(rounds=1)[0]) == {"a": [], "b": []}
+
+
+def test_the_two_low_level_calls_note_it_too(make_chain):
+    fed = federation(make_chain(), None, evaluation=[A[0], *REST])
+    for _ in range(2):
+        fed.train(A, 0)
+        fed.step()
+    assert len(notes(fed.history[0])["0"]) == 1
+    assert notes(fed.history[1]) == {"0": []}
+
+
+def test_what_is_not_looked_into_is_not_noted(make_chain):
+    chain = make_chain()
+    encoded = encode_examples(A, chain.model, chain)
+    loader = DataLoader(
+        [encoded[i] for i in range(4)], batch_size=2, collate_fn=lambda rows: collate(rows, chain.model)
+    )
+    fed = federation(chain, [Participant("a", A, loader), Participant("b", loader, A)])
+    fed.fit(rounds=1)
+    assert overlap(loader, encoded) is None
+
+
+def test_counts_are_those_of_sets_of_texts(make_chain):
+    chain = make_chain()
+
+    def encoded(rows):
+        return encode_examples(rows, chain.model, chain)
+
+    train = [("a", "b"), ("a", "c"), ("d", "e"), ("d", "e")]
+    held = [("a", "b"), ("a", "b"), ("a", "x"), ("d", "e"), ("e", "d"), ("ab", ""), ("x", "c")]
+    usable = [row for row in held if row[1]]
+    pairs, prompts = set(train), {x for x, _ in train}
+    same = sum(row in pairs for row in usable)
+    asked = sum(row[0] in prompts and row not in pairs for row in usable)
+    assert overlap(encoded(train), encoded(held)) == Overlap(same, asked, len(usable)) == Overlap(3, 1, 6)
+    assert crossing({"p": encoded(train), "q": encoded(held)}, {"p": encoded(held)}) == {"p": (6, 6)}
+    assert crossing({"p": encoded(train)}, {"p": encoded(held)}) == {}
+
+
+@pytest.mark.parametrize(
+    "said", [3, [1, 2], [1, 2, 3, 4], [-1, 0, 3], [2, 2, 3], [1.0, 0, 3], [True, 0, 3], [0, 0, 10**12], "x"]
+)
+def test_counts_from_elsewhere_are_read_with_bounds(said, make_chain):
+    fed = federation(make_chain(), [Participant("a", A, REST)])
+    contract = fed._trainee.contract()
+    hello = {"participant": "a", "contract": contract, "held_out": True, "overlap": [1, 1, 4]}
+    assert roster._read("a", json.dumps(hello).encode(), contract).overlap == Overlap(1, 1, 4)
+    assert roster._read("a", json.dumps(hello | {"overlap": None}).encode(), contract).overlap is None
+    with pytest.raises(ParticipantError, match="makes no sense"):
+        roster._read("a", json.dumps(hello | {"overlap": said}).encode(), contract)
+
+
+# --- losses that are not finite -----------------------------------------------------------------------------------
+
+
+def spoil(chain, value):
+    """Held-out losses become NaN, as those of a model that has diverged; training is left alone."""
+    head = chain.model.module.get_output_embeddings()
+
+    def hook(module, args, output):
+        return torch.full_like(output, value) if not torch.is_grad_enabled() else output
+
+    return head.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("how", ["own", "shared"])
+def test_a_held_out_loss_that_is_not_finite_is_said(how, make_chain):
+    chain = make_chain()
+    if how == "own":
+        fed = federation(chain, [Participant("a", A, REST), Participant("b", B)])
+    else:
+        fed = federation(chain, {"a": A, "b": B}, evaluation=REST)
+    fed.fit(rounds=1)
+    handle = spoil(chain, float("nan"))
+    record = fed.fit(rounds=1)[-1]
+    handle.remove()
+    what = "held-out loss" if how == "own" else "the shared evaluation's loss"
+    said = f"{what} is not finite (nan) after the round: the model has diverged"
+    assert any(note.startswith(said) for note in record.participants["a"].notes)
+    assert not any("makes no sense" in note for note in record.participants["a"].notes)
+    assert record.held_out_after is None
+    assert record.participants["a"].held_out_after is None
+    assert math.isfinite(record.held_out_before)
+    assert "not finite (nan)" in repr(fed.history)
+    assert "not finite (nan)" in fed.history._repr_html_()
+    assert History.from_dict(json.loads(fed.history.to_json()))[-1].participants["a"].notes  # and in its JSON
+    assert [r.status for r in record.participants.values()] == ["trained"] * 2
+    assert fed.fit(rounds=1)[-1].held_out_after is not None
+
+
+def test_the_pooled_loss_is_no_mean_over_those_that_happen_to_be_finite():
+    fine, worse = {"loss": 2.0, "tokens": 10}, {"loss": 4.0, "tokens": 30}
+    before = evaluation.Measurement(own={"a": fine, "b": worse})
+    after = evaluation.Measurement(own={"a": fine, "b": worse | finiteness.told(math.inf)})
+    assert evaluation._pooled(before, before) == (3.5, 3.5)
+    assert evaluation._pooled(before, after) == (3.5, None)
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ({"loss": 2}, {"loss": 2.0}),
+        ({"loss": None, "not_finite": "nan"}, {"loss": None, "not_finite": "nan"}),
+        ({"loss": None, "not_finite": "-inf"}, {"loss": None, "not_finite": "-inf"}),
+        ({"loss": None, "not_finite": "<script>"}, None),
+        ({"loss": None, "not_finite": ["nan"]}, None),
+        ({"loss": 2.0, "not_finite": "nan"}, None),
+        ({"loss": None}, None),
+        ({}, None),
+        ({"loss": True}, None),
+        ({"loss": "nan"}, None),
+        ({"loss": 10**400}, None),
+    ],
+)
+def test_answers_from_elsewhere_are_read_with_bounds(said, found):
+    assert finiteness.read(said) == found
+    answer = json.dumps(said | {"tokens": 5}).encode()
+    kept = evaluation._read(answer, 0)
+    assert kept == found | {"tokens": 5, "samples": []} if found is not None else "makes no sense" in kept["error"]
+
+
+def test_losses_side_by_side_show_what_is_not_finite(make_chain):
+    chain = make_chain(lora=True)
+    fed = federation(chain, [Participant("a", A, REST)])
+    fed.fit(rounds=1)
+    handle = spoil(chain, float("nan"))
+    table = fed.compare()
+    handle.remove()
+    assert math.isnan(table["a"]["global"])
+    assert "nan" in repr(table)
+    assert math.isfinite(fed.compare()["a"]["global"])
