@@ -47,10 +47,11 @@ def nothing_finite(records: Mapping[str, ParticipantRecord]) -> str | None:
     Args:
         records: Of everyone who was asked.
     """
-    # by name: from another process an error arrives as the text of one
-    if not records or any("NonFiniteLossError" not in (r.reason or "") for r in records.values()):
+    reasons = [record.reason or "" for record in records.values()]
+    # by their words: from another process an error arrives as the text of one
+    if not reasons or not all("NonFiniteLossError" in reason or "not finite" in reason for reason in reasons):
         return None
-    return f"diverged: nobody's training loss stayed finite, so there was no update to use. {_REMEDY}"
+    return f"diverged: nobody's training stayed finite, so there was no update to use. {_REMEDY}"
 
 
 class _Series:
@@ -109,8 +110,8 @@ class Divergence:
         pooled, own = self._take(record, shared=shared)
         for name, said in own.items():
             record.participants[name].notes.append(f"its held-out loss {said}")
-        if _not_finite(after):
-            return f"diverged: the held-out loss is not finite. {_REMEDY}"
+        if (whose := _not_finite(after)) is not None:
+            return f"diverged: the held-out loss{whose} is not finite. {_REMEDY}"
         return f"diverged: held-out loss {pooled}. {_REMEDY}" if pooled else None
 
     def _begin(self, history: History | None) -> None:
@@ -137,14 +138,16 @@ class Divergence:
         return self._pooled.add(over, record.round, record.held_out_before, record.held_out_after), own
 
 
-def _not_finite(found: Measurement) -> bool:
-    """Whether there is no finite loss because none that was measured is finite."""
+def _not_finite(found: Measurement) -> str | None:
+    """Whose held-out loss is not finite, in words; None where each is: a mean over the others would hide it."""
     if found.shared:
-        return _is_not_finite(found.shared)
-    losses = [_is_not_finite(own) for own in found.own.values() if "loss" in own or own.get("not_finite")]
-    return bool(losses) and all(losses)
+        return "" if _is_not_finite(found.shared) else None
+    whose = [name for name, own in found.own.items() if _is_not_finite(own)]
+    shown = ", ".join(whose[:3]) + (f" and {len(whose) - 3} more" if len(whose) > 3 else "")
+    return f" of {shown}" if whose else None
 
 
 def _is_not_finite(found: Mapping[str, Any]) -> bool:
+    """Whether a loss was measured and is NaN or infinite, which an answer may say in so many words."""
     loss = found.get("loss")
     return bool(found.get("not_finite")) or (loss is not None and not math.isfinite(loss))

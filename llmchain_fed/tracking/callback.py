@@ -104,11 +104,7 @@ def notes_of(record: RoundRecord) -> list[str]:
         for name, p in record.participants.items()
         if p.status not in ("trained", "idle")
     ]
-    return (
-        list(record.notes)
-        + missing
-        + [f"{name}: {note}" for name, p in record.participants.items() for note in p.notes]
-    )
+    return found + [f"{name}: {note}" for name, p in record.participants.items() for note in p.notes]
 
 
 def samples_of(record: RoundRecord) -> dict[str, str]:
