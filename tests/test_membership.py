@@ -8,16 +8,20 @@ local training, never with a federation.
 import hashlib
 import json
 import math
-from dataclasses import replace
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import ADAM, KEPT, SGD, Elsewhere, assert_same, assert_tensors_equal, standing, weights_of
+from test_resume import ADAM, KEPT, SGD, Elsewhere, Interrupt, assert_same, assert_tensors_equal, standing, weights_of
 from tiny import PAIRS, lora_config
+from torchrun_script import tiny_chain
 
 from llmchain_fed import FederatedAveraging, Participant, train_locally
-from llmchain_fed.errors import CheckpointError, ConfigError, DataError
+from llmchain_fed.errors import CheckpointError, ConfigError, DataError, TransportError
 from llmchain_fed.federated import checkpoint, membership, private_state, wire
 from llmchain_fed.federated.codecs import make_codec
 from llmchain_fed.federated.personal import Ditto
@@ -115,7 +119,7 @@ def test_fedadam_goes_on_with_its_moments(case, make_chain, tmp_path):
     """m ← β₁m + (1 − β₁)Δ, v ← β₂v + (1 − β₂)Δ², w ← w + ηm/(√v + τ) (arXiv 2003.00295), from the checkpoint's."""
     rate, beta_1, beta_2, tau = 0.01, 0.9, 0.99, 1e-3
     adam = FedAdam(lr=rate)
-    assert (adam.beta_1, adam.beta_2, adam.tau) == (beta_1, beta_2, tau)
+    assert (adam.beta1, adam.beta2, adam.tau) == (beta_1, beta_2, tau)
     begun(make_chain(), tmp_path, server_optimizer=adam)
     start, memory, _ = stored(tmp_path)
     fed = resumed(tmp_path, make_chain(), NOW[case])
@@ -126,8 +130,7 @@ def test_fedadam_goes_on_with_its_moments(case, make_chain, tmp_path):
     wanted = {}
     for name, value in start.items():
         delta = mean[name] - value.double()
-        (m,) = [t for key, t in memory.items() if key.endswith(name) and key.startswith("m")]
-        (v,) = [t for key, t in memory.items() if key.endswith(name) and key.startswith("v")]
+        m, v = memory[f"m/{name}"], memory[f"v/{name}"]
         m, v = beta_1 * m.double() + (1 - beta_1) * delta, beta_2 * v.double() + (1 - beta_2) * delta**2
         wanted[name] = value.double() + rate * m / (v.sqrt() + tau)
     assert_close(weights_of(fed), wanted, atol=1e-6)
@@ -200,8 +203,7 @@ def test_residuals_of_those_who_stay_are_sent_and_newcomers_have_none(make_chain
 
 def test_a_kept_optimizer_and_ditto_go_on_for_those_who_stay(make_chain, tmp_path):
     config = KEPT
-    ditto = Ditto(lam=0.3)
-    begun(make_chain(lora=True), tmp_path, training=config, personal=ditto, aggregation="fedit")
+    begun(make_chain(lora=True), tmp_path, training=config, personal=Ditto(lam=0.3), aggregation="fedit")
     start, _, kept = stored(tmp_path)
     now = {"d": MORE, "a": PAIRS[:5], "c": PAIRS[9:]}  # the same amounts: positions stay as they are
     fed = resumed(tmp_path, make_chain(lora=True), now)
@@ -335,7 +337,7 @@ def test_another_rank_begins_anew_what_had_the_old_shape(make_chain, tmp_path):
     def people(*ranks):
         return [Participant(n, THEN[n], rank=r) for n, r in zip("abc", ranks, strict=True)]
 
-    options = {"aggregation": "flora", "training": KEPT, "codec": "int8"}
+    options = {"aggregation": "flora", "training": ADAM, "codec": "int8"}
     begun(make_chain(lora=True), tmp_path, people(2, 4, 1), **options)
     fed = resumed(tmp_path, make_chain(lora=True), people(4, 4, 2))
     fed.fit(rounds=2)
@@ -407,6 +409,50 @@ def test_sites_are_compared_when_they_join(make_chain, tmp_path):
     assert_close(weights_of(fed), mean_of(updates, {n: len(e) for n, e in now.items()}))
 
 
+_RANK = """
+import json, os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from test_membership import NOW
+from torchrun_script import tiny_chain
+from llmchain_fed import FederatedAveraging, TorchDistributed
+rank = int(os.environ["RANK"])
+mine = {n: e for n, e in NOW["all three"].items() if (n == "a") == (rank == 0)}
+chain = tiny_chain("causal", lora=True)
+fed = FederatedAveraging.resume(
+    sys.argv[1], chain, participants=mine, runtime=TorchDistributed(), members="changed", progress=False
+)
+fed.fit(2)
+found = {"round": fed.round, "notes": fed.history[2].notes, "adapters": sorted(chain.model.adapters[1:])}
+found["state"] = {n: t.tolist() for n, t in chain.model.trainable_state().items()}
+Path(sys.argv[2], f"rank{rank}.json").write_text(json.dumps(found))
+"""
+
+
+def test_on_the_ranks_of_a_job(tmp_path):
+    """Every rank goes on with its own, and ends where one process with all of them does."""
+    options = {"training": KEPT, "codec": "int8", "server_optimizer": FedAdam(lr=0.01), "personal": Ditto()}
+    begun(tiny_chain("causal", lora=True), tmp_path / "run", **options)
+    shutil.copytree(tmp_path / "run", tmp_path / "here")
+    now = {n: NOW["all three"][n] for n in "adc"}  # in the order of ranks
+    chain = tiny_chain("causal", lora=True)
+    twin = resumed(tmp_path / "here", chain, now)
+    twin.fit(rounds=2)
+    script = tmp_path / "rank.py"
+    script.write_text(_RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(
+        [*command, str(tmp_path / "run"), str(tmp_path), str(Path(__file__).parent)],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for rank, own in ((0, ["a"]), (1, ["c", "d"])):
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert (found["round"], found["notes"], found["adapters"]) == (AT + 2, twin.history[AT].notes, own)
+        for name, tensor in chain.model.trainable_state().items():
+            torch.testing.assert_close(torch.tensor(found["state"][name]), tensor, rtol=1e-5, atol=1e-6)
+
+
 class Late(Elsewhere):
     """One participant cannot be reached at first."""
 
@@ -417,11 +463,9 @@ class Late(Elsewhere):
     def call(self, op, nodes, payload, timeout=None):
         for node in nodes:
             if node == self.late:
-                from llmchain_fed.errors import TransportError
-
                 yield node, TransportError("not there yet")
             else:
-                yield from super().call(op, [node], payload if isinstance(payload, bytes) else payload, timeout)
+                yield from super().call(op, [node], payload, timeout)
 
 
 def test_who_joins_later_is_compared_then(make_chain, tmp_path):
@@ -577,8 +621,6 @@ def test_also_where_sites_hold_other_data_now(make_chain, tmp_path):
 
 
 def test_patience_counts_on(make_chain, tmp_path):
-    from test_resume import Interrupt
-
     still = SGD.replace(learning_rate=1e-9)
     fed = FederatedAveraging(
         make_chain(), participants=THEN, training=still, evaluation=PAIRS[:3], progress=False,
@@ -599,8 +641,8 @@ def test_grown_data_divides_anew_and_says_what_that_means(make_chain, tmp_path):
 
 
 def test_a_state_for_other_data_keeps_all_but_the_place_in_them():
-    tensors = {"w": torch.ones(2)}
-    progress = Progress(5, {"state": {}, "param_groups": [{"lr": 0.1}]}, tensors, tensors, tensors, tensors)
+    kinds = [{"w": torch.full((2,), float(k))} for k in range(4)]
+    progress = Progress(5, {"state": {}, "param_groups": [{"lr": 0.1}]}, *kinds)
     state = private_state.pack({3: progress})
 
     def read(changes):
@@ -629,4 +671,4 @@ def test_other_members_may_train_by_hand(make_chain, tmp_path):
     updates = {n: trained(make_chain(), start, e, n, ADAM)[0] for n, e in NOW["all three"].items()}
     assert_close(weights_of(fed), mean_of(updates, {n: len(e) for n, e in NOW["all three"].items()}))
     assert any("left: b" in note for note in record.notes)
-    assert replace(record).members_changed
+    assert record.members_changed

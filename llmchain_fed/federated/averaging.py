@@ -220,7 +220,7 @@ class FederatedAveraging(ManualRounds):
                 or option that decides the future. Nothing has changed.
             ConfigError: `members` is neither of the two; or an option does not fit the participants there are now.
         """
-        checked_members(members)
+        members = checked_members(members)
         found, merged, federation = Keeping.read(checkpoint_dir, round, options)
         made = cls(model, participants=participants, checkpoint_dir=checkpoint_dir, _federation=federation, **merged)
         made._keeping.go_on(found, members)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated import private_state, wire
@@ -19,18 +19,19 @@ START = private_state.pack({-1: Progress()})
 """the state of a participant that has not trained yet"""
 
 
-def checked_members(choice: str) -> None:
-    """Makes sure that `members` is one of its two values.
+def checked_members(choice: str) -> Members:
+    """`members`, if it is one of its two values.
 
     Raises:
         ConfigError: It is not.
     """
-    if choice not in get_args(Members):
-        msg = (
-            "members is 'same' (other participants, or others' examples, than the checkpoint's are refused) or "
-            f"'changed' (the run goes on with them), got {choice!r:.80}."
-        )
-        raise ConfigError(msg)
+    if choice in get_args(Members):
+        return cast(Members, choice)
+    msg = (
+        "members is 'same' (other participants, or others' examples, than the checkpoint's are refused) or 'changed' "
+        f"(the run goes on with them), got {choice!r:.80}."
+    )
+    raise ConfigError(msg)
 
 
 def holding(hello: Hello) -> dict[str, Any]:
