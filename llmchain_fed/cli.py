@@ -72,20 +72,27 @@ def peer(
 
 
 @app.command()
-def federate(file: Annotated[Path, typer.Argument(help="the federation's YAML file")]) -> None:
+def federate(
+    file: Annotated[Path, typer.Argument(help="the federation's YAML file")],
+    members: Annotated[
+        str, typer.Option(help="changed: a checkpoint goes on with other sites, or sites' data, than it had")
+    ] = "same",
+) -> None:
     """Runs the rounds of a federation at the hub, and saves the trained chain and the history."""
     from llmchain_fed.federated.averaging import FederatedAveraging
     from llmchain_fed.federated.checkpoint import rounds
+    from llmchain_fed.federated.membership import checked_members
     from llmchain_fed.runtimes.federation_file import FederationFile
     from llmchain_fed.runtimes.nvflare.transport import NVFlare
 
+    chosen = checked_members(members)
     found = FederationFile.read(file)
     hub = {key: getattr(found.hub, key) for key in ("socket", "patience", "recovery", "startup")}
     with NVFlare(found.hub.admin, sites=found.hub.sites, **hub) as runtime:
         chain = _chain(found.chain)
         options = found.loop_options()
         if found.checkpoint_dir is not None and rounds(found.checkpoint_dir):
-            fed = FederatedAveraging.resume(found.checkpoint_dir, chain, runtime=runtime, **options)
+            fed = FederatedAveraging.resume(found.checkpoint_dir, chain, runtime=runtime, members=chosen, **options)
             typer.echo(f"going on after round {fed.round}")
         else:
             fed = FederatedAveraging(chain, runtime=runtime, checkpoint_dir=found.checkpoint_dir, **options)

@@ -5,7 +5,6 @@ Knows the options, the hub, checkpoints and callbacks. Knows nothing about how p
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -14,16 +13,18 @@ from tqdm.auto import tqdm
 
 from llmchain_fed._config import unknown_option
 from llmchain_fed.data import DataReport, Examples
-from llmchain_fed.errors import ConfigError, FederationError, NothingTrainedError, QuorumError
+from llmchain_fed.errors import ConfigError, QuorumError
 from llmchain_fed.federated.aggregation import Aggregation, Weighting
 from llmchain_fed.federated.alike import Alike
-from llmchain_fed.federated.between_rounds import BetweenRounds
 from llmchain_fed.federated.codecs import Codec
+from llmchain_fed.federated.divergence import OnDivergence, checked_on_divergence
 from llmchain_fed.federated.evaluation import Evaluator
-from llmchain_fed.federated.held import STALE, Held
-from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
+from llmchain_fed.federated.held import Held
+from llmchain_fed.federated.history import History, RoundRecord
 from llmchain_fed.federated.hub import Hub
 from llmchain_fed.federated.keeping import Keeping
+from llmchain_fed.federated.manual_round import ManualRounds
+from llmchain_fed.federated.membership import Members, checked_members
 from llmchain_fed.federated.options import (
     Patience,
     check_numbers,
@@ -47,7 +48,7 @@ from llmchain_fed.tracking.telling import Callbacks
 from llmchain_fed.training import TrainingConfig
 
 
-class FederatedAveraging(BetweenRounds):
+class FederatedAveraging(ManualRounds):
     """Lets a chain learn from several participants' examples without pooling them.
 
     In each round every participant starts from the same global weights, trains on its own examples, and hands over its
@@ -192,9 +193,15 @@ class FederatedAveraging(BetweenRounds):
         *,
         participants: Mapping[Any, Any] | Iterable[Participant] | None = None,
         round: int | None = None,  # noqa: A002 (the field's own word)
+        members: Members = "same",
         **options: Any,
     ) -> Self:
         """Goes on from a checkpoint, bit for bit as if the run had never stopped.
+
+        With `members="changed"` participants may be gone or new, and hold other examples or options than then. Weights,
+        the server optimizer's memory, round numbers, history and patience go on; who stays keeps its own state, who is
+        new starts at the global weights, and the states of the gone are dropped. The next round's record says who left,
+        joined or changed; the run is then another one than the interrupted, so nothing is promised bit for bit.
 
         Options are those of the checkpoint; those that are code (an optimizer class, an aggregation of your own), and
         held-out examples that are no share, must be given again. `runtime` and `callbacks` always are.
@@ -202,17 +209,21 @@ class FederatedAveraging(BetweenRounds):
         Args:
             checkpoint_dir: That of the run; it goes on writing there.
             model: The same chain as then; its weights are replaced by the checkpoint's.
-            participants: The same as then.
+            participants: The same as then, or with `members="changed"` those who take part from now on.
             round: Which checkpoint; None is the newest.
+            members: "same" refuses other participants, or others' examples, than the checkpoint's; "changed" goes on
+                with them. `participants_per_round` may then be given anew.
             **options: Further options of `FederatedAveraging`.
 
         Raises:
             CheckpointError: None there; incomplete or altered; or of another base, prompt, adapter, set of participants
                 or option that decides the future. Nothing has changed.
+            ConfigError: `members` is neither of the two; or an option does not fit the participants there are now.
         """
+        members = checked_members(members)
         found, merged, federation = Keeping.read(checkpoint_dir, round, options)
         made = cls(model, participants=participants, checkpoint_dir=checkpoint_dir, _federation=federation, **merged)
-        made._keeping.go_on(found)
+        made._keeping.go_on(found, members)
         made._show_adapters()
         return made
 
@@ -244,19 +255,33 @@ class FederatedAveraging(BetweenRounds):
 
     # --- the whole loop ---------------------------------------------------------------------------------------------
 
-    def fit(self, rounds: int, *, patience: int | None = None, min_delta: float = 0.0) -> History:
+    def fit(
+        self,
+        rounds: int,
+        *,
+        patience: int | None = None,
+        min_delta: float = 0.0,
+        on_divergence: OnDivergence = "warn",
+    ) -> History:
         """Runs `rounds` more rounds.
+
+        A federation diverges where the held-out loss of all together is above 1.5 × the best so far, the loss before
+        the first round included, for two rounds in a row, or is not finite. The round's record and its line say so; a
+        participant whose own loss does is noted, too.
 
         Args:
             rounds: At least one.
             patience: Stop early once the pooled held-out loss has not improved for this many rounds; None never does.
             min_delta: nats per token that count as an improvement.
+            on_divergence: "warn" goes on; "stop" ends after the round that diverges, and where a round fails because
+                nobody's training loss stayed finite.
 
         Returns:
             The history, of earlier calls too.
 
         Raises:
-            ConfigError: No rounds or no participants; `patience` without evaluation; a `min_delta` below 0.
+            ConfigError: No rounds or no participants; `patience` or "stop" without evaluation; a `min_delta` below 0;
+                another `on_divergence`.
             DataError: A participant's examples cannot be used.
             QuorumError: A round has too few usable updates; earlier rounds are kept.
             FederationError: A round opened by `train()` is not closed.
@@ -268,34 +293,43 @@ class FederatedAveraging(BetweenRounds):
         stop = checked_patience(patience, min_delta, measured=measured)
         if stop is not None:
             stop.go_on(self._hub.patience)
-        self._everywhere(lambda: self._lead(rounds, stop))
+        stops = checked_on_divergence(on_divergence, measured=measured)
+        self._everywhere(lambda: self._lead(rounds, stop, stops=stops))
         return self.history
 
     def _everywhere(self, work: Callable[[], Any]) -> Any:
         return self._alike.do(work)
 
-    def _lead(self, rounds: int, stop: Patience | None) -> None:
+    def _lead(self, rounds: int, patience: Patience | None, *, stops: bool) -> None:
         self._keeping.check_directory()  # here, where the other processes of a script hear of what it raises
         self.history.stopped_early = None
         options = {"model": self._model.name, **self._keeping.described()}
         info = RunInfo(options, tuple(self._transport.nodes()), self.round, rounds)
-        self._callbacks.watch(info, self.history, lambda: self._rounds(rounds, stop))
+        self._callbacks.watch(info, self.history, lambda: self._rounds(rounds, patience, stops=stops))
 
-    def _rounds(self, rounds: int, stop: Patience | None) -> None:
+    def _rounds(self, rounds: int, patience: Patience | None, *, stops: bool) -> None:
+        hub = self._hub
         with tqdm(total=rounds, desc="federating", unit="round", disable=not self._progress) as bar:
             for left in reversed(range(rounds)):
                 self._join()  # a round's seconds begin with its broadcast: an engine's start is not a round's cost
-                record = self._hub.run_round(bar.set_postfix_str)
-                over = stop is not None and stop.over(record.held_out_before, record.held_out_after)
-                self._hub.patience = stop.state() if stop is not None and not over and left else []
+                try:
+                    record = hub.run_round(bar.set_postfix_str)
+                except QuorumError:
+                    if not stops or hub.diverged is None:
+                        raise
+                    self.history.stopped_early = hub.diverged
+                    break
+                over = patience is not None and patience.over(record.held_out_before, record.held_out_after)
+                why = hub.diverged if stops and hub.diverged else str(patience) if over else None
+                hub.patience = patience.state() if patience is not None and why is None and left else []
                 self._completed(record)
                 bar.update()
                 if self._progress:
                     bar.write(f"round {record}")
-                if over:
-                    self.history.stopped_early = str(stop)
+                if why is not None:
+                    self.history.stopped_early = why if left else None  # the last round ends it anyway
                     break
-        self._hub.patience = []
+        hub.patience = []
 
     def _completed(self, record: RoundRecord) -> None:
         """After a round: checkpoint, personal adapters, and those who watch, even if the write failed."""
@@ -319,17 +353,6 @@ class FederatedAveraging(BetweenRounds):
             raise ConfigError(msg)
         self._check_closed()
 
-    def _check_closed(self) -> None:
-        if self._open is None:
-            return
-        msg = f"{self._open.trained} have trained in a round that is still open. Call step() first."
-        if not self._open.trained:
-            msg = (
-                f"the round that train() opened has no usable update (from {', '.join(self._open.records)}). Call "
-                "train() again, or step(), which says why and closes it."
-            )
-        raise FederationError(msg)
-
     def _join(self) -> None:
         newcomers = self._hub.join()
         self._keeping.give_back(newcomers)
@@ -337,94 +360,6 @@ class FederatedAveraging(BetweenRounds):
             report = self.data_reports.get(name)
             if report is not None and self._progress and (report.empty or report.too_long):
                 tqdm.write(f"{name}: {report}")
-
-    # --- one participant at a time ----------------------------------------------------------------------------------
-
-    def train(self, local_data: Examples, device_id: Any) -> ParticipantRecord:
-        """Trains one participant from the current global weights; the chain keeps those until `step()`.
-
-        One whose update was refused, which its record says, may train again in the same round: its new record then
-        takes the place of the old one.
-
-        Args:
-            local_data: Its examples, in any form.
-            device_id: Its name.
-
-        Raises:
-            DuplicateParticipantError: An update of its own is in this round already.
-            DataError, TrainingError: Its examples or its training failed; nothing has changed.
-            ConfigError: The participants run elsewhere (`runtime=`).
-        """
-        if not isinstance(self._transport, InProcess):
-            msg = "train() works on participants in this process; with runtime=… use fit()."
-            raise ConfigError(msg)
-        if self._hub.evaluator.holds_out_a_share:
-            msg = (
-                "evaluation as a share sets apart examples of participants=…, and train() brings its own. Pass "
-                "evaluation=examples, one set for all, or both participants= and evaluation= as {name: examples}."
-            )
-            raise ConfigError(msg)
-        name = str(device_id)
-        opened = self._open or self._hub.begin()
-        opened.refuse_twice(name)
-        peer = self._peers.get(name)
-        participant = Participant(name, local_data)
-        if peer is None:
-            peer = self._peer(participant)
-        with peer.taking(participant):
-            update, sent = self._asked(peer, self._hub.header(opened))  # what it raises is the caller's to see
-        if self._open is None:
-            self._open, self._opened = opened, time.perf_counter()
-        if name not in self._peers:
-            self._peers[name] = peer
-            self._transport.add(name, peer)
-        record = opened.accept(name, update, sent=sent)
-        self._hub.roster.leave(name)  # it may hold another number of examples now: the next round asks anew
-        return record
-
-    def _asked(self, peer: LocalPeer, header: Mapping[str, Any]) -> tuple[bytes, int]:
-        """A participant's update, and the bytes that went to it; one that lost what it held is sent everything."""
-        broadcast, participant = self._hub.broadcast, peer.participant
-        name, rank, alpha = participant.name, participant.rank, participant.alpha
-        if rank is not None or broadcast.scaling_of(name) is not None:  # else it holds what it is known to hold
-            broadcast.joined(name, None, rank, alpha)
-        message = broadcast.message(name, header)
-        answer = peer.handle("train", message)
-        if answer != STALE:
-            return answer, len(message)
-        broadcast.joined(name, None, rank, alpha)
-        everything = broadcast.message(name, header)
-        return peer.handle("train", everything), len(message) + len(everything)
-
-    def step(self) -> RoundRecord:
-        """Averages what has been trained since the last step and loads it: w = Σ n_k/n · w_k.
-
-        Raises:
-            NothingTrainedError: Nobody has trained in this round.
-            QuorumError: Too few updates were usable. The round stays open, so that more can train; it is closed where
-                not one was usable. Weights and history are as before.
-            LLMChainFedError: The updates cannot be combined or loaded. Weights and history are as before, and the round
-                is closed: its updates are used up.
-        """
-        if self._open is None:
-            msg = "no participant has trained since the last step(). Call train(local_data, device_id) first."
-            raise NothingTrainedError(msg)
-        try:
-            if self._hub.evaluator.active:
-                self._join()
-            before = self._hub.measure(self.round)
-            record = self._hub.close(self._open, self._opened, before, {})
-        except BaseException as error:
-            if self._open.spent:
-                error.add_note(
-                    "The round is closed, weights and history are as before: its participants must train anew."
-                )
-            if self._open.spent or (isinstance(error, QuorumError) and not self._open.trained):
-                self._open = None  # nothing in it is worth waiting for: fit() and train() may begin anew
-            raise
-        self._open = None
-        self._completed(record)
-        return record
 
     def _peer(self, participant: Participant) -> LocalPeer:
         return LocalPeer(self._trainee, participant, self._training, held=self._held)

@@ -84,6 +84,11 @@ class RoundRecord:
     evaluation_seconds: float = 0.0
     weights_version: str = ""
     samples: list[Sample] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """what concerns the whole round: that the federation diverges, that its members have changed"""
+    members_changed: bool = False
+    """whether members, or what they hold, are others than in the round before (`resume(members="changed")`): its
+    held-out losses are then over other examples"""
 
     @property
     def trained(self) -> list[str]:
@@ -190,7 +195,7 @@ class History:
         return history
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per round and participant.
+        """One row per round and participant; `notes` are the participant's, `round_notes` those of the whole round.
 
         Raises:
             MissingExtraError: pandas is not installed.
@@ -200,7 +205,9 @@ class History:
         except ImportError as error:
             raise MissingExtraError("to_pandas needs pandas: pip install 'llmchain-fed[plot]'") from error  # noqa: EM101
         rows = [
-            {"round": r.round, "participant": n} | asdict(p) for r in self.rounds for n, p in r.participants.items()
+            {"round": r.round, "participant": n} | asdict(p) | {"round_notes": list(r.notes)}
+            for r in self.rounds
+            for n, p in r.participants.items()
         ]
         return pd.DataFrame(rows)
 
@@ -237,7 +244,8 @@ class History:
 
 def _cells(record: RoundRecord) -> tuple[str, ...]:
     asked = sum(r.status != "idle" for r in record.participants.values())
-    notes = [f"{n}: {r.status}" for n, r in record.participants.items() if r.status not in ("trained", "idle")]
+    notes = list(record.notes)
+    notes += [f"{n}: {r.status}" for n, r in record.participants.items() if r.status not in ("trained", "idle")]
     notes += [f"{n}: {note}" for n, r in record.participants.items() for note in r.notes]
     held_out = f"{_number(record.held_out_before)} → {_number(record.held_out_after)}"
     return (

@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmchain_fed.data import DataReport
+from llmchain_fed.errors import QuorumError
 from llmchain_fed.federated import server_optimizers, wire
 from llmchain_fed.federated.asking import Asking
 from llmchain_fed.federated.broadcast import Broadcast
+from llmchain_fed.federated.divergence import Divergence, nothing_finite
 from llmchain_fed.federated.evaluation import Evaluator, Measurement
 from llmchain_fed.federated.global_state import GlobalState
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
@@ -61,6 +63,13 @@ class Hub:
         """of a fit that is under way, or was when it was interrupted"""
         self.notes: dict[str, str] = {}
         """participant → what the next record should say of it"""
+        self.round_notes: list[str] = []
+        """what the next record should say of the whole round"""
+        self.members_changed = False
+        """whether the next record is the first since members, or what they hold, changed"""
+        self.diverged: str | None = None
+        """why the latest round is one of a federation that diverges"""
+        self._divergence = Divergence()
 
     def join(self) -> list[str]:
         """Lets those join who have not; returns who has now.
@@ -113,7 +122,12 @@ class Hub:
         opened = self.begin()
         self.asking.train(opened, chosen, self.header(opened), done)
         others = {name: self.roster.record_of(name) for name in nodes if name not in opened.records}
-        return self.close(opened, started, before, others)
+        self.diverged = None
+        try:
+            return self.close(opened, started, before, others)
+        except QuorumError:
+            self.diverged = nothing_finite(opened.records)
+            raise
 
     def chosen(self, nodes: list[str], number: int) -> list[str]:
         """Who of them is asked in a round."""
@@ -151,16 +165,19 @@ class Hub:
             new.load(self.model)
             after = self.measure(self.round + 1) if before else None
             self.evaluator.fill(record, before, after)
+            record.notes, record.members_changed = list(self.round_notes), self.members_changed
             record.update_norm = wire.distance(new.values, former.values)
             record.training_seconds = sum(r.seconds or 0.0 for r in opened.records.values())
             record.weights_version = self.model.weights_version
+            diverged = self._divergence.look(self.history, record, after)
+            record.notes += [diverged] if diverged else []
             record.seconds = time.perf_counter() - started
         except BaseException:
             former.load(self.model)
             undo()
             raise
         self.round += 1
-        self.notes = {}
+        self.notes, self.round_notes, self.members_changed, self.diverged = {}, [], False, diverged
         self.history.append(record)
         return record
 

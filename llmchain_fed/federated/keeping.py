@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from llmchain_fed.errors import CheckpointError, ConfigError, UnsupportedModelError
-from llmchain_fed.federated import checkpoint, resuming, server_optimizers
+from llmchain_fed.federated import checkpoint, membership, resuming, server_optimizers
 from llmchain_fed.federated.aggregation import AGGREGATIONS
 from llmchain_fed.federated.checkpoint import Checkpoint
 from llmchain_fed.federated.global_state import GlobalState, parted
 from llmchain_fed.federated.hub import Hub
+from llmchain_fed.federated.membership import Change, Members
 from llmchain_fed.federated.personal import Ditto, with_remainder
 from llmchain_fed.federated.roster import Hello
 from llmchain_fed.federated.runtime import InProcess
@@ -62,6 +63,8 @@ class Keeping:
         self._states: dict[str, bytes] = {}
         self._waiting: dict[str, bytes] = {}
         self._holdings: dict[str, Any] = {}
+        self._change: Change | None = None
+        self._found: Checkpoint | None = None
         self._owed: set[str] = set()
         self._asked: int | None = None
         self._begun = False
@@ -161,29 +164,53 @@ class Keeping:
             raise CheckpointError(msg)
         return found, merged | dict(given) | {"training": training}, found.about["federation"]
 
-    def go_on(self, found: Checkpoint) -> None:
+    def go_on(self, found: Checkpoint, members: Members = "same") -> None:
         """Puts the hub where the checkpoint was; later ones are dropped with the next one that is written.
 
+        Args:
+            found: The checkpoint.
+            members: Whether they must be those of then.
+
         Raises:
-            CheckpointError: It is another federation's, or a participant of this process holds other examples than it
-                did; nothing has changed.
+            CheckpointError: It is another federation's, or a participant holds other examples than it did; nothing has
+                changed.
+            ConfigError: Members may have changed, and there is none.
             LLMChainFedError: A participant's own error in this process, such as examples that cannot be used.
         """
-        resuming.check(self._hub, found)
-        nodes, holdings = self._hub.transport.nodes(), dict(found.about["holdings"])
-        here = isinstance(self._hub.transport, InProcess)
-        if here:  # others say what they hold when they join
-            said = dict(self._hub.roster.ask([n for n in nodes if n in holdings]))
-            hellos = {n: answer for n, answer in said.items() if isinstance(answer, Hello)}
-            resuming.check_holdings(hellos, holdings)
-            holdings = {n: held for n, held in holdings.items() if n not in hellos}  # `train()` may bring others now
-        self._states = resuming.restore(self._hub, found)
-        self._holdings = holdings
-        self._asked, self._begun = found.round, True
-        self._waiting, self._owed = resuming.begun_by_then(self._hub, nodes, self._states), set(nodes)
-        if here:  # at once: `train()` needs nobody to join
+        hub = self._hub
+        nodes, here = hub.transport.nodes(), isinstance(hub.transport, InProcess)
+        change = None
+        if members == "same":
+            resuming.check(hub, found)
+        else:
+            change = resuming.check_but_members(hub, found)
+            if not nodes:
+                msg = "members='changed' goes on with those who take part from now on: pass participants=…."
+                raise ConfigError(msg)
+        holdings = {n: held for n, held in found.about["holdings"].items() if n in nodes}
+        hellos: dict[str, Hello] = hub.roster.joined  # others say what they hold when they join
+        if here:
+            asked = dict(hub.roster.ask(nodes if change else list(holdings)))
+            hellos = {n: answer for n, answer in asked.items() if isinstance(answer, Hello)}
+        if change is None:
+            resuming.check_holdings(hellos, holdings, found)
+        states = resuming.restore(hub, found)
+        self._states = {n: state for n, state in states.items() if n in nodes}
+        self._holdings, self._change, self._found = holdings, change, found
+        self._asked, self._begun, self._superseded = found.round, True, True
+        joined = change.joined if change else ()
+        self._waiting, self._owed = resuming.begun_by_then(hub, nodes, self._states, joined), set(nodes)
+        for name in change.left if change is not None else ():
+            self._forget(name, states)
+        if here:  # at once: `train()` needs nobody to join, and may bring other examples
+            self._compare(hellos)
             self._tell(nodes)
-        self._superseded = True
+
+    def _forget(self, name: str, states: Mapping[str, bytes]) -> None:
+        """Takes the personal model of one who has none any more out of this process's model."""
+        model = self._hub.model
+        if name in model.adapters[1:] and name in states and membership.has_own(states[name]):
+            model.remove_adapter(name)
 
     def give_back(self, newcomers: list[str]) -> None:  # noqa: ARG002
         """Tells participants that have joined where they stood at the checkpoint.
@@ -191,12 +218,27 @@ class Keeping:
         Raises:
             CheckpointError: One holds other examples than it did.
         """
-        if not (self._owed or self._holdings):
-            return
-        resuming.check_holdings(self._hub.roster.joined, self._holdings)
         there = self._hub.roster.joined  # not the newcomers alone: an earlier attempt may have failed half way
-        self._tell([n for n in there if n in self._owed])
-        self._holdings = {n: held for n, held in self._holdings.items() if n not in there}
+        if self._owed or self._holdings:
+            self._compare(there)
+            self._tell([n for n in there if n in self._owed])
+
+    def _compare(self, hellos: Mapping[str, Hello]) -> None:
+        """Refuses, or takes note of, what participants hold that is not what they held."""
+        if self._change is None:
+            assert self._found is not None
+            resuming.check_holdings(hellos, self._holdings, self._found)
+        else:
+            held = membership.different(hellos, self._holdings)
+            for name in held.keys() & self._states.keys():
+                state = membership.adapted(self._states[name], held[name])
+                if not membership.has_own(state):
+                    self._forget(name, self._states)
+                self._states[name] = self._waiting[name] = state
+            notes, changed = self._change.tell(held)
+            self._hub.round_notes += notes
+            self._hub.members_changed |= changed
+        self._holdings = {n: held for n, held in self._holdings.items() if n not in hellos}
 
     def _tell(self, names: list[str]) -> None:
         resuming.give_back(self._hub, names, self._waiting)

@@ -5,6 +5,7 @@ Knows TrainingConfig and counts. Knows nothing about rounds.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -134,7 +135,8 @@ class Patience:
         self._best, self._waited = float("inf"), 0
 
     def __str__(self) -> str:
-        return f"held-out loss did not improve by {self._min_delta} for {self._waited} rounds"
+        by = f" by {self._min_delta}" if self._min_delta else ""
+        return f"held-out loss did not improve{by} for {self._waited} round{'s' if self._waited != 1 else ''}"
 
     def state(self) -> list[float]:
         """The best loss so far and the rounds since, for a checkpoint."""
@@ -149,7 +151,7 @@ class Patience:
         """Whether to stop after a round with these held-out losses; None where they were not measured."""
         if after is None:
             return False
-        if self._waited == 0 and self._best == float("inf") and before is not None:
+        if self._waited == 0 and self._best == float("inf") and before is not None and math.isfinite(before):
             self._best = before
         improved = after < self._best - self._min_delta
         self._best, self._waited = (after, 0) if improved else (self._best, self._waited + 1)

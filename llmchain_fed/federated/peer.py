@@ -213,6 +213,9 @@ class LocalPeer:
     def _personal_state(self, header: Mapping[str, Any], tensors: dict[str, Tensor]) -> bytes:
         if "progress" in header:
             self._progress = private_state.read(header["progress"], tensors)
+            if header.get("new_pass"):
+                data, size = self._data.train(), self._config.batch_size
+                self._progress = private_state.at_new_pass(self._progress, data, size)
         asked = header.get("round")  # one that was interrupted has not happened
         latest = max((r for r in self._progress if not isinstance(asked, int) or r < asked), default=-1)
         return private_state.pack({latest: self._progress.get(latest, Progress())})

@@ -7,12 +7,13 @@ travels with an update: it moves only on `personal_state`, which a site's policy
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmchain_fed.data import EncodedExamples
 from llmchain_fed.errors import ParticipantError
 from llmchain_fed.federated import wire
 
@@ -46,8 +47,13 @@ class Progress:
         return {kind: getattr(self, kind) for kind in _KINDS}
 
 
-def pack(progress: Mapping[int, Progress]) -> bytes:
-    """Round → progress as bytes."""
+def pack(progress: Mapping[int, Progress], *, new_pass: bool = False) -> bytes:
+    """Round → progress as bytes.
+
+    Args:
+        progress: Of one participant.
+        new_pass: Whether whoever is given it shall begin a new pass over its data, which is other data than then.
+    """
     tensors: dict[str, Tensor] = {}
     header: dict[str, Any] = {}
     for number, item in progress.items():
@@ -64,7 +70,23 @@ def pack(progress: Mapping[int, Progress]) -> bytes:
                 else:
                     values.setdefault(str(index), {})[key] = value
         header[str(number)]["optimizer"] = {"values": values, "param_groups": item.optimizer_state["param_groups"]}
-    return wire.pack(tensors, {"kind": "personal_state", "progress": header})
+    head = {"kind": "personal_state", "progress": header}
+    return wire.pack(tensors, head | {"new_pass": True} if new_pass else head)
+
+
+def at_new_pass(progress: Mapping[int, Progress], data: Any, batch_size: int) -> dict[int, Progress]:
+    """The same, at the beginning of the next pass: going on within one would leave a part of other data out of it.
+
+    Args:
+        progress: By round.
+        data: What the participant trains on now; a DataLoader has batches of its own size.
+        batch_size: examples.
+    """
+    try:
+        per_pass = max(1, -(-len(data) // batch_size) if isinstance(data, EncodedExamples) else len(data))
+    except TypeError:  # a DataLoader whose dataset does not know: it begins at its beginning every time
+        return dict(progress)
+    return {n: replace(item, next_step=-(-item.next_step // per_pass) * per_pass) for n, item in progress.items()}
 
 
 def read(header: Any, tensors: Mapping[str, Tensor]) -> dict[int, Progress]:

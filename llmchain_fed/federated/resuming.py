@@ -6,25 +6,24 @@ Knows what of a hub decides its future. Knows nothing about files.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from llmchain_fed.errors import CheckpointError, DeadlineError, TransportError
-from llmchain_fed.federated import private_state, server_optimizers, wire
+from llmchain_fed.federated import server_optimizers, wire
 from llmchain_fed.federated.aggregation import AGGREGATIONS
 from llmchain_fed.federated.checkpoint import Checkpoint
 from llmchain_fed.federated.codecs import spec
 from llmchain_fed.federated.global_state import GlobalState, named, parted
 from llmchain_fed.federated.history import History
 from llmchain_fed.federated.hub import Hub
-from llmchain_fed.federated.private_state import Progress
+from llmchain_fed.federated.membership import START, Change, different, holding
 from llmchain_fed.federated.roster import ABSENCE, Hello
 from llmchain_fed.federated.rule import Rule
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server_optimizers import ResumableServerOptimizer
 from llmchain_fed.federated.settings import Settings
 
-_START = private_state.pack({-1: Progress()})
 _MEANING = {"base": "base weights", "adapter": "adapter", "prompt": "prompt", "tokenizer": "tokenizer"}
 
 
@@ -95,9 +94,11 @@ def checkpoint_of(
         "options": dict(options),
         "participants": hub.transport.nodes(),
         "federation": hub.roster.federation,
-        "holdings": {n: _holding(h) for n, h in hub.roster.joined.items()},
+        "holdings": {n: holding(h) for n, h in hub.roster.joined.items()},
         "history": json.loads(hub.history.to_json()),
         "patience": hub.patience,
+        "round_notes": hub.round_notes,
+        "members_changed": hub.members_changed,
         "server_optimizer": numbers,
     }
     tensors = {
@@ -119,23 +120,54 @@ def _stands_elsewhere(hub: Hub, name: str, former: Mapping[str, bytes], since: i
 
 
 def check(hub: Hub, found: Checkpoint) -> None:
-    """Makes sure that a checkpoint is this federation's.
+    """Makes sure that a checkpoint is this federation's, and its members are those of then.
 
     Raises:
         CheckpointError: Another base, adapter, prompt, set of participants, or option that decides the future.
     """
-    about = found.about
-    wrong = _other_contract(hub, found)
-    there, here = about["participants"], hub.transport.nodes()
+    there, here = found.about["participants"], hub.transport.nodes()
+    others = ""
     if sorted(there) != sorted(here):
         gone, new = sorted(set(there) - set(here)), sorted(set(here) - set(there))
-        wrong.append(f"participants: {', '.join(gone) or 'none'} are missing, {', '.join(new) or 'none'} are new")
+        others = f"participants: {', '.join(gone) or 'none'} are missing, {', '.join(new) or 'none'} are new"
     elif there != here and isinstance(hub.transport, InProcess):  # asked in their order, whose sums end otherwise
-        wrong.append(f"participants: in the order {', '.join(there)} there, {', '.join(here)} here")
+        others = f"participants: in the order {', '.join(there)} there, {', '.join(here)} here"
+    wrong = _other_contract(hub, found) + ([others] if others else []) + list(_other_options(hub, found).values())
+    _refuse(found, wrong, f" {_changed(found)}" if others else "")
+
+
+def check_but_members(hub: Hub, found: Checkpoint) -> Change:
+    """Makes sure that a checkpoint is this federation's, whoever its members are now; says what changed of them.
+
+    Raises:
+        CheckpointError: Another base, adapter, prompt, or option that decides the future.
+    """
+    others = _other_options(hub, found)
+    sampled = "participants_per_round"  # a count of those who were there then
+    _refuse(found, _other_contract(hub, found) + [text for name, text in others.items() if name != sampled])
+    change = Change.between(
+        found.round,
+        found.about["participants"],
+        hub.transport.nodes(),
+        ordered=isinstance(hub.transport, InProcess),
+        divided=hub.evaluator.holds_out_a_share,
+    )
+    if sampled in others:
+        change.sampled = found.about["decisive"][sampled], hub.settings.per_round
+    return change
+
+
+def _other_options(hub: Hub, found: Checkpoint) -> dict[str, str]:
     now = json.loads(json.dumps(decisive(hub.settings)))
-    then = about["decisive"]
-    wrong += [f"{k}: {v!r:.200} there, {now.get(k)!r:.200} here" for k, v in then.items() if now.get(k) != v]
-    _refuse(found, wrong)
+    then = found.about["decisive"]
+    return {k: f"{k}: {v!r:.200} there, {now.get(k)!r:.200} here" for k, v in then.items() if now.get(k) != v}
+
+
+def _changed(found: Checkpoint) -> str:
+    return (
+        f'FederatedAveraging.resume(…, round={found.round}, members="changed") goes on with the members, and the data, '
+        "of now."
+    )
 
 
 def check_contract(hub: Hub, found: Checkpoint) -> None:
@@ -153,11 +185,11 @@ def _other_contract(hub: Hub, found: Checkpoint) -> list[str]:
     return [f"{_MEANING[k]}: {theirs.get(k)!s:.12} there, {ours[k]!s:.12} here" for k in different]
 
 
-def _refuse(found: Checkpoint, wrong: list[str]) -> None:
+def _refuse(found: Checkpoint, wrong: list[str], remedy: str = "") -> None:
     if wrong:
         msg = (
             f"the checkpoint of round {found.round} is another federation's ({'; '.join(wrong)}). Give the same chain, "
-            "participants and options, or begin anew with another checkpoint_dir."
+            f"participants and options, or begin anew with another checkpoint_dir.{remedy}"
         )
         raise CheckpointError(msg)
 
@@ -190,48 +222,45 @@ def restore(hub: Hub, found: Checkpoint) -> dict[str, bytes]:
     hub.round, hub.history = found.round, history
     hub.broadcast.restore({n: copy[n] for n in state.values if n in copy}, state)
     hub.patience = list(found.about["patience"])
+    hub.round_notes = list(found.about.get("round_notes", []))
+    hub.members_changed = bool(found.about.get("members_changed"))
     hub.evaluator.forget()
     return dict(found.participants)
 
 
-def begun_by_then(hub: Hub, nodes: list[str], states: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Participants' states at a checkpoint, with those of whom the restored history knows nothing at their start."""
+def begun_by_then(
+    hub: Hub, nodes: list[str], states: Mapping[str, bytes], joined: Collection[str] = ()
+) -> dict[str, bytes]:
+    """Participants' states at a checkpoint, with those of whom it knows nothing at their start.
+
+    Args:
+        hub: With the restored history.
+        nodes: Who takes part.
+        states: What the checkpoint holds.
+        joined: Who is new, even where the history knows the name: what it kept since then is not of this run.
+    """
     trained = {name for record in hub.history for name in record.trained}
-    return {n: states.get(n, _START) for n in nodes if n in states or n not in trained}
+    return {n: states.get(n, START) for n in nodes if n in states or n in joined or n not in trained}
 
 
-def _holding(hello: Hello) -> dict[str, Any]:
-    """What of a participant decides how it goes on, as far as it says so."""
-    return {
-        "examples": hello.num_examples,
-        "tokens": hello.num_tokens,
-        "rank": hello.rank,
-        "alpha": hello.alpha,
-        "options": hello.options,
-    }
-
-
-def check_holdings(hellos: Mapping[str, Hello], holdings: Mapping[str, Any]) -> None:
+def check_holdings(hellos: Mapping[str, Hello], holdings: Mapping[str, Any], found: Checkpoint) -> None:
     """Makes sure that participants hold what they held.
 
     Args:
         hellos: What they say now, by name.
         holdings: What a checkpoint says of them.
+        found: The checkpoint.
 
     Raises:
         CheckpointError: A participant holds other examples than it did.
     """
-    for name, hello in hellos.items():
-        then, now = holdings.get(name), _holding(hello)
-        if then is not None and then != now:
-            different = "; ".join(
-                f"{what}: {then.get(what)} then, {now[what]} now" for what in now if then.get(what) != now[what]
-            )
-            msg = (
-                f"participant {name!r} is not as it was ({different}): the run would not be the one that was "
-                "interrupted. Give it the examples and options of then."
-            )
-            raise CheckpointError(msg)
+    for name, changes in different(hellos, holdings).items():
+        said = "; ".join(f"{what}: {then} then, {now} now" for what, (then, now) in changes.items())
+        msg = (
+            f"participant {name!r} is not as it was ({said}): the run would not be the one that was interrupted. Give "
+            f"it the examples and options of then. {_changed(found)}"
+        )
+        raise CheckpointError(msg)
 
 
 def give_back(hub: Hub, names: list[str], states: Mapping[str, bytes]) -> None:

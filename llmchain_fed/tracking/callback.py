@@ -97,13 +97,14 @@ def asked(record: RoundRecord) -> int:
 
 
 def notes_of(record: RoundRecord) -> list[str]:
-    """Who did not train and why, and what the learning guards found."""
-    missing = [
+    """What concerns the whole round, who did not train and why, and what the learning guards found."""
+    found = list(record.notes)
+    found += [
         f"{name}: {p.status}" + (f" ({p.reason})" if p.reason else "")
         for name, p in record.participants.items()
         if p.status not in ("trained", "idle")
     ]
-    return missing + [f"{name}: {note}" for name, p in record.participants.items() for note in p.notes]
+    return found + [f"{name}: {note}" for name, p in record.participants.items() for note in p.notes]
 
 
 def samples_of(record: RoundRecord) -> dict[str, str]:

@@ -1,0 +1,132 @@
+"""ManualRounds: one participant at a time. `train()` opens a round and adds an update to it, `step()` closes it.
+
+Knows the hub and this process's participants. Knows nothing about checkpoints, callbacks or whole fits.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from llmchain_fed.data import Examples
+from llmchain_fed.errors import ConfigError, FederationError, NothingTrainedError, QuorumError
+from llmchain_fed.federated.between_rounds import BetweenRounds
+from llmchain_fed.federated.held import STALE
+from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
+from llmchain_fed.federated.participant import Participant
+from llmchain_fed.federated.peer import LocalPeer
+from llmchain_fed.federated.round import OpenRound
+from llmchain_fed.federated.runtime import InProcess, Transport
+
+
+class ManualRounds(BetweenRounds):
+    """The part of `FederatedAveraging` in which the caller says who trains when."""
+
+    _transport: Transport
+    _open: OpenRound | None
+    _opened: float
+
+    @abstractmethod
+    def _peer(self, participant: Participant) -> LocalPeer: ...
+
+    @abstractmethod
+    def _completed(self, record: RoundRecord) -> None: ...
+
+    def train(self, local_data: Examples, device_id: Any) -> ParticipantRecord:
+        """Trains one participant from the current global weights; the chain keeps those until `step()`.
+
+        One whose update was refused, which its record says, may train again in the same round: its new record then
+        takes the place of the old one.
+
+        Args:
+            local_data: Its examples, in any form.
+            device_id: Its name.
+
+        Raises:
+            DuplicateParticipantError: An update of its own is in this round already.
+            DataError, TrainingError: Its examples or its training failed; nothing has changed.
+            ConfigError: The participants run elsewhere (`runtime=`).
+        """
+        if not isinstance(self._transport, InProcess):
+            msg = "train() works on participants in this process; with runtime=… use fit()."
+            raise ConfigError(msg)
+        if self._hub.evaluator.holds_out_a_share:
+            msg = (
+                "evaluation as a share sets apart examples of participants=…, and train() brings its own. Pass "
+                "evaluation=examples, one set for all, or both participants= and evaluation= as {name: examples}."
+            )
+            raise ConfigError(msg)
+        name = str(device_id)
+        opened = self._open or self._hub.begin()
+        opened.refuse_twice(name)
+        peer = self._peers.get(name)
+        participant = Participant(name, local_data)
+        if peer is None:
+            peer = self._peer(participant)
+        with peer.taking(participant):
+            update, sent = self._asked(peer, self._hub.header(opened))  # what it raises is the caller's to see
+        if self._open is None:
+            self._open, self._opened = opened, time.perf_counter()
+        if name not in self._peers:
+            self._peers[name] = peer
+            self._transport.add(name, peer)
+        record = opened.accept(name, update, sent=sent)
+        self._hub.roster.leave(name)  # it may hold another number of examples now: the next round asks anew
+        return record
+
+    def _asked(self, peer: LocalPeer, header: Mapping[str, Any]) -> tuple[bytes, int]:
+        """A participant's update, and the bytes that went to it; one that lost what it held is sent everything."""
+        broadcast, participant = self._hub.broadcast, peer.participant
+        name, rank, alpha = participant.name, participant.rank, participant.alpha
+        if rank is not None or broadcast.scaling_of(name) is not None:  # else it holds what it is known to hold
+            broadcast.joined(name, None, rank, alpha)
+        message = broadcast.message(name, header)
+        answer = peer.handle("train", message)
+        if answer != STALE:
+            return answer, len(message)
+        broadcast.joined(name, None, rank, alpha)
+        everything = broadcast.message(name, header)
+        return peer.handle("train", everything), len(message) + len(everything)
+
+    def step(self) -> RoundRecord:
+        """Averages what has been trained since the last step and loads it: w = Σ n_k/n · w_k.
+
+        Raises:
+            NothingTrainedError: Nobody has trained in this round.
+            QuorumError: Too few updates were usable. The round stays open, so that more can train; it is closed where
+                not one was usable. Weights and history are as before.
+            LLMChainFedError: The updates cannot be combined or loaded. Weights and history are as before, and the round
+                is closed: its updates are used up.
+        """
+        if self._open is None:
+            msg = "no participant has trained since the last step(). Call train(local_data, device_id) first."
+            raise NothingTrainedError(msg)
+        try:
+            if self._hub.evaluator.active:
+                self._join()
+            before = self._hub.measure(self._hub.round)
+            record = self._hub.close(self._open, self._opened, before, {})
+        except BaseException as error:
+            if self._open.spent:
+                error.add_note(
+                    "The round is closed, weights and history are as before: its participants must train anew."
+                )
+            if self._open.spent or (isinstance(error, QuorumError) and not self._open.trained):
+                self._open = None  # nothing in it is worth waiting for: fit() and train() may begin anew
+            raise
+        self._open = None
+        self._completed(record)
+        return record
+
+    def _check_closed(self) -> None:
+        if self._open is None:
+            return
+        msg = f"{self._open.trained} have trained in a round that is still open. Call step() first."
+        if not self._open.trained:
+            msg = (
+                f"the round that train() opened has no usable update (from {', '.join(self._open.records)}). Call "
+                "train() again, or step(), which says why and closes it."
+            )
+        raise FederationError(msg)
