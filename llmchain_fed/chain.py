@@ -23,7 +23,7 @@ from llmchain_fed import saving
 from llmchain_fed._config import explain, unknown_option
 from llmchain_fed.chat import LocalChatModel
 from llmchain_fed.errors import ChainFileError, ConfigError, PromptVariablesError, UnsupportedModelError
-from llmchain_fed.face import SAVED, check_saved
+from llmchain_fed.face import OPTIONS, SAVED, check_saved
 from llmchain_fed.library import make_parser, parser_name, prompt_from_data, prompt_to_data
 from llmchain_fed.llm import LocalLLM
 from llmchain_fed.model import LocalModel
@@ -195,7 +195,7 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
     def generation_options(self) -> dict[str, Any]:
         """Keywords for `model.generate` that give the answers this chain gives."""
         kwargs = self._all_llm_kwargs()
-        return self.face.options(kwargs.pop("stop", None), kwargs)
+        return {name: getattr(self.face, name) for name in OPTIONS} | self.face.options(kwargs.pop("stop", None), kwargs)
 
     # --- Runnable ---------------------------------------------------------------------------------------------------
 

@@ -94,7 +94,9 @@ class LocalFace(BaseModel):
         return cls(model=LocalModel.from_pretrained(name_or_path, lora=lora, dtype=dtype, device=device), **options)
 
     def options(self, stop: Sequence[str] | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """Keywords for `LocalModel.complete` and `stream`: this face's defaults under a call's own.
+        """Keywords for `LocalModel.complete` and `stream`: what was chosen here under a call's own.
+
+        An option that nobody has chosen is left out: its default is the model's to know, and to say what it overrides.
 
         Raises:
             ConfigError: A keyword that is no generation option.
@@ -102,7 +104,7 @@ class LocalFace(BaseModel):
         given = {ALIASES.get(k, k): v for k, v in overrides.items() if v is not None}
         for name in given.keys() - OPTIONS:
             raise ConfigError(unknown_option(name, {*OPTIONS, "stop"}))
-        own = {name: getattr(self, name) for name in OPTIONS}
+        own = {name: getattr(self, name) for name in OPTIONS & self.model_fields_set}
         return own | given | {"stop": self.stop if stop is None else stop}
 
     def identity(self) -> dict[str, Any]:
@@ -123,8 +125,8 @@ class LocalFace(BaseModel):
         return {
             "ls_provider": "llmchain_fed",
             "ls_model_name": name if isinstance(name, str) else self.model.name,
-            "ls_temperature": given["temperature"],
-            "ls_max_tokens": given["max_new_tokens"],
+            "ls_temperature": given.get("temperature", self.temperature),
+            "ls_max_tokens": given.get("max_new_tokens", self.max_new_tokens),
         }
 
 
