@@ -363,10 +363,10 @@ def _plain(value: Any) -> Any:
 
 
 def _watermark(data: Any) -> Any:
-    kind = SynthIDTextWatermarkingConfig if "ngram_len" in data else WatermarkingConfig
     try:
+        kind = SynthIDTextWatermarkingConfig if "ngram_len" in data else WatermarkingConfig
         return kind(**data)
-    except TypeError:
+    except TypeError:  # other keys, or no mapping
         msg = f"generation_config: watermarking_config={data!r:.120} is not what transformers writes"
         raise ValueError(msg) from None
 
@@ -400,6 +400,8 @@ def save_without_generation_config(module: nn.Module) -> Iterator[None]:
 def _readable(own: GenerationConfig) -> GenerationConfig:
     stand_in = _AsItIs()
     vars(stand_in).update(vars(from_data(to_data(own))))
+    if not isinstance(stand_in.watermarking_config, WatermarkingConfig):
+        stand_in.watermarking_config = None  # the one of SynthID is written, and read as if it were the other
     try:
         GenerationConfig.validate(stand_in, user_set_attributes=set())  # raises where reading would, warns of nothing
         stand_in.to_json_string()

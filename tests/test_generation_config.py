@@ -31,11 +31,11 @@ WATERMARK = {"bias": 30.0, "greenlist_ratio": 0.5, "hashing_key": 15485863, "see
 
 # field → values as models ship them, or as transformers documents them
 HOLD = {
-    "min_length": [9, 40],
+    "min_length": [9, 10],
     "min_new_tokens": [9],
     "use_cache": [False, True],
     "encoder_repetition_penalty": [3.0],
-    "encoder_no_repeat_ngram_size": [2],
+    "encoder_no_repeat_ngram_size": [1, 2],
     "bad_words_ids": [[[FIRST]], [[FIRST, SECOND]], [[0, FIRST]], []],
     "renormalize_logits": [True],
     "forced_bos_token_id": [SECOND],
@@ -166,7 +166,8 @@ def _quiet(caplog):
     logger.addHandler(caplog.handler)
     yield
     logger.removeHandler(caplog.handler)
-    assert [r.getMessage() for r in caplog.records if r.name.startswith("transformers")] == []
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("transformers")]
+    assert [text for text in said if "The seeding will be skipped" not in text] == []  # a watermark's first tokens
 
 
 def test_the_table_knows_every_field():
@@ -187,7 +188,7 @@ def test_a_field_holds_as_shipped(kind, name, i, caplog):
     single = ["p", PROMPTS[0]] if name == "forced_bos_token_id" else SHORT  # a prompt of one token, for a causal model
     wanted = [by_hand(kind, p, eos=eos, **copy.deepcopy(fields)) for p in single]
     assert answers(model, single) == wanted
-    assert caplog.records == []
+    assert [r for r in caplog.records if r.name == "llmchain_fed"] == []
     if i == 0 and name in CHANGES[kind]:
         assert wanted != [by_hand(kind, p) for p in single]
 
@@ -373,7 +374,8 @@ def test_save_pretrained_works_whatever_is_shipped(name, i, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded.get_input_embeddings().weight, module.get_input_embeddings().weight)
     written = json.loads((Path(tmp_path) / "generation_config.json").read_text())
-    if name not in ("constraints", "compile_config", "continuous_batching_config", "num_return_sequences"):
+    synthid = name == "watermarking_config" and i == 2  # transformers writes it and cannot read it
+    if not synthid and name not in ("constraints", "compile_config", "continuous_batching_config", "num_return_sequences"):
         assert written[name] == to_data(module.generation_config)[name]
 
 
