@@ -195,7 +195,9 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
     def generation_options(self) -> dict[str, Any]:
         """Keywords for `model.generate` that give the answers this chain gives."""
         kwargs = self._all_llm_kwargs()
-        return {name: getattr(self.face, name) for name in OPTIONS} | self.face.options(kwargs.pop("stop", None), kwargs)
+        return {name: getattr(self.face, name) for name in OPTIONS} | self.face.options(
+            kwargs.pop("stop", None), kwargs
+        )
 
     # --- Runnable ---------------------------------------------------------------------------------------------------
 

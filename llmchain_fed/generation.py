@@ -215,7 +215,7 @@ class StopOnText(StoppingCriteria):  # type: ignore[misc]
         return self._contains(self._last(row)) and self._contains(self._settled(row))
 
     def _last(self, row: list[int]) -> str:
-        """The text of the last tokens, at least a window's length of it: a token may add none, byte tokens settle late."""
+        """A window's length of text at the end: a token may add none, and byte tokens settle late."""
         start, size = len(row), self._window
         while True:
             counted = 0

@@ -264,7 +264,7 @@ class CompleteConfig(GenerationConfig):  # type: ignore[misc]
         except (ValueError, TypeError) as error:
             raise ConfigError(_refused(str(error).strip())) from None
 
-    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **values: Any) -> Any:
+    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **values: Any) -> Any:  # noqa: FBT001, FBT002 (transformers')
         """As transformers', without the module's own values and without lengths that nobody gave."""
         if allow_custom_entries:  # only the module's own come like this
             return {}
@@ -399,7 +399,7 @@ def save_without_generation_config(module: nn.Module) -> Iterator[None]:
 
 def _readable(own: GenerationConfig) -> GenerationConfig:
     stand_in = _AsItIs()
-    vars(stand_in).update(vars(from_data(to_data(own))))
+    stand_in.__dict__.update(vars(from_data(to_data(own))))
     if not isinstance(stand_in.watermarking_config, WatermarkingConfig):
         stand_in.watermarking_config = None  # the one of SynthID is written, and read as if it were the other
     try:

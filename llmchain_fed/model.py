@@ -155,7 +155,8 @@ class LocalModel(AdapterViews):
     @property
     def _rows(self) -> int | None:
         """tokens: how many the model tells apart."""
-        embedding = self.module.get_input_embeddings() if hasattr(self.module, "get_input_embeddings") else None
+        module: Any = self.module
+        embedding = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
         return getattr(embedding, "num_embeddings", None)
 
     @property

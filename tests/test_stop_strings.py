@@ -6,6 +6,7 @@ stream and with beams. The right answer is found by brute force on the whole tex
 """
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -30,7 +31,9 @@ def tokenizer_of(family):
     if family == "byte-level":
         tokenizer = train_tokenizer()
     else:
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=_raw(family), pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=_raw(family), pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        )
     tokenizer.add_tokens([MARK, AddedToken(ROLE, normalized=False)])
     tokenizer.add_special_tokens({"additional_special_tokens": [SPECIAL]})
     return tokenizer
@@ -42,7 +45,9 @@ def _raw(family):
         bytes_ = [f"<0x{b:02X}>" for b in range(256)]
         words = [p for p in PIECES if p != "\n"]
         vocab = dict.fromkeys([*special, *bytes_, "▁", "▁▁", *words, *("▁" + w for w in words)])
-        raw = Tokenizer(models.BPE({t: i for i, t in enumerate(vocab)}, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        raw = Tokenizer(
+            models.BPE({t: i for i, t in enumerate(vocab)}, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+        )
         raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         raw.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -154,20 +159,28 @@ def cases(draw, family):
         lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     )
     token = st.one_of(anything.map(lambda i: [i]), st.sampled_from(named).map(lambda i: [i]), written)
-    script = st.lists(token, min_size=1, max_size=8).map(lambda parts: sum(parts, [])[: LIMIT - 4])
+    script = st.lists(token, min_size=1, max_size=8).map(lambda parts: list(itertools.chain(*parts))[: LIMIT - 4])
     scripts = draw(st.lists(script, min_size=2, max_size=3))
-    text = tokenizer.decode(draw(st.sampled_from(scripts)), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(
+        draw(st.sampled_from(scripts)), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
     at = draw(st.integers(0, max(0, len(text) - 1)))
     inside = text[at : at + draw(st.integers(1, 6))] or "x"
     free = st.text(alphabet="ab é#.\n€\ufffd", min_size=1, max_size=3)
-    stops = draw(st.lists(st.one_of(st.just(inside), free, st.sampled_from([MARK, SPECIAL, ROLE, " ", "\ufffd"])), min_size=1, max_size=3))
+    stops = draw(
+        st.lists(
+            st.one_of(st.just(inside), free, st.sampled_from([MARK, SPECIAL, ROLE, " ", "\ufffd"])),
+            min_size=1,
+            max_size=3,
+        )
+    )
     return scripts, stops
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_way_of_asking_cuts_the_whole_text(family, kind):
-    @settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(case=cases(family))
     def check(case):
         scripts, stops = case
@@ -263,7 +276,11 @@ def test_a_special_token_that_answers_keep_is_a_stop_string_too(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
 def test_a_model_without_an_end_token_stops_each_row_of_a_batch_for_itself(kind):
-    scripts = [ids_of("byte-level", *"ab", MARK, *"cd"), ids_of("byte-level", *"aaaaa", MARK), ids_of("byte-level", *"ab")]
+    scripts = [
+        ids_of("byte-level", *"ab", MARK, *"cd"),
+        ids_of("byte-level", *"aaaaa", MARK),
+        ids_of("byte-level", *"ab"),
+    ]
     model = dictated("byte-level", kind, scripts, end=False)
     done = model.complete(model.prompts, stop=[MARK], max_new_tokens=9)
     assert [d.text for d in done] == ["ab", "aaaaa", "ab!!!!!!!"]
