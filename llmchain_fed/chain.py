@@ -209,7 +209,7 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         """Keywords for `model.generate` that give the answers this chain gives."""
         rendering = self._rendering_kwargs()
         kwargs = {k: v for k, v in self._all_llm_kwargs().items() if k not in rendering}
-        return self.face.options(kwargs.pop("stop", None), kwargs)
+        return self.face.all_options(kwargs.pop("stop", None), kwargs)
 
     def _rendering_kwargs(self) -> dict[str, Any]:
         """The keywords of a call to the model that decide the prompt's text: the switches of a chat template."""

@@ -102,7 +102,9 @@ class LocalFace(BaseModel):
         return cls(model=LocalModel.from_pretrained(name_or_path, lora=lora, dtype=dtype, device=device), **options)
 
     def options(self, stop: Sequence[str] | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """Keywords for `LocalModel.complete` and `stream`: this face's defaults under a call's own.
+        """Keywords for `LocalModel.complete` and `stream`: what was chosen here under a call's own.
+
+        An option that nobody has chosen is left out: its default is the model's to know, and to say what it overrides.
 
         Raises:
             ConfigError: A keyword that is no generation option.
@@ -110,8 +112,16 @@ class LocalFace(BaseModel):
         given = {ALIASES.get(k, k): v for k, v in overrides.items() if v is not None}
         for name in given.keys() - OPTIONS:
             raise ConfigError(unknown_option(name, {*OPTIONS, "stop", *self.rendering_options}))
-        own = {name: getattr(self, name) for name in OPTIONS}
+        own = {name: getattr(self, name) for name in OPTIONS & self.model_fields_set}
         return own | given | {"stop": self.stop if stop is None else stop}
+
+    def all_options(self, stop: Sequence[str] | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """`options` with a value for every one: also for those that nobody chose.
+
+        Raises:
+            ConfigError: A keyword that is no generation option.
+        """
+        return {name: getattr(self, name) for name in OPTIONS} | self.options(stop, overrides)
 
     def as_prompt(self, call: Mapping[str, Any] | None = None) -> Bare:
         """What makes text of this object's own input: with it, training sees what a call sends.
@@ -174,8 +184,8 @@ class LocalFace(BaseModel):
         return {
             "ls_provider": "llmchain_fed",
             "ls_model_name": name if isinstance(name, str) else self.model.name,
-            "ls_temperature": given["temperature"],
-            "ls_max_tokens": given["max_new_tokens"],
+            "ls_temperature": given.get("temperature", self.temperature),
+            "ls_max_tokens": given.get("max_new_tokens", self.max_new_tokens),
         }
 
 
@@ -223,7 +233,7 @@ class Bare:
     def generation_options(self) -> dict[str, Any]:
         """Keywords for `model.generate` that give the answers the face gives."""
         call = {k: v for k, v in self.call.items() if k not in self.face.rendering_options}
-        return self.face.options(call.pop("stop", None), call)
+        return self.face.all_options(call.pop("stop", None), call)
 
     def parsed(self, text: str) -> str:
         """What is left of an answer's text, for the white space around it."""

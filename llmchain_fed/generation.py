@@ -6,6 +6,7 @@ Knows transformers' `generate` and tokenizers. Knows nothing about weights, chai
 from __future__ import annotations
 
 import queue
+import re
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from llmchain_fed import generation_fields
 from llmchain_fed._config import FrozenConfig
 from llmchain_fed.errors import ConfigError
+from llmchain_fed.generation_fields import CompleteConfig
 
 
 class GenerationOptions(FrozenConfig):
@@ -32,7 +35,7 @@ class GenerationOptions(FrozenConfig):
     max_new_tokens: int = Field(default=256, ge=1)
     """tokens: at most this many are generated"""
     min_new_tokens: int | None = Field(default=None, ge=0)
-    """tokens: the answer does not end before this many"""
+    """tokens: the answer does not end before this many (or before `max_new_tokens`); None: as the model ships it"""
     temperature: float = Field(default=0.0, ge=0.0)
     """0 is greedy (the default); above 0 the answer is sampled"""
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
@@ -53,21 +56,41 @@ class GenerationOptions(FrozenConfig):
         """True when tokens already present count, so that padding in front of a prompt would count too."""
         return self.repetition_penalty != 1.0 or self.no_repeat_ngram_size > 0
 
-    def to_transformers(self, *, eos: Sequence[int], pad: int) -> GenerationConfig:
-        """The same as a transformers `GenerationConfig`; sampling options are absent when greedy."""
-        sampling: dict[str, Any] = {"do_sample": self.temperature > 0}
+    def to_transformers(
+        self, own: GenerationConfig | None = None, *, eos: Sequence[int], pad: int, start: int
+    ) -> GenerationConfig:
+        """All that `generate` is to do: these options over what the model ships.
+
+        Args:
+            own: The module's `generation_config`; `generation_fields` says which of its fields hold.
+            eos: Ids that end an answer.
+            pad: The padding id.
+            start: tokens: the answer's place in a row, behind the prompt or the decoder's start.
+
+        Raises:
+            ConfigError: What the model ships cannot be used.
+        """
+        values = generation_fields.shipped(own, sampling=self.temperature > 0, beams=self.num_beams > 1)
+        # One field for both, counted from the row's start, because transformers warns where the model ships the other.
+        new = self.min_new_tokens if self.min_new_tokens is not None else values.pop("min_new_tokens", None)
+        shortest = start + new if new is not None else values.get("min_length", 0)
+        values |= {"min_new_tokens": None, "min_length": min(shortest, start + self.max_new_tokens)}
+        values |= {"do_sample": self.temperature > 0}
         if self.temperature > 0:
             # top_k=0 switches off transformers' own default of 50, which nobody asked for
-            sampling |= {"temperature": self.temperature, "top_p": self.top_p or 1.0, "top_k": self.top_k or 0}
-        return GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            min_new_tokens=self.min_new_tokens,
-            num_beams=self.num_beams,
-            repetition_penalty=self.repetition_penalty,
-            no_repeat_ngram_size=self.no_repeat_ngram_size,
-            eos_token_id=list(eos) or None,
-            pad_token_id=pad,
-            **sampling,
+            values |= {"temperature": self.temperature, "top_p": self.top_p or 1.0, "top_k": self.top_k or 0}
+        if not eos:
+            values.pop("exponential_decay_length_penalty", None)  # there is no end to bring nearer
+        return CompleteConfig(
+            **values
+            | {
+                "max_new_tokens": self.max_new_tokens,
+                "num_beams": self.num_beams,
+                "repetition_penalty": self.repetition_penalty,
+                "no_repeat_ngram_size": self.no_repeat_ngram_size,
+                "eos_token_id": list(eos) or None,
+                "pad_token_id": pad,
+            }
         )
 
 
@@ -96,12 +119,17 @@ def checked_stops(stop: Sequence[str] | str | None) -> tuple[str, ...]:
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the first stop string that occurs in it.
+    """The text before the stop string that is complete first; of two complete at once, before the longer one.
+
+    Which is complete first does not depend on how the text is cut into tokens, nor on what follows it.
 
     >>> cut_at_stop("Bonjour ### fin ###", ["fin", "###"])
     'Bonjour '
+    >>> cut_at_stop("abcd", ["bcd", "c"])
+    'ab'
     """
-    return text[: min((at for s in stops if (at := text.find(s)) >= 0), default=len(text))]
+    found = [(at + len(s), at) for s in stops if (at := text.find(s)) >= 0]
+    return text[: min(found)[1]] if found else text
 
 
 def safe_length(text: str, stops: Sequence[str]) -> int:
@@ -117,23 +145,90 @@ def safe_length(text: str, stops: Sequence[str]) -> int:
     return len(text)
 
 
-class StopOnText(StoppingCriteria):  # type: ignore[misc]
-    """Ends a row as soon as its new text contains a stop string.
+class Settling:
+    """An unfinished answer's text as far as no further token can change it.
 
-    Compares text, not token ids, because a stop string may fall anywhere within tokens. transformers' own
-    `stop_strings` needs a table over the whole vocabulary for that.
+    Two things can change: an incomplete character, which reads U+FFFD until its last byte is there, and a run of byte
+    tokens (`<0xE2>`), which reads U+FFFD as a whole while it is no valid UTF-8, even after it was.
+
+    Args:
+        tokenizer: Says which ids are byte tokens.
+        finish: All new ids of a row → the answer's text.
     """
 
-    def __init__(self, decode: Callable[[Any], list[str]], stops: Sequence[str], prompt_width: int) -> None:
-        self._decode, self._stops, self._prompt_width = decode, stops, prompt_width
-        # Every token adds at least a byte; the margin covers special tokens and a cut character in front.
+    def __init__(self, tokenizer: Any, finish: Callable[[list[int]], str]) -> None:
+        self._finish = finish
+        self._name = getattr(tokenizer, "convert_ids_to_tokens", lambda _: None)
+        self._bytes: dict[int, bool] = {}
+
+    def is_byte(self, token: int) -> bool:
+        """Whether the token stands for one byte, by name."""
+        if token not in self._bytes:
+            self._bytes[token] = _BYTE.fullmatch(str(self._name(token))) is not None
+        return self._bytes[token]
+
+    def __call__(self, ids: list[int]) -> str:
+        """All new ids of a row so far → the settled beginning of its text."""
+        end = len(ids)
+        while end and self.is_byte(ids[end - 1]):
+            end -= 1
+        return self._finish(ids[:end]).rstrip("\ufffd")
+
+
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+
+class StopOnText(StoppingCriteria):  # type: ignore[misc]
+    """Ends a row once its settled text contains a stop string, so that ending early never changes an answer.
+
+    Compares text, not token ids, because a stop string may fall anywhere within tokens. transformers' own
+    `stop_strings` needs a table over the whole vocabulary for that. The last tokens alone are looked at first; out of
+    their context they may read otherwise, so a hit is confirmed on the whole row. A miss only costs time, since the
+    answer is cut on its whole text.
+
+    Args:
+        decode: Some ids in a row → their text.
+        settled: All new ids of a row → text that no further token can change.
+        stops: The stop strings.
+        prompt_width: tokens: where a row's answer begins.
+    """
+
+    def __init__(
+        self, decode: Callable[[list[int]], str], settled: Settling, stops: Sequence[str], prompt_width: int
+    ) -> None:
+        self._decode, self._settled, self._stops, self._prompt_width = decode, settled, stops, prompt_width
+        # The margin is for what stands at a window's beginning and reads otherwise there than in the middle.
         self._window = max(len(s.encode()) for s in stops) + 8
+        self.lengths: dict[int, int] = {}
+        """row → tokens of its answer when it ended; without beams, whose rows change places"""
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002 (transformers' signature)
         """(rows, T) token ids so far → (rows,) which are done."""
-        start = max(self._prompt_width, input_ids.shape[1] - self._window)
-        done = [any(s in text for s in self._stops) for text in self._decode(input_ids[:, start:])]
+        rows = input_ids[:, self._prompt_width :].tolist()
+        done = [self._ends(row) for row in rows]
+        for i, ended in enumerate(done):
+            if ended:
+                self.lengths.setdefault(i, len(rows[i]))
         return torch.tensor(done, device=input_ids.device)
+
+    def _ends(self, row: list[int]) -> bool:
+        return self._contains(self._last(row)) and self._contains(self._settled(row))
+
+    def _last(self, row: list[int]) -> str:
+        """A window's length of text at the end: a token may add none, and byte tokens settle late."""
+        start, size = len(row), self._window
+        while True:
+            counted = 0
+            while start and counted < size:
+                start -= 1
+                counted += not self._settled.is_byte(row[start])
+            text = self._decode(row[start:])
+            if not start or len(text) >= self._window:
+                return text
+            size *= 2
+
+    def _contains(self, text: str) -> bool:
+        return any(s in text for s in self._stops)
 
 
 class StopOnEvent(StoppingCriteria):  # type: ignore[misc]
@@ -165,6 +260,7 @@ class _TokenQueue(BaseStreamer):  # type: ignore[misc]
 def stream_text(
     work: Callable[[BaseStreamer, StoppingCriteria], None],
     finish: Callable[[list[int]], str],
+    settled: Callable[[list[int]], str],
     stops: Sequence[str],
 ) -> Generator[str, None, list[int]]:
     """Runs `work` in a thread and yields its text piece by piece.
@@ -175,7 +271,8 @@ def stream_text(
 
     Args:
         work: Generates; takes the streamer to feed and a criterion that ends it.
-        finish: Token ids so far → text.
+        finish: All token ids → text.
+        settled: Token ids so far → the beginning of that text, as far as no further token can change it.
         stops: Where to cut. A possible beginning of one is held back.
     """
     items: queue.SimpleQueue[list[int] | BaseException | None] = queue.SimpleQueue()
@@ -198,11 +295,10 @@ def stream_text(
             if isinstance(item, BaseException):
                 raise item
             ids += item
-            text = finish(ids)
+            text = settled(ids)
             if cut_at_stop(text, stops) != text:
                 break
-            # An incomplete multi-byte character decodes to U+FFFD until its last byte is there.
-            ready = text[: safe_length(text.rstrip("\ufffd"), stops)]
+            ready = text[: safe_length(text, stops)]
             if len(ready) > len(shown) and ready.startswith(shown):
                 yield ready[len(shown) :]
                 shown = ready

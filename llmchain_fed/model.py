@@ -15,13 +15,14 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import StoppingCriteriaList
 
-from llmchain_fed import pretrained, vocabulary, weights
+from llmchain_fed import generation_fields, pretrained, vocabulary, weights
 from llmchain_fed.adapters import REMAINDER
 from llmchain_fed.adapters.views import AdapterViews
 from llmchain_fed.errors import ConfigError, NotTrainableError, PromptTooLongError, UnsupportedModelError
 from llmchain_fed.generation import (
     Completion,
     GenerationOptions,
+    Settling,
     StopOnText,
     checked_stops,
     chunks,
@@ -70,6 +71,7 @@ class LocalModel(AdapterViews):
         self._primary = tuple(name for name in weights.adapter_names(module) if name != REMAINDER)
         self._fingerprint = weights.base_fingerprint(module)
         self._loads = 0
+        self._said: set[str] = set()
         self._hash: tuple[tuple[int, bytes], str] | None = None
 
     @classmethod
@@ -151,6 +153,13 @@ class LocalModel(AdapterViews):
         return self._tokens.eos_ids
 
     @property
+    def _rows(self) -> int | None:
+        """tokens: how many the model tells apart."""
+        module: Any = self.module
+        embedding = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
+        return getattr(embedding, "num_embeddings", None)
+
+    @property
     def _config(self) -> Any:
         return getattr(self.module, "config", None)
 
@@ -161,7 +170,7 @@ class LocalModel(AdapterViews):
     def wrapped(self, module: nn.Module) -> LocalModel:
         """The same model under another wrapping of its module, behind the same lock."""
         other = LocalModel(module, self.tokenizer, name=self.name, reference=self.reference)
-        other._lock = self._lock
+        other._lock, other._said = self._lock, self._said
         return other
 
     # --- weights ----------------------------------------------------------------------------------------------------
@@ -252,9 +261,14 @@ class LocalModel(AdapterViews):
         """The texts of the begin, end and padding tokens, which no foreign text can write."""
         return self._tokens.control_tokens()
 
+    def decoded(self, ids: Sequence[int]) -> str:
+        """The text of an answer of these ids, up to the first end token."""
+        return self._text(list(ids))
+
     def said(self, ids: Sequence[int], *, stop: Sequence[str] | str | None = None) -> str:
-        """What an answer of these ids says: decoded as answers are, up to the first end token or stop string."""
-        return cut_at_stop(self._tokens.decode(self._tokens.until_end(list(ids))), checked_stops(stop))
+        """What an answer of these ids says: its text up to the first stop string, the model's own among them."""
+        own = checked_stops(generation_fields.stop_strings(self._shipped))
+        return cut_at_stop(self.decoded(ids), (*checked_stops(stop), *own))
 
     def generate(
         self,
@@ -297,13 +311,16 @@ class LocalModel(AdapterViews):
         if isinstance(prompts, str):
             msg = f"`prompts` is a list of texts, got one text {prompts[:40]!r}. Pass [text]."
             raise ConfigError(msg)
-        settings, stops = GenerationOptions(**options), checked_stops(stop)
+        settings, stops = self._settled_options(stop, options)
         rows = self.encode(prompts, add_special_tokens=add_special_tokens)
         vocabulary.check(self, rows)
         rooms = [self._room(row, settings.max_new_tokens) for row in rows]
         # Neighbours in length share a batch; so do only prompts with the same room for their answers.
         order = sorted(range(len(rows)), key=lambda i: (-rooms[i], len(rows[i])))
-        alike = self.kind == "causal" and settings.reads_padding  # then only prompts of one length: no padding
+        # then only prompts of one length go together, without padding
+        alike = (self.kind == "causal" and settings.reads_padding) or generation_fields.reads_padding(
+            self._shipped, seq2seq=self.kind == "seq2seq", pad=self.pad_id
+        )
         keys = [(room, len(row) if alike else 0) for room, row in zip(rooms, rows, strict=True)]
         done: dict[int, Completion] = {}
         for chunk in chunks(order, keys, batch_size):
@@ -324,7 +341,7 @@ class LocalModel(AdapterViews):
             ConfigError: An unknown option or a value out of range.
             PromptTooLongError: The prompt leaves no room in the context.
         """
-        settings, stops = GenerationOptions(**options), checked_stops(stop)
+        settings, stops = self._settled_options(stop, options)
         (row,) = self.encode([prompt], add_special_tokens=add_special_tokens)
         vocabulary.check(self, [row])
         settings = settings.replace(max_new_tokens=self._room(row, settings.max_new_tokens))
@@ -341,8 +358,32 @@ class LocalModel(AdapterViews):
         def work(streamer: Any, abandoned: Any) -> None:
             self._generate_ids([row], settings, stops, streamer=streamer, criteria=[abandoned])
 
-        ids = yield from stream_text(work, lambda ids: self._tokens.decode(self._tokens.until_end(ids)), stops)
+        ids = yield from stream_text(work, self._text, Settling(self.tokenizer, self._text), stops)
         return self._completion(len(row), ids, stops)
+
+    def _text(self, ids: list[int]) -> str:
+        """All new ids of an answer → its text, before it is cut at a stop string."""
+        return self._tokens.decode(self._tokens.until_end(ids))
+
+    @property
+    def _shipped(self) -> Any:
+        """The module's own `generation_config`, or None."""
+        return getattr(self.module, "generation_config", None)
+
+    def _settled_options(
+        self, stop: Sequence[str] | str | None, options: Mapping[str, Any]
+    ) -> tuple[GenerationOptions, tuple[str, ...]]:
+        """The options of a call and every stop string, the model's own behind the caller's.
+
+        What the model ships and this call does not do is said in the log, each field once.
+        """
+        settings, stops = GenerationOptions(**options), checked_stops(stop)
+        chosen = {name for name, value in options.items() if value is not None}
+        others = generation_fields.overridden(self._shipped, settings, chosen)
+        idle = generation_fields.without_effect(self._shipped)
+        generation_fields.say(self.name, others, idle, said=self._said)
+        own = checked_stops(generation_fields.stop_strings(self._shipped))
+        return settings, tuple(dict.fromkeys((*stops, *own)))
 
     def _room(self, row: Sequence[int], wanted: int) -> int:
         """How many tokens the answer to this prompt may have."""
@@ -374,8 +415,13 @@ class LocalModel(AdapterViews):
         left = self.kind == "causal"  # a causal model goes on from the last column: that must be the prompt's end
         ids, mask = pad_rows(rows, self.pad_id, left=left)  # (B, T) both
         skip = ids.shape[1] if left else 1
+        stop_on_text = None
         if stops:
-            criteria = [*criteria, StopOnText(self._tokens.decode_rows, stops, skip)]
+            settled = Settling(self.tokenizer, self._text)
+            stop_on_text = StopOnText(self._tokens.decode, settled, stops, skip)
+            criteria = [*criteria, stop_on_text]
+        config = settings.to_transformers(self._shipped, eos=self.eos_ids, pad=self.pad_id, start=skip)
+        generation_fields.check_ids(vars(config), self._rows)
         with (
             self._lock,
             self._activated(),
@@ -386,12 +432,16 @@ class LocalModel(AdapterViews):
             output = self.module.generate(  # type: ignore[operator]
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),
-                generation_config=settings.to_transformers(eos=self.eos_ids, pad=self.pad_id),
+                generation_config=config,
                 stopping_criteria=StoppingCriteriaList(criteria),
                 streamer=streamer,
             )
         new: list[list[int]] = output[:, skip:].tolist()
-        return new
+        if settings.num_beams > 1:  # behind a beam's end stands -1 where the model has no end token
+            return [row[: row.index(-1)] if -1 in row else row for row in new]
+        # a row that ended goes on with the others' where the model has no end token
+        ends = stop_on_text.lengths if stop_on_text else {}
+        return [row[: ends.get(i)] for i, row in enumerate(new)]
 
     def _completion(self, prompt_tokens: int, ids: list[int], stops: Sequence[str]) -> Completion:
         answer = self._tokens.until_end(ids)

@@ -49,7 +49,7 @@ class Saying:
         parsed = self._prompt.parsed(said) if self._prompt is not None else said
         if parsed == completion:
             return None
-        whole = self._model.said(ids)
+        whole = self._model.decoded(ids)
         if whole == completion and said != whole:
             return "holds_stop"
         if any(i in self._model.eos_ids for i in ids[:-1]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from llmchain_fed import control_tokens, vocabulary
 from llmchain_fed.control_tokens import Rendered, foreign_text
@@ -139,10 +139,6 @@ class Tokens:
         # the clean-up of spaces would change earlier text while a stream is under way
         text: str = self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
-
-    def decode_rows(self, rows: Tensor) -> list[str]:
-        """(B, T) ids → B texts."""
-        return [self.decode(row) for row in rows.tolist()]
 
     def _silent_ids(self) -> tuple[frozenset[int], frozenset[int]]:
         """Ids that are never part of an answer's text, and those that are not where an answer begins."""

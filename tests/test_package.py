@@ -100,6 +100,7 @@ LAYERS = [
         "pretrained",
         "weights",
         "adapters",
+        "generation_fields",
         "generation",
         "vocabulary",
         "tokens",
