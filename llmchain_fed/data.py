@@ -85,6 +85,12 @@ class DataReport:
         """Examples left out because no answer could ever be their completion."""
         return self.holds_end + self.holds_stop + self.stripped + self.not_decodable
 
+    @property
+    def worth_saying(self) -> bool:
+        """Whether examples were left out, or taken otherwise than their form suggests."""
+        taken = self.raw + self.prompt_as_input + self.control_text
+        return bool(self.empty or self.too_long or self.unsayable or taken)
+
     def __repr__(self) -> str:
         shown = [
             f"{f.name}={getattr(self, f.name):,}" for f in fields(self) if getattr(self, f.name) or f.name == "used"

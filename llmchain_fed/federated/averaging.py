@@ -358,7 +358,7 @@ class FederatedAveraging(ManualRounds):
         self._keeping.give_back(newcomers)
         for name in newcomers:
             report = self.data_reports.get(name)
-            if report is not None and self._progress and (report.empty or report.too_long):
+            if report is not None and self._progress and report.worth_saying:
                 tqdm.write(f"{name}: {report}")
 
     def _peer(self, participant: Participant) -> LocalPeer:
