@@ -19,10 +19,10 @@ from langchain_core.runnables.base import RunnableBindingBase
 from pydantic import SkipValidation, ValidationError
 from typing_extensions import override
 
-from llmchain_fed import saving
+from llmchain_fed import saved_model, saving
 from llmchain_fed._config import explain, unknown_option
 from llmchain_fed.chat import LocalChatModel
-from llmchain_fed.errors import ChainFileError, ConfigError, PromptVariablesError, UnsupportedModelError
+from llmchain_fed.errors import ChainFileError, ConfigError, PromptVariablesError, RecipeError, UnsupportedModelError
 from llmchain_fed.face import SAVED, check_saved
 from llmchain_fed.library import make_parser, parser_name, prompt_from_data, prompt_to_data
 from llmchain_fed.llm import LocalLLM
@@ -326,16 +326,36 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
             ChainFileError: The directory holds something else, or the model cannot be stored.
             RecipeError: The prompt or the parser cannot be written as data.
         """
+        saving.write(Path(directory), self.model, **self._as_data())
+
+    def check_savable(self) -> None:
+        """Makes sure that `save` could write this chain and `load` would give the same one; writes no weights.
+
+        Raises:
+            ChainFileError: The model, or the options and keywords, cannot be stored.
+            RecipeError: The prompt or the parser cannot be written as data.
+        """
+        saved_model.check(self.model)
+        saving.check(**self._as_data())
+
+    def unsavable(self) -> str | None:
+        """Why `save` would refuse this chain; None where it would not."""
+        try:
+            self.check_savable()
+        except (ChainFileError, RecipeError) as error:
+            return str(error)
+        return None
+
+    def _as_data(self) -> dict[str, Any]:
+        """All of the chain but its model, as `chain.yaml` holds it."""
         face = self.face
-        saving.write(
-            Path(directory),
-            face.model,
-            face="chat" if isinstance(face, LocalChatModel) else "llm",
-            options={name: getattr(face, name) for name in sorted(SAVED & face.model_fields_set)},
-            llm_kwargs=self._all_llm_kwargs(),
-            prompt=prompt_to_data(self.prompt),
-            parser=parser_name(cast(BaseOutputParser[Any], self.output_parser)),
-        )
+        return {
+            "face": "chat" if isinstance(face, LocalChatModel) else "llm",
+            "options": {name: getattr(face, name) for name in sorted(SAVED & face.model_fields_set)},
+            "llm_kwargs": self._all_llm_kwargs(),
+            "prompt": prompt_to_data(self.prompt),
+            "parser": parser_name(cast(BaseOutputParser[Any], self.output_parser)),
+        }
 
     def _all_llm_kwargs(self) -> dict[str, Any]:
         """Also those bound to the model before it came into the chain."""
@@ -367,7 +387,7 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
             msg = f"{saving.RECIPE}: {error}. Only save() writes it; save the chain again."
             raise ChainFileError(msg) from None
         try:
-            face = kind(model=saving.load_model(path, file.model, model), **file.options)
+            face = kind(model=saved_model.load(path, file.model, model), **file.options)
         except ValidationError as error:
             raise ChainFileError(f"{saving.RECIPE}: {explain(error, kind)}. Save the chain again.") from None  # noqa: EM102
         return cls(llm=face, prompt=prompt, output_parser=parser, llm_kwargs=file.llm_kwargs)

@@ -17,6 +17,7 @@ from transformers import StoppingCriteriaList
 
 from llmchain_fed import pretrained, weights
 from llmchain_fed.adapters import REMAINDER
+from llmchain_fed.adapters.lora_config import check_module
 from llmchain_fed.adapters.views import AdapterViews
 from llmchain_fed.errors import ConfigError, NotTrainableError, PromptTooLongError, UnsupportedModelError
 from llmchain_fed.generation import (
@@ -62,6 +63,7 @@ class LocalModel(AdapterViews):
                 "LocalModel.from_pretrained for a name."
             )
             raise UnsupportedModelError(msg)
+        check_module(module)
         self.module = module
         self._tokens = Tokens(tokenizer, module)
         self.name = name or getattr(getattr(module, "config", None), "name_or_path", "") or type(module).__name__

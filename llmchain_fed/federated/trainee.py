@@ -9,9 +9,10 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
+from llmchain_fed.adapters.resolved import resolve
 from llmchain_fed.chain import LLMChain, find_chain
 from llmchain_fed.data import Example, Prompt
 from llmchain_fed.errors import ContractError, UnsupportedModelError
@@ -26,8 +27,6 @@ _MEANING = {
     "version": "version of llmchain-fed",
 }
 
-# how an adapter was made, not what it is
-_MADE = ("auto_mapping", "inference_mode", "init_lora_weights", "init_weights", "peft_version")
 _PROBES = ("Save the page, naïve Café №5!", "  two  spaces\n\ttabs and 1234567890", "日本語 Ελληνικά 😀 don't")
 _VOCABULARIES: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
 
@@ -123,14 +122,15 @@ def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def _adapter_settings(model: LocalModel) -> list[tuple[str, object]]:
-    """What of the trained adapter's configuration changes what its factors mean: rank, alpha, patterns, dropout."""
-    found = []
+def _adapter_settings(model: LocalModel) -> list[object]:
+    """What the trained adapter's factors mean, however its configuration spells it: ranks, scalings, what else is in."""
+    found: list[object] = []
     for name in model.peft_names:
-        config = cast(Any, model.module).peft_config[name]
-        for key, value in sorted(config.to_dict().items()):
-            if key not in _MADE and (isinstance(value, (bool, int, float, dict)) or key == "bias"):
-                found.append((key, sorted(value.items()) if isinstance(value, dict) else value))
+        adapter = resolve(model.module, name)
+        layers = sorted((n, layer.rank, layer.scaling) for n, layer in adapter.layers.items())
+        copies = (adapter.modules_to_save, adapter.tied, sorted(adapter.tokens.items()), adapter.tied_tokens)
+        switches = (adapter.dropout, adapter.use_rslora, adapter.use_dora, adapter.lora_bias)
+        found.append((layers, copies, switches))
     return found
 
 
