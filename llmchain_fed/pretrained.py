@@ -69,6 +69,8 @@ def add_adapter(module: Any, config: PeftConfig, *, quiet: bool = False) -> Peft
         # peft 0.21 asks transformers 5.23 for an old name; nobody who uses this package can do anything about it
         # (no upstream report found; the code: https://github.com/huggingface/peft/blob/main/src/peft/peft_model.py)
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        # advice for a call that is made here (peft 0.21, mapping_func.py)
+        warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem_usage", UserWarning)
         if quiet:
             warnings.simplefilter("ignore")
         torch.manual_seed(0)

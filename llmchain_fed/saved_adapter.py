@@ -124,8 +124,7 @@ def write(model: LocalModel, directory: Path, *, base_name: str) -> Trained | No
     found = checked(model)
     (key,) = model.peft_names
     module = cast(PeftModel, unwrapped(model.module))
-    # no embeddings: the base has them, and PEFT would look for the base's own on a hub
-    state = get_peft_model_state_dict(module, adapter_name=key, save_embedding_layers=False)
+    state = _state_of(module, key)
     remainder = model.remainder() if model.adapter in (None, adapters.GLOBAL) else {}
     written, trained = found, None
     if remainder:
@@ -145,8 +144,18 @@ def write(model: LocalModel, directory: Path, *, base_name: str) -> Trained | No
     (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
     # copies: tied tensors share memory, which the format refuses; loading ties them again
     save_file({n: t.detach().cpu().clone().contiguous() for n, t in state.items()}, folder / WEIGHTS)
-    (folder / WEIGHTS).chmod(0o644)  # safetensors writes 0600, which a web server's user could not read
     return trained
+
+
+def _state_of(module: PeftModel, key: str) -> dict[str, Tensor]:
+    """The adapter's tensors by PEFT's names for them."""
+    # No embeddings: the base has them, and PEFT would look for the base's own on a hub. The state is passed in, since
+    # of its own PEFT 0.21 warns of lora_bias as of a matrix of the wrong shape (_validate_lora_adapter_state_dict; no
+    # report found: https://github.com/huggingface/peft/blob/main/src/peft/utils/save_and_load.py).
+    found: dict[str, Tensor] = get_peft_model_state_dict(
+        module, state_dict=module.state_dict(), adapter_name=key, save_embedding_layers=False
+    )
+    return found
 
 
 def _side_by_side(
@@ -227,7 +236,7 @@ def load(model: LocalModel, directory: Path, trained: Trained | None) -> LocalMo
         _check_alike(model, own)
         module: Any = unwrapped(model.module)
         (name,) = model.peft_names
-        check_state(get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False), state)
+        check_state(_state_of(module, name), state)
         with model.exclusive():
             model.load_remainder(remainder)
             set_peft_model_state_dict(module, state, adapter_name=name)  # raises on nothing, hence the check

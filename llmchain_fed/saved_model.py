@@ -168,7 +168,6 @@ def write(model: LocalModel, directory: Path) -> ModelData:
         tensors = pristine.unsaved_buffers(base)
     if tensors:
         save_file(tensors, directory / CHANGES)
-        (directory / CHANGES).chmod(0o644)
     saved_tokenizer.write(model.tokenizer, directory)
     trained = None
     dequantised = embedded.dequantised_from() if reference == embedded.NAME else None

@@ -58,6 +58,8 @@ def write(directory: Path, model: LocalModel, **parts: Any) -> None:
         raise ChainFileError(msg)
     with _replaced(directory) as scratch, model.exclusive():
         data = saved_model.write(model, scratch)
+        for name in _files(scratch):
+            (scratch / name).chmod(0o644)  # safetensors writes 0600, which a web server's user could not read
         files = {name: _digest(scratch / name) for name in _files(scratch)}
         text = _dumped(ChainFile(model=data, files=files, llmchain_fed=_version(), **parts))
         (scratch / RECIPE).write_text(text, encoding="utf-8")

@@ -26,7 +26,7 @@ def stable_name(name: str, adapters: Iterable[str] = ()) -> str:
     >>> stable_name("base_model.model.model.layers.0.q_proj.lora_A.default.weight", ["default"])
     'model.layers.0.q_proj.lora_A.weight'
     """
-    given = name.removeprefix("base_model.model.").split(".")
+    given = name.removeprefix("_orig_mod.").removeprefix("base_model.model.").split(".")
     slot = next((i for i, p in enumerate(given) if _is_adapter_slot(p)), None)
     # a LoRA layer within another (two parameters of one module): only the place within tells their factors apart
     nested = slot is not None and given[slot - 1] == "base_layer"
