@@ -339,9 +339,9 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         saving.check(**self._as_data())
 
     def unsavable(self) -> str | None:
-        """Why `save` would refuse this chain; None where it would not."""
+        """Why `save` would refuse what is around the model: prompt, parser, options; None where it would not."""
         try:
-            self.check_savable()
+            saving.check(**self._as_data())
         except (ChainFileError, RecipeError) as error:
             return str(error)
         return None

@@ -71,6 +71,7 @@ class LocalModel(AdapterViews):
         self._lock = threading.RLock()
         self._primary = tuple(name for name in weights.adapter_names(module) if name != REMAINDER)
         self._fingerprint = weights.base_fingerprint(module)
+        self._base_stamp: tuple[Any, ...] | None = None
         self._loads = 0
         self._hash: tuple[tuple[int, bytes], str] | None = None
 
@@ -157,7 +158,16 @@ class LocalModel(AdapterViews):
         return getattr(self.module, "config", None)
 
     def fingerprint(self) -> str:
-        """Which base weights these are, as hex: taken when the object was made, adapters left out."""
+        """Which base weights these are, as hex, adapters left out.
+
+        Taken when the object was made: full training moves them. Below an adapter they stand still, and are looked at
+        again where somebody has changed them, by resizing the embeddings for instance.
+        """
+        if self._primary:
+            base = [p for n, p in self.module.named_parameters() if not weights.is_adapter(n)]
+            stamp = tuple((p.data_ptr(), tuple(p.shape), p._version) for p in base)
+            if not any(p.requires_grad for p in base) and stamp != self._base_stamp:
+                self._base_stamp, self._fingerprint = stamp, weights.base_fingerprint(self.module)
         return self._fingerprint
 
     def wrapped(self, module: nn.Module) -> LocalModel:

@@ -293,4 +293,3 @@ def _parted(
         remainder[name] = (b[:, rank:] * layer.scaling, a[rank:].contiguous())
         state[in_a], state[in_b] = a[:rank].contiguous(), b[:, :rank].contiguous()
     return state, remainder
-

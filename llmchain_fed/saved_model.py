@@ -6,7 +6,7 @@ Knows transformers' models and what decides their answers. Knows nothing of Lang
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
@@ -108,7 +108,7 @@ def _check_base(base: Any) -> None:
     try:
         with torch.device("meta"):
             fresh = {n: tuple(t.shape) for n, t in type(base)(base.config).state_dict().items()}
-    except Exception:  # noqa: BLE001 (a class that cannot be made on no device: nothing is known then)
+    except Exception:
         return
     own = {stable_name(n): tuple(t.shape) for n, t in base.state_dict().items() if not is_adapter(n)}
     if own != fresh:
@@ -304,4 +304,3 @@ def _check_given(given: LocalModel, data: ModelData, tokenizer: Any) -> None:
             "would differ. Set the same values on the module."
         )
         raise ChainFileError(msg)
-

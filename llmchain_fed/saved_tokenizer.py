@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,6 +25,7 @@ _PROBES = (
     "a",
     "",
 )
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 _CHECKED: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
@@ -48,21 +50,26 @@ def load(directory: Path) -> Any:
 
 def identity(tokenizer: Any) -> dict[str, str]:
     """What decides ids and text, by name and as short digests where it is long."""
-    special = {n: getattr(tokenizer, n, None) for n in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    special = {n: str(t) for n in _SPECIAL if (t := getattr(tokenizer, n, None)) is not None}
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    ids = [list(tokenizer(text, add_special_tokens=s)["input_ids"]) for text in _PROBES for s in (True, False)]
     spelled = "".join(str(token) for token in added.values())
+    ids = [list(tokenizer(text, add_special_tokens=s)["input_ids"]) for text in _PROBES for s in (True, False)]
     ids.append(list(tokenizer(spelled, add_special_tokens=False)["input_ids"]))
-    texts = [tokenizer.decode(row, skip_special_tokens=s, clean_up_tokenization_spaces=False) for row in ids for s in (True, False)]
+    texts = [tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in ids]
     return {
         "vocabulary": _digest(sorted(tokenizer.get_vocab().items())),
-        "added tokens": _digest(sorted((i, str(t), t.special, t.lstrip, t.rstrip, t.normalized) for i, t in added.items())),
-        "special tokens": repr({n: str(t) for n, t in special.items() if t is not None}),
-        "all special ids": repr(sorted(getattr(tokenizer, "all_special_ids", []))),
+        "added tokens": _digest(sorted(_settings(i, t, special.values()) for i, t in added.items())),
+        "special tokens": repr(special),
         "chat template": _digest(getattr(tokenizer, "chat_template", None)),
         "the ids of some texts": _digest(ids),
         "the text of some ids": _digest(texts),
     }
+
+
+def _settings(number: int, token: Any, named: Collection[str]) -> tuple[object, ...]:
+    # a token that ends, pads or begins becomes a special one when it is read, whatever it was added as
+    special = token.special or str(token) in named
+    return number, str(token), special, token.lstrip, token.rstrip, token.normalized and not special
 
 
 def differences(one: Any, other: Any) -> list[str]:
@@ -84,7 +91,7 @@ def check(tokenizer: Any) -> None:
         try:
             write(tokenizer, Path(scratch))
             back = load(Path(scratch))
-        except Exception as error:  # noqa: BLE001 (custom parts of `tokenizers` raise bare Exceptions)
+        except Exception as error:
             msg = (
                 f"the tokenizer {type(tokenizer).__name__} cannot be saved ({error}), so no chain with it could be "
                 "loaded again. Use one without parts of your own."
@@ -92,8 +99,8 @@ def check(tokenizer: Any) -> None:
             raise ChainFileError(msg) from None
         if different := differences(tokenizer, back):
             msg = (
-                f"the tokenizer {type(tokenizer).__name__} is another one once saved and loaded ({', '.join(different)} "
-                "differ), so a saved chain would answer otherwise. Set it up with the options of its class."
+                f"the tokenizer {type(tokenizer).__name__} is another one once saved and loaded "
+                f"({', '.join(different)} differ), so a saved chain would answer otherwise. Set it up with the options of its class."
             )
             raise ChainFileError(msg)
     _CHECKED[tokenizer] = now

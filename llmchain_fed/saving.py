@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from llmchain_fed import saved_model
 from llmchain_fed.errors import ChainFileError
@@ -72,7 +72,7 @@ def check(**parts: Any) -> None:
         ChainFileError: They hold more.
     """
     try:
-        data = {name: part.model_dump() if isinstance(part, Strict) else part for name, part in parts.items()}
+        data = {name: part.model_dump() if isinstance(part, BaseModel) else part for name, part in parts.items()}
         yaml.safe_dump(data)
     except yaml.YAMLError as error:
         msg = f"the chain's options or llm_kwargs hold more than data ({error}), which no file can. Leave that out."

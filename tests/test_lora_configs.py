@@ -384,7 +384,9 @@ def save_to(chain, directory):
 
 def test_fan_in_fan_out_of_gpt2(tokenizer, tmp_path):
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=128, eos_token_id=1, bos_token_id=1)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=128, eos_token_id=1, bos_token_id=1
+    )
     module = GPT2LMHeadModel(config).eval()
     base_logits = outcome(module)[1]
     lora = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
@@ -419,7 +421,9 @@ def test_eva_after_it_has_given_out_the_ranks(folder, tmp_path):
     base_logits = outcome(plain(folder("tied")))[1]
     lora = config_of({"init_lora_weights": "eva", "eva_config": EvaConfig(rho=2.0), "task_type": "CAUSAL_LM"})
     module = get_peft_model(plain(folder("tied")), lora)
-    initialize_lora_eva_weights(module, [{"input_ids": torch.randint(2, 300, (4, 16))} for _ in range(4)], show_progress_bar=False)
+    initialize_lora_eva_weights(
+        module, [{"input_ids": torch.randint(2, 300, (4, 16))} for _ in range(4)], show_progress_bar=False
+    )
     model = LocalModel(module.eval(), train_tokenizer())
     chain = LLMChain(llm=LocalLLM(model=model, max_new_tokens=4), prompt=TEMPLATE)
     check_there_and_back(trained(chain), base_logits, tmp_path / "chain")
@@ -595,7 +599,12 @@ def test_lora_is_a_configuration(lora):
 
 @pytest.mark.parametrize(
     "options",
-    [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"bias": "lora_only"}, {"layer_replication": [[0, 2], [1, 2]]}],
+    [
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"bias": "lora_only"},
+        {"layer_replication": [[0, 2], [1, 2]]},
+    ],
     ids=str,
 )
 def test_a_peft_model_that_arrives_is_asked_the_same(options, tokenizer):

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from peft import PeftModel
 from tiny import PAIRS, lora_config, tiny_module
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -180,7 +180,6 @@ def test_the_type_of_the_weights_comes_back(tokenizer, tmp_path, dtype):
         {"use_dora": True},
         {"use_rslora": True},
         {"modules_to_save": ["down_proj"]},
-        {"target_modules": ["embed_tokens", "q_proj"]},
         {"init_lora_weights": "orthogonal"},
         {"target_modules": "all-linear"},
         {"target_modules": "all-linear", "r": 2, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 3}},

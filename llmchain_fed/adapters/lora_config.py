@@ -61,7 +61,7 @@ def _patterns(check: Check) -> Check:
     return each
 
 
-def _init(value: Any, config: LoraConfig) -> str | None:
+def _init(value: Any, _config: LoraConfig) -> str | None:
     """Every start of PEFT 0.21 that leaves the base weights alone, and that an ordinary adapter can take up."""
     if isinstance(value, bool) or value in ("gaussian", "orthogonal", "eva"):
         return None
@@ -170,7 +170,9 @@ def refusal(config: PeftConfig) -> str | None:
         check = TREATMENT.get(field.name)
         if check is None:  # a later PEFT's: right as long as it is left alone
             default = field.default if field.default is not dataclasses.MISSING else None
-            why = None if not value or value == default else "this version of llmchain_fed does not know it. Leave it out"
+            why = (
+                None if not value or value == default else "this version of llmchain_fed does not know it. Leave it out"
+            )
         else:
             why = check(value, config)
         if why is not None:
@@ -201,7 +203,9 @@ def check_module(module: nn.Module) -> None:
     """
     outer = unwrapped(module)
     if not isinstance(outer, PeftModel):
-        found = next((n for n, m in outer.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))), None)
+        found = next(
+            (n for n, m in outer.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))), None
+        )
         if found is not None:
             msg = (
                 f"{type(outer).__name__} carries adapter layers ({found}) without being a PeftModel, so nobody could "

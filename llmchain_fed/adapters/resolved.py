@@ -60,7 +60,16 @@ class Resolved:
     def differences(self, other: Resolved) -> list[str]:
         """What differs, in words with both values; this one first."""
         found = []
-        for name in ("dropout", "use_rslora", "use_dora", "lora_bias", "modules_to_save", "tied", "tied_tokens", "tokens"):
+        for name in (
+            "dropout",
+            "use_rslora",
+            "use_dora",
+            "lora_bias",
+            "modules_to_save",
+            "tied",
+            "tied_tokens",
+            "tokens",
+        ):
             here, there = getattr(self, name), getattr(other, name)
             if here != there:
                 found.append(f"{name} {_short(here)} against {_short(there)}")
@@ -70,7 +79,9 @@ class Resolved:
         for name in sorted(here.keys() & there.keys()):
             one, two = here[name], there[name]
             if one.rank != two.rank or abs(one.scaling - two.scaling) > 1e-6 * abs(one.scaling):
-                found.append(f"{name} rank {one.rank} and scaling {one.scaling:g} against {two.rank} and {two.scaling:g}")
+                found.append(
+                    f"{name} rank {one.rank} and scaling {one.scaling:g} against {two.rank} and {two.scaling:g}"
+                )
                 break
         return found
 

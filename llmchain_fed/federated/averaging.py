@@ -132,6 +132,7 @@ class FederatedAveraging(BetweenRounds):
         self._given = model
         self._trainee = Trainee.of(model)
         self._model = self._trainee.model
+        self._trainee.check_savable()
         self._progress = progress
         self._callbacks = Callbacks(callbacks)
         self._training = training_of(training, optimizer=optimizer, lr=lr, batch_size=batch_size, seed=seed)

@@ -6,18 +6,22 @@ Knows chains, models and digests. Knows nothing about participants, rounds or ho
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from llmchain_fed import saved_model
 from llmchain_fed.adapters.resolved import resolve
 from llmchain_fed.chain import LLMChain, find_chain
 from llmchain_fed.data import Example, Prompt
 from llmchain_fed.errors import ContractError, UnsupportedModelError
 from llmchain_fed.face import LocalFace
 from llmchain_fed.model import LocalModel
+
+_log = logging.getLogger("llmchain_fed")
 
 _MEANING = {
     "base": "base weights",
@@ -65,6 +69,18 @@ class Trainee:
             "torch module."
         )
         raise UnsupportedModelError(msg)
+
+    def check_savable(self) -> None:
+        """Makes sure, before anything is trained, that a chain's model can be saved; its prompt and parser are told of.
+
+        Raises:
+            ChainFileError: No file can hold the model, its tokenizer or its adapter.
+        """
+        if self.chain is None:
+            return
+        saved_model.check(self.model)
+        if why := self.chain.unsavable():
+            _log.warning("this chain can be trained, and save() will refuse it: %s", why)
 
     def answer(self, examples: list[Example], max_new_tokens: int) -> list[tuple[str, str]]:
         """(prompt, answer) per example; generated without callbacks, so that examples reach no tracer."""
@@ -123,7 +139,7 @@ def _digest(value: object) -> str:
 
 
 def _adapter_settings(model: LocalModel) -> list[object]:
-    """What the trained adapter's factors mean, however its configuration spells it: ranks, scalings, what else is in."""
+    """What the trained adapter means, however its configuration spells it: ranks, scalings, what else is trained."""
     found: list[object] = []
     for name in model.peft_names:
         adapter = resolve(model.module, name)
