@@ -154,7 +154,7 @@ def apply(base: Any, tensors: Mapping[str, Tensor], vocabulary: int | None, conf
 
 def plain_config(base: Any) -> dict[str, Any]:
     """The module's configuration as data; empty without one."""
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     found: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
     return {k: v for k, v in found.items() if k not in _IGNORED and not k.startswith("_")}
 

@@ -239,6 +239,7 @@ def load(model: LocalModel, directory: Path, trained: Trained | None) -> LocalMo
         check_state(_state_of(module, name), state)
         with model.exclusive():
             model.load_remainder(remainder)
+            _take_types(module, _state_of(module, name), state)
             set_peft_model_state_dict(module, state, adapter_name=name)  # raises on nothing, hence the check
     except (WeightsMismatchError, UnsupportedModelError) as error:
         msg = f"the saved adapter does not fit: {error}"
@@ -247,6 +248,15 @@ def load(model: LocalModel, directory: Path, trained: Trained | None) -> LocalMo
         msg = f"the adapter in {str(directory)!r} cannot be read: {error}. Save the chain again."
         raise ChainFileError(msg) from None
     return model
+
+
+def _take_types(module: PeftModel, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """PEFT makes an adapter in float32 over whatever base; one that was trained in another type answers in it."""
+    places = {p.data_ptr(): p for p in module.parameters()}
+    for name, tensor in own.items():
+        parameter = places.get(tensor.data_ptr())
+        if parameter is not None and parameter.dtype != state[name].dtype:
+            parameter.data = parameter.data.to(state[name].dtype)
 
 
 def _check_alike(model: LocalModel, own: AdapterSettings) -> None:
@@ -277,7 +287,8 @@ def _parted(
     state: Mapping[str, Tensor], whole: Mapping[str, Layer], own: Mapping[str, Layer]
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
     """The trained factors, and the remainder's by layer: (B', A')."""
-    state, remainder = dict(state), {}
+    state = dict(state)
+    remainder: dict[str, tuple[Tensor, Tensor]] = {}
     for name, layer in own.items():
         both, rank = whole[name], layer.rank
         if both.rank < rank or abs(both.scaling - layer.scaling) > 1e-6 * abs(layer.scaling):

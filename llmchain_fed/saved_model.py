@@ -14,7 +14,7 @@ from peft import PeftModel
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
 from llmchain_fed import embedded, generation_fields, pristine, saved_adapter, saved_tokenizer
 from llmchain_fed.adapters.lora_config import unwrapped
@@ -36,8 +36,8 @@ class ModelData(Strict):
     reference: str | None
     """embedded name or hub id to load the base from; None: it lies in `base/` or must be passed"""
     fingerprint: str
-    digest: str
-    """over every value of the base as it answered"""
+    digest: str | None
+    """over every value of the base as it answered; None where only its owner knows how it is loaded"""
     dtype: DType
     kind: Literal["causal", "seq2seq"]
     dequantised_from: str | None = None
@@ -85,7 +85,24 @@ def base_of(model: LocalModel) -> Any:
 def _comes_along(model: LocalModel) -> bool:
     """Whether the base's weights lie in the directory: nobody could load it by name, or its weights were trained."""
     named = model.reference is not None and isinstance(unwrapped(model.module), PeftModel)
-    return not named and not getattr(base_of(model), "is_quantized", False)
+    quantised = getattr(base_of(model), "is_quantized", False)
+    return not quantised and (not named or _is_contradicted(model))
+
+
+def _is_contradicted(model: LocalModel) -> bool:
+    """Whether the base cannot be what its name loads, though its owner says so: it has other rows.
+
+    A base that `from_pretrained` has loaded has a record, which says exactly what differs.
+    """
+    base = base_of(model)
+    if model.reference is None or pristine.of(base) is not None:
+        return False
+    try:
+        config = AutoConfig.from_pretrained(embedded.resolve(model.reference), local_files_only=True)
+    except (OSError, ValueError):
+        return False  # nobody here knows better
+    rows: int = base.get_input_embeddings().weight.shape[0]
+    return rows != getattr(config.get_text_config(), "vocab_size", rows)
 
 
 def _check_base(base: Any) -> None:
@@ -181,7 +198,7 @@ def write(model: LocalModel, directory: Path) -> ModelData:
         name=model.name,
         reference=reference,
         fingerprint=base_fingerprint(model.module),
-        digest=pristine.digest(base),
+        digest=pristine.digest(base) if along or pristine.of(base) is not None else None,
         dtype=dtype,
         kind=model.kind,
         dequantised_from=dequantised,
@@ -235,10 +252,11 @@ def load(directory: Path, data: ModelData, given: LocalModel | None) -> LocalMod
     if given is not None:
         _check_given(given, data, tokenizer)
     found = base_fingerprint(model.module)  # as it is now: `given` may have learnt since it was made
-    if found != data.fingerprint or pristine.digest(base_of(model)) != data.digest:
+    same = data.digest is None or pristine.digest(base_of(model)) == data.digest
+    if found != data.fingerprint or not same:
         msg = (
             f"the base weights differ: saved over {data.name!r} ({data.fingerprint}), found {model.name!r} ({found}). "
-            "Use the same base model and revision."
+            "Use the same base model and revision, in the same type."
         )
         raise ChainFileError(msg)
     if (directory / saved_adapter.FOLDER).is_dir():
@@ -271,8 +289,7 @@ def _base(directory: Path, data: ModelData, tokenizer: Any, generation: Generati
     except (OSError, SafetensorError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         msg = f"the changes to the base in {str(directory)!r} cannot be read: {error}. Save the chain again."
         raise ChainFileError(msg) from None
-    if generation is not None:
-        base.generation_config = generation
+    base.generation_config = generation
     return LocalModel(base, tokenizer, name=data.name, reference=data.reference)
 
 

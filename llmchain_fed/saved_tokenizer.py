@@ -100,7 +100,8 @@ def check(tokenizer: Any) -> None:
         if different := differences(tokenizer, back):
             msg = (
                 f"the tokenizer {type(tokenizer).__name__} is another one once saved and loaded "
-                f"({', '.join(different)} differ), so a saved chain would answer otherwise. Set it up with the options of its class."
+                f"({', '.join(different)} differ), so a saved chain would answer otherwise. Set it up with the options "
+                "of its class."
             )
             raise ChainFileError(msg)
     _CHECKED[tokenizer] = now

@@ -429,6 +429,33 @@ def test_eva_after_it_has_given_out_the_ranks(folder, tmp_path):
     check_there_and_back(trained(chain), base_logits, tmp_path / "chain")
 
 
+@pytest.mark.parametrize("how", ["module.to", "no autocast", "float32 adapter"])
+def test_the_adapters_own_type_comes_back(how, folder, tokenizer, tmp_path):
+    base = plain(folder("tied")).to(torch.bfloat16)
+    base_logits = outcome(base)[1]
+    config = config_of({"task_type": "CAUSAL_LM", "init_lora_weights": False, "modules_to_save": ["norm"]})
+    module = get_peft_model(base, config, autocast_adapter_dtype=how == "float32 adapter").eval()
+    module = module.to(torch.bfloat16) if how == "module.to" else module
+    chain = LLMChain(llm=LocalLLM(model=LocalModel(module, tokenizer), max_new_tokens=4), prompt=TEMPLATE)
+    loaded = check_there_and_back(chain, base_logits, tmp_path / "chain")
+    before, after = chain.model.trainable_state(), loaded.model.trainable_state()
+    assert {n: t.dtype for n, t in before.items()} == {n: t.dtype for n, t in after.items()}
+    assert torch.equal(outcome(loaded.model.module)[1], outcome(module)[1])
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_scalings_set_by_hand_come_back(rslora, folder, tokenizer, tmp_path):
+    """PEFT's `set_scale` and `scale_layer` change a layer and no configuration."""
+    base_logits = outcome(plain(folder("tied")))[1]
+    config = config_of({"task_type": "CAUSAL_LM", "init_lora_weights": False, "use_rslora": rslora, "r": 3})
+    module = get_peft_model(plain(folder("tied")), config).eval()
+    attention = module.base_model.model.model.layers[0].self_attn
+    attention.q_proj.set_scale("default", 0.3)
+    attention.v_proj.scale_layer(1.7)
+    chain = LLMChain(llm=LocalLLM(model=LocalModel(module, tokenizer), max_new_tokens=4), prompt=TEMPLATE)
+    check_there_and_back(chain, base_logits, tmp_path / "chain")
+
+
 def test_an_adapter_in_inference_mode_has_nothing_to_train(folder, tmp_path):
     chain = chain_of(folder("tied"), config_of({"inference_mode": True}))
     with pytest.raises(NotTrainableError, match="requires a gradient"):

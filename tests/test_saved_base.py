@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_lora_configs import batch, outcome, trained
 from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, train_tokenizer
 from tokenizers import NormalizedString, normalizers
-from transformers import AddedToken
+from transformers import AddedToken, AutoModelForCausalLM
 
 from llmchain_fed import FederatedAveraging, LLMChain, LocalChatModel, LocalLLM, LocalModel, embedded, pristine
 from llmchain_fed.errors import ChainFileError
@@ -149,6 +149,17 @@ def test_resized_embeddings_of_a_named_base_come_along(rows, when, hub, tmp_path
     assert Trainee.of(loaded).contract() == Trainee.of(chain).contract()
     if rows >= 400:
         assert loaded.batch([{"text": "a"}]) == chain.batch([{"text": "a"}])
+
+
+def test_a_base_that_its_owner_calls_by_name_and_has_resized_comes_along(hub, tmp_path):
+    """Nobody has a record of it, and its name would load another: it is not left to the name."""
+    module = AutoModelForCausalLM.from_pretrained(hub(), dtype=torch.float32)
+    module.resize_token_embeddings(403)
+    model = LocalModel(get_peft_model(module, lora_config()).eval(), train_tokenizer(), reference=hub())
+    chain = trained(LLMChain(llm=LocalLLM(model=model), prompt=TEMPLATE))
+    loaded = there_and_back(chain, tmp_path / "chain")
+    assert "base" in names_in(tmp_path / "chain")
+    torch.testing.assert_close(outcome(loaded.model.module)[1], outcome(chain.model.module)[1])
 
 
 def change_rows(module):

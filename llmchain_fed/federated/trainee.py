@@ -143,7 +143,8 @@ def _adapter_settings(model: LocalModel) -> list[object]:
     found: list[object] = []
     for name in model.peft_names:
         adapter = resolve(model.module, name)
-        layers = sorted((n, layer.rank, layer.scaling) for n, layer in adapter.layers.items())
+        # nine digits: a scaling set by hand comes back from a file through α with an error in the last place
+        layers = sorted((n, layer.rank, f"{layer.scaling:.9g}") for n, layer in adapter.layers.items())
         copies = (adapter.modules_to_save, adapter.tied, sorted(adapter.tokens.items()), adapter.tied_tokens)
         switches = (adapter.dropout, adapter.use_rslora, adapter.use_dora, adapter.lora_bias)
         found.append((layers, copies, switches))
