@@ -319,11 +319,13 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
     def save(self, directory: str | Path) -> None:
         """Writes the chain with its weights as they are now: `chain.yaml` and safetensors, no pickle, no class paths.
 
-        A LoRA chain over a model that others can load by name is saved as recipe and PEFT adapter folder; otherwise
-        the base's weights and tokenizer come along. The directory is replaced whole or not at all.
+        A LoRA chain over a model that others can load by name is saved as recipe, tokenizer and PEFT adapter folder,
+        with what differs from the base that the name loads; otherwise the base's weights come along. The directory is
+        replaced whole or not at all.
 
         Raises:
-            ChainFileError: The directory holds something else, or the model cannot be stored.
+            ChainFileError: The directory holds something else, or the model cannot be stored; `check_savable` finds
+                the latter before any training.
             RecipeError: The prompt or the parser cannot be written as data.
         """
         saving.write(Path(directory), self.model, **self._as_data())
@@ -371,7 +373,8 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
 
         Args:
             directory: What `save` wrote. Every file is checked against its SHA-256 first.
-            model: The base to use instead of the one on record; needed for a quantised one.
+            model: The base to use instead of the one on record; needed for a quantised one. It must be what the chain
+                was saved over, down to tokenizer and generation_config; without a tokenizer it gets the saved one.
 
         Raises:
             ChainFileError: Incomplete, altered, of another base, or not a saved chain.

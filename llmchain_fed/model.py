@@ -51,7 +51,8 @@ class LocalModel(AdapterViews):
         reference: Hub id or embedded name under which anybody finds the same base; None: a saved chain brings it along.
 
     Raises:
-        UnsupportedModelError: `module` is not an `nn.Module`.
+        UnsupportedModelError: `module` is not an `nn.Module`, carries adapter layers without being a PeftModel, or has
+            an adapter that cannot be right here (`llmchain_fed.adapters.lora_config` says which).
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class LocalModel(AdapterViews):
             device: Where to put it; by default CUDA or MPS when there is one, else the CPU.
 
         Raises:
+            ConfigError: `lora` is no LoraConfig, or one that cannot be right here; found before any weights are read.
             MissingExtraError: The embedded model needs the extra `gguf`.
             UnsupportedModelError: There is no such model, or none with safetensors weights and a tokenizer.
         """

@@ -89,6 +89,7 @@ class FederatedAveraging(BetweenRounds):
         progress: Shows a progress bar and a line per round.
 
     Raises:
+        ChainFileError: `model` is a chain whose model no file can hold, so that what is learnt could not be saved.
         ConfigError: An unknown option, or options that contradict each other.
         DuplicateParticipantError: Two participants of one name.
         NotTrainableError: The model has nothing to train.
