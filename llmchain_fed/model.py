@@ -17,6 +17,7 @@ from transformers import StoppingCriteriaList
 
 from llmchain_fed import generation_fields, pretrained, vocabulary, weights
 from llmchain_fed.adapters import REMAINDER
+from llmchain_fed.adapters.lora_config import check_module
 from llmchain_fed.adapters.views import AdapterViews
 from llmchain_fed.errors import ConfigError, NotTrainableError, PromptTooLongError, UnsupportedModelError
 from llmchain_fed.generation import (
@@ -51,7 +52,8 @@ class LocalModel(AdapterViews):
         reference: Hub id or embedded name under which anybody finds the same base; None: a saved chain brings it along.
 
     Raises:
-        UnsupportedModelError: `module` is not an `nn.Module`.
+        UnsupportedModelError: `module` is not an `nn.Module`, carries adapter layers without being a PeftModel, or has
+            an adapter that cannot be right here (`llmchain_fed.adapters.lora_config` says which).
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class LocalModel(AdapterViews):
                 "LocalModel.from_pretrained for a name."
             )
             raise UnsupportedModelError(msg)
+        check_module(module)
         self.module = module
         self._tokens = Tokens(tokenizer, module)
         self.name = name or getattr(getattr(module, "config", None), "name_or_path", "") or type(module).__name__
@@ -70,6 +73,7 @@ class LocalModel(AdapterViews):
         self._lock = threading.RLock()
         self._primary = tuple(name for name in weights.adapter_names(module) if name != REMAINDER)
         self._fingerprint = weights.base_fingerprint(module)
+        self._base_stamp: tuple[Any, ...] | None = None
         self._loads = 0
         self._said: set[str] = set()
         self._hash: tuple[tuple[int, bytes], str] | None = None
@@ -93,6 +97,7 @@ class LocalModel(AdapterViews):
             device: Where to put it; by default CUDA or MPS when there is one, else the CPU.
 
         Raises:
+            ConfigError: `lora` is no LoraConfig, or one that cannot be right here; found before any weights are read.
             MissingExtraError: The embedded model needs the extra `gguf`.
             UnsupportedModelError: There is no such model, or none with safetensors weights and a tokenizer.
         """
@@ -164,7 +169,16 @@ class LocalModel(AdapterViews):
         return getattr(self.module, "config", None)
 
     def fingerprint(self) -> str:
-        """Which base weights these are, as hex: taken when the object was made, adapters left out."""
+        """Which base weights these are, as hex, adapters left out.
+
+        Taken when the object was made: full training moves them. Below an adapter they stand still, and are looked at
+        again where somebody has changed them, by resizing the embeddings for instance.
+        """
+        if self._primary:
+            base = [p for n, p in self.module.named_parameters() if not weights.is_adapter(n)]
+            stamp = tuple((p.data_ptr(), tuple(p.shape), p._version) for p in base)
+            if not any(p.requires_grad for p in base) and stamp != self._base_stamp:
+                self._base_stamp, self._fingerprint = stamp, weights.base_fingerprint(self.module)
         return self._fingerprint
 
     def wrapped(self, module: nn.Module) -> LocalModel:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from llmchain_fed import embedded
+from llmchain_fed import embedded, pristine
+from llmchain_fed.adapters.lora_config import check_config
 from llmchain_fed.errors import UnsupportedModelError
 
 
@@ -22,34 +24,61 @@ def load(
     name_or_path: str, *, lora: LoraConfig | None, dtype: torch.dtype | None, device: str | torch.device | None
 ) -> tuple[nn.Module, Any]:
     """The module in evaluation mode, and its tokenizer; see `LocalModel.from_pretrained`."""
-    path = embedded.resolve(name_or_path)
+    if lora is not None:
+        check_config(lora)
+    module: Any = load_base(name_or_path, dtype=dtype or torch.float32)
     try:
-        config = AutoConfig.from_pretrained(path)
-        seq2seq = bool(config.is_encoder_decoder)
-        auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-        module = auto.from_pretrained(path, dtype=dtype or torch.float32, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(embedded.resolve(name_or_path), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        msg = f"{name_or_path!r} cannot be loaded as a model with safetensors weights and a tokenizer: {error}"
-        raise UnsupportedModelError(msg) from error
+        raise _unloadable(name_or_path, error) from error
     if lora is not None:
         lora = copy.deepcopy(lora)
+        seq2seq = bool(module.config.is_encoder_decoder)
         lora.task_type = lora.task_type or (TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM)
         module = add_adapter(module, lora)
-    return module.to(device or _best_device()).eval(), tokenizer
+    return module.to(device or best_device()).eval(), tokenizer
 
 
-def add_adapter(module: Any, config: PeftConfig) -> PeftModel:
-    """PEFT's own wrapping, its random start drawn from a fixed seed."""
+def load_base(name_or_path: str, *, dtype: torch.dtype) -> nn.Module:
+    """The bare module on the CPU, in evaluation mode; one with a name remembers what it was when it was loaded.
+
+    Raises:
+        UnsupportedModelError: There is no such model, or none with safetensors weights.
+    """
+    path = embedded.resolve(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        module = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _unloadable(name_or_path, error) from error
+    if not Path(name_or_path).exists():
+        pristine.record(module)
+    base: nn.Module = module.eval()
+    return base
+
+
+def _unloadable(name: str, error: Exception) -> UnsupportedModelError:
+    msg = f"{name!r} cannot be loaded as a model with safetensors weights and a tokenizer: {error}"
+    return UnsupportedModelError(msg)
+
+
+def add_adapter(module: Any, config: PeftConfig, *, quiet: bool = False) -> PeftModel:
+    """PEFT's own wrapping, its random start drawn from a fixed seed; `quiet` where its warnings were given before."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # peft 0.21 asks transformers 5.23 for an old name; nobody who uses this package can do anything about it
         # (no upstream report found; the code: https://github.com/huggingface/peft/blob/main/src/peft/peft_model.py)
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        # advice for a call that is made here (peft 0.21, mapping_func.py)
+        warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem_usage", UserWarning)
+        if quiet:
+            warnings.simplefilter("ignore")
         torch.manual_seed(0)
         return get_peft_model(module, config)
 
 
-def _best_device() -> str:
+def best_device() -> str:
+    """CUDA or MPS when there is one, else the CPU."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -16,7 +16,8 @@ from llmchain_fed.errors import UnsupportedModelError, WeightsMismatchError
 
 _SAMPLED_VALUES = 64  # per tensor, for the fingerprint of a base that may be many gigabytes
 _WATCHED_VALUES = 16  # per tensor, to notice a change before every call
-_WRAPPINGS = ("_orig_mod", "base_layer", "original_module")
+_WRAPPINGS = ("_orig_mod", "base_layer", "original_module", "token_adapter")
+_SLOTS = ("modules_to_save", "trainable_tokens_delta", "trainable_tokens_original")
 
 
 def stable_name(name: str, adapters: Iterable[str] = ()) -> str:
@@ -25,14 +26,18 @@ def stable_name(name: str, adapters: Iterable[str] = ()) -> str:
     >>> stable_name("base_model.model.model.layers.0.q_proj.lora_A.default.weight", ["default"])
     'model.layers.0.q_proj.lora_A.weight'
     """
-    parts = [p for p in name.removeprefix("base_model.model.").split(".") if p not in _WRAPPINGS]
+    given = name.removeprefix("_orig_mod.").removeprefix("base_model.model.").split(".")
+    slot = next((i for i, p in enumerate(given) if _is_adapter_slot(p)), None)
+    # a LoRA layer within another (two parameters of one module): only the place within tells their factors apart
+    nested = slot is not None and given[slot - 1] == "base_layer"
+    parts = [p for p in given if p not in _WRAPPINGS or (nested and p == "base_layer")]
     known = set(adapters)
     kept = [p for i, p in enumerate(parts) if not (i and p in known and _is_adapter_slot(parts[i - 1]))]
     return ".".join(kept)
 
 
 def _is_adapter_slot(part: str) -> bool:
-    return part.startswith("lora_") or part == "modules_to_save"
+    return part.startswith("lora_") or part in _SLOTS
 
 
 def adapter_names(module: nn.Module) -> list[str]:

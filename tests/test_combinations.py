@@ -161,8 +161,6 @@ def test_unknown_names_list_the_valid_ones(make_chain):
 BEYOND = {
     "DoRA": {"use_dora": True},
     "modules_to_save": {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]},
-    "bias='all'": {"bias": "all"},
-    "bias='lora_only'": {"bias": "lora_only"},
     "lora_bias": {"lora_bias": True},
     "rank_pattern": {"rank_pattern": {"q_proj": 2}},
     "alpha_pattern": {"alpha_pattern": {"q_proj": 2}},

@@ -18,7 +18,7 @@ from taught import ANSWERS, taught_model
 from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, with_lora
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from llmchain_fed import LLMChain, LocalChatModel, LocalLLM, LocalModel
+from llmchain_fed import LLMChain, LocalChatModel, LocalLLM, LocalModel, saved_model
 from llmchain_fed.errors import ChainFileError, RecipeError
 
 INPUTS = [{"text": english} for english, _ in PAIRS]
@@ -45,13 +45,15 @@ def saved(tmp_path):
 @pytest.fixture
 def nothing_is_loaded(monkeypatch):
     """No weights and no tokenizer may be read while a tampered directory is refused."""
-    from llmchain_fed import saving
+    from llmchain_fed import saved_adapter, saved_model, saved_tokenizer
 
     def loaded(*_, **__):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(LocalModel, "from_pretrained", loaded)
-    monkeypatch.setattr(saving, "load_file", loaded)
+    monkeypatch.setattr(saved_model, "load_base", loaded)
+    monkeypatch.setattr(saved_tokenizer, "load", loaded)
+    monkeypatch.setattr(saved_model, "load_file", loaded)
+    monkeypatch.setattr(saved_adapter, "load_file", loaded)
     monkeypatch.setattr(torch, "load", loaded)
 
 
@@ -178,7 +180,7 @@ def test_the_type_of_the_weights_comes_back(tokenizer, tmp_path, dtype):
         {"use_dora": True},
         {"use_rslora": True},
         {"modules_to_save": ["down_proj"]},
-        {"bias": "lora_only"},
+        {"init_lora_weights": "orthogonal"},
         {"target_modules": "all-linear"},
         {"target_modules": "all-linear", "r": 2, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 3}},
         {"layers_to_transform": [1]},
@@ -197,18 +199,6 @@ def test_every_kind_of_lora_comes_back(tokenizer, tmp_path, changes):
     assert torch.equal(logits(again.model), logits(model))
 
 
-def test_biases_trained_in_the_base_come_back(tokenizer, tmp_path):
-    config = tiny_module("causal", len(tokenizer)).config
-    config.attention_bias = True
-    torch.manual_seed(0)
-    module = with_lora(type(tiny_module("causal", len(tokenizer)))(config).eval(), lora_config(bias="all"))
-    model = LocalModel(module, tokenizer)
-    shift(model)
-    assert any(n.endswith("bias") for n in model.trainable_state())
-    LLMChain(llm=LocalLLM(model=model), prompt=TEMPLATE).save(tmp_path / "chain")
-    assert torch.equal(logits(LLMChain.load(tmp_path / "chain").model), logits(model))
-
-
 def test_the_saved_base_holds_no_part_of_the_adapter(tokenizer, tmp_path):
     plain = tiny_module("causal", len(tokenizer))
     names = set(plain.state_dict()) - {"lm_head.weight"}  # tied
@@ -224,19 +214,19 @@ def test_an_adapter_over_a_named_base_is_saved_without_the_base(tokenizer, tmp_p
     named.module.peft_config["default"].base_model_name_or_path = "some/model"
     chain = LLMChain(llm=LocalLLM(model=named, max_new_tokens=24), prompt=TEMPLATE)
     chain.save(tmp_path / "chain")
-    assert sorted(p.name for p in (tmp_path / "chain").iterdir()) == ["adapter", "chain.yaml"]
+    assert sorted(p.name for p in (tmp_path / "chain").iterdir()) == ["adapter", "chain.yaml", "tokenizer"]
     asked, base = [], taught_model("causal")
 
-    def from_pretrained(name, **options):
-        asked.append((name, options["dtype"]))
-        return LocalModel(base.module, base.tokenizer, name=name, reference=name)
+    def load_base(name, *, dtype):
+        asked.append((name, dtype))
+        return base.module
 
-    monkeypatch.setattr(LocalModel, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(saved_model, "load_base", load_base)
     loaded = LLMChain.load(tmp_path / "chain")
     assert asked == [("some/model", torch.float32)]
     assert torch.equal(logits(loaded.model), logits(named))
     loaded.save(tmp_path / "again")
-    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == ["adapter", "chain.yaml"]
+    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == ["adapter", "chain.yaml", "tokenizer"]
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
@@ -254,7 +244,7 @@ def test_pefts_own_loader_reads_the_adapter(tmp_path, kind):
 def test_nothing_on_disk_can_run_or_tells_where_it_was_made(chain, tmp_path):
     chain.save(tmp_path / "chain")
     files = [p for p in (tmp_path / "chain").rglob("*") if p.is_file()]
-    assert {p.suffix for p in files} <= {".yaml", ".json", ".safetensors", ".jinja"}
+    assert {p.suffix for p in files} <= {".yaml", ".json", ".safetensors", ".jinja", ".md"}
     for path in files:
         content = path.read_bytes()
         assert not content.startswith((b"\x80", b"PK"))  # a pickle, a zip around one

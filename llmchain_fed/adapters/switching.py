@@ -56,12 +56,17 @@ def _registry(module: nn.Module) -> Registry | None:
     configs = dict(configs)  # another thread may add one: weights_hash asks without a lock
     if known.configs.keys() != configs.keys() or any(known.configs[k] is not c for k, c in configs.items()):
         parts = list(module.named_modules())
-        known.layers = {stable_name(name): part for name, part in parts if isinstance(part, LoraLayer)}
+        known.layers = {_layer_name(name): part for name, part in parts if isinstance(part, LoraLayer)}
         kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
         known.others = [p for _, p in parts if isinstance(p, kinds) and not isinstance(p, LoraLayer)]
         known.configs = configs
         getattr(module, "_orig_mod", module).__dict__[_ATTRIBUTE] = known
     return known if known.layers else None
+
+
+def _layer_name(name: str) -> str:
+    """The stable name; of a layer within another (two parameters of one module) as its own factors have it."""
+    return stable_name(name) + (".base_layer" * name.count(".base_layer") if name.endswith(".base_layer") else "")
 
 
 def _kept(module: nn.Module) -> Registry | None:

@@ -90,6 +90,7 @@ class FederatedAveraging(ManualRounds):
         progress: Shows a progress bar and a line per round.
 
     Raises:
+        ChainFileError: `model` is a chain whose model no file can hold, so that what is learnt could not be saved.
         ConfigError: An unknown option, or options that contradict each other.
         DuplicateParticipantError: Two participants of one name.
         NotTrainableError: The model has nothing to train.
@@ -133,6 +134,7 @@ class FederatedAveraging(ManualRounds):
         self._given = model
         self._trainee = Trainee.of(model)
         self._model = self._trainee.model
+        self._trainee.check_savable()
         self._progress = progress
         self._callbacks = Callbacks(callbacks)
         self._training = training_of(training, optimizer=optimizer, lr=lr, batch_size=batch_size, seed=seed)

@@ -6,17 +6,22 @@ Knows chains, models and digests. Knows nothing about participants, rounds or ho
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
+from llmchain_fed import saved_model
+from llmchain_fed.adapters.resolved import resolve
 from llmchain_fed.chain import LLMChain, find_prompt
 from llmchain_fed.data import Example, RawText, prompt_text
 from llmchain_fed.errors import ContractError, UnsupportedModelError
 from llmchain_fed.face import Bare
 from llmchain_fed.model import LocalModel
+
+_log = logging.getLogger("llmchain_fed")
 
 _MEANING = {
     "base": "base weights",
@@ -26,8 +31,6 @@ _MEANING = {
     "version": "version of llmchain-fed",
 }
 
-# how an adapter was made, not what it is
-_MADE = ("auto_mapping", "inference_mode", "init_lora_weights", "init_weights", "peft_version")
 _PROBES = ("Save the page, naïve Café №5!", "  two  spaces\n\ttabs and 1234567890", "日本語 Ελληνικά 😀 don't")
 _VOCABULARIES: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
 
@@ -64,6 +67,18 @@ class Trainee:
             "torch module."
         )
         raise UnsupportedModelError(msg)
+
+    def check_savable(self) -> None:
+        """Makes sure, before anything is trained, that a chain's model can be saved; its prompt and parser are told of.
+
+        Raises:
+            ChainFileError: No file can hold the model, its tokenizer or its adapter.
+        """
+        if not isinstance(self.prompt, LLMChain):
+            return
+        saved_model.check(self.model)
+        if why := self.prompt.unsavable():
+            _log.warning("this chain can be trained, and save() will refuse it: %s", why)
 
     def answer(self, examples: list[Example | RawText], max_new_tokens: int) -> list[tuple[str, str]]:
         """(prompt, answer) per example; generated without callbacks, so that examples reach no tracer."""
@@ -115,14 +130,16 @@ def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def _adapter_settings(model: LocalModel) -> list[tuple[str, object]]:
-    """What of the trained adapter's configuration changes what its factors mean: rank, alpha, patterns, dropout."""
-    found = []
+def _adapter_settings(model: LocalModel) -> list[object]:
+    """What the trained adapter means, however its configuration spells it: ranks, scalings, what else is trained."""
+    found: list[object] = []
     for name in model.peft_names:
-        config = cast(Any, model.module).peft_config[name]
-        for key, value in sorted(config.to_dict().items()):
-            if key not in _MADE and (isinstance(value, (bool, int, float, dict)) or key == "bias"):
-                found.append((key, sorted(value.items()) if isinstance(value, dict) else value))
+        adapter = resolve(model.module, name)
+        # nine digits: a scaling set by hand comes back from a file through α with an error in the last place
+        layers = sorted((n, layer.rank, f"{layer.scaling:.9g}") for n, layer in adapter.layers.items())
+        copies = (adapter.modules_to_save, adapter.tied, sorted(adapter.tokens.items()), adapter.tied_tokens)
+        switches = (adapter.dropout, adapter.use_rslora, adapter.use_dora, adapter.lora_bias)
+        found.append((layers, copies, switches))
     return found
 
 
