@@ -6,15 +6,14 @@ Knows transformers' and PEFT's loaders and the embedded default. Knows nothing o
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from llmchain_fed import embedded
+from llmchain_fed import embedded, wrapping
 from llmchain_fed.errors import UnsupportedModelError
 
 
@@ -26,8 +25,7 @@ def load(
     try:
         config = AutoConfig.from_pretrained(path)
         seq2seq = bool(config.is_encoder_decoder)
-        auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-        module = auto.from_pretrained(path, dtype=dtype or torch.float32, use_safetensors=True)
+        module = wrapping.loader_of(config).from_pretrained(path, dtype=dtype or torch.float32, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         msg = f"{name_or_path!r} cannot be loaded as a model with safetensors weights and a tokenizer: {error}"
@@ -40,13 +38,8 @@ def load(
 
 
 def add_adapter(module: Any, config: PeftConfig) -> PeftModel:
-    """PEFT's own wrapping, its random start drawn from a fixed seed."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # peft 0.21 asks transformers 5.23 for an old name; nobody who uses this package can do anything about it
-        # (no upstream report found; the code: https://github.com/huggingface/peft/blob/main/src/peft/peft_model.py)
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        torch.manual_seed(0)
-        return get_peft_model(module, config)
+    """PEFT's own wrapping, its random start drawn from a fixed seed; see `wrapping.wrap`."""
+    return wrapping.wrap(module, config)
 
 
 def _best_device() -> str:

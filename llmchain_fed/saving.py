@@ -29,6 +29,7 @@ from llmchain_fed.model import LocalModel
 from llmchain_fed.pretrained import add_adapter
 from llmchain_fed.recipes import PromptData
 from llmchain_fed.weights import base_fingerprint, check_state, is_adapter, stable_name
+from llmchain_fed.wrapping import every_tensor_saved
 
 RECIPE, BASE, ADAPTER, REMAINDER = "chain.yaml", "base", "adapter", "remainder"
 _FOLDERS = (BASE, ADAPTER, REMAINDER)
@@ -232,7 +233,8 @@ def _write_model(model: LocalModel, directory: Path) -> ModelData:
             )
             raise ChainFileError(msg)
         state = {stable_name(n): t for n, t in base.state_dict().items() if not is_adapter(n)}
-        base.save_pretrained(directory / BASE, state_dict=state)
+        with every_tensor_saved(base):
+            base.save_pretrained(directory / BASE, state_dict=state)
         model.tokenizer.save_pretrained(directory / BASE)
     types = [str(p.dtype).removeprefix("torch.") for n, p in base.named_parameters() if not is_adapter(n)]
     dtype: Any = next((t for t in types if t in get_args(DType)), "float32")  # a quantised base also has integers
