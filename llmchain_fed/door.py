@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from llmchain_fed.model import LocalModel
 _log = logging.getLogger(__name__)
 _said: set[str] = set()
 _LENGTH, _SHORT = 8, 5  # tokens of the trial rows
-# module → its parts that stay in evaluation mode, and whether rows of unequal length may share a batch
-_admitted: weakref.WeakKeyDictionary[nn.Module, tuple[list[str], bool]] = weakref.WeakKeyDictionary()
+# module → its parts that stay in evaluation mode; module → whether rows of unequal length may share a batch
+_still: weakref.WeakKeyDictionary[nn.Module, list[str]] = weakref.WeakKeyDictionary()
+_pads: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def admit(model: LocalModel) -> list[str]:
@@ -38,16 +40,35 @@ def admit(model: LocalModel) -> list[str]:
         UnsupportedModelError: Tokens see later ones, there is no loss per token, a forward pass fails on text alone,
             or some part has running state that training would change. The message has the remedy.
     """
-    return _asked(model)[0]
+    module, known = model.module, _still.get(model.module)
+    pads(model)
+    if known is not None and not any(module.get_submodule(name).training for name in known):
+        return known
+    with model.exclusive():
+        trial = _trial(module, model.pad_id)
+        if trial is None:
+            found = running_state.still_parts(module, None)
+        else:
+            with _no_trace(model.device):
+                found = running_state.still_parts(module, lambda: _forward(module, *trial, "in training mode"))
+    _still[module] = found
+    return found
 
 
 def pads(model: LocalModel) -> bool:
     """Whether padding behind a row leaves its loss alone, so that rows of unequal length may share a batch.
 
     Raises:
-        UnsupportedModelError: See `admit`.
+        UnsupportedModelError: See `admit`; running state is no matter here, where nothing is trained.
     """
-    return _asked(model)[1]
+    known = _pads.get(model.module)
+    if known is None:
+        with model.exclusive():
+            trial = _trial(model.module, model.pad_id)
+            with _no_trace(model.device), evaluating(model.module):
+                known = trial is None or _check_logits(model.module, *trial)
+        _pads[model.module] = known
+    return known
 
 
 def check_batches(model: LocalModel, examples_a_pass: int) -> None:
@@ -64,22 +85,19 @@ def check_batches(model: LocalModel, examples_a_pass: int) -> None:
         raise UnsupportedModelError(msg)
 
 
-def _asked(model: LocalModel) -> tuple[list[str], bool]:
-    module = model.module
-    known = _admitted.get(module)
-    if known is not None and not any(module.get_submodule(name).training for name in known[0]):
-        return known
-    with model.exclusive():
-        found = _ask(module, model.pad_id)
-    _admitted[module] = found
-    return found
+@contextmanager
+def _no_trace(device: torch.device) -> Iterator[None]:
+    """No gradients, and the generators of random numbers as before."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        yield
 
 
-def _ask(module: nn.Module, pad: int) -> tuple[list[str], bool]:
+def _trial(module: nn.Module, pad: int) -> tuple[Any, dict[str, Tensor]] | None:
+    """The transformers model and a small batch for it; None where nobody knows what the module takes."""
     base = transformers_model(module)
     ids = None if base is None else _trial_ids(base, pad)
     if ids is None:
-        return running_state.still_parts(module, None), True
+        return None
     if base.config.is_encoder_decoder and getattr(base.config, "decoder_start_token_id", None) is None:
         msg = (
             f"{type(base).__name__} has no decoder_start_token_id, so its decoder cannot begin. Set "
@@ -87,12 +105,8 @@ def _ask(module: nn.Module, pad: int) -> tuple[list[str], bool]:
         )
         raise UnsupportedModelError(msg)
     device = next(module.parameters()).device
-    batch = {k: v.to(device) for k, v in _trial(ids, pad, seq2seq=bool(base.config.is_encoder_decoder)).items()}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        with evaluating(module):
-            harmless = _check_logits(module, base, batch)
-        still = running_state.still_parts(module, lambda: _forward(module, base, batch, "in training mode"))
-    return still, harmless
+    rows = _trial_rows(ids, pad, seq2seq=bool(base.config.is_encoder_decoder))
+    return base, {k: v.to(device) for k, v in rows.items()}
 
 
 def _trial_ids(base: Any, pad: int) -> list[int] | None:
@@ -114,7 +128,7 @@ def _special_ids(config: Any) -> set[int]:
     return found
 
 
-def _trial(ids: list[int], pad: int, *, seq2seq: bool) -> dict[str, Tensor]:
+def _trial_rows(ids: list[int], pad: int, *, seq2seq: bool) -> dict[str, Tensor]:
     """Three rows: one; the same with another last token; a shorter one, padded behind."""
     first, other = ids[:_LENGTH], ids[_LENGTH:]
     rows = [first, [*first[:-1], other[-1]], other[:_SHORT]]

@@ -164,8 +164,6 @@ def _decoder_and_head(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     config = getattr(module, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return None
-    if getattr(config, "final_logit_softcapping", None):
-        return None  # near zero a cap is the identity: comparing small first logits would not show it
     head = find_head()
     return (decoder, head) if isinstance(head, nn.Module) else None
 
@@ -180,7 +178,10 @@ def _logits(parts: tuple[nn.Module, nn.Module], batch: Mapping[str, Tensor], wan
 
 @torch.no_grad()
 def _is_plain(module: nn.Module, parts: tuple[nn.Module, nn.Module], batch: Mapping[str, Tensor]) -> bool:
-    """Compares both ways once per module: a head may also scale, cap or project (Gemma, Cohere, OPT)."""
+    """Compares both ways once per module: a head may also scale, cap or project (Gemma, Cohere, OPT).
+
+    Near zero a cap is almost the identity, so the logits must be the head's own output to the last bit.
+    """
     known = _plain_head.get(module)
     if known is None:
         row = {k: v[:1] for k, v in batch.items()}
@@ -188,14 +189,27 @@ def _is_plain(module: nn.Module, parts: tuple[nn.Module, nn.Module], batch: Mapp
         if not bool(wanted.any()):
             return False
         with evaluating(module):
-            full = module(**{k: v for k, v in row.items() if k != "labels"}).logits[:, :-1][wanted].float()
+            full, headed = _watched_head(module, parts[1], {k: v for k, v in row.items() if k != "labels"})
+            full = full[:, :-1][wanted].float()
             try:
                 short = _logits(parts, row, wanted).float()
             except (TypeError, AttributeError, RuntimeError):  # a decoder of another signature, output or width
                 short = None
-        known = short is not None and torch.allclose(full, short, rtol=1e-2, atol=1e-2 * float(full.std()))
+        known = headed and short is not None and torch.allclose(full, short, rtol=1e-2, atol=1e-2 * float(full.std()))
         _plain_head[module] = known
     return known
+
+
+def _watched_head(module: nn.Module, head: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, bool]:
+    """The full forward's logits, and whether they are what the head gave, untouched."""
+    given: list[Tensor] = []
+    handle = head.register_forward_hook(lambda _module, _inputs, output: given.append(output))
+    try:
+        logits: Tensor = module(**inputs).logits
+    finally:
+        handle.remove()
+    same = bool(given) and given[-1].shape == logits.shape and torch.equal(given[-1].float(), logits.float())
+    return logits, same
 
 
 def _describe(batch: Any) -> str:
