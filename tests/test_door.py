@@ -11,7 +11,15 @@ from peft import LoraConfig
 from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, with_lora
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, TrainingConfig, evaluate_locally, train_locally
+from llmchain_fed import (
+    FederatedAveraging,
+    LLMChain,
+    LocalLLM,
+    LocalModel,
+    TrainingConfig,
+    evaluate_locally,
+    train_locally,
+)
 from llmchain_fed.errors import UnsupportedModelError
 from llmchain_fed.pretrained import add_adapter
 
@@ -198,7 +206,7 @@ def test_a_model_that_sees_later_tokens_is_refused(tokenizer):
         if is_decoder:
             FederatedAveraging(chain, participants={"a": PAIRS[:4]}, progress=False)
             continue
-        with pytest.raises(UnsupportedModelError, match="depend on later tokens.*is_decoder=True"):
+        with pytest.raises(UnsupportedModelError, match=r"depend on later tokens.*is_decoder=True"):
             FederatedAveraging(chain, participants={"a": PAIRS[:4]}, progress=False)
 
 

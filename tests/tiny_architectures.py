@@ -44,9 +44,9 @@ _SIZES: dict[float, str] = {
 _IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1, "decoder_start_token_id": 0, "sep_token_id": 1}
 _VOCABULARIES = ("vocab_size", "src_vocab_size", "tgt_vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size")
 _ENCODERS = """bert camembert electra ernie data2vec-text megatron-bert rembert roberta roberta-prelayernorm roc_bert
-    roformer xlm-roberta xlm-roberta-xl xmod big_bird bert-generation""".split()
+    roformer xlm-roberta xlm-roberta-xl xmod big_bird bert-generation""".split()  # noqa: SIM905
 _LATENT = """axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa kimi_linear
-    longcat_flash minicpm3 sarvam_mla youtu""".split()  # attention with one latent: as many keys as queries
+    longcat_flash minicpm3 sarvam_mla youtu""".split()  # noqa: SIM905  attention with one latent: as many keys as queries
 # what no size by name can say
 _ALSO: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
