@@ -27,8 +27,8 @@ USUAL_SEQ2SEQ = """bart encoder-decoder fsmt longt5 m2m_100 marian mt5 pegasus p
     t5""".split()  # noqa: SIM905
 # not made by `tiny_architecture`, or beyond some million parameters, or another name of one that is tested
 NOT_MADE = """cohere_compass_text dbrx dots3_note dots3_note_text gemma3n gemma3n_text gemma4 gemma4_assistant
-    gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_text musicgen musicgen_melody qwen4_exp qwen4_exp_text
-    reformer zamba zamba2 nemo_speechlm blt vibevoice_asr exaone gpt-sw3 internlm3 iquestcoder sarvam_mla
+    gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_text musicgen musicgen_melody qwen4_exp
+    qwen4_exp_text reformer zamba zamba2 nemo_speechlm blt vibevoice_asr exaone gpt-sw3 internlm3 iquestcoder sarvam_mla
     sarvam_moe""".split()  # noqa: SIM905
 # what cannot be trained here as its own answers need it, and what the refusal says
 REFUSED = {
