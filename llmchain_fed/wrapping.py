@@ -35,7 +35,7 @@ def loader_of(config: Any) -> Any:
         return auto
     for name in config.architectures or ():
         named = getattr(transformers, str(name), None)
-        if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.config_class is type(config):
+        if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.config_class is type(config):  # type: ignore[attr-defined]
             return named
     return auto
 
@@ -80,7 +80,7 @@ def wrap(module: Any, config: PeftConfig) -> PeftModel:
     return wrapped
 
 
-def _targets(module: nn.Module) -> list[str]:
+def _targets(module: Any) -> list[str]:
     """The last names of linear layers that an adapter can stand on, the commonest first."""
     head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
     plain = (nn.Linear, Conv1D)
