@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmchain_fed import door
 from llmchain_fed.data import EncodedExamples, Examples, Prompt, collate, unwrap
 from llmchain_fed.errors import EmptyParticipantError
 from llmchain_fed.generation import evaluating
@@ -45,9 +46,11 @@ def evaluate_locally(
     Raises:
         EmptyParticipantError: Not a single usable example.
         DataError: See `read_examples`.
+        UnsupportedModelError: See `train_locally`.
     """
     model, prompt = unwrap(model, prompt)
     data = encoded(examples, model, prompt, max_length)
+    batch_size = batch_size if door.pads(model) else 1
     total, tokens, count = 0.0, 0, 0
     with model.exclusive(), evaluating(model.module), computing_in(precision, model.module):
         for batch in _evaluation_batches(data, model, batch_size):

@@ -5,6 +5,7 @@ Knows modules and labels. Knows nothing about optimizers, examples or rounds.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llmchain_fed.adapters import idle_parameters
 from llmchain_fed.data import IGNORE
@@ -28,12 +30,15 @@ _plain_head: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDiction
 def summed_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
     """Σ −log p(token) over the labelled tokens, in nats, and how many tokens that is.
 
+    For a transformers model that is computed from its logits, whatever its own `.loss` adds to it (label smoothing,
+    n-grams to come, a router's balance); a decoder's inputs are the labels as the model itself shifts them.
+
     The head of a language model is a large part of its arithmetic (a fifth for SmolLM2) and prompts need no logits:
     where the module is a decoder with a linear head, which is checked once against its full forward, only labelled
     positions go through the head.
 
     Args:
-        module: A Hugging Face module, or any that takes the batch by keyword and returns an object with `.loss`, the
+        module: A transformers module, or any that takes the batch by keyword and returns an object with `.loss`, the
             mean over the labelled tokens.
         batch: `labels` (B, T) with −100 where no loss is wanted, and the module's inputs.
 
@@ -51,7 +56,65 @@ def summed_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
         return F.cross_entropy(logits.float(), labels[:, 1:][wanted].to(logits.device), reduction="sum"), int(
             wanted.sum()
         )
-    return _full_loss(module, batch)
+    if transformers_model(module) is not None:
+        return _loss_of_logits(module, batch)
+    return _own_loss(module, batch)
+
+
+def transformers_model(module: nn.Module) -> Any:
+    """The transformers model in a plain or PEFT-wrapped module, or None where its logits are not the labels' own."""
+    config = getattr(module, "active_peft_config", None)
+    if config is not None:
+        if getattr(config, "is_prompt_learning", False):  # there are more positions than tokens
+            return None
+        module = module.get_base_model()  # type: ignore[operator]
+    return module if isinstance(module, PreTrainedModel) else None
+
+
+def completion_logits(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(tokens, V) logits of the labelled tokens, and (tokens,) those tokens, from the full forward.
+
+    Raises:
+        DataError: The module gives no logits, or not one row for each label.
+    """
+    model, labels = transformers_model(module), batch["labels"]
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False  # type: ignore[assignment]
+    seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
+    if seq2seq and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = _shifted(model, labels)
+    logits = getattr(module(**inputs), "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[1] < labels.shape[1]:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        msg = (
+            f"{type(model).__name__} gives logits {got} for labels {tuple(labels.shape)}, so there is no loss per "
+            "token. Use a model with a language modelling head, or wrap it so that forward(**batch) returns `.loss`."
+        )
+        raise DataError(msg)
+    logits = logits[:, -labels.shape[1] :]  # what stands in front (an image) carries no labels
+    if not seq2seq:
+        logits, labels = logits[:, :-1], labels[:, 1:]  # position t predicts token t + 1
+    labels = labels.to(logits.device)
+    wanted = labels != IGNORE
+    return logits[wanted], labels[wanted]
+
+
+def _shifted(model: Any, labels: Tensor) -> Tensor:
+    """Labels → the decoder's inputs, as the model's own method makes them: transformers' collator calls it too."""
+    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if own is not None:
+        shifted: Tensor = own(labels=labels.clone())  # some write into what they are given
+        return shifted
+    pad = model.config.pad_token_id or 0
+    shifted = torch.full_like(labels, model.config.decoder_start_token_id)
+    shifted[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE, pad)
+    return shifted
+
+
+def _loss_of_logits(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    logits, tokens = completion_logits(module, batch)
+    return F.cross_entropy(logits.float(), tokens, reduction="sum"), len(tokens)
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -73,7 +136,7 @@ def _check(batch: object) -> None:
         raise DataError(msg)
 
 
-def _full_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+def _own_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
     output = module(**batch)
     labels = batch["labels"]
     shifted = not getattr(getattr(module, "config", None), "is_encoder_decoder", False)
@@ -101,8 +164,6 @@ def _decoder_and_head(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     config = getattr(module, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return None
-    if getattr(config, "final_logit_softcapping", None):
-        return None  # near zero a cap is the identity: comparing small first logits would not show it
     head = find_head()
     return (decoder, head) if isinstance(head, nn.Module) else None
 
@@ -117,7 +178,10 @@ def _logits(parts: tuple[nn.Module, nn.Module], batch: Mapping[str, Tensor], wan
 
 @torch.no_grad()
 def _is_plain(module: nn.Module, parts: tuple[nn.Module, nn.Module], batch: Mapping[str, Tensor]) -> bool:
-    """Compares both ways once per module: a head may also scale, cap or project (Gemma, Cohere, OPT)."""
+    """Compares both ways once per module: a head may also scale, cap or project (Gemma, Cohere, OPT).
+
+    Near zero a cap is almost the identity, so the logits must be the head's own output to the last bit.
+    """
     known = _plain_head.get(module)
     if known is None:
         row = {k: v[:1] for k, v in batch.items()}
@@ -125,14 +189,27 @@ def _is_plain(module: nn.Module, parts: tuple[nn.Module, nn.Module], batch: Mapp
         if not bool(wanted.any()):
             return False
         with evaluating(module):
-            full = module(**{k: v for k, v in row.items() if k != "labels"}).logits[:, :-1][wanted].float()
+            full, headed = _watched_head(module, parts[1], {k: v for k, v in row.items() if k != "labels"})
+            full = full[:, :-1][wanted].float()
             try:
                 short = _logits(parts, row, wanted).float()
-            except (TypeError, AttributeError):  # a decoder of another signature or output
+            except (TypeError, AttributeError, RuntimeError):  # a decoder of another signature, output or width
                 short = None
-        known = short is not None and torch.allclose(full, short, rtol=1e-2, atol=1e-2 * float(full.std()))
+        known = headed and short is not None and torch.allclose(full, short, rtol=1e-2, atol=1e-2 * float(full.std()))
         _plain_head[module] = known
     return known
+
+
+def _watched_head(module: nn.Module, head: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, bool]:
+    """The full forward's logits, and whether they are what the head gave, untouched."""
+    given: list[Tensor] = []
+    handle = head.register_forward_hook(lambda _module, _inputs, output: given.append(output))
+    try:
+        logits: Tensor = module(**inputs).logits
+    finally:
+        handle.remove()
+    same = bool(given) and given[-1].shape == logits.shape and torch.equal(given[-1].float(), logits.float())
+    return logits, same
 
 
 def _describe(batch: Any) -> str:

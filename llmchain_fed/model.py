@@ -15,7 +15,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import StoppingCriteriaList
 
-from llmchain_fed import generation_fields, pretrained, vocabulary, weights
+from llmchain_fed import generation_fields, padding, pretrained, vocabulary, weights
 from llmchain_fed.adapters import REMAINDER
 from llmchain_fed.adapters.lora_config import check_module
 from llmchain_fed.adapters.views import AdapterViews
@@ -145,7 +145,7 @@ class LocalModel(AdapterViews):
     def context_length(self) -> int | None:
         """tokens: prompt and answer together; None when positions are not limited (T5)."""
         length = getattr(self._config, "max_position_embeddings", None)
-        return int(length) if length else None
+        return int(length) if length and length > 0 else None  # XLNet says -1
 
     @property
     def pad_id(self) -> int:
@@ -331,11 +331,13 @@ class LocalModel(AdapterViews):
         rooms = [self._room(row, settings.max_new_tokens) for row in rows]
         # Neighbours in length share a batch; so do only prompts with the same room for their answers.
         order = sorted(range(len(rows)), key=lambda i: (-rooms[i], len(rows[i])))
-        # then only prompts of one length go together, without padding
-        alike = (self.kind == "causal" and settings.reads_padding) or generation_fields.reads_padding(
-            self._shipped, seq2seq=self.kind == "seq2seq", pad=self.pad_id
-        )
-        keys = [(room, len(row) if alike else 0) for room, row in zip(rooms, rows, strict=True)]
+        share = self._sharing(rows)
+        reads = self.kind == "causal" and settings.reads_padding
+        reads = reads or generation_fields.reads_padding(self._shipped, seq2seq=self.kind == "seq2seq", pad=self.pad_id)
+        if reads and share == "any":  # then only prompts of one length go together, without padding
+            share = "equal"
+        apart = [len(row) if share == "equal" else i if share == "none" else 0 for i, row in enumerate(rows)]
+        keys = list(zip(rooms, apart, strict=True))
         done: dict[int, Completion] = {}
         for chunk in chunks(order, keys, batch_size):
             limited = settings.replace(max_new_tokens=rooms[chunk[0]])
@@ -398,6 +400,13 @@ class LocalModel(AdapterViews):
         generation_fields.say(self.name, others, idle, said=self._said)
         own = checked_stops(generation_fields.stop_strings(self._shipped))
         return settings, tuple(dict.fromkeys((*stops, *own)))
+
+    def _sharing(self, rows: Sequence[Sequence[int]]) -> padding.Sharing:
+        """Which of these prompts may share a batch; asked of the module where there is more than one."""
+        if len(rows) < 2:
+            return "any"
+        with self.exclusive():
+            return padding.sharing(self.module, rows, pad=self.pad_id, left=self.kind == "causal")
 
     def _room(self, row: Sequence[int], wanted: int) -> int:
         """How many tokens the answer to this prompt may have."""

@@ -6,16 +6,15 @@ Knows transformers' and PEFT's loaders and the embedded default. Knows nothing o
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from llmchain_fed import embedded, pristine
+from llmchain_fed import embedded, pristine, wrapping
 from llmchain_fed.adapters.lora_config import check_config
 from llmchain_fed.errors import UnsupportedModelError
 
@@ -48,8 +47,8 @@ def load_base(name_or_path: str, *, dtype: torch.dtype) -> nn.Module:
     path = embedded.resolve(name_or_path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        module = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        loader = wrapping.loader_of(config)
+        module = loader.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _unloadable(name_or_path, error) from error
     if not Path(name_or_path).exists():
@@ -64,17 +63,8 @@ def _unloadable(name: str, error: Exception) -> UnsupportedModelError:
 
 
 def add_adapter(module: Any, config: PeftConfig, *, quiet: bool = False) -> PeftModel:
-    """PEFT's own wrapping, its random start drawn from a fixed seed; `quiet` where its warnings were given before."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # peft 0.21 asks transformers 5.23 for an old name; nobody who uses this package can do anything about it
-        # (no upstream report found; the code: https://github.com/huggingface/peft/blob/main/src/peft/peft_model.py)
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        # advice for a call that is made here (peft 0.21, mapping_func.py)
-        warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem_usage", UserWarning)
-        if quiet:
-            warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        return get_peft_model(module, config)
+    """PEFT's own wrapping, its random start drawn from a fixed seed; see `wrapping.wrap`."""
+    return wrapping.wrap(module, config, quiet=quiet)
 
 
 def best_device() -> str:

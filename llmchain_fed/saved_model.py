@@ -23,6 +23,7 @@ from llmchain_fed.model import LocalModel
 from llmchain_fed.pretrained import load_base
 from llmchain_fed.saved_adapter import Strict, Trained
 from llmchain_fed.weights import base_fingerprint, is_adapter, stable_name
+from llmchain_fed.wrapping import every_tensor_saved
 
 BASE, CHANGES = "base", "base_changes.safetensors"
 FOLDERS = (BASE, saved_adapter.FOLDER, saved_tokenizer.FOLDER)
@@ -211,7 +212,7 @@ def write(model: LocalModel, directory: Path) -> ModelData:
 
 def _write_base(base: Any, folder: Path) -> None:
     state = {stable_name(n): t for n, t in base.state_dict().items() if not is_adapter(n)}
-    with generation_fields.save_without_generation_config(base):
+    with generation_fields.save_without_generation_config(base), every_tensor_saved(base):
         base.save_pretrained(folder, state_dict=state)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmchain_fed import door, running_state
 from llmchain_fed.data import (
     IGNORE,
     DataReport,
@@ -77,7 +78,9 @@ def train_locally(
     """Fine-tunes the model's trainable weights in place on one participant's examples.
 
     The order of the data and dropout follow from (seed, participant, round): a rerun is bit-identical, and no two
-    rounds repeat their batches. The loss of a batch is the mean over its completion tokens, prompts masked.
+    rounds repeat their batches. The loss of a batch is the mean over its completion tokens, prompts masked; what a
+    module's own loss adds to that is not trained on. Parts frozen in evaluation mode that have running state (batch
+    norms) stay in evaluation mode.
 
     Args:
         model: What to train, a LocalModel or a chain over one; held exclusively meanwhile, and left in evaluation mode.
@@ -98,17 +101,24 @@ def train_locally(
         DataError: See `read_examples`.
         UnsayableError: More completions than `config.tolerance` could never be an answer.
         NotTrainableError: No parameter requires a gradient.
+        UnsupportedModelError: Trained here, the module would not be what plain training makes of it, for a reason that
+            the message names: tokens that see later ones, running statistics …
     """
     config = config or TrainingConfig()
     model, prompt = unwrap(model, prompt)
+    door.admit(model)
     data = encoded(examples, model, prompt, config.max_length, tolerance=config.tolerance)
+    if isinstance(data, EncodedExamples):
+        door.check_batches(model, min(config.micro_batch_size or config.batch_size, len(data)))
     parameters = model.trainable_parameters()
     with model.exclusive():
         before = {n: p.detach().clone() for n, p in parameters.items()}
         buffers = {n: b.detach().clone() for n, b in model.module.named_buffers()}
         try:
             pulled_to = before if anchor is None else {n: anchor[n].to(before[n]) for n in before}
-            return _train(model, data, config, pulled_to, participant, round, first_step, optimizer_state, before_step)
+            return _train(
+                model, data, config, pulled_to, buffers, participant, round, first_step, optimizer_state, before_step
+            )
         except BaseException:
             with torch.no_grad():
                 for name, parameter in parameters.items():
@@ -126,6 +136,7 @@ def _train(
     data: EncodedExamples | Any,
     config: TrainingConfig,
     anchor: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
     participant: str,
     round_number: int,
     first_step: int,
@@ -140,7 +151,9 @@ def _train(
         optimizer.load_state_dict(copy.deepcopy(optimizer_state))
     losses: list[float] = []
     count = _Count()
+    still = door.admit(model)
     model.module.train()
+    running_state.keep_still(model.module, still)
     with (
         seeded(seed_of(config.seed, participant, round_number), model.device),
         computing_in(config.precision, model.module),
@@ -150,6 +163,8 @@ def _train(
                 before_step()
             optimizer.zero_grad(set_to_none=True)
             loss = _accumulate(model, batches, count)
+            if not losses:  # what the trial at the door did not show
+                running_state.check_unchanged(model.module, buffers)
             if not math.isfinite(loss):
                 msg = (
                     f"the loss of {participant!r} became {loss} at step {len(losses) + 1} of round "

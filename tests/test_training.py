@@ -11,9 +11,16 @@ import torch
 from tiny import PAIRS, lora_config, tiny_module
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from llmchain_fed import LocalModel, TrainingConfig, evaluate_locally, train_locally
+from llmchain_fed import LocalModel, TrainingConfig, door, evaluate_locally, train_locally
 from llmchain_fed.data import collate, encode_examples
-from llmchain_fed.errors import ConfigError, DataError, EmptyParticipantError, NonFiniteLossError, NotTrainableError
+from llmchain_fed.errors import (
+    ConfigError,
+    DataError,
+    EmptyParticipantError,
+    NonFiniteLossError,
+    NotTrainableError,
+    UnsupportedModelError,
+)
 
 FEW = PAIRS[:4]
 
@@ -209,6 +216,7 @@ class Watched(LocalModel):
 def watched(make_model):
     def make():
         model = make_model()
+        door.admit(model)  # its trial passes are no steps
         model.__class__ = Watched
         return model, model.watch()
 
@@ -460,16 +468,42 @@ class Normed(torch.nn.Module):
         return type("Output", (), {"loss": torch.nn.functional.cross_entropy(self.norm(x), labels)})
 
 
-def test_buffers_are_as_before(make_chain):
-    """Only trainable parameters travel, so nothing else may change what another participant starts from."""
-    module = Normed()
+def normed_rows():
     torch.manual_seed(0)
-    rows = [{"x": torch.randn(2) + 5, "labels": torch.tensor(i % 2)} for i in range(6)]
-    before = {n: b.clone() for n, b in module.named_buffers()}
-    start = module.norm.weight.detach().clone()
-    train_locally(LocalModel(module), DataLoader(rows, batch_size=3), TrainingConfig(learning_rate=0.1))
-    assert not torch.equal(module.norm.weight, start)
-    assert all(torch.equal(b, before[n]) for n, b in module.named_buffers())
+    return [{"x": torch.randn(2) + 5, "labels": torch.tensor(i % 2)} for i in range(6)]
+
+
+def test_running_statistics_are_refused(make_chain):
+    """They would differ at every participant, and only trainable parameters travel."""
+    module = Normed()
+    before = {n: t.clone() for n, t in module.state_dict().items()}
+    with pytest.raises(UnsupportedModelError, match=r"norm \(BatchNorm1d\).*get_submodule\('norm'\).eval"):
+        train_locally(LocalModel(module), DataLoader(normed_rows(), batch_size=3), TrainingConfig(learning_rate=0.1))
+    assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
+
+
+def test_frozen_statistics_stay_frozen_while_the_rest_is_trained(make_chain):
+    """With the remedy of the message, in every later call too, and equal to torch's own loop over a frozen norm."""
+    module = Normed()
+    module.norm.running_mean += 4.0
+    module.norm.running_var *= 2.0
+    start = {n: t.clone() for n, t in module.state_dict().items()}
+    module.train()
+    module.get_submodule("norm").eval()
+    config = TrainingConfig(learning_rate=0.1, optimizer="sgd", epochs=1)
+    model = LocalModel(module)
+    for _ in range(2):
+        train_locally(model, DataLoader(normed_rows(), batch_size=6), config)
+    weight, bias = (start[f"norm.{n}"].clone().requires_grad_() for n in ("weight", "bias"))
+    x = torch.stack([row["x"] for row in normed_rows()])
+    y = torch.stack([row["labels"] for row in normed_rows()])
+    for _ in range(2):
+        logits = (x - start["norm.running_mean"]) / (start["norm.running_var"] + 1e-5).sqrt() * weight + bias
+        slopes = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, y), (weight, bias))
+        weight, bias = ((p - 0.1 * g).detach().requires_grad_() for p, g in zip((weight, bias), slopes, strict=True))
+    torch.testing.assert_close(module.norm.weight, weight)
+    torch.testing.assert_close(module.norm.bias, bias)
+    assert all(torch.equal(b, start[n]) for n, b in module.named_buffers())
 
 
 def test_an_empty_participant_says_what_became_of_its_examples(make_chain):

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from tqdm.auto import tqdm
 
+from llmchain_fed import door
 from llmchain_fed._config import unknown_option
 from llmchain_fed.data import DataReport, Examples
 from llmchain_fed.errors import ConfigError, QuorumError
@@ -94,7 +95,7 @@ class FederatedAveraging(ManualRounds):
         ConfigError: An unknown option, or options that contradict each other.
         DuplicateParticipantError: Two participants of one name.
         NotTrainableError: The model has nothing to train.
-        UnsupportedModelError: `model` is none of the above.
+        UnsupportedModelError: `model` is none of the above, or one that cannot be trained here (see `train_locally`).
     """
 
     def __init__(
@@ -134,10 +135,12 @@ class FederatedAveraging(ManualRounds):
         self._given = model
         self._trainee = Trainee.of(model)
         self._model = self._trainee.model
+        door.admit(self._model)
         self._trainee.check_savable()
         self._progress = progress
         self._callbacks = Callbacks(callbacks)
         self._training = training_of(training, optimizer=optimizer, lr=lr, batch_size=batch_size, seed=seed)
+        door.check_batches(self._model, self._training.micro_batch_size or self._training.batch_size)
         self._held = Held(self._model)
         named_participants = as_participants(participants)
         self._cluster = runtime if isinstance(runtime, Cluster) else None
