@@ -288,7 +288,7 @@ class LocalModel(AdapterViews):
         rooms = [self._room(row, settings.max_new_tokens) for row in rows]
         # Neighbours in length share a batch; so do only prompts with the same room for their answers.
         order = sorted(range(len(rows)), key=lambda i: (-rooms[i], len(rows[i])))
-        share = self._sharing(rows)
+        share: padding.Sharing = self._sharing(rows) if batch_size > 1 else "any"
         if self.kind == "causal" and settings.reads_padding and share == "any":
             share = "equal"
         apart = [len(row) if share == "equal" else i if share == "none" else 0 for i, row in enumerate(rows)]
