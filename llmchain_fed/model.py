@@ -331,7 +331,7 @@ class LocalModel(AdapterViews):
         rooms = [self._room(row, settings.max_new_tokens) for row in rows]
         # Neighbours in length share a batch; so do only prompts with the same room for their answers.
         order = sorted(range(len(rows)), key=lambda i: (-rooms[i], len(rows[i])))
-        share = self._sharing(rows)
+        share: padding.Sharing = self._sharing(rows) if batch_size > 1 else "any"
         reads = self.kind == "causal" and settings.reads_padding
         reads = reads or generation_fields.reads_padding(self._shipped, seq2seq=self.kind == "seq2seq", pad=self.pad_id)
         if reads and share == "any":  # then only prompts of one length go together, without padding
