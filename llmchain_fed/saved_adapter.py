@@ -214,7 +214,7 @@ def load(model: LocalModel, directory: Path, trained: Trained | None) -> LocalMo
     try:
         whole = read_settings(folder)
         state = load_file(folder / WEIGHTS)
-        remainder = {}
+        remainder: dict[str, tuple[Tensor, Tensor]] = {}
         own = whole
         if trained is not None:
             own = whole.model_copy(update=trained.model_dump())
