@@ -125,17 +125,25 @@ def _check_base(base: Any) -> None:
         raise ChainFileError(msg)
     try:
         with torch.device("meta"):
-            fresh = {n: tuple(t.shape) for n, t in type(base)(base.config).state_dict().items()}
+            made = type(base)(base.config)
     except Exception:
         return
-    own = {stable_name(n): tuple(t.shape) for n, t in base.state_dict().items() if not is_adapter(n)}
+    own, fresh = _shapes(base), _shapes(made)
     if own != fresh:
         odd = sorted(n for n in own.keys() | fresh.keys() if own.get(n) != fresh.get(n))
         msg = (
-            f"{type(base).__name__} has other tensors than its configuration makes ({odd[:3]}), so it could not be "
-            "loaded again. Change the configuration along with the module."
+            f"{type(base).__name__} has other tensors, or ties others, than its configuration makes ({odd[:3]}), so it "
+            "could not be loaded again. Change the configuration along with the module."
         )
         raise ChainFileError(msg)
+
+
+def _shapes(base: Any) -> dict[str, tuple[int, ...]]:
+    """Name → shape of what is saved; a parameter that is tied to an earlier one says so by having none."""
+    found = {stable_name(n): tuple(t.shape) for n, t in base.state_dict().items() if not is_adapter(n)}
+    first = {stable_name(n) for n, _ in base.named_parameters()}
+    every = {stable_name(n) for n, _ in base.named_parameters(remove_duplicate=False)}
+    return found | dict.fromkeys((every - first) & found.keys(), ())
 
 
 def _generation(base: Any) -> dict[str, Any] | None:

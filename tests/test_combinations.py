@@ -176,10 +176,10 @@ def wrapped(tokenizer, **options):
     with torch.random.fork_rng():
         module = tiny_module("causal", len(tokenizer))
         module.config.tie_word_embeddings = False  # PEFT warns of a shared one; what is trained is the same
+        module.lm_head.weight = torch.nn.Parameter(module.lm_head.weight.detach().clone())
         if "lora_bias" in options:
-            for layer in module.model.layers:
-                for linear in (layer.self_attn.q_proj, layer.self_attn.v_proj, layer.mlp.up_proj):
-                    linear.bias = torch.nn.Parameter(torch.zeros(linear.out_features))
+            module.config.attention_bias = module.config.mlp_bias = True
+            module = type(module)(module.config)
         return get_peft_model(module, lora_config(**options)).eval()
 
 

@@ -348,7 +348,21 @@ def more_layers():
     return module
 
 
+def tied_against_its_configuration():
+    module = tiny_module("causal", 400)
+    module.config.tie_word_embeddings = False
+    return module
+
+
+def untied_against_its_configuration():
+    module = tiny_module("causal", 400)
+    module.lm_head.weight = torch.nn.Parameter(module.lm_head.weight.detach() * 2)
+    return module
+
+
 UNSAVABLE = {
+    "a head that is tied and should not be": lambda: LocalModel(tied_against_its_configuration(), train_tokenizer()),
+    "a head that is not tied and should be": lambda: LocalModel(untied_against_its_configuration(), train_tokenizer()),
     "a tokenizer with a part of its own": lambda: LocalModel(tiny_module("causal", 400), broken_tokenizer()),
     "no tokenizer": lambda: LocalModel(tiny_module("causal", 400)),
     "a class that transformers does not load": lambda: LocalModel(odd_class(), train_tokenizer()),
