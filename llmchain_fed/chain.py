@@ -22,7 +22,7 @@ from typing_extensions import override
 from llmchain_fed import saved_model, saving
 from llmchain_fed._config import unknown_option
 from llmchain_fed.chat import LocalChatModel
-from llmchain_fed.errors import ChainFileError, ConfigError, PromptVariablesError, RecipeError, UnsupportedModelError
+from llmchain_fed.errors import ChainFileError, ConfigError, PromptVariablesError, UnsupportedModelError
 from llmchain_fed.face import Bare, LocalFace, check_saved, saved_fields
 from llmchain_fed.library import StripOutputParser, make_parser, parser_name, prompt_from_data, prompt_to_data
 from llmchain_fed.llm import LocalLLM
@@ -358,14 +358,6 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         saved_model.check(self.model)
         saving.check(**self._as_data())
 
-    def unsavable(self) -> str | None:
-        """Why `save` would refuse what is around the model: prompt, parser, options; None where it would not."""
-        try:
-            saving.check(**self._as_data())
-        except (ChainFileError, RecipeError) as error:
-            return str(error)
-        return None
-
     def _as_data(self) -> dict[str, Any]:
         """All of the chain but its model, as `chain.yaml` holds it."""
         face = self.face
@@ -413,6 +405,10 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         except ConfigError as error:
             raise ChainFileError(f"{saving.RECIPE}: {error}. Save the chain again.") from None  # noqa: EM102
         return cls(llm=face, prompt=prompt, output_parser=parser, llm_kwargs=file.llm_kwargs)
+
+
+class PipedChain(LLMChain):
+    """A chain made of somebody's `prompt | llm | parser`, for training alone: nobody holds it, so nobody saves it."""
 
 
 def _steps(
@@ -476,4 +472,4 @@ def _chain_of(prompt: BasePromptTemplate[Any], llm: Any, rest: Sequence[Runnable
     parser = rest[0] if len(rest) == 1 else RunnableSequence(*rest) if rest else None
     if isinstance(_below_bindings(llm), LocalLLM):
         llm = _with_face_fields(llm, control_tokens="template")
-    return LLMChain(llm=llm, prompt=prompt, output_parser=parser)
+    return PipedChain(llm=llm, prompt=prompt, output_parser=parser)

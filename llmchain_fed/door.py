@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmchain_fed import padding, running_state
+from llmchain_fed import padding, running_state, vocabulary
 from llmchain_fed.data import IGNORE
 from llmchain_fed.errors import DataError, UnsupportedModelError
 from llmchain_fed.generation import evaluating, pad_rows
@@ -63,6 +63,7 @@ def pads(model: LocalModel) -> bool:
     """
     known = _pads.get(model.module)
     if known is None:
+        vocabulary.check(model, ())  # says more than the IndexError of a trial would
         with model.exclusive():
             trial = _trial(model.module, model.pad_id)
             with _no_trace(model.device), evaluating(model.module):

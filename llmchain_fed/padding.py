@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from llmchain_fed.generation import evaluating, pad_rows
+from llmchain_fed.generation_fields import CompleteConfig
 
 _LENGTH, _CUTS, _STEPS = 12, (1, 7), 2  # tokens of the trial prompt, tokens cut off for the others, tokens generated
 Sharing = Literal["any", "equal", "none"]
@@ -62,11 +62,16 @@ def _agree(module: Any, trial: list[list[int]], pad: int, *, left: bool) -> bool
 def _first_logits(module: Any, rows: list[list[int]], pad: int, *, left: bool) -> tuple[Tensor, ...]:
     device = next(module.parameters()).device
     ids, mask = pad_rows(rows, pad, left=left)
-    options = GenerationConfig(
+    own = getattr(module, "generation_config", None)
+    options = CompleteConfig(
         max_new_tokens=_STEPS, do_sample=False, num_beams=1, pad_token_id=pad, output_logits=True,
-        return_dict_in_generate=True,
+        return_dict_in_generate=True, decoder_start_token_id=getattr(own, "decoder_start_token_id", None),
+        bos_token_id=getattr(own, "bos_token_id", None),
     )  # fmt: skip
-    output = module.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=options)
+    # by the class: who watches or replaces this object's own `generate` is not asked by a trial
+    output = type(module).generate(
+        module, input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=options
+    )
     logits: tuple[Tensor, ...] = output.logits
     return logits
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from llmchain_fed.errors import DataError
+from llmchain_fed.errors import DataError, EmptyParticipantError
 
 _DEEPEST = 64
 """levels of lists and objects in a line of JSON; Python's own limit depends on who calls"""
@@ -163,7 +163,8 @@ def _read_jsonl(file: TextIO, name: str) -> Iterator[tuple[int, Any]]:
             found += 1
             yield number, _object(line, name, number)
     if not found:
-        _refuse(name, max(number, 1), "is the end of a file without a single example")
+        msg = f"the participant has no usable example: {name} ends at line {max(number, 1)} without one."
+        raise EmptyParticipantError(msg)
 
 
 def _object(line: str, name: str, number: int) -> dict[str, Any]:

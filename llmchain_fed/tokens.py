@@ -74,7 +74,12 @@ class Tokens:
 
     def _appends_end(self) -> bool:
         """Whether the tokenizer puts an end token behind every text."""
-        alone, dressed = (self._tokenize(["a"], add_special_tokens=special)[0] for special in (False, True))
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            alone, dressed = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        else:
+            alone = self.tokenizer.convert_tokens_to_ids(self.tokenizer.tokenize("a"))
+            dressed = list(self.tokenizer.build_inputs_with_special_tokens(alone))
         return bool(dressed) and dressed[-1:] == list(self.eos_ids[:1]) and alone[-1:] != dressed[-1:]
 
     def encode_completions(self, texts: Sequence[str], controls: Collection[str] = ()) -> list[list[int]]:

@@ -55,7 +55,7 @@ def federation(make_chain, scripts, **options):
     trainee = Trainee.of(make_chain(lora=True))
     peers = {n: LocalPeer(trainee, Participant(n, pairs), TRAINING) for n, pairs in SHARES.items()}
     transport = Scripted(peers, scripts)
-    fed = FederatedAveraging(trainee.chain, runtime=transport, training=TRAINING, progress=False, **options)
+    fed = FederatedAveraging(trainee.prompt, runtime=transport, training=TRAINING, progress=False, **options)
     return fed, transport
 
 

@@ -126,10 +126,10 @@ def test_frozen_in_evaluation_mode_it_is_accepted_and_stays_so(part, tokenizer):
     module = with_part(PARTS[part](), tokenizer)
     module.train()
     module.model.layers[0].mlp.part.eval()
-    chain = chain_of(module, tokenizer)
+    face = chain_of(module, tokenizer).llm  # no chain: its configuration could not make the part again
     before = {n: b.clone() for n, b in module.named_buffers()}
     start = module.model.embed_tokens.weight.detach().clone()
-    fed = FederatedAveraging(chain, participants={"a": PAIRS[:3], "b": PAIRS[3:8]}, training=STEP, progress=False)
+    fed = FederatedAveraging(face, participants={"a": PAIRS[:3], "b": PAIRS[3:8]}, training=STEP, progress=False)
     fed.fit(2)
     assert not torch.equal(module.model.embed_tokens.weight, start)
     assert all(torch.equal(b, before[n]) for n, b in module.named_buffers())

@@ -6,22 +6,18 @@ Knows chains, models and digests. Knows nothing about participants, rounds or ho
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from llmchain_fed import saved_model
 from llmchain_fed.adapters.resolved import resolve
-from llmchain_fed.chain import LLMChain, find_prompt
+from llmchain_fed.chain import LLMChain, PipedChain, find_prompt
 from llmchain_fed.data import Example, RawText, prompt_text
 from llmchain_fed.errors import ContractError, UnsupportedModelError
 from llmchain_fed.face import Bare
 from llmchain_fed.model import LocalModel
-
-_log = logging.getLogger("llmchain_fed")
 
 _MEANING = {
     "base": "base weights",
@@ -69,16 +65,14 @@ class Trainee:
         raise UnsupportedModelError(msg)
 
     def check_savable(self) -> None:
-        """Makes sure, before anything is trained, that a chain's model can be saved; its prompt and parser are told of.
+        """Makes sure, before anything is trained, that what a chain learns can be saved; a pipe or a face has no `save`.
 
         Raises:
-            ChainFileError: No file can hold the model, its tokenizer or its adapter.
+            ChainFileError: No file can hold the model, its tokenizer, its adapter or the options.
+            RecipeError: No file can hold the prompt or the parser.
         """
-        if not isinstance(self.prompt, LLMChain):
-            return
-        saved_model.check(self.model)
-        if why := self.prompt.unsavable():
-            _log.warning("this chain can be trained, and save() will refuse it: %s", why)
+        if isinstance(self.prompt, LLMChain) and not isinstance(self.prompt, PipedChain):
+            self.prompt.check_savable()
 
     def answer(self, examples: list[Example | RawText], max_new_tokens: int) -> list[tuple[str, str]]:
         """(prompt, answer) per example; generated without callbacks, so that examples reach no tracer."""
