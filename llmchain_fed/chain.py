@@ -19,7 +19,7 @@ from langchain_core.runnables.base import RunnableBindingBase
 from pydantic import SkipValidation
 from typing_extensions import override
 
-from llmchain_fed import saved_model, saving
+from llmchain_fed import control_tokens, saved_model, saving
 from llmchain_fed._config import unknown_option
 from llmchain_fed.chat import LocalChatModel
 from llmchain_fed.errors import ChainFileError, ConfigError, PromptVariablesError, UnsupportedModelError
@@ -424,8 +424,8 @@ def _steps(
 
 
 def _controls(face: LocalFace) -> tuple[frozenset[str], frozenset[str]]:
-    added = getattr(face.model.tokenizer, "added_tokens_decoder", {}).values()
-    return face.model.control_tokens() | face.own_controls, frozenset(token.content for token in added)
+    added = control_tokens.added_tokens(face.model.tokenizer).values()
+    return face.model.control_tokens() | face.own_controls, frozenset(t for t in added if t.strip())
 
 
 def _below_bindings(llm: Any) -> Any:
@@ -455,9 +455,10 @@ def find_prompt(runnable: Any) -> LLMChain | Bare | None:
             return Bare(runnable, call, strips)
         if isinstance(runnable, RunnableSequence):
             first, second, *rest = runnable.steps
-            if isinstance(first, BasePromptTemplate):
-                return _chain_of(first, second, rest)
-            runnable, strips = first, strips or isinstance(second, StripOutputParser)  # the first is what learns
+            if isinstance(prompt := _below_bindings(first), BasePromptTemplate):
+                return _chain_of(prompt, second, rest)
+            strips = strips or any(isinstance(step, StripOutputParser) for step in (second, *rest))
+            runnable = first  # the first is what learns
         # by class: RunnableWithFallbacks forwards unknown attributes, `bound` too, to the chain within
         elif isinstance(runnable, RunnableBindingBase):
             runnable, call = runnable.bound, {**runnable.kwargs, **call}
@@ -472,4 +473,4 @@ def _chain_of(prompt: BasePromptTemplate[Any], llm: Any, rest: Sequence[Runnable
     parser = rest[0] if len(rest) == 1 else RunnableSequence(*rest) if rest else None
     if isinstance(_below_bindings(llm), LocalLLM):
         llm = _with_face_fields(llm, control_tokens="template")
-    return PipedChain(llm=llm, prompt=prompt, output_parser=parser)
+    return PipedChain(llm=llm, prompt=prompt, output_parser=parser)  # type: ignore[call-arg,arg-type] # as LLMChain's

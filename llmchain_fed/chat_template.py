@@ -17,9 +17,10 @@ from weakref import WeakKeyDictionary
 
 import jinja2
 import jinja2.meta
+import jinja2.nodes
 
 from llmchain_fed._config import unknown_option
-from llmchain_fed.control_tokens import may_spell
+from llmchain_fed.control_tokens import added_tokens, may_spell
 from llmchain_fed.errors import ChatTemplateError, ConfigError, UnsupportedModelError
 from llmchain_fed.provenance import Change, map_texts, mark_foreign, texts_of
 
@@ -35,7 +36,7 @@ _RESERVED = frozenset(
 )
 """names in a template that are not a caller's to set"""
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")  # transformers' own, unknown to jinja2
-_FOREIGN = ("content", "name", "reasoning_content", "tool_calls")
+_FOREIGN = ("content", "name", "reasoning_content", "tool_calls", "tool_call_id")
 """fields of a message whose texts are not the template's"""
 _known: WeakKeyDictionary[Any, dict[tuple[str, str], _Facts]] = WeakKeyDictionary()
 
@@ -76,12 +77,16 @@ def switches(template: str) -> frozenset[str]:
     >>> sorted(switches("{% if enable_thinking %}<think>{% endif %}{{ messages[0].content }}"))
     ['enable_thinking']
     """
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"])  # noqa: S701 (never rendered)
     try:
-        parsed = environment.parse(_GENERATION_TAG.sub("", template))
+        parsed = _parsed(template)
     except jinja2.TemplateError:
         return frozenset()  # rendering says what is wrong with it
     return frozenset(jinja2.meta.find_undeclared_variables(parsed)) - _RESERVED
+
+
+def _parsed(template: str) -> jinja2.nodes.Template:
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"])  # noqa: S701 (never rendered)
+    return environment.parse(_GENERATION_TAG.sub("", template))
 
 
 def check_switches(given: Mapping[str, Any], template: str, name: str) -> None:
@@ -141,8 +146,12 @@ def render(
     def apply(changed: Sequence[Message]) -> str:
         return _apply(tokenizer, changed, given, begun=begun, name=name)
 
-    text = apply(messages)
     known = controls | facts.written
+    for message in messages:
+        if any(c in str(message["role"]) for c in known):
+            msg = f"the role {message['role']!r} spells a control token, which would open or end a turn. Rename it."
+            raise ChatTemplateError(msg)
+    text = apply(messages)
     foreign = messages[:-1] if begun else messages  # whoever begins an answer writes as the model does
     if not any(may_spell(t, known) for m in foreign for key in _FOREIGN for t in texts_of(m.get(key))):
         return text
@@ -213,20 +222,31 @@ def _changed(message: Message, change: Change) -> Message:
 
 
 def _changed_call(call: dict[str, Any], change: Change) -> dict[str, Any]:
-    function = call["function"]
-    return call | {"function": function | {"arguments": map_texts(function["arguments"], change)}}
+    function = {key: map_texts(value, change) for key, value in call["function"].items()}
+    return call | {"id": map_texts(call.get("id"), change), "function": function}
 
 
 def _facts(tokenizer: Any, template: str, given: Mapping[str, Any]) -> _Facts:
     """What the template takes and writes, tried out once for these switches."""
-    added = {token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
+    added = added_tokens(tokenizer).values()
     key = template, repr((sorted(given.items()), len(added)))
     kept = _known.setdefault(tokenizer, {})
     if key not in kept:
         content = _content_form(tokenizer, given)
-        rendered = "".join(_trials(tokenizer, given, content))
-        kept[key] = _Facts(content, frozenset(t for t in added if t and (t in template or t in rendered)))
+        texts = [*_literals(template), *_trials(tokenizer, given, content)]
+        # white space opens and ends nothing, though some tokenizers (Gemma's) have added tokens of it
+        kept[key] = _Facts(content, frozenset(t for t in added if t.strip() and any(t in text for text in texts)))
     return kept[key]
+
+
+def _literals(template: str) -> list[str]:
+    """The texts that a template's source spells: outside of its tags, and as quoted strings within them."""
+    try:
+        parsed = _parsed(template)
+    except jinja2.TemplateError:
+        return []
+    texts = [data.data for data in parsed.find_all(jinja2.nodes.TemplateData)]
+    return texts + [const.value for const in parsed.find_all(jinja2.nodes.Const) if isinstance(const.value, str)]
 
 
 def _content_form(tokenizer: Any, given: Mapping[str, Any]) -> Literal["text", "parts", "both"]:

@@ -7,7 +7,6 @@ Knows tokenizers. Knows nothing about templates, chains or weights: who renders 
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import re
@@ -21,7 +20,8 @@ from llmchain_fed.errors import DataError
 
 _OPEN, _CLOSE = "\U0010fff0", "\U0010fff1"
 """around the name that a control token has in a disguised tokenizer: private-use characters that no text holds"""
-_disguised: WeakKeyDictionary[Any, dict[frozenset[str], tuple[int, Any]]] = WeakKeyDictionary()
+_disguised: WeakKeyDictionary[Any, dict[frozenset[str], tuple[Any, Tokenizer]]] = WeakKeyDictionary()
+_added: WeakKeyDictionary[Any, tuple[Any, dict[int, str]]] = WeakKeyDictionary()
 
 
 class Rendered(str):
@@ -44,6 +44,19 @@ class Rendered(str):
 
     def __getnewargs__(self) -> tuple[str, tuple[tuple[int, int], ...], frozenset[str]]:  # type: ignore[override]
         return str(self), self.foreign, self.controls
+
+
+def added_tokens(tokenizer: Any) -> dict[int, str]:
+    """Id → text of every token that was added to the vocabulary; kept, for a tokenizer makes it anew each time."""
+    names = [getattr(tokenizer, f"{what}_token_id", None) for what in ("bos", "eos", "pad", "unk")]
+    state = (len(tokenizer), *names) if hasattr(tokenizer, "__len__") else None
+    known = _added.get(tokenizer) if state is not None else None
+    if known is not None and known[0] == state:
+        return known[1]
+    found = {i: token.content for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+    if state is not None:
+        _added[tokenizer] = state, found
+    return found
 
 
 def occurrences(text: str, controls: Iterable[str]) -> list[tuple[int, int]]:
@@ -98,13 +111,33 @@ def encode(tokenizer: Any, text: Rendered, **options: Any) -> list[int]:
             "told apart. Remove that character."
         )
         raise DataError(msg)
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        return _encode_in_pieces(tokenizer, text, **options)
-    twin = _disguise(tokenizer, text.controls)
-    target = options.pop("text_target", False)
-    given = {"text_target": _renamed(text)} if target else {"text": _renamed(text)}
-    ids: list[int] = list(twin(**given, return_attention_mask=False, verbose=False, **options)["input_ids"])
-    return ids
+    target, special = options.pop("text_target", False), options.pop("add_special_tokens", True)
+    bare = getattr(tokenizer, "backend_tokenizer", None) is None
+    ids = _encode_in_pieces(tokenizer, text) if bare else _disguise(tokenizer, text.controls).encode(_renamed(text)).ids
+    if not special:
+        return ids
+    before, behind = _around(tokenizer, target=target)
+    return [*before, *ids, *behind]
+
+
+def _around(tokenizer: Any, *, target: bool) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and behind any text now.
+
+    Raises:
+        DataError: They cannot be told apart from the text.
+    """
+    for text in ("a", "1", "."):
+        given = {"text_target": text} if target else {"text": text}
+        dressed = list(tokenizer(**given, add_special_tokens=True, verbose=False)["input_ids"])
+        plain = list(tokenizer(**given, add_special_tokens=False, verbose=False)["input_ids"])
+        places = [k for k in range(len(dressed) - len(plain) + 1) if dressed[k : k + len(plain)] == plain]
+        if plain and len(places) == 1:
+            return dressed[: places[0]], dressed[places[0] + len(plain) :]
+    msg = (
+        f"a text spells a control token, and which special tokens {type(tokenizer).__name__} adds to a text cannot be "
+        "told. Take it out of the text."
+    )
+    raise DataError(msg)
 
 
 def _name(control: str, controls: frozenset[str]) -> str:
@@ -124,25 +157,26 @@ def _renamed(text: Rendered) -> str:
     return "".join([*parts, text[at:]])
 
 
-def _disguise(tokenizer: Any, controls: frozenset[str]) -> Any:
-    """A copy of the tokenizer that knows the control tokens, with their ids, by other names alone; kept.
+def _disguise(tokenizer: Any, controls: frozenset[str]) -> Tokenizer:
+    """A copy of the tokenizer's backend that knows the control tokens, with their ids, by other names alone; kept.
 
     `split_special_tokens` would not do: it also takes labels apart that a user added, leaves added tokens whole that
     are not "special", and a vocabulary may hold a control token as an ordinary piece (T5's `</s>`).
     """
+    backend = tokenizer.backend_tokenizer
+    state = len(tokenizer), repr(backend.normalizer), repr(backend.pre_tokenizer)
     kept = _disguised.setdefault(tokenizer, {})
     known = kept.get(controls)
-    if known is not None and known[0] == len(tokenizer):
+    if known is not None and known[0] == state:
         return known[1]
-    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    data = json.loads(backend.to_str())
     names = {control: _name(control, controls) for control in controls}
     for token in data.get("added_tokens", ()):
         token["content"] = names.get(token["content"], token["content"])
     _rename_vocabulary(data["model"], names)
-    data["truncation"] = data["padding"] = None
-    twin = copy.deepcopy(tokenizer)
-    twin._tokenizer = Tokenizer.from_str(json.dumps(data))
-    kept[controls] = (len(tokenizer), twin)
+    data["truncation"] = data["padding"] = data["post_processor"] = None  # special tokens are added by the tokenizer
+    twin = Tokenizer.from_str(json.dumps(data))
+    kept[controls] = (state, twin)
     return twin
 
 
@@ -163,9 +197,8 @@ def _halves(merge: Any) -> list[str]:
     return merge.split(" ") if isinstance(merge, str) else list(merge)
 
 
-def _encode_in_pieces(tokenizer: Any, text: Rendered, **options: Any) -> list[int]:
+def _encode_in_pieces(tokenizer: Any, text: Rendered) -> list[int]:
     """The way of tokenizers without a backend to copy (ByT5): foreign places apart, special tokens split in them."""
-    target, special = options.pop("text_target", False), options.pop("add_special_tokens", True)
     ids: list[int] = []
     at = 0
     for start, end in [*text.foreign, (len(text), len(text))]:
@@ -175,15 +208,6 @@ def _encode_in_pieces(tokenizer: Any, text: Rendered, **options: Any) -> list[in
                 ids += list(found["input_ids"])
                 _check_split(tokenizer, found["input_ids"], piece, text.controls if split else ())
         at = end
-    if special:
-        context = getattr(tokenizer, "_switch_to_target_mode", None) if target else None
-        if context is not None:
-            context()
-        try:
-            ids = list(tokenizer.build_inputs_with_special_tokens(ids))
-        finally:
-            if context is not None:
-                tokenizer._switch_to_input_mode()
     return ids
 
 

@@ -123,13 +123,9 @@ class LocalFace(BaseModel):
         """
         return {name: getattr(self, name) for name in OPTIONS} | self.options(stop, overrides)
 
-    def as_prompt(self, call: Mapping[str, Any] | None = None) -> Bare:
-        """What makes text of this object's own input: with it, training sees what a call sends.
-
-        Args:
-            call: Keywords that go along with every call, from `bind`.
-        """
-        return Bare(self, dict(call or {}))
+    def as_prompt(self) -> Bare:
+        """What makes text of this object's own input: with it, training sees what a call sends."""
+        return Bare(self, {})
 
     @abstractmethod
     def text_of(self, value: Any, call: Mapping[str, Any]) -> str:
@@ -241,7 +237,8 @@ class Bare:
 
     def prompt_identity(self) -> list[Any]:
         """What two sides of a federation must share of the way from input to tokens."""
-        return [self.face.path_identity(), sorted((k, repr(v)) for k, v in self.call.items() if k != "stop")]
+        rendering = {k: v for k, v in self.call.items() if k in self.face.rendering_options}
+        return [self.face.path_identity(), sorted((k, repr(v)) for k, v in rendering.items())]
 
 
 def saved_fields(kind: type[LocalFace]) -> frozenset[str]:

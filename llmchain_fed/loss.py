@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmchain_fed.adapters import idle_parameters
+from llmchain_fed.adapters.lora_config import unwrapped
 from llmchain_fed.data import IGNORE
 from llmchain_fed.errors import DataError
 from llmchain_fed.generation import evaluating
@@ -63,6 +64,7 @@ def summed_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
 
 def transformers_model(module: nn.Module) -> Any:
     """The transformers model in a plain or PEFT-wrapped module, or None where its logits are not the labels' own."""
+    module = unwrapped(module)
     config = getattr(module, "active_peft_config", None)
     if config is not None:
         if getattr(config, "is_prompt_learning", False):  # there are more positions than tokens

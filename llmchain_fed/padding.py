@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from llmchain_fed.adapters.lora_config import unwrapped
 from llmchain_fed.generation import evaluating, pad_rows
 from llmchain_fed.generation_fields import CompleteConfig
 
@@ -69,8 +70,9 @@ def _first_logits(module: Any, rows: list[list[int]], pad: int, *, left: bool) -
         bos_token_id=getattr(own, "bos_token_id", None),
     )  # fmt: skip
     # by the class: who watches or replaces this object's own `generate` is not asked by a trial
-    output = type(module).generate(
-        module, input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=options
+    inner = unwrapped(module)
+    output = type(inner).generate(
+        inner, input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=options
     )
     logits: tuple[Tensor, ...] = output.logits
     return logits

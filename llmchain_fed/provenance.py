@@ -37,7 +37,7 @@ def mark_foreign(text: str, controls: Iterable[str], renders: Iterable[Callable[
     if not spelled:
         return text
     for render in renders:
-        for change in (_mask, _without(controls)):
+        for change in (_masked(controls), _without(controls)):
             try:
                 other = render(change)
             except Exception:  # noqa: S112 (a template that needs something of its values may raise anything)
@@ -63,8 +63,16 @@ def _foreign_places(text: str, other: str, spelled: list[tuple[int, int]]) -> li
     return [place for place in spelled if any(differ[slice(*place)])]
 
 
-def _mask(text: str) -> str:
-    return re.sub(r"\S", _MASK, text)  # white space stays: templates trim it
+def _masked(controls: frozenset[str]) -> Change:
+    """Every letter is changed. White space stays, for templates trim it, but within a control token."""
+
+    def change(text: str) -> str:
+        found = list(re.sub(r"\S", _MASK, text))
+        for start, end in occurrences(text, controls):
+            found[start:end] = _MASK * (end - start)
+        return "".join(found)
+
+    return change
 
 
 def _without(controls: frozenset[str]) -> Change:

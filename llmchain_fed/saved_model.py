@@ -5,6 +5,7 @@ Knows transformers' models and what decides their answers. Knows nothing of Lang
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,7 +15,7 @@ from peft import PeftModel
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from llmchain_fed import embedded, generation_fields, pristine, saved_adapter, saved_tokenizer
 from llmchain_fed.adapters.lora_config import unwrapped
@@ -23,7 +24,7 @@ from llmchain_fed.model import LocalModel
 from llmchain_fed.pretrained import load_base
 from llmchain_fed.saved_adapter import Strict, Trained
 from llmchain_fed.weights import base_fingerprint, is_adapter, stable_name
-from llmchain_fed.wrapping import every_tensor_saved
+from llmchain_fed.wrapping import every_tensor_saved, loader_of
 
 BASE, CHANGES = "base", "base_changes.safetensors"
 FOLDERS = (BASE, saved_adapter.FOLDER, saved_tokenizer.FOLDER)
@@ -108,9 +109,9 @@ def _is_contradicted(model: LocalModel) -> bool:
 
 def _check_base(base: Any) -> None:
     """Makes sure that transformers would make this very class, with these very tensors, from the configuration."""
-    seq2seq = bool(getattr(base.config, "is_encoder_decoder", False))
-    auto: Any = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-    mapped = auto._model_mapping.get(type(base.config), ()) if type(base.config) in auto._model_mapping else ()
+    auto: Any = loader_of(base.config)
+    table = getattr(auto, "_model_mapping", {})
+    mapped = table.get(type(base.config), ()) if table else auto
     classes = mapped if isinstance(mapped, (tuple, list)) else (mapped,)
     if type(base) not in classes:
         known = [c.__name__ for c in classes] or "nothing"
@@ -220,8 +221,9 @@ def write(model: LocalModel, directory: Path) -> ModelData:
 
 def _write_base(base: Any, folder: Path) -> None:
     state = {stable_name(n): t for n, t in base.state_dict().items() if not is_adapter(n)}
-    with generation_fields.save_without_generation_config(base), every_tensor_saved(base):
-        base.save_pretrained(folder, state_dict=state)
+    shown = copy.copy(base)  # shares everything; what transformers must not see is changed on the copy alone
+    with generation_fields.save_without_generation_config(shown), every_tensor_saved(shown):
+        shown.save_pretrained(folder, state_dict=state)
 
 
 def _write_card(directory: Path, known_as: str | None, name: str, *, dequantised: str | None, changed: bool) -> None:
@@ -269,10 +271,12 @@ def load(directory: Path, data: ModelData, given: LocalModel | None) -> LocalMod
         )
         raise ChainFileError(msg)
     if (directory / saved_adapter.FOLDER).is_dir():
-        return saved_adapter.load(model, directory, data.trained)
-    if isinstance(unwrapped(model.module), PeftModel):
+        model = saved_adapter.load(model, directory, data.trained)
+    elif isinstance(unwrapped(model.module), PeftModel):
         msg = f"the chain was saved without an adapter, {model.name!r} has one, so answers would differ. Pass its base."
         raise ChainFileError(msg)
+    if model.tokenizer is None:
+        model.tokenizer = tokenizer
     return model
 
 
@@ -312,9 +316,7 @@ def _from_data(data: dict[str, Any] | None) -> GenerationConfig | None:
 
 def _check_given(given: LocalModel, data: ModelData, tokenizer: Any) -> None:
     """A base of the caller's own is not changed, so it must be what the chain needs."""
-    if given.tokenizer is None:
-        given.tokenizer = tokenizer
-    elif different := saved_tokenizer.differences(tokenizer, given.tokenizer):
+    if given.tokenizer is not None and (different := saved_tokenizer.differences(tokenizer, given.tokenizer)):
         msg = (
             f"the chain was saved with another tokenizer than {given.name!r} has ({', '.join(different)} differ), so "
             "answers would differ. Pass the base with the saved one: AutoTokenizer.from_pretrained(directory / "

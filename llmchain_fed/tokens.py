@@ -57,10 +57,9 @@ class Tokens:
         tokenizer = self.tokenizer
         if tokenizer is None:
             return frozenset()
-        own = [getattr(tokenizer, f"{what}_token_id", None) for what in ("bos", "eos", "pad")]
-        ids = {i for i in (*own, *self.eos_ids, *self._configured("bos_token_id")) if i is not None}
-        known = getattr(tokenizer, "added_tokens_decoder", {})  # an end id may be an ordinary word, which nobody spells
-        return frozenset(known[i].content for i in ids if i in known)
+        silent, begins = self._silent_ids()
+        known = control_tokens.added_tokens(tokenizer)  # an end id may be an ordinary word, which anybody may write
+        return frozenset(known[i] for i in silent | begins if i in known)
 
     # --- text to ids ------------------------------------------------------------------------------------------------
 
@@ -95,7 +94,7 @@ class Tokens:
         if not self.seq2seq:
             return [row + eos for row in self._tokenize(texts, add_special_tokens=False)]
         rows = self._tokenize(texts, text_target=True, add_special_tokens=True)
-        return [row if eos and row[-1:] == eos else row + eos for row in rows]
+        return [row if eos and eos[0] in row else row + eos for row in rows]  # mBART's language stands behind the end
 
     def _tokenize(self, texts: list[str], *, text_target: bool = False, add_special_tokens: bool) -> list[list[int]]:
         if self.tokenizer is None:
@@ -140,6 +139,8 @@ class Tokens:
         start = 0
         while start < len(ids) and (ids[start] in begins or ids[start] in silent):
             start += 1
+        if self.seq2seq and start < len(ids) and ids[start] in self._configured("forced_bos_token_id"):
+            start += 1  # `generate` writes it: the language of a translation, say
         kept = [i for i in ids[start:] if i not in silent]
         # the clean-up of spaces would change earlier text while a stream is under way
         text: str = self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -151,8 +152,6 @@ class Tokens:
         silent = {*self.eos_ids, *self._configured("pad_token_id"), *([int(pad)] if pad is not None else [])}
         bos = getattr(self.tokenizer, "bos_token_id", None)
         begins = {*self._configured("bos_token_id"), *([int(bos)] if bos is not None else [])}
-        for name in ("decoder_start_token_id", "forced_bos_token_id"):
-            begins |= set(self._configured(name))
-            value = getattr(getattr(self._module, "config", None), name, None)
-            begins |= {int(value)} if isinstance(value, int) else set()
+        if self.seq2seq:
+            begins |= set(self._configured("decoder_start_token_id"))
         return frozenset(silent), frozenset(begins)

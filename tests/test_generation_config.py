@@ -147,6 +147,12 @@ def by_hand(kind, prompt, *, max_new_tokens=LENGTH, eos=(1,), **fields):
     return TOKENIZER.decode(new[:end], skip_special_tokens=True)
 
 
+def _spoken(kind, name, value, text):
+    """A forced first token of an encoder-decoder, a language as a rule, is no part of its answer."""
+    forced = kind == "seq2seq" and name == "forced_bos_token_id"
+    return text.removeprefix(TOKENIZER.decode([value])) if forced else text
+
+
 @functools.cache
 def plain(kind, **fields):
     return [by_hand(kind, p, **fields) for p in SHORT]
@@ -194,7 +200,7 @@ def test_a_field_holds_as_shipped(kind, name, i, caplog):
     eos = value if name == "eos_token_id" else (1,)
     fields = {} if name == "eos_token_id" or value == [] else {name: value}
     single = ["p", PROMPTS[0]] if name == "forced_bos_token_id" else SHORT  # a prompt of one token, for a causal model
-    wanted = [by_hand(kind, p, eos=eos, **copy.deepcopy(fields)) for p in single]
+    wanted = [_spoken(kind, name, value, by_hand(kind, p, eos=eos, **copy.deepcopy(fields))) for p in single]
     assert answers(model, single) == wanted
     assert [r for r in caplog.records if r.name == "llmchain_fed"] == []
     if i == 0 and name in CHANGES[kind]:
@@ -210,6 +216,7 @@ def test_a_field_holds_with_beams(kind, name, i):
     eos = value if name == "eos_token_id" else (1,)
     fields = {} if name == "eos_token_id" or value == [] else {name: copy.deepcopy(value)}
     wanted = [by_hand(kind, p, eos=eos, num_beams=3, **copy.deepcopy(fields)) for p in SHORT]
+    wanted = [_spoken(kind, name, value, text) for text in wanted]
     assert answers(shipping(kind, **{name: value}), num_beams=3) == wanted
 
 

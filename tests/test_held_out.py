@@ -156,12 +156,15 @@ def test_a_held_out_loss_that_is_not_finite_is_said(how, make_chain):
     assert fed.fit(rounds=1)[-1].held_out_after is not None
 
 
-def test_the_pooled_loss_is_no_mean_over_those_that_happen_to_be_finite():
+def test_the_pooled_loss_is_over_those_that_are_finite_on_both_sides():
     fine, worse = {"loss": 2.0, "tokens": 10}, {"loss": 4.0, "tokens": 30}
     before = evaluation.Measurement(own={"a": fine, "b": worse})
     after = evaluation.Measurement(own={"a": fine, "b": worse | finiteness.told(math.inf)})
     assert evaluation._pooled(before, before) == (3.5, 3.5)
-    assert evaluation._pooled(before, after) == (3.5, None)
+    assert evaluation._pooled(before, after) == evaluation._pooled(after, before) == (2.0, 2.0)
+    nobody = evaluation.Measurement(own={n: {"tokens": 10} | finiteness.told(math.nan) for n in "ab"})
+    assert evaluation._pooled(before, nobody) == (3.5, None)
+    assert evaluation._pooled(nobody, nobody) == (None, None)
 
 
 @pytest.mark.parametrize(

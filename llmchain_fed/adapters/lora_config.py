@@ -170,6 +170,8 @@ def refusal(config: PeftConfig) -> str | None:
         check = TREATMENT.get(field.name)
         if check is None:  # a later PEFT's: right as long as it is left alone
             default = field.default if field.default is not dataclasses.MISSING else None
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
             why = (
                 None if not value or value == default else "this version of llmchain_fed does not know it. Leave it out"
             )

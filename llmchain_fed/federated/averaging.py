@@ -91,8 +91,8 @@ class FederatedAveraging(ManualRounds):
         progress: Shows a progress bar and a line per round.
 
     Raises:
-        ChainFileError, RecipeError: `model` is a chain that `save` could not write, so that what is learnt would be lost.
-            Put a parser of your own behind the chain, or federate the pipe `prompt | llm | parser`, which has no `save`.
+        ChainFileError, RecipeError: `model` is a chain that `save` could not write, so what is learnt would be lost.
+            Put a parser of your own behind the chain, or federate the pipe `prompt | llm | parser`.
         ConfigError: An unknown option, or options that contradict each other.
         DuplicateParticipantError: Two participants of one name.
         NotTrainableError: The model has nothing to train.

@@ -202,19 +202,23 @@ def _read(answer: bytes | Exception, samples: int) -> dict[str, Any]:
     return kept
 
 
+def _mean(found: Measurement) -> float | None:
+    finite = [own for own in found.own.values() if own.get("loss") is not None]
+    tokens = sum(own["tokens"] for own in finite)
+    return sum(own["loss"] * own["tokens"] for own in finite) / tokens if tokens else None
+
+
 def _pooled(before: Measurement, after: Measurement) -> tuple[float | None, float | None]:
     """Mean over the same held-out tokens on both sides; the shared set alone, where there is one.
 
-    None on a side where a loss is not finite: a mean over the others would be one over another set.
+    Who sent a loss that is not finite, on either side, is left out of both, and its record says so: one participant's
+    numbers do not hide the others'.
     """
     if before.shared and after.shared:
         return before.shared["loss"], after.shared["loss"]
-    both = [n for n in before.own if "loss" in before.own[n] and "loss" in after.own.get(n, {})]
+    both = [n for n in before.own if all(m.own.get(n, {}).get("loss") is not None for m in (before, after))]
+    if not both:  # nobody's is finite on both sides: perhaps on one
+        return _mean(before), None
     tokens = sum(before.own[n]["tokens"] for n in both)
-    if not tokens:
-        return None, None
-    sides = [[(m.own[n]["loss"], m.own[n]["tokens"]) for n in both] for m in (before, after)]
-    old, new = (
-        None if any(loss is None for loss, _ in side) else sum(loss * n for loss, n in side) / tokens for side in sides
-    )
+    old, new = (sum(m.own[n]["loss"] * m.own[n]["tokens"] for n in both) / tokens for m in (before, after))
     return old, new

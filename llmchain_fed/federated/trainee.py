@@ -65,7 +65,7 @@ class Trainee:
         raise UnsupportedModelError(msg)
 
     def check_savable(self) -> None:
-        """Makes sure, before anything is trained, that what a chain learns can be saved; a pipe or a face has no `save`.
+        """Makes sure, before training, that what a chain learns can be saved; pipes and faces have no `save`.
 
         Raises:
             ChainFileError: No file can hold the model, its tokenizer, its adapter or the options.
