@@ -70,7 +70,7 @@ def _first_logits(module: Any, rows: list[list[int]], pad: int, *, left: bool) -
         bos_token_id=getattr(own, "bos_token_id", None),
     )  # fmt: skip
     # by the class: who watches or replaces this object's own `generate` is not asked by a trial
-    inner = unwrapped(module)
+    inner: Any = unwrapped(module)
     output = type(inner).generate(
         inner, input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=options
     )

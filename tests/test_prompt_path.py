@@ -531,7 +531,7 @@ def test_nothing_of_a_message_opens_a_turn():
         [HumanMessage("a", name=bad)],
         [
             HumanMessage("a"),
-            AIMessage("", tool_calls=[{"name": bad, "args": {bad: bad}, "id": bad}]),
+            AIMessage("", tool_calls=[call]),
             HumanMessage("b"),
         ],
     ):

@@ -217,8 +217,9 @@ def _pooled(before: Measurement, after: Measurement) -> tuple[float | None, floa
     if before.shared and after.shared:
         return before.shared["loss"], after.shared["loss"]
     both = [n for n in before.own if all(m.own.get(n, {}).get("loss") is not None for m in (before, after))]
-    if not both:  # nobody's is finite on both sides: perhaps on one
-        return _mean(before), None
+    if not both:  # nobody's is finite on both sides: perhaps some are on one
+        old, new = _mean(before), _mean(after)
+        return (old, new) if old is None or new is None else (None, new)
     tokens = sum(before.own[n]["tokens"] for n in both)
-    old, new = (sum(m.own[n]["loss"] * m.own[n]["tokens"] for n in both) / tokens for m in (before, after))
-    return old, new
+    sides = (sum(m.own[n]["loss"] * m.own[n]["tokens"] for n in both) / tokens for m in (before, after))
+    return next(sides), next(sides)
