@@ -14,7 +14,7 @@ from langchain_core.language_models import BaseLanguageModel
 from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
 from langchain_core.prompt_values import PromptValue
 from langchain_core.prompts import BasePromptTemplate, PromptTemplate
-from langchain_core.runnables import Runnable, RunnableConfig, RunnableSequence, RunnableWithFallbacks
+from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.base import RunnableBindingBase
 from pydantic import SkipValidation
 from typing_extensions import override
@@ -23,7 +23,7 @@ from llmchain_fed import control_tokens, saved_model, saving
 from llmchain_fed._config import unknown_option
 from llmchain_fed.chat import LocalChatModel
 from llmchain_fed.errors import ChainFileError, ConfigError, PromptVariablesError, UnsupportedModelError
-from llmchain_fed.face import Bare, LocalFace, check_saved, saved_fields
+from llmchain_fed.face import LocalFace, check_saved, saved_fields
 from llmchain_fed.library import StripOutputParser, make_parser, parser_name, prompt_from_data, prompt_to_data
 from llmchain_fed.llm import LocalLLM
 from llmchain_fed.model import LocalModel
@@ -88,7 +88,7 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         Raises:
             UnsupportedModelError: The chain's model is not a local one.
         """
-        found = _below_bindings(self.llm)
+        found = below_bindings(self.llm)
         if not isinstance(found, (LocalLLM, LocalChatModel)):
             msg = (
                 f"the chain's model is {type(found).__name__}, which has no weights here to train. Use "
@@ -125,7 +125,7 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         return self._over(self.model.without_adapter())
 
     def _over(self, model: LocalModel) -> Self:
-        return self._rebound(_with_face_fields(self.llm, model=model), self.llm_kwargs)
+        return self._rebound(with_face_fields(self.llm, model=model), self.llm_kwargs)
 
     @property
     def input_variables(self) -> Sequence[str]:
@@ -407,15 +407,11 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         return cls(llm=face, prompt=prompt, output_parser=parser, llm_kwargs=file.llm_kwargs)
 
 
-class PipedChain(LLMChain):
-    """A chain made of somebody's `prompt | llm | parser`, for training alone: nobody holds it, so nobody saves it."""
-
-
 def _steps(
     prompt: BasePromptTemplate[Any], llm: Any, llm_kwargs: Mapping[str, Any], parser: Runnable[Any, Any]
 ) -> Runnable[Any, Any]:
     """`prompt | llm | parser`; a local string model is told which of the text came from the variables."""
-    face = _below_bindings(llm)
+    face = below_bindings(llm)
     first: Runnable[Any, Any] = prompt
     if isinstance(face, LocalLLM) and face.control_tokens == "text":
         first = PromptStep(prompt=prompt, controls=lambda: _controls(face))
@@ -428,49 +424,14 @@ def _controls(face: LocalFace) -> tuple[frozenset[str], frozenset[str]]:
     return face.model.control_tokens() | face.own_controls, frozenset(t for t in added if t.strip())
 
 
-def _below_bindings(llm: Any) -> Any:
+def below_bindings(llm: Any) -> Any:
+    """What `bind`, `with_config` and `with_retry` have been put around."""
     while isinstance(llm, RunnableBindingBase):
         llm = llm.bound
     return llm
 
 
-def _with_face_fields(llm: Any, **fields: Any) -> Any:
+def with_face_fields(llm: Any, **fields: Any) -> Any:
     """The same model under the same bindings, with other fields of its face."""
     inner = isinstance(llm, RunnableBindingBase)
-    return llm.model_copy(update={"bound": _with_face_fields(llm.bound, **fields)} if inner else fields)
-
-
-def find_prompt(runnable: Any) -> LLMChain | Bare | None:
-    """What renders the prompts of a Runnable over a local model, so that training sees what its `invoke` sends.
-
-    Finds an LLMChain or a face within `with_config`, `with_retry`, `with_fallbacks`, `bind`, `prompt | llm | parser`
-    and `llm | parser`. LangChain's legacy chain found its model in the same way. None where there is none.
-    """
-    call: dict[str, Any] = {}
-    strips = False
-    while True:
-        if isinstance(runnable, LLMChain):
-            return runnable._with(call)
-        if isinstance(runnable, LocalFace):
-            return Bare(runnable, call, strips)
-        if isinstance(runnable, RunnableSequence):
-            first, second, *rest = runnable.steps
-            if isinstance(prompt := _below_bindings(first), BasePromptTemplate):
-                return _chain_of(prompt, second, rest)
-            strips = strips or any(isinstance(step, StripOutputParser) for step in (second, *rest))
-            runnable = first  # the first is what learns
-        # by class: RunnableWithFallbacks forwards unknown attributes, `bound` too, to the chain within
-        elif isinstance(runnable, RunnableBindingBase):
-            runnable, call = runnable.bound, {**runnable.kwargs, **call}
-        elif isinstance(runnable, RunnableWithFallbacks):
-            runnable = runnable.runnable
-        else:
-            return None
-
-
-def _chain_of(prompt: BasePromptTemplate[Any], llm: Any, rest: Sequence[Runnable[Any, Any]]) -> LLMChain:
-    """`prompt | llm | …` as a chain. LangChain hands a string model one text there, whose author is the caller."""
-    parser = rest[0] if len(rest) == 1 else RunnableSequence(*rest) if rest else None
-    if isinstance(_below_bindings(llm), LocalLLM):
-        llm = _with_face_fields(llm, control_tokens="template")
-    return PipedChain(llm=llm, prompt=prompt, output_parser=parser)  # type: ignore[call-arg,arg-type] # as LLMChain's
+    return llm.model_copy(update={"bound": with_face_fields(llm.bound, **fields)} if inner else fields)

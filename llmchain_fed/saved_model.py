@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GenerationConfig
 
-from llmchain_fed import embedded, generation_fields, pristine, saved_adapter, saved_tokenizer
+from llmchain_fed import embedded, generation_data, pristine, saved_adapter, saved_tokenizer
 from llmchain_fed.adapters.lora_config import unwrapped
 from llmchain_fed.errors import ChainFileError, UnsupportedModelError
 from llmchain_fed.model import LocalModel
@@ -151,9 +151,9 @@ def _generation(base: Any) -> dict[str, Any] | None:
     own = getattr(base, "generation_config", None)
     if not isinstance(own, GenerationConfig):
         return None
-    data = generation_fields.to_data(own)
+    data = generation_data.to_data(own)
     try:
-        back = generation_fields.to_data(generation_fields.from_data(data))
+        back = generation_data.to_data(generation_data.from_data(data))
         read = yaml.safe_load(yaml.safe_dump(data))
     except (ValueError, TypeError, yaml.YAMLError) as error:
         msg = f"the model's generation_config cannot be written as data ({error}). Reset that field."
@@ -222,7 +222,7 @@ def write(model: LocalModel, directory: Path) -> ModelData:
 def _write_base(base: Any, folder: Path) -> None:
     state = {stable_name(n): t for n, t in base.state_dict().items() if not is_adapter(n)}
     shown = copy.copy(base)  # shares everything; what transformers must not see is changed on the copy alone
-    with generation_fields.save_without_generation_config(shown), every_tensor_saved(shown):
+    with generation_data.save_without_generation_config(shown), every_tensor_saved(shown):
         shown.save_pretrained(folder, state_dict=state)
 
 
@@ -308,7 +308,7 @@ def _base(directory: Path, data: ModelData, tokenizer: Any, generation: Generati
 
 def _from_data(data: dict[str, Any] | None) -> GenerationConfig | None:
     try:
-        return None if data is None else generation_fields.from_data(data)
+        return None if data is None else generation_data.from_data(data)
     except (ValueError, TypeError) as error:
         msg = f"chain.yaml: {error}. Only save() writes it; save the chain again."
         raise ChainFileError(msg) from None

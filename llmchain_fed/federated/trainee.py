@@ -13,10 +13,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from llmchain_fed.adapters.resolved import resolve
-from llmchain_fed.chain import LLMChain, PipedChain, find_prompt
+from llmchain_fed.chain import LLMChain
 from llmchain_fed.data import Example, RawText, prompt_text
 from llmchain_fed.errors import ContractError, UnsupportedModelError
 from llmchain_fed.face import Bare
+from llmchain_fed.finding import PipedChain, find_prompt
 from llmchain_fed.model import LocalModel
 
 _MEANING = {
