@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmchain_fed import padding, running_state, vocabulary
+from llmchain_fed.adapters.lora_config import unwrapped
 from llmchain_fed.data import IGNORE
 from llmchain_fed.errors import DataError, UnsupportedModelError
 from llmchain_fed.generation import evaluating, pad_rows
@@ -40,7 +41,8 @@ def admit(model: LocalModel) -> list[str]:
         UnsupportedModelError: Tokens see later ones, there is no loss per token, a forward pass fails on text alone,
             or some part has running state that training would change. The message has the remedy.
     """
-    module, known = model.module, _still.get(model.module)
+    module = unwrapped(model.module)  # a trial is not worth compiling for
+    known = _still.get(module)
     pads(model)
     if known is not None and not any(module.get_submodule(name).training for name in known):
         return known
@@ -61,14 +63,15 @@ def pads(model: LocalModel) -> bool:
     Raises:
         UnsupportedModelError: See `admit`; running state is no matter here, where nothing is trained.
     """
-    known = _pads.get(model.module)
+    module = unwrapped(model.module)
+    known = _pads.get(module)
     if known is None:
         vocabulary.check(model, ())  # says more than the IndexError of a trial would
         with model.exclusive():
-            trial = _trial(model.module, model.pad_id)
-            with _no_trace(model.device), evaluating(model.module):
-                known = trial is None or _check_logits(model.module, *trial)
-        _pads[model.module] = known
+            trial = _trial(module, model.pad_id)
+            with _no_trace(model.device), evaluating(module):
+                known = trial is None or _check_logits(module, *trial)
+        _pads[module] = known
     return known
 
 

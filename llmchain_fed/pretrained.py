@@ -51,7 +51,7 @@ def load_base(name_or_path: str, *, dtype: torch.dtype) -> nn.Module:
         module = loader.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _unloadable(name_or_path, error) from error
-    if not Path(name_or_path).exists():
+    if not Path(name_or_path).exists() and not getattr(module, "is_quantized", False):  # what is packed has no rows
         pristine.record(module)
     base: nn.Module = module.eval()
     return base
