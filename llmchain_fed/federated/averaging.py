@@ -56,7 +56,7 @@ class FederatedAveraging(ManualRounds):
     trained weights; their mean Σ n_k/n · w_k is loaded into the chain. Two ways to drive it: `fit(rounds=n)`, or
     `train(local_data, device_id)` per participant and then `step()`.
 
-    Making one runs a few short forward passes over made-up tokens, which show whether the model can be trained here, and
+    Making one runs a few short forward passes over made-up tokens, which show whether the model can be trained here;
     for a chain it checks that `save` could write it. A round that fails or is interrupted leaves chain and history as
     they were. Updates can leak what they were trained on: this is no privacy guarantee by itself.
 
