@@ -69,8 +69,12 @@ class DataReport:
     """left out: white space around the completion, which the parser or the tokenizer takes away"""
     not_decodable: int = 0
     """left out: its tokens, decoded, are another text: characters that the vocabulary lacks, lower-cased letters …"""
+    forbidden: int = 0
+    """left out: the generation settings keep an answer from it: a suppressed token, an n-gram that may not repeat …"""
     duplicate: int = 0
     """kept: the same prompt and completion occurred before"""
+    longer_than_answers: int = 0
+    """kept: more tokens than `max_new_tokens`, so an answer would be cut short"""
     raw: int = 0
     """kept: `RawText`, used as it is"""
     prompt_as_input: int = 0
@@ -83,12 +87,12 @@ class DataReport:
     @property
     def unsayable(self) -> int:
         """Examples left out because no answer could ever be their completion."""
-        return self.holds_end + self.holds_stop + self.stripped + self.not_decodable
+        return self.holds_end + self.holds_stop + self.stripped + self.not_decodable + self.forbidden
 
     @property
     def worth_saying(self) -> bool:
         """Whether examples were left out, or taken otherwise than their form suggests."""
-        taken = self.raw + self.prompt_as_input + self.control_text
+        taken = self.raw + self.prompt_as_input + self.control_text + self.longer_than_answers
         return bool(self.empty or self.too_long or self.unsayable or taken)
 
     def __repr__(self) -> str:
@@ -178,6 +182,7 @@ def encode_examples(
         report.duplicate += (text, completion) in seen
         seen.add((text, completion))
         report.used += 1
+        report.longer_than_answers += saying.cut_short(c)
         report.raw += prompt is not None and kind == "raw"
         report.prompt_as_input += prompt is not None and kind == "prompt_as_input"
         report.control_text += isinstance(text, Rendered) or any(c in completion for c in known)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmchain_fed import padding, running_state, vocabulary
-from llmchain_fed.adapters.lora_config import unwrapped
+from llmchain_fed.adapters.lora_config import check_in_use, unwrapped
 from llmchain_fed.data import IGNORE
 from llmchain_fed.errors import DataError, UnsupportedModelError
 from llmchain_fed.generation import evaluating, pad_rows
@@ -41,6 +41,8 @@ def admit(model: LocalModel) -> list[str]:
         UnsupportedModelError: Tokens see later ones, there is no loss per token, a forward pass fails on text alone,
             or some part has running state that training would change. The message has the remedy.
     """
+    if model.adapter is None:  # a view switches adapters by itself
+        check_in_use(model.module)
     module = unwrapped(model.module)  # a trial is not worth compiling for
     known = _still.get(module)
     pads(model)

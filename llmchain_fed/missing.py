@@ -15,6 +15,8 @@ from typing import Any
 
 _MARKERS = {("pandas", "NAType"), ("pandas", "NaTType"), ("numpy", "MaskedConstant")}
 """(package, type): values that are nothing but markers, and refuse to be compared"""
+_USER = ("user", "human", "HumanMessageChunk")
+_ROLES = ("system", "human", "user", "ai", "assistant", "tool", "placeholder")
 _NUMPY_WORDS = ("nan", "NaT", "<NA>")
 """what numpy makes of a marker that it is given among texts: `np.array(["a", nan])` holds two strings"""
 _INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")
@@ -31,6 +33,8 @@ def is_missing(value: Any) -> bool:
     """
     if value is None:
         return True
+    if calls := getattr(value, "tool_calls", None):  # a message: its calls' arguments reach the template as they are
+        return isinstance(calls, list) and any(_is_missing_within(call.get("args")) for call in calls)
     kind = type(value)
     package = kind.__module__.partition(".")[0]
     if isinstance(value, str):
@@ -51,6 +55,15 @@ def is_missing(value: Any) -> bool:
     return isinstance(value, numbers.Number) and _unlike_itself(value)
 
 
+def _is_missing_within(value: Any) -> bool:
+    """Whether data hold a marker other than None, which says something there."""
+    if isinstance(value, Mapping):
+        return any(_is_missing_within(part) for part in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_is_missing_within(part) for part in value)
+    return value is not None and is_missing(value)
+
+
 def _unlike_itself(value: Any) -> bool:
     """NaN and NaT are the only values that differ from themselves."""
     try:
@@ -69,9 +82,33 @@ def is_blank(value: Any) -> bool:
     """
     if isinstance(value, str):
         return is_missing(value) or all(unicodedata.category(c) in _INVISIBLE for c in value)
-    if isinstance(value, (list, tuple)) and value and all(hasattr(m, "content") for m in value):
-        return all(not getattr(m, "tool_calls", None) and (not m.content or is_blank(m.content)) for m in value)
+    if isinstance(value, (list, tuple)) and value and all(_is_message(m) for m in value):
+        said = [_said(m) for m in value]
+        return all(said_nothing for _, said_nothing in said) or any(nothing for role, nothing in said if role in _USER)
     return is_missing(value)
+
+
+def _is_message(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "role" in value or ("type" in value and "content" in value)
+    return hasattr(value, "content") or (
+        isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and value[0] in _ROLES
+    )
+
+
+def _said(message: Any) -> tuple[str, bool]:
+    """A message's role, and whether it says nothing: no text, and no call of a tool."""
+    if isinstance(message, tuple):
+        role, content, calls = message[0], message[1], None
+    elif isinstance(message, Mapping):
+        role = str(message.get("role", message.get("type")))
+        content, calls = message.get("content"), message.get("tool_calls")
+    else:
+        role, content = str(getattr(message, "type", "")), message.content
+        calls = getattr(message, "tool_calls", None)
+    parts = content if isinstance(content, (list, tuple)) else [content]
+    texts = [part.get("text", part) if isinstance(part, Mapping) else part for part in parts]
+    return role, not calls and all(is_blank(text) for text in texts)
 
 
 def filled(item: Any) -> Any:

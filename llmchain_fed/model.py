@@ -142,8 +142,8 @@ class LocalModel(AdapterViews, Answering):
         if not found:
             msg = (
                 f"no parameter of {self.name!r} requires a gradient, so nothing can be learnt. Pass "
-                "lora=LoraConfig(...) "
-                "to from_pretrained, or unfreeze the parameters to train."
+                "lora=LoraConfig(...) to from_pretrained, load an adapter with PeftModel.from_pretrained(…, "
+                "is_trainable=True), leave inference_mode out, or unfreeze the parameters to train."
             )
             raise NotTrainableError(msg)
         return found

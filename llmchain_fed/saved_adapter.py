@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmchain_fed import adapters
-from llmchain_fed.adapters.lora_config import unwrapped
+from llmchain_fed.adapters.lora_config import check_in_use, unwrapped
 from llmchain_fed.adapters.resolved import NAME, Layer, Resolved, check_names, resolve, scaling_of, settings
 from llmchain_fed.errors import ChainFileError, UnsupportedModelError, WeightsMismatchError
 from llmchain_fed.model import LocalModel
@@ -108,6 +108,11 @@ def checked(model: LocalModel) -> Resolved:
             "saved with exactly one. Save the chain itself or chain.with_adapter(name)."
         )
         raise ChainFileError(msg)
+    if model.adapter is None:  # a view switches adapters by itself
+        try:
+            check_in_use(model.module)
+        except UnsupportedModelError as error:
+            raise ChainFileError(str(error)) from None
     found = resolve(model.module, model.peft_names[0])
     check_names(model.module, found)
     return found

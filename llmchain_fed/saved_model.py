@@ -76,6 +76,8 @@ def check(model: LocalModel) -> None:
     _generation(base)
     if _comes_along(model):
         _check_base(base)
+    if not getattr(base, "is_quantized", False):
+        _check_structure(base)
 
 
 def base_of(model: LocalModel) -> Any:
@@ -124,10 +126,14 @@ def _check_base(base: Any) -> None:
     if len(types) > 1 and not getattr(base, "_keep_in_fp32_modules", None):
         msg = f"the base holds {sorted(map(str, types))} at once, and is loaded in one type. Convert it to one."
         raise ChainFileError(msg)
+
+
+def _check_structure(base: Any) -> None:
+    """Makes sure that the configuration makes these very tensors, of these kinds of modules."""
     try:
         with torch.device("meta"):
             made = type(base)(base.config)
-    except Exception:
+    except Exception:  # a class with arguments of its own, or one that cannot be made without memory
         return
     own, fresh = _shapes(base), _shapes(made)
     if own != fresh:

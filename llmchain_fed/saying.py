@@ -6,29 +6,76 @@ the model learns something that it can never say. Knows models and stop strings.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from llmchain_fed.errors import UnsayableError
 from llmchain_fed.generation import checked_stops
 from llmchain_fed.model import LocalModel
 
-Reason = Literal["holds_end", "holds_stop", "stripped", "not_decodable"]
+Reason = Literal["holds_end", "holds_stop", "stripped", "not_decodable", "forbidden"]
 """a count of `DataReport`: why a completion cannot be said"""
 
 _MEANING = {
     "holds_end": "it holds an end token, where an answer would end",
     "holds_stop": "it holds a stop string, before which an answer would end",
-    "stripped": "the white space around it would be taken away",
+    "stripped": "the white space around it would be another",
     "not_decodable": "its tokens, decoded, are another text",
+    "forbidden": "the generation settings keep an answer from it",
 }
 _REMEDY = {
     "holds_end": "Take that text out of the completions, or end answers otherwise (generation_config.eos_token_id)",
     "holds_stop": "Take the stop string out of the completions, or give the chain another `stop`",
-    "stripped": "Strip the completions, or use a parser that keeps white space",
+    "stripped": "Strip the completions; where the tokenizer puts a space in front, use the parser `strip` "
+    "(llmchain_fed.library.StripOutputParser); where a parser takes it away, another one",
     "not_decodable": "Write the completions in characters that the vocabulary has, or use a model whose vocabulary has "
     "them (byte-level ones have all)",
+    "forbidden": "Look at suppress_tokens, begin_suppress_tokens, bad_words_ids, min_new_tokens and "
+    "no_repeat_ngram_size, in module.generation_config and of the chain",
 }
+
+
+@dataclass(frozen=True)
+class Banned:
+    """What the generation settings keep out of an answer.
+
+    Args:
+        tokens: Ids that never come.
+        first: Ids that do not come first.
+        sequences: Runs of ids that never come.
+        shortest: tokens: before so many there is no end.
+        ngram: tokens: no run of this length comes twice; 0 is off.
+    """
+
+    tokens: frozenset[int] = frozenset()
+    first: frozenset[int] = frozenset()
+    sequences: tuple[tuple[int, ...], ...] = ()
+    shortest: int = 0
+    ngram: int = 0
+
+    @classmethod
+    def of(cls, module: Any, options: Mapping[str, Any]) -> Banned:
+        """Those of a module's own `generation_config` and of a call's options."""
+        own = getattr(module, "generation_config", None)
+        words = [tuple(ids) for ids in getattr(own, "bad_words_ids", None) or ()]
+        shortest = options.get("min_new_tokens")
+        return cls(
+            frozenset(getattr(own, "suppress_tokens", None) or ()) | {ids[0] for ids in words if len(ids) == 1},
+            frozenset(getattr(own, "begin_suppress_tokens", None) or ()),
+            tuple(ids for ids in words if len(ids) > 1),
+            int((shortest if shortest is not None else getattr(own, "min_new_tokens", None)) or 0),
+            int(options.get("no_repeat_ngram_size") or 0),
+        )
+
+    def keeps_from(self, ids: Sequence[int]) -> bool:
+        """Whether an answer cannot be these ids, the last of which ends it."""
+        if len(ids) - 1 < self.shortest or self.tokens & set(ids) or (ids and ids[0] in self.first):
+            return True
+        runs = [tuple(ids[i : i + self.ngram]) for i in range(len(ids) - self.ngram + 1)] if self.ngram else []
+        if len(set(runs)) < len(runs):
+            return True
+        return any(tuple(ids[i : i + len(run)]) == run for run in self.sequences for i in range(len(ids)))
 
 
 class Saying:
@@ -41,14 +88,17 @@ class Saying:
 
     def __init__(self, model: LocalModel, prompt: Any) -> None:
         self._model, self._prompt = model, prompt
-        self._stops = checked_stops(prompt.generation_options().get("stop")) if prompt is not None else ()
+        options = dict(prompt.generation_options()) if prompt is not None else {}
+        self._stops = checked_stops(options.get("stop"))
+        self._longest = options.get("max_new_tokens")
+        self._banned = Banned.of(model.module, options)
 
     def fails(self, completion: str, ids: Sequence[int]) -> Reason | None:
         """Why no answer can be `completion`, whose tokens with the end token are `ids`; None where one can."""
         said = self._model.said(ids, stop=self._stops)
         parsed = self._prompt.parsed(said) if self._prompt is not None else said
         if parsed == completion:
-            return None
+            return "forbidden" if self._banned.keeps_from(ids) else None
         whole = self._model.decoded(ids)
         if whole == completion and said != whole:
             return "holds_stop"
@@ -57,6 +107,10 @@ class Saying:
         if said != whole:
             return "holds_stop"
         return "stripped" if whole.strip() == completion.strip() else "not_decodable"
+
+    def cut_short(self, ids: Sequence[int]) -> bool:
+        """Whether an answer would end before these tokens do, for want of `max_new_tokens`."""
+        return self._longest is not None and len(ids) - 1 > self._longest  # the end token is not missed
 
     def explain(self, completion: str, ids: Sequence[int], reason: Reason) -> str:
         """A sentence about one completion that fails, and what helps."""

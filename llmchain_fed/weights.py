@@ -199,8 +199,9 @@ def content_hash(tensors: Mapping[str, Tensor]) -> str:
 def base_fingerprint(module: nn.Module) -> str:
     """64 bits that tell one base from another, as hex; adapters do not count.
 
-    Covers every base parameter's name and shape and 64 values of each, rounded to bfloat16, so that the same base
-    held in float32 and in bfloat16 agree. It tells honest mistakes apart; it is no proof against forgery.
+    Covers every base parameter's name and shape, 64 values of each and one of each of its rows, rounded to bfloat16, so
+    that the same base held in float32 and in bfloat16 agree. It tells honest mistakes apart, a changed row among them;
+    it is no proof against forgery.
     """
     digest = hashlib.blake2b(digest_size=8)
     base = {stable_name(n): p for n, p in module.named_parameters() if not is_adapter(n)}
@@ -209,7 +210,16 @@ def base_fingerprint(module: nn.Module) -> str:
         if parameter.device.type == "meta" or not parameter.numel():
             continue
         digest.update(_raw(_spread(parameter, _SAMPLED_VALUES).to("cpu", torch.bfloat16).contiguous()))
+        if parameter.dim() > 1:
+            digest.update(_raw(_one_a_row(parameter).to("cpu", torch.bfloat16).contiguous()))
     return digest.hexdigest()
+
+
+def _one_a_row(tensor: Tensor) -> Tensor:
+    """(rows,) one value of each row, from another column each time."""
+    rows = tensor.detach().reshape(tensor.shape[0], -1)
+    index = torch.arange(len(rows), device=rows.device)
+    return rows[index, index * 7919 % rows.shape[1]]
 
 
 def _spread(tensor: Tensor, count: int) -> Tensor:

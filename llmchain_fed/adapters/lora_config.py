@@ -16,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from llmchain_fed.errors import ConfigError, UnsupportedModelError
+from llmchain_fed.weights import is_adapter
 
 Check = Callable[[Any, LoraConfig], str | None]
 """(a field's value, the whole configuration) → why it is refused and what to do, or None where it is right"""
@@ -247,6 +248,39 @@ def _check_shared(module: PeftModel) -> None:
                 "modules_to_save or trainable_token_indices."
             )
             raise UnsupportedModelError(msg)
+
+
+def check_in_use(module: nn.Module) -> None:
+    """Makes sure that a module answers as its base with its adapter, before that is trained or saved.
+
+    Raises:
+        UnsupportedModelError: An adapter is merged into the base or switched off, or part of the base is trained too.
+    """
+    outer = unwrapped(module)
+    if not isinstance(outer, PeftModel):
+        return
+    for name, layer in outer.named_modules():
+        if not isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        if getattr(layer, "merged_adapters", None):
+            msg = (
+                f"an adapter is merged into the base weights ({name}), so it would count twice once it is saved, and "
+                "cannot be trained. Call module.unmerge_adapter() first."
+            )
+            raise UnsupportedModelError(msg)
+        if layer.disable_adapters:
+            msg = (
+                f"the adapter is switched off ({name}), so it would be on again once it is saved, and cannot be "
+                "trained. Leave `with module.disable_adapter()`, or call module.base_model.enable_adapter_layers()."
+            )
+            raise UnsupportedModelError(msg)
+    beside = [n for n, p in outer.named_parameters() if p.requires_grad and not is_adapter(n)]
+    if beside:
+        msg = (
+            f"{beside[0]} of the base is trained beside the adapter ({len(beside)} such tensors), so the bare base "
+            "would no longer be the base. Freeze it, or name its module in LoraConfig(modules_to_save=[…])."
+        )
+        raise UnsupportedModelError(msg)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
