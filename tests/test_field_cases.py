@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from llmchain_fed import (
     ChatTemplateError,
+    CheckpointError,
     DataError,
     FederatedAveraging,
     LLMChain,
@@ -109,6 +110,47 @@ def test_1_a_lora_whose_start_rewrites_the_base(start):
         LocalModel(module, tokenizer)
 
 
+def _merged(module):
+    module.merge_adapter()
+
+
+def _switched_off(module):
+    module.base_model.disable_adapter_layers()
+
+
+def _beside(module):
+    module.get_base_model().model.norm.weight.requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [(_merged, "merged"), (_switched_off, "switched off"), (_beside, "beside")]
+)
+def test_1_an_adapter_that_is_not_beside_an_untouched_base(change, reason, tmp_path):
+    tokenizer = make_tokenizer()
+    module = with_lora(qwen(tokenizer), init_lora_weights=False)
+    change(module)
+    chain = chain_of(module, tokenizer)
+    for call in (lambda: chain.save(tmp_path / "chain"), chain.check_savable, lambda: fit(chain)):
+        with pytest.raises(LLMChainFedError, match=reason):
+            call()
+
+
+def test_2_one_row_of_the_base_makes_another_federation(tmp_path):
+    tokenizer = make_tokenizer()
+
+    def chain_with(row=None):
+        module = qwen(tokenizer)
+        if row is not None:
+            module.get_input_embeddings().weight.data[row] *= 3
+        return chain_of(with_lora(module), tokenizer)
+
+    for row in (10, 44, 200):
+        directory = tmp_path / str(row)
+        FederatedAveraging(chain_with(row), participants=PAIRS, progress=False, checkpoint_dir=directory).fit(1)
+        with pytest.raises(CheckpointError, match="base weights"):
+            FederatedAveraging.resume(directory, chain_with(), participants=PAIRS, progress=False)
+
+
 @pytest.mark.real_model
 def test_2_what_was_changed_after_loading_a_base_by_name(tmp_path):
     chat = LocalChatModel.from_pretrained("smollm2-135m-instruct", lora=LoraConfig(r=2, target_modules=["q_proj"]))
@@ -132,6 +174,31 @@ def test_3_labels_that_are_special_tokens_and_text_that_spells_one():
     federation = fit(chain, {"a": pairs}, 100, 4e-3)
     assert [chain.invoke(text) for text, _ in pairs] == ["[POS]", "a<eos>b"]
     assert federation.data_reports["a"].used == 2
+
+
+@pytest.mark.parametrize(
+    ("shipped", "options", "completion"),
+    [
+        ({"suppress_tokens": ["h"]}, {}, "hallo"),
+        ({"begin_suppress_tokens": ["h"]}, {}, "hallo"),
+        ({"bad_words_ids": ["al"]}, {}, "hallo"),
+        ({}, {"no_repeat_ngram_size": 1}, "hallo"),
+        ({}, {"min_new_tokens": 9}, "hallo"),
+        ({"min_new_tokens": 9}, {}, "hallo"),
+    ],
+)
+def test_3_generation_settings_that_forbid_a_completion(shipped, options, completion):
+    tokenizer = make_tokenizer()
+    module = qwen(tokenizer)
+    for name, value in shipped.items():
+        words = [tokenizer(text)["input_ids"] for text in value] if isinstance(value, list) else value
+        setattr(module.generation_config, name, words if name in ("bad_words_ids", "min_new_tokens") else words[0])
+    chain = chain_of(module, tokenizer, **options)
+    report = encode_examples([("x", completion), ("x", "12")], chain.model, chain).report
+    assert report.forbidden == (2 if "min_new_tokens" in {*shipped, *options} else 1)
+    plain = chain_of(qwen(tokenizer), tokenizer, max_new_tokens=3)
+    report = encode_examples([("x", completion), ("x", "12")], plain.model, plain).report
+    assert (report.used, report.longer_than_answers) == (2, 1)
 
 
 def test_4a_a_generation_config_that_transformers_would_not_write(tmp_path):
@@ -173,6 +240,28 @@ def test_5_a_missing_cell_is_not_the_word_nan(tmp_path):
         encoded = encode_examples(source, chain.model, chain)
         assert [tokenizer.decode(encoded[i][0]) for i in range(len(encoded))] == [TEMPLATE.format(text="welt")]
         assert (encoded.report.used, encoded.report.empty) == (1, 1)
+
+
+def test_5_an_empty_turn_is_an_empty_example_in_every_spelling():
+    tokenizer = make_tokenizer()
+    chat = LocalChatModel(model=LocalModel(qwen(tokenizer), tokenizer))
+    call = {"name": "f", "args": {"a": float("nan")}, "id": "1"}
+    for empty in (
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": ""}],
+        [("system", "s"), ("human", "")],
+        [HumanMessage([{"type": "text", "text": " "}])],
+        [HumanMessage("a"), AIMessage("b"), HumanMessage("")],
+        [HumanMessage("a"), AIMessage("", tool_calls=[call]), HumanMessage("b")],
+    ):
+        report = encode_examples([(empty, "a"), ("b", "c")], chat.model, chat.as_prompt()).report
+        assert (report.used, report.empty) == (1, 1), empty
+    full = [
+        HumanMessage("a"),
+        AIMessage("", tool_calls=[call | {"args": {"a": None}}]),
+        ToolMessage("", tool_call_id="1"),
+    ]
+    assert encode_examples([(full, "a")], chat.model, chat.as_prompt()).report.used == 1
 
 
 def test_6_tool_calls_reach_the_template_as_mappings():
