@@ -14,7 +14,7 @@ from langchain_core.language_models import BaseLanguageModel
 from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
 from langchain_core.prompt_values import PromptValue
 from langchain_core.prompts import BasePromptTemplate, PromptTemplate
-from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableWithFallbacks
 from langchain_core.runnables.base import RunnableBindingBase
 from pydantic import SkipValidation
 from typing_extensions import override
@@ -179,7 +179,7 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         Fires no callbacks, so that examples never reach a tracer.
 
         Raises:
-            PromptVariablesError: A variable is missing.
+            PromptVariablesError: A variable is missing, or of a kind that the prompt refuses.
         """
         if not isinstance(inputs, Mapping):
             variables = self.input_variables
@@ -197,7 +197,11 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
                 f"{sorted(map(str, inputs))}."
             )
             raise PromptVariablesError(msg)
-        value: PromptValue = self.prompt.format_prompt(**inputs)
+        try:
+            value: PromptValue = self.prompt.format_prompt(**inputs)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            msg = f"the prompt refuses these values ({type(error).__name__}: {error!s:.200}). Give it what it takes."
+            raise PromptVariablesError(msg) from error
         face = self.face
         if isinstance(face, LocalChatModel):
             return face.render(value.to_messages(), **self._rendering_kwargs())
@@ -232,6 +236,11 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         return f"LLMChain(prompt={self.prompt!r}, llm={self.llm!r}, output_parser={self.output_parser!r})"
 
     __str__ = __repr__
+
+    @override
+    def bind(self, **kwargs: Any) -> Self:
+        """The same chain with these keywords for every call to its model; what it renders and saves has them, too."""
+        return self._with(kwargs)
 
     def _with(self, kwargs: dict[str, Any]) -> Self:
         """This chain with a call's keywords bound to its model; modules are shared, so this is cheap."""
@@ -372,7 +381,10 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
     def _all_llm_kwargs(self) -> dict[str, Any]:
         """Also those bound to the model before it came into the chain."""
         found, kwargs = self.llm, dict(self.llm_kwargs)
-        while isinstance(found, RunnableBindingBase):
+        while isinstance(found, (RunnableBindingBase, RunnableWithFallbacks)):
+            if isinstance(found, RunnableWithFallbacks):
+                found = found.runnable
+                continue
             kwargs = {**found.kwargs, **kwargs}
             found = found.bound
         return kwargs
@@ -425,13 +437,16 @@ def _controls(face: LocalFace) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def below_bindings(llm: Any) -> Any:
-    """What `bind`, `with_config` and `with_retry` have been put around."""
-    while isinstance(llm, RunnableBindingBase):
-        llm = llm.bound
+    """What `bind`, `with_config`, `with_retry` and `with_fallbacks` have been put around."""
+    while isinstance(llm, (RunnableBindingBase, RunnableWithFallbacks)):
+        # by class: RunnableWithFallbacks forwards unknown attributes, `bound` too, to what is within
+        llm = llm.runnable if isinstance(llm, RunnableWithFallbacks) else llm.bound
     return llm
 
 
 def with_face_fields(llm: Any, **fields: Any) -> Any:
     """The same model under the same bindings, with other fields of its face."""
+    if isinstance(llm, RunnableWithFallbacks):
+        return llm.model_copy(update={"runnable": with_face_fields(llm.runnable, **fields)})
     inner = isinstance(llm, RunnableBindingBase)
     return llm.model_copy(update={"bound": with_face_fields(llm.bound, **fields)} if inner else fields)

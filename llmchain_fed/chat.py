@@ -6,12 +6,12 @@ Knows langchain_core's BaseChatModel, messages and LocalModel. Knows nothing abo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import CallbackManagerForLLMRun
-from langchain_core.language_models.base import LangSmithParams
+from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
@@ -70,12 +70,7 @@ class LocalChatModel(LocalFace, BaseChatModel):
 
     @override
     def text_of(self, value: Any, call: Mapping[str, Any]) -> str:
-        try:
-            messages = self._convert_input(value).to_messages()
-        except (ValueError, NotImplementedError) as error:
-            msg = f"cannot read {value!r:.80} as an input of LocalChatModel: {error}. Pass text or messages."
-            raise DataError(msg) from None
-        return self.render(messages, chat_template_kwargs=call.get("chat_template_kwargs"))
+        return self.render(value, chat_template_kwargs=call.get("chat_template_kwargs"))
 
     @classmethod
     def _tolerated(cls) -> frozenset[str]:
@@ -100,8 +95,8 @@ class LocalChatModel(LocalFace, BaseChatModel):
     def get_token_ids(self, text: str) -> list[int]:
         return self.model.encode([text], add_special_tokens=False)[0]
 
-    def render(self, messages: Sequence[BaseMessage], *, chat_template_kwargs: Mapping[str, Any] | None = None) -> str:
-        """Messages → the text that the model sees, up to where its answer begins.
+    def render(self, messages: LanguageModelInput, *, chat_template_kwargs: Mapping[str, Any] | None = None) -> str:
+        """Messages, or whatever else `invoke` takes → the text that the model sees, up to where its answer begins.
 
         A last message of the assistant's is a begun answer, which the model goes on from. Where a message's text
         spells a control token, the result is a `Rendered`, which `LocalModel.encode` keeps from becoming one.
@@ -120,7 +115,11 @@ class LocalChatModel(LocalFace, BaseChatModel):
             msg = f"{model.name!r} is seq2seq, and chat templates are for causal models. Use LocalLLM."
             raise UnsupportedModelError(msg)
         given = self.chat_template_kwargs | dict(chat_template_kwargs or {})
-        conversation = to_transformers(messages, model.name)
+        try:
+            conversation = to_transformers(self._convert_input(messages).to_messages(), model.name)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            msg = f"cannot read {messages!r:.80} as an input of LocalChatModel: {error}. Pass text or messages."
+            raise DataError(msg) from None
         return chat_template.render(
             model.tokenizer, conversation, given, controls=model.control_tokens(), name=model.name
         )

@@ -81,7 +81,11 @@ def switches(template: str) -> frozenset[str]:
         parsed = _parsed(template)
     except jinja2.TemplateError:
         return frozenset()  # rendering says what is wrong with it
-    return frozenset(jinja2.meta.find_undeclared_variables(parsed)) - _RESERVED
+    read = jinja2.meta.find_undeclared_variables(parsed)
+    asked = {test.node.name for test in parsed.find_all(jinja2.nodes.Test) if isinstance(test.node, jinja2.nodes.Name)}
+    made = {name.name for name in parsed.find_all(jinja2.nodes.Name) if name.ctx in ("store", "param")}
+    # what a template sets is its own, unless it asks whether somebody else has
+    return frozenset(read - (made - asked)) - _RESERVED
 
 
 def _parsed(template: str) -> jinja2.nodes.Template:
@@ -100,9 +104,12 @@ def check_switches(given: Mapping[str, Any], template: str, name: str) -> None:
     known = switches(template)
     for key in given:
         if key in _RESERVED or key not in known:
-            has = f"reads {sorted(known)}" if known else "has no switch"
-            hint = unknown_option(key, known) if known else f"unknown switch {key!r}"
-            msg = f"chat_template_kwargs: {hint} The chat template of {name!r} {has}, so it would have no effect."
+            if key in ("tools", "documents"):
+                msg = f"chat_template_kwargs: {key} are not given to a chat template here. Write them into a message."
+            elif known:
+                msg = f"chat_template_kwargs: {unknown_option(key, known)}. Another would have no effect on {name!r}."
+            else:
+                msg = f"chat_template_kwargs: the chat template of {name!r} has no switch, so {key!r} has no effect."
             raise ConfigError(msg)
     try:
         same = json.loads(json.dumps(given, allow_nan=False)) == dict(given)

@@ -76,7 +76,7 @@ class Example:
         if not isinstance(self.completion, str):
             msg = (
                 f"a completion is text, got {type(self.completion).__name__} ({self.completion!r:.60}). "
-                "Convert it to the words the model should write."
+                "Convert it to the words the model should write; of a message, pass its text."
             )
             raise DataError(msg)
         _check_unicode(self.completion, self.inputs)
@@ -216,6 +216,8 @@ def _parse(item: Any, prompt: Prompt | None) -> Example | RawText:
 def _parse_mapping(item: Mapping[Any, Any], prompt: Prompt | None) -> Example:
     if "completion" not in item:
         msg = f"no 'completion' among the keys {sorted(map(str, item))}: nothing to learn."
+        if "messages" in item:
+            msg += " Of a conversation, pass (all messages before the answer, the answer's text) to a chat model."
         raise DataError(msg)
     rest = {k: v for k, v in item.items() if k != "completion"}
     bare = prompt is None or prompt.input_variables is None
@@ -250,6 +252,8 @@ def _check_inputs(inputs: Mapping[str, Any] | str, prompt: Prompt) -> None:
             msg = f"the prompt has the variables {sorted(needed)}, so one string is not enough. Pass a mapping of them."
             raise PromptVariablesError(msg)
         inputs = {next(iter(needed)): inputs}
+    if isinstance(inputs, (list, tuple)) and len(needed) == 1:  # messages for a placeholder
+        inputs = {next(iter(needed)): list(inputs)}
     if not isinstance(inputs, Mapping):
         msg = f"inputs are a mapping of the variables {sorted(needed)} or a string, got {type(inputs).__name__}."
         raise PromptVariablesError(msg)

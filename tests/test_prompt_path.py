@@ -398,6 +398,58 @@ def test_switches_without_effect_are_refused():
         LocalLLM(model=chat.model).invoke("x", chat_template_kwargs={"tone": "warm"})
 
 
+def test_what_a_template_sets_itself_is_no_switch():
+    chat, _ = chat_with(
+        "{% if not date is defined %}{% set date = 'today' %}{% endif %}{{ date }}"
+        "{% for m in messages %}{% set content = m.content %}{{ content }}{% endfor %}{{ tone }}"
+    )
+    assert chat.render("a", chat_template_kwargs={"date": "then", "tone": "!"}) == "thena!"
+    for wrong, reason in {"content": "unknown option", "m": "unknown option", "tools": "not given to a chat"}.items():
+        with pytest.raises(ConfigError, match=reason):
+            chat.render("a", chat_template_kwargs={wrong: "x"})
+
+
+def test_a_binding_is_part_of_a_chain(tmp_path):
+    """What `chain.bind` gives is the chain with those keywords: rendered, trained, saved."""
+    chat, _ = chat_with(THINK)
+    chain = LLMChain(llm=chat, prompt=CHAT_PROMPT).bind(chat_template_kwargs={"enable_thinking": False}, stop=["~"])
+    assert isinstance(chain, LLMChain)
+    chain.save(tmp_path / "chain")
+    loaded = LLMChain.load(tmp_path / "chain")
+    assert loaded.render("x") == chain.render("x")
+    assert chain.render("x").endswith("[none]")
+    assert loaded.generation_options()["stop"] == chain.generation_options()["stop"] == ["~"]
+
+
+def test_a_chat_model_renders_whatever_it_is_asked(monkeypatch):
+    chat = LocalChatModel(model=model_of("byte-level"), max_new_tokens=2)
+    prompt = ChatPromptTemplate.from_messages([("human", "hi")]).format_prompt()
+    for value in ("hi", [("human", "hi")], [{"role": "user", "content": "hi"}], prompt):
+        assert chat.render(value) == chat.render([HumanMessage("hi")])
+    for wrong in (5, [("robot", "x")]):
+        with pytest.raises(DataError, match="Pass text or messages"):
+            chat.render(wrong)
+
+
+def test_fallbacks_within_a_pipe_and_a_chain(monkeypatch):
+    llm = LocalLLM(model=model_of("byte-level"), max_new_tokens=2)
+    careful = llm.with_fallbacks([LocalLLM(model=model_of("byte-level"), max_new_tokens=1)])
+    prompt = PromptTemplate.from_template(TEMPLATE)
+    for learner in (prompt | careful, LLMChain(llm=careful, prompt=TEMPLATE), prompt.with_config(tags=["t"]) | llm):
+        assert trained(learner, {"text": "a<eos>b"})[0] == sent(learner, {"text": "a<eos>b"}, monkeypatch)[0]
+
+
+def test_a_value_that_the_prompt_refuses_is_named():
+    model = model_of("byte-level")
+    for prompt, value in (
+        (ChatPromptTemplate.from_messages([MessagesPlaceholder("m")]), {"m": "hi"}),
+        (PromptTemplate.from_template("{a:.2f}"), {"a": "x"}),
+    ):
+        chain = LLMChain(llm=LocalLLM(model=model), prompt=prompt)
+        with pytest.raises(DataError, match=r"example 0.*refuses these values"):
+            encode_examples([(value, "y")], model, chain)
+
+
 QWEN_LIKE = (
     "{% for m in messages %}<|{{ m.role }}|>"
     "{% if m.role == 'assistant' and '<|system|>' in m.content %}{{ m.content.split('<|system|>')[-1] }}"

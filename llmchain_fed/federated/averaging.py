@@ -203,7 +203,7 @@ class FederatedAveraging(ManualRounds):
         members: Members = "same",
         **options: Any,
     ) -> Self:
-        """Goes on from a checkpoint, bit for bit as if the run had never stopped.
+        """Goes on from a checkpoint: with the same examples, bit for bit as if the run had never stopped.
 
         With `members="changed"` participants may be gone or new, and hold other examples or options than then. Weights,
         the server optimizer's memory, round numbers, history and patience go on; who stays keeps its own state, who is
@@ -218,8 +218,8 @@ class FederatedAveraging(ManualRounds):
             model: The same chain as then; its weights are replaced by the checkpoint's.
             participants: The same as then, or with `members="changed"` those who take part from now on.
             round: Which checkpoint; None is the newest.
-            members: "same" refuses other participants, or others' examples, than the checkpoint's; "changed" goes on
-                with them. `participants_per_round` may then be given anew.
+            members: "same" refuses other participants, or other counts of examples, than the checkpoint's;
+                "changed" goes on with them. `participants_per_round` may then be given anew.
             **options: Further options of `FederatedAveraging`.
 
         Raises:

@@ -28,8 +28,8 @@ def checked_members(choice: str) -> Members:
     if choice in get_args(Members):
         return cast(Members, choice)
     msg = (
-        "members is 'same' (other participants, or others' examples, than the checkpoint's are refused) or 'changed' "
-        f"(the run goes on with them), got {choice!r:.80}."
+        "members is 'same' (other participants, or other counts of examples, than the checkpoint's are refused) or "
+        f"'changed' (the run goes on with them), got {choice!r:.80}."
     )
     raise ConfigError(msg)
 
@@ -128,7 +128,7 @@ class Change:
         first, self.told = not self.told, True
         self.left, self.joined, self.reordered, self.sampled = [], [], False, None
         if not said:
-            same = f"members as after round {self.round}: nobody left, joined or changed; the run goes on bit for bit"
+            same = f"members as after round {self.round}: nobody left or joined, and all hold as many examples as then"
             return ([same] if first else []), False
         notes = [
             f"members changed after round {self.round}: {'; '.join(said)}",
