@@ -73,8 +73,8 @@ class DataReport:
     """left out: the generation settings keep an answer from it: a suppressed token, an n-gram that may not repeat …"""
     duplicate: int = 0
     """kept: the same prompt and completion occurred before"""
-    longer_than_answers: int = 0
-    """kept: more tokens than `max_new_tokens`, so an answer would be cut short"""
+    length_out_of_range: int = 0
+    """kept: more tokens than `max_new_tokens` or fewer than `min_new_tokens`: an answer would be cut short, or go on"""
     raw: int = 0
     """kept: `RawText`, used as it is"""
     prompt_as_input: int = 0
@@ -92,7 +92,7 @@ class DataReport:
     @property
     def worth_saying(self) -> bool:
         """Whether examples were left out, or taken otherwise than their form suggests."""
-        taken = self.raw + self.prompt_as_input + self.control_text + self.longer_than_answers
+        taken = self.raw + self.prompt_as_input + self.control_text + self.length_out_of_range
         return bool(self.empty or self.too_long or self.unsayable or taken)
 
     def __repr__(self) -> str:
@@ -182,7 +182,7 @@ def encode_examples(
         report.duplicate += (text, completion) in seen
         seen.add((text, completion))
         report.used += 1
-        report.longer_than_answers += saying.cut_short(c)
+        report.length_out_of_range += saying.out_of_range(c)
         report.raw += prompt is not None and kind == "raw"
         report.prompt_as_input += prompt is not None and kind == "prompt_as_input"
         report.control_text += isinstance(text, Rendered) or any(c in completion for c in known)

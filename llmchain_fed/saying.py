@@ -31,8 +31,8 @@ _REMEDY = {
     "(llmchain_fed.library.StripOutputParser); where a parser takes it away, another one",
     "not_decodable": "Write the completions in characters that the vocabulary has, or use a model whose vocabulary has "
     "them (byte-level ones have all)",
-    "forbidden": "Look at suppress_tokens, begin_suppress_tokens, bad_words_ids, min_new_tokens and "
-    "no_repeat_ngram_size, in module.generation_config and of the chain",
+    "forbidden": "Look at suppress_tokens, begin_suppress_tokens and bad_words_ids in module.generation_config, and at "
+    "no_repeat_ngram_size",
 }
 
 
@@ -44,14 +44,12 @@ class Banned:
         tokens: Ids that never come.
         first: Ids that do not come first.
         sequences: Runs of ids that never come.
-        shortest: tokens: before so many there is no end.
         ngram: tokens: no run of this length comes twice; 0 is off.
     """
 
     tokens: frozenset[int] = frozenset()
     first: frozenset[int] = frozenset()
     sequences: tuple[tuple[int, ...], ...] = ()
-    shortest: int = 0
     ngram: int = 0
 
     @classmethod
@@ -59,18 +57,16 @@ class Banned:
         """Those of a module's own `generation_config` and of a call's options."""
         own = getattr(module, "generation_config", None)
         words = [tuple(ids) for ids in getattr(own, "bad_words_ids", None) or ()]
-        shortest = options.get("min_new_tokens")
         return cls(
             frozenset(getattr(own, "suppress_tokens", None) or ()) | {ids[0] for ids in words if len(ids) == 1},
             frozenset(getattr(own, "begin_suppress_tokens", None) or ()),
             tuple(ids for ids in words if len(ids) > 1),
-            int((shortest if shortest is not None else getattr(own, "min_new_tokens", None)) or 0),
             int(options.get("no_repeat_ngram_size") or 0),
         )
 
     def keeps_from(self, ids: Sequence[int]) -> bool:
         """Whether an answer cannot be these ids, the last of which ends it."""
-        if len(ids) - 1 < self.shortest or self.tokens & set(ids) or (ids and ids[0] in self.first):
+        if self.tokens & set(ids) or (ids and ids[0] in self.first):
             return True
         runs = [tuple(ids[i : i + self.ngram]) for i in range(len(ids) - self.ngram + 1)] if self.ngram else []
         if len(set(runs)) < len(runs):
@@ -91,6 +87,9 @@ class Saying:
         options = dict(prompt.generation_options()) if prompt is not None else {}
         self._stops = checked_stops(options.get("stop"))
         self._longest = options.get("max_new_tokens")
+        shortest = options.get("min_new_tokens")
+        own = getattr(model.module, "generation_config", None)
+        self._shortest = int((shortest if shortest is not None else getattr(own, "min_new_tokens", None)) or 0)
         self._banned = Banned.of(model.module, options)
 
     def fails(self, completion: str, ids: Sequence[int]) -> Reason | None:
@@ -108,9 +107,10 @@ class Saying:
             return "holds_stop"
         return "stripped" if whole.strip() == completion.strip() else "not_decodable"
 
-    def cut_short(self, ids: Sequence[int]) -> bool:
-        """Whether an answer would end before these tokens do, for want of `max_new_tokens`."""
-        return self._longest is not None and len(ids) - 1 > self._longest  # the end token is not missed
+    def out_of_range(self, ids: Sequence[int]) -> bool:
+        """Whether an answer would be cut before these tokens end, or could not end there yet."""
+        count = len(ids) - 1  # the end token is not missed
+        return count < self._shortest or (self._longest is not None and count > self._longest)
 
     def explain(self, completion: str, ids: Sequence[int], reason: Reason) -> str:
         """A sentence about one completion that fails, and what helps."""
