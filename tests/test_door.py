@@ -18,6 +18,7 @@ from llmchain_fed import (
     LocalModel,
     TrainingConfig,
     evaluate_locally,
+    padding,
     train_locally,
 )
 from llmchain_fed.errors import UnsupportedModelError
@@ -224,3 +225,10 @@ def test_an_adapter_that_does_not_fit_is_refused_with_what_there_is(targets, tok
     module = tiny_module("causal", len(tokenizer))
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM.*'q_proj'"):
         add_adapter(module, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+
+
+def test_half_precision_does_not_keep_prompts_apart(tokenizer):
+    """The rounding of another shape of batch is no sign of positions counted wrongly."""
+    module = tiny_module("causal", len(tokenizer)).to(torch.bfloat16)
+    rows = [tokenizer("save the page and open the file")["input_ids"], tokenizer("page")["input_ids"]]
+    assert padding.sharing(module, rows, pad=0, left=True) == "any"
