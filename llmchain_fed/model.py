@@ -58,6 +58,7 @@ class LocalModel(AdapterViews, Answering):
         self._lock = threading.RLock()
         self._primary = tuple(name for name in weights.adapter_names(module) if name != REMAINDER)
         self._fingerprint = weights.base_fingerprint(module)
+        self._base: tuple[Any, list[nn.Parameter]] | None = None
         self._base_stamp: tuple[Any, ...] | None = None
         self._loads = 0
         self._said: set[str] = set()
@@ -114,11 +115,20 @@ class LocalModel(AdapterViews, Answering):
         again where somebody has changed them, by resizing the embeddings for instance.
         """
         if self._primary:
-            base = [p for n, p in self.module.named_parameters() if not weights.is_adapter(n)]
+            base = self._base_parameters()
             stamp = tuple((p.data_ptr(), tuple(p.shape), p._version) for p in base)
             if not any(p.requires_grad for p in base) and stamp != self._base_stamp:
                 self._base_stamp, self._fingerprint = stamp, weights.base_fingerprint(self.module)
         return self._fingerprint
+
+    def _base_parameters(self) -> list[nn.Parameter]:
+        """The base's parameters; listed anew, which takes 30 ms for SmolLM2, where the embedding is another one."""
+        module: Any = self.module
+        embedding = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
+        weight = getattr(embedding, "weight", None)
+        if self._base is None or self._base[0] is not weight:
+            self._base = weight, [p for n, p in module.named_parameters() if not weights.is_adapter(n)]
+        return self._base[1]
 
     def wrapped(self, module: nn.Module) -> LocalModel:
         """The same model under another wrapping of its module, behind the same lock."""
