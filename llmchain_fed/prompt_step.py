@@ -17,7 +17,7 @@ from pydantic import PrivateAttr
 from typing_extensions import override
 
 from llmchain_fed.control_tokens import Rendered, may_spell
-from llmchain_fed.provenance import Change, map_texts, mark_foreign, texts_of
+from llmchain_fed.provenance import MASK, Change, map_texts, mark_foreign, texts_of
 
 Controls = Callable[[], tuple[frozenset[str], frozenset[str]]]
 """control tokens of any text, and all added tokens, of which those that a template's fixed texts spell are, too"""
@@ -46,7 +46,7 @@ def _spelled_by_template(render: Callable[[Change], str], tokens: set[str]) -> s
     if not tokens:
         return set()
     try:
-        fixed = render(lambda t: "ꙮ" * len(t))
+        fixed = render(lambda t: MASK * len(t))
     except Exception:  # a template that needs something of its values: `mark_foreign` tries it in other ways
         fixed = render(lambda t: _blank(t, tokens))
     return {token for token in tokens if token in fixed}

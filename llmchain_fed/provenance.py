@@ -15,7 +15,7 @@ from llmchain_fed.errors import ChatTemplateError
 Change = Callable[[str], str]
 """a value's text → a text of the same length"""
 
-_MASK = "ꙮ"  # a letter that is printable, so that repr() and JSON leave it alone, and hardly anybody writes
+MASK = "ꙮ"  # a letter that is printable, so that repr() and JSON leave it alone, and hardly anybody writes
 _LETTERS = "xqzjkvw"
 
 
@@ -58,7 +58,7 @@ def _foreign_places(text: str, other: str, spelled: list[tuple[int, int]]) -> li
     if len(other) != len(text):
         return None
     differ = [a != b for a, b in zip(text, other, strict=True)]
-    if any(d and b not in _MASK + _LETTERS + _LETTERS.upper() for d, b in zip(differ, other, strict=True)):
+    if any(d and b not in MASK + _LETTERS + _LETTERS.upper() for d, b in zip(differ, other, strict=True)):
         return None
     return [place for place in spelled if any(differ[slice(*place)])]
 
@@ -67,9 +67,9 @@ def _masked(controls: frozenset[str]) -> Change:
     """Every letter is changed. White space stays, for templates trim it, but within a control token."""
 
     def change(text: str) -> str:
-        found = list(re.sub(r"\S", _MASK, text))
+        found = list(re.sub(r"\S", MASK, text))
         for start, end in occurrences(text, controls):
-            found[start:end] = _MASK * (end - start)
+            found[start:end] = MASK * (end - start)
         return "".join(found)
 
     return change
@@ -81,7 +81,7 @@ def _without(controls: frozenset[str]) -> Change:
     def change(text: str) -> str:
         parts, at = [], 0
         for start, end in occurrences(text, controls):
-            letter = next(c for c in [*_LETTERS, _MASK] if c not in text[start:end].lower())
+            letter = next(c for c in [*_LETTERS, MASK] if c not in text[start:end].lower())
             parts += [text[at:start], letter * (end - start)]
             at = end
         return "".join([*parts, text[at:]])

@@ -94,11 +94,9 @@ class Saying:
 
     def fails(self, completion: str, ids: Sequence[int]) -> Reason | None:
         """Why no answer can be `completion`, whose tokens with the end token are `ids`; None where one can."""
-        said = self._model.said(ids, stop=self._stops)
-        parsed = self._prompt.parsed(said) if self._prompt is not None else said
-        if parsed == completion:
+        if self._answer(ids) == completion:
             return "forbidden" if self._banned.keeps_from(ids) else None
-        whole = self._model.decoded(ids)
+        said, whole = self._model.said(ids, stop=self._stops), self._model.decoded(ids)
         if whole == completion and said != whole:
             return "holds_stop"
         if any(i in self._model.eos_ids for i in ids[:-1]):
@@ -107,6 +105,12 @@ class Saying:
             return "holds_stop"
         return "stripped" if whole.strip() == completion.strip() else "not_decodable"
 
+    def _answer(self, ids: Sequence[int]) -> str:
+        """What a chain or face makes of an answer of these ids, as far as its text goes."""
+        said = self._model.said(ids, stop=self._stops)
+        parsed: str = self._prompt.parsed(said) if self._prompt is not None else said
+        return parsed
+
     def out_of_range(self, ids: Sequence[int]) -> bool:
         """Whether an answer would be cut before these tokens end, or could not end there yet."""
         count = len(ids) - 1  # the end token is not missed
@@ -114,9 +118,9 @@ class Saying:
 
     def explain(self, completion: str, ids: Sequence[int], reason: Reason) -> str:
         """A sentence about one completion that fails, and what helps."""
-        said = self._model.said(ids, stop=self._stops)
-        parsed = self._prompt.parsed(said) if self._prompt is not None else said
-        return f"{completion!r:.80} would be answered as {parsed!r:.80}: {_MEANING[reason]}. {_REMEDY[reason]}."
+        return (
+            f"{completion!r:.80} would be answered as {self._answer(ids)!r:.80}: {_MEANING[reason]}. {_REMEDY[reason]}."
+        )
 
 
 def check_tolerance(unsayable: int, used: int, first: str, tolerance: float | None) -> None:
