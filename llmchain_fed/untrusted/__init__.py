@@ -1,0 +1,30 @@
+"""Bounded readers of what comes from elsewhere: JSON, YAML, headers of safetensors, files, and text for people's eyes.
+
+Knows limits, not meanings: what a field is for, and its range, stands in the strict model (`Strict`) of whoever reads
+it. Every reader gives the documented type or raises the one error of our tree that it was told to raise, and its time
+and memory follow from a size that is checked before anything is parsed.
+"""
+
+from llmchain_fed.untrusted.fields import Strict, checked
+from llmchain_fed.untrusted.files import read_file
+from llmchain_fed.untrusted.json_text import MAX_DEPTH, parse_json, read_json
+from llmchain_fed.untrusted.plain_yaml import MAX_YAML, parse_yaml, read_yaml
+from llmchain_fed.untrusted.safetensors_header import TensorHeader, read_safetensors_header
+from llmchain_fed.untrusted.text import decoding, printable, shown
+
+__all__ = [
+    "MAX_DEPTH",
+    "MAX_YAML",
+    "Strict",
+    "TensorHeader",
+    "checked",
+    "decoding",
+    "parse_json",
+    "parse_yaml",
+    "printable",
+    "read_file",
+    "read_json",
+    "read_safetensors_header",
+    "read_yaml",
+    "shown",
+]

@@ -1,0 +1,50 @@
+"""Fields of what was parsed: each has a type and a range, by a strict model of whoever reads it.
+
+Knows pydantic. Knows nothing of what the fields mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llmchain_fed.untrusted.text import ErrorType, refusal, shown
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """Data from elsewhere: nothing unknown, nothing converted, no number that is not finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def checked(model: type[ModelT], found: object, *, what: str, error: ErrorType, remedy: str = "") -> ModelT:
+    """The strict model of what was parsed: each field has its type and its range, or is refused by name.
+
+    Args:
+        model: Says type and range of every field.
+        found: What a parser gave.
+        what: It is, for the message.
+        error: Raised; its message quotes names and short values only.
+        remedy: A sentence on what to do.
+    """
+    try:
+        return model.model_validate(found)
+    except ValidationError as failed:
+        wrong: list[Any] = list(failed.errors(include_url=False, include_context=False))
+    except (RecursionError, ValueError, TypeError) as failed:
+        raise refusal(error, f"{what} makes no sense ({type(failed).__name__})", remedy) from None
+    told = [
+        f"`{'.'.join(shown(str(part), 60) for part in item['loc']) or 'all of it'}`: {_why(item)}" for item in wrong
+    ]
+    more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+    raise refusal(error, f"{what} makes no sense: {'; '.join(told[:3])}{more}", remedy)
+
+
+def _why(item: Mapping[str, Any]) -> str:
+    message = shown(item["msg"].removeprefix("Value error, "), 200)
+    given = "" if item["type"] == "missing" else f" (got {shown(item['input'])})"
+    return message + given

@@ -1,0 +1,84 @@
+"""Runs a function in a child process that may use so much memory and time and no more.
+
+`bounded(seconds=…, megabytes=…)` decorates a test: its body, hypothesis' whole search included, runs in a forked child
+under RLIMIT_AS, and every call of `within(seconds)` inside it is timed by an alarm. What the child raises is raised in
+the test. A hang or a swollen memory is therefore a failure that names the input, not a stuck CI.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import resource
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the block once it has taken so long; only in a main thread."""
+
+    def ring(*_: object) -> None:
+        msg = f"not done within {seconds} s"
+        raise TimeoutError(msg)
+
+    former = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+
+
+def address_space() -> int:
+    """bytes of this process's address space now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def bounded(*, seconds: float = 120.0, megabytes: int = 256) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates a test: its body runs in a child, with `megabytes` beyond what the process has mapped already.
+
+    Args:
+        seconds: For the whole body.
+        megabytes: Of address space, which is never less than the memory that is used.
+    """
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def run(*args: Any, **kwargs: Any) -> None:
+            receiving, sending = multiprocessing.Pipe(duplex=False)
+
+            def child() -> None:
+                limit = address_space() + megabytes * 2**20
+                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+                try:
+                    with within(seconds):
+                        test(*args, **kwargs)
+                except BaseException as error:  # all of it is the parent's to know
+                    sending.send("".join(traceback.format_exception(error))[-6000:])
+                else:
+                    sending.send(None)
+
+            process = multiprocessing.get_context("fork").Process(target=child)
+            process.start()
+            sending.close()
+            try:
+                failed = receiving.recv() if receiving.poll(seconds + 30) else f"silent for {seconds + 30} s"
+            except EOFError:
+                process.join()
+                failed = f"the child died with exit code {process.exitcode}"
+            if process.is_alive():
+                process.kill()
+            process.join()
+            assert failed is None, failed
+
+        return run
+
+    return decorate
