@@ -91,6 +91,7 @@ LAYERS = [
     [
         "errors",
         "untrusted",
+        "own_files",
         "_config",
         "control_tokens",
         "provenance",

@@ -187,6 +187,7 @@ class FederatedAveraging(ManualRounds):
             options,
             given=evaluation is not None,
             leads=self._cluster is None or self._cluster.leads,
+            shown=self._show_adapters,
         )
         self._alike = Alike(self._hub, self._cluster, self._show_adapters)
         self._open: OpenRound | None = None
@@ -228,10 +229,9 @@ class FederatedAveraging(ManualRounds):
             ConfigError: `members` is neither of the two; or an option does not fit the participants there are now.
         """
         members = checked_members(members)
-        found, merged, federation = Keeping.read(checkpoint_dir, round, options)
+        found, merged, federation = Keeping.read(checkpoint_dir, round, options, model)
         made = cls(model, participants=participants, checkpoint_dir=checkpoint_dir, _federation=federation, **merged)
         made._keeping.go_on(found, members)
-        made._show_adapters()
         return made
 
     def __repr__(self) -> str:

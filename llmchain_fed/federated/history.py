@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmchain_fed.errors import MissingExtraError
+from llmchain_fed.errors import ConfigError, LLMChainFedError, MissingExtraError
+from llmchain_fed.federated.history_data import HistoryData, checked_rounds
+from llmchain_fed.untrusted import checked
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -177,21 +179,29 @@ class History:
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> History:
-        """The reverse of `to_dict`."""
-        history = cls(
-            [
-                RoundRecord(
-                    **{
-                        **item,
-                        "participants": {n: ParticipantRecord(**p) for n, p in item["participants"].items()},
-                        "samples": [Sample(**s) for s in item["samples"]],
-                    }
-                )
-                for item in data["rounds"]
-            ]
-        )
-        history.stopped_early = data.get("stopped_early")
+    def from_dict(
+        cls,
+        data: dict[str, Any],
+        *,
+        what: str = "the history",
+        error: type[LLMChainFedError] = ConfigError,
+        remedy: str = "Give what to_dict() or to_json() gave.",
+    ) -> History:
+        """The reverse of `to_dict`, for data that came from anywhere: every field has its type and its range.
+
+        Args:
+            data: What `to_dict` gave, or what `to_json` gave and a JSON reader read.
+            what: Is read, for the message.
+            error: Raised: unknown or missing fields, or values of another type or out of range.
+            remedy: A sentence on what to do, for the message.
+        """
+        found = checked(HistoryData, data, what=what, error=error, remedy=remedy)
+        history = cls()
+        for record, people in checked_rounds(found, what=what, error=error, remedy=remedy):
+            participants = {name: ParticipantRecord(**dict(each)) for name, each in people.items()}
+            samples = [Sample(**dict(sample)) for sample in record.samples]
+            history.append(RoundRecord(**{**dict(record), "participants": participants, "samples": samples}))
+        history.stopped_early = found.stopped_early
         return history
 
     def to_pandas(self) -> pd.DataFrame:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.errors import ConfigError, FederationError
+from llmchain_fed.untrusted import shown
 from llmchain_fed.weights import all_finite
 
 Memory = dict[str, Any]  # of one tensor: slot → its value
@@ -27,7 +28,7 @@ def checked(rule: str, option: str, value: Any) -> float:
     """The option as a number, if it is in its range."""
     allowed, fits = _RANGES[option]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
-        msg = f"{rule}: `{option}` is a number, {allowed}, got {value!r:.80}."
+        msg = f"{rule}: `{option}` is a number, {allowed}, got {shown(value)}."
         raise ConfigError(msg)
     return float(value)
 
@@ -100,6 +101,6 @@ def check_foreign(numbers: Mapping[str, Any], wanted: Mapping[str, str], *more: 
     """Makes sure that a saved state is of the same optimizer."""
     if {name: numbers.get(name) for name in wanted} != wanted or numbers.keys() != {*wanted, *more}:
         msg = (
-            f"the saved state {dict(numbers)!s:.200} is not of {dict(wanted)}. Resume with the optimizer it began with."
+            f"the saved state {shown(numbers, 200)} is not of {dict(wanted)}. Resume with the optimizer it began with."
         )
         raise ConfigError(msg)
