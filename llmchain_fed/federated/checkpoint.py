@@ -221,9 +221,11 @@ def _read(folder: Path, number: int, others: tuple[int, ...], limits: Limits) ->
     known = {MANIFEST, *content.files}
     if strangers := list(itertools.islice((p for p in _inside(folder) if p not in known), 3)):
         raise _damaged(folder, f"{shown(strangers, 300)} were not written by a federation", others)
-    size = sum(path.lstat().st_size for name in content.files if (path := folder / name).is_file())
-    if size > _memory():
-        raise _damaged(folder, f"its {size:,} bytes do not fit into memory", others)
+    sizes = {name: path.stat().st_size for name in content.files if (path := folder / name).is_file()}
+    if sum(sizes.values()) > _memory():
+        largest = max(sizes, key=lambda name: sizes[name])
+        msg = f"its files do not fit into memory, {largest} with {sizes[largest]:,} bytes"
+        raise _damaged(folder, msg, others)
     data: dict[str, bytes] = {}
     for name, digest in content.files.items():
         data[name] = _file(folder, name, limits.file, others)
@@ -273,7 +275,7 @@ def _manifest(folder: Path, number: int, others: tuple[int, ...]) -> _Manifest:
         raise _damaged(folder, f"{MANIFEST} has changed or is cut off (SHA-256 differs)", others)
     del data
     try:
-        # a text within may hold half a surrogate pair, escaped: texts for people are printable once `contents` read them
+        # a text within may hold half a surrogate pair, escaped; what people see is printable once `contents` read it
         found = parse_json(text, most=MAX_MANIFEST, what=MANIFEST, error=CheckpointError)
         if isinstance(found, dict) and (found.get("format"), found.get("round")) != (FORMAT, number):
             what = f"{MANIFEST} says format {shown(found.get('format'))} of round {shown(found.get('round'))}"

@@ -56,11 +56,14 @@ def state_of(contents: Contents, model: LocalModel) -> GlobalState:
     """
     parameters = model.trainable_parameters()
     found = contents.found
+    tensors = found.tensors.get("global", {})
     try:
-        values, remainder = parted(found.tensors.get("global", {}))
-    except KeyError as error:
-        msg = f"global.safetensors lacks the factor {shown(str(error))}"
-        raise found.unusable(msg) from None
+        values, remainder = parted(tensors)
+    except KeyError:
+        values, remainder = {}, {}
+    if len(values) + 2 * len(remainder) != len(tensors):
+        msg = "global.safetensors has one factor of a remainder without the other"
+        raise found.unusable(msg)
     _check_named(contents, "global", values, parameters)
     layers = _layers(_shapes(model))
     for layer, factors in remainder.items():

@@ -280,8 +280,8 @@ def check_holdings(hellos: Mapping[str, Hello], holdings: Mapping[str, Any], fou
     for name, changes in different(hellos, holdings).items():
         said = "; ".join(f"{what}: {shown(then)} then, {now} now" for what, (then, now) in changes.items())
         msg = (
-            f"participant {shown(name)!r} is not as it was ({said}): the run would not be the one that was interrupted. "
-            f"Give it the examples and options of then. {_changed(found)}"
+            f"participant {shown(name)!r} is not as it was ({said}): the run would not be the one that was "
+            f"interrupted. Give it the examples and options of then. {_changed(found)}"
         )
         raise CheckpointError(msg)
 
