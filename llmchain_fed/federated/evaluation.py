@@ -51,7 +51,7 @@ class EvaluationAnswer(Strict):
     not_finite: str | None = None
     tokens: int = Field(ge=1, le=MAX_EXAMPLES)
     examples: int | None = Field(default=None, ge=1, le=MAX_EXAMPLES)
-    samples: list[SampleAnswer] = []
+    samples: list[SampleAnswer] = Field(default_factory=list)
     samples_error: str | None = None
 
 

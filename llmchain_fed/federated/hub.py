@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmchain_fed.data import DataReport
-from llmchain_fed.errors import QuorumError
+from llmchain_fed.errors import QuorumError, UpdateRefusedError
 from llmchain_fed.federated import server_optimizers, wire
 from llmchain_fed.federated.asking import Asking
 from llmchain_fed.federated.broadcast import Broadcast
@@ -30,6 +30,10 @@ from llmchain_fed.federated.runtime import InProcess, Transport
 from llmchain_fed.federated.settings import Settings
 from llmchain_fed.federated.trainee import Trainee
 from llmchain_fed.training import seed_of
+from llmchain_fed.untrusted import printable
+from llmchain_fed.weights import all_finite
+
+UNUSABLE = "the updates of this round cannot be combined"
 
 
 class Hub:
@@ -90,7 +94,14 @@ class Hub:
         about = Round(self.broadcast.state_for(), settings.layout, self.round, settings.seed, expected)
         base = self.model.fingerprint()
         return OpenRound(
-            about, self.broadcast, base, settings.rule, settings.weighting, settings.codec, settings.training
+            about,
+            self.broadcast,
+            base,
+            settings.rule,
+            settings.weighting,
+            settings.codec,
+            settings.training,
+            settings.max_weight_share,
         )
 
     def publish(self) -> GlobalState:
@@ -149,13 +160,23 @@ class Hub:
     ) -> RoundRecord:
         """Aggregates and loads; what fails or is interrupted puts weights and server optimizer back.
 
+        Updates that cannot be combined, each of which was finite for itself, leave the weights as they were: the round
+        counts, and its record says why.
+
         Raises:
             QuorumError: Too few updates are usable.
         """
         former = GlobalState.of(self.model)
         undo = server_optimizers.snapshot(self.settings.server_optimizer)
         try:
-            new = self._next_state(opened, former)
+            new, unusable = self._next_state(opened, former), []
+        except UpdateRefusedError as error:
+            undo()
+            new, unusable = former, [f"{UNUSABLE} ({printable(error, 300)}): the weights are as before"]
+        except BaseException:
+            undo()
+            raise
+        try:
             record = RoundRecord(round=self.round + 1, participants={**opened.records, **idle})
             for name, note in self.notes.items():
                 if name in record.participants:
@@ -165,7 +186,7 @@ class Hub:
             new.load(self.model)
             after = self.measure(self.round + 1) if before else None
             self.evaluator.fill(record, before, after)
-            record.notes, record.members_changed = list(self.round_notes), self.members_changed
+            record.notes, record.members_changed = [*self.round_notes, *unusable], self.members_changed
             record.update_norm = wire.distance(new.values, former.values)
             record.training_seconds = sum(r.seconds or 0.0 for r in opened.records.values())
             record.weights_version = self.model.weights_version
@@ -224,4 +245,9 @@ class Hub:
         moved = server_optimizers.apply(settings.server_optimizer, former.values, values)
         if settings.rule.refactor is not None and settings.layout is not None:
             moved = settings.rule.refactor(moved, settings.layout)
-        return GlobalState(moved, former.plus(combined.remainder))
+        new = GlobalState(moved, former.plus(combined.remainder))
+        tensors = [*new.values.values(), *(t for f in new.remainder.values() for t in (f.b, f.a))]
+        if not all(all_finite(tensor) for tensor in tensors):
+            msg = "their combination is not finite"
+            raise UpdateRefusedError(msg)
+        return new

@@ -61,12 +61,11 @@ class Participant:
             )
             raise ConfigError(msg)
         if self.rank is not None and (type(self.rank) is not int or not 1 <= self.rank <= LARGEST_RANK):
-            msg = f"participant {self.name!r}: rank is a count of at least 1, at most {LARGEST_RANK:,}, got {self.rank!r:.80}."
+            fits = f"rank is a count of at least 1 and at most {LARGEST_RANK:,}"
+            msg = f"participant {self.name!r}: {fits}, got {self.rank!r:.80}."
             raise ConfigError(msg)
         number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
-        if self.alpha is not None and not (
-            number and self.rank is not None and ALPHAS[0] <= self.alpha <= ALPHAS[1]
-        ):
+        if self.alpha is not None and not (number and self.rank is not None and ALPHAS[0] <= self.alpha <= ALPHAS[1]):
             fits = f"from {ALPHAS[0]} to {ALPHAS[1]:,.0f}"
             msg = f"participant {self.name!r}: alpha is positive and goes with a rank, got {self.alpha!r:.80} ({fits})."
             raise ConfigError(msg)

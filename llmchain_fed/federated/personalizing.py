@@ -198,7 +198,8 @@ def _ask(hub: Hub, op: Operation, participant: str, what: Mapping[str, Any]) -> 
     if participant not in hub.roster.joined:
         why = hub.roster.absent.get(participant)
         there = ", ".join(hub.roster.joined) or "nobody"
-        msg = f"participant {participant!r} is not there ({told_of(why) if why else 'nobody of that name'}). There: {there}."
+        reason = told_of(why) if why is not None else "nobody of that name"
+        msg = f"participant {participant!r} is not there ({reason}). There: {there}."
         raise ConfigError(msg) if why is None else FederationError(msg)
     hub.publish()
     header = _header(hub) | dict(what)

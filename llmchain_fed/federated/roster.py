@@ -219,7 +219,10 @@ def _report(said: HelloAnswer, who: str) -> DataReport | None:
         msg = f"what {who} says it holds makes no sense: its report counts {shown(strange[0])!r}."
         raise ParticipantError(msg)
     report = DataReport(**said.report)
-    counted = {"num_examples": (said.num_examples, report.used), "num_tokens": (said.num_tokens, report.completion_tokens)}
+    counted = {
+        "num_examples": (said.num_examples, report.used),
+        "num_tokens": (said.num_tokens, report.completion_tokens),
+    }
     for name, (count, supported) in counted.items():
         if count != supported:
             msg = f"what {who} says it holds makes no sense: {name} is {count}, its data report supports {supported:,}."

@@ -127,7 +127,9 @@ def _numbers(participant: ParticipantRecord) -> dict[str, float]:
 
 def _markdown(sample: Sample) -> str:
     parts = {"prompt": sample.prompt, "reference": sample.reference, "before": sample.before, "after": sample.after}
-    return "\n\n".join(f"**{title}**\n\n{_fenced(printable(text, _LONGEST))}" for title, text in parts.items() if text is not None)
+    return "\n\n".join(
+        f"**{title}**\n\n{_fenced(printable(text, _LONGEST))}" for title, text in parts.items() if text is not None
+    )
 
 
 def _fenced(text: str) -> str:
