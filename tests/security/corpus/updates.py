@@ -108,9 +108,7 @@ def audited(data):
         "a loss far below zero": with_metrics(data, {"train_loss": -1e308}),
         "a training of 10^308 seconds": with_metrics(data, {"seconds": 1e308}),
         "a loss that is a word": with_metrics(data, {"train_loss": "nan"}),
-        "metadata that is deep": raw(
-            layout | {"__metadata__": {KEY: "[" * 100_000 + "]" * 100_000}}, body
-        ),
+        "metadata that is deep": raw(layout | {"__metadata__": {KEY: "[" * 100_000 + "]" * 100_000}}, body),
         "a layout that is deep": raw(b'{"a":' * 50_000 + b"1" + b"}" * 50_000, body),
         "many lists": raw(b"[" + b"[]," * 30_000 + b"[]]", body),
         "many names": raw({f"t{i}": entry for i in range(2000)}, body),
