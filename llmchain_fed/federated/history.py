@@ -219,11 +219,11 @@ class History:
         except ImportError as error:
             raise MissingExtraError("to_pandas needs pandas: pip install 'llmchain-fed[plot]'") from error  # noqa: EM101
         rows = [
-            {"round": r.round, "participant": n} | asdict(p) | {"round_notes": list(r.notes)}
+            {"round": r.round, "participant": n} | asdict(p) | {"round_notes": r.notes}
             for r in self.rounds
             for n, p in r.participants.items()
         ]
-        return pd.DataFrame(rows)
+        return pd.DataFrame([_shown(row) for row in rows])
 
     def plot(self) -> Figure:
         """Training and held-out loss per participant over the rounds, in nats per token.
@@ -281,6 +281,15 @@ def finite(value: Any) -> Any:
     if isinstance(value, list):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _shown(value: Any) -> Any:
+    """The same data with text that can be shown and written."""
+    if isinstance(value, dict):
+        return {k: _shown(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_shown(v) for v in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def _number(value: float | None) -> str:

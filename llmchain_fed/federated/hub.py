@@ -11,13 +11,17 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from llmchain_fed.data import DataReport
 from llmchain_fed.errors import QuorumError, UpdateRefusedError
 from llmchain_fed.federated import server_optimizers, wire
+from llmchain_fed.federated.aggregation import AGGREGATIONS
 from llmchain_fed.federated.asking import Asking
 from llmchain_fed.federated.broadcast import Broadcast
 from llmchain_fed.federated.divergence import Divergence, nothing_finite
 from llmchain_fed.federated.evaluation import Evaluator, Measurement
+from llmchain_fed.federated.factors import Factors
 from llmchain_fed.federated.global_state import GlobalState
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
 from llmchain_fed.federated.options import sampled
@@ -242,12 +246,27 @@ class Hub:
                 n: (former.values[n].float() + (v.float() - opened.start[n].float())).to(v.dtype)
                 for n, v in values.items()
             }
+        # code of a user's own may fail as it likes: what it raises, or the model's own check, is raised
+        ours = AGGREGATIONS.get(settings.rule.name) is settings.rule
+        if ours:
+            _check_finite(values, combined.remainder)
         moved = server_optimizers.apply(settings.server_optimizer, former.values, values)
         if settings.rule.refactor is not None and settings.layout is not None:
             moved = settings.rule.refactor(moved, settings.layout)
         new = GlobalState(moved, former.plus(combined.remainder))
-        tensors = [*new.values.values(), *(t for f in new.remainder.values() for t in (f.b, f.a))]
-        if not all(all_finite(tensor) for tensor in tensors):
-            msg = "their combination is not finite"
-            raise UpdateRefusedError(msg)
+        if ours:
+            _check_finite(moved if settings.rule.refactor is not None else {}, new.remainder)
         return new
+
+
+def _check_finite(values: Mapping[str, Tensor], remainder: Mapping[str, Factors]) -> None:
+    """Makes sure that updates, each of which is finite, were not so large that what comes out of them overflows.
+
+    Raises:
+        UpdateRefusedError: They were.
+    """
+    factors = {layer + part: t for layer, f in remainder.items() for part, t in ((" B", f.b), (" A", f.a))}
+    for name, tensor in {**values, **factors}.items():
+        if not all_finite(tensor):
+            msg = f"their combination is not finite in {name}"
+            raise UpdateRefusedError(msg)

@@ -43,6 +43,7 @@ LARGEST_NORM = 1e12
 _REASONS = 20  # participants whose reasons one error lists
 _REASON = 300  # characters of each
 _COORDINATES = 1024
+_SEEN = 1e-9  # a share that differs by less is the same
 _GENEROUS = 10  # times the steps asked for: a participant may have options of its own
 
 
@@ -219,11 +220,12 @@ class OpenRound:
         total = math.fsum(former.values())
         self._weights = cut(former, share)
         new_total = math.fsum(self._weights.values())
+        few = len(former) * share <= 1
+        why = "as all do, for they are too few" if few else f"max_weight_share={share:g}"
         for name, given in self._held.release(self._weights):
             self._add_late(name, given)
             was, now = former[name] / total, given.weight / new_total
-            if abs(was - now) > 1e-9 and former[name] != given.weight:
-                why = "as all do, for they are too few" if len(former) * share <= 1 else f"max_weight_share={share:g}"
+            if abs(was - now) > _SEEN and (few or given.weight != former[name]):
                 self.records[name].notes.append(f"its update weighs {now:.4g} of the round, not {was:.4g}: {why}")
 
     def refuse_twice(self, name: str) -> None:
