@@ -28,7 +28,15 @@ from llmchain_fed.untrusted import shown
 
 _SHORT = {"optimizer": "optimizer", "lr": "learning_rate", "batch_size": "batch_size"}
 """options of a federation → those of its training"""
-_RESTORED = ("aggregation", "weighting", "codec", "broadcast_codec", "participants_per_round", "seed")
+_RESTORED = (
+    "aggregation",
+    "weighting",
+    "max_weight_share",
+    "codec",
+    "broadcast_codec",
+    "participants_per_round",
+    "seed",
+)
 
 
 class Keeping:
@@ -149,7 +157,7 @@ class Keeping:
         if evaluated and options["evaluation"] is None and "evaluation" not in given:
             msg = "the run had held-out examples of its own, which no checkpoint holds. Pass evaluation= again."
             raise CheckpointError(msg)
-        merged = options | {name: decisive[name] for name in _RESTORED}
+        merged = options | {name: decisive[name] for name in _RESTORED if name in decisive}
         if decisive["personal"] is not None:
             merged["personal"] = Ditto(**decisive["personal"])
         training = given.get("training")

@@ -41,6 +41,7 @@ def decisive(settings: Settings) -> dict[str, Any]:
         "aggregation": _name_of(settings.rule),
         "training": training if training is not None else _named_training(settings),
         "weighting": settings.weighting,
+        "max_weight_share": settings.max_weight_share,
         "codec": spec(settings.codec),
         "broadcast_codec": spec(settings.broadcast_codec),
         "server_optimizer": optimizer.settings()

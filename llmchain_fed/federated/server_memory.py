@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmchain_fed.errors import ConfigError, FederationError
+from llmchain_fed.errors import ConfigError, FederationError, UpdateRefusedError
 from llmchain_fed.untrusted import shown
 from llmchain_fed.weights import all_finite
 
@@ -67,7 +67,11 @@ def check_shape(what: str, value: Tensor, weights: Tensor) -> None:
 
 
 def check_finite(optimizer: Any, moved: Mapping[str, Tensor], memory: Mapping[str, Memory]) -> None:
-    """Makes sure that neither the next weights nor the memory overflowed."""
+    """Makes sure that neither the next weights nor the memory overflowed.
+
+    Raises:
+        UpdateRefusedError: One did.
+    """
     for name, value in moved.items():
         kept = [v for v in memory[name].values() if isinstance(v, Tensor)]
         if not all(all_finite(v) for v in (value, *kept)):
@@ -75,7 +79,7 @@ def check_finite(optimizer: Any, moved: Mapping[str, Tensor], memory: Mapping[st
                 f"{optimizer!r} would make {name} NaN or infinite; weights and memory are as they were. Lower its "
                 "learning rate, or the participants'."
             )
-            raise FederationError(msg)
+            raise UpdateRefusedError(msg)
 
 
 def flattened(memory: Mapping[str, Memory]) -> tuple[dict[str, Tensor], dict[str, Any]]:
