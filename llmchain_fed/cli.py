@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from llmchain_fed.errors import ConfigError, LLMChainFedError
+from llmchain_fed.own_files import as_the_user_says, for_this_account_alone
 
 try:
     import typer
@@ -25,6 +26,11 @@ except ImportError:  # pragma: no cover (the tests install the extra)
 app = typer.Typer(help="Federations of LangChain chains across organisations.", no_args_is_help=True)
 provision = typer.Typer(help="Certificates and kits. Keys stay with their site.", no_args_is_help=True)
 app.add_typer(provision, name="provision")
+
+
+@app.callback()
+def _begin(context: typer.Context) -> None:
+    context.with_resource(for_this_account_alone())  # until the command has ended
 
 
 @app.command()
@@ -96,17 +102,10 @@ def federate(
             typer.echo(f"going on after round {fed.round}")
         else:
             fed = FederatedAveraging(chain, runtime=runtime, checkpoint_dir=found.checkpoint_dir, **options)
-        try:
-            found.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            msg = f"out: {found.out} cannot be written: {error}."
-            raise ConfigError(msg) from error
-        chain.save(found.out / "chain")  # now rather than after hours: a folder that holds something else is refused
-        fed.history.save(found.out / "history.json")  # of rounds that a run before this one was killed after
+        _save(fed, chain, found.out)  # now rather than after hours: a folder that holds something else is refused
         while fed.round < found.rounds:
             fed.fit(rounds=1)
-            chain.save(found.out / "chain")
-            fed.history.save(found.out / "history.json")
+            _save(fed, chain, found.out)
         typer.echo(f"{fed.history}\n{fed.round} rounds, chain and history in {found.out}")
 
 
@@ -175,6 +174,21 @@ def provision_package(
     from llmchain_fed.runtimes.nvflare import kits
 
     typer.echo(f"kit: {kits.package(signed, folder, fingerprint)}")
+
+
+def _save(fed: Any, chain: Any, out: Path) -> None:
+    """The chain for whom the user lets read it; the history, which can quote held-out examples, for nobody else."""
+    try:
+        with as_the_user_says():
+            out.mkdir(parents=True, exist_ok=True)
+            chain.save(out / "chain")
+        history = out / "history.json"
+        if history.exists():
+            history.chmod(0o600)  # of a run that was begun by an earlier version
+        fed.history.save(history)
+    except OSError as error:
+        msg = f"out: {out} cannot be written: {error}."
+        raise ConfigError(msg) from error
 
 
 def _chain(name: str) -> Any:

@@ -345,9 +345,12 @@ BAD = {
     "somebody else's": (lambda d, c: rewritten(d, c, participant="good"), "participant is 'good'"),
     "another base": (lambda d, c: rewritten(d, c, base="0" * 16), "base is"),
     "another count": (lambda d, c: rewritten(d, c, num_examples=5_000_000), "joined with 4"),
-    "a count beyond belief": (lambda d, c: rewritten(d, c, num_examples=10**12), "num_examples is 1000000000000"),
+    "a count beyond belief": (
+        lambda d, c: rewritten(d, c, num_examples=10**12),
+        "`num_examples`: Input should be less",
+    ),
     "oversized": (lambda d, _: d + b"\0" * 2**21, "bytes arrived"),
-    "truncated": (lambda d, _: d[:-5], "contradicts itself"),
+    "truncated": (lambda d, _: d[:-5], "layout of the message describes"),
     "pickled": (pickled, "not safetensors"),
     "empty": (lambda *_: b"", "not safetensors"),
 }

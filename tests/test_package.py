@@ -95,6 +95,7 @@ LAYERS = [
     [
         "errors",
         "untrusted",
+        "own_files",
         "_config",
         "control_tokens",
         "provenance",

@@ -502,16 +502,17 @@ def test_another_tokenizer_is_another_contract_and_the_same_one_loaded_again_is_
     check_contract(Trainee.of(other).contract(), Trainee.of(chain).contract(), "it")
 
 
-def test_what_a_participant_adds_to_its_evaluation_is_left_out():
+def test_what_a_participant_adds_to_its_evaluation_is_not_believed():
     from llmchain_fed.federated.evaluation import _read
 
-    answer = {"loss": 1, "tokens": 3, "error": {}, "samples_error": [1], "more": "x" * 9}
-    answer["samples"] = [{"prompt": "p" * 20_000, "reference": "r", "answer": "a", "more": "x"}] * 5
+    sample = {"prompt": "p" * 20_000, "reference": "r", "answer": "a"}
+    answer = {"loss": 1, "tokens": 3, "samples_error": "none \x1b[2J", "samples": [sample] * 5}
     found = _read(json.dumps(answer).encode(), 2)
     assert found.keys() == {"loss", "tokens", "samples", "samples_error"}
-    assert [len(s["prompt"]) for s in found["samples"]] == [10_000] * 2
-    assert found["samples"][0].keys() == {"prompt", "reference", "answer"}
-    assert found["samples_error"] == "[1]"
+    assert [s["prompt"] for s in found["samples"]] == ["p" * 10_000 + "…"] * 2
+    assert found["samples_error"] == "none \\x1b[2J"
+    for strange in ({"error": {}}, {"more": "x"}, {"samples_error": [1]}, {"samples": [sample | {"more": "x"}]}):
+        assert _read(json.dumps(answer | strange).encode(), 2).keys() == {"error"}
 
 
 def test_slices_shorter_than_asked_for_and_a_fetch_beyond_the_deadline():

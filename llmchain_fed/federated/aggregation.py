@@ -58,13 +58,22 @@ class FedNova:
         self._steps = 0.0
         self._total = 0.0
 
-    def add(self, given: Contribution) -> None:
-        """Takes in one participant's change per step."""
+    def check(self, given: Contribution) -> None:
+        """Makes sure that a participant's change can be divided by its steps.
+
+        Raises:
+            FederationError: It does not say how many they were.
+        """
         if given.steps is None or given.steps < 1:
             msg = (
                 f"fednova divides by local steps, and the update says {given.steps!r}. Its participant must count them."
             )
             raise FederationError(msg)
+
+    def add(self, given: Contribution) -> None:
+        """Takes in one participant's change per step."""
+        self.check(given)
+        assert given.steps is not None
         changes = {n: (t.float() - self._state[n].float()) / given.steps for n, t in given.tensors.items()}
         self._mean.add(changes, given.weight)
         self._steps += given.steps * given.weight

@@ -11,11 +11,14 @@ from dataclasses import asdict
 from typing import Any
 
 from llmchain_fed.data import DataReport
+from llmchain_fed.errors import FederationError
 from llmchain_fed.federated import wire
 from llmchain_fed.federated.global_state import GlobalState, named, parted
 from llmchain_fed.federated.history import History
+from llmchain_fed.federated.history_data import Count, Name
 from llmchain_fed.federated.hub import Hub
 from llmchain_fed.federated.runtime import Cluster
+from llmchain_fed.untrusted import Strict, checked, decoding
 
 
 class Alike:
@@ -62,9 +65,23 @@ class Alike:
         return wire.pack({**state.values, **named(state.remainder)}, header)
 
     def _adopt(self, outcome: bytes) -> None:
-        header, infos = wire.inspect(outcome, max_bytes=len(outcome))
-        GlobalState(*parted(wire.values(outcome, infos))).load(self._hub.model)
-        self._hub.round, self._hub.history = header["round"], History.from_dict(header["history"])
-        self._hub.data_reports = {name: DataReport(**report) for name, report in header["reports"].items()}
-        self._result = header["result"]
+        what = "what the leading process says it did"
+        with decoding(what, FederationError):
+            header, infos = wire.inspect(outcome, max_bytes=len(outcome))
+            found = checked(_Outcome, header, what=what, error=FederationError)
+            history = History.from_dict(found.history, what=what, error=FederationError)
+            reports = {name: DataReport(**report) for name, report in found.reports.items()}
+            state = GlobalState(*parted(wire.values(outcome, infos)))
+        state.load(self._hub.model)
+        self._hub.round, self._hub.history, self._hub.data_reports = found.round, history, reports
+        self._result = found.result
         self._adopted()
+
+
+class _Outcome(Strict):
+    """What one process tells the others, beside the weights."""
+
+    round: Count
+    history: Any
+    reports: dict[Name, dict[str, Count]]
+    result: Any

@@ -101,7 +101,7 @@ class Asking:
             asked = [name for name in waiting if name in self._roster.joined]
             missed = {name: self._roster.absent[name] for name in waiting if name not in asked}
             calls = self._broadcast.call(
-                self._transport, "train", asked, header, _left(until), largest=opened.largest_update()
+                self._transport, "train", asked, header, _left(until), largest=opened.largest_update(asked)
             )
             for name, answer, size in calls:
                 sent[name] += size if not isinstance(answer, TransportError) else 0  # whether it came there at all

@@ -47,6 +47,7 @@ from llmchain_fed.federated.trainee import Trainee
 from llmchain_fed.tracking.callback import Callback, RunInfo
 from llmchain_fed.tracking.telling import Callbacks
 from llmchain_fed.training import TrainingConfig
+from llmchain_fed.untrusted import printable
 
 
 class FederatedAveraging(ManualRounds):
@@ -78,7 +79,11 @@ class FederatedAveraging(ManualRounds):
         runtime: Where participants run; None is this process.
         evaluation: What held-out loss is measured on: a share of each participant's examples set apart (0.1), a mapping
             name → examples, or one set of examples for all.
-        weighting: What an update counts by: "examples" (n_k), "tokens" or "equal".
+        weighting: What an update counts by: "examples" (n_k), "tokens" or "equal". Counts are what a participant
+            declares when it joins; nobody else can know them.
+        max_weight_share: The largest share of a round that one update may weigh, such as 0.4. What is cut from it goes
+            to the others in the proportion of their weights; where no more than 1/share take part, all weigh the same.
+            Up to 1/share updates are kept until all are in. None sets no limit.
         participants_per_round: How many are sampled each round: a count, or a share as a float.
         quorum: Participants, and updates, without which a round fails.
         deadline: seconds a round's training may take; who is later is dropped and recorded. None waits for all.
@@ -117,6 +122,7 @@ class FederatedAveraging(ManualRounds):
         runtime: Transport | None = None,
         evaluation: float | Mapping[str, Examples] | Examples | None = None,
         weighting: Weighting = "examples",
+        max_weight_share: float | None = None,
         participants_per_round: int | float | None = None,
         quorum: int = 1,
         deadline: float | None = None,
@@ -165,6 +171,7 @@ class FederatedAveraging(ManualRounds):
             broadcast_codec=broadcast_codec,
             personal=personal,
             weighting=weighting,
+            max_weight_share=max_weight_share,
             participants_per_round=participants_per_round,
             quorum=quorum,
             deadline=deadline,
@@ -187,6 +194,7 @@ class FederatedAveraging(ManualRounds):
             options,
             given=evaluation is not None,
             leads=self._cluster is None or self._cluster.leads,
+            shown=self._show_adapters,
         )
         self._alike = Alike(self._hub, self._cluster, self._show_adapters)
         self._open: OpenRound | None = None
@@ -228,10 +236,9 @@ class FederatedAveraging(ManualRounds):
             ConfigError: `members` is neither of the two; or an option does not fit the participants there are now.
         """
         members = checked_members(members)
-        found, merged, federation = Keeping.read(checkpoint_dir, round, options)
+        found, merged, federation = Keeping.read(checkpoint_dir, round, options, model)
         made = cls(model, participants=participants, checkpoint_dir=checkpoint_dir, _federation=federation, **merged)
         made._keeping.go_on(found, members)
-        made._show_adapters()
         return made
 
     def __repr__(self) -> str:
@@ -320,13 +327,16 @@ class FederatedAveraging(ManualRounds):
             for left in reversed(range(rounds)):
                 self._join()  # a round's seconds begin with its broadcast: an engine's start is not a round's cost
                 try:
-                    record = hub.run_round(bar.set_postfix_str)
+                    record = hub.run_round(lambda name: bar.set_postfix_str(printable(name, 80)))
                 except QuorumError:
                     if not stops or hub.diverged is None:
                         raise
                     self.history.stopped_early = hub.diverged
                     break
-                over = patience is not None and patience.over(record.held_out_before, record.held_out_after)
+                losses = (record.held_out_before, record.held_out_after)
+                over = patience is not None and patience.over(
+                    *losses, believed=hub.evaluator.is_shared or patience.is_believed(record)
+                )
                 why = hub.diverged if stops and hub.diverged else str(patience) if over else None
                 hub.patience = patience.state() if patience is not None and why is None and left else []
                 self._completed(record)
@@ -366,7 +376,7 @@ class FederatedAveraging(ManualRounds):
         for name in newcomers:
             report = self.data_reports.get(name)
             if report is not None and self._progress and report.worth_saying:
-                tqdm.write(f"{name}: {report}")
+                tqdm.write(f"{printable(name, 80)}: {report}")
 
     def _peer(self, participant: Participant) -> LocalPeer:
         return LocalPeer(self._trainee, participant, self._training, held=self._held)

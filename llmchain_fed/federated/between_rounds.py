@@ -149,7 +149,6 @@ class BetweenRounds(ABC):
         """
         self._check_closed()
         self._keeping.roll_back(to)
-        self._show_adapters()
 
     def promote(self, round: int, name: str = "promoted") -> None:  # noqa: A002 (the field's own word)
         """Makes a round's global weights a resident adapter: `chain.with_adapter(name)` serves it while rounds go on.

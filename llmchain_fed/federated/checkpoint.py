@@ -1,6 +1,8 @@
 """Checkpoint: a federation after a whole round, as a folder of safetensors and JSON that is there whole or not at all.
 
-Knows files and digests. Knows nothing of what is in them beyond names and bytes. Nothing is pickled.
+Knows files, digests and sizes. Knows nothing of what is in them beyond names and bytes. Nothing is pickled. The digests
+find damage and not an attacker, who writes them anew: what is read is bounded here, and means nothing until `contents`
+and `fitting` have looked at it.
 
     <directory>/round-000003/manifest.json            everything that is no tensor, and SHA-256 of every other file
                              global.safetensors       trainable values and the remainder's factors
@@ -13,26 +15,33 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from llmchain_fed.errors import CheckpointError
+from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Name
+from llmchain_fed.untrusted import Strict, checked, decoding, parse_json, read_file, read_safetensors_header, shown
 
 FORMAT = 1
-_MANIFEST = "manifest.json"
-_FILE = re.compile(r"(participants/)?[a-z0-9]+\.safetensors")
-_NAME = re.compile(r"(round-|\.former-)(\d{6,})")
+MANIFEST = "manifest.json"
+_PEOPLE = "participants"
+_TENSORS = r"(?:global|copy|server)\.safetensors"
+_FILE = re.compile(rf"{_TENSORS}|{_PEOPLE}/[0-9a-f]{{32}}\.safetensors")
+_NAME = re.compile(r"(round-|\.former-)(\d{6,15})")
+MAX_MANIFEST = 64 * 2**20  # bytes: a history of some 150,000 trainings, or a million of those who were not asked
 _SCRATCH = ".writing-"
 _FORMER = ".former-"  # what a checkpoint of the same round replaces, until the new one stands in its place
 _LOST = (OSError, ValueError, TypeError, RuntimeError, SafetensorError)
@@ -50,6 +59,46 @@ class Checkpoint:
     """by file: "global", "copy", "server" """
     participants: Mapping[str, bytes] = field(repr=False)
     """name → what `personal_state` gave"""
+    folder: Path | None = None
+    """where it was read"""
+    others: tuple[int, ...] = ()
+    """rounds that there are beside it"""
+
+    def unusable(self, what: str) -> CheckpointError:
+        """The error for one whose content is none, with the way out."""
+        return CheckpointError(f"{self.where}: {what}. {self.remedy}")
+
+    @property
+    def where(self) -> str:
+        """Which it is, for a message."""
+        return f"the checkpoint {shown(str(self.folder), 300)!r} is not used"
+
+    @property
+    def remedy(self) -> str:
+        """What to do instead of using it."""
+        return _remedy(self.others)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes beyond which a file cannot be of the federation that reads it."""
+
+    file: int = 2**48
+    """bytes of one file of tensors; all together never have more than the machine has memory"""
+    header: int = 2**24
+    """bytes of its header"""
+
+
+class _Manifest(Strict):
+    """All of `manifest.json`."""
+
+    format: int
+    round: int
+    files: Annotated[dict[str, str], Field(max_length=MOST_PARTICIPANTS + 3)]
+    """name → SHA-256"""
+    participants: Annotated[dict[str, Name], Field(max_length=MOST_PARTICIPANTS)]
+    """file → whose"""
+    about: dict[str, Any]
 
 
 def write(directory: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
@@ -78,8 +127,10 @@ def write(directory: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
         content = {"format": FORMAT, "round": checkpoint.round, "files": digests, "participants": owners}
         # ASCII: a text that came from elsewhere may hold half a surrogate pair, which UTF-8 has not
         text = json.dumps(content | {"about": checkpoint.about}, allow_nan=False)
-        _write(scratch / _MANIFEST, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}".encode())
-        for folder in (scratch / "participants", scratch):
+        if len(text) + 65 > MAX_MANIFEST:
+            raise ValueError(f"history and options have {len(text):,} bytes, more than could be read again")  # noqa: EM102
+        _write(scratch / MANIFEST, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}".encode())
+        for folder in (scratch / _PEOPLE, scratch):
             if folder.is_dir():
                 _sync(folder)
         scratch.chmod(0o700)
@@ -97,7 +148,10 @@ def write(directory: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
         if former.is_dir() and not target.exists():
             with contextlib.suppress(OSError):  # where it stays, it is found all the same
                 former.rename(target)
-        msg = f"the checkpoint of round {checkpoint.round} cannot be written to {directory}: {error}. Former ones stay."
+        msg = (
+            f"the checkpoint of round {checkpoint.round} cannot be written to {shown(str(directory), 300)}: "
+            f"{shown(str(error), 500)}. Former ones stay."
+        )
         raise CheckpointError(msg) from error
     return target
 
@@ -124,48 +178,84 @@ def rounds(directory: Path) -> list[int]:
 def _folders(directory: Path) -> dict[int, Path]:
     if not directory.is_dir():
         return {}
-    found = [(m[1], int(m[2]), p) for p in directory.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    named = [(m[1], int(m[2]), p) for p in directory.iterdir() if (m := _NAME.fullmatch(p.name))]
+    # a link would lead out of the directory: no federation makes one
+    found = [(k, n, p) for k, n, p in named if p.name == f"{k}{n:06d}" and p.is_dir() and not p.is_symlink()]
     # a process killed while it replaced a round leaves the former one: that counts where there is no other
     return {n: p for kind, n, p in sorted(found, key=lambda item: item[0] == "round-")}
 
 
-def read(directory: Path, number: int | None = None) -> Checkpoint:
+def read(directory: Path, number: int | None = None, limits: Limits | None = None) -> Checkpoint:
     """The checkpoint of a round, the newest by default, once every file has been found to be what was written.
 
+    No link is followed within it, and of a file that is larger than makes sense nothing is read.
+
+    Args:
+        directory: Of the federation.
+        number: Which round.
+        limits: What the model of the federation can need; without, files are what fits into memory.
+
     Raises:
-        CheckpointError: None there, or one with a missing, truncated, altered or added file. Nothing has been changed.
+        CheckpointError: None there, or one with a missing, truncated, altered, oversized or added file. Nothing has
+            been changed.
     """
     folders = _folders(directory)
     there = sorted(folders)
     if not there or (number is not None and number not in there):
-        what = f"no checkpoint of round {number}" if there else "no checkpoint"
-        msg = f"there is {what} in {str(directory)!r}; rounds there: {', '.join(map(str, there)) or 'none'}."
+        what = f"no checkpoint of round {shown(number)}" if there else "no checkpoint"
+        kept = ", ".join(map(str, there[-20:])) or "none"
+        msg = f"there is {what} in {shown(str(directory), 300)!r}; rounds there: {kept}."
         raise CheckpointError(msg)
     number = there[-1] if number is None else number
-    folder = folders[number]
-    others = [n for n in there if n != number]
+    folder, others = folders[number], tuple(n for n in there if n != number)
+    try:
+        return _read(folder, number, others, limits or Limits())
+    except MemoryError:
+        raise _damaged(folder, "it does not fit into memory", others) from None
+
+
+def _read(folder: Path, number: int, others: tuple[int, ...], limits: Limits) -> Checkpoint:
     content = _manifest(folder, number, others)
+    if (folder / _PEOPLE).is_symlink():
+        raise _damaged(folder, f"{_PEOPLE} is a link that leads elsewhere", others)
+    known = {MANIFEST, *content.files}
+    if strangers := list(itertools.islice((p for p in _inside(folder) if p not in known), 3)):
+        raise _damaged(folder, f"{shown(strangers, 300)} were not written by a federation", others)
+    sizes = {name: path.stat().st_size for name in content.files if (path := folder / name).is_file()}
+    if sum(sizes.values()) > _memory():
+        largest = max(sizes, key=lambda name: sizes[name])
+        msg = f"its files do not fit into memory, {largest} with {sizes[largest]:,} bytes"
+        raise _damaged(folder, msg, others)
     data: dict[str, bytes] = {}
-    for name, digest in content["files"].items():
-        try:
-            data[name] = (folder / name).read_bytes()
-        except OSError as error:
-            raise _damaged(folder, f"{name} cannot be read ({error.strerror})", others) from None
+    for name, digest in content.files.items():
+        data[name] = _file(folder, name, limits.file, others)
         if hashlib.sha256(data[name]).hexdigest() != digest:
             raise _damaged(folder, f"{name} has changed or is cut off (SHA-256 differs)", others)
-    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
-    if strangers := sorted(found - content["files"].keys() - {_MANIFEST}):
-        raise _damaged(folder, f"{strangers[:3]} were not written by a federation", others)
-    try:
-        tensors = {
-            name.removesuffix(".safetensors"): load(blob)
-            for name, blob in data.items()
-            if name not in content["participants"]
-        }
-    except (SafetensorError, ValueError) as error:
-        raise _damaged(folder, f"it is no safetensors ({error!s:.200})", others) from None
-    participants = {owner: data[name] for name, owner in content["participants"].items()}
-    return Checkpoint(number, content["about"], tensors, participants)
+    tensors = {}
+    for name in content.files.keys() - content.participants.keys():
+        try:
+            read_safetensors_header(data[name], max_header=limits.header, what=name, error=CheckpointError)
+            with decoding(name, CheckpointError):
+                tensors[name.removesuffix(".safetensors")] = load(data[name])
+        except CheckpointError as error:
+            raise _damaged(folder, f"it is no safetensors of ours: {str(error).rstrip('.')}", others) from None
+    participants = {owner: data[name] for name, owner in content.participants.items()}
+    return Checkpoint(number, content.about, tensors, participants, folder, others)
+
+
+def _inside(folder: Path) -> Iterator[str]:
+    """All there is but folders, by its path within; no link is followed."""
+    waiting = [folder]
+    while waiting:
+        try:
+            entries = sorted(os.scandir(waiting.pop()), key=lambda entry: entry.name)
+        except OSError:  # deeper than a path can be: what stands above it has been told, or is empty folders
+            continue
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(Path(entry.path))
+            else:
+                yield Path(entry.path).relative_to(folder).as_posix()
 
 
 def remove(directory: Path, number: int) -> None:
@@ -178,37 +268,62 @@ def remove(directory: Path, number: int) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _manifest(folder: Path, number: int, others: list[int]) -> dict[str, Any]:
+def _manifest(folder: Path, number: int, others: tuple[int, ...]) -> _Manifest:
+    data = _file(folder, MANIFEST, MAX_MANIFEST, others)
+    digest, _, text = data.partition(b"\n")
+    if hashlib.sha256(text).hexdigest().encode() != digest:
+        raise _damaged(folder, f"{MANIFEST} has changed or is cut off (SHA-256 differs)", others)
+    del data
     try:
-        digest, _, text = (folder / _MANIFEST).read_text(encoding="utf-8").partition("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _damaged(folder, f"{_MANIFEST} cannot be read ({type(error).__name__})", others) from None
-    if hashlib.sha256(text.encode()).hexdigest() != digest:
-        raise _damaged(folder, f"{_MANIFEST} has changed or is cut off (SHA-256 differs)", others)
-    try:
-        content: dict[str, Any] = json.loads(text)
-        if content["format"] != FORMAT or content["round"] != number:
-            raise _damaged(folder, f"it is format {content['format']!r} of round {content['round']!r}", others)
-        inside = all(_FILE.fullmatch(name) for name in content["files"])
-        if not inside or not content["participants"].keys() <= content["files"].keys() or not content["about"]:
-            raise _damaged(folder, f"{_MANIFEST} names files that no federation writes", others)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(folder, f"{_MANIFEST} makes no sense ({type(error).__name__}: {error})", others) from None
+        # a text within may hold half a surrogate pair, escaped; what people see is printable once `contents` read it
+        found = parse_json(text, most=MAX_MANIFEST, what=MANIFEST, error=CheckpointError)
+        if isinstance(found, dict) and (found.get("format"), found.get("round")) != (FORMAT, number):
+            what = f"{MANIFEST} says format {shown(found.get('format'))} of round {shown(found.get('round'))}"
+            raise CheckpointError(what)
+        content = checked(_Manifest, found, what=MANIFEST, error=CheckpointError)
+        inside = all(_FILE.fullmatch(name) for name in content.files)
+        people = {name for name in content.files if name.startswith(f"{_PEOPLE}/")}
+        owned = all(name == _file_of(owner) for name, owner in content.participants.items())
+        if not inside or not owned or people != content.participants.keys() or not content.about:
+            msg = f"{MANIFEST} names files that no federation writes"
+            raise CheckpointError(msg)
+    except CheckpointError as error:
+        raise _damaged(folder, str(error).rstrip("."), others) from None
     return content
 
 
-def _damaged(folder: Path, what: str, others: list[int]) -> CheckpointError:
+def _file(folder: Path, name: str, most: int, others: tuple[int, ...]) -> bytes:
+    try:
+        return read_file(folder / name, most=most, what=name, error=CheckpointError, follow=False)
+    except CheckpointError as error:
+        raise _damaged(folder, str(error).rstrip("."), others) from None
+
+
+def _memory() -> int:
+    """Memory of this machine, in bytes."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):  # pragma: no cover (not every system tells)
+        return 2**36
+
+
+def _damaged(folder: Path, what: str, others: tuple[int, ...]) -> CheckpointError:
+    return Checkpoint(0, {}, {}, {}, folder, others).unusable(what)
+
+
+def _remedy(others: tuple[int, ...]) -> str:
     remedy = f"Pass round={others[-1]} to go on from there" if others else "There is no other one"
-    return CheckpointError(f"the checkpoint {str(folder)!r} is not used: {what}. {remedy}, or copy it again.")
+    return f"{remedy}, or copy it again."
 
 
 def _file_of(participant: str) -> str:
     """A name that no participant's can break out of."""
-    return f"participants/{hashlib.sha256(participant.encode()).hexdigest()[:32]}.safetensors"
+    return f"{_PEOPLE}/{hashlib.sha256(participant.encode()).hexdigest()[:32]}.safetensors"
 
 
 def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    path.touch(mode=0o600)  # whatever the umask: it holds what a history quotes, and weights that were not released
     with path.open("wb") as file:
         file.write(data)
         file.flush()

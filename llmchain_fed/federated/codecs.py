@@ -22,10 +22,12 @@ from torch import Tensor
 
 from llmchain_fed.errors import ConfigError, FederationError, UpdateRefusedError
 from llmchain_fed.federated.wire import TensorInfo, describe
+from llmchain_fed.untrusted import shown
 from llmchain_fed.weights import all_finite
 
 _MAX_BLOCK = 2**16  # values: a tensor shorter than a block is padded to one while it is encoded
 _MAX_INDEX = 2**31  # int32 indices
+_LONGEST = 40  # characters of a codec's name and option
 
 
 class Codec(Protocol):
@@ -107,7 +109,7 @@ class Int8:
     def __post_init__(self) -> None:
         if type(self.block) is not int or not 1 <= self.block <= _MAX_BLOCK:
             share = f"`block` is the number of values that share a scale, 1 to {_MAX_BLOCK:,}"
-            msg = f"{type(self).__name__}: {share}, got {self.block!r}."
+            msg = f"{type(self).__name__}: {share}, got {self.block!r:.80}."
             raise ConfigError(msg)
 
     def layout(self, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -201,7 +203,7 @@ class TopK:
 
     def __post_init__(self) -> None:
         if type(self.ratio) not in (int, float) or not 0 < self.ratio <= 1:
-            msg = f"TopK: `ratio` is the share of values that is sent, above 0 up to 1, got {self.ratio!r}."
+            msg = f"TopK: `ratio` is the share of values that is sent, above 0 up to 1, got {self.ratio!r:.80}."
             raise ConfigError(msg)
 
     def layout(self, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -275,17 +277,20 @@ def make_codec(choice: str | Codec | None) -> Codec | None:
     if not isinstance(choice, str):
         methods = all(callable(getattr(choice, method, None)) for method in ("layout", "encode", "decode"))
         if isinstance(choice, type) or not methods or not all(hasattr(choice, a) for a in ("name", "lossy_feedback")):
-            msg = f"{choice!r} is no object with name, lossy_feedback, layout, encode and decode. {valid}"
+            msg = f"{choice!r:.80} is no object with name, lossy_feedback, layout, encode and decode. {valid}"
             raise ConfigError(msg)
         return choice
     name, colon, option = choice.partition(":")
+    if len(choice) > _LONGEST:
+        msg = f"unknown codec '{shown(choice)}'. {valid}"
+        raise ConfigError(msg)
     if name not in CODECS or (colon and name not in _WITH_OPTION):
-        msg = f"unknown codec {choice!r}. {valid}"
+        msg = f"unknown codec '{shown(choice)}'. {valid}"
         raise ConfigError(msg)
     try:
         return _WITH_OPTION[name](option) if colon else CODECS[name]()
     except ValueError:
-        msg = f"codec {choice!r}: {option!r} is no number. {valid}"
+        msg = f"codec '{shown(choice)}': '{shown(option)}' is no number. {valid}"
         raise ConfigError(msg) from None
 
 
@@ -383,7 +388,7 @@ def _check_layout(codec: Codec, parts: Mapping[str, Tensor], infos: Mapping[str,
     for name in sorted(wanted.keys() | got.keys()):
         if wanted.get(name) != got.get(name):
             found = f"asked for was {wanted.get(name, 'nothing')!s:.200}, found {got.get(name, 'nothing')!s:.200}"
-            msg = f"{codec.name}, part {name:.80}: {found}. Both sides must use one codec with the same options."
+            msg = f"{codec.name}, part {shown(name)}: {found}. Both sides must use one codec with the same options."
             raise UpdateRefusedError(msg)
 
 

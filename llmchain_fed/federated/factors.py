@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not in its __all__
+
+from llmchain_fed.errors import UpdateRefusedError
 
 _NARROW = 128  # ranks up to here are worked on in float64
 
@@ -65,10 +68,17 @@ class Factors:
         """U (m, k), S (k,) in falling order and Vᵀ (k, n) of B·A, with k = min(m, n, R).
 
         B = Q₁R₁ and Aᵀ = Q₂R₂ give B·A = Q₁ (R₁R₂ᵀ) Q₂ᵀ; only the small middle is decomposed.
+
+        Raises:
+            UpdateRefusedError: LAPACK cannot: values so large that they overflow, or no convergence.
         """
-        q_b, r_b = torch.linalg.qr(self.b.to(self._precise))
-        q_a, r_a = torch.linalg.qr(self.a.to(self._precise).T)
-        u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        try:
+            q_b, r_b = torch.linalg.qr(self.b.to(self._precise))
+            q_a, r_a = torch.linalg.qr(self.a.to(self._precise).T)
+            u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        except LinAlgError as error:
+            msg = f"factors of rank {self.rank} cannot be decomposed ({str(error)[:100]})."
+            raise UpdateRefusedError(msg) from None
         return q_b @ u, s, vt @ q_a.T
 
     def truncated(self, rank: int) -> Factors:

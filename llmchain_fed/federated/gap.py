@@ -98,4 +98,5 @@ class _Sketch:
 
 
 def _ratio(left_out: float, whole: float) -> float | None:
-    return left_out / whole if whole > 0 else None
+    found = left_out / whole if whole > 0 else math.nan
+    return found if math.isfinite(found) else None

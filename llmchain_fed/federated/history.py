@@ -13,11 +13,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmchain_fed.errors import MissingExtraError
+from llmchain_fed.errors import ConfigError, LLMChainFedError, MissingExtraError
+from llmchain_fed.federated.history_data import HistoryData, checked_rounds
+from llmchain_fed.untrusted import checked, printable
+from llmchain_fed.untrusted.text import DANGEROUS
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+
+_LONGEST = 1000  # characters of what went wrong elsewhere
+
+
+def told_of(error: BaseException) -> str:
+    """Type and message of what went wrong, as a record says it: text from elsewhere can be shown and is bounded."""
+    return printable(f"{type(error).__name__}: {error}", _LONGEST)
 
 
 @dataclass(slots=True)
@@ -154,14 +165,14 @@ class History:
         rows = [_HEADINGS, *(_cells(r) for r in self.rounds)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join(lines + ([f"stopped early: {self.stopped_early}"] if self.stopped_early else []))
+        return "\n".join(lines + ([f"stopped early: {printable(self.stopped_early)}"] if self.stopped_early else []))
 
     def _repr_html_(self) -> str:
         def row(cells: tuple[str, ...], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
         body = "".join(row(_cells(r), "td") for r in self.rounds)
-        note = f"<p>stopped early: {html.escape(self.stopped_early)}</p>" if self.stopped_early else ""
+        note = f"<p>stopped early: {html.escape(printable(self.stopped_early))}</p>" if self.stopped_early else ""
         return f"<table><thead>{row(_HEADINGS, 'th')}</thead><tbody>{body}</tbody></table>{note}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -169,29 +180,41 @@ class History:
         return {"rounds": [asdict(r) for r in self.rounds], "stopped_early": self.stopped_early}
 
     def to_json(self) -> str:
-        """Everything as JSON; numbers that are not finite, which JSON has not, become null."""
-        return json.dumps(finite(self.to_dict()), ensure_ascii=False, indent=1, allow_nan=False)
+        """Everything as JSON that can be written and shown; numbers that are not finite, which JSON has not, are null.
+
+        Characters that command a terminal, or that no encoding has, stand there as JSON's escapes.
+        """
+        text = json.dumps(finite(self.to_dict()), ensure_ascii=False, indent=1, allow_nan=False)
+        return DANGEROUS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # of which all lie below 2¹⁶
 
     def save(self, path: str | Path) -> None:
         """Writes `to_json()` to a file."""
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> History:
-        """The reverse of `to_dict`."""
-        history = cls(
-            [
-                RoundRecord(
-                    **{
-                        **item,
-                        "participants": {n: ParticipantRecord(**p) for n, p in item["participants"].items()},
-                        "samples": [Sample(**s) for s in item["samples"]],
-                    }
-                )
-                for item in data["rounds"]
-            ]
-        )
-        history.stopped_early = data.get("stopped_early")
+    def from_dict(
+        cls,
+        data: dict[str, Any],
+        *,
+        what: str = "the history",
+        error: type[LLMChainFedError] = ConfigError,
+        remedy: str = "Give what to_dict() or to_json() gave.",
+    ) -> History:
+        """The reverse of `to_dict`, for data that came from anywhere: every field has its type and its range.
+
+        Args:
+            data: What `to_dict` gave, or what `to_json` gave and a JSON reader read.
+            what: Is read, for the message.
+            error: Raised: unknown or missing fields, or values of another type or out of range.
+            remedy: A sentence on what to do, for the message.
+        """
+        found = checked(HistoryData, data, what=what, error=error, remedy=remedy)
+        history = cls()
+        for record, people in checked_rounds(found, what=what, error=error, remedy=remedy):
+            participants = {name: ParticipantRecord(**dict(each)) for name, each in people.items()}
+            samples = [Sample(**dict(sample)) for sample in record.samples]
+            history.append(RoundRecord(**{**dict(record), "participants": participants, "samples": samples}))
+        history.stopped_early = found.stopped_early
         return history
 
     def to_pandas(self) -> pd.DataFrame:
@@ -205,11 +228,11 @@ class History:
         except ImportError as error:
             raise MissingExtraError("to_pandas needs pandas: pip install 'llmchain-fed[plot]'") from error  # noqa: EM101
         rows = [
-            {"round": r.round, "participant": n} | asdict(p) | {"round_notes": list(r.notes)}
+            {"round": r.round, "participant": n} | asdict(p) | {"round_notes": r.notes}
             for r in self.rounds
             for n, p in r.participants.items()
         ]
-        return pd.DataFrame(rows)
+        return pd.DataFrame([_shown(row) for row in rows])
 
     def plot(self) -> Figure:
         """Training and held-out loss per participant over the rounds, in nats per token.
@@ -232,8 +255,8 @@ class History:
             if found and found[0][1].held_out_before is not None:
                 held = [(found[0][0] - 1, found[0][1].held_out_before), *held]
             for axes, points in ((left, train), (right, held)):
-                if points:
-                    axes.plot(*zip(*points, strict=True), marker="o", label=name)
+                if points:  # a dollar would begin a formula
+                    axes.plot(*zip(*points, strict=True), marker="o", label=printable(name, 80).replace("$", r"\$"))
         for axes, title in ((left, "training"), (right, "held out")):
             axes.set(title=title, xlabel="round", ylabel="nats per token")
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -248,6 +271,7 @@ def _cells(record: RoundRecord) -> tuple[str, ...]:
     notes += [f"{n}: {r.status}" for n, r in record.participants.items() if r.status not in ("trained", "idle")]
     notes += [f"{n}: {note}" for n, r in record.participants.items() for note in r.notes]
     held_out = f"{_number(record.held_out_before)} → {_number(record.held_out_after)}"
+    said = "; ".join(notes[:3]) + (f" … and {len(notes) - 3} more" if len(notes) > 3 else "")
     return (
         str(record.round),
         f"{len(record.trained)} of {asked}",
@@ -255,7 +279,7 @@ def _cells(record: RoundRecord) -> tuple[str, ...]:
         held_out if record.held_out_after is not None else "–",
         f"{size(record.bytes_up)} / {size(record.bytes_down + record.evaluation_bytes)}",
         f"{record.seconds:.1f}",
-        "; ".join(notes[:3]) + (f" … and {len(notes) - 3} more" if len(notes) > 3 else ""),
+        printable(said, 3 * _LONGEST),
     )
 
 
@@ -266,6 +290,15 @@ def finite(value: Any) -> Any:
     if isinstance(value, list):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _shown(value: Any) -> Any:
+    """The same data with text that can be shown and written."""
+    if isinstance(value, dict):
+        return {k: _shown(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_shown(v) for v in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def _number(value: float | None) -> str:

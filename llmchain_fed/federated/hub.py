@@ -11,13 +11,17 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from llmchain_fed.data import DataReport
-from llmchain_fed.errors import QuorumError
+from llmchain_fed.errors import QuorumError, UpdateRefusedError
 from llmchain_fed.federated import server_optimizers, wire
+from llmchain_fed.federated.aggregation import AGGREGATIONS
 from llmchain_fed.federated.asking import Asking
 from llmchain_fed.federated.broadcast import Broadcast
 from llmchain_fed.federated.divergence import Divergence, nothing_finite
 from llmchain_fed.federated.evaluation import Evaluator, Measurement
+from llmchain_fed.federated.factors import Factors
 from llmchain_fed.federated.global_state import GlobalState
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
 from llmchain_fed.federated.options import sampled
@@ -30,6 +34,10 @@ from llmchain_fed.federated.runtime import InProcess, Transport
 from llmchain_fed.federated.settings import Settings
 from llmchain_fed.federated.trainee import Trainee
 from llmchain_fed.training import seed_of
+from llmchain_fed.untrusted import printable
+from llmchain_fed.weights import all_finite
+
+UNUSABLE = "the updates of this round cannot be combined"
 
 
 class Hub:
@@ -90,7 +98,14 @@ class Hub:
         about = Round(self.broadcast.state_for(), settings.layout, self.round, settings.seed, expected)
         base = self.model.fingerprint()
         return OpenRound(
-            about, self.broadcast, base, settings.rule, settings.weighting, settings.codec, settings.training
+            about,
+            self.broadcast,
+            base,
+            settings.rule,
+            settings.weighting,
+            settings.codec,
+            settings.training,
+            settings.max_weight_share,
         )
 
     def publish(self) -> GlobalState:
@@ -149,13 +164,23 @@ class Hub:
     ) -> RoundRecord:
         """Aggregates and loads; what fails or is interrupted puts weights and server optimizer back.
 
+        Updates that cannot be combined, each of which was finite for itself, leave the weights as they were: the round
+        counts, and its record says why.
+
         Raises:
             QuorumError: Too few updates are usable.
         """
         former = GlobalState.of(self.model)
         undo = server_optimizers.snapshot(self.settings.server_optimizer)
         try:
-            new = self._next_state(opened, former)
+            new, unusable = self._next_state(opened, former), []
+        except UpdateRefusedError as error:
+            undo()
+            new, unusable = former, [f"{UNUSABLE} ({printable(error, 300)}): the weights are as before"]
+        except BaseException:
+            undo()
+            raise
+        try:
             record = RoundRecord(round=self.round + 1, participants={**opened.records, **idle})
             for name, note in self.notes.items():
                 if name in record.participants:
@@ -165,7 +190,7 @@ class Hub:
             new.load(self.model)
             after = self.measure(self.round + 1) if before else None
             self.evaluator.fill(record, before, after)
-            record.notes, record.members_changed = list(self.round_notes), self.members_changed
+            record.notes, record.members_changed = [*self.round_notes, *unusable], self.members_changed
             record.update_norm = wire.distance(new.values, former.values)
             record.training_seconds = sum(r.seconds or 0.0 for r in opened.records.values())
             record.weights_version = self.model.weights_version
@@ -221,7 +246,27 @@ class Hub:
                 n: (former.values[n].float() + (v.float() - opened.start[n].float())).to(v.dtype)
                 for n, v in values.items()
             }
+        # code of a user's own may fail as it likes: what it raises, or the model's own check, is raised
+        ours = AGGREGATIONS.get(settings.rule.name) is settings.rule
+        if ours:
+            _check_finite(values, combined.remainder)
         moved = server_optimizers.apply(settings.server_optimizer, former.values, values)
         if settings.rule.refactor is not None and settings.layout is not None:
             moved = settings.rule.refactor(moved, settings.layout)
-        return GlobalState(moved, former.plus(combined.remainder))
+        new = GlobalState(moved, former.plus(combined.remainder))
+        if ours:
+            _check_finite(moved if settings.rule.refactor is not None else {}, new.remainder)
+        return new
+
+
+def _check_finite(values: Mapping[str, Tensor], remainder: Mapping[str, Factors]) -> None:
+    """Makes sure that updates, each of which is finite, were not so large that what comes out of them overflows.
+
+    Raises:
+        UpdateRefusedError: They were.
+    """
+    factors = {layer + part: t for layer, f in remainder.items() for part, t in ((" B", f.b), (" A", f.a))}
+    for name, tensor in {**values, **factors}.items():
+        if not all_finite(tensor):
+            msg = f"their combination is not finite in {name}"
+            raise UpdateRefusedError(msg)

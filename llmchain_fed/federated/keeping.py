@@ -5,27 +5,38 @@ Knows the hub and checkpoints. Knows nothing about how a round is run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmchain_fed.errors import CheckpointError, ConfigError, UnsupportedModelError
-from llmchain_fed.federated import checkpoint, membership, resuming, server_optimizers
+from llmchain_fed.federated import checkpoint, fitting, membership, resuming, server_optimizers
 from llmchain_fed.federated.aggregation import AGGREGATIONS
-from llmchain_fed.federated.checkpoint import Checkpoint
-from llmchain_fed.federated.global_state import GlobalState, parted
+from llmchain_fed.federated.contents import Contents
+from llmchain_fed.federated.global_state import GlobalState
 from llmchain_fed.federated.hub import Hub
 from llmchain_fed.federated.membership import Change, Members
 from llmchain_fed.federated.personal import Ditto, with_remainder
 from llmchain_fed.federated.roster import Hello
 from llmchain_fed.federated.runtime import InProcess
+from llmchain_fed.federated.trainee import Trainee
+from llmchain_fed.model import LocalModel
 from llmchain_fed.training import TrainingConfig
+from llmchain_fed.untrusted import shown
 
 _SHORT = {"optimizer": "optimizer", "lr": "learning_rate", "batch_size": "batch_size"}
 """options of a federation → those of its training"""
-_RESTORED = ("aggregation", "weighting", "codec", "broadcast_codec", "participants_per_round", "seed")
+_RESTORED = (
+    "aggregation",
+    "weighting",
+    "max_weight_share",
+    "codec",
+    "broadcast_codec",
+    "participants_per_round",
+    "seed",
+)
 
 
 class Keeping:
@@ -38,6 +49,7 @@ class Keeping:
         options: Of the federation, as JSON, beside those that decide its future.
         given: Whether held-out examples were given.
         leads: Whether this process writes; the others of a cluster only read.
+        shown: Called once participants stand where a checkpoint had them: their personal models become adapters.
 
     Raises:
         ConfigError: `keep` is no count, `directory` no path.
@@ -53,18 +65,19 @@ class Keeping:
         *,
         given: bool,
         leads: bool,
+        shown: Callable[[], object],
     ) -> None:
         if keep is not None and (type(keep) is not int or keep < 1):
             msg = f"keep_checkpoints is a count of at least 1, or None for all, got {keep!r}."
             raise ConfigError(msg)
-        self._hub, self._keep, self._leads = hub, keep, leads
+        self._hub, self._keep, self._leads, self._shown = hub, keep, leads, shown
         self._directory = _path(directory) if directory is not None else None
         self._options = dict(options) | {"keep_checkpoints": keep, "evaluated": given}
         self._states: dict[str, bytes] = {}
         self._waiting: dict[str, bytes] = {}
         self._holdings: dict[str, Any] = {}
         self._change: Change | None = None
-        self._found: Checkpoint | None = None
+        self._found: Contents | None = None
         self._owed: set[str] = set()
         self._asked: int | None = None
         self._begun = False
@@ -124,26 +137,27 @@ class Keeping:
 
     @staticmethod
     def read(
-        directory: str | Path, number: int | None, given: Mapping[str, Any]
-    ) -> tuple[Checkpoint, dict[str, Any], str]:
+        directory: str | Path, number: int | None, given: Mapping[str, Any], model: Any
+    ) -> tuple[Contents, dict[str, Any], str]:
         """A checkpoint, the options to go on with, and the federation's id.
 
         Args:
             directory: The run's.
             number: Which round; None is the newest.
             given: Options that were given again, which go first.
+            model: What goes on, which says how large a checkpoint can be.
 
         Raises:
             ConfigError: `directory` is no path.
-            CheckpointError: See `checkpoint.read`; or an option is missing that no file holds.
+            CheckpointError: See `checkpoint.read` and `Contents.of`; or an option is missing that no file holds.
         """
-        found = checkpoint.read(_path(directory), number)
-        decisive, options = found.about["decisive"], dict(found.about["options"])
+        found = read_for(Trainee.of(model).model, _path(directory), number)
+        decisive, options = found.decisive, dict(found.options)
         evaluated = options.pop("evaluated")
         if evaluated and options["evaluation"] is None and "evaluation" not in given:
             msg = "the run had held-out examples of its own, which no checkpoint holds. Pass evaluation= again."
             raise CheckpointError(msg)
-        merged = options | {name: decisive[name] for name in _RESTORED}
+        merged = options | {name: decisive[name] for name in _RESTORED if name in decisive}
         if decisive["personal"] is not None:
             merged["personal"] = Ditto(**decisive["personal"])
         training = given.get("training")
@@ -151,7 +165,7 @@ class Keeping:
             again = {field: given[name] for name, field in _SHORT.items() if given.get(name) is not None}
             laid = decisive["training"] | again
             if isinstance(laid.get("optimizer"), dict):
-                msg = f"the run's optimizer was code ({laid['optimizer']['class']}): pass it again."
+                msg = f"the run's optimizer was code ({shown(laid['optimizer']['class'])}): pass it again."
                 raise CheckpointError(msg)
             training = TrainingConfig(**laid)
         if decisive["server_optimizer"] is not None and "server_optimizer" not in given:
@@ -160,11 +174,11 @@ class Keeping:
             except ConfigError as error:
                 raise CheckpointError(str(error)) from None
         if decisive["aggregation"] not in AGGREGATIONS and "aggregation" not in given:
-            msg = f"the run's aggregation, {decisive['aggregation']!r:.100}, was code: pass aggregation= again."
+            msg = f"the run's aggregation, {shown(decisive['aggregation'])!r}, was code: pass aggregation= again."
             raise CheckpointError(msg)
-        return found, merged | dict(given) | {"training": training}, found.about["federation"]
+        return found, merged | dict(given) | {"training": training}, found.federation
 
-    def go_on(self, found: Checkpoint, members: Members = "same") -> None:
+    def go_on(self, found: Contents, members: Members = "same") -> None:
         """Puts the hub where the checkpoint was; later ones are dropped with the next one that is written.
 
         Args:
@@ -187,24 +201,33 @@ class Keeping:
             if not nodes:
                 msg = "members='changed' goes on with those who take part from now on: pass participants=…."
                 raise ConfigError(msg)
-        holdings = {n: held for n, held in found.about["holdings"].items() if n in nodes}
+        holdings = {n: held for n, held in found.holdings.items() if n in nodes}
         hellos: dict[str, Hello] = hub.roster.joined  # others say what they hold when they join
         if here:
             asked = dict(hub.roster.ask(nodes if change else list(holdings)))
             hellos = {n: answer for n, answer in asked.items() if isinstance(answer, Hello)}
         if change is None:
             resuming.check_holdings(hellos, holdings, found)
-        states = resuming.restore(hub, found)
-        self._states = {n: state for n, state in states.items() if n in nodes}
-        self._holdings, self._change, self._found = holdings, change, found
-        self._asked, self._begun, self._superseded = found.round, True, True
-        joined = change.joined if change else ()
-        self._waiting, self._owed = resuming.begun_by_then(hub, nodes, self._states, joined), set(nodes)
-        for name in change.left if change is not None else ():
-            self._forget(name, states)
-        if here:  # at once: `train()` needs nobody to join, and may bring other examples
-            self._compare(hellos)
-            self._tell(nodes)
+        fitting.check_participants(found, hub, membership.different(hellos, holdings).keys())
+        former = dict(vars(self))
+        try:
+            with resuming.as_before(hub):
+                states = resuming.restore(hub, found)
+                self._states = {n: state for n, state in states.items() if n in nodes}
+                self._holdings, self._change, self._found = holdings, change, found
+                self._asked, self._begun, self._superseded = found.round, True, True
+                joined = change.joined if change else ()
+                self._waiting, self._owed = resuming.begun_by_then(hub, nodes, self._states, joined), set(nodes)
+                for name in change.left if change is not None else ():
+                    self._forget(name, states)
+                if here:  # at once: `train()` needs nobody to join, and may bring other examples
+                    self._compare(hellos)
+                    self._tell(nodes)
+                self._shown()
+        except BaseException:
+            vars(self).update(former)
+            self._shown()
+            raise
 
     def _forget(self, name: str, states: Mapping[str, bytes]) -> None:
         """Takes the personal model of one who has none any more out of this process's model."""
@@ -253,7 +276,7 @@ class Keeping:
             CheckpointError: There is no checkpoint of it, or it is another federation's; nothing has changed.
         """
         _check_round("roll_back", to)
-        found = checkpoint.read(self._there("roll_back"), to)
+        found = read_for(self._hub.model, self._there("roll_back"), to)
         self.go_on(found)
         self._hub.patience = []
         if self._leads:
@@ -280,9 +303,9 @@ class Keeping:
         if number == self._hub.round:
             state = GlobalState.of(model)
         else:
-            found = checkpoint.read(self._there("promote"), number)
+            found = read_for(model, self._there("promote"), number)
             resuming.check_contract(self._hub, found)
-            state = GlobalState(*parted(found.tensors["global"]))
+            state = fitting.state_of(found, model)
         with torch.no_grad():
             model.add_adapter(name, with_remainder(state.values, state.remainder, model.lora_scaling()))
 
@@ -291,6 +314,15 @@ class Keeping:
             msg = f"{what} needs the checkpoints of earlier rounds: pass checkpoint_dir= when the federation begins."
             raise CheckpointError(msg)
         return self._directory
+
+
+def read_for(model: LocalModel, directory: Path, number: int | None) -> Contents:
+    """The checkpoint of a round, as far as it can be one of a federation of this model.
+
+    Raises:
+        CheckpointError: See `checkpoint.read` and `Contents.of`.
+    """
+    return Contents.of(checkpoint.read(directory, number, fitting.limits_of(model)))
 
 
 def _path(directory: Any) -> Path:

@@ -74,7 +74,8 @@ class _Kept:
     def _gap(self) -> float | None:
         """‖mean(BA) − B̄·Ā‖ / ‖mean(BA)‖ over the layers seen; None where ranks differ."""
         whole = math.hypot(*self._whole) if self._one_rank else 0.0
-        return math.hypot(*self._left_out) / whole if whole > 0 else None
+        gap = math.hypot(*self._left_out) / whole if whole > 0 else math.nan
+        return gap if math.isfinite(gap) else None
 
 
 class FedEx(_Kept):

@@ -60,6 +60,16 @@ def different(hellos: Mapping[str, Hello], holdings: Mapping[str, Any]) -> dict[
     return found
 
 
+def progress_of(state: bytes) -> dict[int, Progress]:
+    """Round → where a participant stands, as it gave it.
+
+    Raises:
+        FederationError: The bytes are none of ours.
+    """
+    header, infos = wire.inspect(state, max_bytes=len(state))
+    return private_state.read(header.get("progress"), wire.values(state, infos))
+
+
 def adapted(state: bytes, changes: Collection[str]) -> bytes:
     """A participant's state at a checkpoint, for what it holds now.
 
@@ -67,8 +77,7 @@ def adapted(state: bytes, changes: Collection[str]) -> bytes:
     optimizer begins anew: it would bring the old ones back. With another rank or alpha all tensors do: their shapes,
     or what they mean, are other ones.
     """
-    header, infos = wire.inspect(state, max_bytes=len(state))
-    found = private_state.read(header["progress"], wire.values(state, infos))
+    found = progress_of(state)
     if {"rank", "alpha"} & set(changes):
         found = {number: Progress(progress.next_step) for number, progress in found.items()}
     elif "options" in changes:
@@ -78,8 +87,7 @@ def adapted(state: bytes, changes: Collection[str]) -> bytes:
 
 def has_own(state: bytes) -> bool:
     """Whether there is a personal model in a participant's state."""
-    header, infos = wire.inspect(state, max_bytes=len(state))
-    return any(p.has_own for p in private_state.read(header["progress"], wire.values(state, infos)).values())
+    return any(progress.has_own for progress in progress_of(state).values())
 
 
 @dataclass

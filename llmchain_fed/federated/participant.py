@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +14,9 @@ from typing import Any
 from llmchain_fed.data import Example, Examples, Prompt, RawText, is_ready_tensors, prompt_text, read_examples
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, EmptyParticipantError
 
+ALPHAS = (1e-3, 2.0**16)
+"""the smallest and the largest LoRA alpha that make sense: alpha/rank scales what is learnt, and is divided by"""
+LARGEST_RANK = 2**16
 _TRAINED_ON = ("train", "training")
 _HELD_OUT = ("validation", "valid", "val", "dev", "eval", "evaluation", "test", "testing")  # the better ones first
 
@@ -58,12 +60,14 @@ class Participant:
                 f'{{"max_steps": 4}}, got {type(self.training).__name__}.'
             )
             raise ConfigError(msg)
-        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
-            msg = f"participant {self.name!r}: rank is a count of at least 1, got {self.rank!r}."
+        if self.rank is not None and (type(self.rank) is not int or not 1 <= self.rank <= LARGEST_RANK):
+            fits = f"rank is a count of at least 1 and at most {LARGEST_RANK:,}"
+            msg = f"participant {self.name!r}: {fits}, got {self.rank!r:.80}."
             raise ConfigError(msg)
         number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
-        if self.alpha is not None and not (number and self.rank is not None and 0 < self.alpha <= sys.float_info.max):
-            msg = f"participant {self.name!r}: alpha is positive and goes with a rank, got {self.alpha!r:.80}."
+        if self.alpha is not None and not (number and self.rank is not None and ALPHAS[0] <= self.alpha <= ALPHAS[1]):
+            fits = f"from {ALPHAS[0]} to {ALPHAS[1]:,.0f}"
+            msg = f"participant {self.name!r}: alpha is positive and goes with a rank, got {self.alpha!r:.80} ({fits})."
             raise ConfigError(msg)
 
     def __repr__(self) -> str:

@@ -197,6 +197,9 @@ class LocalPeer:
                 "num_tokens": data.report.completion_tokens,
                 "report": asdict(data.report),
             }
+        held_out = self._data.held_out() if self._data.holds_out else None
+        if isinstance(held_out, EncodedExamples):  # by which its held-out loss counts
+            answer["held_out_examples"], answer["held_out_tokens"] = len(held_out), held_out.report.completion_tokens
         if (found := self._data.overlap()) is not None:
             answer["overlap"] = found.to_plain()
         self._federation = str(asked.get("federation"))

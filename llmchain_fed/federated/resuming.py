@@ -6,7 +6,9 @@ Knows what of a hub decides its future. Knows nothing about files.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from llmchain_fed.errors import CheckpointError, DeadlineError, TransportError
@@ -14,8 +16,10 @@ from llmchain_fed.federated import server_optimizers, wire
 from llmchain_fed.federated.aggregation import AGGREGATIONS
 from llmchain_fed.federated.checkpoint import Checkpoint
 from llmchain_fed.federated.codecs import spec
-from llmchain_fed.federated.global_state import GlobalState, named, parted
-from llmchain_fed.federated.history import History
+from llmchain_fed.federated.contents import Contents
+from llmchain_fed.federated.fitting import copy_of, state_of
+from llmchain_fed.federated.global_state import GlobalState, named
+from llmchain_fed.federated.history import ParticipantRecord
 from llmchain_fed.federated.hub import Hub
 from llmchain_fed.federated.membership import START, Change, different, holding
 from llmchain_fed.federated.roster import ABSENCE, Hello
@@ -23,7 +27,9 @@ from llmchain_fed.federated.rule import Rule
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server_optimizers import ResumableServerOptimizer
 from llmchain_fed.federated.settings import Settings
+from llmchain_fed.untrusted import shown
 
+_UNTOLD = asdict(ParticipantRecord())
 _MEANING = {"base": "base weights", "adapter": "adapter", "prompt": "prompt", "tokenizer": "tokenizer"}
 
 
@@ -35,6 +41,7 @@ def decisive(settings: Settings) -> dict[str, Any]:
         "aggregation": _name_of(settings.rule),
         "training": training if training is not None else _named_training(settings),
         "weighting": settings.weighting,
+        "max_weight_share": settings.max_weight_share,
         "codec": spec(settings.codec),
         "broadcast_codec": spec(settings.broadcast_codec),
         "server_optimizer": optimizer.settings()
@@ -95,7 +102,7 @@ def checkpoint_of(
         "participants": hub.transport.nodes(),
         "federation": hub.roster.federation,
         "holdings": {n: holding(h) for n, h in hub.roster.joined.items()},
-        "history": json.loads(hub.history.to_json()),
+        "history": _short(json.loads(hub.history.to_json())),
         "patience": hub.patience,
         "round_notes": hub.round_notes,
         "members_changed": hub.members_changed,
@@ -109,6 +116,16 @@ def checkpoint_of(
     return Checkpoint(hub.round, about, tensors, blobs)
 
 
+def _short(history: dict[str, Any]) -> dict[str, Any]:
+    """The same without what records leave at its default: of those whom a round did not ask there is hardly more."""
+    for record in history["rounds"]:
+        people = record["participants"].items()
+        record["participants"] = {
+            name: {field: value for field, value in each.items() if value != _UNTOLD[field]} for name, each in people
+        }
+    return history
+
+
 def _stands_elsewhere(hub: Hub, name: str, former: Mapping[str, bytes], since: int | None) -> bool:
     """Whether a participant can be asked, and may stand elsewhere than when it was asked last."""
     rounds = [r.participants.get(name) for r in hub.history if since is None or r.round > since]
@@ -119,24 +136,24 @@ def _stands_elsewhere(hub: Hub, name: str, former: Mapping[str, bytes], since: i
     return any(record is None or record.status != "idle" for record in rounds)
 
 
-def check(hub: Hub, found: Checkpoint) -> None:
+def check(hub: Hub, found: Contents) -> None:
     """Makes sure that a checkpoint is this federation's, and its members are those of then.
 
     Raises:
         CheckpointError: Another base, adapter, prompt, set of participants, or option that decides the future.
     """
-    there, here = found.about["participants"], hub.transport.nodes()
+    there, here = found.participants, hub.transport.nodes()
     others = ""
     if sorted(there) != sorted(here):
         gone, new = sorted(set(there) - set(here)), sorted(set(here) - set(there))
-        others = f"participants: {', '.join(gone) or 'none'} are missing, {', '.join(new) or 'none'} are new"
+        others = f"participants: {_listed(gone)} are missing, {_listed(new)} are new"
     elif there != here and isinstance(hub.transport, InProcess):  # asked in their order, whose sums end otherwise
-        others = f"participants: in the order {', '.join(there)} there, {', '.join(here)} here"
+        others = f"participants: in the order {_listed(there)} there, {_listed(here)} here"
     wrong = _other_contract(hub, found) + ([others] if others else []) + list(_other_options(hub, found).values())
     _refuse(found, wrong, f" {_changed(found)}" if others else "")
 
 
-def check_but_members(hub: Hub, found: Checkpoint) -> Change:
+def check_but_members(hub: Hub, found: Contents) -> Change:
     """Makes sure that a checkpoint is this federation's, whoever its members are now; says what changed of them.
 
     Raises:
@@ -147,30 +164,39 @@ def check_but_members(hub: Hub, found: Checkpoint) -> Change:
     _refuse(found, _other_contract(hub, found) + [text for name, text in others.items() if name != sampled])
     change = Change.between(
         found.round,
-        found.about["participants"],
+        found.participants,
         hub.transport.nodes(),
         ordered=isinstance(hub.transport, InProcess),
         divided=hub.evaluator.holds_out_a_share,
     )
     if sampled in others:
-        change.sampled = found.about["decisive"][sampled], hub.settings.per_round
+        change.sampled = found.decisive[sampled], hub.settings.per_round
     return change
 
 
-def _other_options(hub: Hub, found: Checkpoint) -> dict[str, str]:
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return (", ".join(shown(name) for name in names[:20]) or "none") + more
+
+
+def _other_options(hub: Hub, found: Contents) -> dict[str, str]:
     now = json.loads(json.dumps(decisive(hub.settings)))
-    then = found.about["decisive"]
-    return {k: f"{k}: {v!r:.200} there, {now.get(k)!r:.200} here" for k, v in then.items() if now.get(k) != v}
+    then = found.decisive
+    return {
+        k: f"{k}: {shown(repr(v), 200)} there, {shown(repr(now.get(k)), 200)} here"
+        for k, v in then.items()
+        if now.get(k) != v
+    }
 
 
-def _changed(found: Checkpoint) -> str:
+def _changed(found: Contents) -> str:
     return (
         f'FederatedAveraging.resume(…, round={found.round}, members="changed") goes on with the members, and the data, '
         "of now."
     )
 
 
-def check_contract(hub: Hub, found: Checkpoint) -> None:
+def check_contract(hub: Hub, found: Contents) -> None:
     """Makes sure that a checkpoint's weights mean in this hub's chain what they meant in its own.
 
     Raises:
@@ -179,13 +205,13 @@ def check_contract(hub: Hub, found: Checkpoint) -> None:
     _refuse(found, _other_contract(hub, found))
 
 
-def _other_contract(hub: Hub, found: Checkpoint) -> list[str]:
-    ours, theirs = hub.trainee.contract(), found.about["contract"]
+def _other_contract(hub: Hub, found: Contents) -> list[str]:
+    ours, theirs = hub.trainee.contract(), found.contract
     different = [k for k in _MEANING if theirs.get(k) != ours[k]]
-    return [f"{_MEANING[k]}: {theirs.get(k)!s:.12} there, {ours[k]!s:.12} here" for k in different]
+    return [f"{_MEANING[k]}: {shown(theirs.get(k), 12)} there, {ours[k]!s:.12} here" for k in different]
 
 
-def _refuse(found: Checkpoint, wrong: list[str], remedy: str = "") -> None:
+def _refuse(found: Contents, wrong: list[str], remedy: str = "") -> None:
     if wrong:
         msg = (
             f"the checkpoint of round {found.round} is another federation's ({'; '.join(wrong)}). Give the same chain, "
@@ -194,7 +220,7 @@ def _refuse(found: Checkpoint, wrong: list[str], remedy: str = "") -> None:
         raise CheckpointError(msg)
 
 
-def restore(hub: Hub, found: Checkpoint) -> dict[str, bytes]:
+def restore(hub: Hub, found: Contents) -> dict[str, bytes]:
     """Puts a hub where the checkpoint was; all of it or, on an error, nothing.
 
     Returns:
@@ -203,29 +229,27 @@ def restore(hub: Hub, found: Checkpoint) -> dict[str, bytes]:
     Raises:
         CheckpointError: The weights or the server optimizer's memory do not fit.
     """
-    values, remainder = parted(found.tensors["global"])
+    # in this order: everything is looked at before anything is changed
+    state, copy = state_of(found, hub.model), copy_of(found, hub.model)
     optimizer = hub.settings.server_optimizer
     undo = server_optimizers.snapshot(optimizer)
-    state = GlobalState(values, remainder)
     try:
-        history = History.from_dict(found.about["history"])
         if isinstance(optimizer, ResumableServerOptimizer):
-            optimizer.load_state_dict(found.tensors.get("server", {}), found.about["server_optimizer"])
+            optimizer.load_state_dict(found.found.tensors.get("server", {}), found.server_optimizer)
+            server_optimizers.rehearse(optimizer, state.values)
         state.load(hub.model)
     except Exception as error:
         undo()
-        msg = f"the checkpoint of round {found.round} does not fit ({type(error).__name__}: {error})."
-        raise CheckpointError(msg) from error
+        msg = f"it does not fit ({type(error).__name__}: {shown(str(error), 400)})"
+        raise found.found.unusable(msg) from error
     # in the model's order, not the file's: what is summed over all tensors depends on it in the last bits
     state = GlobalState.of(hub.model)
-    copy = found.tensors.get("copy", {})
-    hub.round, hub.history = found.round, history
+    hub.round, hub.history = found.round, found.history
     hub.broadcast.restore({n: copy[n] for n in state.values if n in copy}, state)
-    hub.patience = list(found.about["patience"])
-    hub.round_notes = list(found.about.get("round_notes", []))
-    hub.members_changed = bool(found.about.get("members_changed"))
+    hub.patience, hub.round_notes = list(found.patience), list(found.round_notes)
+    hub.members_changed = found.members_changed
     hub.evaluator.forget()
-    return dict(found.participants)
+    return dict(found.found.participants)
 
 
 def begun_by_then(
@@ -243,7 +267,7 @@ def begun_by_then(
     return {n: states.get(n, START) for n in nodes if n in states or n in joined or n not in trained}
 
 
-def check_holdings(hellos: Mapping[str, Hello], holdings: Mapping[str, Any], found: Checkpoint) -> None:
+def check_holdings(hellos: Mapping[str, Hello], holdings: Mapping[str, Any], found: Contents) -> None:
     """Makes sure that participants hold what they held.
 
     Args:
@@ -255,10 +279,10 @@ def check_holdings(hellos: Mapping[str, Hello], holdings: Mapping[str, Any], fou
         CheckpointError: A participant holds other examples than it did.
     """
     for name, changes in different(hellos, holdings).items():
-        said = "; ".join(f"{what}: {then} then, {now} now" for what, (then, now) in changes.items())
+        said = "; ".join(f"{what}: {shown(then)} then, {now} now" for what, (then, now) in changes.items())
         msg = (
-            f"participant {name!r} is not as it was ({said}): the run would not be the one that was interrupted. Give "
-            f"it the examples and options of then. {_changed(found)}"
+            f"participant {shown(name)!r} is not as it was ({said}): the run would not be the one that was "
+            f"interrupted. Give it the examples and options of then. {_changed(found)}"
         )
         raise CheckpointError(msg)
 
@@ -274,3 +298,24 @@ def give_back(hub: Hub, names: list[str], states: Mapping[str, bytes]) -> None:
             hub.notes[name] = f"goes on from what it kept itself ({type(answer).__name__})"
         elif isinstance(answer, Exception):
             raise answer
+
+
+@contextmanager
+def as_before(hub: Hub) -> Iterator[None]:
+    """What fails within leaves the hub, its model and its participants in this process where they were."""
+    former, undo = GlobalState.of(hub.model), server_optimizers.snapshot(hub.settings.server_optimizer)
+    kept, sent = dict(vars(hub)), dict(vars(hub.broadcast))
+    here = isinstance(hub.transport, InProcess)
+    ask = wire.pack({}, {"kind": "personal_state", "round": hub.round})
+    stood = dict(hub.transport.call("personal_state", hub.transport.nodes(), ask)) if here else {}
+    try:
+        yield
+    except BaseException:
+        former.load(hub.model)
+        undo()
+        vars(hub).update(kept)
+        vars(hub.broadcast).update(sent)
+        states: dict[str, Any] = {name: state for name, state in stood.items() if isinstance(state, bytes)}
+        for _ in hub.transport.call("personal_state", list(states), states) if states else ():
+            pass
+        raise

@@ -7,8 +7,9 @@ result is loaded, a round has changed nothing.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,14 +28,22 @@ from llmchain_fed.federated import wire
 from llmchain_fed.federated.aggregation import Weighting
 from llmchain_fed.federated.broadcast import Broadcast
 from llmchain_fed.federated.codecs import Codec, spec
+from llmchain_fed.federated.coordinates import Rows, cosine
 from llmchain_fed.federated.gap import AggregationGap
-from llmchain_fed.federated.history import ParticipantRecord
+from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.rule import Combined, Contribution, Round, Rule, selected
 from llmchain_fed.federated.update import Expected, Update
+from llmchain_fed.federated.weight_share import HeldBack, cut
 from llmchain_fed.federated.wire import TensorInfo
 from llmchain_fed.training import TrainingConfig
+from llmchain_fed.untrusted import decoding, printable
 
+LARGEST_NORM = 1e12
+"""of one tensor's distance from the global weights: beyond it no training ends, and float32's squares near their end"""
+_REASONS = 20  # participants whose reasons one error lists
+_REASON = 300  # characters of each
 _COORDINATES = 1024
+_SEEN = 1e-9  # a share that differs by less is the same
 _GENEROUS = 10  # times the steps asked for: a participant may have options of its own
 
 
@@ -49,6 +58,7 @@ class OpenRound:
         weighting: What an update counts by.
         codec: What updates travel as.
         training: How participants were told to train.
+        max_share: The largest share of the round that one update may weigh; None sets no limit.
     """
 
     def __init__(
@@ -60,8 +70,10 @@ class OpenRound:
         weighting: Weighting,
         codec: Codec | None,
         training: TrainingConfig,
+        max_share: float | None = None,
     ) -> None:
         self._training = training
+        self._held = HeldBack(max_share) if max_share is not None else None
         self.about, self.number = about, about.number
         self.start = broadcast.state_for()
         """where participants start: the global state, or with a broadcast codec what they decoded of it"""
@@ -78,8 +90,9 @@ class OpenRound:
         self._comparable = True
         total = sum(self.start[n].numel() for n in self._names)
         self._stride = max(1, math.ceil(total / _COORDINATES))
-        self._coordinates = _Rows()
+        self._coordinates = Rows()
         self._weights: dict[str, float] = {}
+        self._layouts: dict[int | None, dict[str, TensorInfo]] = {}
         self._owners: dict[bytes, str] = {}  # content of an update → who sent it first
 
     @property
@@ -95,12 +108,16 @@ class OpenRound:
             "feedback": self._codec is not None and self._codec.lossy_feedback and not self._rule.regauges,
         }
 
-    def largest_update(self) -> int:
-        """bytes: what no update of this round exceeds."""
-        return Expected("", 0, "", self._layout(self.start), codec=self._codec).max_bytes
+    def largest_update(self, names: Iterable[str] = ()) -> int:
+        """bytes: what no update of this round exceeds, from whoever of these it comes."""
+        longest = max(names, key=lambda name: len(json.dumps(name)), default="")
+        return Expected(longest, self.number, self._base, self._layout(None, self.start), codec=self._codec).max_bytes
 
-    def _layout(self, start: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
-        return wire.describe({n: start[n] for n in self._names})
+    def _layout(self, rank: int | None, start: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+        """Type and shape of what a participant of this rank is asked for; None is the common one."""
+        if rank not in self._layouts:
+            self._layouts[rank] = wire.describe({n: start[n] for n in self._names})
+        return self._layouts[rank]
 
     def accept(
         self,
@@ -129,21 +146,22 @@ class OpenRound:
         if isinstance(answer, Exception):
             late, absent = isinstance(answer, DeadlineError), isinstance(answer, TransportError)
             record.status = "late" if late else "absent" if absent else "failed"
-            record.reason = f"{type(answer).__name__}: {answer}"
+            record.reason = told_of(answer)
             self.records[name] = record
             return record
         record.bytes_up += len(answer)
         try:
             start = self._broadcast.state_for(name)
-            layout = self._layout(start)
+            layout = self._layout(self._broadcast.rank_of(name), start)
             expected = Expected(name, self.number, self._base, layout, num_examples, num_tokens, self._codec, start)
-            update = Update.from_bytes(answer, expected)
-            delta_norms, coordinates = self._distances(update, start)
-            self._check_steps(update)
+            with decoding("its update", UpdateRefusedError):
+                update = Update.from_bytes(answer, expected)
+                delta_norms, coordinates = self._distances(update, start)
+                self._check_steps(update)
             self._take(name, update, coordinates)
             self._note(record, name, update, delta_norms, coordinates)
         except LLMChainFedError as error:
-            record.status, record.reason = "refused", f"{type(error).__name__}: {error}"
+            record.status, record.reason = "refused", told_of(error)
         self.records[name] = record
         return record
 
@@ -164,14 +182,51 @@ class OpenRound:
         steps = int(update.metrics["steps"]) if "steps" in update.metrics else None
         scaling = self._broadcast.scaling_of(name)
         given = Contribution(update.tensors, weight, steps, scaling)
-        self._collector.add(given)
+        if self._held is None:
+            self._collector.add(given)
+        else:
+            check = getattr(self._collector, "check", None)  # before it is kept: later it could not be refused
+            if check is not None:
+                check(given)
         if scaling is not None:
             self._gap, self._comparable = None, False  # factors of different ranks have no mean
-        if self._gap is not None:
-            self._gap.add(given)
         if self._comparable:
             self._coordinates.add(name, coordinates)
         self._weights[name] = weight
+        if self._held is None:
+            self._measure_gap(given)
+        elif (light := self._held.push(name, given)) is not None:
+            self._add_late(*light)
+
+    def _measure_gap(self, given: Contribution) -> None:
+        if self._gap is not None:
+            self._gap.add(given)
+
+    def _add_late(self, name: str, given: Contribution) -> None:
+        """One that was kept until its weight was known."""
+        try:
+            self._collector.add(given)
+        except LLMChainFedError as error:
+            self.records[name].status, self.records[name].reason = "refused", told_of(error)
+            del self._weights[name]
+        else:
+            self._measure_gap(given)
+
+    def _release(self) -> None:
+        """Adds the updates that were kept, at weights of which none passes its share, and says so in their records."""
+        if self._held is None:
+            return
+        former, share = self._weights, self._held.share
+        total = math.fsum(former.values())
+        self._weights = cut(former, share)
+        new_total = math.fsum(self._weights.values())
+        few = len(former) * share <= 1
+        why = "as all do, for they are too few" if few else f"max_weight_share={share:g}"
+        for name, given in self._held.release(self._weights):
+            self._add_late(name, given)
+            was, now = former[name] / total, given.weight / new_total
+            if abs(was - now) > _SEEN and (few or given.weight != former[name]):
+                self.records[name].notes.append(f"its update weighs {now:.4g} of the round, not {was:.4g}: {why}")
 
     def refuse_twice(self, name: str) -> None:
         """Makes sure that no update of this participant is in yet; one that could not be used may come again.
@@ -188,16 +243,17 @@ class OpenRound:
         """L2 norm of local − global per tensor, and some of its coordinates.
 
         Raises:
-            UpdateRefusedError: The distance overflows.
+            UpdateRefusedError: A distance is beyond `LARGEST_NORM`.
         """
         norms, coordinates = {}, []
         for key in self._names:  # one order for all: safetensors files come back in an order of their own
             delta = update.tensors[key].float() - start[key].float()
-            norms[key] = float(torch.linalg.vector_norm(delta))
+            norms[key] = norm = float(torch.linalg.vector_norm(delta))
+            if not norm <= LARGEST_NORM:  # this way round NaN is wrong, too
+                far = f"its distance from the global weights is {norm:.3g} in {key}"
+                msg = f"{far}: beyond {LARGEST_NORM:.0e} no training ends, and sums are no longer finite."
+                raise UpdateRefusedError(msg)
             coordinates.append(delta.reshape(-1)[:: self._stride])
-        if not math.isfinite(math.hypot(*norms.values())):
-            msg = "its distance from the global weights is not finite."
-            raise UpdateRefusedError(msg)
         return norms, torch.cat(coordinates)
 
     def _note(
@@ -243,6 +299,8 @@ class OpenRound:
             reasons = {n: r.reason for n, r in self.records.items() if r.reason}
             raise too_few(self.number, len(trained), quorum, reasons, "usable updates")
         self.spent = True
+        self._release()
+        trained = self.trained
         combined = self._collector.combine()
         self._gap_found = combined.gap
         if self._comparable:
@@ -250,7 +308,7 @@ class OpenRound:
             rows = (self._coordinates[n] * (self._weights[n] / total) for n in trained)
             mean = sum(rows, torch.zeros(()))
             for name in trained:
-                self.records[name].cosine_to_mean = _cosine(self._coordinates[name], mean)
+                self.records[name].cosine_to_mean = cosine(self._coordinates[name], mean)
         return combined
 
     def gap(self) -> float | None:
@@ -266,38 +324,10 @@ def too_few(
     number: int, count: int, quorum: int, reasons: Mapping[str, object], what: str = "participants"
 ) -> QuorumError:
     """The error of a round that fewer take part in than its quorum asks for."""
-    listed = "; ".join(f"{n}: {r}" for n, r in reasons.items()) or "nobody answered"
+    first = list(reasons.items())[:_REASONS]
+    listed = "; ".join(f"{printable(n, 80)}: {printable(r, _REASON)}" for n, r in first) or "nobody answered"
+    listed += f"; and {len(reasons) - _REASONS} more" if len(reasons) > _REASONS else ""
     return QuorumError(
         f"round {number + 1} has {count} {what}, the quorum is {max(1, quorum)} ({listed}). The weights are as before; "
         "mend the participants or lower the quorum."
     )
-
-
-class _Rows:
-    """Equally long vectors by name, in few large blocks.
-
-    A small tensor each would outlive the large ones around it and pin the memory they leave: with 1,000 participants
-    that cost more than all that is really kept.
-    """
-
-    _PER_BLOCK = 256
-
-    def __init__(self) -> None:
-        self._blocks: list[Tensor] = []
-        self._index: dict[str, int] = {}
-
-    def add(self, name: str, values: Tensor) -> None:
-        row = len(self._index)
-        if row % self._PER_BLOCK == 0:
-            self._blocks.append(torch.empty(self._PER_BLOCK, len(values)))
-        self._blocks[-1][row % self._PER_BLOCK] = values
-        self._index[name] = row
-
-    def __getitem__(self, name: str) -> Tensor:
-        block, row = divmod(self._index[name], self._PER_BLOCK)
-        return self._blocks[block][row]
-
-
-def _cosine(a: Tensor, b: Tensor) -> float | None:
-    norms = float(torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
-    return max(-1.0, min(1.0, float(a @ b) / norms)) if norms > 0 else None

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmchain_fed.errors import ConfigError, FederationError
+from llmchain_fed.errors import ConfigError, FederationError, UpdateRefusedError
+from llmchain_fed.untrusted import shown
 from llmchain_fed.weights import all_finite
 
 Memory = dict[str, Any]  # of one tensor: slot → its value
@@ -27,7 +28,7 @@ def checked(rule: str, option: str, value: Any) -> float:
     """The option as a number, if it is in its range."""
     allowed, fits = _RANGES[option]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
-        msg = f"{rule}: `{option}` is a number, {allowed}, got {value!r:.80}."
+        msg = f"{rule}: `{option}` is a number, {allowed}, got {shown(value)}."
         raise ConfigError(msg)
     return float(value)
 
@@ -66,7 +67,11 @@ def check_shape(what: str, value: Tensor, weights: Tensor) -> None:
 
 
 def check_finite(optimizer: Any, moved: Mapping[str, Tensor], memory: Mapping[str, Memory]) -> None:
-    """Makes sure that neither the next weights nor the memory overflowed."""
+    """Makes sure that neither the next weights nor the memory overflowed.
+
+    Raises:
+        UpdateRefusedError: One did.
+    """
     for name, value in moved.items():
         kept = [v for v in memory[name].values() if isinstance(v, Tensor)]
         if not all(all_finite(v) for v in (value, *kept)):
@@ -74,7 +79,7 @@ def check_finite(optimizer: Any, moved: Mapping[str, Tensor], memory: Mapping[st
                 f"{optimizer!r} would make {name} NaN or infinite; weights and memory are as they were. Lower its "
                 "learning rate, or the participants'."
             )
-            raise FederationError(msg)
+            raise UpdateRefusedError(msg)
 
 
 def flattened(memory: Mapping[str, Memory]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -100,6 +105,6 @@ def check_foreign(numbers: Mapping[str, Any], wanted: Mapping[str, str], *more: 
     """Makes sure that a saved state is of the same optimizer."""
     if {name: numbers.get(name) for name in wanted} != wanted or numbers.keys() != {*wanted, *more}:
         msg = (
-            f"the saved state {dict(numbers)!s:.200} is not of {dict(wanted)}. Resume with the optimizer it began with."
+            f"the saved state {shown(numbers, 200)} is not of {dict(wanted)}. Resume with the optimizer it began with."
         )
         raise ConfigError(msg)

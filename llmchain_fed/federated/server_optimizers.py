@@ -10,6 +10,7 @@ keeps a copy of them.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,6 +21,7 @@ from llmchain_fed.errors import ConfigError, FederationError
 from llmchain_fed.federated.server_memory import check_names, check_tensors
 from llmchain_fed.federated.server_rules import FedAdagrad, FedAdam, FedAvgM, FedYogi, Reptile
 from llmchain_fed.federated.torch_server_optimizers import DiLoCo, TorchServerOptimizer
+from llmchain_fed.untrusted import shown
 
 __all__ = [
     "DiLoCo",
@@ -34,11 +36,15 @@ __all__ = [
     "apply",
     "check",
     "from_settings",
+    "is_known",
+    "rehearse",
     "snapshot",
 ]
 
 
 _WRITTEN_OUT = (FedAvgM, Reptile, FedAdagrad, FedAdam, FedYogi, DiLoCo)
+_OWN: Mapping[str, type[Any]] = {kind.__name__: kind for kind in _WRITTEN_OUT}
+_LONGEST = 64  # characters of an option, or values in a list of them
 
 
 class ServerOptimizer(Protocol):
@@ -150,23 +156,78 @@ def snapshot(optimizer: ServerOptimizer | None) -> Callable[[], None]:
     return restore
 
 
-def from_settings(settings: Mapping[str, Any]) -> ServerOptimizer:
-    """The optimizer that `settings()` described, without its memory.
+def is_known(settings: Mapping[str, Any]) -> bool:
+    """Whether `settings()` described one of this module's, rather than code of somebody's own."""
+    return settings.get("class") in [*_OWN, TorchServerOptimizer.__name__]
+
+
+def from_settings(settings: Any) -> ServerOptimizer:
+    """The optimizer that `settings()` described, without its memory; classes are looked up in fixed tables alone.
 
     Raises:
-        ConfigError: It is none of this module's, or a torch optimizer that torch.optim does not have: pass it again.
+        ConfigError: It is none of this module's, or a torch optimizer that torch.optim does not have: pass it again. Or
+            its options are none.
     """
-    if not isinstance(settings, Mapping):
-        settings = {"class": settings}
-    options = {name: value for name, value in settings.items() if name != "class"}
-    if settings.get("class") == "TorchServerOptimizer":
-        module, _, kind = str(options["optimizer"]).rpartition(".")
-        found = getattr(torch.optim, kind, None)
-        if found is not None and found.__module__ == module:
-            return TorchServerOptimizer(found, **options["options"])
-    own = {kind.__name__: kind for kind in _WRITTEN_OUT}
-    if settings.get("class") in own:
-        made: ServerOptimizer = own[settings["class"]](**options)
-        return made
-    msg = f"the server optimizer was {dict(settings)!r:.120}, which is code of your own: pass server_optimizer= again."
-    raise ConfigError(msg)
+    given = dict(settings) if isinstance(settings, Mapping) else {"class": settings}
+    kind, options = given.pop("class", None), given
+    if not is_known({"class": kind}):
+        msg = f"the server optimizer was {shown(kind)}, which is code of your own: pass server_optimizer= again."
+        raise ConfigError(msg)
+    made: Callable[..., Any] = _OWN.get(kind, TorchServerOptimizer)
+    if made is TorchServerOptimizer:
+        made, options = _torchs(options)
+    if not all(isinstance(name, str) and _is_plain(value) for name, value in options.items()):
+        msg = f"{kind}: options are numbers, texts, true, false, null, or lists of them by name, got {shown(options)}."
+        raise ConfigError(msg)
+    try:
+        optimizer: ServerOptimizer = made(**options)
+    except ConfigError as error:
+        raise ConfigError(shown(str(error), 500)) from None
+    except Exception as error:
+        msg = f"{kind} does not take {shown(options)} ({type(error).__name__}: {shown(str(error), 200)})."
+        raise ConfigError(msg) from None
+    return optimizer
+
+
+def _torchs(given: Mapping[str, Any]) -> tuple[Callable[..., TorchServerOptimizer], dict[str, Any]]:
+    """What makes one of torch's optimizers, and its options."""
+    table = {f"{k.__module__}.{k.__qualname__}": k for k in vars(torch.optim).values() if isinstance(k, type)}
+    name, options = given.get("optimizer"), given.get("options", {})
+    if not isinstance(name, str) or not issubclass(table.get(name, object), torch.optim.Optimizer):
+        msg = f"the server optimizer was {shown(name)}, which torch.optim does not have: pass server_optimizer= again."
+        raise ConfigError(msg)
+    if given.keys() - {"optimizer", "options"} or not isinstance(options, Mapping) or "optimizer" in options:
+        msg = f"TorchServerOptimizer: besides its class it takes `optimizer` and `options`, got {shown(given)}."
+        raise ConfigError(msg)
+    return functools.partial(TorchServerOptimizer, table[name]), dict(options)
+
+
+def _is_plain(value: Any, *, nested: bool = False) -> bool:
+    if isinstance(value, (list, tuple)):
+        return not nested and len(value) <= _LONGEST and all(_is_plain(each, nested=True) for each in value)
+    if isinstance(value, str):
+        return len(value) <= _LONGEST
+    return value is None or type(value) in (bool, int, float)
+
+
+def rehearse(optimizer: ServerOptimizer | None, values: Mapping[str, Tensor]) -> None:
+    """Makes sure that the memory of one of this module's fits the weights: a step of a copy, along no gradient.
+
+    Raises:
+        ConfigError: It does not: its tensors have other names or shapes, or the step is not finite.
+    """
+    if not isinstance(optimizer, (*_WRITTEN_OUT, TorchServerOptimizer)):
+        return
+    tensors, numbers = optimizer.state_dict()
+    kept = [*tensors, *numbers.get("values", {})]
+    if strangers := [key for key in kept if key.partition("/")[2] not in values]:
+        msg = f"the server optimizer remembers {shown(strangers[:3])}, which this model does not train."
+        raise ConfigError(msg)
+    if kept:
+        names = {key.partition("/")[2] for key in kept}
+        state = {name: values[name] for name in names}
+        try:
+            copy.deepcopy(optimizer).step(state, {name: torch.zeros_like(value) for name, value in state.items()})
+        except FederationError as error:
+            msg = f"the server optimizer's memory does not fit the weights ({shown(str(error), 300)})."
+            raise ConfigError(msg) from None

@@ -20,6 +20,7 @@ from llmchain_fed.federated.peer import LocalPeer
 from llmchain_fed.federated.personal import Ditto
 from llmchain_fed.federated.rule import LoraLayout, Rule
 from llmchain_fed.federated.server_optimizers import ResumableServerOptimizer, ServerOptimizer
+from llmchain_fed.federated.weight_share import checked_share
 from llmchain_fed.model import LocalModel
 from llmchain_fed.training import TrainingConfig
 
@@ -41,6 +42,7 @@ class Settings:
     deadline: float | None
     retries: int
     seed: int
+    max_weight_share: float | None = None
 
 
 def make_settings(
@@ -109,4 +111,5 @@ def make_settings(
         deadline=deadline,
         retries=retries,
         seed=given["seed"],
+        max_weight_share=checked_share(given["max_weight_share"]),
     )

@@ -19,6 +19,7 @@ from llmchain_fed.errors import ContractError, UnsupportedModelError
 from llmchain_fed.face import Bare
 from llmchain_fed.finding import PipedChain, find_prompt
 from llmchain_fed.model import LocalModel
+from llmchain_fed.untrusted import shown
 
 _MEANING = {
     "base": "base weights",
@@ -113,7 +114,9 @@ def check_contract(ours: Mapping[str, Any], theirs: Any, who: str) -> None:
     theirs = theirs if isinstance(theirs, Mapping) else {}
     different = [k for k in ours if theirs.get(k) != ours[k]]
     if different:
-        named = "; ".join(f"{_MEANING[k]}: {ours[k]!s:.12} here, {theirs.get(k)!s:.12} there" for k in different)
+        named = "; ".join(
+            f"{_MEANING[k]}: {shown(ours[k], 12)} here, {shown(theirs.get(k), 12)} there" for k in different
+        )
         msg = (
             f"{who} stands on another contract ({named}). Averaged weights would mean nothing: start both sides "
             "from the same model, adapter, prompt and version."

@@ -64,6 +64,8 @@ class FederationFile(FrozenConfig):
     """seconds a round's training may take"""
     retries: int = Field(default=1, ge=0)
     weighting: Weighting = "examples"
+    max_weight_share: float | None = Field(default=None, gt=0, le=1)
+    """the largest share of a round that one site's update may weigh"""
     samples: int = Field(default=0, ge=0)
     seed: int = 0
 
@@ -99,6 +101,6 @@ class FederationFile(FrozenConfig):
     def loop_options(self) -> dict[str, Any]:
         """What `FederatedAveraging` is given."""
         names = ["training", "participants_per_round", "quorum", "deadline", "retries", "weighting", "samples", "seed"]
-        names += ["aggregation", "codec", "broadcast_codec", "personal", "keep_checkpoints"]
+        names += ["max_weight_share", "aggregation", "codec", "broadcast_codec", "personal", "keep_checkpoints"]
         optimizer = from_settings(self.server_optimizer) if self.server_optimizer is not None else None
         return {name: getattr(self, name) for name in names} | {"server_optimizer": optimizer}

@@ -1,0 +1,117 @@
+"""A history that is read back: which fields a record has, of which type and in which range.
+
+Knows plain data. Knows nothing of records as objects, of files or of rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, FailFast, Field
+
+from llmchain_fed.errors import LLMChainFedError
+from llmchain_fed.untrusted import Strict, checked, printable, shown
+
+_LONGEST_TEXT = 2**20  # characters
+_LONGEST_NAME = 2**16
+MOST_PARTICIPANTS = 100_000
+
+
+def _escaped(value: Any) -> Any:
+    """What a terminal or a file would choke on is spelled out; whoever wrote a record did the same."""
+    return printable(value, _LONGEST_TEXT) if isinstance(value, str) else value
+
+
+def _measured(value: Any) -> Any:
+    """A number that is not finite was not measured, as in `History.to_json`."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Text = Annotated[str, BeforeValidator(_escaped)]
+Texts = Annotated[list[Text], FailFast()]
+Name = Annotated[str, Field(max_length=_LONGEST_NAME)]
+"""a participant's, which may hold anything that UTF-8 can"""
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Number = Annotated[float | None, BeforeValidator(_measured)]
+_Size = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(_measured)]
+_Seconds = Annotated[float, Field(ge=0)]
+
+
+class ParticipantData(Strict):
+    """A `ParticipantRecord`; what is left out is as by default."""
+
+    status: Literal["trained", "idle", "late", "absent", "failed", "refused"] = "absent"
+    reason: Text | None = None
+    train_loss: _Number = None
+    held_out_before: _Number = None
+    held_out_after: _Number = None
+    examples: Count | None = None
+    tokens: Count | None = None
+    steps: Count | None = None
+    seconds: _Size = None
+    update_norm: _Size = None
+    cosine_to_mean: _Number = None
+    bytes_up: Count = 0
+    bytes_down: Count = 0
+    evaluation_bytes: Count = 0
+    notes: Texts = Field(default_factory=list)
+
+
+class SampleData(Strict):
+    """A `Sample`."""
+
+    participant: Name
+    prompt: Text
+    reference: Text
+    before: Text | None = None
+    after: Text | None = None
+
+
+class RoundData(Strict):
+    """A `RoundRecord`, its participants as they were found."""
+
+    round: Count
+    participants: Annotated[dict[Name, Any], Field(max_length=MOST_PARTICIPANTS)]
+    held_out_before: _Number = None
+    held_out_after: _Number = None
+    update_norm: _Size = None
+    aggregation_gap: _Size = None
+    seconds: _Seconds = 0.0
+    training_seconds: _Seconds = 0.0
+    evaluation_seconds: _Seconds = 0.0
+    weights_version: Text = ""
+    samples: Annotated[list[SampleData], FailFast()] = Field(default_factory=list)
+    notes: Texts = Field(default_factory=list)
+    members_changed: bool = False
+
+
+class HistoryData(Strict):
+    """A `History`, its rounds as they were found."""
+
+    rounds: list[Any]
+    stopped_early: Text | None = None
+
+
+def checked_rounds(
+    data: HistoryData, *, what: str, error: type[LLMChainFedError], remedy: str = ""
+) -> Iterator[tuple[RoundData, dict[str, ParticipantData]]]:
+    """Each round and its participants, until one is found that is none.
+
+    Args:
+        data: Whose rounds.
+        what: Is read, for the message.
+        error: Raised.
+        remedy: A sentence on what to do.
+    """
+    for number, found in enumerate(data.rounds):
+        where = f"{what}, `rounds.{number}`,"
+        record = checked(RoundData, found, what=where, error=error, remedy=remedy)
+        people = {
+            name: checked(
+                ParticipantData, each, what=f"{where} `participants.{shown(name)}`,", error=error, remedy=remedy
+            )
+            for name, each in record.participants.items()
+        }
+        yield record, people
