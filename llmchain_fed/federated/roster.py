@@ -19,6 +19,7 @@ from llmchain_fed.errors import (
     FederationError,
     LLMChainFedError,
     ParticipantError,
+    PolicyError,
     TransportError,
 )
 from llmchain_fed.federated import wire
@@ -31,7 +32,7 @@ from llmchain_fed.training import TrainingConfig
 
 # What another process reports of itself makes it absent. Any other error is this process's own and raised.
 _LARGEST_RANK = 2**16
-ABSENCE = (ContractError, DeadlineError, ParticipantError, TransportError)
+ABSENCE = (ContractError, DeadlineError, ParticipantError, PolicyError, TransportError)
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,12 @@ class Roster:
         self.absent: dict[str, Exception] = {}
         """who is not there now, and why"""
 
-    def join(self, *, timeout: float | None = None) -> list[str]:
+    def join(self, *, timeout: float | None = None, again: bool = False) -> list[str]:
         """Asks everyone who has not joined what they hold and whether they stand on the same contract.
 
         Args:
             timeout: seconds to wait for them.
+            again: In the same round: who refused by its policy would refuse again, and is left alone until the next.
 
         Returns:
             Who has joined now.
@@ -91,6 +93,8 @@ class Roster:
         nodes = self._transport.nodes()
         self.absent = {n: e for n, e in self.absent.items() if n in nodes}
         newcomers = [node for node in nodes if node not in self.joined]
+        if again:
+            newcomers = [node for node in newcomers if not isinstance(self.absent.get(node), PolicyError)]
         if not newcomers:
             return []
         found: dict[str, Hello] = {}

@@ -106,9 +106,9 @@ class NVFlare:
         """The sites, whether they are connected now or not."""
         return list(self._sites)
 
-    def expect(self, num_bytes: int) -> None:
-        """Says how large an answer may be, beside what follows from the payload."""
-        self._calls.expect(num_bytes)
+    def expect(self, num_bytes: int, op: Operation = "train") -> None:
+        """Says how large an answer to `op` may be from now on."""
+        self._calls.expect(num_bytes, op)
 
     def call(
         self, op: Operation, nodes: Iterable[str], payload: Payload, timeout: float | None = None
