@@ -172,6 +172,12 @@ def _proof(key: bytes, role: bytes, challenge: bytes, other: bytes) -> bytes:
     return hmac.digest(key, role + challenge + other, "sha256")
 
 
+def which(path: Path) -> tuple[int, int]:
+    """Tells a file from another that takes its name; the number alone is given to the next one at once."""
+    found = path.lstat()
+    return found.st_ino, found.st_mtime_ns
+
+
 class Listener:
     """A listening socket whose callers are heard each in a thread of its own, once they have shown the key.
 
@@ -182,7 +188,9 @@ class Listener:
         files: Removed when this is closed, if they are still what they were.
     """
 
-    def __init__(self, listening: socket.socket, path: Path, key: bytes, files: list[tuple[Path, int]]) -> None:
+    def __init__(
+        self, listening: socket.socket, path: Path, key: bytes, files: list[tuple[Path, tuple[int, int]]]
+    ) -> None:
         self._socket, self._path, self._key, self._files = listening, path, key, files
         self._closed, self._serving = threading.Event(), False
         self._lock = threading.Lock()
@@ -252,9 +260,9 @@ class Listener:
     def close(self) -> None:
         """Ends `serve`, and removes socket and key if they are still this one's."""
         self._closed.set()
-        for path, number in self._files:
+        for path, known in self._files:
             with suppress(OSError):
-                if path.lstat().st_ino == number:
+                if which(path) == known:
                     path.unlink()
         if not self._serving:
             self._socket.close()

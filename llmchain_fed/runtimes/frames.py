@@ -20,13 +20,14 @@ from typing import Any
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError, TransportError
-from llmchain_fed.runtimes.channel import Channel, Listener
+from llmchain_fed.runtimes.channel import Channel, Listener, which
 
 SLICE = 16 * 2**20  # bytes: larger bodies travel in slices, so that no process on the way holds them whole
 INLINE = 2**18  # bytes: a shorter answer comes with the news that it is there
-_MAX_HEAD = 2**20
+_MAX_HEAD = 2**17  # bytes
+MAX_ORDER = 2**22  # bytes of a head that names nodes: of some 100,000
 MAX_FRAME = SLICE + _MAX_HEAD + 4
-MAX_OUTER = MAX_FRAME + _MAX_HEAD + 4  # a frame within a frame: between driver and bridge, bridge and peer
+MAX_OUTER = MAX_FRAME + MAX_ORDER + 4  # a frame within a frame: between driver and bridge, bridge and peer
 _LONGEST_PATH = 100  # characters: what a UNIX socket's address holds, less some room
 _KEY = 32  # bytes
 _TRANSFER = 60.0  # seconds a frame may take through a socket, and its answer to come: a poll is held for less
@@ -38,8 +39,12 @@ def pack(head: Mapping[str, Any], body: bytes | memoryview = b"") -> bytes:
     return b"".join((len(text).to_bytes(4, "big"), text, body))
 
 
-def read(frame: bytes | memoryview) -> tuple[dict[str, Any], memoryview]:
+def read(frame: bytes | memoryview, *, most: int = _MAX_HEAD) -> tuple[dict[str, Any], memoryview]:
     """The reverse of `pack`; the body is a view.
+
+    Args:
+        frame: What came.
+        most: bytes of a head that make sense.
 
     Raises:
         TransportError: It is no frame.
@@ -50,7 +55,7 @@ def read(frame: bytes | memoryview) -> tuple[dict[str, Any], memoryview]:
         msg = f"a frame of {len(frame):,} bytes cannot be read (too short for its head)."
         raise TransportError(msg)
     rest = memoryview(frame)[4:]
-    return untrusted.read_json(rest[:size], most=_MAX_HEAD, what=what, error=TransportError), rest[size:]
+    return untrusted.read_json(rest[:size], most=most, what=what, error=TransportError), rest[size:]
 
 
 # --- sockets --------------------------------------------------------------------------------------------------------
@@ -87,9 +92,9 @@ def listen(path: str | Path) -> Listener:
             listening.bind(str(path))
         finally:
             os.umask(former)
-        files = [(path, path.lstat().st_ino), (key_path(path), _write_key(key_path(path), key))]
+        files = [(path, which(path)), (key_path(path), _write_key(key_path(path), key))]
         listening.listen(64)
-        if any(file.lstat().st_ino != number for file, number in files):
+        if any(which(file) != known for file, known in files):
             msg = "another process began to listen there at the same moment"
             raise OSError(msg)
     except OSError as error:
@@ -120,19 +125,19 @@ def _make_room(path: Path) -> None:
     raise ConfigError(msg)
 
 
-def _write_key(path: Path, key: bytes) -> int:
-    """Puts the key there whole, in place of a former one; returns the file's inode."""
+def _write_key(path: Path, key: bytes) -> tuple[int, int]:
+    """Puts the key there whole, in place of a former one; returns which file that is."""
     new = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(key)
-            number = os.fstat(descriptor).st_ino
+        made = which(new)
         new.replace(path)
     except OSError:
         new.unlink(missing_ok=True)
         raise
-    return number
+    return made
 
 
 def dial(path: str | Path) -> Channel:

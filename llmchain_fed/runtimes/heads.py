@@ -18,6 +18,7 @@ Count = Annotated[int, Field(ge=0, lt=2**48)]
 """bytes"""
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 """of a site, as its certificate has it"""
+_Names = Annotated[list[Name], Field(max_length=100_000, fail_fast=True)]
 _CallId = Annotated[str, Field(min_length=1, max_length=64)]
 _Seconds = Annotated[float, Field(ge=0, le=7 * 86_400)]
 
@@ -113,13 +114,13 @@ class Greeting(untrusted.Strict):
     """The job's bridge to the driver: which submission it is of, and who is in the job."""
 
     run: Annotated[str, Field(max_length=64)]
-    sites: Annotated[list[Name], Field(max_length=100_000)]
+    sites: _Names
 
 
 class Order(untrusted.Strict):
     """The driver to the bridge: carry the body to these nodes."""
 
-    nodes: Annotated[list[Name], Field(max_length=100_000)]
+    nodes: _Names
     seconds: _Seconds
 
 
@@ -139,7 +140,7 @@ class Carried(untrusted.Strict):
 class Done(untrusted.Strict):
     """The bridge to the driver: every node has answered, or will not."""
 
-    done: Literal[True]
+    do: Literal["done"]
 
 
 HeadT = TypeVar("HeadT", bound=untrusted.Strict)
@@ -151,7 +152,7 @@ def one_of(frame: bytes | memoryview, *kinds: type[HeadT], what: str) -> tuple[H
     Raises:
         TransportError: It is no frame, or its head is none of these.
     """
-    head, body = frames.read(frame)
+    head, body = frames.read(frame, most=frames.MAX_ORDER)
     kind = next((k for k in kinds if next(iter(k.model_fields)) in head), kinds[0])
     return untrusted.checked(kind, head, what=what, error=TransportError), body
 
@@ -180,10 +181,12 @@ def request(frame: bytes) -> tuple[str | None, dict[str, Any], memoryview]:
     return caller, found.model_dump(), body
 
 
-def read_reply(frame: bytes) -> tuple[Reply | Failed, memoryview]:
+def read_reply(frame: bytes | memoryview) -> tuple[Reply | Failed, memoryview]:
     """What a site answered.
 
     Raises:
         TransportError: It is no answer of a site.
     """
-    return one_of(frame, Reply, Failed, what="what a site answered")
+    head, body = frames.read(frame)
+    kind: type[Reply] | type[Failed] = Failed if "error" in head else Reply
+    return untrusted.checked(kind, head, what="what a site answered", error=TransportError), body

@@ -17,10 +17,10 @@ from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.runtime import Payload, payload_for
 from llmchain_fed.runtimes.heads import Fault
 
-MAX_HEAD = 16 * 2**20
+MAX_HEAD = 8 * 2**20
 """bytes: the names of some 100,000 participants"""
 Name = Annotated[str, Field(max_length=4096)]
-_Names = list[Name]
+_Names = Annotated[list[Name], Field(fail_fast=True)]
 _Rank = Annotated[int, Field(ge=0, lt=2**20)]
 _Size = Annotated[int, Field(ge=0, lt=2**48)]
 
@@ -35,7 +35,7 @@ class Homes(untrusted.Strict):
     """The leader to a rank: who is where, and who is in two places."""
 
     names: _Names
-    ranks: list[_Rank]
+    ranks: Annotated[list[_Rank], Field(fail_fast=True)]
     twice: _Names
 
     @model_validator(mode="after")
@@ -52,8 +52,8 @@ class Task(untrusted.Strict):
     op: Annotated[str, Field(max_length=64)]
     nodes: _Names
     timeout: Annotated[float, Field(ge=0)] | None
-    which: list[_Rank]
-    sizes: Annotated[list[_Size], Field(min_length=1)]
+    which: Annotated[list[_Rank], Field(fail_fast=True)]
+    sizes: Annotated[list[_Size], Field(min_length=1, fail_fast=True)]
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

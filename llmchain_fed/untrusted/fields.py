@@ -31,6 +31,10 @@ def checked(model: type[ModelT], found: object, *, what: str, error: ErrorType, 
         error: Raised; its message quotes names and short values only.
         remedy: A sentence on what to do.
     """
+    most = len(model.model_fields) + 16
+    if isinstance(found, Mapping) and model.model_config.get("extra") == "forbid" and len(found) > most:
+        # each unknown field would become an error object of its own
+        raise refusal(error, f"{what} has {len(found):,} fields where {len(model.model_fields)} make sense", remedy)
     try:
         return model.model_validate(found)
     except ValidationError as failed:

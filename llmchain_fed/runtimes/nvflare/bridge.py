@@ -158,7 +158,7 @@ class Hub:
                 for name, error in answers.failures.items():
                     if name in known:
                         self._tell(driver, name, untrusted.printable(error, 300))
-            driver.send_bytes(frames.pack({"done": True}), _SEND)
+            driver.send_bytes(frames.pack({"do": "done"}), _SEND)
 
     @staticmethod
     def _tell(driver: Channel, name: str, message: str) -> None:

@@ -17,7 +17,6 @@ from llmchain_fed.runtimes import failures, frames, heads
 from llmchain_fed.runtimes.channel import Channel
 
 _GREETING = 10.0  # seconds in which whoever connected has said which job it is of
-_LARGEST_GREETING = 2**20  # bytes
 _GRACE = 30.0  # seconds the bridge may be silent beyond the time it was given
 
 
@@ -111,7 +110,7 @@ class Link:
     def _greet(self, channel: Channel) -> None:
         """Hears who connected; the bridge of the job that is expected is talked to from now on."""
         try:
-            told = channel.recv_bytes(_LARGEST_GREETING, _GREETING)
+            told = channel.recv_bytes(frames.MAX_ORDER, _GREETING)
             greeting, _ = heads.one_of(told, heads.Greeting, what="a greeting")
         except (OSError, EOFError, TransportError):
             channel.close()

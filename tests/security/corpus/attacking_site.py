@@ -1,7 +1,7 @@
 """What a participant may run on its own machine in place of the bridge: it gives orders to the other sites of its job.
 
-Lies as `sitecustomize.py` in the path of that site's engine, so it takes no listing of classes to get in: the machine is
-the attacker's. What the others answer is written to the file that ATTACK_LOG names.
+Lies as `sitecustomize.py` in the path of that site's engine, so it takes no listing of classes to get in: the machine
+is the attacker's. What the others answer is written to the file that ATTACK_LOG names.
 """
 
 import json
@@ -40,7 +40,7 @@ def attack(call):
         for name, answer in answers:
             found.append([what, name, answer.decode("latin-1") if isinstance(answer, bytes) else repr(answer)])
         found += [[what, name, f"raised {error}"] for name, error in getattr(answers, "failures", {}).items()]
-    with open(os.environ["ATTACK_LOG"], "w") as file:  # noqa: PTH123 (nothing is imported that is not needed)
+    with open(os.environ["ATTACK_LOG"], "w") as file:
         json.dump(found, file)
 
 
