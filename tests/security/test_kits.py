@@ -60,7 +60,7 @@ def _no_engine(monkeypatch):
 def test_a_request_is_signed_only_as_what_the_operator_says(fields, why, tmp_path):
     path = tmp_path / "org-a.request.zip"
     path.write_bytes(asks(**fields))
-    with pytest.raises(ConfigError, match="org-a.request.zip asks for") as error:
+    with pytest.raises(ConfigError, match=r"org-a\.request\.zip asks for") as error:
         kits.approve(path, tmp_path)
     assert why in str(error.value)
     told(error.value)
@@ -110,7 +110,7 @@ def test_requests_of_any_kind_are_refused_with_one_error():
     import tempfile
     from pathlib import Path
 
-    bomb = zipped(request__json=b" " * 10**9)
+    bomb = zipped(request__json=b" " * 60_000_000)
     deep = zipped(request__json='{"a":' * 50_000)
     pickle = b"\x80\x04\x95\x1a\x00\x00\x00"
     with tempfile.TemporaryDirectory() as folder:
@@ -122,18 +122,8 @@ def test_requests_of_any_kind_are_refused_with_one_error():
                 kits.approve(path, Path(folder))
             told(error.value)
 
-        for data in (
-            b"",
-            b"PK\x03\x04",
-            pickle,
-            bomb,
-            deep,
-            zipped(other="x"),
-            zipped(request__json=b"\xff"),
-            asks() * 2,
-        ):
-            if data != asks() * 2:
-                refused(data)
+        for data in (b"", b"PK\x03\x04", pickle, bomb, deep, zipped(other="x"), zipped(request__json=b"\xff")):
+            refused(data)
         refused(bytes(2**20 + 1))
         path.unlink()
         path.mkdir()
