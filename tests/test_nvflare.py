@@ -157,6 +157,9 @@ def test_every_kit_is_closed_down(federation):
         rules = json.loads((local / "authorization.json").read_text())["permissions"]
         assert {role["byoc"] for role in rules.values()} == {"none"}
         assert stat_mode(federation.kits[name] / "startup" / ("server.key" if name == "hub" else "client.key")) == 0o600
+    for kit in federation.kits.values():
+        assert stat_mode(kit) == 0o700
+    assert stat_mode(federation.kits["a"] / "engine.log") == 0o600
     storage = json.loads((federation.kits["hub"] / "local" / "resources.json").read_text())
     assert "/tmp/nvflare" not in json.dumps(storage)
 
@@ -477,3 +480,7 @@ def test_keys_stay_with_their_site(tmp_path, monkeypatch):
     assert (kit / "local" / "resources.json").is_file()
     assert kits.site_name(kit) == "org-a"
     engine.check(kit)  # the hub is not up: that is no error
+    asked = kits.request("admin@hub.org", "admin", tmp_path / "admin")
+    with pytest.raises(ConfigError, match="would be signed as site"):
+        kits.approve(asked, hub)
+    assert kits.approve(asked, hub, "admin").is_file()
