@@ -157,11 +157,16 @@ def provision_request(
 def provision_approve(
     request: Annotated[Path, typer.Argument(help="what a site sent")],
     authority: Annotated[Path, typer.Argument(help="the folder of `provision start`")],
+    role: Annotated[str, typer.Option(help="as what it is signed: site, hub or admin")] = "site",
 ) -> None:
-    """At the hub: signs a request."""
+    """At the hub: signs a request, if it asks for what it should."""
     from llmchain_fed.runtimes.nvflare import kits
 
-    typer.echo(f"send this back: {kits.approve(request, authority)}")
+    if role not in ("site", "hub", "admin"):
+        msg = f"--role is site, hub or admin, got {role!r}."
+        raise typer.BadParameter(msg)
+    signed = kits.approve(request, authority, role)  # type: ignore[arg-type]  # checked above
+    typer.echo(f"send this back: {signed}")
 
 
 @provision.command("package")

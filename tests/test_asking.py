@@ -14,6 +14,7 @@ from llmchain_fed import (
     FederatedAveraging,
     Participant,
     ParticipantError,
+    PolicyError,
     QuorumError,
     TrainingConfig,
     TransportError,
@@ -65,6 +66,29 @@ def statuses(fed):
 
 CUT = TransportError("the cable is out")
 BROKEN = ParticipantError("RuntimeError: out of memory")
+
+
+REFUSED = PolicyError("refused by site: policy.max_steps: 1,000,000 steps are more than 1,000")
+
+
+def test_a_site_that_refuses_by_its_policy_is_left_out_of_the_round_and_asked_again_in_the_next(make_chain):
+    fed, transport = federation(make_chain, {"train": {"b": [REFUSED]}}, retries=2, quorum=2)
+    fed.fit(2)
+    assert [s["b"] for s in statuses(fed)] == ["failed", "trained"]
+    assert "refused by site: policy.max_steps" in fed.history[0].participants["b"].reason
+    assert fed.history[0].trained == ["a", "c"]
+    assert transport.asked.count(("train", "b")) == 2, "once a round, whatever `retries` says"
+
+
+def test_a_site_that_refuses_to_join_is_asked_once_a_round_and_a_quorum_without_it_is_told(make_chain):
+    fed, transport = federation(make_chain, {"hello": {"b": [REFUSED] * 9}}, retries=2, quorum=3)
+    with pytest.raises(QuorumError, match=r"b: refused by site: policy\.max_steps"):
+        fed.fit(1)
+    assert transport.asked.count(("hello", "b")) == 1
+    fed, transport = federation(make_chain, {"hello": {"b": [REFUSED]}}, retries=2, quorum=2)
+    fed.fit(2)
+    assert [s["b"] for s in statuses(fed)] == ["absent", "trained"]
+    assert fed.history[0].participants["b"].reason.startswith("PolicyError: refused by site: policy.max_steps")
 
 
 def test_who_is_absent_at_the_start_joins_a_later_round(make_chain):

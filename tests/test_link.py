@@ -3,6 +3,7 @@
 Belongs here: frames between driver and bridge, interruptions, intruders. Does not: jobs and sites (test_nvflare).
 """
 
+import json
 import signal
 import threading
 import time
@@ -11,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from llmchain_fed.errors import TransportError
-from llmchain_fed.runtimes import frames
+from llmchain_fed.runtimes import frames, heads
 from llmchain_fed.runtimes.nvflare import bridge as bridges
+from llmchain_fed.runtimes.nvflare import job
 from llmchain_fed.runtimes.nvflare.link import Link
 
 
@@ -76,6 +78,85 @@ def test_frames_go_there_and_back_and_a_failed_site_is_one_error(connect):
     assert isinstance(error, TransportError)
     assert str(error) == "it is gone"
     assert "was not connected when this job began" in str(unknown)
+
+
+class Peer:
+    """Listens where a site's bridge asks, and keeps what it is asked."""
+
+    def __init__(self, path):
+        self.heard, self.listener = [], frames.listen(path)
+        threading.Thread(target=self.listener.serve, args=(self.hear,), daemon=True).start()
+
+    def hear(self, channel):
+        with channel:
+            self.heard.append(channel.recv_bytes(frames.MAX_OUTER, 5.0))
+            channel.send_bytes(frames.pack({"state": "here"}), 5.0)
+
+
+@pytest.fixture
+def bridge_of_a_site(tmp_path, monkeypatch):
+    """(call as whom with what → the head of the answer, the peer behind it)"""
+    peer = Peer(tmp_path / "a.sock")
+    monkeypatch.setenv(job.SOCKET, str(tmp_path / "a.sock"))
+    site = bridges.Site()
+
+    def call(caller, frame):
+        monkeypatch.setattr(bridges, "collab", SimpleNamespace(caller=caller))
+        return frames.read(site.exchange(frame))[0]
+
+    yield call, peer
+    peer.listener.close()
+
+
+def wait_until(said, seconds=5.0):
+    until = time.monotonic() + seconds
+    while not said() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert said()
+
+
+def test_a_bridge_hands_on_the_hubs_frames_with_the_callers_name_and_nobody_elses(bridge_of_a_site):
+    call, peer = bridge_of_a_site
+    frame = frames.pack({"do": "ping"}, b"secret")
+    assert call("server", frame) == {"state": "here"}
+    head, inner = frames.read(peer.heard.pop())
+    assert (head, bytes(inner)) == ({"do": "carry", "caller": "server"}, frame)
+    for caller in ("b", "Server", "server ", "\x1b[2J", "x" * 10_000, "", None):
+        refused = call(caller, frame)
+        assert refused["error"]["type"] == "PolicyError"
+        wait_until(lambda: peer.heard)
+        note = peer.heard.pop()
+        assert b"secret" not in note
+        _, head, body = heads.request(note)
+        assert (head["do"], head["bytes"], head["count"], bytes(body)) == ("refused", len(frame), 1, b"")
+        assert head["caller"].isprintable()
+        assert len(head["caller"]) <= 101
+    call("b", {"no": "bytes"})
+    wait_until(lambda: peer.heard)
+    assert heads.request(peer.heard.pop())[1]["count"] == 2
+
+
+def test_a_bridge_that_is_flooded_writes_down_who_and_how_often_in_few_lines(bridge_of_a_site):
+    call, peer = bridge_of_a_site
+    for _ in range(3000):
+        call("b", b"x")
+    wait_until(lambda: len(peer.heard) >= bridges._EACH + 3)
+    counts = [heads.request(note)[1]["count"] for note in peer.heard]
+    assert counts == [*range(1, bridges._EACH + 1), 1000, 2000, 3000]
+
+
+def test_a_bridge_tells_the_hub_no_path_and_no_traceback(bridge_of_a_site, tmp_path, monkeypatch):
+    call, peer = bridge_of_a_site
+    peer.listener.close()
+    for path in (str(tmp_path / "a.sock"), str(tmp_path / "none" / "b.sock"), "/etc/passwd", "\x00", ""):
+        monkeypatch.setenv(job.SOCKET, path.replace("\x00", "~"))
+        answer = call("server", frames.pack({"do": "ping"}))
+        assert answer["error"]["type"] == "TransportError"
+        assert not any(part in json.dumps(answer) for part in (str(tmp_path), "/etc", ".sock", "Errno", ".py"))
+    for frame in (None, {"do": "ping"}, "text", bytes(frames.MAX_FRAME + 1)):
+        assert call("server", frame)["error"]["message"] == "what this site was sent is no frame."
+    monkeypatch.setattr(frames, "ask", lambda *_: 1 / 0)
+    assert "ZeroDivision" not in json.dumps(call("server", b""))
 
 
 @pytest.mark.parametrize("answer", [None, {"a": 1}, bytes(frames.MAX_FRAME + 1)], ids=["none", "dict", "oversized"])

@@ -19,7 +19,7 @@ from federation_processes import SITES, Federation, difference, free_port, write
 from torchrun_script import SHARES, TRAINING, federate, tiny_chain
 
 from llmchain_fed import ConfigError, FederatedAveraging, NVFlare, QuorumError, cli
-from llmchain_fed.errors import FederationError, TransportError
+from llmchain_fed.errors import FederationError, PolicyError, TransportError
 from llmchain_fed.runtimes import frames
 from llmchain_fed.runtimes.federation_file import FederationFile
 from llmchain_fed.runtimes.nvflare import engine, job, kits
@@ -105,7 +105,9 @@ def test_a_hub_on_another_contract_is_refused_by_the_peers_by_name(run, federati
 
 def test_an_operation_that_does_not_exist_and_a_site_nobody_knows(run, runtime):
     (answer,) = dict(runtime.call("shell", ["a"], b"id")).values()
-    assert "PolicyError: this site does not answer 'shell'" in str(answer)
+    assert isinstance(answer, PolicyError)
+    assert str(answer).startswith("refused by site: ")
+    assert "this site does not answer 'shell'" in str(answer)
     with pytest.raises(FederationError, match=r"there is no site 'x'\. Known: a, b"):
         list(runtime.call("hello", ["x"], b"{}"))
 
@@ -155,6 +157,9 @@ def test_every_kit_is_closed_down(federation):
         rules = json.loads((local / "authorization.json").read_text())["permissions"]
         assert {role["byoc"] for role in rules.values()} == {"none"}
         assert stat_mode(federation.kits[name] / "startup" / ("server.key" if name == "hub" else "client.key")) == 0o600
+    for kit in federation.kits.values():
+        assert stat_mode(kit) == 0o700
+    assert stat_mode(federation.kits["a"] / "engine.log") == 0o600
     storage = json.loads((federation.kits["hub"] / "local" / "resources.json").read_text())
     assert "/tmp/nvflare" not in json.dumps(storage)
 
@@ -475,3 +480,7 @@ def test_keys_stay_with_their_site(tmp_path, monkeypatch):
     assert (kit / "local" / "resources.json").is_file()
     assert kits.site_name(kit) == "org-a"
     engine.check(kit)  # the hub is not up: that is no error
+    asked = kits.request("admin@hub.org", "admin", tmp_path / "admin")
+    with pytest.raises(ConfigError, match="would be signed as site"):
+        kits.approve(asked, hub)
+    assert kits.approve(asked, hub, "admin").is_file()

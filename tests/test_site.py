@@ -14,7 +14,14 @@ import pytest
 from tiny import PAIRS
 
 from llmchain_fed import ConfigError, FederatedAveraging, Participant, TrainingConfig
-from llmchain_fed.errors import ContractError, DeadlineError, FederationError, ParticipantError, TransportError
+from llmchain_fed.errors import (
+    ContractError,
+    DeadlineError,
+    FederationError,
+    ParticipantError,
+    PolicyError,
+    TransportError,
+)
 from llmchain_fed.federated.peer import LocalPeer
 from llmchain_fed.federated.trainee import Trainee, check_contract
 from llmchain_fed.runtimes import frames
@@ -189,7 +196,7 @@ def test_what_is_no_frame_is_answered_and_the_site_stays_up(frame, serve):
     path = serve("a", Echo())
     with frames.dial(path) as connection:
         connection.send_bytes(frame)
-        head, _ = frames.read(connection.recv_bytes())
+        head, _ = frames.read(connection.recv_bytes(frames.MAX_FRAME))
     assert head["error"]["type"] == "TransportError"
     check_socket(path)
 
@@ -199,8 +206,8 @@ def test_an_oversized_frame_is_not_read_and_the_site_stays_up(serve):
 
     def send():
         with frames.dial(path) as connection:
-            connection.send_bytes(bytes(frames.MAX_FRAME + 1))
-            connection.recv_bytes()
+            connection.send_bytes(bytes(frames.MAX_OUTER + 1))
+            connection.recv_bytes(frames.MAX_FRAME)
 
     with pytest.raises((OSError, EOFError)):
         send()
@@ -236,13 +243,16 @@ def test_the_default_policy_refuses_and_everything_is_written_down(serve):
     def ask(op, payload=b"x"):
         return dict(transport.call(op, ["a"], payload))["a"]
 
-    assert str(ask("personal_state")).startswith("PolicyError: this site does not answer 'personal_state'; its policy")
-    assert str(ask("delete")).startswith("PolicyError: this site does not answer 'delete'")
+    refused = ask("personal_state")
+    assert isinstance(refused, PolicyError)
+    assert str(refused).startswith("refused by site: this site does not answer 'personal_state'; its policy")
+    assert str(ask("delete")).startswith("refused by site: this site does not answer 'delete'")
     assert (
-        str(ask("hello", bytes(1001))) == "PolicyError: 1,001 bytes are more than the 1,000 this site's policy takes."
+        str(ask("hello", bytes(1001)))
+        == "refused by site: 1,001 bytes are more than the 1,000 this site's policy takes."
     )
     assert [ask("train"), ask("train")] == [b"x", b"x"]
-    assert str(ask("train")) == "PolicyError: this site has trained 2 times; its policy allows 2."
+    assert str(ask("train")) == "refused by site: this site has trained 2 times; its policy allows 2."
     assert str(
         ask("evaluate", b"fail")
     ) == "ParticipantError: ValueError: the site keeps the message to itself; its audit file has it" or str(
@@ -400,7 +410,7 @@ def test_sockets_in_use_left_over_and_impossible(serve, tmp_path):
     with pytest.raises(ConfigError, match=r"somebody listens at .* already"):
         frames.listen(path)
     left = serve.folder / "left.sock"
-    frames.listen(left)._listener._socket.close()  # as after a SIGKILL: the file stays
+    frames.listen(left)._socket.close()  # as after a SIGKILL: the file stays
     frames.listen(left).close()
     file = serve.folder / "file"
     file.write_text("mine")
@@ -526,11 +536,13 @@ def test_slices_shorter_than_asked_for_and_a_fetch_beyond_the_deadline():
                 return [(n, frames.pack({"state": "done"}, reply)) for n in nodes]
             return [(n, frames.pack({"state": "working"})) for n in nodes]
 
-        return SlicedCalls(exchange, 1.0)
+        calls = SlicedCalls(exchange, 1.0)
+        calls.expect(4 * frames.SLICE)
+        return calls
 
     drip = dict(site(b"x").call("train", ["a"], b"", None))["a"]
     assert isinstance(drip, TransportError)
-    slow = dict(site(bytes(frames.SLICE), 0.3).call("train", ["a"], b"", 0.4))["a"]
+    slow = dict(site(bytes(frames.SLICE), 0.6).call("train", ["a"], b"", 0.2))["a"]
     assert isinstance(slow, DeadlineError)
     assert "its answer was not here by the deadline" in str(slow)
 

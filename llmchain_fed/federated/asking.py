@@ -61,13 +61,13 @@ class Asking:
         joined: list[str] = []
         for attempt in range(self._retries + 1):
             time.sleep(_PAUSE * attempt)
-            joined += self._join(self._deadline)
+            joined += self._join(self._deadline, again=attempt > 0)
             if len(self._roster.joined) >= quorum:
                 return joined
         raise too_few(number, len(self._roster.joined), quorum, self._roster.absent)
 
-    def _join(self, timeout: float | None) -> list[str]:
-        newcomers = self._roster.join(timeout=timeout)
+    def _join(self, timeout: float | None, *, again: bool) -> list[str]:
+        newcomers = self._roster.join(timeout=timeout, again=again)
         for name in newcomers:
             hello = self._roster.joined[name]
             try:
@@ -97,7 +97,7 @@ class Asking:
                 time.sleep(_PAUSE * attempt)
                 if until is not None and time.monotonic() >= until:
                     break
-                self._join(_left(until))  # one that has restarted must be told anew how to train
+                self._join(_left(until), again=True)  # one that has restarted must be told anew how to train
             asked = [name for name in waiting if name in self._roster.joined]
             missed = {name: self._roster.absent[name] for name in waiting if name not in asked}
             calls = self._broadcast.call(

@@ -30,6 +30,7 @@ from llmchain_fed.federated.settings import Settings
 from llmchain_fed.untrusted import shown
 
 _UNTOLD = asdict(ParticipantRecord())
+_STATES = 16  # times the trained values: what a participant's own state holds of them at most, moments of its optimizer
 _MEANING = {"base": "base weights", "adapter": "adapter", "prompt": "prompt", "tokenizer": "tokenizer"}
 
 
@@ -89,6 +90,8 @@ def checkpoint_of(
     blobs = dict(former)
     ask = wire.pack({}, {"kind": "personal_state", "round": hub.round})  # before it: an interrupted one does not count
     asked = [n for n in hub.transport.nodes() if _stands_elsewhere(hub, n, former, since)]
+    if hasattr(hub.transport, "expect"):
+        hub.transport.expect(_STATES * 4 * sum(t.numel() for t in state.values.values()), "personal_state")
     answers = hub.transport.call("personal_state", asked, ask, settings.deadline) if asked else ()
     for name, answer in answers:
         if isinstance(answer, bytes):

@@ -21,6 +21,7 @@ from llmchain_fed.errors import (
     FederationError,
     LLMChainFedError,
     ParticipantError,
+    PolicyError,
     TransportError,
 )
 from llmchain_fed.federated import wire
@@ -34,7 +35,7 @@ from llmchain_fed.training import TrainingConfig
 from llmchain_fed.untrusted import Strict, checked, decoding, shown
 
 # What another process reports of itself makes it absent. Any other error is this process's own and raised.
-ABSENCE = (ContractError, DeadlineError, ParticipantError, TransportError)
+ABSENCE = (ContractError, DeadlineError, ParticipantError, PolicyError, TransportError)
 _LONGEST = 2**16  # bytes of an answer to hello; an honest one has some two thousand
 _Count = Annotated[int, Field(ge=1, le=MAX_EXAMPLES)]
 _Digest = Annotated[str, Field(max_length=128)]
@@ -102,11 +103,12 @@ class Roster:
         self.absent: dict[str, Exception] = {}
         """who is not there now, and why"""
 
-    def join(self, *, timeout: float | None = None) -> list[str]:
+    def join(self, *, timeout: float | None = None, again: bool = False) -> list[str]:
         """Asks everyone who has not joined what they hold and whether they stand on the same contract.
 
         Args:
             timeout: seconds to wait for them.
+            again: In the same round: who refused by its policy would refuse again, and is left alone until the next.
 
         Returns:
             Who has joined now.
@@ -117,6 +119,8 @@ class Roster:
         nodes = self._transport.nodes()
         self.absent = {n: e for n, e in self.absent.items() if n in nodes}
         newcomers = [node for node in nodes if node not in self.joined]
+        if again:
+            newcomers = [node for node in newcomers if not isinstance(self.absent.get(node), PolicyError)]
         if not newcomers:
             return []
         found: dict[str, Hello] = {}

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmchain_fed import errors
-from llmchain_fed.errors import DeadlineError, LLMChainFedError, ParticipantError, TransportError
+from llmchain_fed import errors, untrusted
+from llmchain_fed.errors import DeadlineError, LLMChainFedError, ParticipantError, PolicyError, TransportError
 
 _KNOWN: dict[str, type[LLMChainFedError]] = {
     name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, LLMChainFedError)
@@ -29,23 +29,30 @@ def from_same_script(plain: Any) -> LLMChainFedError:
 
 
 def from_site(plain: Any) -> LLMChainFedError:
-    """The error of another organisation's process: late, out of reach, or a participant's own trouble.
+    """The error of another organisation's process: late, out of reach, against its policy, or its own trouble.
 
-    It must not stop the loop, so it never comes back as an error of this side.
+    It must not stop the loop, so it never comes back as any other error of this side.
     """
     name, message = _parts(plain)
+    if name == PolicyError.__name__:
+        return PolicyError(f"refused by site: {message}")
     for kind in (DeadlineError, TransportError):
         if name == kind.__name__:
             return kind(message)
     return ParticipantError(f"{name}: {message}")
 
 
+def said(plain: Any) -> str:
+    """An error of elsewhere in a line."""
+    return ": ".join(_parts(plain))
+
+
 def _parts(plain: Any) -> tuple[str, str]:
     found = plain if isinstance(plain, dict) else {}
-    name, message = str(found.get("type", "an unknown error"))[:80], str(found.get("message", ""))[:_LONGEST]
-    return _printable(name), _printable(message)
+    return _line(found.get("type", "an unknown error"), 80), _line(found.get("message", ""), _LONGEST)
 
 
-def _printable(text: str) -> str:
-    """Without control characters: it will be shown on a terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)
+def _line(text: Any, longest: int) -> str:
+    """One line that can be shown and written anywhere."""
+    shown = text if isinstance(text, str) else untrusted.shown(text)
+    return untrusted.printable(shown, longest).replace("\n", " ").replace("\t", " ")

@@ -12,20 +12,18 @@ import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
+from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError, PolicyError, TransportError
 from llmchain_fed.federated.runtime import Peer
-from llmchain_fed.runtimes import failures, frames
+from llmchain_fed.runtimes import failures, frames, heads
+from llmchain_fed.runtimes.channel import Channel
 from llmchain_fed.runtimes.policy import Audit, Policy
 
-_INLINE = 2**18  # bytes: a shorter answer comes with the news that it is there
 _LONGEST_WAIT = 30.0  # seconds a poll may block
-_LONGEST_NAME = 64  # characters of a call's id
-_PAUSE = 0.05  # seconds after a connection that failed
+_TRANSFER = 60.0  # seconds a frame may take from or to whoever asks
 
 
 class LongPeer(Peer, Protocol):
@@ -45,6 +43,8 @@ class _Call:
     id: str
     op: str
     payload: bytearray
+    caller: str | None = None
+    """as the site's own bridge has it"""
     received: int = 0
     state: str = "receiving"
     """receiving, waiting, working, done or failed"""
@@ -81,20 +81,20 @@ class Site:
     def answer(self, frame: bytes) -> bytes:
         """One frame in, one frame out; never raises."""
         try:
-            head, body = frames.read(frame)
-            match head.get("do"):
+            caller, head, body = heads.request(frame)
+            match head["do"]:
                 case "ping":
                     return frames.pack({"state": "here"})
+                case "refused":
+                    return self._refused(head)
                 case "put":
-                    return self._put(head, body)
+                    return self._put(head, body, caller)
                 case "poll":
                     return self._poll(head)
                 case "get":
                     return self._get(head)
-                case "drop":
+                case _:
                     return self._drop(head)
-            msg = f"unknown request {head.get('do')!r:.40}; a site answers ping, put, poll, get and drop."
-            raise TransportError(msg)
         except Exception as error:
             if isinstance(error, TransportError):
                 with suppress(PolicyError):
@@ -103,23 +103,20 @@ class Site:
 
     # --- frames -----------------------------------------------------------------------------------------------------
 
-    def _put(self, head: dict[str, Any], body: memoryview) -> bytes:
-        name, op, offset, total = (head.get(key) for key in ("call", "op", "offset", "total"))
-        if not (
-            isinstance(name, str)
-            and len(name) <= _LONGEST_NAME
-            and isinstance(op, str)
-            and isinstance(offset, int)
-            and isinstance(total, int)
-            and min(offset, total) >= 0
-        ):
-            msg = "a put needs call, op, and offset and total of 0 or more."
-            raise TransportError(msg)
+    def _refused(self, head: dict[str, Any]) -> bytes:
+        """Writes down that the site's bridge sent somebody away: only the hub is heard."""
+        caller, count = untrusted.shown(head["caller"], 100), head["count"]
+        error = f"only the hub may call; {count} calls of {caller} were refused so far"
+        self._audit.write(op=None, bytes_in=head["bytes"], caller=caller, status="refused", error=error)
+        return frames.pack({"state": "noted"})
+
+    def _put(self, head: dict[str, Any], body: memoryview, caller: str | None) -> bytes:
+        name, op, offset, total = (head[key] for key in ("call", "op", "offset", "total"))
         with self._changed:
             if name in self._former:
                 return frames.pack({"state": "unknown"})
             if self._call is None or self._call.id != name:
-                self._begin(name, op, offset, total)
+                self._begin(name, op, offset, total, caller)
             call = self._call
             assert call is not None
             if call.state != "receiving" or offset + len(body) <= call.received < total:
@@ -134,17 +131,17 @@ class Site:
                 self._changed.notify_all()
         return frames.pack({"state": call.state})
 
-    def _begin(self, name: str, op: str, offset: int, total: int) -> None:
+    def _begin(self, name: str, op: str, offset: int, total: int, caller: str | None) -> None:
         if offset:
             msg = f"a slice at {offset:,} of a call that this site knows nothing of: its peer has restarted."
             raise TransportError(msg)
         try:
             self._policy.check(op, total, self._trainings)
         except PolicyError as error:
-            self._audit.write(op=op[:40], bytes_in=total, status="refused", error=str(error))
+            self._audit.write(op=op[:40], bytes_in=total, caller=caller, status="refused", error=str(error))
             raise
         self._end()
-        self._call = _Call(name, op, bytearray(total))
+        self._call = _Call(name, op, bytearray(total), caller)
 
     def _end(self) -> None:
         """Forgets the call there is, and gives its work up."""
@@ -157,8 +154,7 @@ class Site:
             self._changed.notify_all()
 
     def _poll(self, head: dict[str, Any]) -> bytes:
-        wait = head.get("wait", 0.0)
-        wait = min(max(float(wait), 0.0), _LONGEST_WAIT) if isinstance(wait, (int, float)) else 0.0
+        wait = min(head["wait"], _LONGEST_WAIT)
         with self._changed:
             call = self._known(head)
             if call is None:
@@ -168,14 +164,14 @@ class Site:
                 return frames.pack({"state": "unknown"})
             if call.error is not None:
                 return frames.pack({"error": call.error})
-            inline = call.answer if call.state == "done" and len(call.answer) <= _INLINE else b""
+            inline = call.answer if call.state == "done" and len(call.answer) <= frames.INLINE else b""
             state = "working" if call.state == "waiting" else call.state
             return frames.pack({"state": state, "total": len(call.answer)}, inline)
 
     def _get(self, head: dict[str, Any]) -> bytes:
         with self._changed:
-            call, offset = self._known(head), head.get("offset")
-            if call is None or call.state != "done" or type(offset) is not int or offset < 0:
+            call, offset = self._known(head), head["offset"]
+            if call is None or call.state != "done":
                 return frames.pack({"state": "unknown"})
             return frames.pack({"state": "done"}, memoryview(call.answer)[offset : offset + frames.SLICE])
 
@@ -186,7 +182,7 @@ class Site:
         return frames.pack({"state": "unknown"})
 
     def _known(self, head: dict[str, Any]) -> _Call | None:
-        return self._call if self._call is not None and self._call.id == head.get("call") else None
+        return self._call if self._call is not None and self._call.id == head["call"] else None
 
     # --- work -------------------------------------------------------------------------------------------------------
 
@@ -212,7 +208,7 @@ class Site:
 
     def _answer_to(self, call: _Call) -> bytes:
         """What the peer answers; begun and ended in the audit file, or not at all."""
-        entry = {"op": call.op, "bytes_in": len(call.payload)} | _asked(call.op, call.payload)
+        entry = {"op": call.op, "bytes_in": len(call.payload), "caller": call.caller} | _asked(call.op, call.payload)
         self._audit.write(**entry, status="began")
         began = time.monotonic()
         try:
@@ -232,16 +228,11 @@ class Site:
             ConfigError: See `frames.listen`.
         """
         with frames.listen(socket) as listener:
-            while True:
-                try:
-                    connection = listener.accept()
-                    threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
-                except (OSError, EOFError, RuntimeError, AuthenticationError):
-                    time.sleep(_PAUSE)  # somebody without the key, who went away, or no descriptor or thread is left
+            listener.serve(self._converse)
 
-    def _converse(self, connection: Connection) -> None:
-        with connection, suppress(OSError, EOFError):
-            connection.send_bytes(self.answer(connection.recv_bytes(frames.MAX_FRAME)))
+    def _converse(self, channel: Channel) -> None:
+        with channel, suppress(OSError, EOFError):
+            channel.send_bytes(self.answer(channel.recv_bytes(frames.MAX_OUTER, _TRANSFER)), _TRANSFER)
 
 
 def _asked(op: str, payload: bytearray) -> dict[str, Any]:
@@ -264,9 +255,9 @@ def check_socket(path: str | Path) -> None:
         ConfigError: Nobody does.
     """
     try:
-        head, _ = frames.read(frames.ask(path, frames.pack({"do": "ping"})))
+        reply, _ = heads.read_reply(frames.ask(path, frames.pack({"do": "ping"})))
     except TransportError as error:
         msg = f"no peer answers at {path}: {error} Start `llmchain-fed peer --socket {path}` first."
         raise ConfigError(msg) from error
-    if head.get("state") != "here":
-        raise ConfigError(str(failures.from_site(head.get("error"))))
+    if isinstance(reply, heads.Failed):
+        raise ConfigError(str(failures.from_site(reply.error.model_dump())))

@@ -1,24 +1,26 @@
 """Sliced calls: the hub's half of what `site` answers. Payloads go out and answers come in as slices of bounded size.
 
 Knows frames, deadlines and an `exchange` that carries one frame to several nodes. Knows nothing of the engine behind
-it, of models or of rounds.
+it, of models or of rounds. Believes no node: what makes no sense, is too large or comes too slowly ends that node's
+part in the call, and takes no more than its share of the time that all have.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from llmchain_fed.errors import DeadlineError, ParticipantError, TransportError
 from llmchain_fed.federated.runtime import Operation, Payload, payload_for
-from llmchain_fed.runtimes import failures, frames
+from llmchain_fed.runtimes import failures, frames, heads
+from llmchain_fed.runtimes.limits import Limits
 
 # (nodes, frame, seconds) → (node, the frame it answered or why there is none) for each of them
 Exchange = Callable[[Sequence[str], bytes, float], Iterable[tuple[str, bytes | Exception]]]
 _POLL = 2.0  # seconds a site holds on to a poll before it says that it is still at work
-_SLACK = 64 * 2**20  # bytes an answer may have beyond twice its payload
+_LATE = 5.0  # seconds by which the last poll, or a farewell, may outlast the deadline
+_LONGEST = 86_400.0  # seconds a node may be at work where no deadline was set: nobody is waited for without end
 
 
 class SlicedCalls:
@@ -34,16 +36,20 @@ class SlicedCalls:
 
     def __init__(self, exchange: Exchange, patience: float) -> None:
         self._exchange, self._patience = exchange, patience
-        self._expected = 0
+        self._limits = Limits()
 
-    def expect(self, num_bytes: int) -> None:
-        """Says how large an answer may be, beside what follows from the payload."""
-        self._expected = max(self._expected, num_bytes)
+    def expect(self, num_bytes: int, op: Operation = "train") -> None:
+        """Says how large an answer to `op` may be from now on."""
+        self._limits.expect(num_bytes, op)
 
     def call(
         self, op: Operation, nodes: Iterable[str], payload: Payload, timeout: float | None
     ) -> Iterator[tuple[str, bytes | Exception]]:
-        """As `Transport.call`; the deadline includes the way there and back."""
+        """As `Transport.call`; the deadline includes the way there and back.
+
+        What is done by the deadline is fetched within `patience` seconds after it: a node that is late, or slow to hand
+        over its answer, makes nobody else late.
+        """
         names = list(nodes)
         until = time.monotonic() + timeout if timeout is not None else None
         call = secrets.token_hex(8)
@@ -54,12 +60,18 @@ class SlicedCalls:
             groups.setdefault(id(payload_for(payload, name)), []).append(name)
         for alike in groups.values():
             self._send(call, op, alike, payload_for(payload, alike[0]), until, answers)
-        self._wait(call, [n for n in names if n not in answers], until, answers, totals)
+        most = {name: self._limits.most(op, len(payload_for(payload, name))) for name in names}
+        self._wait(call, [n for n in names if n not in answers], until, answers, totals, most)
+        # of fetching alone: what becomes of the answers meanwhile is nobody's fault
+        left = max(until + self._patience - time.monotonic(), 0.0) if until is not None else None
+        waiting = sum(name not in answers for name in names)
         for name in names:
             answer = answers.pop(name, None)
             if answer is None:
-                most = max(2 * len(payload_for(payload, name)), self._expected) + _SLACK
-                answer = self._fetch(call, name, totals[name], most, until)
+                began = time.monotonic()
+                answer = self._fetch(call, name, totals[name], began + left / waiting if left is not None else None)
+                left = max(left - (time.monotonic() - began), 0.0) if left is not None else None
+                waiting -= 1
             yield name, answer
         self._drop(call, [n for n in names if n in totals])
 
@@ -77,17 +89,24 @@ class SlicedCalls:
             left = [n for n in names if n not in answers]
             if not left or _over(until):
                 return
+            seconds = self._patience
+            if until is not None:  # a slow node shall not use up the time in which the others would work
+                slices = 1 + (total - offset) // frames.SLICE
+                seconds = min(seconds, max(1.0, (until - time.monotonic()) / 2 / slices))
             head = {"do": "put", "call": call, "op": op, "offset": offset, "total": total}
             frame = frames.pack(head, view[offset : offset + frames.SLICE])
-            for name, reply in self._exchange(left, frame, self._patience):
-                found, _ = _head(reply)
+            whole = offset + frames.SLICE >= total
+            for name, reply in self._exchange(left, frame, seconds):
+                found, _ = _read(reply)
                 if isinstance(found, Exception):
                     answers[name] = found
+                elif found.state == "unknown" or (found.state == "receiving") is whole:
+                    answers[name] = _restarted(name)
 
     def _drop(self, call: str, names: list[str]) -> None:
         """Lets sites forget a call, and give it up if they are still at it."""
         if names:
-            for _ in self._exchange(names, frames.pack({"do": "drop", "call": call}), self._patience):
+            for _ in self._exchange(names, frames.pack({"do": "drop", "call": call}), min(self._patience, _LATE)):
                 pass
 
     def _wait(
@@ -97,48 +116,59 @@ class SlicedCalls:
         until: float | None,
         answers: dict[str, bytes | Exception],
         totals: dict[str, int],
+        most: Mapping[str, int],
     ) -> None:
         """Polls until every node's answer is there, or is not to be expected any more."""
         working = names
+        given_up = until if until is not None else time.monotonic() + _LONGEST
         while working:
-            left = until - time.monotonic() if until is not None else _POLL
+            asked = time.monotonic()
+            left = given_up - asked
             if left <= 0:
                 self._drop(call, working)
+                late = "was not done by the deadline" if until is not None else f"was at work for {_LONGEST:g} s"
                 for name in working:
-                    answers[name] = DeadlineError(
-                        f"{name!r} was not done by the deadline; what it sends now is dropped."
-                    )
+                    answers[name] = DeadlineError(f"{name!r} {late}; what it sends now is dropped.")
                 return
             wait = min(_POLL, left)
             frame = frames.pack({"do": "poll", "call": call, "wait": wait})
             still = []
-            for name, reply in self._exchange(working, frame, self._patience + wait):
-                head, body = _head(reply)
+            seconds = wait + min(self._patience, max(left - wait, _LATE))
+            for name, reply in self._exchange(working, frame, seconds):
+                head, body = _read(reply)
                 if isinstance(head, Exception):
                     answers[name] = head
-                elif head.get("state") == "done" and type(head.get("total")) is int:
-                    totals[name] = head["total"]
-                    if len(body) == head["total"]:
-                        answers[name] = bytes(body)
-                elif head.get("state") in ("working", "receiving"):
+                elif head.state == "working":
                     still.append(name)
+                elif head.state != "done" or head.total is None:
+                    answers[name] = _restarted(name)
+                elif len(body) not in (0, head.total) or len(body) > frames.INLINE:
+                    answers[name] = TransportError(f"{name!r} sent {len(body):,} bytes that nobody asked for.")
+                elif head.total > most[name]:
+                    answers[name] = ParticipantError(
+                        f"{name!r} wants to answer with {head.total:,} bytes where at most {most[name]:,} make sense."
+                    )
                 else:
-                    answers[name] = TransportError(f"{name!r} knows nothing of this call: its peer has restarted.")
+                    totals[name] = head.total
+                    if len(body) == head.total:
+                        answers[name] = bytes(body)
+            # one that says at once that it is still at work, rather than when the time is over, is not asked at once
+            if still and still == working:
+                time.sleep(max(wait - (time.monotonic() - asked), 0.0))
             working = still
 
-    def _fetch(self, call: str, name: str, total: int, most: int, until: float | None) -> bytes | Exception:
-        if total > most:
-            return ParticipantError(f"{name!r} wants to answer with {total:,} bytes where at most {most:,} make sense.")
+    def _fetch(self, call: str, name: str, total: int, until: float | None) -> bytes | Exception:
         answer = bytearray()
         while len(answer) < total:
-            if _over(until):
+            left = until - time.monotonic() if until is not None else self._patience
+            if left <= 0:
                 return DeadlineError(f"{name!r} was done in time, but its answer was not here by the deadline.")
             frame = frames.pack({"do": "get", "call": call, "offset": len(answer)})
-            for _, reply in self._exchange([name], frame, self._patience):
-                head, body = _head(reply)
+            for _, reply in self._exchange([name], frame, min(self._patience, max(left, 1.0))):
+                head, body = _read(reply)
                 if isinstance(head, Exception):
                     return head
-                if head.get("state") != "done" or len(body) != min(frames.SLICE, total - len(answer)):
+                if head.state != "done" or len(body) != min(frames.SLICE, total - len(answer)):
                     return TransportError(f"{name!r} did not send the slice that was asked for: it has restarted.")
                 answer += body
         return bytes(answer)
@@ -148,13 +178,17 @@ def _over(until: float | None) -> bool:
     return until is not None and time.monotonic() >= until
 
 
-def _head(reply: bytes | Exception) -> tuple[dict[str, Any] | Exception, memoryview]:
+def _restarted(name: str) -> TransportError:
+    return TransportError(f"{name!r} knows nothing of this call: its peer has restarted.")
+
+
+def _read(reply: bytes | Exception) -> tuple[heads.Reply | Exception, memoryview]:
     """A reply's head and body, or why there is none."""
     empty = memoryview(b"")
     if isinstance(reply, Exception):
         return reply, empty
     try:
-        head, body = frames.read(reply)
+        head, body = heads.read_reply(reply)
     except TransportError as error:
         return error, empty
-    return (failures.from_site(head["error"]), empty) if "error" in head else (head, body)
+    return (failures.from_site(head.error.model_dump()), empty) if isinstance(head, heads.Failed) else (head, body)

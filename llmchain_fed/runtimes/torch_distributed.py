@@ -7,13 +7,14 @@ authenticated: whoever reaches the master port takes part. Across organisations 
 from __future__ import annotations
 
 import atexit
-import itertools
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,9 +22,12 @@ from torch import Tensor
 
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, FederationError
 from llmchain_fed.federated.runtime import InProcess, Operation, Payload, Peer, payload_for
-from llmchain_fed.runtimes import failures
+from llmchain_fed.runtimes import failures, ranks
+from llmchain_fed.runtimes.limits import Limits
+from llmchain_fed.untrusted import Strict, shown
 
 _LEADER = 0
+_HeadT = TypeVar("_HeadT", bound=Strict)
 
 
 class TorchDistributed:
@@ -35,8 +39,9 @@ class TorchDistributed:
     GPUs; answers are taken in the order of ranks, so that a rerun gives the same weights bit for bit.
 
     A rank answers once all its participants are done. One that dies, or is silent for `timeout`, ends the job with an
-    error that names it and its participants; `torchrun --max-restarts` starts all anew. Make this object before the
-    model is loaded: it picks each rank's GPU.
+    error that names it and its participants; `torchrun --max-restarts` starts all anew. So does one whose message makes
+    no sense, or is larger than any answer to what it was asked, before memory is taken for it. Make this object before
+    the model is loaded: it picks each rank's GPU.
 
     Args:
         timeout: seconds a rank may be silent, which must be more than all its participants take for a round together.
@@ -65,6 +70,7 @@ class TorchDistributed:
         self._torn: set[int] = set()
         """ranks to which no whole message can be sent any more"""
         self._hosted = False
+        self._limits = Limits()
 
     def __repr__(self) -> str:
         return f"TorchDistributed(rank {self.rank} of {self.world_size}, {len(self._homes)} participants)"
@@ -93,25 +99,30 @@ class TorchDistributed:
         if self.leads:
             homes: list[tuple[str, int]] = [(name, _LEADER) for name in peers]
             for rank in self._others():
-                head, _ = self._receive(rank)
-                homes += [(name, rank) for name in head["names"]]
+                joining, _ = self._receive(rank, ranks.Joining, most=0)
+                homes += [(name, rank) for name in joining.names]
             names = [name for name, _ in homes]
-            twice = sorted({name for name in names if names.count(name) > 1})
+            twice = sorted(name for name, count in Counter(names).items() if count > 1)
             for rank in self._others():
-                self._send(rank, {"homes": homes, "twice": twice}, _tensor(b""))
+                told = {"names": names, "ranks": [home for _, home in homes], "twice": twice}
+                self._send(rank, told, _tensor(b""))
         else:
             self._send(_LEADER, {"names": list(peers)}, _tensor(b""))
-            head, _ = self._receive(_LEADER)
-            homes, twice = head["homes"], head["twice"]
+            found, _ = self._receive(_LEADER, ranks.Homes, most=0)
+            homes, twice = list(zip(found.names, found.ranks, strict=True)), found.twice
         if twice:
-            ranks = [rank for name, rank in homes if name == twice[0]]
-            msg = f"ranks {ranks} both have a participant {twice[0]!r}: their updates could not be told apart."
+            both = [rank for name, rank in homes if name == twice[0]]
+            msg = f"ranks {both} both have a participant {shown(twice[0])!r}: their updates could not be told apart."
             raise DuplicateParticipantError(msg)
-        self._homes = {name: int(rank) for name, rank in homes}
+        self._homes = dict(homes)
 
     def nodes(self) -> list[str]:
         """All ranks' participants, in the order of ranks."""
         return list(self._homes)
+
+    def expect(self, num_bytes: int, op: Operation = "train") -> None:
+        """Says how large an answer to `op` may be from now on."""
+        self._limits.expect(num_bytes, op)
 
     def call(
         self, op: Operation, nodes: Iterable[str], payload: Payload, timeout: float | None = None
@@ -136,7 +147,7 @@ class TorchDistributed:
             wanted.setdefault(self._homes[node], []).append(node)
         mine = wanted.pop(_LEADER, [])
         for rank, names in wanted.items():
-            parts, which = _distinct(payload, names)
+            parts, which = ranks.distinct(payload, names)
             head = {"op": op, "nodes": names, "timeout": timeout, "which": which, "sizes": [len(p) for p in parts]}
             self._send(rank, head, _tensor(parts[0] if len(parts) == 1 else b"".join(parts)))
         outstanding = [(rank, name) for rank in sorted(wanted) for name in wanted[rank]]
@@ -144,13 +155,13 @@ class TorchDistributed:
             yield from self._local.call(op, mine, payload, timeout)
             while outstanding:
                 rank, name = outstanding[0]
-                answer = self._answer(rank)
+                answer = self._answer(rank, self._limits.most(op, len(payload_for(payload, name))))
                 outstanding.pop(0)
                 yield name, answer
         finally:  # one that stops listening leaves no answer behind for the next call
             if self._broken is None:
-                for rank, _ in outstanding:
-                    self._answer(rank)
+                for rank, name in outstanding:
+                    self._answer(rank, self._limits.most(op, len(payload_for(payload, name))))
 
     def follow(self, adopt: Callable[[bytes], None]) -> None:
         """Answers rank 0 until it publishes, on the ranks that do not lead.
@@ -160,17 +171,20 @@ class TorchDistributed:
         """
         self._check_usable()
         while True:
-            head, body = self._receive(_LEADER)
-            if "op" not in head:
+            head, body = self._receive(_LEADER, ranks.Task, ranks.Ended, most=ranks.memory())
+            if not isinstance(head, ranks.Task):
+                assert isinstance(head, ranks.Ended)
                 adopt(body)
-                if head["error"] is not None:
-                    msg = f"rank {_LEADER}, which leads, stopped: {head['error']['type']}: {head['error']['message']}"
+                if head.error is not None:
+                    msg = f"rank {_LEADER}, which leads, stopped: {failures.said(head.error.model_dump())}"
                     raise FederationError(msg)
                 return
             # all first, then the answers: a send waits until rank 0 comes round to this rank
-            given = _by_node(body, head["nodes"], head["which"], head["sizes"])
+            with self._making_sense(_LEADER):
+                given = ranks.by_node(body, head, self._local.peers)
             del body
-            answers = [answer for _, answer in self._local.call(head["op"], head["nodes"], given, head["timeout"])]
+            op: Any = head.op  # any that the peers know
+            answers = [answer for _, answer in self._local.call(op, head.nodes, given, head.timeout)]
             del given
             for answer in answers:
                 if isinstance(answer, Exception):
@@ -197,9 +211,9 @@ class TorchDistributed:
 
     # --- messages ---------------------------------------------------------------------------------------------------
 
-    def _answer(self, rank: int) -> bytes | Exception:
-        head, body = self._receive(rank)
-        return body if head["error"] is None else failures.from_same_script(head["error"])
+    def _answer(self, rank: int, most: int) -> bytes | Exception:
+        head, body = self._receive(rank, ranks.Ended, most=most)
+        return body if head.error is None else failures.from_same_script(head.error.model_dump())
 
     def _send(self, rank: int, head: Mapping[str, Any], body: Tensor) -> None:
         """Two sizes, the JSON head, the body."""
@@ -215,17 +229,34 @@ class TorchDistributed:
             self._lost(rank, error)
             raise
 
-    def _receive(self, rank: int) -> tuple[dict[str, Any], bytes]:
+    def _receive(self, rank: int, *kinds: type[_HeadT], most: int) -> tuple[_HeadT, bytes]:
+        """A message of one of these kinds, whose body has at most so many bytes."""
         try:
-            sizes = self._fill(torch.empty(2, dtype=torch.int64), rank)
-            text, body = (self._fill(torch.empty(int(n), dtype=torch.uint8), rank) for n in sizes)
+            sizes = self._fill(torch.empty(2, dtype=torch.int64), rank).tolist()
+            with self._making_sense(rank):
+                for size, limit, what in zip(sizes, (ranks.MAX_HEAD, most), ("head", "body"), strict=True):
+                    if not 0 <= size <= limit:
+                        msg = f"a {what} of {size:,} bytes was announced where at most {limit:,} make sense."
+                        raise FederationError(msg)
+            text, body = (self._fill(torch.empty(size, dtype=torch.uint8), rank) for size in sizes)
+        except FederationError:
+            raise
         except RuntimeError as error:
             raise self._lost(rank, error) from error
         except BaseException as error:
             self._lost(rank, error)
             raise
-        head: dict[str, Any] = json.loads(text.numpy().tobytes())
+        with self._making_sense(rank):
+            head = ranks.read_head(text.numpy().tobytes(), kinds, "its head")
         return head, body.numpy().tobytes()
+
+    @contextmanager
+    def _making_sense(self, rank: int) -> Iterator[None]:
+        """What a rank sent that makes no sense ends the group's work as its loss does, and names it."""
+        try:
+            yield
+        except FederationError as error:
+            raise self._lost(rank, error, "sent what makes no sense") from error
 
     def _fill(self, tensor: Tensor, rank: int) -> Tensor:
         # Rank 0 may wait for each of the others in turn, so they must be more patient with it than it is with them.
@@ -236,14 +267,14 @@ class TorchDistributed:
                 work.wait(patience)
         return tensor
 
-    def _lost(self, rank: int, error: BaseException) -> FederationError:
-        names = ", ".join(repr(name) for name, home in self._homes.items() if home == rank) or "no participants"
-        what = (
-            f"was silent for {self._timeout.total_seconds():g} s" if self.leads else "gave up (its own error says why)"
-        )
+    def _lost(self, rank: int, error: BaseException, what: str | None = None) -> FederationError:
+        names = ", ".join(repr(shown(name)) for name, home in self._homes.items() if home == rank)[:300]
+        if what is None:
+            silent = f"was silent for {self._timeout.total_seconds():g} s"
+            what = f"is gone or {silent if self.leads else 'gave up (its own error says why)'}"
         self._torn.add(rank)
         self._broken = (
-            f"rank {rank} ({names}) is gone or {what}: {str(error)[:300]}. "
+            f"rank {rank} ({names or 'no participants'}) {what}: {shown(str(error), 300)}. "
             "The group cannot go on without it: look at that rank's own output, or start with torchrun --max-restarts."
         )
         return FederationError(self._broken)
@@ -254,29 +285,6 @@ class TorchDistributed:
 
     def _others(self) -> range:
         return range(_LEADER + 1, self.world_size)
-
-
-def _distinct(payload: Payload, names: list[str]) -> tuple[list[bytes], list[int]]:
-    """The different payloads for these nodes, and which of them is whose."""
-    parts: list[bytes] = []
-    places: dict[int, int] = {}
-    which = []
-    for name in names:
-        part = payload_for(payload, name)
-        if id(part) not in places:
-            places[id(part)] = len(parts)
-            parts.append(part)
-        which.append(places[id(part)])
-    return parts, which
-
-
-def _by_node(body: bytes, names: list[str], which: list[int], sizes: list[int]) -> Payload:
-    """The reverse of `_distinct`."""
-    if len(sizes) == 1:
-        return body
-    ends = list(itertools.accumulate(sizes))
-    parts = [body[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-    return {name: parts[index] for name, index in zip(names, which, strict=True)}
 
 
 def _tensor(data: bytes) -> Tensor:

@@ -1,27 +1,35 @@
 """The two classes that run inside the engine's job processes: they carry frames and nothing else.
 
-Knows frames and the engine's call interface. No torch, no model, no loop: those live in processes of their own behind a
-UNIX socket, so that a model that runs out of memory is one absent participant and never a dead job (the engine fails
-the whole job when one of its processes dies).
+Knows frames, the engine's call interface and who called. No torch, no model, no loop: those live in processes of their
+own behind a UNIX socket, so that a model that runs out of memory is one absent participant and never a dead job (the
+engine fails the whole job when one of its processes dies). The engine lets every participant of a job call every other:
+a site hears the hub alone.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import queue
 import sys
+import threading
 import time
 from contextlib import suppress
-from multiprocessing.connection import Connection
-from typing import Any
 
 from nvflare.collab import collab
 
+from llmchain_fed import untrusted
 from llmchain_fed.errors import TransportError
-from llmchain_fed.runtimes import frames
+from llmchain_fed.runtimes import frames, heads
+from llmchain_fed.runtimes.channel import Channel
 from llmchain_fed.runtimes.nvflare.job import SOCKET
 
 _REDIAL = 0.5  # seconds between attempts to reach the driver
 _LINGER = 600.0  # seconds a job waits for a driver that went away
+_SEND = 60.0  # seconds a frame may take to or from the driver
+_HUB = "server"  # what the engine calls the hub; no site can have the name, see `kits`
+_EACH, _EVERY = 100, 1000  # refused calls of one caller that are written down each, and of those after them every …th
+_log = logging.getLogger(__name__)
 
 
 def _without_torch() -> None:
@@ -34,22 +42,61 @@ def _without_torch() -> None:
 
 
 class Site:
-    """At a participant: hands a frame to the peer process and its answer back."""
+    """At a participant: hands a frame of the hub to the peer process and its answer back."""
 
     def __init__(self) -> None:
         _without_torch()
+        self._refused: dict[str, int] = {}
+        """caller → how many of its calls were refused"""
+        self._lock = threading.Lock()
+        self._notes: queue.Queue[bytes] | None = None
 
     @collab.publish  # type: ignore[untyped-decorator]  # nvflare has no types
     def exchange(self, frame: bytes) -> bytes:
-        """One frame in, one frame out; that nobody answers at the socket is an answer too."""
+        """One frame in, one frame out; that nobody answers at the socket is an answer too.
+
+        Anybody but the hub is refused before a byte of the frame is looked at or handed on, and the peer is told who it
+        was, for its audit file. What goes wrong here is for this site's log: the hub learns no path of this machine.
+        """
         try:
+            caller = str(collab.caller)
+            if caller != _HUB:
+                return self._refuse(caller, len(frame) if isinstance(frame, bytes) else 0)
+            if not isinstance(frame, bytes) or len(frame) > frames.MAX_FRAME:
+                return _fault("TransportError", "what this site was sent is no frame.")
             path = os.environ.get(SOCKET, "")
             if not path:
-                msg = f"the site's engine was started without {SOCKET}, so it does not know where its peer listens."
-                raise TransportError(msg)
-            return frames.ask(path, frame)
-        except TransportError as error:
-            return frames.pack({"error": {"type": "TransportError", "message": str(error)}})
+                return _fault("TransportError", "this site's engine was not told where its peer listens.")
+            return frames.ask(path, frames.pack({"do": "carry", "caller": caller}, frame))
+        except Exception as error:  # the engine would send the traceback
+            _log.warning("no answer of the peer: %s", untrusted.printable(error))
+            return _fault("TransportError", "no peer answers at this site; the log of its engine says more.")
+
+    def _refuse(self, caller: str, size: int) -> bytes:
+        """Sends a caller away; its name and count are written down by another thread, so that nobody waits for it."""
+        caller = untrusted.printable(caller, 100) or "?"
+        with self._lock:
+            count = self._refused[caller] = self._refused.get(caller, 0) + 1
+            if self._notes is None:
+                self._notes = queue.Queue(maxsize=1000)
+                threading.Thread(target=self._write_down, args=(self._notes,), daemon=True).start()
+            if count <= _EACH or count % _EVERY == 0:
+                with suppress(queue.Full):
+                    note = {"do": "refused", "caller": caller, "bytes": size, "count": count}
+                    self._notes.put_nowait(frames.pack(note))
+        return _fault("PolicyError", "only the hub may call a site; this call was not heard, and is written down.")
+
+    @staticmethod
+    def _write_down(notes: queue.Queue[bytes]) -> None:
+        while True:
+            note = notes.get()
+            _log.warning("a call was refused: %s", untrusted.printable(note[4:].decode()))
+            with suppress(TransportError):  # the log has it
+                frames.ask(os.environ.get(SOCKET, ""), note)
+
+
+def _fault(kind: str, message: str) -> bytes:
+    return frames.pack({"error": {"type": kind, "message": message}})
 
 
 class Hub:
@@ -73,7 +120,7 @@ class Hub:
         while not collab.is_aborted and time.monotonic() - alone_since < _LINGER:
             with suppress(TransportError, OSError, EOFError), frames.dial(self.socket) as driver:
                 sites = [site.name for site in collab.clients]
-                driver.send_bytes(frames.pack({"run": self.run_id, "sites": sites}))
+                driver.send_bytes(frames.pack({"run": self.run_id, "sites": sites}), _SEND)
                 try:
                     self._serve(driver, set(sites))
                     return
@@ -81,7 +128,7 @@ class Hub:
                     alone_since = time.monotonic()
             time.sleep(_REDIAL)
 
-    def _serve(self, driver: Connection, sites: set[str]) -> None:
+    def _serve(self, driver: Channel, sites: set[str]) -> None:
         """Carries frames until the driver says stop, or the job is aborted.
 
         Raises:
@@ -90,25 +137,30 @@ class Hub:
         while not collab.is_aborted:
             if not driver.poll(_REDIAL):
                 continue
-            head, frame = frames.read(driver.recv_bytes(frames.MAX_OUTER))
-            if head.get("do") == "stop":
+            told = driver.recv_bytes(frames.MAX_OUTER, _SEND)
+            order, frame = heads.one_of(told, heads.Order, heads.Stop, what="what the driver told the bridge")
+            if not isinstance(order, heads.Order):
                 return
-            known = [name for name in head["nodes"] if name in sites]
-            for name in head["nodes"]:
+            known = {name for name in order.nodes if name in sites}
+            for name in order.nodes:
                 if name not in sites:
                     self._tell(driver, name, "it was not connected when this job began")
             if known:
-                answers = collab.get_clients(known)(timeout=head["seconds"], blocking=False).exchange(bytes(frame))
+                asked = [name for name in order.nodes if name in known]
+                answers = collab.get_clients(asked)(timeout=order.seconds, blocking=False).exchange(bytes(frame))
                 for name, answer in answers:
+                    if name not in known:
+                        continue
                     if isinstance(answer, bytes) and len(answer) <= frames.MAX_FRAME:
-                        driver.send_bytes(frames.pack({"node": name}, answer))
+                        driver.send_bytes(frames.pack({"node": name}, answer), _SEND)
                     else:
                         self._tell(driver, name, "its answer is no frame")
                 for name, error in answers.failures.items():
-                    self._tell(driver, name, str(error)[:300])
-            driver.send_bytes(frames.pack({"done": True}))
+                    if name in known:
+                        self._tell(driver, name, untrusted.printable(error, 300))
+            driver.send_bytes(frames.pack({"do": "done"}), _SEND)
 
     @staticmethod
-    def _tell(driver: Connection, name: str, message: str) -> None:
-        error: dict[str, Any] = {"type": "TransportError", "message": message}
-        driver.send_bytes(frames.pack({"node": name, "error": error}))
+    def _tell(driver: Channel, name: str, message: str) -> None:
+        error = {"type": "TransportError", "message": message}
+        driver.send_bytes(frames.pack({"node": name, "error": error}), _SEND)

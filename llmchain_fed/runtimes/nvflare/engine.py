@@ -17,6 +17,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.runtimes.nvflare import kits
 from llmchain_fed.runtimes.nvflare.job import SOCKET
@@ -54,11 +55,15 @@ def _check_certificate(kit: Path, name: str) -> None:
     startup = kit / "startup"
     try:
         leaf, root = (
-            x509.load_pem_x509_certificate((startup / file).read_bytes()) for file in (f"{name}.crt", "rootCA.pem")
+            x509.load_pem_x509_certificate(
+                untrusted.read_file(startup / file, most=2**20, what="the certificate", error=ConfigError)
+            )
+            for file in (f"{name}.crt", "rootCA.pem")
         )
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(startup / f"{name}.crt", startup / f"{name}.key")
-    except (OSError, ValueError) as error:
-        msg = f"the certificate or key of {kit} cannot be used: {error}"
+        named = [str(a.value) for a in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    except Exception as error:  # of the file, or of what stands in a certificate that another party made
+        msg = f"the certificate or key of {kit} cannot be used: {untrusted.printable(error, 300)}"
         raise ConfigError(msg) from error
     now = datetime.now(UTC)
     if not leaf.not_valid_before_utc <= now <= leaf.not_valid_after_utc:
@@ -70,13 +75,13 @@ def _check_certificate(kit: Path, name: str) -> None:
     try:
         verify_cert_chain(leaf, [], root)
     except Exception as error:
-        msg = f"the certificate of {kit.name} was not signed by this federation's authority ({str(error)[:200]})."
+        why = untrusted.printable(error, 200)
+        msg = f"the certificate of {kit.name} was not signed by this federation's authority ({why})."
         raise ConfigError(msg) from error
-    if name == "client":
-        (common,) = leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-        if common.value != kits.site_name(kit):
-            msg = f"the certificate belongs to {common.value!s}, the kit to {kits.site_name(kit)}: they were mixed up."
-            raise ConfigError(msg)
+    if name == "client" and named != [kits.site_name(kit)]:
+        owner = untrusted.shown(", ".join(named))
+        msg = f"the certificate belongs to {owner}, the kit to {kits.site_name(kit)}: they were mixed up."
+        raise ConfigError(msg)
 
 
 def _check_hub(kit: Path, host: str, port: int) -> None:
@@ -116,7 +121,8 @@ def start(
     kit = kit.absolute()
     check(kit)
     command, variables = command_of(kit, socket)
-    with (log or kit / "engine.log").open("ab") as output:
+    descriptor = os.open(log or kit / "engine.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    with os.fdopen(descriptor, "ab") as output:
         return subprocess.Popen(  # noqa: S603 (this interpreter, no shell)
             command,
             cwd=kit,
@@ -125,6 +131,7 @@ def start(
             stdout=output,
             stderr=output,
             start_new_session=True,
+            umask=0o077,  # its logs and what it stores are this account's
         )
 
 

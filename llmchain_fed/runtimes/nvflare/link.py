@@ -5,19 +5,18 @@ Knows frames and one connection. Knows nothing of sessions, calls or rounds.
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection
 from pathlib import Path
 
+from llmchain_fed import untrusted
 from llmchain_fed.errors import TransportError
-from llmchain_fed.runtimes import failures, frames
+from llmchain_fed.runtimes import failures, frames, heads
+from llmchain_fed.runtimes.channel import Channel
 
-_PAUSE = 0.05  # seconds after a connection that failed
+_GREETING = 10.0  # seconds in which whoever connected has said which job it is of
 _GRACE = 30.0  # seconds the bridge may be silent beyond the time it was given
 
 
@@ -34,12 +33,11 @@ class Link:
     def __init__(self, path: Path) -> None:
         self._path, self._listener = path, frames.listen(path)
         self._expected: str | None = None
-        self._bridge: Connection | None = None
+        self._bridge: Channel | None = None
         self._sites: list[str] = []
         self._changed = threading.Condition()
         self._busy = threading.Lock()
-        self._closed = False
-        threading.Thread(target=self._accept, name="bridge", daemon=True).start()
+        threading.Thread(target=self._listener.serve, args=(self._greet,), name="bridge", daemon=True).start()
 
     def expect(self, run: str) -> None:
         """From now on only the bridge of this submission is talked to; others are told to stop."""
@@ -71,26 +69,28 @@ class Link:
                 raise TransportError(msg)
             answers: dict[str, bytes | Exception] = {}
             try:
-                bridge.send_bytes(frames.pack({"nodes": list(nodes), "seconds": seconds}, frame))
                 until = time.monotonic() + seconds + _GRACE
+                order = {"nodes": list(nodes), "seconds": float(seconds)}
+                bridge.send_bytes(frames.pack(order, frame), seconds + _GRACE)
                 while True:
-                    if not bridge.poll(max(until - time.monotonic(), 0.0)):
-                        msg = f"silent for {seconds + _GRACE:g} s"
-                        raise TimeoutError(msg)
-                    head, body = frames.read(bridge.recv_bytes(frames.MAX_OUTER))
-                    if "done" in head:
+                    told = bridge.recv_bytes(frames.MAX_OUTER, max(until - time.monotonic(), 0.0))
+                    head, body = heads.one_of(told, heads.Carried, heads.Done, what="what the bridge told")
+                    if not isinstance(head, heads.Carried):
                         break
-                    failed = "error" in head
-                    answers[head["node"]] = failures.from_site(head["error"]) if failed else bytes(body)
-            except BaseException as error:
+                    if head.node not in nodes or head.node in answers:
+                        msg = f"it answers for {untrusted.shown(head.node)}, who was not asked or has answered"
+                        raise TransportError(msg)
+                    error = head.error
+                    answers[head.node] = failures.from_site(error.model_dump()) if error is not None else bytes(body)
+            except BaseException as lost:
                 # also after Ctrl-C: what is still to come would be taken for the next frame's answers
                 with self._changed:
                     if self._bridge is bridge:
                         self._drop()
-                if not isinstance(error, (OSError, EOFError, KeyError, TransportError)):
+                if not isinstance(lost, (OSError, EOFError, TransportError)):
                     raise
-                msg = f"the job's bridge went away ({type(error).__name__}: {error})."
-                raise TransportError(msg) from error
+                msg = f"the job's bridge went away ({type(lost).__name__}: {lost})."
+                raise TransportError(msg) from lost
         nobody = TransportError("the engine gave no answer for it.")
         return [(node, answers.get(node, nobody)) for node in nodes]
 
@@ -99,38 +99,30 @@ class Link:
         with self._changed:
             if self._bridge is not None:
                 with suppress(OSError):
-                    self._bridge.send_bytes(frames.pack({"do": "stop"}))
+                    self._bridge.send_bytes(frames.pack({"do": "stop"}), _GREETING)
             self._drop()
 
     def close(self) -> None:
         """Ends the job's loop and stops listening."""
-        self._closed = True
         self.release()
-        with suppress(OSError), socket.socket(socket.AF_UNIX) as knock:  # wakes the thread that accepts, if it does
-            knock.connect(str(self._path))
         self._listener.close()
-        frames.key_path(self._path).unlink(missing_ok=True)
 
-    def _accept(self) -> None:
-        while not self._closed:
-            try:
-                connection = self._listener.accept()
-                if self._closed or not connection.poll(10.0):
-                    connection.close()
-                    continue
-                head, _ = frames.read(connection.recv_bytes(frames.MAX_FRAME))
-                run, sites = str(head["run"]), [str(name) for name in head["sites"]]
-            except (OSError, EOFError, AuthenticationError, TransportError, KeyError, TypeError):
-                time.sleep(_PAUSE)
-                continue
-            with self._changed:
-                if self._expected not in (None, run):
-                    with suppress(OSError), connection:
-                        connection.send_bytes(frames.pack({"do": "stop"}))  # of a job that was given up
-                    continue
-                self._drop()
-                self._bridge, self._sites, self._expected = connection, sites, run
-                self._changed.notify_all()
+    def _greet(self, channel: Channel) -> None:
+        """Hears who connected; the bridge of the job that is expected is talked to from now on."""
+        try:
+            told = channel.recv_bytes(frames.MAX_ORDER, _GREETING)
+            greeting, _ = heads.one_of(told, heads.Greeting, what="a greeting")
+        except (OSError, EOFError, TransportError):
+            channel.close()
+            return
+        with self._changed:
+            if self._expected not in (None, greeting.run):
+                with suppress(OSError), channel:
+                    channel.send_bytes(frames.pack({"do": "stop"}), _GREETING)  # of a job that was given up
+                return
+            self._drop()
+            self._bridge, self._sites, self._expected = channel, list(greeting.sites), greeting.run
+            self._changed.notify_all()
 
     def _drop(self) -> None:
         if self._bridge is not None:

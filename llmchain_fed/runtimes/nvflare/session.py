@@ -12,11 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError, MissingExtraError, TransportError
 from llmchain_fed.runtimes.nvflare import kits
 
 _T = TypeVar("_T")
 _SECONDS = 10.0  # for a connection or a command
+_LONGEST = 1000  # characters of what the engine says
 
 
 class EngineSession:
@@ -71,7 +73,8 @@ class EngineSession:
             TransportError: The server does not answer, or does not know it.
         """
         meta = self._ask(lambda session: session.get_job_meta(job))
-        return str(meta.get("status", "")), "; ".join(map(str, meta.get("job_deploy_detail") or []))
+        said = "; ".join(map(str, meta.get("job_deploy_detail") or []))  # by sites, too
+        return untrusted.printable(meta.get("status", ""), 100), untrusted.printable(said, _LONGEST)
 
     def abort(self, job: str) -> None:
         """Ends a job.
@@ -97,7 +100,8 @@ class EngineSession:
             except Exception as error:  # the engine's errors have no common root
                 self._end()
                 host, port = kits.address(self._admin)
-                msg = f"the engine's server at {host}:{port} did not do it ({type(error).__name__}: {error})."
+                why = untrusted.printable(error, _LONGEST)
+                msg = f"the engine's server at {host}:{port} did not do it ({type(error).__name__}: {why})."
                 raise TransportError(msg) from error
 
     def _end(self) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from llmchain_fed.federated.runtime import Operation, Payload
 from llmchain_fed.runtimes import frames
 from llmchain_fed.runtimes.nvflare.job import write_job
 from llmchain_fed.runtimes.nvflare.link import Link
+from llmchain_fed.runtimes.nvflare.names import check_name
 from llmchain_fed.runtimes.nvflare.session import EngineSession
 from llmchain_fed.runtimes.sliced import SlicedCalls
 
@@ -71,6 +71,8 @@ class NVFlare:
         if isinstance(sites, str) or not sites or len(set(sites)) < len(sites):
             msg = f"sites are the names of the participating sites, each once, got {sites!r}."
             raise ConfigError(msg)
+        for name in sites:
+            check_name(name)
         if not min(patience, recovery, startup) > 0:
             msg = f"patience, recovery and startup are positive numbers of seconds, got {patience, recovery, startup}."
             raise ConfigError(msg)
@@ -106,9 +108,9 @@ class NVFlare:
         """The sites, whether they are connected now or not."""
         return list(self._sites)
 
-    def expect(self, num_bytes: int) -> None:
-        """Says how large an answer may be, beside what follows from the payload."""
-        self._calls.expect(num_bytes)
+    def expect(self, num_bytes: int, op: Operation = "train") -> None:
+        """Says how large an answer to `op` may be from now on."""
+        self._calls.expect(num_bytes, op)
 
     def call(
         self, op: Operation, nodes: Iterable[str], payload: Payload, timeout: float | None = None
@@ -343,11 +345,7 @@ class NVFlare:
 
 
 def _socket_of(admin: Path) -> Path:
-    """A short path that is the same whenever this kit's driver starts, in a folder for this account alone."""
+    """A short path that is the same whenever this kit's driver starts; `frames.listen` sees to whose folder it is."""
     folder = Path(tempfile.gettempdir()) / f"llmchain_fed-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        msg = f"{folder} is not this account's alone, so the hub's socket would not be either. Pass socket=…"
-        raise ConfigError(msg)
     return folder / f"{hashlib.sha256(str(admin).encode()).hexdigest()[:16]}.sock"

@@ -1,0 +1,195 @@
+"""Kits and requests from elsewhere: what the hub signs, what a site unpacks, and what stands in a kit's files.
+
+Belongs here: files that another party made, or that were changed. Does not: the engine (test_who_calls, test_nvflare).
+"""
+
+import io
+import json
+import stat
+import zipfile
+
+import pytest
+from bounded import bounded, within
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llmchain_fed import NVFlare, untrusted
+from llmchain_fed.errors import ConfigError, LLMChainFedError
+from llmchain_fed.runtimes.nvflare import engine, kits, names
+
+
+def zipped(**members):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in members.items():
+            file.writestr(name.replace("__", "."), content)
+    return data.getvalue()
+
+
+def asks(**fields):
+    """A request that says this of itself."""
+    return zipped(request__json=json.dumps({"name": "org-a", "kind": "site", "cert_type": "client"} | fields))
+
+
+def told(error):
+    assert len(str(error)) < 1500
+    assert untrusted.printable(str(error)) == str(error)
+
+
+@pytest.fixture(autouse=True)
+def _no_engine(monkeypatch):
+    """What is refused here never reaches the engine's own command."""
+
+    def never(*arguments):
+        raise AssertionError(arguments)
+
+    monkeypatch.setattr(kits, "_nvflare", never)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"kind": "user", "cert_type": "lead", "name": "org-a"}, "asks for a certificate as user org-a"),
+        ({"kind": "server"}, "asks for a certificate as server org-a"),
+        ({"name": "org-b"}, "asks for a certificate as site org-b; it would be signed as site org-a"),
+        ({"name": "\x1b[2J../../x"}, "asks for a certificate as site"),
+        ({"name": ["org-a"]}, "asks for a certificate as site"),
+        ({"kind": None}, "asks for a certificate as None"),
+    ],
+)
+def test_a_request_is_signed_only_as_what_the_operator_says(fields, why, tmp_path):
+    path = tmp_path / "org-a.request.zip"
+    path.write_bytes(asks(**fields))
+    with pytest.raises(ConfigError, match=r"org-a\.request\.zip asks for") as error:
+        kits.approve(path, tmp_path)
+    assert why in str(error.value)
+    told(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["server", "Server", "hub", "admin", "a b", "../a", ".a", "a/b", "a" * 65, "", "ä", "a\n"]
+)
+def test_a_site_cannot_be_called_as_the_hub_is(name, tmp_path):
+    for attempt in (
+        lambda: kits.request(name, "site", tmp_path / "x"),
+        lambda: kits.provision_here(tmp_path / "y", sites=["ok", name], port=1),
+        lambda: NVFlare(tmp_path, sites=[name]),
+        lambda: names.check_name(name),
+    ):
+        with pytest.raises(ConfigError, match="is no name for a site") as error:
+            attempt()
+        told(error.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_request_for_the_name_of_the_hub_is_not_signed_as_a_site(tmp_path):
+    path = tmp_path / "server.request.zip"
+    path.write_bytes(asks(name="server"))
+    with pytest.raises(ConfigError, match="is no name for a site"):
+        kits.approve(path, tmp_path)
+
+
+def test_the_answer_to_a_request_overwrites_nothing(tmp_path):
+    path = tmp_path / "org-a.request.zip"
+    path.write_bytes(asks())
+    (tmp_path / "org-a.signed.zip").write_text("mine")
+    with pytest.raises(ConfigError, match="is there already: nothing is overwritten"):
+        kits.approve(path, tmp_path)
+    assert (tmp_path / "org-a.signed.zip").read_text() == "mine"
+    for name in ("org-a.zip", "x.signed.zip", "..request.zip", "-x.request.zip"):
+        (tmp_path / name).write_bytes(asks())
+        with pytest.raises(ConfigError, match="should be called NAME"):
+            kits.approve(tmp_path / name, tmp_path)
+    for name in ("..signed.zip", "x.zip", "-x.signed.zip"):
+        with pytest.raises(ConfigError, match="should be called NAME"):
+            kits.package(tmp_path / name, tmp_path, "SHA256:AA")
+
+
+@bounded(seconds=60, megabytes=300)
+def test_requests_of_any_kind_are_refused_with_one_error():
+    import tempfile
+    from pathlib import Path
+
+    bomb = zipped(request__json=b" " * 60_000_000)
+    deep = zipped(request__json='{"a":' * 50_000)
+    pickle = b"\x80\x04\x95\x1a\x00\x00\x00"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "org-a.request.zip"
+
+        def refused(data):
+            path.write_bytes(data)
+            with within(3), pytest.raises(LLMChainFedError) as error:
+                kits.approve(path, Path(folder))
+            told(error.value)
+
+        for data in (b"", b"PK\x03\x04", pickle, bomb, deep, zipped(other="x"), zipped(request__json=b"\xff")):
+            refused(data)
+        refused(bytes(2**20 + 1))
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(ConfigError):
+            kits.approve(path, Path(folder))
+        path.rmdir()
+
+        @settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(st.integers(0, 10_000), st.binary(min_size=1, max_size=8))
+        def check(at, change):
+            data = bytearray(asks(kind="user"))
+            at %= len(data)
+            data[at : at + len(change)] = change
+            refused(bytes(data))
+
+        check()
+
+
+ODD = [None, 1, [], {}, "x" * 10_000, "\x1b[2J", "", True, "a:b:c", "a:99999", ":", "a:-1", [[]], {"service": 1}]
+
+
+@pytest.fixture
+def kit(tmp_path):
+    found = tmp_path / "kit"
+    (found / "startup").mkdir(parents=True)
+    (found / "local").mkdir()
+    return found
+
+
+def test_files_of_a_kit_that_make_no_sense_are_one_error(kit):
+    client, admin = kit / "startup" / "fed_client.json", kit / "startup" / "fed_admin.json"
+    for text in ("", "{", "[]", "null", "{" * 50_000, '{"a": NaN}', " " * (2**20 + 1), "\ud800", '{"servers": 1}'):
+        client.write_bytes(text.encode("utf-8", "surrogatepass"))
+        for read in (kits.site_name, kits.address, engine.check):
+            with within(3), pytest.raises(ConfigError) as error:
+                read(kit)
+            told(error.value)
+    for value in ODD:
+        client.write_text(json.dumps({"client": {"fqsn": value}, "servers": [{"service": {"target": value}}]}))
+        for read in (kits.site_name, kits.address):
+            if read is kits.site_name and value == "a:b:c":
+                continue
+            if isinstance(value, str) and read is kits.site_name and value in ("a:99999", ":", "a:-1"):
+                continue
+            with pytest.raises(ConfigError):
+                read(kit)
+    for value in ODD:
+        admin.write_text(json.dumps({"admin": {"username": "x", "host": "h", "port": value}}))
+        if value is not True and value != 1:
+            with pytest.raises(ConfigError):
+                kits.address(kit)
+    (kit / "local" / "resources.json.default").write_text("{}")
+    with pytest.raises(ConfigError, match=r"resources\.json\.default"):
+        kits.configure(kit)
+
+
+def test_what_is_written_into_a_kit_is_for_this_account_alone(kit):
+    (kit / "startup" / "fed_client.json").write_text("{}")
+    default = {"components": [], "client": {}}
+    (kit / "local" / "resources.json.default").write_text(json.dumps(default))
+    elsewhere = kit.parent / "elsewhere"
+    elsewhere.write_text("mine")
+    (kit / "local" / "resources.json").symlink_to(elsewhere)
+    kit.chmod(0o755)
+    kits.configure(kit)
+    assert stat.S_IMODE(kit.stat().st_mode) == 0o700
+    for name in ("resources.json", "authorization.json"):
+        assert stat.S_IMODE((kit / "local" / name).stat().st_mode) == 0o600
+    assert elsewhere.read_text() == "mine"
