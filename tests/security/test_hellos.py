@@ -23,7 +23,8 @@ CONTRACT = {"base": "b" * 64, "adapter": "a" * 64, "prompt": "p", "tokenizer": "
 HONEST = {
     "participant": "p", "contract": CONTRACT, "held_out": True, "holds": "h" * 16, "rank": 2, "alpha": 4,
     "options": "o" * 16, "num_examples": 5, "num_tokens": 40,
-    "report": {"used": 5, "completion_tokens": 40, "empty": 1}, "held_out_examples": 2, "held_out_tokens": 9, "overlap": [0, 1, 2],
+    "report": {"used": 5, "completion_tokens": 40, "empty": 1},
+    "held_out_examples": 2, "held_out_tokens": 9, "overlap": [0, 1, 2],
 }  # fmt: skip
 
 
