@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmchain_fed.data import Example, Examples, Prompt, RawText, is_ready_tensors, prompt_text, read_examples
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, EmptyParticipantError
+from llmchain_fed.untrusted import shown
 
+LARGEST_RANK = 2**16
+SMALLEST_ALPHA, LARGEST_ALPHA = 1e-3, 2**16
+"""between them alpha/rank neither vanishes nor drowns the others' factors"""
 _TRAINED_ON = ("train", "training")
 _HELD_OUT = ("validation", "valid", "val", "dev", "eval", "evaluation", "test", "testing")  # the better ones first
 
@@ -58,12 +61,16 @@ class Participant:
                 f'{{"max_steps": 4}}, got {type(self.training).__name__}.'
             )
             raise ConfigError(msg)
-        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
-            msg = f"participant {self.name!r}: rank is a count of at least 1, got {self.rank!r}."
+        if self.rank is not None and (type(self.rank) is not int or not 1 <= self.rank <= LARGEST_RANK):
+            msg = f"participant {self.name!r}: rank is a count of 1 to {LARGEST_RANK:,}, got {shown(self.rank)}."
             raise ConfigError(msg)
         number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
-        if self.alpha is not None and not (number and self.rank is not None and 0 < self.alpha <= sys.float_info.max):
-            msg = f"participant {self.name!r}: alpha is positive and goes with a rank, got {self.alpha!r:.80}."
+        fits = number and self.rank is not None and SMALLEST_ALPHA <= self.alpha <= LARGEST_ALPHA  # type: ignore[operator]
+        if self.alpha is not None and not fits:
+            msg = (
+                f"participant {self.name!r}: alpha goes with a rank and lies between {SMALLEST_ALPHA:g} and "
+                f"{LARGEST_ALPHA:,}, got {shown(self.alpha)}."
+            )
             raise ConfigError(msg)
 
     def __repr__(self) -> str:
