@@ -326,7 +326,10 @@ class FederatedAveraging(ManualRounds):
                         raise
                     self.history.stopped_early = hub.diverged
                     break
-                over = patience is not None and patience.over(record.held_out_before, record.held_out_after)
+                losses = (record.held_out_before, record.held_out_after)
+                over = patience is not None and patience.over(
+                    *losses, believed=hub.evaluator.is_shared or patience.is_believed(record)
+                )
                 why = hub.diverged if stops and hub.diverged else str(patience) if over else None
                 hub.patience = patience.state() if patience is not None and why is None and left else []
                 self._completed(record)

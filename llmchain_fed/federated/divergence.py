@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.evaluation import Measurement
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
+from llmchain_fed.federated.pooling import MEASURED, witnesses
 
 FACTOR = 1.5
 """times the best held-out loss so far: above that a round counts"""
@@ -61,7 +62,14 @@ class _Series:
         self._best: dict[Hashable, tuple[float, int]] = {}
         self._above = 0
 
-    def add(self, over: Hashable, number: int, before: float | None, after: float | None) -> str | None:
+    @property
+    def is_above(self) -> bool:
+        """Whether the last loss was far above the best."""
+        return self._above > 0
+
+    def add(
+        self, over: Hashable, number: int, before: float | None, after: float | None, *, believed: bool = True
+    ) -> str | None:
         """One round's losses; what to say where they diverge.
 
         Args:
@@ -69,6 +77,7 @@ class _Series:
             number: The round's.
             before: Its loss, None or not finite where it was not measured.
             after: Likewise.
+            believed: Whether a loss far above the best counts.
         """
         known = [self._best[over]] if over in self._best else []
         if before is not None and math.isfinite(before):
@@ -76,7 +85,7 @@ class _Series:
         said = None
         if after is not None and math.isfinite(after):
             best, since = min(known, default=(math.inf, 0))
-            self._above = self._above + 1 if after > FACTOR * best else 0
+            self._above = self._above + 1 if after > FACTOR * best and believed else 0
             if self._above >= ROUNDS:
                 when = f"after round {since}" if since else "before round 1"
                 said = f"{after:.4g}, for {self._above} rounds in a row above {FACTOR} × the best ({best:.4g} {when})"
@@ -87,7 +96,12 @@ class _Series:
 
 
 class Divergence:
-    """Watches a federation's history."""
+    """Watches a federation's history.
+
+    From three participants on that are measured, no single one makes a federation diverge: a pooled loss far above the
+    best counts where those of two participants are far above their own best, and losses that are not finite where two
+    participants say so. Of one alone its record says it.
+    """
 
     def __init__(self) -> None:
         self._begin(None)
@@ -125,7 +139,7 @@ class Divergence:
         if record.members_changed:
             self._members = record.round
         own = {}
-        measured = []
+        measured, above = [], []
         for name, found in record.participants.items():
             before, after = found.held_out_before, found.held_out_after
             if before is not None and after is not None:
@@ -133,9 +147,14 @@ class Divergence:
             series = self._own.setdefault(name, _Series())
             if (said := series.add(self._members, record.round, before, after)) is not None:
                 own[name] = said
+            if name in measured and series.is_above:
+                above.append(name)
         # a participant that is away takes its examples with it: the others' loss alone is no progress and no setback
         over = "shared" if shared else (self._members, frozenset(measured))
-        return self._pooled.add(over, record.round, record.held_out_before, record.held_out_after), own
+        losses = (record.held_out_before, record.held_out_after)
+        # what this process measured itself needs no witness, and neither does a history without single losses
+        believed = shared or len(measured) < MEASURED or witnesses(measured, above)
+        return self._pooled.add(over, record.round, *losses, believed=believed), own
 
 
 def _not_finite(found: Measurement) -> str | None:
@@ -143,6 +162,8 @@ def _not_finite(found: Measurement) -> str | None:
     if found.shared:
         return "" if _is_not_finite(found.shared) else None
     whose = [name for name, own in found.own.items() if _is_not_finite(own)]
+    if not witnesses([name for name, own in found.own.items() if name in whose or "loss" in own], whose):
+        return None
     shown = ", ".join(whose[:3]) + (f" and {len(whose) - 3} more" if len(whose) > 3 else "")
     return f" of {shown}" if whose else None
 

@@ -10,24 +10,49 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pydantic import Field
+
 from llmchain_fed.data import Examples
-from llmchain_fed.errors import ConfigError, LLMChainFedError
+from llmchain_fed.errors import ConfigError, LLMChainFedError, ParticipantError
 from llmchain_fed.evaluation import evaluate_locally
 from llmchain_fed.federated import finiteness, wire
 from llmchain_fed.federated.broadcast import Broadcast
 from llmchain_fed.federated.finiteness import told
 from llmchain_fed.federated.global_state import GlobalState
-from llmchain_fed.federated.history import RoundRecord, Sample
+from llmchain_fed.federated.history import RoundRecord, Sample, told_of
 from llmchain_fed.federated.participant import Participant, hold_out
+from llmchain_fed.federated.pooling import HALF, pooled
 from llmchain_fed.federated.roster import Hello
 from llmchain_fed.federated.runtime import Transport
 from llmchain_fed.federated.trainee import Trainee
 from llmchain_fed.federated.update import MAX_EXAMPLES
 from llmchain_fed.training import encoded
+from llmchain_fed.untrusted import Strict, checked, decoding, printable
 
 _SAMPLE_TOKENS = 32
-_SAMPLE = ("prompt", "reference", "answer")
 _LONGEST = 10_000  # characters of a text that came from elsewhere
+_SHORT = 1000  # and of one that says what went wrong
+_ANSWER = 2**16  # bytes that an answer may have without samples
+_PER_SAMPLE = 2**18  # and for each of them
+
+
+class SampleAnswer(Strict):
+    """A held-out example and what the chain made of it."""
+
+    prompt: str
+    reference: str
+    answer: str
+
+
+class EvaluationAnswer(Strict):
+    """What a participant answers to `evaluate`: all its fields, with their types; `finiteness.read` reads the loss."""
+
+    loss: float | None
+    not_finite: str | None = None
+    tokens: int = Field(ge=1, le=MAX_EXAMPLES)
+    examples: int | None = Field(default=None, ge=1, le=MAX_EXAMPLES)
+    samples: list[SampleAnswer] = []
+    samples_error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +105,8 @@ class Evaluator:
         return isinstance(self._evaluation, float)
 
     @property
-    def _is_shared(self) -> bool:
+    def is_shared(self) -> bool:
+        """Whether all are measured on one set that belongs to no participant, in this process."""
         return self._evaluation is not None and not isinstance(self._evaluation, (float, Mapping))
 
     def shared(self) -> Any:
@@ -89,7 +115,7 @@ class Evaluator:
         Raises:
             DataError: It cannot be used.
         """
-        if self._shared is None and self._is_shared:  # read once: it may be a generator
+        if self._shared is None and self.is_shared:  # read once: it may be a generator
             self._shared = encoded(self._evaluation, self._trainee.model, self._trainee.prompt, None)
         return self._shared
 
@@ -130,7 +156,7 @@ class Evaluator:
             timeout: seconds to wait for their answers.
         """
         holders = [n for n, hello in joined.items() if hello.held_out]
-        if not holders and not self._is_shared:
+        if not holders and not self.is_shared:
             return None
         model = self._trainee.model
         broadcast.publish(GlobalState.of(model), model.weights_hash)
@@ -143,9 +169,9 @@ class Evaluator:
             header = {"kind": "evaluate", "round": number, "base": model.fingerprint()}
             header |= {"samples": self._samples, "sample_tokens": _SAMPLE_TOKENS}
             for name, answer, size in broadcast.call(transport, "evaluate", holders, header, timeout):
-                found.own[name] = _read(answer, self._samples)
+                found.own[name] = _read(answer, self._samples, joined[name].held_out_tokens)
                 found.bytes[name] = size + (0 if isinstance(answer, Exception) else len(answer))
-        if self._is_shared:
+        if self.is_shared:
             result = evaluate_locally(self._trainee.model, self.shared())
             found.shared.update(told(result.loss), tokens=result.tokens)
         self._latest = (version, found)
@@ -160,7 +186,10 @@ class Evaluator:
         if before is None or after is None:
             return
         record.evaluation_seconds = before.seconds + after.seconds
-        record.held_out_before, record.held_out_after = _pooled(before, after)
+        record.held_out_before, record.held_out_after, cut = _pooled(before, after)
+        for name in cut:
+            if name in record.participants:
+                record.participants[name].notes.append(HALF)
         for name, target in record.participants.items():
             old, new = before.own.get(name, {}), after.own.get(name, {})
             target.held_out_before, target.held_out_after = old.get("loss"), new.get("loss")
@@ -175,51 +204,37 @@ class Evaluator:
                 record.samples.append(Sample(name, was["prompt"], was["reference"], was["answer"], now["answer"]))
 
 
-def _read(answer: bytes | Exception, samples: int) -> dict[str, Any]:
+def _read(answer: bytes | Exception, samples: int, declared: int | None = None) -> dict[str, Any]:
     """A participant's numbers, and at most as many samples as were asked for; nothing else of what it sent.
 
-    An answer that makes no sense counts as an error, like a missing one.
+    An answer that makes no sense counts as an error, like a missing one. All text in it can be shown and written.
+
+    Args:
+        answer: What came.
+        samples: How many were asked for.
+        declared: Completion tokens that it said it holds out when it joined: no more of them count.
     """
     if isinstance(answer, Exception):
-        return {"error": f"{type(answer).__name__}: {answer}"}
+        return {"error": told_of(answer)}
     try:
-        found = wire.read_json(answer)
+        with decoding("its evaluation", ParticipantError):
+            plain = wire.read_json(answer, most=_ANSWER + _PER_SAMPLE * samples)
+            loss = finiteness.read(plain)
+            found = checked(EvaluationAnswer, plain, what="its evaluation", error=ParticipantError)
     except LLMChainFedError as error:
-        return {"error": str(error)}
-    loss, tokens, texts = finiteness.read(found), found.get("tokens"), found.get("samples", [])
-    if not (
-        loss is not None
-        and type(tokens) is int
-        and 1 <= tokens <= MAX_EXAMPLES
-        and isinstance(texts, list)
-        and all(isinstance(s, dict) and isinstance(s.get(k), str) for s in texts for k in _SAMPLE)
-    ):
-        return {"error": f"its evaluation makes no sense: {answer[:120]!r}"}
-    kept: dict[str, Any] = loss | {"tokens": tokens}
-    kept["samples"] = [{k: s[k][:_LONGEST] for k in _SAMPLE} for s in texts[:samples]]
-    if "samples_error" in found:
-        kept["samples_error"] = str(found["samples_error"])[:_LONGEST]
+        return {"error": printable(error, _SHORT)}
+    if loss is None:
+        return {"error": f"its evaluation makes no sense: a loss of {found.loss} ({printable(found.not_finite, 80)})"}
+    kept: dict[str, Any] = loss | {"tokens": min(found.tokens, declared or found.tokens)}
+    texts = (sample.model_dump() for sample in found.samples[:samples])
+    kept["samples"] = [{key: printable(text, _LONGEST) for key, text in sample.items()} for sample in texts]
+    if found.samples_error is not None:
+        kept["samples_error"] = printable(found.samples_error, _SHORT)
     return kept
 
 
-def _mean(found: Measurement) -> float | None:
-    finite = [own for own in found.own.values() if own.get("loss") is not None]
-    tokens = sum(own["tokens"] for own in finite)
-    return sum(own["loss"] * own["tokens"] for own in finite) / tokens if tokens else None
-
-
-def _pooled(before: Measurement, after: Measurement) -> tuple[float | None, float | None]:
-    """Mean over the same held-out tokens on both sides; the shared set alone, where there is one.
-
-    Who sent a loss that is not finite, on either side, is left out of both, and its record says so: one participant's
-    numbers do not hide the others'.
-    """
+def _pooled(before: Measurement, after: Measurement) -> tuple[float | None, float | None, list[str]]:
+    """The pool on both sides, and whose weight in it was cut; the shared set alone, where there is one."""
     if before.shared and after.shared:
-        return before.shared["loss"], after.shared["loss"]
-    both = [n for n in before.own if all(m.own.get(n, {}).get("loss") is not None for m in (before, after))]
-    if not both:  # nobody's is finite on both sides: perhaps some are on one
-        old, new = _mean(before), _mean(after)
-        return (old, new) if old is None or new is None else (None, new)
-    tokens = sum(before.own[n]["tokens"] for n in both)
-    sides = (sum(m.own[n]["loss"] * m.own[n]["tokens"] for n in both) / tokens for m in (before, after))
-    return next(sides), next(sides)
+        return before.shared["loss"], after.shared["loss"], []
+    return pooled(before.own, after.own)

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+MAX_LOSS = 1e4
+"""nats per token: beyond it a loss counts as infinite (guessing among a million tokens costs 14)"""
 _WORDS = ("nan", "inf", "-inf")
 """what Python writes for them"""
 
@@ -17,19 +19,21 @@ _WORDS = ("nan", "inf", "-inf")
 def told(loss: float) -> dict[str, Any]:
     """A loss as part of an answer: a number, or null with the word for what it is.
 
-    >>> told(2.5), told(float("nan"))
-    ({'loss': 2.5}, {'loss': None, 'not_finite': 'nan'})
+    >>> told(2.5), told(float("nan")), told(1e30)
+    ({'loss': 2.5}, {'loss': None, 'not_finite': 'nan'}, {'loss': None, 'not_finite': 'inf'})
     """
-    return {"loss": loss} if math.isfinite(loss) else {"loss": None, "not_finite": str(float(loss))}
+    if not math.isfinite(loss):
+        return {"loss": None, "not_finite": str(float(loss))}
+    return {"loss": loss} if loss <= MAX_LOSS else {"loss": None, "not_finite": "inf"}
 
 
 def read(answer: Mapping[str, Any]) -> dict[str, Any] | None:
     """What `told` said, out of an answer that came from elsewhere; None where it makes no sense."""
     loss, word = answer.get("loss"), answer.get("not_finite")
-    if loss is None and word in _WORDS:
+    if loss is None and isinstance(word, str) and word in _WORDS:
         return {"loss": None, "not_finite": word}
-    number = isinstance(loss, (int, float)) and not isinstance(loss, bool) and abs(loss) <= sys.float_info.max
-    return {"loss": float(loss)} if number and word is None else None  # type: ignore[arg-type]
+    number = type(loss) in (int, float) and word is None and 0 <= loss <= sys.float_info.max  # type: ignore[operator]
+    return told(float(loss)) if number else None  # type: ignore[arg-type]
 
 
 def spelled(answer: Any) -> Any:
@@ -47,10 +51,12 @@ def spelled(answer: Any) -> Any:
 
 def number(value: Any) -> float | None:
     """A loss that `spelled` may have made a word, out of an answer that came from elsewhere; None where it is none."""
-    if value in _WORDS:
+    if isinstance(value, str) and value in _WORDS:
         return float(value)
     found = read({"loss": value})
-    return found["loss"] if found is not None else None
+    if found is None:
+        return None
+    return math.inf if found["loss"] is None else float(found["loss"])
 
 
 def notes(before: Mapping[str, Any], after: Mapping[str, Any], what: str = "held-out loss") -> list[str]:

@@ -14,10 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmchain_fed.errors import MissingExtraError
+from llmchain_fed.untrusted import printable
+from llmchain_fed.untrusted.text import DANGEROUS
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+
+_LONGEST = 1000  # characters of what went wrong elsewhere
+
+
+def told_of(error: BaseException) -> str:
+    """Type and message of what went wrong, as a record says it: text from elsewhere can be shown and is bounded."""
+    return printable(f"{type(error).__name__}: {error}", _LONGEST)
 
 
 @dataclass(slots=True)
@@ -154,14 +164,14 @@ class History:
         rows = [_HEADINGS, *(_cells(r) for r in self.rounds)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join(lines + ([f"stopped early: {self.stopped_early}"] if self.stopped_early else []))
+        return "\n".join(lines + ([f"stopped early: {printable(self.stopped_early)}"] if self.stopped_early else []))
 
     def _repr_html_(self) -> str:
         def row(cells: tuple[str, ...], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
         body = "".join(row(_cells(r), "td") for r in self.rounds)
-        note = f"<p>stopped early: {html.escape(self.stopped_early)}</p>" if self.stopped_early else ""
+        note = f"<p>stopped early: {html.escape(printable(self.stopped_early))}</p>" if self.stopped_early else ""
         return f"<table><thead>{row(_HEADINGS, 'th')}</thead><tbody>{body}</tbody></table>{note}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -169,8 +179,12 @@ class History:
         return {"rounds": [asdict(r) for r in self.rounds], "stopped_early": self.stopped_early}
 
     def to_json(self) -> str:
-        """Everything as JSON; numbers that are not finite, which JSON has not, become null."""
-        return json.dumps(finite(self.to_dict()), ensure_ascii=False, indent=1, allow_nan=False)
+        """Everything as JSON that can be written and shown; numbers that are not finite, which JSON has not, are null.
+
+        Characters that command a terminal, or that no encoding has, stand there as JSON's escapes.
+        """
+        text = json.dumps(finite(self.to_dict()), ensure_ascii=False, indent=1, allow_nan=False)
+        return DANGEROUS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # of which all lie below 2¹⁶
 
     def save(self, path: str | Path) -> None:
         """Writes `to_json()` to a file."""
@@ -232,8 +246,8 @@ class History:
             if found and found[0][1].held_out_before is not None:
                 held = [(found[0][0] - 1, found[0][1].held_out_before), *held]
             for axes, points in ((left, train), (right, held)):
-                if points:
-                    axes.plot(*zip(*points, strict=True), marker="o", label=name)
+                if points:  # a dollar would begin a formula
+                    axes.plot(*zip(*points, strict=True), marker="o", label=printable(name, 80).replace("$", r"\$"))
         for axes, title in ((left, "training"), (right, "held out")):
             axes.set(title=title, xlabel="round", ylabel="nats per token")
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -248,6 +262,7 @@ def _cells(record: RoundRecord) -> tuple[str, ...]:
     notes += [f"{n}: {r.status}" for n, r in record.participants.items() if r.status not in ("trained", "idle")]
     notes += [f"{n}: {note}" for n, r in record.participants.items() for note in r.notes]
     held_out = f"{_number(record.held_out_before)} → {_number(record.held_out_after)}"
+    said = "; ".join(notes[:3]) + (f" … and {len(notes) - 3} more" if len(notes) > 3 else "")
     return (
         str(record.round),
         f"{len(record.trained)} of {asked}",
@@ -255,7 +270,7 @@ def _cells(record: RoundRecord) -> tuple[str, ...]:
         held_out if record.held_out_after is not None else "–",
         f"{size(record.bytes_up)} / {size(record.bytes_down + record.evaluation_bytes)}",
         f"{record.seconds:.1f}",
-        "; ".join(notes[:3]) + (f" … and {len(notes) - 3} more" if len(notes) > 3 else ""),
+        printable(said, 3 * _LONGEST),
     )
 
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmchain_fed.errors import ConfigError
+from llmchain_fed.federated.history import RoundRecord
+from llmchain_fed.federated.pooling import stands_still
 from llmchain_fed.training import TrainingConfig
 
 
@@ -147,13 +149,25 @@ class Patience:
         if state:
             self._best, self._waited = float(state[0]), int(state[1])
 
-    def over(self, before: float | None, after: float | None) -> bool:
-        """Whether to stop after a round with these held-out losses; None where they were not measured."""
+    def is_believed(self, record: RoundRecord) -> bool:
+        """Whether a round counts where the pooled loss has not improved: no single participant says so alone."""
+        return stands_still(record, self._min_delta)
+
+    def over(self, before: float | None, after: float | None, *, believed: bool = True) -> bool:
+        """Whether to stop after a round.
+
+        Args:
+            before: Its held-out loss, None where it was not measured.
+            after: Likewise.
+            believed: Whether it counts where the loss has not improved.
+        """
         if after is None:
             return False
         if self._waited == 0 and self._best == float("inf") and before is not None and math.isfinite(before):
             self._best = before
         improved = after < self._best - self._min_delta
+        if not improved and not believed:
+            return False
         self._best, self._waited = (after, 0) if improved else (self._best, self._waited + 1)
         return self._waited >= self._rounds
 

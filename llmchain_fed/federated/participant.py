@@ -15,9 +15,9 @@ from llmchain_fed.data import Example, Examples, Prompt, RawText, is_ready_tenso
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, EmptyParticipantError
 from llmchain_fed.untrusted import shown
 
+ALPHAS = (1e-3, 2.0**16)
+"""the smallest and the largest LoRA alpha that make sense: alpha/rank scales what is learnt, and is divided by"""
 LARGEST_RANK = 2**16
-SMALLEST_ALPHA, LARGEST_ALPHA = 1e-3, 2**16
-"""between them alpha/rank neither vanishes nor drowns the others' factors"""
 _TRAINED_ON = ("train", "training")
 _HELD_OUT = ("validation", "valid", "val", "dev", "eval", "evaluation", "test", "testing")  # the better ones first
 
@@ -62,14 +62,13 @@ class Participant:
             )
             raise ConfigError(msg)
         if self.rank is not None and (type(self.rank) is not int or not 1 <= self.rank <= LARGEST_RANK):
-            msg = f"participant {self.name!r}: rank is a count of 1 to {LARGEST_RANK:,}, got {shown(self.rank)}."
+            msg = f"participant {self.name!r}: rank is a count of at least 1, at most {LARGEST_RANK:,}, got {shown(self.rank)}."
             raise ConfigError(msg)
         number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
-        fits = number and self.rank is not None and SMALLEST_ALPHA <= self.alpha <= LARGEST_ALPHA  # type: ignore[operator]
-        if self.alpha is not None and not fits:
+        if self.alpha is not None and not (number and self.rank is not None and ALPHAS[0] <= self.alpha <= ALPHAS[1]):
+            fits = f"from {ALPHAS[0]} to {ALPHAS[1]:,.0f}"
             msg = (
-                f"participant {self.name!r}: alpha goes with a rank and lies between {SMALLEST_ALPHA:g} and "
-                f"{LARGEST_ALPHA:,}, got {shown(self.alpha)}."
+                f"participant {self.name!r}: alpha is positive and goes with a rank, got {shown(self.alpha)} ({fits})."
             )
             raise ConfigError(msg)
 

@@ -179,30 +179,34 @@ class LocalPeer(LocalWork):
             if self._limits is not None:
                 self._limits.check_usable(data)
                 self._limits.check_steps(steps_of(data, config))
-            answer: dict[str, Any] = {
-                "participant": self._name,
-                "contract": contract,
-                "held_out": self._data.holds_out,
-                "holds": self._model.weights_hash,
-                "rank": self._participant.rank,
-                "alpha": self._participant.alpha,
-                "options": hashlib.sha256(repr(config).encode()).hexdigest()[:16],
-            }
-            if isinstance(data, EncodedExamples):
-                answer |= {
-                    "num_examples": len(data),
-                    "num_tokens": data.report.completion_tokens,
-                    "report": asdict(data.report),
-                }
-            if (found := self._data.overlap()) is not None:
-                answer["overlap"] = found.to_plain()
-            told = json.dumps(answer).encode()
+            told = json.dumps(self._introduction(contract, config, data)).encode()
         if self._federation not in (None, said.federation):
             self._progress = {-1: Progress()}  # another federation begins: nothing is carried over
         elif config != self._config:  # an optimizer goes on with the settings it was made with
             self._progress = {n: replace(p, optimizer_state=None) for n, p in self._progress.items()}
         self._config, self._aggregation, self._federation = config, said.aggregation, said.federation
         return told
+
+    def _introduction(self, contract: Mapping[str, Any], config: TrainingConfig, data: Any) -> dict[str, Any]:
+        """What it says of itself: counts and digests."""
+        answer: dict[str, Any] = {
+            "participant": self._name,
+            "contract": contract,
+            "held_out": self._data.holds_out,
+            "holds": self._model.weights_hash,
+            "rank": self._participant.rank,
+            "alpha": self._participant.alpha,
+            "options": hashlib.sha256(repr(config).encode()).hexdigest()[:16],
+        }
+        if isinstance(data, EncodedExamples):
+            answer["num_examples"], answer["num_tokens"] = len(data), data.report.completion_tokens
+            answer["report"] = asdict(data.report)
+        held_out = self._data.held_out() if self._data.holds_out else None
+        if isinstance(held_out, EncodedExamples):  # by which its held-out loss counts
+            answer["held_out_examples"], answer["held_out_tokens"] = len(held_out), held_out.report.completion_tokens
+        if (found := self._data.overlap()) is not None:
+            answer["overlap"] = found.to_plain()
+        return answer
 
     def _config_for(self, said: HelloMessage) -> TrainingConfig:
         """The federation's training options, the participant's own over them; its own alone in the hub's process."""

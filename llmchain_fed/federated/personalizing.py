@@ -9,17 +9,69 @@ import html
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, Field
 
 from llmchain_fed.adapters import GLOBAL
 from llmchain_fed.errors import ConfigError, FederationError, LLMChainFedError, ParticipantError
 from llmchain_fed.federated import finiteness, wire
+from llmchain_fed.federated.history import told_of
 from llmchain_fed.federated.hub import Hub
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.peer import LocalPeer
 from llmchain_fed.federated.runtime import InProcess, Operation
+from llmchain_fed.federated.update import MAX_SECONDS
+from llmchain_fed.untrusted import Strict, checked, decoding
 
+ModelT = TypeVar("ModelT", bound=BaseModel)
 _KINDS = ("base", "global", "personal")
+_ANSWER = 2**20  # bytes: losses at some thousand counts of steps
+
+
+def _loss(found: Any) -> float:
+    if (number := finiteness.number(found)) is None:
+        msg = "no loss"
+        raise ValueError(msg)
+    return number
+
+
+# a loss of a model that has diverged is NaN, and shown as that
+Loss = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(_loss)]
+
+
+class LossesAnswer(Strict):
+    """Held-out losses side by side, of what there is."""
+
+    base: Loss = 0.0
+    global_: Loss = Field(default=0.0, alias="global")
+    personal: Loss = 0.0
+
+    def by_kind(self) -> dict[str, float]:
+        """Those that were sent."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
+
+
+class FineTunedAnswer(Strict):
+    """What fine-tuning for one participant did."""
+
+    train_loss: Loss
+    steps: int = Field(default=0, ge=0)
+    seconds: float = Field(ge=0, le=MAX_SECONDS)
+    losses: LossesAnswer = LossesAnswer()
+
+
+class CurvePoint(Strict):
+    """A held-out loss after so many steps."""
+
+    steps: int = Field(ge=0)
+    loss: Loss
+
+
+class CurveAnswer(Strict):
+    """Held-out losses over steps of adaptation."""
+
+    curve: list[CurvePoint]
 
 
 class SideBySide(Mapping[str, Mapping[str, float]]):
@@ -92,9 +144,8 @@ def personalize(hub: Hub, participant: str, steps: int, lr: float | None) -> Per
         raise ConfigError(msg)
     _check_lr(lr)
     answer = _ask(hub, "train", participant, {"personal": {"steps": steps, "lr": lr}})
-    numbers = _numbers(answer, ("train_loss", "seconds"), participant)
-    losses = _losses(answer.get("losses", {}), participant)
-    return Personalized(participant, steps, numbers["train_loss"], numbers["seconds"], losses)
+    found = _checked(FineTunedAnswer, answer, participant)
+    return Personalized(participant, steps, found.train_loss, found.seconds, found.losses.by_kind())
 
 
 def compare(hub: Hub, participants: Sequence[str] | None) -> dict[str, dict[str, float]]:
@@ -104,7 +155,8 @@ def compare(hub: Hub, participants: Sequence[str] | None) -> dict[str, dict[str,
     if strangers := [n for n in wanted if n not in holders]:
         msg = f"{strangers} hold out no examples. Those who do: {', '.join(holders) or 'nobody; pass evaluation='}."
         raise ConfigError(msg)
-    return {n: _losses(_ask(hub, "evaluate", n, {"side_by_side": True}), n) for n in wanted}
+    asked = ((n, _ask(hub, "evaluate", n, {"side_by_side": True})) for n in wanted)
+    return {n: _checked(LossesAnswer, answer, n).by_kind() for n, answer in asked}
 
 
 def curve(hub: Hub, participant: str, steps: Sequence[int], lr: float | None) -> dict[int, float]:
@@ -135,18 +187,18 @@ def curve_of_stranger(hub: Hub, participant: Participant, steps: Sequence[int], 
         answer = peer.handle("train", hub.broadcast.message(participant.name, header))
     finally:  # whoever trains under this name later has a rank of its own
         hub.broadcast.joined(participant.name, None, None, None)
-    return _curve(wire.read_json(answer), wanted, participant.name)
+    return _curve(answer, wanted, participant.name)
 
 
 def _header(hub: Hub) -> dict[str, Any]:
     return {"kind": "task", "round": hub.round, "base": hub.model.fingerprint(), "seconds": hub.settings.deadline}
 
 
-def _ask(hub: Hub, op: Operation, participant: str, what: Mapping[str, Any]) -> dict[str, Any]:
+def _ask(hub: Hub, op: Operation, participant: str, what: Mapping[str, Any]) -> bytes:
     if participant not in hub.roster.joined:
         why = hub.roster.absent.get(participant)
         there = ", ".join(hub.roster.joined) or "nobody"
-        msg = f"participant {participant!r} is not there ({why or 'nobody of that name'}). There: {there}."
+        msg = f"participant {participant!r} is not there ({told_of(why) if why else 'nobody of that name'}). There: {there}."
         raise ConfigError(msg) if why is None else FederationError(msg)
     hub.publish()
     header = _header(hub) | dict(what)
@@ -154,9 +206,9 @@ def _ask(hub: Hub, op: Operation, participant: str, what: Mapping[str, Any]) -> 
     if isinstance(sent.answer, Exception):
         if isinstance(hub.transport, InProcess) and isinstance(sent.answer, LLMChainFedError):
             raise sent.answer
-        msg = f"participant {participant!r}: {type(sent.answer).__name__}: {sent.answer}"
+        msg = f"participant {participant!r}: {told_of(sent.answer)}"
         raise FederationError(msg) from sent.answer
-    return wire.read_json(sent.answer)
+    return sent.answer
 
 
 def _checked_steps(steps: Sequence[int]) -> list[int]:
@@ -174,27 +226,22 @@ def _check_lr(lr: float | None) -> None:
         raise ConfigError(msg)
 
 
-def _curve(answer: Mapping[str, Any], wanted: list[int], participant: str) -> dict[int, float]:
-    points = answer.get("curve")
-    if not isinstance(points, list) or not all(isinstance(p, dict) for p in points):
-        msg = f"what {participant!r} answers is no curve: {answer!r:.120}"
+def _curve(answer: bytes, wanted: list[int], participant: str) -> dict[int, float]:
+    points = _checked(CurveAnswer, answer, participant).curve
+    measured = sorted(point.steps for point in points)
+    if measured != wanted:
+        msg = f"{participant!r} measured at {measured!s:.80}, asked for was {wanted!s:.80}."
         raise ParticipantError(msg)
-    found = {p.get("steps"): _numbers(p, ("loss",), participant)["loss"] for p in points}
-    if sorted(found, key=str) != sorted(wanted, key=str):
-        msg = f"{participant!r} measured at {list(found)!r:.80}, asked for was {wanted}."
-        raise ParticipantError(msg)
+    found = {point.steps: point.loss for point in points}
     return {k: found[k] for k in wanted}
 
 
-def _losses(answer: Any, participant: str) -> dict[str, float]:
-    known = [kind for kind in _KINDS if isinstance(answer, dict) and kind in answer]
-    return _numbers(answer, known, participant) if known else {}
+def _checked(model: type[ModelT], answer: bytes, participant: str) -> ModelT:
+    """A participant's answer, of which every field has its type and its range.
 
-
-def _numbers(answer: Mapping[str, Any], names: Sequence[str], participant: str) -> dict[str, float]:
-    """These of an answer's numbers; a loss of a model that has diverged is NaN, and shown as that."""
-    numbers = {name: found for name in names if (found := finiteness.number(answer.get(name))) is not None}
-    if len(numbers) < len(names):
-        msg = f"what {participant!r} answers makes no sense: {answer!r:.120}"
-        raise ParticipantError(msg)
-    return numbers
+    Raises:
+        ParticipantError: It makes no sense.
+    """
+    what = f"what {participant!r} answers"
+    with decoding(what, ParticipantError):
+        return checked(model, wire.read_json(answer, most=_ANSWER), what=what, error=ParticipantError)

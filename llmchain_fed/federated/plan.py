@@ -5,11 +5,15 @@ Knows the hub's sizes. Trains one step and throws it away.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from pydantic import Field
+
+from llmchain_fed.errors import ParticipantError
 from llmchain_fed.federated import wire
 from llmchain_fed.federated.codecs import Codec, encoded_bytes
 from llmchain_fed.federated.global_state import GlobalState, parted
@@ -17,10 +21,22 @@ from llmchain_fed.federated.history import size
 from llmchain_fed.federated.hub import Hub
 from llmchain_fed.federated.rule import Part, selected
 from llmchain_fed.federated.runtime import InProcess
+from llmchain_fed.federated.update import MAX_EXAMPLES, MAX_SECONDS
 from llmchain_fed.federated.wire import TensorInfo
+from llmchain_fed.untrusted import Strict, checked, decoding
 
 _HEADER = 400  # bytes: what a message says beside its tensors' names
 _ENTRY = 90  # bytes: what it says of a tensor beside its name
+_ANSWER = 2**12  # bytes of what a participant says of its steps
+
+
+class TimedStep(Strict):
+    """What a participant says of its steps."""
+
+    seconds: float = Field(ge=0, le=MAX_SECONDS)
+    """of one"""
+    steps: int = Field(ge=0, le=MAX_EXAMPLES)
+    """a round"""
 
 
 @dataclass(frozen=True)
@@ -215,11 +231,12 @@ def _timed_steps(hub: Hub, nodes: list[str]) -> list[tuple[float, int]]:
     found = []
     header = {"kind": "task", "round": hub.round, "base": hub.model.fingerprint(), "time_step": True}
     for sent in hub.broadcast.call(hub.transport, "train", nodes, header, hub.settings.deadline):
-        if isinstance(sent.answer, bytes):
-            said = wire.read_json(sent.answer)
-            seconds, steps = said.get("seconds"), said.get("steps")
-            if isinstance(seconds, float) and type(steps) is int and steps > 0:
-                found.append((seconds, steps))
+        if isinstance(sent.answer, bytes):  # one that makes no sense is as good as none
+            what = f"what {sent.node!r} says of its steps"
+            with contextlib.suppress(ParticipantError), decoding(what, ParticipantError):
+                plain = wire.read_json(sent.answer, most=_ANSWER)
+                said = checked(TimedStep, plain, what=what, error=ParticipantError)
+                found += [(said.seconds, said.steps)] if said.steps else []
     return found
 
 

@@ -10,7 +10,9 @@ import json
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from llmchain_fed.data import DataReport
 from llmchain_fed.errors import (
@@ -22,16 +24,38 @@ from llmchain_fed.errors import (
     TransportError,
 )
 from llmchain_fed.federated import wire
-from llmchain_fed.federated.history import ParticipantRecord
+from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.overlap import Overlap
+from llmchain_fed.federated.participant import ALPHAS, LARGEST_RANK
 from llmchain_fed.federated.runtime import Transport
 from llmchain_fed.federated.trainee import Trainee, check_contract
 from llmchain_fed.federated.update import MAX_EXAMPLES
 from llmchain_fed.training import TrainingConfig
+from llmchain_fed.untrusted import Strict, checked, decoding, shown
 
 # What another process reports of itself makes it absent. Any other error is this process's own and raised.
-_LARGEST_RANK = 2**16
 ABSENCE = (ContractError, DeadlineError, ParticipantError, TransportError)
+_LONGEST = 2**16  # bytes of an answer to hello; an honest one has some two thousand
+_Count = Annotated[int, Field(ge=1, le=MAX_EXAMPLES)]
+_Digest = Annotated[str, Field(max_length=128)]
+
+
+class HelloAnswer(Strict):
+    """What a participant says of itself when it joins: all its fields, with their types and ranges."""
+
+    participant: str
+    contract: dict[str, str] = Field(max_length=16)
+    held_out: bool = False
+    num_examples: _Count | None = None
+    num_tokens: _Count | None = None
+    report: dict[str, Annotated[int, Field(ge=0, le=MAX_EXAMPLES)]] | None = Field(default=None, max_length=64)
+    held_out_examples: _Count | None = None
+    held_out_tokens: _Count | None = None
+    holds: _Digest | None = None
+    rank: Annotated[int, Field(ge=1, le=LARGEST_RANK)] | None = None
+    alpha: Annotated[float, Field(ge=ALPHAS[0], le=ALPHAS[1])] | None = None
+    options: _Digest | None = None
+    overlap: list[int] | None = Field(default=None, max_length=3)
 
 
 @dataclass(frozen=True)
@@ -43,6 +67,8 @@ class Hello:
     """usable examples; None where only training will tell"""
     num_tokens: int | None = None
     """completion tokens"""
+    held_out_tokens: int | None = None
+    """completion tokens of what it holds out, by which its held-out loss counts; None where only evaluating tells"""
     report: DataReport | None = None
     holds: str | None = None
     """hash of the weights it has before it is sent any"""
@@ -128,7 +154,8 @@ class Roster:
             try:
                 if isinstance(answer, Exception):
                     raise answer
-                found = _read(node, answer, contract)
+                with decoding(f"what {shown(node)!r} answers to hello", ParticipantError):
+                    found = _read(node, answer, contract)
             except ABSENCE as error:
                 found = error
             except LLMChainFedError:
@@ -151,36 +178,61 @@ class Roster:
     def record_of(self, node: str) -> ParticipantRecord:
         """The record of one that a round did not ask: absent and why, or idle."""
         why = self.absent.get(node)
-        return ParticipantRecord("absent", f"{type(why).__name__}: {why}") if why else ParticipantRecord("idle")
+        return ParticipantRecord("absent", told_of(why)) if why else ParticipantRecord("idle")
 
 
 def _read(node: str, answer: bytes, contract: Mapping[str, Any]) -> Hello:
-    said = wire.read_json(answer)
-    name = said.get("participant")
+    found = wire.read_json(answer, most=_LONGEST)
+    name = found.get("participant")
     if name != node:
-        msg = f"the peer at {node!r} calls itself {name!r:.80}: start it with the name of its node."
+        msg = f"the peer at {node!r} calls itself {shown(name)!r}: start it with the name of its node."
         raise ParticipantError(msg)
-    check_contract(contract, said.get("contract"), f"participant {node!r}")
-    examples, tokens, report = said.get("num_examples"), said.get("num_tokens"), said.get("report")
-    counted = all(count is None or (type(count) is int and count >= 1) for count in (examples, tokens))
-    rank, alpha, holds = said.get("rank"), said.get("alpha"), said.get("holds")
-    counted = counted and (rank is None or (type(rank) is int and 1 <= rank <= _LARGEST_RANK))
-    counted = counted and (alpha is None or (type(alpha) in (int, float) and 0 < alpha <= _LARGEST_RANK))
+    check_contract(contract, found.get("contract"), f"participant {node!r}")
+    who = f"participant {node!r}"
+    said = checked(HelloAnswer, found, what=f"what {node!r} says it holds", error=ParticipantError)
+    known = _report(said, who)
+    if said.alpha is not None and said.rank is None:
+        msg = f"{who} has an alpha without a rank of its own: give it both."
+        raise ParticipantError(msg)
+    if not said.held_out and (said.held_out_examples or said.held_out_tokens):
+        msg = f"{who} counts held-out examples and says that it has none."
+        raise ParticipantError(msg)
+    if said.num_examples is not None and said.num_tokens is not None and said.num_tokens < said.num_examples:
+        msg = f"{who} counts fewer completion tokens ({said.num_tokens:,}) than examples ({said.num_examples:,})."
+        raise ParticipantError(msg)
     try:
-        overlap = Overlap.read(said["overlap"], MAX_EXAMPLES) if said.get("overlap") is not None else None
+        overlap = Overlap.read(said.overlap, MAX_EXAMPLES) if said.overlap is not None else None
     except ValueError:
-        counted = False
-    if not counted or not (report is None or _is_report(report)):
-        msg = f"what {node!r} says it holds makes no sense: {answer[:200]!r}"
+        msg = f"what {node!r} says it holds makes no sense: its overlap is {shown(said.overlap)}."
+        raise ParticipantError(msg) from None
+    return Hello(
+        held_out=said.held_out,
+        num_examples=said.num_examples,
+        num_tokens=said.num_tokens,
+        held_out_tokens=said.held_out_tokens,
+        report=known,
+        holds=said.holds,
+        rank=said.rank,
+        alpha=said.alpha,
+        options=said.options,
+        overlap=overlap,
+    )
+
+
+def _report(said: HelloAnswer, who: str) -> DataReport | None:
+    """What became of its examples, which must be where its counts come from."""
+    if said.report is None:
+        return None
+    if strange := sorted(said.report.keys() - {field.name for field in fields(DataReport)}):
+        msg = f"what {who} says it holds makes no sense: its report counts {shown(strange[0])!r}."
         raise ParticipantError(msg)
-    known = DataReport(**report) if report is not None else None
-    holds = holds[:64] if isinstance(holds, str) else None
-    options = said.get("options")
-    options = options[:64] if isinstance(options, str) else None
-    return Hello(said.get("held_out") is True, examples, tokens, known, holds, rank, alpha, options, overlap)
-
-
-def _is_report(found: object) -> bool:
-    """Whether these are counts that `DataReport` knows."""
-    known = {field.name for field in fields(DataReport)}
-    return isinstance(found, dict) and found.keys() <= known and all(type(c) is int and c >= 0 for c in found.values())
+    report = DataReport(**said.report)
+    counted = {
+        "num_examples": (said.num_examples, report.used),
+        "num_tokens": (said.num_tokens, report.completion_tokens),
+    }
+    for name, (count, supported) in counted.items():
+        if count != supported:
+            msg = f"what {who} says it holds makes no sense: {name} is {count}, its data report supports {supported:,}."
+            raise ParticipantError(msg)
+    return report

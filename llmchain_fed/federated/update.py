@@ -10,21 +10,48 @@ codes, and what they decode to is added to where the participant started.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from llmchain_fed.errors import UpdateRefusedError
 from llmchain_fed.federated import wire
 from llmchain_fed.federated.codecs import Codec
 from llmchain_fed.federated.wire import TensorInfo
+from llmchain_fed.untrusted import Strict, checked, shown
 from llmchain_fed.weights import all_finite
 
-_SLACK = 2**20  # bytes: for the header beside the values
 MAX_EXAMPLES = 10**9
+"""examples or tokens that one participant may hold"""
+MAX_SECONDS = 10**7
+"""seconds that a training may take: some four months"""
+_LONGEST_NUMBER = -1.2345678901234567e-100  # as JSON writes a float, and no count is longer
+
+
+class Metrics(Strict):
+    """What an update says of its training; each of them may be left out."""
+
+    train_loss: float = Field(default=0.0, ge=0, le=1e9)
+    """nats per completion token, mean over the steps"""
+    steps: float = Field(default=0.0, ge=0, le=1e13, multiple_of=1)
+    seconds: float = Field(default=0.0, ge=0, le=MAX_SECONDS)
+
+
+class UpdateHeader(Strict):
+    """What an update says of itself: all its fields, with their types and ranges."""
+
+    kind: Literal["update"]
+    participant: str
+    round: int = Field(ge=0)
+    base: str
+    num_examples: int = Field(ge=1, le=MAX_EXAMPLES)
+    num_tokens: int = Field(ge=1, le=MAX_EXAMPLES)
+    metrics: Metrics
+    codec: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,18 +103,18 @@ class Update:
         Raises:
             UpdateRefusedError: Anything else, with the reason.
         """
-        header, infos = wire.inspect(data, max_bytes=expected.max_bytes)
-        expected.check_header(header)
+        found, infos = wire.inspect(data, max_bytes=expected.max_bytes, max_header=expected.max_header)
+        header = expected.check_header(found)
         expected.check_layout(infos)
         tensors = expected.decoded(wire.values(data, infos))
         update = cls(
-            participant=header["participant"],
-            round=header["round"],
-            base=header["base"],
+            participant=header.participant,
+            round=header.round,
+            base=header.base,
             tensors=tensors,
-            num_examples=header["num_examples"],
-            num_tokens=header["num_tokens"],
-            metrics={k: float(v) for k, v in header["metrics"].items()},
+            num_examples=header.num_examples,
+            num_tokens=header.num_tokens,
+            metrics=header.metrics.model_dump(exclude_unset=True),
         )
         expected.check_values(update.tensors)
         return update
@@ -110,15 +137,34 @@ class Expected:
     start: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """where the participant started; needed with a codec"""
 
-    @property
+    @cached_property
     def parts(self) -> Mapping[str, TensorInfo]:
         """Type and shape of every tensor that travels."""
         return self.layout if self.codec is None else self.codec.layout(self.layout)
 
+    @cached_property
+    def _largest(self) -> tuple[int, int]:
+        longest = {
+            "kind": "update",
+            "participant": self.participant,
+            "round": self.round,
+            "base": self.base,
+            "num_examples": MAX_EXAMPLES,
+            "num_tokens": MAX_EXAMPLES,
+            "metrics": dict.fromkeys(Metrics.model_fields, _LONGEST_NUMBER),
+            "codec": self.codec.name if self.codec is not None else None,
+        }
+        return wire.largest(self.parts, longest)
+
+    @property
+    def max_header(self) -> int:
+        """bytes: the longest header of an update that is what was asked for."""
+        return self._largest[0]
+
     @property
     def max_bytes(self) -> int:
-        """The cap on what is read at all."""
-        return sum(info.nbytes + 256 for info in self.parts.values()) + _SLACK
+        """The cap on what is read at all: no update that is what was asked for is larger."""
+        return 8 + sum(self._largest)
 
     def decoded(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The trained values: as they came, or start + delta.
@@ -131,32 +177,23 @@ class Expected:
         delta = self.codec.decode(tensors, self.layout)
         return {n: (self.start[n].float() + change).to(self.layout[n].dtype) for n, change in delta.items()}
 
-    def check_header(self, header: Mapping[str, Any]) -> None:
+    def check_header(self, found: Mapping[str, Any]) -> UpdateHeader:
         """Who, when, over what, and plausible counts.
 
         Raises:
             UpdateRefusedError: With the reason.
         """
         wanted = {"kind": "update", "participant": self.participant, "round": self.round, "base": self.base}
+        wanted["codec"] = self.codec.name if self.codec is not None else None
         for name, value in wanted.items():
-            if header.get(name) != value or type(header.get(name)) is not type(value):
-                _refuse(f"{name} is {header.get(name)!r:.80}, asked for was {value!r}")
-        for name in ("num_examples", "num_tokens"):
-            count = header.get(name)
-            if type(count) is not int or not 1 <= count <= MAX_EXAMPLES:
-                _refuse(f"{name} is {count!r:.80}, not a plausible count")
+            got = found.get(name)
+            if got != value or type(got) is not type(value):
+                _refuse(f"{name} is {_quoted(got)}, asked for was {value!r}")
+        header = checked(UpdateHeader, found, what="the header", error=UpdateRefusedError)
         for name, joined_with in (("num_examples", self.num_examples), ("num_tokens", self.num_tokens)):
-            if joined_with is not None and header[name] != joined_with:
-                _refuse(f"{name} is {header[name]:,}, but the participant joined with {joined_with:,}")
-        wanted_codec = self.codec.name if self.codec is not None else None
-        if header.get("codec") != wanted_codec:
-            _refuse(f"its codec is {header.get('codec')!r:.80}, asked for was {wanted_codec!r}")
-        metrics = header.get("metrics")
-        # compared, not asked math.isfinite: a JSON integer may be too large for a float
-        if not isinstance(metrics, dict) or not all(
-            type(v) in (int, float) and abs(v) <= sys.float_info.max for v in metrics.values()
-        ):
-            _refuse("its metrics are not finite numbers")
+            if joined_with is not None and getattr(header, name) != joined_with:
+                _refuse(f"{name} is {getattr(header, name):,}, but the participant joined with {joined_with:,}")
+        return header
 
     def check_layout(self, infos: Mapping[str, TensorInfo]) -> None:
         """Exactly the tensors that were sent out.
@@ -167,7 +204,8 @@ class Expected:
         wanted = self.parts
         missing, extra = sorted(wanted.keys() - infos.keys()), sorted(infos.keys() - wanted.keys())
         if missing or extra:
-            _refuse(f"it lacks {len(missing)} tensors {missing[:2]} and adds {len(extra)} {extra[:2]!s:.200}")
+            named = ([shown(n) for n in names[:2]] for names in (missing, extra))
+            _refuse(f"it lacks {len(missing)} tensors {next(named)} and adds {len(extra)} {next(named)}")
         for name, info in wanted.items():
             if infos[name] != info:
                 got = infos[name]
@@ -185,6 +223,10 @@ class Expected:
         for name, tensor in tensors.items():
             if not all_finite(tensor):
                 _refuse(f"{name} holds NaN or infinite values")
+
+
+def _quoted(value: object) -> str:
+    return f"'{shown(value)}'" if isinstance(value, str) else shown(value)
 
 
 def _refuse(reason: str) -> None:

@@ -15,10 +15,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from llmchain_fed import untrusted
 from llmchain_fed.errors import ParticipantError, UpdateRefusedError
 
 _KEY = "llmchain_fed"
-_MAX_HEADER = 16 * 2**20  # bytes: names and shapes of some 100,000 tensors
+MAX_HEADER = 16 * 2**20
+"""bytes: names and shapes of some 100,000 tensors"""
+_ENTRY = len('"":{"dtype":"BF16","shape":[],"data_offsets":[,]},')  # of a tensor, beside its name and numbers
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -54,61 +57,63 @@ def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
     return data
 
 
-def read_json(data: bytes) -> dict[str, Any]:
-    """A JSON object that came from elsewhere; constants that JSON has not, and names given twice, are refused.
+def read_json(data: bytes, *, most: int = MAX_HEADER) -> dict[str, Any]:
+    """A JSON object that came from elsewhere: no name twice, no constant that JSON has not, within bounds.
+
+    Args:
+        data: The message.
+        most: bytes that make sense.
 
     Raises:
         ParticipantError: It is none.
     """
-    try:
-        found = json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        msg = f"the message is no JSON of ours ({type(error).__name__}: {error!s:.200})."
-        raise ParticipantError(msg) from None
-    if not isinstance(found, dict):
-        msg = f"the message is {type(found).__name__}, not a JSON object."
-        raise ParticipantError(msg)
-    return found
+    return untrusted.read_json(data, most=most, what="the message", error=ParticipantError)
 
 
-def inspect(data: bytes, *, max_bytes: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """The header and what tensors there are, without reading their values.
+def inspect(
+    data: bytes, *, max_bytes: int, max_header: int = MAX_HEADER
+) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """The header and what tensors there are, in the order in which they lie, without reading their values.
+
+    Args:
+        data: The message.
+        max_bytes: Of all of it.
+        max_header: bytes of what stands before the values; `largest` says it where the tensors are known.
 
     Raises:
-        UpdateRefusedError: Larger than `max_bytes`, not safetensors, no header of ours, a type that is no float, or a
+        UpdateRefusedError: Larger than that, not safetensors, no header of ours, a type that is not of ours, or a
             layout in which the values do not lie side by side.
     """
-    if len(data) > max_bytes:
+    if len(data) > max_bytes and int.from_bytes(data[:8], "little") <= len(data):  # a pickle is better called one
         msg = f"{len(data):,} bytes arrived where at most {max_bytes:,} fit what was asked for."
         raise UpdateRefusedError(msg)
-    size = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or size > min(len(data) - 8, _MAX_HEADER):
-        msg = f"not safetensors (it begins with {data[:4]!r}); nothing else is read, pickles least of all."
+    metadata, found = untrusted.read_safetensors_header(
+        data, max_header=max_header, what="the message", error=UpdateRefusedError
+    )
+    if _KEY not in metadata or any(t.dtype not in DTYPES for t in found.values()):
+        odd = next((n for n, t in found.items() if t.dtype not in DTYPES), None)
+        what = f"{untrusted.shown(odd)} is {found[odd].dtype}" if odd is not None else f"it has no {_KEY!r}"
+        msg = f"the safetensors header is not one of ours: {what}."
         raise UpdateRefusedError(msg)
-    try:
-        layout = json.loads(data[8 : 8 + size], object_pairs_hook=_no_duplicates)
-        header = json.loads(layout.pop("__metadata__")[_KEY], parse_constant=_no_constant)
-        if not isinstance(header, dict):
-            raise TypeError("no mapping")  # noqa: EM101
-        infos = {n: TensorInfo(DTYPES[t["dtype"]], _counts(t["shape"])) for n, t in layout.items()}
-        offsets = {n: _counts(t["data_offsets"]) for n, t in layout.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        msg = f"the safetensors header is not one of ours ({type(error).__name__}: {error!s:.200})."
-        raise UpdateRefusedError(msg) from None
-    in_order = sorted(infos, key=lambda n: offsets[n])
-    at = 0
-    for name in in_order:
-        if offsets[name] != (at, at + infos[name].nbytes) or at % infos[name].dtype.itemsize:
-            msg = (
-                f"the safetensors layout contradicts itself: {name:.80} lies at {offsets[name]!s:.80}, "
-                f"expected from {at}."
-            )
-            raise UpdateRefusedError(msg)
-        at += infos[name].nbytes
-    if 8 + size + at != len(data):
-        msg = f"the safetensors layout contradicts itself: it describes {8 + size + at:,} bytes of {len(data):,}."
-        raise UpdateRefusedError(msg)
-    return header, {name: infos[name] for name in in_order}
+    header = untrusted.read_json(
+        metadata[_KEY], most=max_header, what="the header of the message", error=UpdateRefusedError
+    )
+    return header, {name: TensorInfo(DTYPES[t.dtype], t.shape) for name, t in found.items()}
+
+
+def largest(infos: Mapping[str, TensorInfo], own: Mapping[str, Any]) -> tuple[int, int]:
+    """bytes of the longest header that `pack` makes of such tensors, and of their values: no message of them has more.
+
+    Args:
+        infos: The tensors.
+        own: The header of ours with the longest values that it may have.
+    """
+    values, names = sum(info.nbytes for info in infos.values()), "".join(infos)
+    plain = names.isascii() and names.isprintable() and "\\" not in names and '"' not in names
+    entries = len(infos) * (_ENTRY + 2 * len(str(values))) + sum(len(str(info.shape)) for info in infos.values())
+    written = len(names) * (1 if plain else 6)  # at most: \u00e9
+    ours = len(json.dumps({"__metadata__": {_KEY: json.dumps(own)}}))
+    return entries + written + ours + 8, values  # a header is filled up to eight bytes
 
 
 def values(data: bytes, infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
@@ -133,26 +138,6 @@ def side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
             return None
         end += tensor.numel()
     return first.as_strided((end - first.storage_offset(),), (1,), first.storage_offset())
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        msg = "a name occurs twice"
-        raise ValueError(msg)
-    return found
-
-
-def _counts(found: Any) -> tuple[int, ...]:
-    if not isinstance(found, list) or not all(type(count) is int and count >= 0 for count in found):
-        msg = f"{found!r:.80} is no list of counts"
-        raise ValueError(msg)
-    return tuple(found)
-
-
-def _no_constant(name: str) -> float:
-    msg = f"{name} in the header"
-    raise ValueError(msg)
 
 
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

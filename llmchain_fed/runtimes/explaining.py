@@ -63,8 +63,10 @@ def _training(policy: Policy) -> dict[str, str]:
         "optimizers": f"a hub may choose {_or(policy.optimizers)}.",
         "max_learning_rate": f"a learning rate above {policy.max_learning_rate:g} is refused.",
         "max_steps": f"one request may take {_count(policy.max_steps, 'optimizer step')} at most.",
-        "max_seconds": f"one request may train for {policy.max_seconds:,g} seconds at most, whatever the hub's deadline.",
-        "min_batch_size": f"an optimizer step is made of {batch} at least{one_step}; what is left of a pass may be fewer.",
+        "max_seconds": f"one request may train for {policy.max_seconds:,g} seconds at most, whatever the hub's "
+        "deadline.",
+        "min_batch_size": f"an optimizer step is made of {batch} at least{one_step}; what is left of a pass may be "
+        "fewer.",
         "min_examples_per_update": f"an update is made of {update} at least{one_update}.",
     }
 

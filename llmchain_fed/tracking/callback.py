@@ -12,8 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from llmchain_fed.untrusted import printable
+
 if TYPE_CHECKING:
     from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord, Sample
+
+_LONGEST = 10_000  # characters of a sample's text
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def metrics_of(record: RoundRecord) -> dict[str, float]:
         "participants/asked": asked(record),
     }
     for name, participant in participants.items():
-        found |= {f"participant/{name}/{field}": value for field, value in _numbers(participant).items()}
+        found |= {f"participant/{printable(name)}/{field}": value for field, value in _numbers(participant).items()}
     return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
@@ -104,7 +108,8 @@ def notes_of(record: RoundRecord) -> list[str]:
         for name, p in record.participants.items()
         if p.status not in ("trained", "idle")
     ]
-    return found + [f"{name}: {note}" for name, p in record.participants.items() for note in p.notes]
+    found += [f"{name}: {note}" for name, p in record.participants.items() for note in p.notes]
+    return [printable(text) for text in found]
 
 
 def samples_of(record: RoundRecord) -> dict[str, str]:
@@ -112,7 +117,7 @@ def samples_of(record: RoundRecord) -> dict[str, str]:
     grouped: dict[str, list[str]] = {}
     for sample in record.samples:
         grouped.setdefault(sample.participant, []).append(_markdown(sample))
-    return {name: "\n\n---\n\n".join(texts) for name, texts in grouped.items()}
+    return {printable(name): "\n\n---\n\n".join(texts) for name, texts in grouped.items()}
 
 
 def _numbers(participant: ParticipantRecord) -> dict[str, float]:
@@ -122,7 +127,9 @@ def _numbers(participant: ParticipantRecord) -> dict[str, float]:
 
 def _markdown(sample: Sample) -> str:
     parts = {"prompt": sample.prompt, "reference": sample.reference, "before": sample.before, "after": sample.after}
-    return "\n\n".join(f"**{title}**\n\n{_fenced(text)}" for title, text in parts.items() if text is not None)
+    return "\n\n".join(
+        f"**{title}**\n\n{_fenced(printable(text, _LONGEST))}" for title, text in parts.items() if text is not None
+    )
 
 
 def _fenced(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING
 
 from llmchain_fed.errors import MissingExtraError
 from llmchain_fed.tracking.callback import Callback, RunInfo, asked, notes_of
+from llmchain_fed.untrusted import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from llmchain_fed.federated.history import History, RoundRecord
 
 _HEADINGS = ("round", "trained", "train loss", "held-out loss", "up / down", "seconds", "gap", "notes")
+_LONGEST = 20_000  # characters of a line
 _WIDTH = 140  # columns where there is no terminal to ask: a log file's lines are not wrapped at 80
 
 
@@ -70,7 +72,7 @@ class ConsoleTable(Callback):
         self._print(f"ended by {type(error).__name__}: {error}")
 
     def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        self._console.print(printable(line, _LONGEST), markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def _table(history: History) -> Table:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmchain_fed.untrusted.json_text import loads
 from llmchain_fed.untrusted.text import DANGEROUS, ErrorType, refusal, shown
@@ -20,8 +19,7 @@ _ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16
 _BREAKING = re.compile(f"{DANGEROUS.pattern}|[\n\t]")
 
 
-@dataclass(frozen=True)
-class TensorHeader:
+class TensorHeader(NamedTuple):
     """A tensor's place as its file's header has it."""
 
     dtype: str
@@ -70,13 +68,14 @@ def read_safetensors_header(
         tensors = {name: _tensor(**entry) for name, entry in found.items()}
     except (TypeError, ValueError, KeyError):
         raise refusal(error, f"what {what_header} says of a tensor makes no sense: {_odd(found)}") from None
-    in_order = sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end))
+    in_order = sorted(tensors.items(), key=_place)
     at = 0
     for name, tensor in in_order:
-        length = _ITEM_SIZES[tensor.dtype]
+        size_of_one = length = _ITEM_SIZES[tensor.dtype]
         for count in tensor.shape:  # one after the other, so that no product grows beyond what can lie there
-            length = length * count if length <= whole else length
-        if (tensor.begin, tensor.end) != (at, at + length) or at % _ITEM_SIZES[tensor.dtype]:
+            if length <= whole:
+                length *= count
+        if tensor.begin != at or tensor.end != at + length or at % size_of_one:
             raise refusal(
                 error,
                 f"the safetensors layout of {what} contradicts itself: {shown(name)} lies at "
@@ -93,11 +92,17 @@ def _tensor(dtype: Any, shape: Any, data_offsets: Any) -> TensorHeader:
     begin, end = data_offsets
     if len(shape) > MAX_DIMENSIONS or type(shape) is not list or type(data_offsets) is not list:
         raise ValueError
-    for count in (*shape, begin, end):
+    for count in shape:
         if type(count) is not int or not 0 <= count < _MAX_COUNT:
             raise ValueError
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end < _MAX_COUNT:
+        raise ValueError
     _ITEM_SIZES[dtype]
     return TensorHeader(dtype, tuple(shape), begin, end)
+
+
+def _place(item: tuple[str, TensorHeader]) -> tuple[int, int]:
+    return item[1][2:]
 
 
 def _odd(found: Mapping[str, Any]) -> str:

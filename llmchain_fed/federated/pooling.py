@@ -1,0 +1,91 @@
+"""Pooling: one held-out loss of all participants together, in which no single one decides.
+
+Knows what participants answered, which may be a lie. Knows nothing of how it was measured, or of what is done with it.
+
+The pool is the mean of the participants' losses, weighted by completion tokens: those that a participant declared when
+it joined, or fewer. From three participants on, none weighs more than all others together, so at most one half; of two,
+nobody could say whose count is the lie. What is decided by the pool (stopping early, divergence) moreover needs two
+witnesses: see `witnesses`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from llmchain_fed.federated.history import RoundRecord
+
+MEASURED = 3
+"""participants from which on one alone neither weighs most nor decides"""
+HALF = "it counts one half in the pooled held-out loss: it has more held-out tokens than all others together"
+Answers = Mapping[str, Mapping[str, Any]]
+
+
+def pooled(before: Answers, after: Answers) -> tuple[float | None, float | None, list[str]]:
+    """Mean over the same held-out tokens on both sides, and whose weight in it was cut.
+
+    Who sent a loss that is not finite, on either side, is left out of both, and its record says so: one participant's
+    numbers do not hide the others'.
+
+    Args:
+        before: Participant → loss and tokens.
+        after: Likewise.
+    """
+    both = [n for n in before if all(_is_finite(side.get(n, {})) for side in (before, after))]
+    if not both:  # nobody's is finite on both sides: perhaps some are on one
+        (old, cut), (new, _) = _mean(before), _mean(after)
+        return (old, new, cut) if old is None or new is None else (None, new, [])
+    weights, cut = capped({n: before[n]["tokens"] for n in both})
+    total = sum(weights.values())
+    sides = (sum(side[n]["loss"] * weights[n] for n in both) / total for side in (before, after))
+    return next(sides), next(sides), cut
+
+
+def capped(tokens: Mapping[str, int]) -> tuple[dict[str, int], list[str]]:
+    """Participant → what its loss weighs, and whose weight was cut; as they are where nobody has more than half.
+
+    >>> capped({"a": 10, "b": 30, "c": 10**9})
+    ({'a': 10, 'b': 30, 'c': 40}, ['c'])
+    """
+    weights = dict(tokens)
+    largest = max(weights, key=weights.__getitem__)
+    others = sum(weights.values()) - weights[largest]
+    if len(weights) < MEASURED or weights[largest] <= others:
+        return weights, []
+    return weights | {largest: others}, [largest]
+
+
+def witnesses(measured: Collection[str], wrong: Collection[str]) -> bool:
+    """Whether enough participants say that something is wrong: two, or of fewer than three whoever does.
+
+    >>> witnesses("abc", "c"), witnesses("abc", "bc"), witnesses("ab", "b")
+    (False, True, True)
+    """
+    return len(wrong) >= (2 if len(measured) >= MEASURED else 1)
+
+
+def stands_still(record: RoundRecord, min_delta: float) -> bool:
+    """Whether enough participants' own losses have not improved in a round to believe a pool that has not.
+
+    Args:
+        record: With the losses of those who were measured; of none, where the hub measured for itself.
+        min_delta: nats per token that count as an improvement.
+    """
+    losses = {n: (p.held_out_before, p.held_out_after) for n, p in record.participants.items()}
+    known = {n: (old, new) for n, (old, new) in losses.items() if old is not None and new is not None}
+    still = [n for n, (old, new) in known.items() if not new < old - min_delta]
+    return not known or witnesses(known, still)
+
+
+def _is_finite(own: Mapping[str, Any]) -> bool:
+    loss = own.get("loss")
+    return loss is not None and math.isfinite(loss)
+
+
+def _mean(found: Answers) -> tuple[float | None, list[str]]:
+    finite = {n: own for n, own in found.items() if _is_finite(own)}
+    if not finite:
+        return None, []
+    weights, cut = capped({n: own["tokens"] for n, own in finite.items()})
+    return sum(own["loss"] * weights[n] for n, own in finite.items()) / sum(weights.values()), cut
