@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from llmchain_fed import untrusted
-from llmchain_fed.errors import FederationError
+from llmchain_fed.errors import ConfigError, FederationError
+from llmchain_fed.federated.codecs import make_codec
 from llmchain_fed.federated.rule import Part
 from llmchain_fed.loss import Precision
 from llmchain_fed.untrusted import Strict
@@ -30,7 +31,23 @@ _Round = Annotated[int, Field(ge=0, le=2**31)]
 _Steps = Annotated[int, Field(ge=1, le=2**31)]
 _Rate = Annotated[float, Field(gt=0.0)]
 _Seconds = Annotated[float, Field(gt=0.0)]
-_Codec = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9]{0,15}(:[-+.0-9e]{1,30})?$")]
+
+
+def _known(codec: str) -> str:
+    try:
+        make_codec(codec)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return codec
+
+
+def _only_true(asked: bool) -> bool:  # noqa: FBT001 (pydantic's)
+    if not asked:
+        _refuse("it is said, as true, or not at all")
+    return asked
+
+
+_Codec = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9]{0,15}(:[-+.0-9e]{1,30})?$"), AfterValidator(_known)]
 _Version = Annotated[str, StringConstraints(pattern=f"^{_VERSION}$")]
 _Against = Annotated[str, StringConstraints(pattern=f"^({_VERSION}|start:[0-9a-f]{{1,64}})$")]
 _Number = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,12}$")]
@@ -119,7 +136,7 @@ class TrainMessage(_OnState):
     personal: _FineTuning | None = None
     curve: list[Annotated[int, Field(ge=0, le=2**31)]] | None = Field(default=None, min_length=1, max_length=10_001)
     lr: _Rate | None = None
-    time_step: Literal[True] | None = None
+    time_step: Annotated[bool, AfterValidator(_only_true)] | None = None
 
     @model_validator(mode="after")
     def _one_purpose(self) -> Self:

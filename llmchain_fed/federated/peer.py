@@ -97,10 +97,7 @@ class LocalPeer(LocalWork):
         what = f"the {op} message"
         with decoding(what, FederationError):
             layout = Layout.of(self._model, self._participant.rank, self._scaling)
-            if int.from_bytes(payload[:8], "little") > layout.max_header:
-                msg = f"{what} has a header of more than the {layout.max_header:,} bytes that make sense."
-                raise FederationError(msg)
-            header, infos = wire.inspect(payload, max_bytes=len(payload))
+            header, infos = wire.inspect(payload, max_bytes=len(payload), max_header=layout.max_header)
             header = messages.checked_header(op, header)
             if op == "personal_state":
                 given = self._given(header, infos, payload, layout)

@@ -102,7 +102,7 @@ def inspect(
 
 
 def largest(infos: Mapping[str, TensorInfo], own: Mapping[str, Any]) -> tuple[int, int]:
-    """bytes of the longest header that `pack` makes of such tensors, and of their values: no message of them has more.
+    """Bytes of the longest header that `pack` makes of such tensors, and of their values: no message of them has more.
 
     Args:
         infos: The tensors.
