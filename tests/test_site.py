@@ -459,6 +459,30 @@ def test_a_policy_without_samples_lets_numbers_leave_and_no_text(serve, make_cha
     assert not any(text in fed.history.to_json() for pair in PAIRS for text in pair)
 
 
+@pytest.mark.parametrize(
+    ("option", "limits", "options"),
+    [
+        ("max_steps", {"max_steps": 1}, {}),
+        ("optimizers", {"optimizers": ("sgd",)}, {}),
+        ("codecs", {"codecs": ("none",)}, {"codec": "int8"}),
+        ("aggregations", {"aggregations": ("fedit", "fedsa")}, {"aggregation": "ffa"}),
+    ],
+)
+def test_a_hub_goes_on_without_a_site_whose_policy_refuses_and_knows_which_line(
+    option, limits, options, serve, make_chain
+):
+    record = federation(serve, make_chain, {"a": Policy(**limits), "b": Policy()}, **options).fit(1)[0]
+    assert record.trained == ["b"]
+    assert f"policy.{option}: " in record.participants["a"].reason
+
+
+@pytest.mark.parametrize("aggregation", ["fedavg", "rolora", "fedsa", "flora"])
+def test_a_policy_that_names_the_rule_takes_part_in_it(aggregation, serve, make_chain):
+    policies = dict.fromkeys("ab", Policy(aggregations=(aggregation,), max_states=1))
+    history = federation(serve, make_chain, policies, aggregation=aggregation).fit(2)
+    assert [record.trained for record in history] == [["a", "b"]] * 2
+
+
 def test_a_peer_with_another_contract_is_absent_by_name_and_the_others_learn(serve, make_chain):
     fed = federation(serve, make_chain)
     other = Trainee.of(make_chain(lora=True, prompt="Say: {text}"))

@@ -121,17 +121,19 @@ class Layout:
 
     def _check_coded(self, infos: Mapping[str, TensorInfo], header: Mapping[str, Any]) -> None:
         wanted: dict[str, TensorInfo] = {}
+        codec = make_codec(header.get("coded"))
         for number, names in header.get("coded_names", {}).items():
             chosen = selected(self.values, cast(Part, names)) if isinstance(names, str) else names
             strange = sorted(set(chosen) - self.values.keys())
-            if strange or not chosen or len(set(chosen)) < len(chosen):
+            if strange or not chosen or len(set(chosen)) < len(chosen) or codec is None:
                 _refuse(f"codes tensors that are not trained here, or twice: {shown(strange or chosen)}")
-            codec = make_codec(header["coded"])
-            assert codec is not None
-            parts = codec.layout({n: self.values[n] for n in chosen})
-            wanted |= {f"{CODED}{int(number)}/{name}": info for name, info in parts.items()}
-        if odd := [n for n in (*wanted, *infos) if wanted.get(n) != infos.get(n)]:
-            _refuse(f"does not bring what its codec makes, such as {shown(odd[0])}")
+            for name, info in codec.layout({n: self.values[n] for n in chosen}).items():
+                full = f"{CODED}{int(number)}/{name}"
+                if infos.get(full) != info or full in wanted:
+                    _refuse(f"does not bring what its codec makes, once: {full} as {_told(info)}")
+                wanted[full] = info
+        if odd := sorted(infos.keys() - wanted.keys()):
+            _refuse(f"brings codes that its header says nothing of, such as {shown(odd[0])}")
         if sum(i.nbytes for i in wanted.values()) > sum(i.nbytes for i in self.values.values()):
             _refuse("brings more codes than the values themselves would take")
 

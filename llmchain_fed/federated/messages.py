@@ -100,7 +100,8 @@ class _OnState(Strict):
     version: _Version | None = None
     against: _Against | None = None
     coded: _Codec | None = None
-    coded_names: dict[_Number, Part | Annotated[list[_Name], Field(min_length=1)]] | None = None
+    # who lacks more changes than these is refused once, and then sent everything
+    coded_names: dict[_Number, Part | Annotated[list[_Name], Field(min_length=1)]] | None = Field(None, max_length=1000)
     appended: dict[_Name, Annotated[int, Field(ge=1, le=2**31)]] | None = None
 
     @model_validator(mode="after")

@@ -62,7 +62,8 @@ class Participant:
             )
             raise ConfigError(msg)
         if self.rank is not None and (type(self.rank) is not int or not 1 <= self.rank <= LARGEST_RANK):
-            msg = f"participant {self.name!r}: rank is a count of at least 1, at most {LARGEST_RANK:,}, got {shown(self.rank)}."
+            most = f"at most {LARGEST_RANK:,}"
+            msg = f"participant {self.name!r}: rank is a count of at least 1, {most}, got {shown(self.rank)}."
             raise ConfigError(msg)
         number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
         if self.alpha is not None and not (number and self.rank is not None and ALPHAS[0] <= self.alpha <= ALPHAS[1]):

@@ -11,11 +11,12 @@ from llmchain_fed.federated.runtime import OPERATIONS
 from llmchain_fed.runtimes.policy import Policy
 
 LIMITATIONS = (
-    "What no policy prevents: updates can leak what they were trained on, and many of them, over parts of the examples "
-    "that the hub chooses by its seed, its batch size or max_length, more than one does.",
-    "The rule's name is the hub's word: what is enforced is which tensors leave. What is done with them at the hub, and "
+    "What no policy prevents: updates can leak what they were trained on. A hub chooses the weights that training "
+    "starts from, which can make an update depend on few of its examples, and compares many updates over parts of the "
+    "examples that its seed, batch size or max_length choose.",
+    "The rule's name is the hub's word: what is enforced is which tensors leave. What the hub does with them, and to "
     "whom it shows them, is not seen here.",
-    "Losses and counts tell something of the examples too, and every update says how well the examples are known.",
+    "Losses and counts tell something of the examples too: how well the weights that were sent know them.",
 )
 
 

@@ -161,7 +161,8 @@ RAW["sizes of 4,300 digits"] = len(_TEXT).to_bytes(8, "little") + _TEXT
 
 WRONG_STATES = [
     {"progress": {}}, {"progress": {"x": {"next_step": 0, "optimizer": None}}}, {"progress": []}, {"progress": 3},
-    {"progress": {"0": {"next_step": -1, "optimizer": None}}}, {"progress": {"0": {"next_step": BIG, "optimizer": None}}},
+    {"progress": {"0": {"next_step": -1, "optimizer": None}}},
+    {"progress": {"0": {"next_step": BIG, "optimizer": None}}},
     {"progress": {"0": {"next_step": 0}}}, {"progress": {"0": {"next_step": 0, "optimizer": {"values": {}}}}},
     {"progress": {"0": {"next_step": 0, "optimizer": {"values": {}, "param_groups": [{"lr": 100.0, "params": [0]}]}}}},
     {"progress": {"0": {"next_step": 0, "optimizer": {"values": {"x": {}}, "param_groups": []}}}},
@@ -169,6 +170,6 @@ WRONG_STATES = [
     {"new_pass": True}, {"new_pass": 1}, {"round": "0"}, {"round": -1}, {"round": True}, {"more": 1}, {"kind": "task"},
 ]  # fmt: skip
 WRONG_STATE_TENSORS = [
-    "0/private/nobody", "0/ditto/nobody", "0/residual/", "0/personal", "0//x", "1/private/x", "x/private/x", "0/0/exp_avg",
-    "0/" + "9" * 400 + "/exp_avg", "", "0/-1/step",
+    "0/private/nobody", "0/ditto/nobody", "0/residual/", "0/personal", "0//x", "1/private/x", "x/private/x",
+    "0/0/exp_avg", "0/" + "9" * 400 + "/exp_avg", "", "0/-1/step",
 ]  # fmt: skip
