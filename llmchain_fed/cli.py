@@ -3,6 +3,7 @@
     llmchain-fed provision …    certificates, by the engine's own provisioning; keys stay with their site
     llmchain-fed engine KIT     checks a kit and runs its engine in the foreground, at the hub and at every site
     llmchain-fed peer …         a site's long-lived process: loads the chain, reads the examples, answers the hub
+    llmchain-fed policy …       says what a site's policy file lets happen
     llmchain-fed federate FILE  the hub's loop: rounds, history, the trained chain
 
 Knows options and messages. What the commands do stands in the library: the same Python works in a notebook.
@@ -26,6 +27,8 @@ except ImportError:  # pragma: no cover (the tests install the extra)
 app = typer.Typer(help="Federations of LangChain chains across organisations.", no_args_is_help=True)
 provision = typer.Typer(help="Certificates and kits. Keys stay with their site.", no_args_is_help=True)
 app.add_typer(provision, name="provision")
+policies = typer.Typer(help="What a site lets a hub ask of it.", no_args_is_help=True)
+app.add_typer(policies, name="policy")
 
 
 @app.callback()
@@ -75,6 +78,18 @@ def peer(
     typer.echo(f"contract: {contract}\npolicy: {rules}\naudit: {log}\nlistening at {socket}")
     sys.stdout.flush()
     Site(worker, rules, written).serve(socket)
+
+
+@policies.command("explain")
+def policy_explain(
+    file: Annotated[Path | None, typer.Argument(help="a site's policy; by default that of a peer without one")] = None,
+) -> None:
+    """At a site: says in sentences what a policy lets happen, and what it refuses."""
+    from llmchain_fed.runtimes.explaining import LIMITATIONS, explain
+    from llmchain_fed.runtimes.policy import Policy
+
+    found = Policy.from_file(file) if file is not None else Policy()
+    typer.echo("\n".join([*explain(found), "", *LIMITATIONS]))
 
 
 @app.command()

@@ -39,7 +39,7 @@ from llmchain_fed.saying import check_tolerance
 from llmchain_fed.training_config import TrainingConfig
 from llmchain_fed.weights import all_finite
 
-__all__ = ["TrainingConfig", "TrainingResult", "encoded", "no_examples", "seed_of", "train_locally"]
+__all__ = ["TrainingConfig", "TrainingResult", "batches_of", "encoded", "no_examples", "seed_of", "train_locally"]
 
 
 @dataclass
@@ -250,7 +250,7 @@ def _steps(
             yield [batch]
         return
     lengths = data.lengths()
-    for rows in _batches(lengths, config, participant, round_number, first_step):
+    for rows in batches_of(lengths, config, participant, round_number, first_step):
         size = config.micro_batch_size or len(rows)
         yield [collate([data[i] for i in rows[at : at + size]], model) for at in range(0, len(rows), size)]
 
@@ -274,9 +274,10 @@ def _length(loader: Any) -> int | None:
         return None
 
 
-def _batches(
+def batches_of(
     lengths: list[int], config: TrainingConfig, participant: str, round_number: int, first_step: int
 ) -> Iterator[list[int]]:
+    """Which examples each optimizer step of a round is made of, as rows."""
     if config.max_steps is None:
         for epoch in range(config.epochs or 1):
             rng = random.Random(seed_of(config.seed, participant, round_number, epoch))  # noqa: S311 (order, no secret)

@@ -16,7 +16,7 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.loss import Precision
 
 _BY_NAME = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-_DEFAULT_LEARNING_RATE = 2e-4
+DEFAULT_LEARNING_RATE = 2e-4
 
 
 class TrainingConfig(FrozenConfig):
@@ -53,7 +53,7 @@ class TrainingConfig(FrozenConfig):
     """bf16: forward and backward in bfloat16, weights and optimizer in float32"""
     keep_optimizer: bool = False
     """keep each participant's optimizer state for its next round instead of starting afresh"""
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """decides the order of the data and dropout, together with participant and round"""
 
     @model_validator(mode="after")
@@ -107,7 +107,7 @@ class TrainingConfig(FrozenConfig):
             group = self.optimizer.param_groups[0]
             options = {k: v for k, v in group.items() if k in accepted and k != "params"}
         if self.learning_rate is not None or "lr" not in options:
-            options["lr"] = self.learning_rate or _DEFAULT_LEARNING_RATE
+            options["lr"] = self.learning_rate or DEFAULT_LEARNING_RATE
         if self.weight_decay is not None:
             if "weight_decay" not in accepted:
                 msg = f"{kind.__name__} takes no weight_decay. Leave it out or choose adamw, adam or sgd."

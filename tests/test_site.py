@@ -243,16 +243,16 @@ def test_the_default_policy_refuses_and_everything_is_written_down(serve):
     def ask(op, payload=b"x"):
         return dict(transport.call(op, ["a"], payload))["a"]
 
+    unanswered = "refused by site: policy.operations: this site does not answer '{}', allowed are hello, train"
     refused = ask("personal_state")
     assert isinstance(refused, PolicyError)
-    assert str(refused).startswith("refused by site: this site does not answer 'personal_state'; its policy")
-    assert str(ask("delete")).startswith("refused by site: this site does not answer 'delete'")
-    assert (
-        str(ask("hello", bytes(1001)))
-        == "refused by site: 1,001 bytes are more than the 1,000 this site's policy takes."
+    assert str(refused).startswith(unanswered.format("personal_state"))
+    assert str(ask("delete")).startswith(unanswered.format("delete"))
+    assert str(ask("hello", bytes(1001))) == (
+        "refused by site: policy.max_payload_bytes: 1,001 bytes are sent, at most 1,000 are allowed."
     )
     assert [ask("train"), ask("train")] == [b"x", b"x"]
-    assert str(ask("train")) == "refused by site: this site has trained 2 times; its policy allows 2."
+    assert str(ask("train")).startswith("refused by site: policy.max_rounds: this site has trained 2 times, at most 2")
     assert str(
         ask("evaluate", b"fail")
     ) == "ParticipantError: ValueError: the site keeps the message to itself; its audit file has it" or str(
@@ -466,6 +466,30 @@ def test_a_policy_without_samples_lets_numbers_leave_and_no_text(serve, make_cha
     assert record.samples == []
     assert record.participants["b"].notes == ["no samples: the site's policy lets no samples leave"]
     assert not any(text in fed.history.to_json() for pair in PAIRS for text in pair)
+
+
+@pytest.mark.parametrize(
+    ("option", "limits", "options"),
+    [
+        ("max_steps", {"max_steps": 1}, {}),
+        ("optimizers", {"optimizers": ("sgd",)}, {}),
+        ("codecs", {"codecs": ("none",)}, {"codec": "int8"}),
+        ("aggregations", {"aggregations": ("fedit", "fedsa")}, {"aggregation": "ffa"}),
+    ],
+)
+def test_a_hub_goes_on_without_a_site_whose_policy_refuses_and_knows_which_line(
+    option, limits, options, serve, make_chain
+):
+    record = federation(serve, make_chain, {"a": Policy(**limits), "b": Policy()}, **options).fit(1)[0]
+    assert record.trained == ["b"]
+    assert f"policy.{option}: " in record.participants["a"].reason
+
+
+@pytest.mark.parametrize("aggregation", ["fedavg", "rolora", "fedsa", "flora"])
+def test_a_policy_that_names_the_rule_takes_part_in_it(aggregation, serve, make_chain):
+    policies = dict.fromkeys("ab", Policy(aggregations=(aggregation,), max_states=1))
+    history = federation(serve, make_chain, policies, aggregation=aggregation).fit(2)
+    assert [record.trained for record in history] == [["a", "b"]] * 2
 
 
 def test_a_peer_with_another_contract_is_absent_by_name_and_the_others_learn(serve, make_chain):

@@ -14,7 +14,8 @@ from torch import Tensor
 from llmchain_fed.federated.factors import Factors, stack
 from llmchain_fed.model import LocalModel
 
-_A, _B = ".remainder_A.weight", ".remainder_B.weight"
+REMAINDER_A, REMAINDER_B = ".remainder_A.weight", ".remainder_B.weight"
+"""what a layer's factors are called in a message"""
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ def named(remainder: Mapping[str, Factors]) -> dict[str, Tensor]:
     """Factors as named tensors, for a message or a file."""
     found = {}
     for layer, factors in remainder.items():
-        found[layer + _A], found[layer + _B] = factors.a.contiguous(), factors.b.contiguous()
+        found[layer + REMAINDER_A], found[layer + REMAINDER_B] = factors.a.contiguous(), factors.b.contiguous()
     return found
 
 
 def parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Factors]]:
     """The reverse: other values, and the remainder by layer."""
-    values = {n: t for n, t in tensors.items() if not n.endswith((_A, _B))}
-    layers = [n.removesuffix(_A) for n in tensors if n.endswith(_A)]
-    return values, {layer: Factors(tensors[layer + _B], tensors[layer + _A]) for layer in layers}
+    values = {n: t for n, t in tensors.items() if not n.endswith((REMAINDER_A, REMAINDER_B))}
+    layers = [n.removesuffix(REMAINDER_A) for n in tensors if n.endswith(REMAINDER_A)]
+    return values, {layer: Factors(tensors[layer + REMAINDER_B], tensors[layer + REMAINDER_A]) for layer in layers}

@@ -6,6 +6,7 @@ hold the same states once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self, cast
 
@@ -18,11 +19,15 @@ from llmchain_fed.federated.global_state import GlobalState, parted
 from llmchain_fed.federated.rule import Part, selected
 from llmchain_fed.federated.wire import describe
 from llmchain_fed.model import LocalModel
+from llmchain_fed.untrusted import shown
+from llmchain_fed.weights import all_finite
 
 STALE = b'{"stale": true}'
 """the answer of a participant that does not hold what a difference is against: the hub then sends all"""
 _START = "start:"
-_CODED = "coded/"
+_VERSION = re.compile(r"([^/]{1,64})/([0-9]{1,12})/([^/]{0,64})")
+CODED = "coded/"
+"""begins the names of a codec's parts in a message"""
 
 
 class Version(NamedTuple):
@@ -44,11 +49,11 @@ class Version(NamedTuple):
         Raises:
             FederationError: It is none.
         """
-        hub, number, rank = (*str(text).split("/", 2), "", "")[:3]
-        if not number.isdecimal():
-            msg = f"{text!r:.80} names no version of the global state."
+        found = _VERSION.fullmatch(text) if isinstance(text, str) else None
+        if found is None:
+            msg = f"{shown(text)} names no version of the global state."
             raise FederationError(msg)
-        return cls(hub, int(number), rank)
+        return cls(found[1], int(found[2]), found[3])
 
 
 def start_version(digest: str) -> str:
@@ -64,18 +69,22 @@ class Held:
 
     Args:
         model: Whose own weights are the state before the first message.
+        most: States that are kept at most, of which the oldest goes first; None is one for each rank there is.
     """
 
-    def __init__(self, model: LocalModel) -> None:
+    def __init__(self, model: LocalModel, *, most: int | None = None) -> None:
         self._model = model
+        self.most = most
         self._states: dict[str, tuple[Version, GlobalState]] = {}
 
     def receive(self, header: Mapping[str, Any], tensors: dict[str, Tensor]) -> GlobalState | None:
         """The state a message stands for; None where it is a difference to one that is not held.
 
         Raises:
-            FederationError: The message contradicts itself.
+            FederationError: The message contradicts itself, or a value is not finite; what was held is held.
         """
+        for name, tensor in tensors.items():
+            _check_finite(name, tensor)
         if header.get("version") is None:
             return GlobalState(*parted(tensors))
         version, against = Version.read(header["version"]), header.get("against")
@@ -89,8 +98,15 @@ class Held:
             if former is None:
                 return None
             state = _changed(*former, header, tensors)
-        self._states[version.rank] = (version, state)
+        self._keep(version, state)
         return state
+
+    def _keep(self, version: Version, state: GlobalState) -> None:
+        """The latest of its rank; those of another hub mean nothing any more, and of too many the oldest goes."""
+        kept = {r: known for r, known in self._states.items() if known[0].hub == version.hub and r != version.rank}
+        while self.most is not None and len(kept) >= max(1, self.most):
+            del kept[next(iter(kept))]
+        self._states = kept | {version.rank: (version, state)}
 
     def forget(self) -> None:
         """Another federation begins."""
@@ -111,12 +127,12 @@ class Held:
 
 def coded_parts(parts: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
     """A codec's parts under the names they have in a message: those of the change that made version `number`."""
-    return {f"{_CODED}{number}/{name}": part for name, part in parts.items()}
+    return {f"{CODED}{number}/{name}": part for name, part in parts.items()}
 
 
 def _changed(former: GlobalState, number: int, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GlobalState:
     """The former state with those of a message's changes that are newer."""
-    values, remainder = parted({n: t for n, t in tensors.items() if not n.startswith(_CODED)})
+    values, remainder = parted({n: t for n, t in tensors.items() if not n.startswith(CODED)})
     new_values = dict(former.values)
     changes: Mapping[str, Any] = header.get("coded_names") or {}
     for newer in sorted(int(key) for key in changes if int(key) > number):
@@ -137,7 +153,7 @@ def _changed(former: GlobalState, number: int, header: Mapping[str, Any], tensor
 
 
 def _parts_of(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-    prefix = f"{_CODED}{number}/"
+    prefix = f"{CODED}{number}/"
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
@@ -149,4 +165,13 @@ def _decoded(
     assert made is not None
     chosen = selected(values, cast(Part, names)) if isinstance(names, str) else names
     changes = made.decode(parts, describe({n: values[n] for n in chosen}))
-    return {n: (values[n].float() + change).to(values[n].dtype) for n, change in changes.items()}
+    found = {n: (values[n].float() + change).to(values[n].dtype) for n, change in changes.items()}
+    for name, value in found.items():
+        _check_finite(name, value)
+    return found
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not all_finite(tensor):
+        msg = f"{shown(name)} of the global state holds NaN or infinite values, which nothing can be trained from."
+        raise FederationError(msg)

@@ -24,6 +24,7 @@ from llmchain_fed.federated.evaluation import Evaluator, Measurement
 from llmchain_fed.federated.factors import Factors
 from llmchain_fed.federated.global_state import GlobalState
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
+from llmchain_fed.federated.messages import MAX_AGGREGATION
 from llmchain_fed.federated.options import sampled
 from llmchain_fed.federated.overlap import crossing, overlap
 from llmchain_fed.federated.peer import LocalPeer
@@ -61,7 +62,8 @@ class Hub:
     ) -> None:
         self.trainee, self.model, self.transport = trainee, trainee.model, transport
         self.evaluator, self.settings = evaluator, settings
-        self.roster = Roster(transport, trainee, settings.training, federation)
+        rule = printable(settings.rule.name, MAX_AGGREGATION)[:MAX_AGGREGATION] or None
+        self.roster = Roster(transport, trainee, settings.training, federation, aggregation=rule)
         self.broadcast = Broadcast(settings.broadcast_codec, settings.layout)
         self.asking = Asking(transport, self.roster, self.broadcast, settings.rule, settings.deadline, settings.retries)
         self.round = 0

@@ -55,11 +55,18 @@ class LocalData:
             self.participant, self._train = former
             raise
 
-    def limit(self, config: TrainingConfig) -> None:
-        """Other limits from now on."""
+    @contextmanager
+    def limiting(self, config: TrainingConfig) -> Iterator[None]:
+        """Other limits from now on; where what is done with them fails, the former ones stay."""
+        former = self._max_length, self._tolerance, self._train, self._held_out
         if (config.max_length, config.tolerance) != (self._max_length, self._tolerance):
             self._max_length, self._tolerance = config.max_length, config.tolerance
             self._train = self._held_out = None
+        try:
+            yield
+        except BaseException:
+            self._max_length, self._tolerance, self._train, self._held_out = former
+            raise
 
     def train(self) -> Any:
         """The training examples.

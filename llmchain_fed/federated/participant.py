@@ -13,6 +13,7 @@ from typing import Any
 
 from llmchain_fed.data import Example, Examples, Prompt, RawText, is_ready_tensors, prompt_text, read_examples
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, EmptyParticipantError
+from llmchain_fed.untrusted import shown
 
 ALPHAS = (1e-3, 2.0**16)
 """the smallest and the largest LoRA alpha that make sense: alpha/rank scales what is learnt, and is divided by"""
@@ -61,13 +62,15 @@ class Participant:
             )
             raise ConfigError(msg)
         if self.rank is not None and (type(self.rank) is not int or not 1 <= self.rank <= LARGEST_RANK):
-            fits = f"rank is a count of at least 1 and at most {LARGEST_RANK:,}"
-            msg = f"participant {self.name!r}: {fits}, got {self.rank!r:.80}."
+            most = f"at most {LARGEST_RANK:,}"
+            msg = f"participant {self.name!r}: rank is a count of at least 1, {most}, got {shown(self.rank)}."
             raise ConfigError(msg)
         number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
         if self.alpha is not None and not (number and self.rank is not None and ALPHAS[0] <= self.alpha <= ALPHAS[1]):
             fits = f"from {ALPHAS[0]} to {ALPHAS[1]:,.0f}"
-            msg = f"participant {self.name!r}: alpha is positive and goes with a rank, got {self.alpha!r:.80} ({fits})."
+            msg = (
+                f"participant {self.name!r}: alpha is positive and goes with a rank, got {shown(self.alpha)} ({fits})."
+            )
             raise ConfigError(msg)
 
     def __repr__(self) -> str:

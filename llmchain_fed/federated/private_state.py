@@ -1,7 +1,8 @@
 """Where a participant stands after a round: its place in the data, and what of tensors stays with it.
 
 Knows torch optimizer states, named tensors and bytes: safetensors and JSON. Knows nothing about training. This never
-travels with an update: it moves only on `personal_state`, which a site's policy may forbid.
+travels with an update: it moves only on `personal_state`, which a site's policy may forbid. What comes in is checked by
+`given_state`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from llmchain_fed.data import EncodedExamples
 from llmchain_fed.errors import ParticipantError
 from llmchain_fed.federated import wire
 
-_KINDS = ("residual", "private", "ditto", "personal")
+KINDS = ("residual", "private", "ditto", "personal")
+"""of named tensors that stay with a participant"""
 
 
 @dataclass
@@ -44,7 +46,7 @@ class Progress:
 
     def kept(self) -> dict[str, dict[str, Tensor]]:
         """The named tensors by kind."""
-        return {kind: getattr(self, kind) for kind in _KINDS}
+        return {kind: getattr(self, kind) for kind in KINDS}
 
 
 def pack(progress: Mapping[int, Progress], *, new_pass: bool = False) -> bytes:
@@ -104,7 +106,7 @@ def read(header: Any, tensors: Mapping[str, Tensor]) -> dict[int, Progress]:
             found[int(number)].optimizer_state = {"state": state, "param_groups": item["optimizer"]["param_groups"]}
         for name, tensor in tensors.items():
             number, index, key = name.split("/", 2)
-            if index in _KINDS:
+            if index in KINDS:
                 found[int(number)].kept()[index][key] = torch.clone(tensor)
                 continue
             kept = found[int(number)].optimizer_state

@@ -90,12 +90,19 @@ class Roster:
         trainee: What is trained, whose contract all must share.
         training: How they train; told to those in other processes.
         federation: Its id, where one goes on.
+        aggregation: The rule's name, which a site's policy may ask for.
     """
 
     def __init__(
-        self, transport: Transport, trainee: Trainee, training: TrainingConfig, federation: str | None = None
+        self,
+        transport: Transport,
+        trainee: Trainee,
+        training: TrainingConfig,
+        federation: str | None = None,
+        *,
+        aggregation: str | None = None,
     ) -> None:
-        self._transport, self._trainee = transport, trainee
+        self._transport, self._trainee, self._aggregation = transport, trainee, aggregation
         self._training = training.to_plain()
         self.federation = federation or secrets.token_hex(8)
         """tells this federation from an earlier one of the same participants"""
@@ -145,6 +152,7 @@ class Roster:
         """
         contract = self._trainee.contract()
         said = {"contract": contract, "training": self._training, "federation": self.federation}
+        said |= {"aggregation": self._aggregation}
         for node, answer in self._transport.call("hello", nodes, json.dumps(said).encode(), timeout):
             found: Hello | Exception
             try:

@@ -1,43 +1,46 @@
 """Policy: what a site lets others ask of it. Audit: the file in which every request is written down.
 
-Knows options, operations and a file. Knows nothing about models or sockets. The site's operator owns both.
+Knows options, operations and files. Knows nothing about models or sockets. The site's operator owns both.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import stat
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field
 
-from llmchain_fed._config import FrozenConfig
+from llmchain_fed import untrusted
+from llmchain_fed._config import unknown_option
 from llmchain_fed.errors import ConfigError, ContractError, DeadlineError, PolicyError, TransportError
+from llmchain_fed.federated.limits import Limits, refuse
 from llmchain_fed.federated.runtime import Operation
+from llmchain_fed.untrusted import printable, shown
 
 # Their messages name options, digests and times, never a value of an example.
 _HARMLESS = (ConfigError, ContractError, DeadlineError, PolicyError, TransportError)
+_LONGEST = 2000  # characters of a text in the audit file
+_REMEDY = "Correct that line; `llmchain-fed policy explain FILE` says what a file lets happen."
 
 
-class Policy(FrozenConfig):
-    """What a site allows. The default lets it take part and lets no text of its examples leave.
+class Policy(Limits):
+    """What a site allows: what it answers, and within which limits. The default lets no text of its examples leave.
 
     >>> Policy(max_rounds=20)
     Policy(max_rounds=20)
     """
 
-    operations: tuple[Operation, ...] = ("hello", "train", "evaluate", "stop")
+    operations: tuple[Operation, ...] = Field(default=("hello", "train", "evaluate", "stop"), strict=False)
     """which operations are answered; `personal_state` lets the hub keep this site's optimizer and place in the data"""
-    max_rounds: int | None = Field(default=None, ge=0)
+    max_rounds: int | None = Field(default=1_000, ge=0, le=10**9)
     """trainings this peer does before it must be started again; None is no limit"""
-    max_payload_bytes: int = Field(default=2**30, ge=1)
+    max_payload_bytes: int = Field(default=2**30, ge=1, le=2**40)
     """bytes of a request: global weights of a larger model need more"""
-    samples: int = Field(default=0, ge=0)
-    """held-out examples that may leave with the chain's answers, for the history and its report"""
     error_messages: bool = False
     """whether the messages of errors may leave, which can quote an example; else their type does, and the rest stays in
     the audit file"""
@@ -47,30 +50,52 @@ class Policy(FrozenConfig):
         """Reads a policy from YAML.
 
         Raises:
-            ConfigError: No such file, no mapping, an unknown option or a value out of range.
+            ConfigError: No such file, no mapping; or an unknown option, a wrong type or a value out of range, with its
+                line.
         """
-        return cls(**read_options(path, "policy"))
+        data = _read(path, "policy")
+        found = _options(data, path, "policy")
+        lines = untrusted.key_lines(data)
+        for name, value in found.items():
+            try:
+                if name not in cls.model_fields:
+                    raise ConfigError(unknown_option(shown(name, 60), cls.model_fields))
+                cls(**{name: value})
+            except ConfigError as error:
+                why = printable(str(error).removeprefix(f"{cls.__name__}: "), 600)
+                msg = f"the policy file {shown(str(path), 300)}, line {lines[name]}: {why}. {_REMEDY}"
+                raise ConfigError(msg) from None
+        return cls(**found)
 
-    def check(self, op: str, num_bytes: int, rounds: int) -> None:
+    def check(self, op: str, num_bytes: int, rounds: int, evaluations: int = 0) -> None:
         """Makes sure that a request is allowed.
 
         Args:
             op: What is asked.
             num_bytes: Size of its payload.
             rounds: Trainings done so far.
+            evaluations: Likewise.
 
         Raises:
-            PolicyError: It is not, and why.
+            PolicyError: It is not, and why; it begins with the option's name.
         """
         if op not in self.operations:
-            msg = f"this site does not answer {op!r:.40}; its policy allows {', '.join(self.operations) or 'nothing'}."
-            raise PolicyError(msg)
+            allowed = ", ".join(self.operations) or "nothing"
+            refuse("operations", f"this site does not answer {shown(op, 40)!r}, allowed are {allowed}")
         if num_bytes > self.max_payload_bytes:
-            msg = f"{num_bytes:,} bytes are more than the {self.max_payload_bytes:,} this site's policy takes."
-            raise PolicyError(msg)
+            refuse("max_payload_bytes", f"{num_bytes:,} bytes are sent, at most {self.max_payload_bytes:,} are allowed")
         if op == "train" and self.max_rounds is not None and rounds >= self.max_rounds:
-            msg = f"this site has trained {rounds} times; its policy allows {self.max_rounds}."
-            raise PolicyError(msg)
+            refuse(
+                "max_rounds",
+                f"this site has trained {rounds:,} times, at most {self.max_rounds:,} are allowed until its peer is "
+                "started again",
+            )
+        if op == "evaluate" and evaluations >= self.max_evaluations:
+            refuse(
+                "max_evaluations",
+                f"this site has evaluated {evaluations:,} times, at most {self.max_evaluations:,} are allowed until "
+                "its peer is started again",
+            )
 
     def told(self, error: BaseException) -> dict[str, str]:
         """What of an error may leave: its type, and its message where that can quote no example or may."""
@@ -95,8 +120,8 @@ class Audit:
         if self._path is not None:
             try:
                 os.close(self._open())
-            except OSError as error:
-                msg = f"the audit file {self._path} cannot be written: {error}."
+            except (OSError, ValueError) as error:
+                msg = f"the audit file {shown(str(self._path), 300)} cannot be written: {error}."
                 raise ConfigError(msg) from error
 
     def write(self, **entry: Any) -> None:
@@ -107,7 +132,8 @@ class Audit:
         """
         if self._path is None:
             return
-        line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds")} | entry)
+        kept = {name: _bounded(value) for name, value in entry.items()}
+        line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds")} | kept)
         try:
             with self._lock, os.fdopen(self._open(), "a", encoding="utf-8") as file:
                 file.write(line + "\n")
@@ -120,27 +146,49 @@ class Audit:
     def _open(self) -> int:
         """A descriptor to append with. Made anew each time, so that a file moved away by log rotation stays whole."""
         assert self._path is not None
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
-        if os.fstat(descriptor).st_mode & 0o077:  # it quotes errors, which can quote examples
-            os.fchmod(descriptor, 0o600)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+        descriptor = os.open(self._path, flags, 0o600)  # without waiting for who might read a pipe
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink > 1:
+                msg = "it is no regular file of this account's, under one name. Choose a path that is free"
+                raise OSError(msg)
+            if found.st_mode & 0o077:  # it quotes errors, which can quote examples
+                os.fchmod(descriptor, 0o600)
+        except BaseException:
+            os.close(descriptor)
+            raise
         return descriptor
+
+
+def _bounded(value: Any) -> Any:
+    """A text that can be shown, a number that can be written; anything else in short."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return shown(value)
+    return value if isinstance(value, (int, float)) else printable(value, _LONGEST)
 
 
 def read_options(path: str | Path, what: str) -> dict[str, Any]:
     """A YAML file's mapping.
 
     Raises:
-        ConfigError: No such file, no YAML, no mapping.
+        ConfigError: No such file, no plain YAML, no mapping.
     """
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        msg = f"the {what} file {path} cannot be read: {error}"
-        raise ConfigError(msg) from error
+    return _options(_read(path, what), path, what)
+
+
+def _read(path: str | Path, what: str) -> bytes:
+    return untrusted.read_file(path, most=untrusted.MAX_YAML, what=f"the {what} file", error=ConfigError)
+
+
+def _options(data: bytes, path: str | Path, what: str) -> dict[str, Any]:
+    name = f"the {what} file {shown(str(path), 300)}"
+    found = untrusted.parse_yaml(data, what=f"{name} cannot be read: it", error=ConfigError)
     if found is None:
         return {}
-    inner = [value for value in found.values() if isinstance(value, dict)] if isinstance(found, dict) else []
-    if not isinstance(found, dict) or not all(isinstance(key, str) for part in (found, *inner) for key in part):
-        msg = f"the {what} file {path} is no mapping of options to values (YAML reads an unquoted `on` as true)."
+    if not isinstance(found, dict):
+        msg = f"{name} is no mapping of options to values, such as `max_rounds: 20`."
         raise ConfigError(msg)
     return found

@@ -6,17 +6,17 @@ peer has loaded its model before, and keeps it while engines, jobs and hubs come
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError, PolicyError, TransportError
+from llmchain_fed.federated.limits import Limits
 from llmchain_fed.federated.runtime import Peer
 from llmchain_fed.runtimes import failures, frames, heads
 from llmchain_fed.runtimes.channel import Channel
@@ -24,6 +24,7 @@ from llmchain_fed.runtimes.policy import Audit, Policy
 
 _LONGEST_WAIT = 30.0  # seconds a poll may block
 _TRANSFER = 60.0  # seconds a frame may take from or to whoever asks
+_LONGEST_HEADER = 2**22  # bytes that are read for the audit file's sake
 
 
 class LongPeer(Peer, Protocol):
@@ -34,6 +35,14 @@ class LongPeer(Peer, Protocol):
 
     def take_up(self) -> None:
         """Lets work that comes from now on run to its end."""
+
+
+@runtime_checkable
+class LimitedPeer(Protocol):
+    """A peer that keeps to limits of training and measuring, which it alone can judge."""
+
+    def obey(self, limits: Limits) -> None:
+        """Lets nothing be asked that these limits do not allow, from now on."""
 
 
 @dataclass
@@ -75,7 +84,9 @@ class Site:
         self._call: _Call | None = None
         self._former: deque[str] = deque(maxlen=256)
         self._changed = threading.Condition()
-        self._trainings = 0
+        self._trainings = self._evaluations = 0
+        if isinstance(peer, LimitedPeer):
+            peer.obey(policy)
         threading.Thread(target=self._work, name="peer", daemon=True).start()
 
     def answer(self, frame: bytes) -> bytes:
@@ -136,7 +147,7 @@ class Site:
             msg = f"a slice at {offset:,} of a call that this site knows nothing of: its peer has restarted."
             raise TransportError(msg)
         try:
-            self._policy.check(op, total, self._trainings)
+            self._policy.check(op, total, self._trainings, self._evaluations)
         except PolicyError as error:
             self._audit.write(op=op[:40], bytes_in=total, caller=caller, status="refused", error=str(error))
             raise
@@ -195,7 +206,8 @@ class Site:
                 assert call is not None
                 call.state = "working"
                 self._peer.take_up()  # under the lock: who replaces or drops this call comes after
-                self._trainings += call.op == "train"
+                self._trainings += call.op == "train"  # also where it is given up: what it was asked, it was asked
+                self._evaluations += call.op == "evaluate"
             answer, error = b"", None
             try:
                 answer = self._answer_to(call)
@@ -215,7 +227,8 @@ class Site:
             answer = self._peer.handle(call.op, call.take())  # type: ignore[arg-type]
         except BaseException as error:
             spent = round(time.monotonic() - began, 3)
-            self._audit.write(**entry, seconds=spent, status="failed", error=f"{type(error).__name__}: {error}"[:2000])
+            status = "refused" if isinstance(error, PolicyError) else "failed"
+            self._audit.write(**entry, seconds=spent, status=status, error=f"{type(error).__name__}: {error}")
             raise
         spent = round(time.monotonic() - began, 3)
         self._audit.write(**entry, bytes_out=len(answer), seconds=spent, status="answered")
@@ -237,14 +250,14 @@ class Site:
 
 def _asked(op: str, payload: bytearray) -> dict[str, Any]:
     """Which round, for the audit file; of a payload that may be anything."""
-    if op not in ("train", "evaluate") or len(payload) < 8:
+    size = int.from_bytes(payload[:8], "little")
+    if op not in ("train", "evaluate") or not len(payload) - size >= 8 or size > _LONGEST_HEADER:
         return {}
-    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        size = int.from_bytes(payload[:8], "little")
-        if size < 2**24:
-            header = json.loads(json.loads(payload[8 : 8 + size])["__metadata__"]["llmchain_fed"])
-            number = header.get("round")
-            return {"round": number + 1} if type(number) is int else {}
+    limits: Any = {"most": _LONGEST_HEADER, "what": "the message", "error": TransportError}
+    with suppress(TransportError, KeyError, TypeError):
+        header = untrusted.read_json(payload[8 : 8 + size], **limits)["__metadata__"]["llmchain_fed"]
+        number = untrusted.read_json(header, **limits).get("round")
+        return {"round": number + 1} if type(number) is int else {}
     return {}
 
 

@@ -31,8 +31,9 @@ def checked(model: type[ModelT], found: object, *, what: str, error: ErrorType, 
         error: Raised; its message quotes names and short values only.
         remedy: A sentence on what to do.
     """
-    many = isinstance(found, dict) and len(found) > len(model.model_fields)
-    if many and model.model_config.get("extra") == "forbid":  # each too many would be an error of its own
+    strict = model.model_config.get("extra") == "forbid"
+    if strict and isinstance(found, dict) and len(found) > len(model.model_fields):
+        # each unknown field would become an error object of its own
         strange = next(name for name in found if name not in model.model_fields)
         raise refusal(error, f"{what} makes no sense: `{shown(strange, 60)}` is unknown", remedy)
     try:

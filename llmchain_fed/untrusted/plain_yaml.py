@@ -162,3 +162,10 @@ def read_yaml(path: str | Path, *, what: str, error: ErrorType, remedy: str = "C
     """A YAML file as plain data; see `parse_yaml`, and `read_file` for what is no file."""
     data = read_file(path, most=MAX_YAML, what=what, error=error)
     return parse_yaml(data, what=f"{what} {shown(str(path), 300)}", error=error, remedy=remedy)
+
+
+def key_lines(data: bytes | str, *, most: int = MAX_YAML) -> dict[str, int]:
+    """Option → the line it stands in, of YAML that `parse_yaml` has read as a mapping; counted from 1."""
+    text = data if isinstance(data, str) else data.decode("utf-8")
+    node = yaml.compose(text[:most], Loader=_Base)
+    return {key.value: key.start_mark.line + 1 for key, _ in node.value} if isinstance(node, yaml.MappingNode) else {}

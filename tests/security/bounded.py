@@ -21,10 +21,13 @@ from typing import Any
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the block once it has taken so long; only in a main thread."""
+    """Raises TimeoutError in the block once it has taken so long, and after it where the block made an error of its own
+    of that (it is an OSError); only in a main thread."""
+    msg, rang = f"not done within {seconds} s", False
 
     def ring(*_: object) -> None:
-        msg = f"not done within {seconds} s"
+        nonlocal rang
+        rang = True
         raise TimeoutError(msg)
 
     former = signal.signal(signal.SIGALRM, ring)
@@ -34,6 +37,8 @@ def within(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, former)
+    if rang:
+        raise TimeoutError(msg)
 
 
 def address_space() -> int:

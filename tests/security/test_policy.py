@@ -1,0 +1,522 @@
+"""A site's policy against a hub that asks for more: nothing private leaves, and each refusal names its option.
+
+Belongs here: what a `Site` with a policy refuses of well-formed messages, its counters, its files. Does not: messages
+that are malformed (test_peer_messages), frames and sockets (test_site).
+"""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from bounded import within
+from corpus import messages
+from test_peer_messages import make_trainee
+from tiny import PAIRS
+from torch.utils.data import DataLoader
+from typer.testing import CliRunner
+
+from llmchain_fed import ConfigError, Participant, cli
+from llmchain_fed.data import collate
+from llmchain_fed.errors import DeadlineError, PolicyError
+from llmchain_fed.federated import wire
+from llmchain_fed.federated.limits import Limits
+from llmchain_fed.federated.peer import LocalPeer
+from llmchain_fed.runtimes import frames
+from llmchain_fed.runtimes.explaining import explain
+from llmchain_fed.runtimes.policy import Audit, Policy
+from llmchain_fed.runtimes.site import Site
+from llmchain_fed.training import encoded
+from llmchain_fed.untrusted import printable
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+ALL = ("hello", "train", "evaluate", "personal_state", "stop")
+
+
+class Asker:
+    """Speaks to a site as a hub does, and keeps every byte that leaves it."""
+
+    def __init__(self, trainee, policy=None, *, participant=None, audit=None):
+        self.trainee, self.model = trainee, trainee.model
+        participant = participant or Participant("a", PAIRS[:8], held_out=PAIRS[8:])
+        self.peer = LocalPeer(trainee, participant, None)
+        self.site = Site(self.peer, policy or Policy(), Audit(audit))
+        self.left, self.calls = [], 0
+
+    def __call__(self, op, payload):
+        """The answer's bytes, or the error's type and message."""
+        self.calls += 1
+        head = {"do": "put", "call": f"c{self.calls}", "op": op, "offset": 0, "total": len(payload)}
+        found, body = self._frame(frames.pack(head, payload))
+        until = time.monotonic() + 20
+        while "error" not in found and time.monotonic() < until:
+            found, body = self._frame(frames.pack({"do": "poll", "call": head["call"], "wait": 5}))
+            if found.get("state") == "done":
+                return body
+        return found["error"]["type"], found["error"]["message"]
+
+    def _frame(self, frame):
+        answer = self.site.answer(frame)
+        self.left.append(answer)
+        found, body = frames.read(answer)
+        return found, bytes(body)
+
+    def hello(self, **changes):
+        training = messages.TRAINING | changes.pop("training", {})
+        return self("hello", messages.hello(self.trainee, training=training, **changes))
+
+    def train(self, **header):
+        return self("train", messages.task(self.model, **header))
+
+    def evaluate(self, **header):
+        return self("evaluate", messages.evaluation(self.model, **header))
+
+    @property
+    def private(self):
+        return {n: t for p in self.peer._progress.values() for n, t in p.private.items()}
+
+
+def tensors_of(update):
+    return wire.values(update, wire.inspect(update, max_bytes=10**8)[1])
+
+
+@pytest.fixture(scope="module")
+def trainee():
+    return make_trainee()
+
+
+# --- what is private ------------------------------------------------------------------------------------------------
+
+
+def holds(private, left):
+    """Whether a private tensor's bytes are in what left."""
+    return any(t.numpy().tobytes() in answer for t in private.values() if t.any() for answer in left)
+
+
+def three_rounds_of_a(trainee, policy=None):
+    """A site that has kept its own B for three rounds."""
+    ask = Asker(trainee, policy)
+    assert isinstance(ask.hello(aggregation="fedsa"), bytes)
+    for number in range(3):
+        assert isinstance(ask.train(round=number, shares="A"), bytes)
+    private = ask.private
+    assert len(private) == 6
+    assert not holds(private, ask.left)
+    return ask, private
+
+
+@pytest.mark.parametrize("shares", ["all", "B"])
+@pytest.mark.parametrize("name", ["fedsa", "fedavg", "a rule of its own", None])
+def test_what_a_participant_kept_for_itself_does_not_leave_when_it_is_asked_for_later(shares, name, trainee):
+    ask, private = three_rounds_of_a(trainee)
+    assert isinstance(ask.hello(aggregation=name, training={"learning_rate": 1e-30}), bytes)
+    kind, message = ask.train(round=3, shares=shares)
+    assert kind == "PolicyError"
+    assert "policy.aggregations: " in message or "what is private never leaves" in message
+    for extra in ({"trains": "B", "shares": "B"}, {"codec": "int8"}, {"codec": "bf16"}, {"round": 0}, {"round": 9}):
+        ask.train(**({"round": 3, "shares": shares} | extra))
+    assert not holds(private, ask.left)
+    assert ask.peer._latest().private.keys() == private.keys()
+
+
+def test_another_federation_or_a_stop_forgets_what_was_private_and_shares_what_it_makes_anew(trainee):
+    for forget in (lambda ask: ask.hello(federation="another"), lambda ask: (ask("stop", b"{}"), ask.hello())):
+        ask, private = three_rounds_of_a(trainee)
+        forget(ask)
+        ask.hello(federation="another", training={"learning_rate": 1e-30})
+        found = tensors_of(ask.train(shares="all"))
+        assert not holds(private, ask.left)
+        start = trainee.model.trainable_state()
+        assert all(torch.equal(found[n], start[n]) for n in private)
+
+
+def test_other_answers_tell_numbers_alone(trainee):
+    ask, private = three_rounds_of_a(trainee)
+    answers = [
+        ask.evaluate(round=3), ask.evaluate(round=3, side_by_side=True), ask.evaluate(samples=3, round=3),
+        ask.train(round=3, curve=[0, 1]), ask.train(round=3, personal={"steps": 1}), ask.train(round=3, time_step=True),
+    ]  # fmt: skip
+    for answer in answers:
+        said = json.loads(answer)
+        assert not {"samples"} & said.keys() or said["samples"] == []
+        assert len(answer) < 400
+    assert ask("personal_state", wire.pack({}, {"kind": "personal_state"}))[0] == "PolicyError"
+    assert not holds(private, ask.left)
+    assert not any(text.encode() in b"".join(ask.left) for pair in PAIRS for text in pair)
+
+
+def test_dittos_model_does_not_leave(trainee):
+    ask = Asker(trainee)
+    ask.hello()
+    ask.train(ditto={"lam": 0.1})
+    kept = dict(ask.peer._latest().ditto)
+    ask.hello(training={"learning_rate": 1e-30})
+    ask.train(round=1)
+    assert kept
+    assert not holds(kept, ask.left)
+
+
+# --- limits ---------------------------------------------------------------------------------------------------------
+
+LR = {"learning_rate": 1e-3}
+REFUSED = {
+    "endless training": ({}, {"max_steps": 10**12, "epochs": None}, {}, "max_steps"),
+    "endless passes": ({}, {"epochs": 10**9}, {}, "max_steps"),
+    "steps of all passes": ({"max_steps": 3}, {"epochs": 2}, {}, "max_steps"),
+    "a single example": ({}, {"batch_size": 1, "max_steps": 1, "epochs": None}, {}, "min_batch_size"),
+    "one by one": ({}, {"batch_size": 1}, {}, "min_batch_size"),
+    "two of three": ({"min_examples_per_update": 3}, {"batch_size": 2, "max_steps": 1, "epochs": None}, {},
+                     "min_examples_per_update"),
+    "more than there are": ({"min_examples_per_update": 9}, {}, {}, "min_examples_per_update"),
+    "an optimizer": ({"optimizers": ("adamw",)}, {"optimizer": "sgd"}, {}, "optimizers"),
+    "the default optimizer": ({"optimizers": ("sgd",)}, {}, {}, "optimizers"),
+    "a learning rate": ({"max_learning_rate": 1e-3}, {"learning_rate": 2e-3}, {}, "max_learning_rate"),
+    "a huge learning rate": ({}, {"learning_rate": 1e300}, {}, "max_learning_rate"),
+    "a rule": ({"aggregations": ("fedsa", "ffa")}, {}, {}, "aggregations"),
+    "another part than the rule's": ({}, {}, {"shares": "A"}, "aggregations"),
+    "another part than it trains": ({}, {}, {"trains": "B", "shares": "B"}, "aggregations"),
+    "a codec": ({"codecs": ("none",)}, {}, {"codec": "int8"}, "codecs"),
+    "no codec": ({"codecs": ("int8",)}, {}, {}, "codecs"),
+    "a codec with an option": ({"codecs": ("none",)}, {}, {"codec": "topk:0.1"}, "codecs"),
+    "a personal model's steps": ({"max_steps": 3}, {}, {"personal": {"steps": 4}}, "max_steps"),
+    "a personal model's rate": ({"max_learning_rate": 0.1}, {}, {"personal": {"steps": 1, "lr": 0.2}},
+                                "max_learning_rate"),
+    "a curve's steps": ({"max_steps": 3}, {}, {"curve": [0, 4]}, "max_steps"),
+    "a curve's rate": ({"max_learning_rate": 0.1}, {}, {"curve": [0, 1], "lr": 0.2}, "max_learning_rate"),
+    "a curve's losses": ({"max_evaluations": 2}, {}, {"curve": [0, 1, 2]}, "max_evaluations"),
+    "trial steps": ({"max_steps": 2, "optimizers": ("sgd",)}, {}, {"time_step": True}, "optimizers"),
+    "steps beside the training": ({"max_steps": 3}, {}, {"ditto": {"lam": 0.1, "max_steps": 2}}, "max_steps"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refusal_names_its_option_and_changes_nothing(case, trainee):
+    policy, training, header, option = REFUSED[case]
+    ask = Asker(trainee, Policy(**policy))
+    before = trainee.model.weights_hash
+    found = ask.hello(training=training)
+    if isinstance(found, bytes):
+        found = ask.train(**header)
+    kind, message = found
+    assert kind == "PolicyError"
+    assert message.startswith(f"policy.{option}: ")
+    assert len(message) < 300
+    assert trainee.model.weights_hash == before
+    assert list(ask.peer._progress) == [-1]
+    assert ask.peer._held._states == {}
+
+
+def test_operations_bytes_and_rounds_are_named_too(trainee):
+    ask = Asker(trainee, Policy(max_rounds=1, max_payload_bytes=20_000, max_evaluations=1))
+    assert ask("shell", b"id")[1].startswith("policy.operations: ")
+    assert ask("personal_state", b"")[1].startswith("policy.operations: ")
+    assert ask("hello", bytes(20_001))[1].startswith("policy.max_payload_bytes: 20,001 bytes are sent, at most 20,000")
+    ask.hello()
+    assert isinstance(ask.train(), bytes)
+    assert ask.train()[1].startswith("policy.max_rounds: this site has trained 1 times, at most 1 are allowed")
+    assert isinstance(ask.evaluate(), bytes)
+    assert ask.evaluate()[1].startswith("policy.max_evaluations: ")
+
+
+def test_by_default_single_examples_unlimited_evaluation_and_endless_training_are_refused():
+    policy = Policy()
+    assert policy.min_batch_size > 1
+    assert policy.min_examples_per_update > 1
+    for option in ("max_steps", "max_seconds", "max_evaluations", "max_rounds", "max_learning_rate", "max_states"):
+        assert getattr(policy, option) is not None
+    assert "personal_state" not in policy.operations
+    assert policy.samples == 0
+
+
+@pytest.mark.parametrize("few", [PAIRS[:1], [PAIRS[0]] * 5])
+def test_a_participant_with_one_example_trains_nobodys_model(few, trainee):
+    """Also one whose examples are one and the same."""
+    ask = Asker(trainee, participant=Participant("a", few))
+    assert ask.hello()[1].startswith("policy.min_examples_per_update: ")
+
+
+def test_a_step_on_what_is_left_of_a_pass_is_an_update_of_too_few(trainee):
+    """Three examples in steps of two: every second step of one round each would be a single example's gradient."""
+    ask = Asker(trainee, participant=Participant("a", PAIRS[:3]))
+    ask.hello(training={"batch_size": 2, "max_steps": 1, "epochs": None})
+    assert isinstance(ask.train(round=0), bytes)
+    assert ask.train(round=1)[1].startswith("policy.min_examples_per_update: an update would be made of 1 different")
+    ask.hello(training={"batch_size": 2, "max_steps": 2, "epochs": None})
+    assert isinstance(ask.train(round=1), bytes)
+
+
+def test_a_length_that_leaves_one_example_is_refused(trainee):
+    pairs = [("a " * n, "b " * n) for n in range(1, 9)]
+    lengths = sorted(encoded(pairs, trainee.model, trainee.prompt, None).lengths())
+    ask = Asker(trainee, participant=Participant("a", pairs))
+    assert lengths[0] < lengths[1]
+    assert ask.hello(training={"max_length": lengths[0]})[1].startswith("policy.min_examples_per_update: ")
+    assert isinstance(ask.hello(training={"max_length": lengths[1], "tolerance": 1.0}), bytes)
+
+
+def test_a_participants_own_options_go_first_and_count(trainee):
+    small = Participant("a", PAIRS[:8], training={"batch_size": 1})
+    assert Asker(trainee, participant=small).hello()[1].startswith("policy.min_batch_size: 1 examples a step")
+    slow = Asker(trainee, participant=Participant("a", PAIRS[:8], training={"max_steps": 2, "learning_rate": 1e-3}))
+    assert isinstance(slow.hello(training={"max_steps": 10**12, "epochs": None, "learning_rate": 50.0}), bytes)
+    update = slow.train()
+    assert wire.inspect(update, max_bytes=10**7)[0]["metrics"]["steps"] == 2
+
+
+def rows_of(pairs, trainee):
+    data = encoded(pairs, trainee.model, trainee.prompt, None)
+    return [data[i] for i in range(len(data))]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "examples", "option"),
+    [(1, 6, "min_batch_size"), (2, 1, "min_batch_size"), (4, 4, None), (3, 2, "min_examples_per_update")],
+)
+def test_a_dataloaders_examples_are_counted_before_an_update_leaves(batch_size, examples, option, trainee):
+    rows = rows_of(PAIRS[:examples], trainee)
+    loader = DataLoader(rows, batch_size=batch_size, collate_fn=lambda found: collate(found, trainee.model))
+    policy = Policy(min_examples_per_update=3)
+    ask = Asker(trainee, policy, participant=Participant("a", loader))
+    assert isinstance(ask.hello(), bytes)
+    found = ask.train()
+    if option is None:
+        assert isinstance(found, bytes)
+    else:
+        assert found[1].startswith(f"policy.{option}: ")
+        assert list(ask.peer._progress) == [-1]
+
+
+def test_a_dataloader_without_end_is_ended(trainee):
+    rows = rows_of(PAIRS[:4], trainee)
+
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            while True:
+                yield from rows
+
+    loader = DataLoader(Endless(), batch_size=2, collate_fn=lambda found: collate(found, trainee.model))
+    ask = Asker(trainee, Policy(max_steps=5), participant=Participant("a", loader))
+    ask.hello()
+    with within(20):
+        assert ask.train()[1].startswith("policy.max_steps: 6 optimizer steps")
+
+
+def test_training_ends_after_the_policys_seconds_without_any_deadline(trainee):
+    ask = Asker(trainee, Policy(max_seconds=0.2))
+    ask.hello(training={"max_steps": 9_000, "epochs": None})
+    started = time.monotonic()
+    for header in ({}, {"personal": {"steps": 9_000}}, {"curve": [0, 9_000]}):
+        assert ask.train(seconds=None, **header)[1].startswith("policy.max_seconds: training takes more than the 0.2 s")
+    assert time.monotonic() - started < 10
+    assert ask.train(seconds=0.01)[0] == "DeadlineError"
+
+
+# --- counting -------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_a_hub_sends_gives_evaluations_back(trainee):
+    ask = Asker(trainee, Policy(max_evaluations=6))
+    ask.hello()
+    assert isinstance(ask.evaluate(), bytes)
+    assert isinstance(ask.evaluate(side_by_side=True), bytes)
+    assert isinstance(ask.train(curve=[0, 1]), bytes)
+    assert isinstance(ask.train(personal={"steps": 1}), bytes)
+    ask("stop", b"{}")
+    ask.hello(federation="another")
+    assert ask.train(curve=[0, 1])[1].startswith("policy.max_evaluations: 2 more held-out losses are asked for after 5")
+    assert isinstance(ask.evaluate(), bytes)
+    ask("stop", b"{}")
+    ask.hello(federation="a-third")
+    assert ask.evaluate()[1].startswith("policy.max_evaluations: ")
+    assert isinstance(ask.train(), bytes)
+
+
+class Slow:
+    """A peer that works until it is told to stop, and counts."""
+
+    def __init__(self):
+        self.began, self.stop = 0, threading.Event()
+
+    def handle(self, op, payload):
+        self.began += op == "train"
+        for _ in range(200):
+            if self.stop.is_set():
+                raise DeadlineError("nobody waits")
+            time.sleep(0.005)
+        return b""
+
+    def give_up(self):
+        self.stop.set()
+
+    def take_up(self):
+        self.stop.clear()
+
+
+@pytest.mark.parametrize("op", ["train", "evaluate"])
+def test_no_race_gets_more_than_is_allowed_and_what_is_replaced_counts(op):
+    peer = Slow()
+    site = Site(peer, Policy(max_rounds=5, max_evaluations=5), Audit(None))
+    began, inner = [], peer.handle
+    peer.handle = lambda asked, payload: began.append(asked) or inner(asked, payload)
+
+    def ask(number):
+        for i in range(20):
+            head = {"do": "put", "call": f"{number}-{i}", "op": op, "offset": 0, "total": 1}
+            site.answer(frames.pack(head, b"x"))
+            time.sleep(0.002)
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    for i in range(100):  # on a busy machine few of them were begun before another took their place
+        head = {"do": "put", "call": f"last-{i}", "op": op, "offset": 0, "total": 1}
+        found, _ = frames.read(site.answer(frames.pack(head, b"x")))
+        if "error" in found:
+            break
+        time.sleep(0.05)
+    assert found["error"]["message"].startswith("policy.max_")
+    assert len(began) == 5
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((HERE / "corpus" / "policies").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_policy_file_that_is_wrong_starts_no_peer_and_says_which_line(path, tmp_path):
+    line, _, words = path.read_text().splitlines()[0].removeprefix("# line ").partition(": ")
+    with within(5), pytest.raises(ConfigError) as error:
+        Policy.from_file(path)
+    text = str(error.value)
+    assert words in text
+    assert str(path) in text
+    assert line == "0" or f"line {line}" in text
+    assert len(text) < 1500
+    assert printable(text) == text
+    data = tmp_path / "data.jsonl"
+    data.write_text("")
+    started = ["peer", "--chain", "x", "--data", str(data), "--socket", str(tmp_path / "s"), "--policy", str(path)]
+    for command in (["policy", "explain", str(path)], started):
+        done = CliRunner().invoke(cli.app, command)
+        assert isinstance(done.exception, ConfigError)
+        assert words in str(done.exception)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("content", ["", "# nothing\n", "null\n", "{}"])
+def test_an_empty_policy_file_is_the_default_policy(content, tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text(content)
+    assert Policy.from_file(path) == Policy()
+
+
+def test_policy_explain_says_every_option_in_a_sentence(tmp_path):
+    done = CliRunner().invoke(cli.app, ["policy", "explain"])
+    assert done.exit_code == 0
+    told, _, limitations = done.output.partition("\n\n")
+    sentences = dict(line.split(": ", 1) for line in told.splitlines())
+    assert sentences.keys() == Policy.model_fields.keys()
+    assert all(text.endswith(". (default)") for text in sentences.values())
+    assert "What no policy prevents" in limitations
+    path = tmp_path / "policy.yaml"
+    path.write_text("max_steps: 7\nsamples: 2\nmin_examples_per_update: 1\nmax_rounds: null\naggregations: [ffa]\n")
+    changed = dict(line.split(": ", 1) for line in explain(Policy.from_file(path)))
+    assert "7 optimizer steps at most" in changed["max_steps"]
+    assert "2 held-out examples at most may leave" in changed["samples"]
+    assert "the gradient of one" in changed["min_examples_per_update"]
+    assert "as often as it is asked" in changed["max_rounds"]
+    assert "under ffa alone" in changed["aggregations"]
+    assert {n for n, text in changed.items() if "(default)" not in text} == {
+        "max_steps", "samples", "min_examples_per_update", "max_rounds", "aggregations",
+    }  # fmt: skip
+
+
+def test_the_federations_own_example_passes_its_own_policy(trainee):
+    policy = Policy.from_file(ROOT / "examples" / "federation" / "policy.yaml")
+    ask = Asker(trainee, policy.replace(min_examples_per_update=8), participant=Participant("a", PAIRS))
+    assert isinstance(ask.hello(training={"learning_rate": 1e-3, "batch_size": 8}), bytes)
+    assert isinstance(ask.train(), bytes)
+    assert isinstance(Limits().max_states, int)
+
+
+# --- the audit file -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "link", "two names"])
+def test_an_audit_file_that_is_none_of_ours_is_not_waited_for_or_written_through(kind, tmp_path):
+    path, other = tmp_path / "audit.jsonl", tmp_path / "other"
+    other.write_text("mine\n")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to(other)
+    elif kind == "two names":
+        os.link(other, path)
+    with within(5), pytest.raises(ConfigError, match=r"the audit file .* cannot be written"):
+        Audit("/dev/null" if kind == "device" else path)
+    assert other.read_text() == "mine\n"
+
+
+def test_a_pipe_in_place_of_the_audit_file_stops_the_answers_and_hangs_nothing(trainee, tmp_path):
+    path = tmp_path / "audit.jsonl"
+    ask = Asker(trainee, audit=path)
+    ask.hello()
+    path.unlink()
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # somebody who would read what is written
+    with within(10):
+        assert "the audit file cannot be written" in ask.train()[1]
+    assert os.read(reader, 100) == b""
+    os.close(reader)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away")
+def test_an_audit_file_of_another_account_is_refused(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    path.touch()
+    os.chown(path, 65534, 65534)
+    with pytest.raises(ConfigError, match="no regular file of this account's"):
+        Audit(path)
+
+
+def test_a_round_of_many_nines_leaves_its_lines_and_is_answered(trainee, tmp_path):
+    path = tmp_path / "audit.jsonl"
+    ask = Asker(trainee, audit=path)
+    ask.hello()
+    for op in ("evaluate", "train"):
+        kind, _ = ask(op, messages.RAW["a round of 4,300 nines"])
+        assert kind in ("FederationError", "UpdateRefusedError")
+    ask.train(round=2**31)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [e["status"] for e in lines] == ["began", "answered"] + ["began", "failed"] * 2 + ["began", "answered"]
+    assert lines[-1]["round"] == 2**31 + 1
+
+
+def test_what_a_policy_refuses_stands_in_the_audit_file_and_text_in_it_is_short_and_printable(trainee, tmp_path):
+    path = tmp_path / "audit.jsonl"
+    ask = Asker(trainee, Policy(codecs=("none",)), audit=path)
+    ask.hello()
+    ask.train(codec="int8")
+    ask("\x1b[2J" * 1000, b"")
+    lines = path.read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert [e["status"] for e in entries] == ["began", "answered", "began", "refused", "refused"]
+    assert entries[3]["error"].startswith("PolicyError: policy.codecs: ")
+    assert max(map(len, lines)) < 3000
+    assert all(printable(e.get("error", "")) == e.get("error", "") for e in entries)
+    Audit(path).write(op="\x1b[2J", error="\ud800" + "x" * 10_000, bytes_in=10**5000, other={"a": [1]})
+    entry = json.loads(path.read_text().splitlines()[-1])
+    assert entry["op"] == r"\x1b[2J"
+    assert len(entry["error"]) < 2100
+
+
+def test_a_refusal_says_what_was_asked_and_what_is_allowed():
+    with pytest.raises(PolicyError, match=r"^policy\.max_steps: 11 optimizer steps are asked for, at most 10 are"):
+        Limits(max_steps=10).check_steps(11)
