@@ -5,8 +5,9 @@ Knows PyYAML, and what of YAML a file of options needs. Knows nothing of options
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -162,3 +163,47 @@ def read_yaml(path: str | Path, *, what: str, error: ErrorType, remedy: str = "C
     """A YAML file as plain data; see `parse_yaml`, and `read_file` for what is no file."""
     data = read_file(path, most=MAX_YAML, what=what, error=error)
     return parse_yaml(data, what=f"{what} {shown(str(path), 300)}", error=error, remedy=remedy)
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """What occurs twice is written twice: anchors are not read."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 (PyYAML's)
+        return True
+
+
+def dump_yaml(data: Mapping[str, Any], *, what: str, error: ErrorType, remedy: str = "") -> str:
+    """YAML that `parse_yaml` gives back as it is; tuples come back as lists.
+
+    Args:
+        data: Plain data.
+        what: Holds it, for the message.
+        error: Raised: it is more than plain data, or more than a megabyte of it.
+        remedy: A sentence on what to do.
+    """
+    wanted = _with_lists(data, what, error, remedy)
+    try:
+        for readable in (True, False):  # letters as they are, where they come back so; line breaks of Unicode do not
+            text: str = yaml.dump(wanted, Dumper=_Dumper, sort_keys=False, allow_unicode=readable)
+            if len(text.encode("utf-8", "surrogatepass")) > MAX_YAML:
+                break
+            with contextlib.suppress(error):
+                if parse_yaml(text, what=what, error=error) == wanted:
+                    return text
+        parse_yaml(text.encode(), what=what, error=error, remedy=remedy)
+    except (yaml.YAMLError, RecursionError, UnicodeEncodeError, ValueError) as found:
+        raise refusal(error, f"{what} holds more than plain data ({shown(str(found), 200)})", remedy) from None
+    raise refusal(error, f"{what} holds what YAML does not give back", remedy)
+
+
+def _with_lists(data: Any, what: str, error: ErrorType, remedy: str, depth: int = 0) -> Any:
+    if depth > MAX_DEPTH:
+        raise refusal(error, f"{what} has more than {MAX_DEPTH} levels", remedy)
+    if isinstance(data, Mapping):
+        return {key: _with_lists(value, what, error, remedy, depth + 1) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_with_lists(value, what, error, remedy, depth + 1) for value in data]
+    return data
