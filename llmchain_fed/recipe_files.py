@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 from llmchain_fed.errors import RecipeError
 from llmchain_fed.recipes import NAME, ChainSpec, PromptSpec
-from llmchain_fed.untrusted import read_yaml
+from llmchain_fed.untrusted import printable, read_yaml
 
 _SpecT = TypeVar("_SpecT", PromptSpec, ChainSpec)
 
@@ -53,6 +53,7 @@ def read_spec(kind: type[_SpecT], name: str, folder: Traversable) -> _SpecT:
             msg = f"`name` is {spec.name!r}, but the file is called {name!r}; make the two equal"
             raise RecipeError(msg)
     except RecipeError as error:
-        msg = f"{noun} recipe {name}.yaml is refused, nothing was loaded: {str(error).rstrip('.')}. Correct the file."
+        why = printable(str(error), 2000).rstrip(".")
+        msg = f"{noun} recipe {name}.yaml is refused, nothing was loaded: {why}. Correct the file."
         raise RecipeError(msg) from None
     return spec

@@ -31,7 +31,7 @@ _HUB_PART = r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*"
 HUB_ID = f"^{_HUB_PART}(/{_HUB_PART})?$"
 """an embedded name or a hub id, never a path"""
 
-Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$", max_length=200)]
 Text = Annotated[str, Field(min_length=1)]
 _Item = TypeVar("_Item")
 # YAML has lists where a frozen spec has tuples
@@ -129,8 +129,8 @@ def _modules(data: object) -> object:
 class AdapterSpec(_Spec):
     """The LoRA adapter of a chain; the fields are those of `peft.LoraConfig`."""
 
-    r: Annotated[int, Field(ge=1)]
-    lora_alpha: Annotated[int, Field(ge=1)]
+    r: Annotated[int, Field(ge=1, le=65_536)]
+    lora_alpha: Annotated[int, Field(ge=1, le=65_536)]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Annotated[str | tuple[str, ...], BeforeValidator(_modules)] = "all-linear"
     """names of the layers that get an adapter; a pattern is not allowed"""
@@ -151,13 +151,13 @@ class AdapterSpec(_Spec):
 class GenerationSpec(_Spec):
     """The generation defaults a recipe may set; what it leaves out, the LLM's own defaults decide."""
 
-    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """tokens"""
     temperature: Annotated[float, Field(ge=0)] | None = None
     """0 is greedy"""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1)] | None = None
-    num_beams: Annotated[int, Field(ge=1)] | None = None
+    top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    num_beams: Annotated[int, Field(ge=1, le=1024)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     seed: int | None = None
 

@@ -115,7 +115,7 @@ LAYERS = [
         "answering",
         "model",
     ],
-    ["missing", "readers", "examples", "saying", "data", "loss", "running_state", "door"],
+    ["missing", "text_lines", "csv_rows", "readers", "examples", "saying", "data", "loss", "running_state", "door"],
     ["training_config", "training", "evaluation"],
     ["face", "llm", "messages", "chat", "saved_fields", "saved_tokenizer", "saved_adapter", "saved_model", "saving"],
     ["library", "prompt_step"],

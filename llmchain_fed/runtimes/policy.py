@@ -12,10 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field
 
-from llmchain_fed._config import FrozenConfig
+from llmchain_fed._config import FrozenConfig, read_options
 from llmchain_fed.errors import ConfigError, ContractError, DeadlineError, PolicyError, TransportError
 from llmchain_fed.federated.runtime import Operation
 
@@ -124,23 +123,3 @@ class Audit:
         if os.fstat(descriptor).st_mode & 0o077:  # it quotes errors, which can quote examples
             os.fchmod(descriptor, 0o600)
         return descriptor
-
-
-def read_options(path: str | Path, what: str) -> dict[str, Any]:
-    """A YAML file's mapping.
-
-    Raises:
-        ConfigError: No such file, no YAML, no mapping.
-    """
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        msg = f"the {what} file {path} cannot be read: {error}"
-        raise ConfigError(msg) from error
-    if found is None:
-        return {}
-    inner = [value for value in found.values() if isinstance(value, dict)] if isinstance(found, dict) else []
-    if not isinstance(found, dict) or not all(isinstance(key, str) for part in (found, *inner) for key in part):
-        msg = f"the {what} file {path} is no mapping of options to values (YAML reads an unquoted `on` as true)."
-        raise ConfigError(msg)
-    return found

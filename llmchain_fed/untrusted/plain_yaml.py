@@ -19,6 +19,7 @@ from llmchain_fed.untrusted.text import MAX_INTEGER, ErrorType, refusal, shown
 
 MAX_YAML = 2**20
 """bytes"""
+_MOST_EVENTS = 2**17  # values, and beginnings and ends of lists and mappings; so many take a second
 _TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq")}
 
 
@@ -57,7 +58,7 @@ class _Refused(yaml.YAMLError):
 def _check_events(text: str) -> None:
     """One pass without recursion: nothing is constructed before the whole is known to be flat and short enough."""
     depth, documents = 0, 0
-    for event in yaml.parse(text, Loader=_Base):
+    for number, event in enumerate(yaml.parse(text, Loader=_Base)):
         line = event.start_mark.line + 1 if event.start_mark is not None else 0
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             msg = f"anchors and aliases (& and *) are not read, line {line}; write the value out"
@@ -72,6 +73,9 @@ def _check_events(text: str) -> None:
             depth -= 1
         elif isinstance(event, yaml.DocumentStartEvent):
             documents += 1
+        if number > _MOST_EVENTS:
+            msg = f"more than {_MOST_EVENTS:,} values, line {line}"
+            raise _Refused(msg)
         if depth > MAX_DEPTH:
             msg = f"more than {MAX_DEPTH} levels, line {line}"
             raise _Refused(msg)
