@@ -17,6 +17,7 @@ from tiny import TEMPLATE
 from llmchain_fed import LLMChain, LocalLLM, untrusted
 
 HERE = Path(__file__).parent
+MUTATIONS = 120
 QUESTION = {"text": "page locked"}
 
 
@@ -61,6 +62,7 @@ def outcomes(good, tmp_path_factory):
     tables = {
         "chain": (chains.CHAINS, "chain", ["chain"]),
         "model": (chains.MODELS, "model", ["model", "llm", "chat"]),
+        "mutated": ({seed: chains.mutated(seed) for seed in range(MUTATIONS)}, "chain", ["chain"]),
         "good chain": ({"notes beside": noted_beside}, "chain", ["chain"]),
         "good model": ({"code beside": chains.ignored_beside}, "model", ["llm"]),
     }
@@ -95,6 +97,20 @@ def test_a_hostile_chain_is_refused_and_nothing_of_it_runs(outcomes, name):
 @pytest.mark.parametrize("name", chains.MODELS)
 def test_a_hostile_model_is_refused_and_nothing_of_it_runs(outcomes, name):
     check_refused(outcomes["model", name], "UnsupportedModelError")
+
+
+def test_a_chain_changed_at_random_loads_or_is_refused_by_one_error(outcomes):
+    """A changed value may be right as well; a text that cannot be shown is not."""
+    failed, kinds = [], set()
+    for seed in range(MUTATIONS):
+        found = outcomes["mutated", seed]
+        kinds.add(found["error"])
+        message = found["message"]
+        fine = found["error"] in (None, "ChainFileError") and len(message) < 1500
+        if not fine or found["ran"] or found["asked"] or untrusted.printable(message) != message:
+            failed.append(f"seed {seed}: {found['error']}: {message}")
+    assert not failed, "\n".join(failed)
+    assert kinds == {None, "ChainFileError"}
 
 
 @pytest.mark.parametrize("key", [("good chain", "notes beside"), ("good model", "code beside")])

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pickle
+import random
 import shutil
 from pathlib import Path
 
@@ -388,6 +389,9 @@ def ignored_beside(folder):
     (folder / ".metadata").write_bytes(pickle.dumps(Payload()))
 
 
+NO_DIGESTS = ("a pipe", "a link: chain.yaml")
+
+
 def build(table, name, good, into):
     """The hostile folder `name` of a table, made of a copy of a good one; its parent is the working directory."""
     into.mkdir(parents=True)
@@ -395,6 +399,49 @@ def build(table, name, good, into):
     shutil.copytree(good, folder)
     moved_to = table[name](folder)
     folder = moved_to if isinstance(moved_to, Path) else folder
-    if table is CHAINS and name not in ("a pipe", "a link: chain.yaml") and moved_to is not ...:
+    if table is not MODELS and (folder / "chain.yaml").is_file() and name not in NO_DIGESTS and moved_to is not ...:
         digests(folder)
     return folder
+
+
+# --- changed at random ----------------------------------------------------------------------------------------------
+
+STRANGE = [
+    *(None, True, -1, 0, 2**31, 10**30, 0.5, 1e308, -1e-320, "", "x", "float8_e4m3fn", "\ud800\x1b[2J", "../x"),
+    *([], [0], ["x"] * 3, [[[]]], {}, {"a": 1}, {"": None}, [10**12], {"0": {"content": "x"}}, "a" * 5000),
+]
+MUTATED = (BASE, ADAPTER, TOKENIZER, "base/generation_config.json", "tokenizer/tokenizer.json", "chain.yaml")
+TENSORS = ("base/model.safetensors", "adapter/adapter_model.safetensors", "base_changes.safetensors")
+
+
+def places(data, at=()):
+    """Where a value stands in plain data, at most three levels deep."""
+    if isinstance(data, dict) and len(at) < 3:
+        for key, value in list(data.items())[:60]:
+            yield (*at, key)
+            yield from places(value, (*at, key))
+
+
+def mutated(seed):
+    """A builder that changes one value of one file, or one byte of a tensors' header."""
+
+    def build(chain):
+        chance = random.Random(seed)
+        if chance.random() < 0.2:
+            path = chain / chance.choice(TENSORS)
+            data = bytearray(path.read_bytes())
+            size = int.from_bytes(data[:8], "little")
+            data[chance.randrange(8 + size)] = chance.choice(b'\x00\x01\xff{}[]",:0199-eE')
+            path.write_bytes(bytes(data))
+            return
+        path = chain / chance.choice(MUTATED)
+        kept = yaml.safe_load(path.read_text())
+        place = chance.choice(list(places(kept)))
+        part = kept
+        for key in place[:-1]:
+            part = part[key]
+        key = place[-1] if chance.random() < 0.8 else chance.choice(["x", "\x1b[2J", "_x", "token_file", "pad_token"])
+        part[key] = chance.choice(STRANGE)
+        path.write_text(json.dumps(kept))
+
+    return build
