@@ -17,6 +17,7 @@ from llmchain_fed.untrusted import read_file, read_json, shown
 from llmchain_fed.untrusted.text import ErrorType, refusal
 
 _MOST = 16 * 2**20  # bytes of a file of settings; a tokenizer's, with all its added tokens, has been seen at 2 MB
+_MOST_TEMPLATE = 2**18  # bytes; what vendors ship has up to 30,000
 _ORIGIN = frozenset({"auto_map", "custom_pipelines", "custom_generate", "_name_or_path", "name_or_path"})
 """where a model comes from, and the code that came with it: of no use to one that is loaded without"""
 _CODE = frozenset({"auto_map", "trust_remote_code", "custom_generate"})
@@ -58,6 +59,10 @@ def check_saved(folder: Path, *, error: ErrorType) -> None:
             raise _refusal(file, strange[0], "transformers has no such field", error)
     for name in ("special_tokens_map.json", "added_tokens.json"):
         _read(folder / "tokenizer" / name, error)
+    for path in (folder / "tokenizer").rglob("*.jinja"):
+        if path.stat().st_size > _MOST_TEMPLATE:
+            why = f"{shown(str(path), 300)} has more than the {_MOST_TEMPLATE:,} bytes of a chat template"
+            raise refusal(error, why, SAVE_AGAIN)
 
 
 def check_own(folder: Path, *, error: ErrorType) -> None:

@@ -294,6 +294,7 @@ CHAINS = {
     "a vocabulary": set_in(BASE, vocab_size=10**10),
     "rows of embeddings": yaml_in("model", vocabulary=2 * 10**9),
     "a deep config": lambda c: (c / BASE).write_text('{"a":' + "[" * 10**5 + "]" * 10**5 + "}") and None,
+    "a long chat template": lambda c: (c / "tokenizer/chat_template.jinja").write_text("x" * 10**6) and None,
     "a tokenizer of nothing": lambda c: (c / "tokenizer/tokenizer.json").write_text("{}") and None,
     "a deep tokenizer": lambda c: (c / "tokenizer/tokenizer.json").write_text("[" * 10**5) and None,
     "a huge header": header(b"{}", size=2**40),
