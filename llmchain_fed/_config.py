@@ -8,11 +8,15 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmchain_fed.errors import ConfigError
+from llmchain_fed.untrusted import read_yaml, shown
+
+_MOST_SENTENCES = 10
 
 
 class FrozenConfig(BaseModel):
@@ -51,15 +55,20 @@ class FrozenConfig(BaseModel):
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """One sentence per failed option: which, what was passed, what is allowed."""
-    return f"{model.__name__}: " + "; ".join(_sentence(item, model) for item in error.errors())
+    """One sentence per failed option, for the first ten: which, what was passed, what is allowed."""
+    wrong = error.errors(include_url=False)
+    told = [_sentence(item, model) for item in wrong[:_MOST_SENTENCES]]
+    more = [f"and {len(wrong) - len(told)} more"] if len(wrong) > len(told) else []
+    return f"{model.__name__}: " + "; ".join([*told, *more])
 
 
 def _sentence(item: Any, model: type[BaseModel]) -> str:
-    where = ".".join(str(part) for part in item["loc"]) or "the options together"
+    where = ".".join(shown(str(part), 100) for part in item["loc"]) or "the options together"
     if item["type"] == "extra_forbidden":
         return unknown_option(where, model.model_fields)
-    value = "" if item["type"] == "missing" else f" (got {item['input']!r})" if item["loc"] else ""
+    given = item["input"]
+    given = repr(given[:200]) if isinstance(given, str) else shown(given, 200)
+    value = "" if item["type"] == "missing" else f" (got {given})" if item["loc"] else ""
     return f"`{where}`: {item['msg'].removeprefix('Value error, ')}{value}"
 
 
@@ -92,6 +101,22 @@ def unknown_option(name: str, known: Any) -> str:
     >>> unknown_option("batchsize", ["batch_size", "epochs"])
     'unknown option `batchsize`; did you mean `batch_size`? Valid: batch_size, epochs'
     """
+    name = shown(name)
     near = difflib.get_close_matches(name, list(known), n=1)
     hint = f"did you mean `{near[0]}`? " if near else ""
     return f"unknown option `{name}`; {hint}Valid: {', '.join(sorted(known))}"
+
+
+def read_options(path: str | Path, what: str) -> dict[str, Any]:
+    """A YAML file's options: plain data by name, in a file of at most a megabyte.
+
+    Raises:
+        ConfigError: No such file, no plain YAML, no mapping.
+    """
+    found = read_yaml(path, what=f"the {what} file", error=ConfigError)
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        msg = f"the {what} file {path} is no mapping of options to values, but {shown(found)}."
+        raise ConfigError(msg)
+    return found

@@ -22,13 +22,14 @@ from typing_extensions import override
 from llmchain_fed import control_tokens, saved_model, saving
 from llmchain_fed._config import unknown_option
 from llmchain_fed.chat import LocalChatModel
-from llmchain_fed.errors import ChainFileError, ConfigError, PromptVariablesError, UnsupportedModelError
+from llmchain_fed.errors import ChainFileError, ConfigError, PromptVariablesError, RecipeError, UnsupportedModelError
 from llmchain_fed.face import LocalFace, check_saved, saved_fields
 from llmchain_fed.library import StripOutputParser, make_parser, parser_name, prompt_from_data, prompt_to_data
 from llmchain_fed.llm import LocalLLM
 from llmchain_fed.model import LocalModel
 from llmchain_fed.prompt_step import PromptStep, mark_values
 from llmchain_fed.recipes import ParserName
+from llmchain_fed.untrusted import shown
 
 ChainInput = dict[str, Any] | str
 
@@ -405,17 +406,18 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         file = saving.read(path)
         kind = LocalChatModel if file.face == "chat" else LocalLLM
         # everything that can be wrong with the data is found before the weights are read
-        prompt, parser = prompt_from_data(file.prompt), make_parser(cast(ParserName, file.parser))
         try:
+            prompt, parser = prompt_from_data(file.prompt), make_parser(cast(ParserName, file.parser))
             check_saved(kind, file.options, file.llm_kwargs)
-        except ConfigError as error:
-            msg = f"{saving.RECIPE}: {error}. Only save() writes it; save the chain again."
+        except (ConfigError, RecipeError) as error:
+            msg = f"{saving.RECIPE}: {shown(str(error), 500)}. Only save() writes it; save the chain again."
             raise ChainFileError(msg) from None
         loaded = saved_model.load(path, file.model, model)
         try:
             face = kind(model=loaded, **file.options)
         except ConfigError as error:
-            raise ChainFileError(f"{saving.RECIPE}: {error}. Save the chain again.") from None  # noqa: EM102
+            msg = f"{saving.RECIPE}: {shown(str(error), 500)}. Only save() writes it; save the chain again."
+            raise ChainFileError(msg) from None
         return cls(llm=face, prompt=prompt, output_parser=parser, llm_kwargs=file.llm_kwargs)
 
 

@@ -64,14 +64,17 @@ def _dequantise(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=torch.float32, trust_remote_code=False
+        )
         # transformers keeps calling the model quantised after it has dequantised it, and then refuses to save it
         # (5.23, PreTrainedModel.save_pretrained: "quantized with gguf"; no upstream report found). The GGUF loader:
         # https://github.com/huggingface/transformers/pull/44794
         del model.config.quantization_config
         model.is_quantized, model.hf_quantizer = False, None
         model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(scratch)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
+        tokenizer.save_pretrained(scratch)
         try:
             scratch.rename(target)
         except OSError:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from llmchain_fed.errors import DataError, PromptVariablesError, TemplatedTwiceError
 from llmchain_fed.missing import filled, is_blank, is_empty, is_missing
 from llmchain_fed.readers import numbered
+from llmchain_fed.untrusted import shown
 
 _LARGEST = 10**4300  # Python refuses to write longer numbers, and would do so in the middle of rendering
 Examples = Any
@@ -215,7 +216,7 @@ def _parse(item: Any, prompt: Prompt | None) -> Example | RawText:
 
 def _parse_mapping(item: Mapping[Any, Any], prompt: Prompt | None) -> Example:
     if "completion" not in item:
-        msg = f"no 'completion' among the keys {sorted(map(str, item))}: nothing to learn."
+        msg = f"no 'completion' among the keys {shown(sorted(map(str, item)), 300)}: nothing to learn."
         if "messages" in item:
             msg += " Of a conversation, pass (all messages before the answer, the answer's text) to a chat model."
         raise DataError(msg)
@@ -226,8 +227,8 @@ def _parse_mapping(item: Mapping[Any, Any], prompt: Prompt | None) -> Example:
     if set(rest) != {"prompt"} or "prompt" in (*variables, *optional):
         if bare:
             msg = (
-                f"the keys {sorted(map(str, item))} name variables, and there is no template to put them into. Write "
-                "{'prompt': …, 'completion': …}, (text, completion), or pass a chain."
+                f"the keys {shown(sorted(map(str, item)), 300)} name variables, and there is no template to put them "
+                "into. Write {'prompt': …, 'completion': …}, (text, completion), or pass a chain."
             )
             raise DataError(msg)
         return Example(inputs=rest, completion=item["completion"])
@@ -261,8 +262,8 @@ def _check_inputs(inputs: Mapping[str, Any] | str, prompt: Prompt) -> None:
     if missing or extra:
         msg = (
             f"the prompt takes {sorted(needed)}"
-            + (f", {missing} is missing" if missing else "")
-            + (f", {extra} is unknown" if extra else "")
+            + (f", {shown(missing, 300)} is missing" if missing else "")
+            + (f", {shown(extra, 300)} is unknown" if extra else "")
             + ". Rename or drop keys; final text is passed as RawText(prompt, completion)."
         )
         raise PromptVariablesError(msg)

@@ -28,10 +28,12 @@ from langchain_core.prompts import (
     StringPromptTemplate,
     SystemMessagePromptTemplate,
 )
+from pydantic import ValidationError
 
 from llmchain_fed.errors import RecipeError
 from llmchain_fed.recipe_files import read_spec, recipe_folder, recipe_names
 from llmchain_fed.recipes import ChainSpec, MessageData, ParserName, PromptData, PromptSpec
+from llmchain_fed.untrusted import shown
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseLanguageModel
@@ -209,8 +211,18 @@ def prompt_to_data(prompt: BasePromptTemplate[Any]) -> PromptData:
     """A prompt as plain data for `chain.yaml`.
 
     Raises:
-        RecipeError: A prompt of another kind, a template language other than f-strings, or defaults that are no text.
+        RecipeError: A prompt of another kind, a template language other than f-strings, defaults that are no text, or
+            a template with more than plain variables in it.
     """
+    try:
+        return _prompt_to_data(prompt)
+    except ValidationError as error:
+        why = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+        msg = f"the prompt cannot be saved as it is: {shown(why, 500)}."
+        raise RecipeError(msg) from None
+
+
+def _prompt_to_data(prompt: BasePromptTemplate[Any]) -> PromptData:
     defaults = dict(prompt.partial_variables)
     if isinstance(prompt, ChatPromptTemplate):  # LangChain's own default for an optional placeholder
         defaults = {name: v for name, v in defaults.items() if not (v == [] and name in prompt.optional_variables)}
@@ -282,7 +294,7 @@ def prompt_from_data(data: PromptData) -> BasePromptTemplate[Any]:
             ).partial(**data.defaults)
         return PromptTemplate.from_template(data.template).partial(**data.defaults)
     except ValueError as error:
-        msg = f"the saved prompt is refused: {error}"
+        msg = f"the saved prompt is refused: {shown(str(error), 500)}"
         raise RecipeError(msg) from None
 
 

@@ -76,7 +76,8 @@ class LocalModel(AdapterViews, Answering):
         """Loads a model by hub id, folder, or the embedded name `"smollm2-135m-instruct"`.
 
         Args:
-            name_or_path: What to load. Weights are read from safetensors only.
+            name_or_path: What to load. Weights are read from safetensors only, code never; a folder that leads to code
+                or to another place is refused, and what lies in it beside a model's own files is not looked at.
             lora: Adds this adapter and trains it alone. Its random start is drawn from a fixed seed, so that every
                 participant and every rerun starts from the same one.
             dtype: Of the base; float32 by default. An adapter is kept in float32.
@@ -85,7 +86,8 @@ class LocalModel(AdapterViews, Answering):
         Raises:
             ConfigError: `lora` is no LoraConfig, or one that cannot be right here; found before any weights are read.
             MissingExtraError: The embedded model needs the extra `gguf`.
-            UnsupportedModelError: There is no such model, or none with safetensors weights and a tokenizer.
+            UnsupportedModelError: There is no such model, none with safetensors weights and a tokenizer, or one whose
+                files lead elsewhere.
         """
         module, tokenizer = pretrained.load(name_or_path, lora=lora, dtype=dtype, device=device)
         reference = None if Path(name_or_path).exists() else name_or_path

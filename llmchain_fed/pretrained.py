@@ -6,6 +6,7 @@ Knows transformers' and PEFT's loaders and the embedded default. Knows nothing o
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import find_adapter_config_file
 
-from llmchain_fed import embedded, pristine, wrapping
+from llmchain_fed import embedded, folder_files, folder_settings, folder_weights, pristine, wrapping
 from llmchain_fed.adapters.lora_config import check_config
 from llmchain_fed.errors import UnsupportedModelError
+from llmchain_fed.untrusted import printable
 
 
 def load(
@@ -28,7 +31,9 @@ def load(
     module: Any = load_base(name_or_path, dtype=dtype or torch.float32)
     try:
         tokenizer = AutoTokenizer.from_pretrained(embedded.resolve(name_or_path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except BaseException as error:  # a panic within tokenizers is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise _unloadable(name_or_path, error) from error
     if lora is not None:
         lora = copy.deepcopy(lora)
@@ -38,18 +43,31 @@ def load(
     return module.to(device or best_device()).eval(), tokenizer
 
 
-def load_base(name_or_path: str, *, dtype: torch.dtype) -> nn.Module:
+def load_base(name_or_path: str, *, dtype: torch.dtype, by_name: bool = False) -> nn.Module:
     """The bare module on the CPU, in evaluation mode; one with a name remembers what it was when it was loaded.
 
+    Args:
+        name_or_path: Hub id, folder or embedded name.
+        dtype: Of the weights.
+        by_name: A folder that the working directory happens to hold under a hub's id is not meant.
+
     Raises:
-        UnsupportedModelError: There is no such model, or none with safetensors weights.
+        UnsupportedModelError: There is no such model, none with safetensors weights, or one that brings code.
     """
     path = embedded.resolve(name_or_path)
+    by_name = by_name or name_or_path == embedded.NAME
+    if by_name and path in (name_or_path, embedded.HUB_ID) and os.path.lexists(path):
+        msg = (
+            f"{path!r} is a model's name on the hub, and the working directory has a file or folder of that "
+            "name, which would be loaded in its place. Start from another directory."
+        )
+        raise UnsupportedModelError(msg)
+    _check_source(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         loader = wrapping.loader_of(config)
         module = loader.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers may raise anything over a configuration that makes no sense
         raise _unloadable(name_or_path, error) from error
     if not Path(name_or_path).exists() and not getattr(module, "is_quantized", False):  # what is packed has no rows
         pristine.record(module)
@@ -57,8 +75,35 @@ def load_base(name_or_path: str, *, dtype: torch.dtype) -> nn.Module:
     return base
 
 
-def _unloadable(name: str, error: Exception) -> UnsupportedModelError:
-    msg = f"{name!r} cannot be loaded as a model with safetensors weights and a tokenizer: {error}"
+def _check_source(path: str) -> None:
+    """Makes sure that what lies there is a model, not what leads elsewhere; code there is never run.
+
+    Raises:
+        UnsupportedModelError: It is an adapter, or a file leads to code or out of the folder.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        folder_files.check_own(folder, error=UnsupportedModelError)
+        folder_settings.check_own(folder, error=UnsupportedModelError)
+        folder_weights.check_index(folder, error=UnsupportedModelError)
+        return
+    try:
+        is_adapter = not folder.exists() and find_adapter_config_file(path) is not None
+    except (OSError, ValueError):
+        return  # whoever loads it says what is wrong with it
+    if is_adapter:
+        msg = (
+            f"{path!r} holds an adapter's settings, which can name another base and code, so nothing is loaded. "
+            "Load its base by name, and the adapter over it: LocalModel(PeftModel.from_pretrained(base, …), tokenizer)."
+        )
+        raise UnsupportedModelError(msg)
+
+
+def _unloadable(name: str, error: BaseException) -> UnsupportedModelError:
+    why = printable(
+        f"{error}" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}", 1000
+    )
+    msg = f"{name!r} cannot be loaded as a model with safetensors weights and a tokenizer: {why}"
     return UnsupportedModelError(msg)
 
 

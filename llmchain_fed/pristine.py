@@ -118,6 +118,15 @@ def apply(base: Any, tensors: Mapping[str, Tensor], vocabulary: int | None, conf
         ChainFileError: The changes are another base's.
     """
     if vocabulary is not None:
+        # rows that the base does not have are all among the changes; memory is taken for no others
+        known_rows = base.get_input_embeddings().weight.shape[0]
+        new = max((len(t) for n, t in tensors.items() if n.startswith(_VALUES) and t.dim()), default=0)
+        if vocabulary > known_rows + new:
+            msg = (
+                f"the saved chain has {vocabulary:,} rows of embeddings, the base has {known_rows:,} and {new:,} were "
+                "saved. Save the chain again."
+            )
+            raise ChainFileError(msg)
         base.resize_token_embeddings(vocabulary, mean_resizing=False)
     known = plain_config(base)
     for name, value in config.items():

@@ -1,34 +1,26 @@
 """Readers: rows out of JSONL and CSV files, frames and other iterables, each with the place where it stands.
 
-Knows files, encodings and what their formats allow. Knows nothing about prompts or what a row must hold. Nothing is
-repaired, merged, renamed or dropped: what is not as it should be is refused with file and line.
+Knows files, frames and JSON lines. Knows nothing about prompts or what a row must hold. Nothing is repaired, merged,
+renamed or dropped: what is not as it should be is refused with file and line.
 """
 
 from __future__ import annotations
 
-import csv
+import collections
 import inspect
 import json
 import math
-import sys
-import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
+from llmchain_fed.csv_rows import read_csv
 from llmchain_fed.errors import DataError, EmptyParticipantError
+from llmchain_fed.text_lines import check_encoding, checked_lines, refuse, undecodable
+from llmchain_fed.untrusted import shown
 
 _DEEPEST = 64
 """levels of lists and objects in a line of JSON; Python's own limit depends on who calls"""
-_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
-_LONGEST_CELL = 2**31 - 1  # characters; what a C long holds everywhere
-_LIMIT = threading.Lock()
-CSV_MARKERS = frozenset(
-    {"nan", "NaN", "NAN", "-nan", "-NaN", "NaT", "<NA>", "NA", "N/A", "n/a", "NULL", "null", "None", "\\N"}
-    | {"#N/A", "#N/A N/A", "#NA", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"}
-)
-"""what pandas, R, SQL and spreadsheets write, without quotes, for a value that is missing"""
 
 
 def numbered(source: Any) -> Iterator[tuple[str, Any]]:
@@ -43,7 +35,7 @@ def numbered(source: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(source, (str, Path)):
         path = Path(source)
         for number, (line, row) in enumerate(_read(path)):
-            yield f"example {number} ({path.name}, line {line})", row
+            yield f"example {number} ({shown(path.name, 255)}, line {line})", row
     else:
         for number, row in enumerate(_rows(source)):
             yield f"example {number}", row
@@ -79,8 +71,8 @@ def _frame_rows(source: Any) -> Iterable[Any] | None:
         return None
     given = getattr(source, where)
     names = list(given) if given is not None else []
-    if twice := [str(name) for name in names if names.count(name) > 1]:
-        msg = f"the {kind} has two columns {twice[0]!r}, of which a row would keep one. Rename or drop the other."
+    if twice := [str(name) for name, count in collections.Counter(names).items() if count > 1]:
+        msg = f"the {kind} has two columns {twice[0]!r:.80}, of which a row would keep one. Rename or drop the other."
         raise DataError(msg)
     if package == "pandas":
         return source.to_dict("records")  # type: ignore[no-any-return]
@@ -108,49 +100,15 @@ def _read(path: Path) -> Iterator[tuple[int, Any]]:
         )
         raise DataError(msg)
     try:
-        _check_encoding(path)
+        check_encoding(path)
         # utf-8-sig: spreadsheets write a byte order mark, which would become part of the first column's name
         with path.open(encoding="utf-8-sig", newline="" if suffix == ".csv" else None) as file:
-            yield from _read_csv(file, path.name) if suffix == ".csv" else _read_jsonl(file, path.name)
+            yield from read_csv(file, path.name) if suffix == ".csv" else _read_jsonl(file, path.name)
     except UnicodeDecodeError as error:
-        _refuse(path.name, _undecodable(path), f"is not UTF-8 text: {error}. Save the file as UTF-8")
+        refuse(path.name, undecodable(path), f"is not UTF-8 text: {error}. Save the file as UTF-8")
     except OSError as error:
         msg = f"{path.name} cannot be read: {error}."
         raise DataError(msg) from error
-
-
-def _refuse(name: str, line: int, what: str) -> NoReturn:
-    msg = f"{name}, line {line} {what}."
-    raise DataError(msg) from None
-
-
-def _check_encoding(path: Path) -> None:
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or start == b"\x00\x00\xfe\xff":
-        msg = (
-            f"{path.name} is UTF-16 or UTF-32 text (its first bytes say so), and examples are read as UTF-8. "
-            "Save it as UTF-8."
-        )
-        raise DataError(msg)
-
-
-def _undecodable(path: Path) -> int:
-    """The first line that is no UTF-8, with lines counted as the reader counts them."""
-    with path.open(encoding="utf-8", errors="surrogateescape", newline=None) as file:
-        return next((n for n, line in enumerate(file, start=1) if any("\udc80" <= c <= "\udcff" for c in line)), 1)
-
-
-def _checked(file: TextIO, name: str) -> Iterator[str]:
-    """The physical lines of a file."""
-    for number, line in enumerate(file, start=1):
-        if "\0" in line:
-            _refuse(
-                name,
-                number,
-                "holds a NUL byte, which no text has: the file is UTF-16, perhaps, or was cut off. Save it as UTF-8",
-            )
-        yield line
 
 
 # --- JSONL -----------------------------------------------------------------------------------------------------------
@@ -158,7 +116,7 @@ def _checked(file: TextIO, name: str) -> Iterator[str]:
 
 def _read_jsonl(file: TextIO, name: str) -> Iterator[tuple[int, Any]]:
     number, found = 0, 0
-    for number, line in enumerate(_checked(file, name), start=1):
+    for number, line in enumerate(checked_lines(file, name), start=1):
         if line.strip():
             found += 1
             yield number, _object(line, name, number)
@@ -170,17 +128,17 @@ def _read_jsonl(file: TextIO, name: str) -> Iterator[tuple[int, Any]]:
 def _object(line: str, name: str, number: int) -> dict[str, Any]:
     """The object in a line of JSON; NaN is a missing value, as Python's and pandas' writers have it."""
     if line.count("[") + line.count("{") > _DEEPEST and _depth(line) > _DEEPEST:
-        _refuse(name, number, f"is nested more than {_DEEPEST} levels deep: no example needs that")
+        refuse(name, number, f"is nested more than {_DEEPEST} levels deep: no example needs that")
     try:
         row = json.loads(line, object_pairs_hook=_without_twins, parse_constant=_constant, parse_float=_number)
     except json.JSONDecodeError as error:
         hint = " It begins like a JSON list: write one object a line" if line.lstrip()[:1] == "[" else ""
-        _refuse(name, number, f"is not JSON: {error}.{hint}".rstrip("."))
+        refuse(name, number, f"is not JSON: {error}.{hint}".rstrip("."))
     except (ValueError, RecursionError) as error:  # a number of more digits than Python reads, for one
-        _refuse(name, number, f"cannot be read: {str(error)[:200].rstrip('.')}")
+        refuse(name, number, f"cannot be read: {str(error)[:200].rstrip('.')}")
     if not isinstance(row, dict):
         kind = {list: "a list", str: "a text", type(None): "null", bool: "true or false"}.get(type(row), "a number")
-        _refuse(name, number, f"is {kind}, not an object such as {{'text': …, 'completion': …}}")
+        refuse(name, number, f"is {kind}, not an object such as {{'text': …, 'completion': …}}")
     return row
 
 
@@ -204,8 +162,8 @@ def _depth(line: str) -> int:
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        msg = f"it has the key {next(k for k in keys if keys.count(k) > 1)!r:.80} twice, and only one value can count"
+        twice = next(key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1)
+        msg = f"it has the key {twice!r:.80} twice, and only one value can count"
         raise ValueError(msg)
     return found
 
@@ -223,127 +181,3 @@ def _number(digits: str) -> float:
         msg = f"the number {digits[:40]} is larger than any float; as a text in quotes it would stay as it is"
         raise ValueError(msg)
     return found
-
-
-# --- CSV -------------------------------------------------------------------------------------------------------------
-
-
-def _read_csv(file: TextIO, name: str) -> Iterator[tuple[int, Any]]:
-    records = _records(file, name)
-    line, header, _ = next(records, (1, None, ""))
-    if header is None:
-        _refuse(name, 1, "is the end of an empty file: the first line names the columns, the last one `completion`")
-    _check_header(header, name, line)
-    found = 0
-    for line, cells, raw in records:
-        if len(cells) != len(header):
-            _refuse(
-                name,
-                line,
-                f"has {len(cells)} cells under {len(header)} columns ({_few(header)}): quote values that hold "
-                "commas, quotes or line breaks",
-            )
-        found += 1
-        if not CSV_MARKERS.isdisjoint(cells):
-            bare = _bare(raw)
-            cells = [None if c in CSV_MARKERS and bare[i] else c for i, c in enumerate(cells)]  # type: ignore[misc]
-        yield line, dict(zip(header, cells, strict=True))
-    if not found:
-        _refuse(name, line, f"names the columns ({_few(header)}), and no row follows")
-
-
-def _records(file: TextIO, name: str) -> Iterator[tuple[int, list[str], str]]:
-    """(first physical line, cells, raw text) of every record; blank lines stand for none."""
-    taken: list[str] = []
-
-    def lines() -> Iterator[str]:
-        for line in _checked(file, name):
-            taken.append(line)
-            yield line
-
-    reader = csv.reader(lines(), strict=True)
-    while True:
-        start = reader.line_num + 1
-        taken.clear()
-        try:
-            with _any_size():
-                cells = next(reader, None)
-        except csv.Error as error:
-            until = f" (from line {start} on)" if reader.line_num > start else ""
-            _refuse(
-                name,
-                max(reader.line_num, start),
-                f"is not CSV{until}: {error}. Quote values that hold commas, quotes or line breaks",
-            )
-        if cells is None:
-            return
-        raw = "".join(taken)
-        if raw.strip():
-            yield start, cells, raw
-
-
-@contextmanager
-def _any_size() -> Iterator[None]:
-    """Cells of any size inside: the csv module has one limit for the whole process, which is back afterwards."""
-    with _LIMIT:
-        former = csv.field_size_limit(min(_LONGEST_CELL, sys.maxsize))
-        try:
-            yield
-        finally:
-            csv.field_size_limit(former)
-
-
-def _check_header(header: list[str], name: str, line: int) -> None:
-    """Makes sure that every column has a name of its own.
-
-    Raises:
-        DataError: One has none, or another's; or the columns are not separated by commas.
-    """
-    if header[0].lower().startswith("sep="):
-        _refuse(name, line, f"is a spreadsheet's note {header[0]!r} and names no columns. Delete it")
-    if len(header) == 1:
-        for separator, words in _SEPARATORS.items():
-            if separator in header[0]:
-                _refuse(
-                    name,
-                    line,
-                    f"separates its columns by {words}, and examples are read as comma-separated. Save it with "
-                    f"commas, or pass pandas.read_csv(path, sep={separator!r}).to_dict('records')",
-                )
-    for column, title in enumerate(header, start=1):
-        if not title.strip():
-            _refuse(
-                name,
-                line,
-                f"gives column {column} no name. Name it, or drop it (pandas writes an index so: to_csv(index=False))",
-            )
-        if header.index(title) != column - 1:
-            _refuse(
-                name,
-                line,
-                f"has the column {title!r:.80} twice ({header.index(title) + 1} and {column}), and only one can "
-                "count. Rename or drop the other",
-            )
-
-
-def _few(header: list[str]) -> str:
-    return ", ".join(title[:40] for title in header[:6]) + (", …" if len(header) > 6 else "")
-
-
-def _bare(record: str) -> list[bool]:
-    """Whether each cell of a record stands without quotes: a word in quotes is meant as the word.
-
-    >>> _bare('NA,"NA",a"b,')
-    [True, False, True, True]
-    """
-    bare: list[bool] = []
-    at_start, inside = True, False
-    for c in record.rstrip("\r\n"):
-        if at_start:
-            bare.append(c != '"')
-            inside, at_start = c == '"', c == ","
-        elif c == '"':
-            inside = not inside and not bare[-1]
-        elif c == "," and not inside:
-            at_start = True
-    return [*bare, True] if at_start else bare

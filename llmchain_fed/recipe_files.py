@@ -5,15 +5,14 @@ Knows files and YAML. Knows nothing of LangChain or of what is made out of a spe
 
 from __future__ import annotations
 
-from importlib.resources import files
+from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import yaml
-
 from llmchain_fed.errors import RecipeError
 from llmchain_fed.recipes import NAME, ChainSpec, PromptSpec
+from llmchain_fed.untrusted import printable, read_yaml
 
 _SpecT = TypeVar("_SpecT", PromptSpec, ChainSpec)
 
@@ -48,28 +47,13 @@ def read_spec(kind: type[_SpecT], name: str, folder: Traversable) -> _SpecT:
         msg = f"there is no {noun} called {name!r}. Use one of: {', '.join(known)}."
         raise RecipeError(msg)
     try:
-        spec = kind.from_data(_plain_data((folder / f"{name}.yaml").read_text(encoding="utf-8")))
+        with as_file(folder / f"{name}.yaml") as path:
+            spec = kind.from_data(read_yaml(path, what="the file", error=RecipeError, remedy=""))
         if spec.name != name:
             msg = f"`name` is {spec.name!r}, but the file is called {name!r}; make the two equal"
             raise RecipeError(msg)
-    except (RecipeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        msg = f"{noun} recipe {name}.yaml is refused, nothing was loaded: {error}. Correct the file."
+    except RecipeError as error:
+        why = printable(str(error), 2000).rstrip(".")
+        msg = f"{noun} recipe {name}.yaml is refused, nothing was loaded: {why}. Correct the file."
         raise RecipeError(msg) from None
     return spec
-
-
-def _plain_data(text: str) -> object:
-    """YAML as plain data; a key given twice is refused, where `yaml.safe_load` would keep the last."""
-    data = yaml.safe_load(text)
-    nodes = [yaml.compose(text, Loader=yaml.SafeLoader)]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, yaml.SequenceNode):
-            nodes += node.value
-        elif isinstance(node, yaml.MappingNode):
-            keys = [key.value for key, _ in node.value]
-            if repeated := sorted({str(key) for key in keys if keys.count(key) > 1}):
-                msg = f"`{repeated[0]}` is given twice; keep one"
-                raise RecipeError(msg)
-            nodes += [value for _, value in node.value]
-    return data

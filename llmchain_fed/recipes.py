@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, V
 
 from llmchain_fed._config import unknown_option
 from llmchain_fed.errors import RecipeError
+from llmchain_fed.untrusted import Strict, shown
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -24,10 +25,13 @@ ParserName = Literal["text", "strip", "json", "comma_list"]
 
 NAME = re.compile(r"[a-z0-9_]+")
 _VARIABLE = re.compile(r"[a-z][a-z0-9_]*")
+_LOOKING_IN = re.compile(r"[.\[\]{}]")
 _RESERVED = frozenset({"stop", "prompt", "completion"})  # LangChain's own word; the keys of an example
 _HUB_PART = r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*"
+HUB_ID = f"^{_HUB_PART}(/{_HUB_PART})?$"
+"""an embedded name or a hub id, never a path"""
 
-Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$", max_length=200)]
 Text = Annotated[str, Field(min_length=1)]
 _Item = TypeVar("_Item")
 # YAML has lists where a frozen spec has tuples
@@ -39,7 +43,7 @@ class _Spec(BaseModel):
 
     @classmethod
     def from_data(cls, data: object) -> Self:
-        """The spec in plain data, as `yaml.safe_load` returns it.
+        """The spec in plain data, as `untrusted.parse_yaml` returns it.
 
         Raises:
             RecipeError: Anything that is unknown, missing, of another type or in contradiction.
@@ -47,7 +51,9 @@ class _Spec(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise RecipeError("; ".join(_sentence(item, cls) for item in error.errors())) from None
+            wrong = error.errors()
+            more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
+            raise RecipeError("; ".join([*(_sentence(item, cls) for item in wrong[:10]), *more])) from None
 
 
 class PromptSpec(_Spec):
@@ -123,8 +129,8 @@ def _modules(data: object) -> object:
 class AdapterSpec(_Spec):
     """The LoRA adapter of a chain; the fields are those of `peft.LoraConfig`."""
 
-    r: Annotated[int, Field(ge=1)]
-    lora_alpha: Annotated[int, Field(ge=1)]
+    r: Annotated[int, Field(ge=1, le=65_536)]
+    lora_alpha: Annotated[int, Field(ge=1, le=65_536)]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Annotated[str | tuple[str, ...], BeforeValidator(_modules)] = "all-linear"
     """names of the layers that get an adapter; a pattern is not allowed"""
@@ -145,13 +151,13 @@ class AdapterSpec(_Spec):
 class GenerationSpec(_Spec):
     """The generation defaults a recipe may set; what it leaves out, the LLM's own defaults decide."""
 
-    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """tokens"""
     temperature: Annotated[float, Field(ge=0)] | None = None
     """0 is greedy"""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1)] | None = None
-    num_beams: Annotated[int, Field(ge=1)] | None = None
+    top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    num_beams: Annotated[int, Field(ge=1, le=1024)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     seed: int | None = None
 
@@ -167,7 +173,7 @@ class ChainSpec(_Spec):
     description: Text
     prompt: Name
     """name of a prompt recipe"""
-    model: Annotated[str, Field(pattern=f"^{_HUB_PART}(/{_HUB_PART})?$")] = "smollm2-135m-instruct"
+    model: Annotated[str, Field(pattern=HUB_ID)] = "smollm2-135m-instruct"
     """embedded name or hub id, never a path"""
     adapter: AdapterSpec | None = None
     """null: no adapter, the whole model is trained"""
@@ -187,11 +193,7 @@ class ChainSpec(_Spec):
         )
 
 
-class _Plain(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class MessageData(_Plain):
+class MessageData(Strict):
     """One message of a chat prompt: a role and a template, or a placeholder for messages."""
 
     role: Literal["system", "human", "ai", "placeholder"]
@@ -199,17 +201,64 @@ class MessageData(_Plain):
     optional: bool = False
 
 
-class PromptData(_Plain):
-    """A prompt template as plain data; which fields count depends on `kind`."""
+class PromptData(Strict):
+    """A prompt template as plain data; which fields count depends on `kind`.
+
+    Templates hold plain variables alone: what LangChain also takes, such as a width of a thousand million, can take all
+    of a machine's memory or look into objects.
+    """
 
     kind: Literal["template", "few_shot", "chat"]
     template: str = ""
-    defaults: dict[str, str] = {}
+    defaults: dict[str, str] = Field(default_factory=dict)
     prefix: str = ""
-    examples: list[dict[str, str]] = []
+    examples: list[dict[str, str]] = Field(default_factory=list)
     example_template: str = ""
     separator: str = "\n\n"
-    messages: list[MessageData] = []
+    messages: list[MessageData] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _fields_are_plain(self) -> Self:
+        if self.kind == "few_shot":
+            check_fields(self.example_template)
+            try:
+                examples = [self.example_template.format(**example) for example in self.examples]
+            except (KeyError, IndexError, AttributeError) as error:
+                msg = f"`example_template` uses {error}, which an example does not have"
+                raise ValueError(msg) from None
+            # LangChain formats the whole again, the examples' values included
+            check_fields(self.separator.join([self.prefix, *examples, self.template]))
+        for template in (self.template, *(m.template for m in self.messages if m.role != "placeholder")):
+            check_fields(template)
+        return self
+
+
+def check_fields(template: str) -> None:
+    """Makes sure that an f-string template holds plain variables alone, by whatever name LangChain takes.
+
+    Raises:
+        ValueError: A format, a conversion, an attribute, an index, or unbalanced braces.
+
+    >>> check_fields("{text} costs {Price}, {{literally}}")
+    >>> check_fields("{price:.2f}")
+    Traceback (most recent call last):
+    ValueError: `{price:.2f}` is more than a plain variable; format the value before it goes in, and write {price}
+    """
+    try:
+        fields = list(Formatter().parse(template))
+    except ValueError as error:
+        msg = f"the braces of {_short(template)} do not match ({error}); use {{{{ }}}} for literal ones"
+        raise ValueError(msg) from None
+    for _, field, format_spec, conversion in fields:
+        if field is None or (field and not format_spec and not conversion and not _LOOKING_IN.search(field)):
+            continue
+        tail = (f"!{conversion}" if conversion else "") + (f":{format_spec}" if format_spec else "")
+        plain = _LOOKING_IN.split(field)[0] or "text"
+        msg = (
+            f"`{{{shown(field + tail, 60)}}}` is more than a plain variable; format the value before it goes in, and "
+            f"write {{{shown(plain, 40)}}}"
+        )
+        raise ValueError(msg)
 
 
 def template_variables(template: str) -> set[str]:
@@ -277,4 +326,5 @@ def _sentence(item: Any, spec: type[BaseModel]) -> str:
 
 
 def _short(value: object) -> str:
-    return textwrap.shorten(repr(value), 80, placeholder=" …")
+    quoted = repr(value[:200]) if isinstance(value, str) else shown(value, 200)
+    return textwrap.shorten(quoted, 80, placeholder=" …")

@@ -6,92 +6,31 @@ their sum, and the chain says which columns are the trained ones. Knows PEFT. Kn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model_state_dict, set_peft_model_state_dict
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmchain_fed import adapters
 from llmchain_fed.adapters.lora_config import check_in_use, unwrapped
-from llmchain_fed.adapters.resolved import NAME, Layer, Resolved, check_names, resolve, scaling_of, settings
-from llmchain_fed.errors import ChainFileError, UnsupportedModelError, WeightsMismatchError
+from llmchain_fed.adapters.resolved import Layer, Resolved, check_names, resolve, settings
+from llmchain_fed.errors import ChainFileError, LLMChainFedError, UnsupportedModelError, WeightsMismatchError
+from llmchain_fed.folder_files import SAVE_AGAIN
 from llmchain_fed.model import LocalModel
 from llmchain_fed.pretrained import add_adapter
+from llmchain_fed.saved_fields import SETTINGS, AdapterSettings, Trained, read_settings
+from llmchain_fed.untrusted import checked as checked_fields
+from llmchain_fed.untrusted import shown
 from llmchain_fed.weights import check_state, is_adapter
 
-FOLDER, WEIGHTS, SETTINGS = "adapter", "adapter_model.safetensors", "adapter_config.json"
+FOLDER, WEIGHTS = "adapter", "adapter_model.safetensors"
 _TASK = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
 _PREFIX = "base_model.model."
-
-Name = Annotated[str, Field(pattern=NAME)]
-Rank = Annotated[int, Field(ge=1)]
-Alpha = Annotated[int | float, Field(allow_inf_nan=False)]
-
-
-class Strict(BaseModel):
-    """Data from a file: nothing unknown, nothing converted."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class AdapterSettings(Strict):
-    """`adapter_config.json`: all of PEFT's settings that are read from it."""
-
-    peft_type: Literal["LORA"]
-    task_type: Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"]
-    base_model_name_or_path: str | None
-    inference_mode: bool
-    r: Rank
-    lora_alpha: Alpha
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
-    target_modules: list[Name]
-    target_parameters: list[Name] | None
-    rank_pattern: dict[Name, Rank]
-    alpha_pattern: dict[Name, Alpha]
-    modules_to_save: list[Name] | None
-    trainable_token_indices: dict[Name, list[Annotated[int, Field(ge=0)]]] | None
-    ensure_weight_tying: bool
-    bias: Literal["none"]
-    lora_bias: bool
-    use_dora: bool
-    use_rslora: bool
-    fan_in_fan_out: bool
-    init_lora_weights: Literal[True]
-
-    def layers(self) -> dict[str, Layer]:
-        """Name → rank and scaling, as the settings have them."""
-        found = {}
-        for name in [*self.target_modules, *(self.target_parameters or [])]:
-            rank = self.rank_pattern.get(name, self.r)
-            alpha = self.alpha_pattern.get(name, self.lora_alpha)
-            found[name] = Layer(rank, scaling_of(alpha, rank, rslora=self.use_rslora))
-        return found
-
-    def to_peft(self) -> LoraConfig:
-        """PEFT's configuration, ready to be trained."""
-        values = self.model_dump() | {"inference_mode": False, "task_type": TaskType(self.task_type)}
-        # the fingerprint has checked the base; with a name PEFT would look for it, and warn
-        values["base_model_name_or_path"] = None
-        del values["peft_type"]
-        return LoraConfig(**values)
-
-
-class Trained(Strict):
-    """Of an adapter that was saved with a frozen remainder: which of its columns are trained, and how they count."""
-
-    r: Rank
-    """the first so many columns of every layer are the trained factors"""
-    lora_alpha: Alpha
-    rank_pattern: dict[Name, Rank]
-    """layers with another number of trained columns"""
-    alpha_pattern: dict[Name, Alpha]
-
 
 # --- writing --------------------------------------------------------------------------------------------------------
 
@@ -115,6 +54,7 @@ def checked(model: LocalModel) -> Resolved:
             raise ChainFileError(str(error)) from None
     found = resolve(model.module, model.peft_names[0])
     check_names(model.module, found)
+    _settings(found, model, base_name="")
     return found
 
 
@@ -134,22 +74,38 @@ def write(model: LocalModel, directory: Path, *, base_name: str) -> Trained | No
     written, trained = found, None
     if remainder:
         own = settings(found)
-        trained = Trained(**{name: own[name] for name in Trained.model_fields})
+        trained = checked_fields(
+            Trained,
+            {name: own[name] for name in Trained.model_fields},
+            what="what is trained of the adapter",
+            error=ChainFileError,
+        )
         state, written = _side_by_side(state, found, remainder)
+    folder = directory / FOLDER
+    folder.mkdir()
+    text = _settings(written, model, base_name=base_name).model_dump_json(indent=2)
+    (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
+    # copies: tied tensors share memory, which the format refuses; loading ties them again
+    save_file({n: t.detach().cpu().clone().contiguous() for n, t in state.items()}, folder / WEIGHTS)
+    return trained
+
+
+def _settings(written: Resolved, model: LocalModel, *, base_name: str) -> AdapterSettings:
+    """What is written of an adapter; in the ranges in which it will be read.
+
+    Raises:
+        ChainFileError: It is outside of them.
+    """
+    config: Any = cast(PeftModel, unwrapped(model.module)).peft_config[model.peft_names[0]]
     values = settings(written) | {
         "peft_type": "LORA",
         "task_type": _TASK[model.kind],
         "base_model_name_or_path": base_name,
         "inference_mode": True,
-        "fan_in_fan_out": bool(cast(Any, module.peft_config[key]).fan_in_fan_out),
+        "fan_in_fan_out": bool(config.fan_in_fan_out),
     }
-    folder = directory / FOLDER
-    folder.mkdir()
-    text = AdapterSettings(**values).model_dump_json(indent=2)
-    (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
-    # copies: tied tensors share memory, which the format refuses; loading ties them again
-    save_file({n: t.detach().cpu().clone().contiguous() for n, t in state.items()}, folder / WEIGHTS)
-    return trained
+    what = f"the adapter of {model.name!r:.200}, as it would be saved,"
+    return checked_fields(AdapterSettings, values, what=what, error=ChainFileError)
 
 
 def _state_of(module: PeftModel, key: str) -> dict[str, Tensor]:
@@ -196,19 +152,6 @@ def _compact(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def read_settings(folder: Path) -> AdapterSettings:
-    """`adapter_config.json`, read as data: PEFT's own reader would take any of its settings.
-
-    Raises:
-        ChainFileError: It holds anything but what `save` writes.
-    """
-    try:
-        return AdapterSettings.model_validate_json((folder / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
-        msg = f"{str(folder / SETTINGS)!r} is not what save() writes: {error}. Save the chain again."
-        raise ChainFileError(msg) from None
-
-
 def load(model: LocalModel, directory: Path, trained: Trained | None) -> LocalModel:
     """The model with the saved adapter as the one that it answers with and trains, and with the saved remainder.
 
@@ -219,6 +162,7 @@ def load(model: LocalModel, directory: Path, trained: Trained | None) -> LocalMo
     try:
         whole = read_settings(folder)
         state = load_file(folder / WEIGHTS)
+        _check_ranks(whole, state)
         remainder: adapters.Factors = {}
         own = whole
         if trained is not None:
@@ -249,10 +193,24 @@ def load(model: LocalModel, directory: Path, trained: Trained | None) -> LocalMo
     except (WeightsMismatchError, UnsupportedModelError) as error:
         msg = f"the saved adapter does not fit: {error}"
         raise ChainFileError(msg) from None
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        msg = f"the adapter in {str(directory)!r} cannot be read: {error}. Save the chain again."
+    except LLMChainFedError:
+        raise
+    except Exception as error:  # PEFT may raise anything at all
+        msg = f"the adapter in {str(directory)!r} cannot be read: {shown(str(error), 300)}. {SAVE_AGAIN}"
         raise ChainFileError(msg) from None
     return model
+
+
+def _check_ranks(whole: AdapterSettings, state: Mapping[str, Tensor]) -> None:
+    """Makes sure that no rank is larger than what lies in the file: PEFT takes the memory for it first."""
+    largest = max((size for tensor in state.values() for size in tensor.shape), default=0)
+    rank = max([whole.r, *whole.rank_pattern.values()])
+    if rank > largest:
+        msg = f"{SETTINGS} has a rank of {rank:,}, and no tensor of {WEIGHTS} is as large. {SAVE_AGAIN}"
+        raise ChainFileError(msg)
+    if not math.isfinite(sum(layer.scaling for layer in whole.layers().values())):
+        msg = f"{SETTINGS} has factors that count by no finite number. {SAVE_AGAIN}"
+        raise ChainFileError(msg)
 
 
 def _take_types(module: PeftModel, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

@@ -6,52 +6,37 @@ Knows transformers' models and what decides their answers. Knows nothing of Lang
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-import yaml
 from peft import PeftModel
-from pydantic import Field
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GenerationConfig
 
-from llmchain_fed import embedded, generation_data, pristine, saved_adapter, saved_tokenizer
+from llmchain_fed import (
+    embedded,
+    folder_settings,
+    folder_weights,
+    generation_data,
+    pristine,
+    saved_adapter,
+    saved_tokenizer,
+)
 from llmchain_fed.adapters.lora_config import unwrapped
-from llmchain_fed.errors import ChainFileError, UnsupportedModelError
+from llmchain_fed.errors import ChainFileError, LLMChainFedError, UnsupportedModelError
+from llmchain_fed.folder_files import SAVE_AGAIN
 from llmchain_fed.model import LocalModel
 from llmchain_fed.pretrained import load_base
-from llmchain_fed.saved_adapter import Strict, Trained
+from llmchain_fed.recipes import HUB_ID
+from llmchain_fed.saved_fields import DType, ModelData
+from llmchain_fed.untrusted import dump_yaml, parse_yaml, shown
 from llmchain_fed.weights import base_fingerprint, is_adapter, stable_name
 from llmchain_fed.wrapping import every_tensor_saved, loader_of
 
 BASE, CHANGES = "base", "base_changes.safetensors"
 FOLDERS = (BASE, saved_adapter.FOLDER, saved_tokenizer.FOLDER)
-DType = Literal["float32", "bfloat16", "float16", "float64"]
-
-
-class ModelData(Strict):
-    """Which base the chain stands on, whether its weights lie in the directory, and what else decides its answers."""
-
-    name: str
-    reference: str | None
-    """embedded name or hub id to load the base from; None: it lies in `base/` or must be passed"""
-    fingerprint: str
-    digest: str | None
-    """over every value of the base as it answered; None where only its owner knows how it is loaded"""
-    dtype: DType
-    kind: Literal["causal", "seq2seq"]
-    dequantised_from: str | None = None
-    """the base's weights are those of this quantised file, not the ones on the hub"""
-    vocabulary: int | None = Field(default=None, ge=1)
-    """rows of the embeddings, where they were resized since the base was loaded"""
-    config: dict[str, Any] = Field(default_factory=dict)
-    """fields of the module's configuration with another value than the base's own"""
-    generation: dict[str, Any] | None = None
-    """every field of the module's generation_config that is set; None without one"""
-    trained: Trained | None = None
-    """which of the adapter's columns are trained; None: all of them"""
 
 
 # --- before anything is trained -------------------------------------------------------------------------------------
@@ -64,6 +49,12 @@ def check(model: LocalModel) -> None:
         ChainFileError: What no file can hold, with the remedy.
     """
     base = base_of(model)
+    if model.reference is not None and (len(model.reference) > 200 or not re.fullmatch(HUB_ID, model.reference)):
+        msg = (
+            f"{shown(model.reference)!r} is no id of a hub, by which others could load the base. Leave reference out: "
+            "the base comes along then."
+        )
+        raise ChainFileError(msg)
     if isinstance(unwrapped(model.module), PeftModel):
         saved_adapter.checked(model)
     if model.tokenizer is None or not hasattr(base, "save_pretrained"):
@@ -102,7 +93,8 @@ def _is_contradicted(model: LocalModel) -> bool:
     if model.reference is None or pristine.of(base) is not None:
         return False
     try:
-        config = AutoConfig.from_pretrained(embedded.resolve(model.reference), local_files_only=True)
+        path = embedded.resolve(model.reference)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         return False  # nobody here knows better
     rows: int = base.get_input_embeddings().weight.shape[0]
@@ -160,8 +152,9 @@ def _generation(base: Any) -> dict[str, Any] | None:
     data = generation_data.to_data(own)
     try:
         back = generation_data.to_data(generation_data.from_data(data))
-        read = yaml.safe_load(yaml.safe_dump(data))
-    except (ValueError, TypeError, yaml.YAMLError) as error:
+        text = dump_yaml(data, what="it", error=ChainFileError)
+        read = parse_yaml(text, what="it", error=ChainFileError)
+    except (ValueError, TypeError, ChainFileError) as error:
         msg = f"the model's generation_config cannot be written as data ({error}). Reset that field."
         raise ChainFileError(msg) from None
     if back != data or read != data:
@@ -227,9 +220,10 @@ def write(model: LocalModel, directory: Path) -> ModelData:
 
 def _write_base(base: Any, folder: Path) -> None:
     state = {stable_name(n): t for n, t in base.state_dict().items() if not is_adapter(n)}
-    shown = copy.copy(base)  # shares everything; what transformers must not see is changed on the copy alone
-    with generation_data.save_without_generation_config(shown), every_tensor_saved(shown):
-        shown.save_pretrained(folder, state_dict=state)
+    as_written = copy.copy(base)  # shares everything; what transformers must not see is changed on the copy alone
+    with generation_data.save_without_generation_config(as_written), every_tensor_saved(as_written):
+        as_written.save_pretrained(folder, state_dict=state)
+    folder_settings.without_origin(folder)
 
 
 def _write_card(directory: Path, known_as: str | None, name: str, *, dequantised: str | None, changed: bool) -> None:
@@ -296,8 +290,10 @@ def _base(directory: Path, data: ModelData, tokenizer: Any, generation: Generati
             "LLMChain.load(directory, model=LocalModel(…))."
         )
         raise ChainFileError(msg)
+    if folder.is_dir():
+        folder_weights.check_fits(folder, error=ChainFileError)
     try:
-        base: Any = load_base(source, dtype=getattr(torch, data.dtype))
+        base: Any = load_base(source, dtype=getattr(torch, data.dtype), by_name=not folder.is_dir())
     except UnsupportedModelError as error:
         msg = f"the base {data.name!r} cannot be loaded: {error}"
         raise ChainFileError(msg) from None
@@ -305,18 +301,20 @@ def _base(directory: Path, data: ModelData, tokenizer: Any, generation: Generati
     try:
         tensors = load_file(changed) if changed.is_file() else {}
         pristine.apply(base, tensors, data.vocabulary, data.config)
-    except (OSError, SafetensorError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        msg = f"the changes to the base in {str(directory)!r} cannot be read: {error}. Save the chain again."
+        base.generation_config = generation
+        return LocalModel(base, tokenizer, name=data.name, reference=data.reference)
+    except LLMChainFedError:
+        raise
+    except Exception as error:  # what transformers raises where a value makes no sense to it
+        msg = f"the base in {str(directory)!r} cannot be made: {shown(str(error), 300)}. {SAVE_AGAIN}"
         raise ChainFileError(msg) from None
-    base.generation_config = generation
-    return LocalModel(base, tokenizer, name=data.name, reference=data.reference)
 
 
 def _from_data(data: dict[str, Any] | None) -> GenerationConfig | None:
     try:
         return None if data is None else generation_data.from_data(data)
-    except (ValueError, TypeError) as error:
-        msg = f"chain.yaml: {error}. Only save() writes it; save the chain again."
+    except Exception as error:  # a watermark's settings may be anything at all
+        msg = f"chain.yaml: {shown(str(error), 300)}. {SAVE_AGAIN}"
         raise ChainFileError(msg) from None
 
 

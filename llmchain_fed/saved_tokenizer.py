@@ -14,7 +14,10 @@ from weakref import WeakKeyDictionary
 
 from transformers import AutoTokenizer
 
+from llmchain_fed import folder_files, folder_settings
 from llmchain_fed.errors import ChainFileError
+from llmchain_fed.folder_files import SAVE_AGAIN
+from llmchain_fed.untrusted import shown
 
 FOLDER = "tokenizer"
 # Merges, normalisation and what surrounds a text show in how these come out.
@@ -32,6 +35,19 @@ _CHECKED: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 def write(tokenizer: Any, directory: Path) -> None:
     """Writes `tokenizer/`."""
     tokenizer.save_pretrained(directory / FOLDER)
+    folder_settings.without_origin(directory / FOLDER)
+
+
+def check_folder(directory: Path) -> None:
+    """Makes sure that `tokenizer/` holds what `write` writes: known files, and settings that are data.
+
+    Raises:
+        ChainFileError: It holds something else.
+    """
+    folder = directory / FOLDER
+    names = folder_files.plain_files(folder, error=ChainFileError) if folder.exists() else []
+    folder_files.check_written((f"{FOLDER}/{name}" for name in names), error=ChainFileError)
+    folder_settings.check_saved(directory, error=ChainFileError)
 
 
 def load(directory: Path) -> Any:
@@ -43,8 +59,10 @@ def load(directory: Path) -> Any:
     folder = directory / FOLDER
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        msg = f"the tokenizer in {str(folder)!r} cannot be read: {error}. Save the chain again."
+    except BaseException as error:  # a panic within tokenizers is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit, TimeoutError)):
+            raise
+        msg = f"the tokenizer in {str(folder)!r} cannot be read: {shown(str(error), 300)}. {SAVE_AGAIN}"
         raise ChainFileError(msg) from None
 
 
@@ -90,11 +108,12 @@ def check(tokenizer: Any) -> None:
     with tempfile.TemporaryDirectory(prefix="llmchain-fed-") as scratch:
         try:
             write(tokenizer, Path(scratch))
+            check_folder(Path(scratch))
             back = load(Path(scratch))
         except Exception as error:
             msg = (
-                f"the tokenizer {type(tokenizer).__name__} cannot be saved ({error}), so no chain with it could be "
-                "loaded again. Use one without parts of your own."
+                f"the tokenizer {type(tokenizer).__name__} cannot be saved ({shown(str(error), 500)}), so no chain "
+                "with it could be loaded again. Use one without parts of your own."
             )
             raise ChainFileError(msg) from None
         if different := differences(tokenizer, back):

@@ -13,17 +13,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field
 
-from llmchain_fed import saved_model
+from llmchain_fed import folder_files, folder_settings, folder_weights, saved_adapter, saved_fields, saved_model
 from llmchain_fed.errors import ChainFileError
+from llmchain_fed.folder_files import SAVE_AGAIN
 from llmchain_fed.model import LocalModel
 from llmchain_fed.recipes import PromptData
-from llmchain_fed.saved_adapter import Strict
-from llmchain_fed.saved_model import CHANGES, FOLDERS, ModelData
+from llmchain_fed.saved_fields import ModelData
+from llmchain_fed.saved_model import CHANGES, FOLDERS
+from llmchain_fed.untrusted import Strict, checked, dump_yaml, read_yaml, shown
 
 RECIPE = "chain.yaml"
 _OURS = (CHANGES, *FOLDERS)
@@ -33,15 +34,15 @@ class ChainFile(Strict):
     """`chain.yaml`: everything but the weights."""
 
     format: Literal[3] = 3
-    llmchain_fed: str
+    llmchain_fed: Annotated[str, Field(max_length=100)]
     """the version that wrote it"""
     face: Literal["llm", "chat"]
     options: dict[str, Any]
     llm_kwargs: dict[str, Any]
     prompt: PromptData
-    parser: str
+    parser: Annotated[str, Field(max_length=100)]
     model: ModelData
-    files: dict[str, str]
+    files: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
     """path within the directory → SHA-256 of its content"""
 
 
@@ -58,11 +59,13 @@ def write(directory: Path, model: LocalModel, **parts: Any) -> None:
         raise ChainFileError(msg)
     with _replaced(directory) as scratch, model.exclusive():
         data = saved_model.write(model, scratch)
-        for name in _files(scratch):
-            (scratch / name).chmod(0o644)  # safetensors writes 0600, which a web server's user could not read
-        files = {name: _digest(scratch / name) for name in _files(scratch)}
+        found = _check_files(scratch)
+        files = {name: _digest(scratch / name) for name in found}
         text = _dumped(ChainFile(model=data, files=files, llmchain_fed=_version(), **parts))
         (scratch / RECIPE).write_text(text, encoding="utf-8")
+        mode = (scratch / RECIPE).stat().st_mode & 0o666  # what the user's umask makes of a new file
+        for name in found:
+            (scratch / name).chmod(mode)  # safetensors writes 0600, which a web server's user could not read
 
 
 def check(**parts: Any) -> None:
@@ -71,19 +74,20 @@ def check(**parts: Any) -> None:
     Raises:
         ChainFileError: They hold more.
     """
-    try:
-        data = {name: part.model_dump() if isinstance(part, BaseModel) else part for name, part in parts.items()}
-        yaml.safe_dump(data)
-    except yaml.YAMLError as error:
-        msg = f"the chain's options or llm_kwargs hold more than data ({error}), which no file can. Leave that out."
-        raise ChainFileError(msg) from None
+    _dumped_parts({name: part.model_dump() if isinstance(part, BaseModel) else part for name, part in parts.items()})
 
 
 def _dumped(file: ChainFile) -> str:
-    data = file.model_dump()
-    check(**data)
-    text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-    return text
+    return _dumped_parts(file.model_dump())
+
+
+def _dumped_parts(data: dict[str, Any]) -> str:
+    return dump_yaml(
+        data,
+        what=f"the chain's {RECIPE}, with its prompt, options and llm_kwargs,",
+        error=ChainFileError,
+        remedy="Leave out what is no text, number, list or mapping of these, and examples beyond a megabyte of text.",
+    )
 
 
 def _version() -> str:
@@ -100,8 +104,38 @@ def _may_be_replaced(directory: Path) -> bool:
         return False
 
 
+def _check_files(directory: Path) -> list[str]:
+    """Paths within the directory, once every file is one that `save` writes, holding the kind of data it writes.
+
+    Raises:
+        ChainFileError: One is not, by its name, its settings or its weights' header.
+    """
+    found = _files(directory)
+    _check_names(found)
+    folder_settings.check_saved(directory, error=ChainFileError)
+    if (adapter := directory / saved_adapter.FOLDER).is_dir():
+        saved_fields.read_settings(adapter)
+    for name in found:
+        if name.endswith(".safetensors"):
+            folder_weights.headers(directory / name, error=ChainFileError)
+    folder_weights.check_index(directory / saved_model.BASE, error=ChainFileError)
+    return found
+
+
+def _check_names(found: list[str]) -> None:
+    folder_files.check_written((n for n in found if n != CHANGES), error=ChainFileError)
+
+
 def _files(directory: Path) -> list[str]:
-    return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if not p.is_dir())
+    """Ours alone: a note of the user's beside chain.yaml is never read."""
+    found = []
+    for name in _OURS:
+        path = directory / name
+        if path.is_dir() or path.is_symlink():
+            found += [f"{name}/{inner}" for inner in folder_files.plain_files(path, error=ChainFileError)]
+        elif path.is_file():
+            found.append(name)
+    return sorted(found)
 
 
 @contextmanager
@@ -110,7 +144,9 @@ def _replaced(directory: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
     try:
         yield scratch
-        scratch.chmod(0o755)
+        (probe := scratch / ".mode").mkdir()
+        scratch.chmod(probe.stat().st_mode & 0o777)  # what the user's umask makes of a new folder
+        probe.rmdir()
         if directory.exists():
             old = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-old-"))
             directory.rename(old / directory.name)
@@ -133,21 +169,26 @@ def read(directory: Path) -> ChainFile:
         ChainFileError: Not a chain directory, or one that is incomplete or altered.
     """
     file = _parse(directory / RECIPE)
+    found = _files(directory)
+    if missing := sorted(file.files.keys() - set(found)):
+        msg = f"{shown(missing[0], 300)!r} is missing from {str(directory)!r}. Copy the whole directory again."
+        raise ChainFileError(msg)
+    # what is not listed was not checked
+    if unlisted := [n for n in found if n not in file.files]:
+        msg = (
+            f"{shown(unlisted[:3], 300)} in {shown(str(directory), 300)!r} were not written by save(), so nothing is "
+            "loaded. Remove them."
+        )
+        raise ChainFileError(msg)
+    _check_names(found)  # before any of them is opened
     for name, digest in file.files.items():
-        path = directory / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
-            msg = f"{name!r} is missing from {str(directory)!r}. Copy the whole directory again."
-            raise ChainFileError(msg)
-        if _digest(path) != digest:
+        if _digest(directory / name) != digest:
             msg = (
-                f"{name!r} has changed since the chain was saved (SHA-256 differs), so it is not loaded. "
+                f"{shown(name, 300)!r} has changed since the chain was saved (SHA-256 differs), so it is not loaded. "
                 "Copy or save it again."
             )
             raise ChainFileError(msg)
-    # what is not listed was not checked; a note of the user's beside chain.yaml is never read
-    if unlisted := [n for n in _files(directory) if n.partition("/")[0] in _OURS and n not in file.files]:
-        msg = f"{unlisted[:3]} in {str(directory)!r} were not written by save(), so nothing is loaded. Remove them."
-        raise ChainFileError(msg)
+    _check_files(directory)  # whoever made the directory made the digests
     return file
 
 
@@ -158,11 +199,11 @@ def _parse(recipe: Path) -> ChainFile:
             "that save() wrote."
         )
         raise ChainFileError(msg)
-    try:
-        return ChainFile.model_validate(yaml.safe_load(recipe.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
-        msg = f"{recipe} is not what save() writes: {error}. Save the chain again; a chain file holds data only."
-        raise ChainFileError(msg) from None
+    if recipe.is_symlink():
+        msg = f"{str(recipe)!r} is a link, and links are not followed. {SAVE_AGAIN}"
+        raise ChainFileError(msg)
+    found = read_yaml(recipe, what="the file", error=ChainFileError, remedy=SAVE_AGAIN)
+    return checked(ChainFile, found, what=shown(str(recipe), 300), error=ChainFileError, remedy=SAVE_AGAIN)
 
 
 def _digest(path: Path) -> str:

@@ -415,7 +415,7 @@ def test_a_federation_file_with_a_mistake_names_it(tmp_path, run_here):
         "hub: {admin: x, sites: []}": "`sites`",
         "training: {lerning_rate: 1}": "did you mean `learning_rate`",
         "out: 3": "`out`",
-        "training: {on: 1}": "is no mapping of options",
+        "training: {on: 1}": "an unquoted yes, no, on or off is a boolean",
     }.items():
         kept = [line for line in text.splitlines() if not line.startswith(change.split(":")[0] + ":")]
         file.write_text("\n".join([*kept, change]))

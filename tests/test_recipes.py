@@ -86,7 +86,7 @@ BAD_PROMPTS = {
         "language: 12:30",
         "`defaults.language` is 750, not text",
     ),
-    "yaml made a date": ("Says hello.", "2024-01-01", "`description` is datetime.date(2024, 1, 1), not text"),
+    "yaml made a date": ("Says hello.", "2024-01-01", "2024-01-01 in line 3 is a date to YAML; put it in quotes"),
     "an empty value": ("Says hello.", "", "`description` is None, not text"),
     "attribute access": ("{who}", "{who.__class__}", "{who.__class__} is not a plain {variable}"),
     "indexing": ("{who}", "{who[0]}", "{who[0]} is not a plain {variable}"),
@@ -114,7 +114,7 @@ BAD_PROMPTS = {
     "a variable with a default as well": ("[who]", "[who, language]", "name each once"),
     "no variable": ("[who]", "[]", "`input_variables` is []"),
     "not a list": ("[who]", "who", "`input_variables` is 'who'; write a list"),
-    "a set": ("[who]", "!!set {who}", "`input_variables` is {'who'}; write a list"),
+    "a set": ("[who]", "!!set {who}", "the tag tag:yaml.org,2002:set is not read"),
     "LangChain's own word": ("who", "stop", "cannot be called 'stop'"),
     "an example's prompt": ("who", "prompt", "cannot be called 'prompt'"),
     "an example's completion": ("who", "completion", "cannot be called 'completion'"),
@@ -142,10 +142,10 @@ BAD_PROMPTS = {
     "a python object": (
         "Says hello.",
         "!!python/object/apply:os.getcwd []",
-        "could not determine a constructor",
+        "the tag tag:yaml.org,2002:python/object/apply:os.getcwd is not read",
     ),
-    "not YAML": ("[who]", "[who", "while parsing"),
-    "two documents": ("licence: MIT", "licence: MIT\n---\na: b", "single document"),
+    "not YAML": ("[who]", "[who", "is no plain YAML: did not find expected"),
+    "two documents": ("licence: MIT", "licence: MIT\n---\na: b", "a second document begins in line 8"),
 }
 
 
@@ -224,7 +224,7 @@ BAD_CHAINS = {
     "an unknown generation option": ("generation: {max_tokens: 8}", "did you mean `max_new_tokens`"),
     "text for a number": ('generation: {max_new_tokens: "8"}', "`generation.max_new_tokens` is '8'"),
     "yes for a number": ("generation: {max_new_tokens: yes}", "`generation.max_new_tokens` is True"),
-    "not a number": ("generation: {temperature: .nan}", "`generation.temperature` is nan"),
+    "not a number": ("generation: {temperature: .nan}", ".nan in line 5 is not finite"),
     "below zero": ("generation: {temperature: -1}", "`generation.temperature` is -1"),
     "above one": ("generation: {top_p: 1.5}", "`generation.top_p` is 1.5"),
     "a single stop": ('stop: "\\n"', "write a list"),

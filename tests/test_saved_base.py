@@ -23,7 +23,7 @@ from tokenizers import NormalizedString, normalizers
 from transformers import AddedToken, AutoModelForCausalLM
 
 from llmchain_fed import FederatedAveraging, LLMChain, LocalChatModel, LocalLLM, LocalModel, embedded, pristine
-from llmchain_fed.errors import ChainFileError, RecipeError
+from llmchain_fed.errors import ChainFileError, RecipeError, UnsupportedModelError
 from llmchain_fed.federated.trainee import Trainee
 
 PEOPLE = {"a": PAIRS[:4], "b": PAIRS[4:8]}
@@ -393,3 +393,16 @@ def test_a_parser_that_no_file_can_hold_is_refused_before_training(make_model):
     pipe = PromptTemplate.from_template(TEMPLATE) | face | parser
     for learner in (LLMChain(llm=face, prompt=TEMPLATE) | parser, pipe):
         FederatedAveraging(learner, participants=PEOPLE, lr=0.01, batch_size=4, progress=False).fit(1)
+
+
+def test_an_adapter_on_the_hub_is_not_followed(hub, tmp_path):
+    """Its settings can name another base, and code: nothing is read in their place, whoever names the hub's id."""
+    name = hub("causal")
+    chain = chain_over(name)
+    chain.save(tmp_path / "chain")
+    (snapshot,) = (tmp_path / "hub").glob("models--some--causal/snapshots/*")
+    (snapshot / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "elsewhere"}')
+    with pytest.raises(UnsupportedModelError, match="holds an adapter's settings"):
+        LocalModel.from_pretrained(name)
+    with pytest.raises(ChainFileError, match="holds an adapter's settings"):
+        LLMChain.load(tmp_path / "chain")

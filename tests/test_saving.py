@@ -217,7 +217,8 @@ def test_an_adapter_over_a_named_base_is_saved_without_the_base(tokenizer, tmp_p
     assert sorted(p.name for p in (tmp_path / "chain").iterdir()) == ["adapter", "chain.yaml", "tokenizer"]
     asked, base = [], taught_model("causal")
 
-    def load_base(name, *, dtype):
+    def load_base(name, *, dtype, by_name):
+        assert by_name
         asked.append((name, dtype))
         return base.module
 

@@ -287,7 +287,7 @@ def test_policy_files(tmp_path):
         "max_rounds: -1": "`max_rounds`",
         "operations: [shell]": "`operations.0`",
         "- a": "is no mapping",
-        "a: [": "cannot be read",
+        "a: [": "is no plain YAML",
     }.items():
         path.write_text(text)
         with pytest.raises(ConfigError, match=wanted):

@@ -6,53 +6,66 @@ Knows options and paths. Knows nothing of how a federation runs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from llmchain_fed._config import FrozenConfig
+from llmchain_fed._config import FrozenConfig, read_options
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.aggregation import Weighting, make_aggregation
 from llmchain_fed.federated.codecs import make_codec
 from llmchain_fed.federated.personal import Ditto
 from llmchain_fed.federated.server_optimizers import from_settings
-from llmchain_fed.runtimes.policy import read_options
 from llmchain_fed.training import TrainingConfig
+from llmchain_fed.untrusted import decoding, shown
+
+_LONGEST = 10.0**9  # seconds; some thirty years
+
+
+def _bounded(path: Path) -> Path:
+    if len(str(path)) > 4096 or "\0" in str(path):
+        msg = "that is no path of a file"
+        raise ValueError(msg)
+    return path
+
+
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+Place = Annotated[Path, AfterValidator(_bounded)]
 
 
 class HubOptions(FrozenConfig):
     """Options of `NVFlare`."""
 
-    admin: Path
+    admin: Place
     """folder of the administrator's kit, relative to the file"""
-    sites: tuple[str, ...] = Field(min_length=1)
-    socket: Path | None = None
+    sites: tuple[Name, ...] = Field(min_length=1, max_length=10_000)
+    socket: Place | None = None
     """where the job finds this process; by default a path that follows from `admin`"""
-    patience: float = Field(default=30.0, gt=0)
+    patience: float = Field(default=30.0, gt=0, le=_LONGEST)
     """seconds without a sign of life after which a site counts as absent"""
-    recovery: float = Field(default=120.0, gt=0)
+    recovery: float = Field(default=120.0, gt=0, le=_LONGEST)
     """seconds within which the engine must be back after it went away"""
-    startup: float = Field(default=60.0, gt=0)
+    startup: float = Field(default=60.0, gt=0, le=_LONGEST)
     """seconds to wait for all sites before the first job"""
 
 
 class FederationFile(FrozenConfig):
     """A federation as a file; options that are left out are those of `FederatedAveraging`."""
 
-    chain: str
+    chain: str = Field(min_length=1, max_length=4096)
     """a recipe's name, or a folder that `chain.save` wrote, relative to the file"""
     hub: HubOptions
-    out: Path
+    out: Place
     """folder for the trained chain and the history, relative to the file"""
-    rounds: int = Field(default=3, ge=1)
+    rounds: int = Field(default=3, ge=1, le=10**9)
     """in all: those that a checkpoint holds already count"""
-    checkpoint_dir: Path | None = None
+    checkpoint_dir: Place | None = None
     """where a checkpoint is written after each round, relative to the file; started again, the federation goes on"""
     keep_checkpoints: int | None = Field(default=3, ge=1)
-    aggregation: str = "fedavg"
-    codec: str | None = None
+    aggregation: Name = "fedavg"
+    codec: Name | None = None
     """what updates travel as: bf16, int8, int4, topk:<ratio>"""
-    broadcast_codec: str | None = None
+    broadcast_codec: Name | None = None
     server_optimizer: dict[str, Any] | None = None
     """its class and options, such as {class: FedAdam, lr: 0.01}"""
     personal: Ditto | None = None
@@ -60,13 +73,13 @@ class FederationFile(FrozenConfig):
     training: TrainingConfig = TrainingConfig()
     participants_per_round: int | float | None = None
     quorum: int = Field(default=1, ge=1)
-    deadline: float | None = Field(default=None, gt=0)
+    deadline: float | None = Field(default=None, gt=0, le=_LONGEST)
     """seconds a round's training may take"""
-    retries: int = Field(default=1, ge=0)
+    retries: int = Field(default=1, ge=0, le=1000)
     weighting: Weighting = "examples"
     max_weight_share: float | None = Field(default=None, gt=0, le=1)
     """the largest share of a round that one site's update may weigh"""
-    samples: int = Field(default=0, ge=0)
+    samples: int = Field(default=0, ge=0, le=10_000)
     seed: int = 0
 
     @classmethod
@@ -77,11 +90,15 @@ class FederationFile(FrozenConfig):
             ConfigError: No such file, an unknown option, or a value out of range.
         """
         options = read_options(path, "federation")
+        with decoding(f"the federation file {shown(str(path), 300)}", ConfigError):
+            return cls._of(options, Path(path).absolute().parent)
+
+    @classmethod
+    def _of(cls, options: dict[str, Any], here: Path) -> FederationFile:
         for name, kind in (("hub", HubOptions), ("training", TrainingConfig), ("personal", Ditto)):
             if isinstance(options.get(name), dict):
                 options[name] = kind(**options[name])
         found = cls(**options)
-        here = Path(path).absolute().parent
         chain = str(here / found.chain) if (here / found.chain / "chain.yaml").is_file() else found.chain
         moved: FederationFile = found.replace(
             hub=found.hub.replace(admin=here / found.hub.admin),

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field
 
 from llmchain_fed import untrusted
-from llmchain_fed._config import unknown_option
+from llmchain_fed._config import read_options, unknown_option
 from llmchain_fed.errors import ConfigError, ContractError, DeadlineError, PolicyError, TransportError
 from llmchain_fed.federated.limits import Limits, refuse
 from llmchain_fed.federated.runtime import Operation
@@ -53,15 +53,16 @@ class Policy(Limits):
             ConfigError: No such file, no mapping; or an unknown option, a wrong type or a value out of range, with its
                 line.
         """
-        data = _read(path, "policy")
-        found = _options(data, path, "policy")
-        lines = untrusted.key_lines(data)
+        found = read_options(path, "policy")
         for name, value in found.items():
             try:
                 if name not in cls.model_fields:
                     raise ConfigError(unknown_option(shown(name, 60), cls.model_fields))
                 cls(**{name: value})
             except ConfigError as error:
+                lines = untrusted.key_lines(
+                    untrusted.read_file(path, most=untrusted.MAX_YAML, what="the policy file", error=ConfigError)
+                )
                 why = printable(str(error).removeprefix(f"{cls.__name__}: "), 600)
                 msg = f"the policy file {shown(str(path), 300)}, line {lines[name]}: {why}. {_REMEDY}"
                 raise ConfigError(msg) from None
@@ -168,27 +169,3 @@ def _bounded(value: Any) -> Any:
     if isinstance(value, int) and abs(value) >= 2**63:
         return shown(value)
     return value if isinstance(value, (int, float)) else printable(value, _LONGEST)
-
-
-def read_options(path: str | Path, what: str) -> dict[str, Any]:
-    """A YAML file's mapping.
-
-    Raises:
-        ConfigError: No such file, no plain YAML, no mapping.
-    """
-    return _options(_read(path, what), path, what)
-
-
-def _read(path: str | Path, what: str) -> bytes:
-    return untrusted.read_file(path, most=untrusted.MAX_YAML, what=f"the {what} file", error=ConfigError)
-
-
-def _options(data: bytes, path: str | Path, what: str) -> dict[str, Any]:
-    name = f"the {what} file {shown(str(path), 300)}"
-    found = untrusted.parse_yaml(data, what=f"{name} cannot be read: it", error=ConfigError)
-    if found is None:
-        return {}
-    if not isinstance(found, dict):
-        msg = f"{name} is no mapping of options to values, such as `max_rounds: 20`."
-        raise ConfigError(msg)
-    return found

@@ -16,7 +16,9 @@ MAX_DEPTH = 32
 _LONG_DIGITS = re.compile("[0-9]{19}")
 
 
-def parse_json(data: bytes | bytearray | memoryview | str, *, most: int, what: str, error: ErrorType) -> Any:
+def parse_json(
+    data: bytes | bytearray | memoryview | str, *, most: int, what: str, error: ErrorType, bounded: bool = True
+) -> Any:
     """A JSON value in UTF-8: no name twice, no constant that JSON has not, integers below 2⁶³, at most 32 levels.
 
     Args:
@@ -24,16 +26,19 @@ def parse_json(data: bytes | bytearray | memoryview | str, *, most: int, what: s
         most: bytes (characters of text) that are parsed at all; memory is at most some 60 times that.
         what: Is parsed, for the message.
         error: Raised.
+        bounded: False for a file whose integers may have up to the 4,300 digits that Python reads.
     """
-    found = loads(data, most=most, what=what, error=error, bounded=True)
+    found = loads(data, most=most, what=what, error=error, bounded=bounded)
     if _is_deep(found):
         raise refusal(error, f"{what} is no JSON of ours (more than {MAX_DEPTH} levels)")
     return found
 
 
-def read_json(data: bytes | bytearray | memoryview | str, *, most: int, what: str, error: ErrorType) -> dict[str, Any]:
+def read_json(
+    data: bytes | bytearray | memoryview | str, *, most: int, what: str, error: ErrorType, bounded: bool = True
+) -> dict[str, Any]:
     """A JSON object; see `parse_json`."""
-    found = parse_json(data, most=most, what=what, error=error)
+    found = parse_json(data, most=most, what=what, error=error, bounded=bounded)
     if not isinstance(found, dict):
         raise refusal(error, f"{what} is {type(found).__name__}, not a JSON object")
     return found

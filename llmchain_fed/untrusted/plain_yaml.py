@@ -5,8 +5,9 @@ Knows PyYAML, and what of YAML a file of options needs. Knows nothing of options
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from llmchain_fed.untrusted.text import MAX_INTEGER, ErrorType, refusal, shown
 
 MAX_YAML = 2**20
 """bytes"""
+_MOST_EVENTS = 2**17  # values, and beginnings and ends of lists and mappings; so many take a second
 _TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq")}
 
 
@@ -56,7 +58,7 @@ class _Refused(yaml.YAMLError):
 def _check_events(text: str) -> None:
     """One pass without recursion: nothing is constructed before the whole is known to be flat and short enough."""
     depth, documents = 0, 0
-    for event in yaml.parse(text, Loader=_Base):
+    for number, event in enumerate(yaml.parse(text, Loader=_Base)):
         line = event.start_mark.line + 1 if event.start_mark is not None else 0
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             msg = f"anchors and aliases (& and *) are not read, line {line}; write the value out"
@@ -71,6 +73,9 @@ def _check_events(text: str) -> None:
             depth -= 1
         elif isinstance(event, yaml.DocumentStartEvent):
             documents += 1
+        if number > _MOST_EVENTS:
+            msg = f"more than {_MOST_EVENTS:,} values, line {line}"
+            raise _Refused(msg)
         if depth > MAX_DEPTH:
             msg = f"more than {MAX_DEPTH} levels, line {line}"
             raise _Refused(msg)
@@ -169,3 +174,47 @@ def key_lines(data: bytes | str, *, most: int = MAX_YAML) -> dict[str, int]:
     text = data if isinstance(data, str) else data.decode("utf-8")
     node = yaml.compose(text[:most], Loader=_Base)
     return {key.value: key.start_mark.line + 1 for key, _ in node.value} if isinstance(node, yaml.MappingNode) else {}
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """What occurs twice is written twice: anchors are not read."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 (PyYAML's)
+        return True
+
+
+def dump_yaml(data: Mapping[str, Any], *, what: str, error: ErrorType, remedy: str = "") -> str:
+    """YAML that `parse_yaml` gives back as it is; tuples come back as lists.
+
+    Args:
+        data: Plain data.
+        what: Holds it, for the message.
+        error: Raised: it is more than plain data, or more than a megabyte of it.
+        remedy: A sentence on what to do.
+    """
+    wanted = _with_lists(data, what, error, remedy)
+    try:
+        for readable in (True, False):  # letters as they are, where they come back so; line breaks of Unicode do not
+            text: str = yaml.dump(wanted, Dumper=_Dumper, sort_keys=False, allow_unicode=readable)
+            if len(text.encode("utf-8", "surrogatepass")) > MAX_YAML:
+                break
+            with contextlib.suppress(error):
+                if parse_yaml(text, what=what, error=error) == wanted:
+                    return text
+        parse_yaml(text.encode(), what=what, error=error, remedy=remedy)
+    except (yaml.YAMLError, RecursionError, UnicodeEncodeError, ValueError) as found:
+        raise refusal(error, f"{what} holds more than plain data ({shown(str(found), 200)})", remedy) from None
+    raise refusal(error, f"{what} holds what YAML does not give back", remedy)
+
+
+def _with_lists(data: Any, what: str, error: ErrorType, remedy: str, depth: int = 0) -> Any:
+    if depth > MAX_DEPTH:
+        raise refusal(error, f"{what} has more than {MAX_DEPTH} levels", remedy)
+    if isinstance(data, Mapping):
+        return {key: _with_lists(value, what, error, remedy, depth + 1) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_with_lists(value, what, error, remedy, depth + 1) for value in data]
+    return data

@@ -1,0 +1,117 @@
+"""What `save` writes is what `load` takes: modes, letters, sizes, and nothing of where a model came from.
+
+Belongs here: the folder as files. Does not: answers (test_saving), a hostile author's folders (tests/security).
+"""
+
+import ast
+import json
+import os
+from pathlib import Path
+
+import pytest
+from langchain_core.prompts import ChatPromptTemplate, FewShotPromptTemplate, PromptTemplate
+from taught import taught_model
+from tiny import TEMPLATE
+
+import llmchain_fed
+from llmchain_fed import LLMChain, LocalChatModel, LocalLLM, LocalModel
+from llmchain_fed.errors import ChainFileError, RecipeError, UnsupportedModelError
+
+TROUBLE = "a\x85b\u2028c\u2029d\ufeffe\u202ef\tg\r\nh\x7fi\xa0j\U0001f600k'\"\\ #:- l\x0bm\x00n"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return taught_model("causal", lora=True)
+
+
+def chain_with(model, prompt=TEMPLATE, **options):
+    return LLMChain(llm=LocalLLM(model=model, max_new_tokens=4, **options), prompt=prompt)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o027])
+def test_a_saved_chain_follows_the_users_umask(model, tmp_path, umask):
+    """The adapter's weights too, which safetensors writes for their owner alone."""
+    former = os.umask(umask)
+    try:
+        chain_with(model).save(tmp_path / "chain")
+    finally:
+        os.umask(former)
+    for path in [tmp_path / "chain", *(tmp_path / "chain").rglob("*")]:
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+def test_texts_of_any_letters_come_back(model, tmp_path):
+    prompt = PromptTemplate.from_template(TROUBLE + "{text}").partial()
+    chain = chain_with(model, prompt, stop=[TROUBLE])
+    chain.save(tmp_path / "chain")
+    loaded = LLMChain.load(tmp_path / "chain")
+    assert loaded.render("x") == chain.render("x")
+    assert list(loaded.llm.stop) == [TROUBLE]
+    spoken = ChatPromptTemplate([("system", TROUBLE), ("human", TROUBLE + "{text}")])
+    chat = LLMChain(llm=LocalChatModel(model=model), prompt=spoken)
+    chat.save(tmp_path / "chat")
+    assert LLMChain.load(tmp_path / "chat").render({"text": "x"}) == chat.render({"text": "x"})
+
+
+def few_shot(**parts):
+    defaults = {"prefix": "", "examples": [{"a": "b"}], "suffix": "{text}", "input_variables": ["text"]}
+    return FewShotPromptTemplate(example_prompt=PromptTemplate.from_template("{a}"), **(defaults | parts))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        (PromptTemplate.from_template("{text:>10}"), r"`\{text:>10\}` is more than a plain variable.*write \{text\}"),
+        (PromptTemplate.from_template("{text!r}"), r"`\{text!r\}` is more than a plain variable"),
+        (few_shot(examples=[{"a": "{text:>10}"}]), r"`\{text:>10\}` is more"),
+        (few_shot(suffix="{text!s}"), r"`\{text!s\}` is more"),
+        (ChatPromptTemplate([("human", "{text:d}")]), r"`\{text:d\}` is more"),
+        (few_shot(examples=[{"a": "\ud800"}]), "the chain's chain.yaml"),
+        (few_shot(examples=[{"a": "x" * 1000}] * 1100), "more than the 1,048,576 bytes.*examples beyond a megabyte"),
+    ],
+)
+def test_a_prompt_that_load_would_refuse_is_refused_before_training(model, prompt, wanted):
+    with pytest.raises((ChainFileError, RecipeError), match=wanted) as error:
+        chain_with(model, prompt).check_savable()
+    assert len(str(error.value)) < 800
+
+
+def test_where_a_model_came_from_and_its_code_are_not_saved(tmp_path):
+    plain = taught_model("causal")
+    plain.module.config.auto_map = {"AutoConfig": "configuration_x.C"}
+    plain.module.config.custom_pipelines = {"x": {"impl": "y.z"}}
+    plain.tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["tokenization_x.T", None]}
+    chain_with(plain).save(tmp_path / "chain")
+    for name in ("base/config.json", "tokenizer/tokenizer_config.json"):
+        assert not {"auto_map", "custom_pipelines"} & json.loads((tmp_path / "chain" / name).read_text()).keys()
+    assert LLMChain.load(tmp_path / "chain").invoke("page locked")
+
+
+def test_a_reference_that_is_no_hubs_id_is_refused_before_training(model):
+    odd = LocalModel(model.module, model.tokenizer, name="x", reference="../models/x")
+    with pytest.raises(ChainFileError, match="is no id of a hub"):
+        chain_with(odd).check_savable()
+
+
+def test_a_folder_in_the_working_directory_is_not_taken_for_the_embedded_model(tmp_path, monkeypatch):
+    (tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("llmchain_fed.embedded.resolve", lambda _: llmchain_fed.embedded.HUB_ID)
+    with pytest.raises(UnsupportedModelError, match="the working directory has a file or folder of that name"):
+        LocalModel.from_pretrained("smollm2-135m-instruct")
+
+
+def test_every_call_into_transformers_refuses_code():
+    """Of a model, a configuration, a tokenizer: none is loaded without `trust_remote_code=False`."""
+    loaders = {"AutoConfig", "AutoTokenizer", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "loader"}
+    found = 0
+    for path in Path(llmchain_fed.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            if node.func.attr in ("from_pretrained", "from_config") and ast.unparse(node.func.value) in loaders:
+                found += 1
+                said = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert said.get("trust_remote_code") == "False", f"{path.name}, line {node.lineno}"
+    assert found >= 8
