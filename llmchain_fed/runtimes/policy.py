@@ -185,7 +185,9 @@ def _read(path: str | Path, what: str) -> bytes:
 
 def _options(data: bytes, path: str | Path, what: str) -> dict[str, Any]:
     name = f"the {what} file {shown(str(path), 300)}"
-    found = untrusted.parse_yaml(data, what=f"{name} cannot be read and is no mapping of options: it", error=ConfigError)
+    found = untrusted.parse_yaml(
+        data, what=f"{name} cannot be read and is no mapping of options: it", error=ConfigError
+    )
     if found is None:
         return {}
     if not isinstance(found, dict):
