@@ -34,7 +34,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, TrainingConfig
 from llmchain_fed.runtimes.nvflare import kits
 
-TRAINING = TrainingConfig(optimizer="sgd", learning_rate=1e-3, batch_size=2, max_steps=1)
+# three a step: with two, what is left of 3 or 5 examples would be an update of one, which a site refuses
+TRAINING = TrainingConfig(optimizer="sgd", learning_rate=1e-3, batch_size=3, max_steps=1)
 SHARES_USED = {name: SHARES[name] for name in SITES}
 LAYERS = {5: (176, 3), 50: (512, 4), 540: (1024, 11)}  # MB → hidden size, layers
 
