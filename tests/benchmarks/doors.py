@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import os
+import resource
 import statistics
 import struct
 import subprocess
@@ -77,17 +78,19 @@ def median(work: Callable[[], Any], repeats: int) -> float:
 
 
 def peak(work: Callable[[], Any]) -> int:
-    """bytes of resident memory beyond what there is before."""
-
-    def said(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
-
+    """bytes of resident memory beyond what there is before; in a fork, where the peak begins anew."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = said("VmRSS")
-    work()
-    return said("VmHWM") - before
+    receiving, sending = os.pipe()
+    if os.fork() == 0:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        work()
+        os.write(sending, str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before).encode())
+        os._exit(0)
+    os.wait()
+    found = int(os.read(receiving, 20))
+    os.close(receiving)
+    os.close(sending)
+    return 1024 * found
 
 
 def refused(decode: Callable[[bytes], Any], data: bytes) -> str:

@@ -44,10 +44,14 @@ class Elsewhere:
         """Holds nothing."""
 
 
-def federation(chain, lies=None, *, without=(), held_out=False, runtime=InProcess, **options):
-    """One over a, b and the liar, who lies as it is told; or without some of them."""
+def federation(chain, lies=None, *, without=(), held_out=False, runtime=InProcess, rank=None, alpha=None, **options):
+    """One over a, b and the liar, who lies as it is told and may have a rank of its own; or without some of them."""
     trainee = Trainee.of(chain)
-    people = (Participant(n, x, HELD_OUT if held_out else None) for n, x in SHARES.items() if n not in without)
+    people = (
+        Participant(n, x, HELD_OUT if held_out else None, **({"rank": rank, "alpha": alpha} if n == "liar" else {}))
+        for n, x in SHARES.items()
+        if n not in without
+    )
     peers = {p.name: LocalPeer(trainee, p, TRAINING) for p in people}
     if "liar" in peers:
         peers["liar"] = Liar(peers["liar"], lies or {})
