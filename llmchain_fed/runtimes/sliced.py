@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from llmchain_fed.errors import DeadlineError, ParticipantError, TransportError
 from llmchain_fed.federated.runtime import Operation, Payload, payload_for
 from llmchain_fed.runtimes import failures, frames, heads
-from llmchain_fed.runtimes.limits import Limits
+from llmchain_fed.runtimes.answer_sizes import AnswerSizes
 
 # (nodes, frame, seconds) → (node, the frame it answered or why there is none) for each of them
 Exchange = Callable[[Sequence[str], bytes, float], Iterable[tuple[str, bytes | Exception]]]
@@ -36,11 +36,11 @@ class SlicedCalls:
 
     def __init__(self, exchange: Exchange, patience: float) -> None:
         self._exchange, self._patience = exchange, patience
-        self._limits = Limits()
+        self._sizes = AnswerSizes()
 
     def expect(self, num_bytes: int, op: Operation = "train") -> None:
         """Says how large an answer to `op` may be from now on."""
-        self._limits.expect(num_bytes, op)
+        self._sizes.expect(num_bytes, op)
 
     def call(
         self, op: Operation, nodes: Iterable[str], payload: Payload, timeout: float | None
@@ -60,7 +60,7 @@ class SlicedCalls:
             groups.setdefault(id(payload_for(payload, name)), []).append(name)
         for alike in groups.values():
             self._send(call, op, alike, payload_for(payload, alike[0]), until, answers)
-        most = {name: self._limits.most(op, len(payload_for(payload, name))) for name in names}
+        most = {name: self._sizes.most(op, len(payload_for(payload, name))) for name in names}
         self._wait(call, [n for n in names if n not in answers], until, answers, totals, most)
         # of fetching alone: what becomes of the answers meanwhile is nobody's fault
         left = max(until + self._patience - time.monotonic(), 0.0) if until is not None else None

@@ -23,7 +23,7 @@ from torch import Tensor
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, FederationError
 from llmchain_fed.federated.runtime import InProcess, Operation, Payload, Peer, payload_for
 from llmchain_fed.runtimes import failures, ranks
-from llmchain_fed.runtimes.limits import Limits
+from llmchain_fed.runtimes.answer_sizes import AnswerSizes
 from llmchain_fed.untrusted import Strict, shown
 
 _LEADER = 0
@@ -70,7 +70,7 @@ class TorchDistributed:
         self._torn: set[int] = set()
         """ranks to which no whole message can be sent any more"""
         self._hosted = False
-        self._limits = Limits()
+        self._sizes = AnswerSizes()
 
     def __repr__(self) -> str:
         return f"TorchDistributed(rank {self.rank} of {self.world_size}, {len(self._homes)} participants)"
@@ -122,7 +122,7 @@ class TorchDistributed:
 
     def expect(self, num_bytes: int, op: Operation = "train") -> None:
         """Says how large an answer to `op` may be from now on."""
-        self._limits.expect(num_bytes, op)
+        self._sizes.expect(num_bytes, op)
 
     def call(
         self, op: Operation, nodes: Iterable[str], payload: Payload, timeout: float | None = None
@@ -155,13 +155,13 @@ class TorchDistributed:
             yield from self._local.call(op, mine, payload, timeout)
             while outstanding:
                 rank, name = outstanding[0]
-                answer = self._answer(rank, self._limits.most(op, len(payload_for(payload, name))))
+                answer = self._answer(rank, self._sizes.most(op, len(payload_for(payload, name))))
                 outstanding.pop(0)
                 yield name, answer
         finally:  # one that stops listening leaves no answer behind for the next call
             if self._broken is None:
                 for rank, name in outstanding:
-                    self._answer(rank, self._limits.most(op, len(payload_for(payload, name))))
+                    self._answer(rank, self._sizes.most(op, len(payload_for(payload, name))))
 
     def follow(self, adopt: Callable[[bytes], None]) -> None:
         """Answers rank 0 until it publishes, on the ranks that do not lead.

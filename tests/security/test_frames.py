@@ -366,9 +366,9 @@ def rank_0(sent, leads=True):
     from datetime import timedelta
 
     from llmchain_fed.federated.runtime import InProcess
-    from llmchain_fed.runtimes.limits import Limits
+    from llmchain_fed.runtimes.answer_sizes import AnswerSizes
 
-    found._timeout, found._local, found._limits = timedelta(seconds=5), InProcess({}), Limits()
+    found._timeout, found._local, found._sizes = timedelta(seconds=5), InProcess({}), AnswerSizes()
     tensors = iter(sent)
 
     def fill(tensor, rank):

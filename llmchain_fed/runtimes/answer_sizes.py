@@ -1,4 +1,4 @@
-"""Limits: how many bytes an answer may have, from what was asked.
+"""Answer sizes: how many bytes an answer may have, from what was asked.
 
 Knows operations and sizes. Knows nothing of how answers travel.
 """
@@ -11,7 +11,7 @@ _SMALL = 16 * 2**20  # bytes: counts, losses and samples as JSON
 _STATE = 64 * 2**20  # bytes a participant's own state may have beyond what was said of it
 
 
-class Limits:
+class AnswerSizes:
     """Remembers what was said of the size of answers.
 
     A training whose updates nobody described, and a participant's own state, may have twice what was sent to it and
