@@ -53,7 +53,7 @@ class TrainingConfig(FrozenConfig):
     """bf16: forward and backward in bfloat16, weights and optimizer in float32"""
     keep_optimizer: bool = False
     """keep each participant's optimizer state for its next round instead of starting afresh"""
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """decides the order of the data and dropout, together with participant and round"""
 
     @model_validator(mode="after")
