@@ -104,7 +104,7 @@ def check_numbers(samples: int, seed: int) -> None:
         msg = f"samples is a count of 0 or more, got {samples!r:.80}."
         raise ConfigError(msg)
     if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
-        msg = f"seed is a whole number of at most 64 bits with its sign, got {shown(seed)}."
+        msg = f"seed is a whole number, got {shown(seed)}: one of 64 bits, its sign included."
         raise ConfigError(msg)
 
 
