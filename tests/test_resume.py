@@ -958,3 +958,53 @@ def test_a_checkpoint_that_failed_leaves_no_gap_behind(make_chain, tmp_path, mon
 
 def _no_space(*_: Any, **__: Any) -> None:
     raise CheckpointError("no space left on the device")
+
+
+# --- when going on fails on the way -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", ["resume", "roll_back"])
+def test_what_fails_after_the_weights_were_loaded_puts_all_back(act, make_chain, tmp_path, monkeypatch):
+    """Whatever it is that fails: here that a personal model becomes an adapter."""
+    options = {"training": KEPT, "codec": "int8", "broadcast_codec": "int8", "personal": Ditto(lam=0.3)}
+    straight = federation(make_chain(lora=True), server_optimizer=FedAdam(lr=0.01), **options)
+    straight.fit(rounds=4)
+    chain = make_chain(lora=True)
+    fed = federation(chain, server_optimizer=FedAdam(lr=0.01), checkpoint_dir=tmp_path, **options)
+    fed.fit(rounds=3)
+    files, history, before = contents(tmp_path), fed.history.to_json(), chain.model.trainable_state()
+    other = make_chain(lora=True)
+    with monkeypatch.context() as failing:
+        calls = []
+
+        def add_adapter(self, name, *_, **__):
+            calls.append(name)
+            if len(calls) == 2:
+                raise RuntimeError("out of memory")
+
+        failing.setattr(type(chain.model), "add_adapter", add_adapter)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            fed.roll_back(1) if act == "roll_back" else resumed(tmp_path, other)
+    assert contents(tmp_path) == files
+    assert_tensors_equal(other.model.trainable_state(), make_chain(lora=True).model.trainable_state())
+    assert (fed.round, fed.history.to_json()) == (3, history)
+    assert_tensors_equal(chain.model.trainable_state(), before)
+    fed.fit(rounds=1)
+    assert_same(fed, straight)
+
+
+def test_a_history_that_could_not_be_read_again_is_not_written(make_chain, tmp_path, monkeypatch):
+    fed = federation(make_chain(), checkpoint_dir=tmp_path)
+    fed.fit(rounds=1)
+    with monkeypatch.context() as small:
+        small.setattr(checkpoint, "MAX_MANIFEST", 2000)
+        with pytest.raises(CheckpointError, match=r"round 2 cannot be written .*more than could be read again"):
+            fed.fit(rounds=1)
+    assert fed.round == 2
+    assert checkpoint.rounds(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**5000], ids=range(3))
+def test_a_seed_that_no_message_holds_is_refused_at_once(seed, make_chain):
+    with pytest.raises(ConfigError, match="seed"):
+        federation(make_chain(), seed=seed)

@@ -29,6 +29,7 @@ from llmchain_fed.federated.server_optimizers import (
     from_settings,
     snapshot,
 )
+from llmchain_fed.untrusted import printable
 
 SHAPES = {"a": (3, 4), "b": (5,), "scalar": (), "layer.lora_A/w": (2, 1, 3), "empty": (0, 2)}
 MAKERS = {
@@ -695,3 +696,46 @@ def test_the_order_of_names_does_not_matter():
             mixed = other_way.step(dict(reversed(state.items())), {n: delta[n] for n in names})
             assert_equal(moved, {n: mixed[n] for n in moved})
             state = moved
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"class": ["FedAdam"]},
+        {"class": {"FedAdam": 1}},
+        {"class": None},
+        {},
+        [],
+        None,
+        "x" * 100_000,
+        {"class": "TorchServerOptimizer"},
+        {"class": "TorchServerOptimizer", "optimizer": ["torch.optim.sgd.SGD"], "options": {}},
+        {"class": "TorchServerOptimizer", "optimizer": "os.system", "options": {}},
+        {"class": "TorchServerOptimizer", "optimizer": "torch.optim.lr_scheduler", "options": {}},
+        {"class": "TorchServerOptimizer", "optimizer": "torch.optim.sgd.SGD", "options": []},
+        {"class": "TorchServerOptimizer", "optimizer": "torch.optim.sgd.SGD", "options": {"optimizer": 1}},
+        {"class": "TorchServerOptimizer", "optimizer": "torch.optim.sgd.SGD", "options": {"self": 1}},
+        {"class": "TorchServerOptimizer", "optimizer": "torch.optim.sgd.SGD", "options": {"lr": {"a": 1}}},
+        {"class": "TorchServerOptimizer", "optimizer": "torch.optim.sgd.SGD", "options": {"lr": "0.1"}},
+        {"class": "TorchServerOptimizer", "optimizer": "torch.optim.sgd.SGD", "options": {1: 2}},
+        {"class": "TorchServerOptimizer", "optimizer": "torch.optim.adam.Adam", "options": {"betas": [[0.9], 0.9]}},
+        {"class": "TorchServerOptimizer", "optimizer": "torch.optim.adam.Adam", "options": {"betas": [0.9] * 1000}},
+        {"class": "TorchServerOptimizer", "optimizer": "torch.optim.sgd.SGD", "options": {"lr": 10**400}},
+        {"class": "TorchServerOptimizer", "optimizer": "torch.optim.sgd.SGD", "options": {}, "more": 1},
+        {"class": "FedAdam", "lr": 10**5000},
+        {"class": "FedAdam", "lr": [0.1]},
+        {"class": "FedAdam", "lr": {"a": [1]}},
+        {"class": "FedAdam", "lr": float("nan")},
+        {"class": "FedAdam", "self": 1},
+        {"class": "FedAdam", "rate": 1},
+        {"class": "FedAdam", 3: 1},
+        {"class": "DiLoCo", "momentum": "\ud800"},
+        {"class": "FedAdam", "lr": "\x1b[2J" * 5},
+    ],
+    ids=range(30),
+)
+def test_settings_from_elsewhere_are_an_optimizer_or_one_error(settings):
+    with pytest.raises(ConfigError) as error:
+        from_settings(settings)
+    assert len(str(error.value)) < 700
+    assert printable(str(error.value)) == str(error.value)

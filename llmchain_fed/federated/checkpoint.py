@@ -275,7 +275,6 @@ def _manifest(folder: Path, number: int, others: tuple[int, ...]) -> _Manifest:
         raise _damaged(folder, f"{MANIFEST} has changed or is cut off (SHA-256 differs)", others)
     del data
     try:
-        # a text within may hold half a surrogate pair, escaped; what people see is printable once `contents` read it
         found = parse_json(text, most=MAX_MANIFEST, what=MANIFEST, error=CheckpointError)
         if isinstance(found, dict) and (found.get("format"), found.get("round")) != (FORMAT, number):
             what = f"{MANIFEST} says format {shown(found.get('format'))} of round {shown(found.get('round'))}"

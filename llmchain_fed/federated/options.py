@@ -14,6 +14,7 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.history import RoundRecord
 from llmchain_fed.federated.pooling import stands_still
 from llmchain_fed.training import TrainingConfig
+from llmchain_fed.untrusted import shown
 
 
 def training_of(training: TrainingConfig | None, **given: Any) -> TrainingConfig:
@@ -102,8 +103,8 @@ def check_numbers(samples: int, seed: int) -> None:
     if not isinstance(samples, int) or isinstance(samples, bool) or samples < 0:
         msg = f"samples is a count of 0 or more, got {samples!r:.80}."
         raise ConfigError(msg)
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        msg = f"seed is a whole number, got {seed!r:.80}."
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+        msg = f"seed is a whole number, got {shown(seed)}: one of 64 bits, its sign included."
         raise ConfigError(msg)
 
 
