@@ -186,7 +186,7 @@ def _quiet(caplog):
 
 def test_the_table_knows_every_field():
     assert set(names()) == set(GenerationConfig().to_dict()) - {"_from_model_config", "transformers_version"}
-    later = {"assistant_ensemble_weight", "max_cache_len", "speculation_type", "use_mtp"}  # not yet in transformers 5.10
+    later = {"assistant_ensemble_weight", "max_cache_len", "speculation_type", "use_mtp"}  # not in transformers 5.10
     assert set(TABLE) == set(names()) | later
     assert set(FIELDS) == set(TABLE)
 
