@@ -56,8 +56,8 @@ FLOORS_PIP := .venv-floors/bin/pip install --quiet --disable-pip-version-check -
 	$(FLOORS_PIP) --editable '.[test]'
 	touch $@
 
-FLOORS_TESTS := package invariants saving saved_base lora_configs llm chat
-test-floors: .venv-floors/floors.stamp  ## invariants, saving and LangChain on the lowest versions; four minutes, and two to install
+FLOORS_TESTS := package invariants saving saved_base lora_configs llm chat server_optimizers
+test-floors: .venv-floors/floors.stamp  ## invariants, saving, LangChain … on the lowest versions; two minutes, and two to install
 	LLMCHAIN_FED_FLOORS=1 OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -n 2 --dist loadfile -m "not real_model" \
 		--durations=5 $(FLOORS_TESTS:%=tests/test_%.py)
 

@@ -120,7 +120,8 @@ KINDS = ["causal", "seq2seq"]
 
 
 def each(table):
-    return [(name, i) for name, values in table.items() for i in range(len(values))]
+    """Every value of every field that this transformers has; which those are: `test_the_table_knows_every_field`."""
+    return [(name, i) for name, values in table.items() if name in names() for i in range(len(values))]
 
 
 def value_of(name, i):
@@ -184,9 +185,9 @@ def _quiet(caplog):
 
 
 def test_the_table_knows_every_field():
-    assert (
-        set(TABLE) == set(names()) == set(GenerationConfig().to_dict()) - {"_from_model_config", "transformers_version"}
-    )
+    assert set(names()) == set(GenerationConfig().to_dict()) - {"_from_model_config", "transformers_version"}
+    later = {"assistant_ensemble_weight", "max_cache_len", "speculation_type", "use_mtp"}  # not in transformers 5.10
+    assert set(TABLE) == set(names()) | later
     assert set(FIELDS) == set(TABLE)
 
 

@@ -95,9 +95,11 @@ class TorchServerOptimizer:
         try:
             optimizer = self._class(list(parameters.values()), **self._options)
             known = {i: self._memory[n] for i, n in enumerate(parameters) if n in self._memory}
+            # what an optimizer has from its making stays where nothing is remembered: torch 2.10's Adagrad makes its sums
+            # there and nowhere else (https://github.com/pytorch/pytorch/blob/v2.10.0/torch/optim/adagrad.py)
+            made = optimizer.state_dict()
             # deep copies: torch steps in place, and a step that fails must leave the memory as it was
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": copy.deepcopy(known), "param_groups": groups})
+            optimizer.load_state_dict(made | {"state": made["state"] | copy.deepcopy(known)})
             optimizer.step()
         except Exception as error:
             msg = f"{self!r} failed ({type(error).__name__}: {error!s:.200}); weights and memory are as they were."
