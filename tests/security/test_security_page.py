@@ -9,7 +9,7 @@ PAGE = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
 NAMED = re.compile(r"`([a-z_/]+\.py)::(\w+)`")
 
 
-def tests_of(file):
+def names_of_tests(file):
     tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
 
@@ -23,7 +23,7 @@ def rows():
 def test_every_named_test_exists():
     named = NAMED.findall(PAGE)
     assert len(named) > 40
-    assert [f"{file}::{name}" for file, name in named if name not in tests_of(file)] == []
+    assert [f"{file}::{name}" for file, name in named if name not in names_of_tests(file)] == []
 
 
 def test_every_promise_names_a_test():

@@ -143,7 +143,8 @@ def command_of(kit: Path, socket: Path | None = None) -> tuple[list[str], dict[s
     """
     hub = kits.is_hub(kit)
     settings = ["secure_train=true", "config_folder=config"]
-    variables = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"}
+    # a kit may come from elsewhere and is the engine's working directory, of which no module is to be imported
+    variables = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     if hub:
         settings += ["org=hub"]
     else:
