@@ -95,8 +95,8 @@ class TorchServerOptimizer:
         try:
             optimizer = self._class(list(parameters.values()), **self._options)
             known = {i: self._memory[n] for i, n in enumerate(parameters) if n in self._memory}
-            # what an optimizer has from its making stays where nothing is remembered: torch 2.10's Adagrad makes its sums
-            # there and nowhere else (https://github.com/pytorch/pytorch/blob/v2.10.0/torch/optim/adagrad.py)
+            # what an optimizer has from its making stays where nothing is remembered: torch 2.10's Adagrad makes its
+            # sums there and nowhere else (https://github.com/pytorch/pytorch/blob/v2.10.0/torch/optim/adagrad.py)
             made = optimizer.state_dict()
             # deep copies: torch steps in place, and a step that fails must leave the memory as it was
             optimizer.load_state_dict(made | {"state": made["state"] | copy.deepcopy(known)})
