@@ -132,9 +132,9 @@ def test_a_late_update_is_dropped_recorded_and_not_asked_for_again(make_chain):
 
 
 def test_a_participant_gives_up_by_itself_when_the_deadline_is_over(make_chain, monkeypatch):
-    from llmchain_fed.federated import peer as peers
+    from llmchain_fed.federated import local_work
 
-    inner = peers.train_locally
+    inner = local_work.train_locally
 
     def slow(*args, before_step, **options):
         def step():
@@ -144,7 +144,7 @@ def test_a_participant_gives_up_by_itself_when_the_deadline_is_over(make_chain, 
 
         return inner(*args, before_step=step, **options)
 
-    monkeypatch.setattr(peers, "train_locally", slow)
+    monkeypatch.setattr(local_work, "train_locally", slow)
     chain = make_chain(lora=True)
     fed = FederatedAveraging(chain, participants=SHARES, training=TRAINING, deadline=0.2, progress=False)
     fed.fit(1)

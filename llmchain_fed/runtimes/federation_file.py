@@ -15,7 +15,7 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.aggregation import Weighting, make_aggregation
 from llmchain_fed.federated.codecs import make_codec
 from llmchain_fed.federated.personal import Ditto
-from llmchain_fed.federated.server_optimizers import from_settings
+from llmchain_fed.federated.server_optimizers import ServerOptimizer, from_settings
 from llmchain_fed.training import TrainingConfig
 from llmchain_fed.untrusted import decoding, shown
 
@@ -119,5 +119,16 @@ class FederationFile(FrozenConfig):
         """What `FederatedAveraging` is given."""
         names = ["training", "participants_per_round", "quorum", "deadline", "retries", "weighting", "samples", "seed"]
         names += ["max_weight_share", "aggregation", "codec", "broadcast_codec", "personal", "keep_checkpoints"]
-        optimizer = from_settings(self.server_optimizer) if self.server_optimizer is not None else None
+        optimizer = _server_optimizer(self.server_optimizer) if self.server_optimizer is not None else None
         return {name: getattr(self, name) for name in names} | {"server_optimizer": optimizer}
+
+
+def _server_optimizer(settings: dict[str, Any]) -> ServerOptimizer:
+    """The optimizer that a file describes; what a user's own code may be, a file can not."""
+    if not isinstance(settings.get("class"), str):
+        msg = (
+            f"server_optimizer: `class` is {shown(settings.get('class'))}. Write a name, such as "
+            "{class: FedAdam, lr: 0.01}."
+        )
+        raise ConfigError(msg)
+    return from_settings(settings)

@@ -101,7 +101,9 @@ class Policy(Limits):
     def told(self, error: BaseException) -> dict[str, str]:
         """What of an error may leave: its type, and its message where that can quote no example or may."""
         leaves = self.error_messages or isinstance(error, _HARMLESS)
-        message = printable(error, _LONGEST) if leaves else "the site keeps the message to itself; its audit file has it"
+        message = (
+            printable(error, _LONGEST) if leaves else "the site keeps the message to itself; its audit file has it"
+        )
         return {"type": type(error).__name__, "message": message}
 
 

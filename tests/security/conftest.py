@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+collect_ignore = ["corpus", "loading_child.py"]  # programs that tests start, and builders
 
 
 def pytest_collection_modifyitems(items):

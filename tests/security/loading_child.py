@@ -78,4 +78,5 @@ def main():
         print(json.dumps(outcome(case)), flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()
