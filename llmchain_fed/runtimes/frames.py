@@ -7,13 +7,15 @@ account alone, and neither side talks to one that another account could have put
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
 import socket
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing import AuthenticationError
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ MAX_FRAME = SLICE + _MAX_HEAD + 4
 MAX_OUTER = MAX_FRAME + MAX_ORDER + 4  # a frame within a frame: between driver and bridge, bridge and peer
 _LONGEST_PATH = 100  # characters: what a UNIX socket's address holds, less some room
 _KEY = 32  # bytes
+_BEGINNING = 5.0  # seconds to wait for another process that begins to listen at the same path
 _TRANSFER = 60.0  # seconds a frame may take through a socket, and its answer to come: a poll is held for less
 
 
@@ -69,8 +72,8 @@ def key_path(path: Path) -> Path:
 def listen(path: str | Path) -> Listener:
     """A listening socket at `path`, with a fresh key beside it; both for this account alone.
 
-    The socket's name is taken first, which only one process can do; then the key replaces a former one at once, and
-    only then is anybody heard. So whoever connects finds the key that goes with the socket, or nobody.
+    One process at a time takes the socket's name, then the key replaces a former one at once, and only then is anybody
+    heard. So whoever connects finds the key that goes with the socket, or nobody.
 
     Raises:
         ConfigError: The path is too long, its folder is missing, not writable, or open to other accounts, or somebody
@@ -83,6 +86,15 @@ def listen(path: str | Path) -> Listener:
     if problem := _open_to_others(path.parent):
         msg = f"cannot listen at {path}: {problem}. Use a folder that only this account can write to."
         raise ConfigError(msg)
+    try:
+        with _alone(path):
+            return _listen(path)
+    except OSError as error:
+        msg = f"cannot listen at {path}: {error}. Its folder must exist and be writable."
+        raise ConfigError(msg) from error
+
+
+def _listen(path: Path) -> Listener:
     key, listening = secrets.token_bytes(_KEY), socket.socket(socket.AF_UNIX)
     try:
         if path.exists() or path.is_symlink():
@@ -94,17 +106,44 @@ def listen(path: str | Path) -> Listener:
             os.umask(former)
         files = [(path, which(path)), (key_path(path), _write_key(key_path(path), key))]
         listening.listen(64)
-        if any(which(file) != known for file, known in files):
-            msg = "another process began to listen there at the same moment"
-            raise OSError(msg)
-    except OSError as error:
-        listening.close()
-        msg = f"cannot listen at {path}: {error}. Its folder must exist and be writable."
-        raise ConfigError(msg) from error
-    except ConfigError:
+    except BaseException:
         listening.close()
         raise
     return Listener(listening, path, key, files)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Of processes that begin to listen at one path at once, one after the other: each finds what the former left.
+
+    Raises:
+        OSError: The lock is another account's, or somebody holds it for longer than beginning takes.
+    """
+    lock = path.with_name(path.name + ".lock")
+    until = time.monotonic() + _BEGINNING
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            if os.fstat(descriptor).st_uid != os.geteuid():
+                msg = f"{lock.name} is another account's"
+                raise OSError(msg)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
+                break  # else whoever held it has removed it meanwhile
+            os.close(descriptor)
+        except BlockingIOError:
+            os.close(descriptor)
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+        except BaseException:
+            os.close(descriptor)
+            raise
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def _make_room(path: Path) -> None:
