@@ -6,6 +6,7 @@ that are malformed (test_peer_messages), frames and sockets (test_site).
 
 import json
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -437,11 +438,18 @@ def test_policy_explain_says_every_option_in_a_sentence(tmp_path):
 
 
 def test_the_federations_own_example_passes_its_own_policy(trainee):
+    """What run.py's federation file says of training, with as many examples as its policy asks for."""
     policy = Policy.from_file(ROOT / "examples" / "federation" / "policy.yaml")
-    ask = Asker(trainee, policy.replace(min_examples_per_update=8), participant=Participant("a", PAIRS))
-    assert isinstance(ask.hello(training={"learning_rate": 1e-3, "batch_size": 8}), bytes)
+    source = (ROOT / "examples" / "federation" / "run.py").read_text(encoding="utf-8")
+    (batch_size,) = re.findall(r"training: \{\{.*batch_size: (\d+)\}\}", source)
+    (rate,) = re.findall(r'"--lr", type=float, default=([0-9.e-]+)', source)
+    pairs = [(f"text {n}", f"texte {n}") for n in range(policy.min_examples_per_update)]
+    training = {"learning_rate": float(rate), "batch_size": int(batch_size)}
+    ask = Asker(trainee, policy, participant=Participant("a", pairs))
+    assert isinstance(ask.hello(training=training), bytes)
     assert isinstance(ask.train(), bytes)
-    assert isinstance(Limits().max_states, int)
+    ask = Asker(trainee, policy, participant=Participant("a", pairs[1:]))
+    assert "policy.min_examples_per_update" in str(ask.hello(training=training))
 
 
 # --- the audit file -------------------------------------------------------------------------------------------------

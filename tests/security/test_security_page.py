@@ -34,6 +34,13 @@ def test_every_promise_names_a_test():
         assert (promised == "–") == (mechanism == "–") == (not NAMED.findall(shown)), (asset, promised)
 
 
+def test_every_command_it_names_is_there():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"`make ([a-z-]+)", PAGE))
+    assert len(named) > 2
+    assert named <= targets
+
+
 def test_the_page_holds_the_core():
     for sentence in (
         "Nothing that one participant sends raises out of `fit`, hangs it, or costs more than twice an honest update.",
