@@ -38,7 +38,7 @@ class TrainingConfig(FrozenConfig):
     """optimizer steps per round instead; the next round goes on where this one ended"""
     optimizer: Any = "adamw"
     """"adamw", "adam", "sgd", a torch.optim class, or an instance whose class and settings are the template"""
-    weight_decay: float | None = Field(default=None, ge=0.0)
+    weight_decay: float | None = Field(default=None, ge=0.0, le=1e6)
     """by default the optimizer's own"""
     max_grad_norm: float | None = Field(default=None, gt=0.0)
     """clips the gradient's L2 norm; None is off"""
@@ -47,7 +47,7 @@ class TrainingConfig(FrozenConfig):
     tolerance: float = Field(default=0.05, ge=0.0, le=1.0)
     """share of a participant's examples that may be left out because no answer could be their completion (an end token
     or stop string in it, characters that the vocabulary lacks); beyond it the participant is refused"""
-    proximal_mu: float = Field(default=0.0, ge=0.0)
+    proximal_mu: float = Field(default=0.0, ge=0.0, le=1e6)
     """FedProx: adds mu/2 · ‖w − w_global‖² to the loss (arXiv 1812.06127)"""
     precision: Precision = "fp32"
     """bf16: forward and backward in bfloat16, weights and optimizer in float32"""

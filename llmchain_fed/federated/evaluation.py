@@ -27,7 +27,7 @@ from llmchain_fed.federated.runtime import Transport
 from llmchain_fed.federated.trainee import Trainee
 from llmchain_fed.federated.update import MAX_EXAMPLES
 from llmchain_fed.training import encoded
-from llmchain_fed.untrusted import Strict, checked, decoding, printable
+from llmchain_fed.untrusted import Strict, checked, decoding, one_line, printable
 
 _SAMPLE_TOKENS = 32
 _LONGEST = 10_000  # characters of a text that came from elsewhere
@@ -222,14 +222,14 @@ def _read(answer: bytes | Exception, samples: int, declared: int | None = None) 
             loss = finiteness.read(plain)
             found = checked(EvaluationAnswer, plain, what="its evaluation", error=ParticipantError)
     except LLMChainFedError as error:
-        return {"error": printable(error, _SHORT)}
+        return {"error": one_line(error, _SHORT)}
     if loss is None:
-        return {"error": f"its evaluation makes no sense: a loss of {found.loss} ({printable(found.not_finite, 80)})"}
+        return {"error": f"its evaluation makes no sense: a loss of {found.loss} ({one_line(found.not_finite, 80)})"}
     kept: dict[str, Any] = loss | {"tokens": min(found.tokens, declared or found.tokens)}
     texts = (sample.model_dump() for sample in found.samples[:samples])
     kept["samples"] = [{key: printable(text, _LONGEST) for key, text in sample.items()} for sample in texts]
     if found.samples_error is not None:
-        kept["samples_error"] = printable(found.samples_error, _SHORT)
+        kept["samples_error"] = one_line(found.samples_error, _SHORT)
     return kept
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmchain_fed.errors import ConfigError, LLMChainFedError, MissingExtraError
 from llmchain_fed.federated.history_data import HistoryData, checked_rounds
-from llmchain_fed.untrusted import checked, printable
+from llmchain_fed.untrusted import checked, one_line, printable
 from llmchain_fed.untrusted.text import DANGEROUS
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _LONGEST = 1000  # characters of what went wrong elsewhere
 
 def told_of(error: BaseException) -> str:
     """Type and message of what went wrong, as a record says it: text from elsewhere can be shown and is bounded."""
-    return printable(f"{type(error).__name__}: {error}", _LONGEST)
+    return one_line(f"{type(error).__name__}: {error}", _LONGEST)
 
 
 @dataclass(slots=True)
@@ -165,14 +165,14 @@ class History:
         rows = [_HEADINGS, *(_cells(r) for r in self.rounds)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join(lines + ([f"stopped early: {printable(self.stopped_early)}"] if self.stopped_early else []))
+        return "\n".join(lines + ([f"stopped early: {one_line(self.stopped_early)}"] if self.stopped_early else []))
 
     def _repr_html_(self) -> str:
         def row(cells: tuple[str, ...], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
         body = "".join(row(_cells(r), "td") for r in self.rounds)
-        note = f"<p>stopped early: {html.escape(printable(self.stopped_early))}</p>" if self.stopped_early else ""
+        note = f"<p>stopped early: {html.escape(one_line(self.stopped_early))}</p>" if self.stopped_early else ""
         return f"<table><thead>{row(_HEADINGS, 'th')}</thead><tbody>{body}</tbody></table>{note}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -256,7 +256,7 @@ class History:
                 held = [(found[0][0] - 1, found[0][1].held_out_before), *held]
             for axes, points in ((left, train), (right, held)):
                 if points:  # a dollar would begin a formula
-                    axes.plot(*zip(*points, strict=True), marker="o", label=printable(name, 80).replace("$", r"\$"))
+                    axes.plot(*zip(*points, strict=True), marker="o", label=one_line(name, 80).replace("$", r"\$"))
         for axes, title in ((left, "training"), (right, "held out")):
             axes.set(title=title, xlabel="round", ylabel="nats per token")
             axes.xaxis.get_major_locator().set_params(integer=True)

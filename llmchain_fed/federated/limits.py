@@ -22,6 +22,9 @@ from llmchain_fed.training_config import DEFAULT_LEARNING_RATE
 from llmchain_fed.untrusted import shown
 
 _MOST = 10**9
+_UNDONE = (
+    0.1  # of what the steps before have learnt, the share that one step may take back by its decay or proximal term
+)
 
 
 class Limits(FrozenConfig):
@@ -78,10 +81,25 @@ class Limits(FrozenConfig):
             chosen = DEFAULT_LEARNING_RATE
         if chosen is not None and chosen > self.max_learning_rate:
             refuse("max_learning_rate", f"{chosen:g} is asked for, at most {self.max_learning_rate:g} is allowed")
+        self._check_lasting(config, chosen)
         if config.batch_size < self.min_batch_size:
             refuse(
                 "min_batch_size",
                 f"{config.batch_size:,} examples a step are asked for, at least {self.min_batch_size:,} are allowed",
+            )
+
+    def _check_lasting(self, config: TrainingConfig, learning_rate: float | None) -> None:
+        """Makes sure that no step undoes those before it.
+
+        It multiplies what they learnt by 1 − η·λ, with FedProx by 1 − η·μ: near 0, the last step's examples alone would
+        make the update, and those may be a single one that was left of a pass.
+        """
+        pulled = (learning_rate or 0.0) * max(config.proximal_mu, config.weight_decay or 0.0)
+        if self.min_examples_per_update > 1 and pulled > _UNDONE:
+            refuse(
+                "min_examples_per_update",
+                f"proximal_mu or weight_decay times the learning rate is {pulled:g}, at most {_UNDONE:g} is allowed: "
+                "a step would undo those before it, and the last one's few examples alone make the update",
             )
 
     def check_steps(self, steps: int | None) -> None:

@@ -60,6 +60,8 @@ class LocalWork:
         self._limits: Limits | None = None
         self._given_up = threading.Event()
         self._shown = False
+        self._kept: set[str] = set()
+        """names of tensors that a hub let this participant keep, in whatever federation since this peer was made"""
         self._progress: dict[int, Progress] = {-1: Progress()}
 
     def show_adapter(self, completed: int) -> None:
@@ -121,6 +123,7 @@ class LocalWork:
         )
         answer = update.to_bytes()
         kept = {r: p for r, p in self._progress.items() if p is progress}
+        self._kept |= private.keys()
         now = Progress(result.next_step, result.optimizer_state, residual, private, pulled, own)
         self._progress = kept | {number: now}
         return answer

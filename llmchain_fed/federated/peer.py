@@ -16,7 +16,7 @@ from typing import Any
 
 from llmchain_fed.data import EncodedExamples
 from llmchain_fed.errors import ConfigError, FederationError, PolicyError
-from llmchain_fed.federated import given_state, messages, private_state, wire
+from llmchain_fed.federated import given_state, messages, personal, private_state, wire
 from llmchain_fed.federated.arrived import Layout
 from llmchain_fed.federated.finiteness import spelled
 from llmchain_fed.federated.held import STALE, Held
@@ -250,17 +250,26 @@ class LocalPeer(LocalWork):
             limits.check_update(data, config, self._name, header["round"], progress.next_step)
             more = header["ditto"].get("max_steps", steps) if "ditto" in header else 0
             steps = steps + more if steps is not None and more is not None else None
+        elif "personal" in header:  # its mean training loss is told, of these examples
+            steps, own = asked["steps"], personal.steps_config(config, asked["steps"], asked.get("lr"))
+            limits.check_update(data, own, self._name, header["round"], 0)
         else:
-            steps = asked["steps"] if "personal" in header else max(header["curve"]) if "curve" in header else 2
+            steps = max(header["curve"]) if "curve" in header else 2
         limits.check_steps(steps)
 
     def _check_private(self, layout: Layout, header: Mapping[str, Any]) -> None:
-        """What this federation let this participant keep for itself never leaves, in whatever round it is asked for."""
-        private: set[str] = set().union(*(p.private for p in self._progress.values()))
+        """What a federation let this participant keep for itself never leaves, in whatever round it is asked for.
+
+        A peer of the hub's own process follows the one federation it was made for. Another one remembers names as long
+        as it lives: training the same examples from the same start, under another rule or another federation's name,
+        would make the same values again.
+        """
+        private = (self._kept if self._told else set()).union(*(p.private for p in self._progress.values()))
         if asked := private & set(selected(layout.values, header.get("shares", "all"))):
             msg = (
-                f"{len(asked)} of the tensors that are asked for, such as {min(asked)}, are this participant's own "
-                "since an earlier round of this federation: what is private never leaves."
+                f"{len(asked)} of the tensors that are asked for, such as {min(asked)}, have been this participant's "
+                "own in an earlier round: what is private never leaves. Start its peer anew for a federation that shares"
+                " them."
             )
             raise PolicyError(msg)
 

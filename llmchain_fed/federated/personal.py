@@ -36,7 +36,7 @@ class Ditto(FrozenConfig):
     Ditto(lam=0.5)
     """
 
-    lam: float = Field(default=0.1, ge=0.0, allow_inf_nan=False)
+    lam: float = Field(default=0.1, ge=0.0, le=1e6, allow_inf_nan=False)
     """λ; 0.1 is NVFlare's default"""
     max_steps: int | None = Field(default=None, ge=1)
     """optimizer steps of the personal model a round; as many as the global training's by default"""

@@ -4,8 +4,9 @@ Knows what participants answered, which may be a lie. Knows nothing of how it wa
 
 The pool is the mean of the participants' losses, weighted by completion tokens: those that a participant declared when
 it joined, or fewer. From three participants on, none weighs more than all others together, so at most one half; of two,
-nobody could say whose count is the lie. What is decided by the pool (stopping early, divergence) moreover needs two
-witnesses: see `witnesses`.
+nobody could say whose count is the lie. What is decided by the pool (stopping early, divergence) moreover needs as many
+witnesses as half of those who were measured: see `witnesses`. One that always claims to improve can delay an early
+stop, not bring one about.
 """
 
 from __future__ import annotations
@@ -57,12 +58,14 @@ def capped(tokens: Mapping[str, int]) -> tuple[dict[str, int], list[str]]:
 
 
 def witnesses(measured: Collection[str], wrong: Collection[str]) -> bool:
-    """Whether enough participants say that something is wrong: two, or of fewer than three whoever does.
+    """Whether enough participants say that something is wrong: half of them, or of fewer than three whoever does.
 
-    >>> witnesses("abc", "c"), witnesses("abc", "bc"), witnesses("ab", "b")
-    (False, True, True)
+    Not two of any number: in many rounds of many participants somebody honest has a bad one by chance.
+
+    >>> witnesses("abc", "c"), witnesses("abc", "bc"), witnesses("ab", "b"), witnesses("abcdefghi", "abcd")
+    (False, True, True, False)
     """
-    return len(wrong) >= (2 if len(measured) >= MEASURED else 1)
+    return 2 * len(wrong) >= len(measured) if len(measured) >= MEASURED else bool(wrong)
 
 
 def stands_still(record: RoundRecord, min_delta: float) -> bool:

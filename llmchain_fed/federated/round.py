@@ -36,7 +36,7 @@ from llmchain_fed.federated.update import Expected, Update
 from llmchain_fed.federated.weight_share import HeldBack, cut
 from llmchain_fed.federated.wire import TensorInfo
 from llmchain_fed.training import TrainingConfig
-from llmchain_fed.untrusted import decoding, printable
+from llmchain_fed.untrusted import decoding, one_line
 
 LARGEST_NORM = 1e12
 """of one tensor's distance from the global weights: beyond it no training ends, and float32's squares near their end"""
@@ -325,7 +325,7 @@ def too_few(
 ) -> QuorumError:
     """The error of a round that fewer take part in than its quorum asks for."""
     first = list(reasons.items())[:_REASONS]
-    listed = "; ".join(f"{printable(n, 80)}: {printable(r, _REASON)}" for n, r in first) or "nobody answered"
+    listed = "; ".join(f"{one_line(n, 80)}: {one_line(r, _REASON)}" for n, r in first) or "nobody answered"
     listed += f"; and {len(reasons) - _REASONS} more" if len(reasons) > _REASONS else ""
     return QuorumError(
         f"round {number + 1} has {count} {what}, the quorum is {max(1, quorum)} ({listed}). The weights are as before; "

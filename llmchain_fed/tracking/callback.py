@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from llmchain_fed.untrusted import printable
+from llmchain_fed.untrusted import one_line, printable
 
 if TYPE_CHECKING:
     from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord, Sample
@@ -91,7 +91,7 @@ def metrics_of(record: RoundRecord) -> dict[str, float]:
         "participants/asked": asked(record),
     }
     for name, participant in participants.items():
-        found |= {f"participant/{printable(name)}/{field}": value for field, value in _numbers(participant).items()}
+        found |= {f"participant/{one_line(name)}/{field}": value for field, value in _numbers(participant).items()}
     return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
@@ -109,7 +109,7 @@ def notes_of(record: RoundRecord) -> list[str]:
         if p.status not in ("trained", "idle")
     ]
     found += [f"{name}: {note}" for name, p in record.participants.items() for note in p.notes]
-    return [printable(text) for text in found]
+    return [one_line(text) for text in found]
 
 
 def samples_of(record: RoundRecord) -> dict[str, str]:
@@ -117,7 +117,7 @@ def samples_of(record: RoundRecord) -> dict[str, str]:
     grouped: dict[str, list[str]] = {}
     for sample in record.samples:
         grouped.setdefault(sample.participant, []).append(_markdown(sample))
-    return {printable(name): "\n\n---\n\n".join(texts) for name, texts in grouped.items()}
+    return {one_line(name): "\n\n---\n\n".join(texts) for name, texts in grouped.items()}
 
 
 def _numbers(participant: ParticipantRecord) -> dict[str, float]:

@@ -47,6 +47,15 @@ def printable(text: object, longest: int = 2000) -> str:
     return cut if len(found) <= longest else f"{cut}…"
 
 
+def one_line(text: object, longest: int = 2000) -> str:
+    r"""The same in one line: what stands in a table or a log cannot write further lines of it.
+
+    >>> one_line("lost\n  7  3 of 3  0.100")
+    'lost\\n  7  3 of 3  0.100'
+    """
+    return printable(text, longest).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def shown(value: object, longest: int = 80) -> str:
     """A short, printable form of any value, for a message; it never fails and never walks all of a large one."""
     if isinstance(value, str):

@@ -124,15 +124,53 @@ def test_what_a_participant_kept_for_itself_does_not_leave_when_it_is_asked_for_
     assert ask.peer._latest().private.keys() == private.keys()
 
 
-def test_another_federation_or_a_stop_forgets_what_was_private_and_shares_what_it_makes_anew(trainee):
-    for forget in (lambda ask: ask.hello(federation="another"), lambda ask: (ask("stop", b"{}"), ask.hello())):
+def test_another_federation_a_stop_or_a_round_of_before_makes_nothing_that_was_private_anew(trainee):
+    """Training is deterministic: the same rounds under another name would give the same values again."""
+    ways = (
+        lambda ask: ask.hello(federation="another"),
+        lambda ask: (ask("stop", b"{}"), ask.hello()),
+        lambda ask: ask.train(round=0, trains="A", shares="A"),
+    )
+    for forget in ways:
         ask, private = three_rounds_of_a(trainee)
         forget(ask)
-        ask.hello(federation="another", training={"learning_rate": 1e-30})
-        found = tensors_of(ask.train(shares="all"))
+        for number in range(3):
+            for federation in ("another", "a third"):
+                ask.hello(federation=federation)
+                kind, message = ask.train(round=number, shares="all")
+                assert kind == "PolicyError"
+                assert "Start its peer anew" in message
         assert not holds(private, ask.left)
-        start = trainee.model.trainable_state()
-        assert all(torch.equal(found[n], start[n]) for n in private)
+        ask.hello(aggregation="fedsa")
+        assert isinstance(ask.train(round=0, shares="A"), bytes)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"optimizer": "sgd", "learning_rate": 1e-4, "proximal_mu": 1e4},
+        {"optimizer": "sgd", "learning_rate": 1e-2, "weight_decay": 100.0},
+        {"optimizer": "adamw", "learning_rate": 0.5, "weight_decay": 1.0},
+        {"optimizer": "sgd", "proximal_mu": 1e6},
+    ],
+)
+def test_no_step_undoes_those_before_it_so_that_the_last_examples_alone_were_the_update(training, trainee):
+    ask = Asker(trainee, Policy())
+    kind, message = ask.hello(training={"batch_size": len(PAIRS) - 1, "epochs": 1} | training)
+    assert kind == "PolicyError"
+    assert message.startswith("policy.min_examples_per_update: proximal_mu or weight_decay times the learning rate is ")
+    honest = {"proximal_mu": 1.0, "weight_decay": 0.1, "learning_rate": 1e-3, "batch_size": 2}
+    assert isinstance(ask.hello(training=honest), bytes)
+    assert isinstance(ask.train(), bytes)
+
+
+def test_a_personal_models_training_loss_is_of_enough_examples_too(trainee):
+    ask = Asker(trainee, Policy(min_examples_per_update=4))
+    assert isinstance(ask.hello(training={"batch_size": 2}), bytes)
+    kind, message = ask.train(personal={"steps": 1})
+    assert kind == "PolicyError"
+    assert message.startswith("policy.min_examples_per_update: ")
+    assert isinstance(ask.train(personal={"steps": 2}), bytes)
 
 
 def test_other_answers_tell_numbers_alone(trainee):
