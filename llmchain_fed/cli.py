@@ -173,6 +173,7 @@ def provision_approve(
     request: Annotated[Path, typer.Argument(help="what a site sent")],
     authority: Annotated[Path, typer.Argument(help="the folder of `provision start`")],
     role: Annotated[str, typer.Option(help="as what it is signed: site, hub or admin")] = "site",
+    again: Annotated[bool, typer.Option("--again", help="another key for a name that has a certificate")] = False,  # noqa: FBT002 (typer's)
 ) -> None:
     """At the hub: signs a request, if it asks for what it should."""
     from llmchain_fed.runtimes.nvflare import kits
@@ -180,7 +181,7 @@ def provision_approve(
     if role not in ("site", "hub", "admin"):
         msg = f"--role is site, hub or admin, got {role!r}."
         raise typer.BadParameter(msg)
-    signed = kits.approve(request, authority, role)  # type: ignore[arg-type]  # checked above
+    signed = kits.approve(request, authority, role, again=again)  # type: ignore[arg-type]  # checked above
     typer.echo(f"send this back: {signed}")
 
 

@@ -268,8 +268,7 @@ class LocalPeer(LocalWork):
         if asked := private & set(selected(layout.values, header.get("shares", "all"))):
             msg = (
                 f"{len(asked)} of the tensors that are asked for, such as {min(asked)}, have been this participant's "
-                "own in an earlier round: what is private never leaves. Start its peer anew for a federation that shares"
-                " them."
+                "own in an earlier round: what is private never leaves. Start its peer anew for a federation of all."
             )
             raise PolicyError(msg)
 

@@ -3,6 +3,7 @@
 Belongs here: files that another party made, or that were changed. Does not: the engine (test_who_calls, test_nvflare).
 """
 
+import functools
 import io
 import json
 import stat
@@ -10,6 +11,10 @@ import zipfile
 
 import pytest
 from bounded import bounded, within
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.x509.oid import NameOID
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +33,17 @@ def zipped(**members):
 
 def asks(**fields):
     """A request that says this of itself."""
-    return zipped(request__json=json.dumps({"name": "org-a", "kind": "site", "cert_type": "client"} | fields))
+    said = json.dumps({"name": "org-a", "kind": "site", "cert_type": "client"} | fields)
+    return zipped(request__json=said, site__csr=signing_request(2048))
+
+
+@functools.cache
+def signing_request(bits):
+    """A certificate signing request for an RSA key of this size, as PEM."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=bits)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "org-a")])
+    made = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
+    return made.public_bytes(serialization.Encoding.PEM).decode()
 
 
 def told(error):
@@ -87,6 +102,41 @@ def test_a_request_for_the_name_of_the_hub_is_not_signed_as_a_site(tmp_path):
     path.write_bytes(asks(name="server"))
     with pytest.raises(ConfigError, match="is no name for a site"):
         kits.approve(path, tmp_path)
+
+
+def test_one_name_has_one_holder(tmp_path, monkeypatch):
+    signed = []
+    monkeypatch.setattr(kits, "_nvflare", lambda *arguments: signed.append(arguments))
+    (tmp_path / "profile.yaml").write_text("server: {host: hub1}\n")
+
+    def approve(name, **options):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        (folder / f"{name}.request.zip").write_bytes(asks(name=name))
+        return kits.approve(folder / f"{name}.request.zip", tmp_path, **options)
+
+    approve("org-a")
+    for twin in ("org-a", "Org-A", "ORG-a"):
+        with pytest.raises(ConfigError, match=r"has a certificate already: .*say --again"):
+            approve(twin)
+    for stand_in in ("hub1", "HUB1"):
+        with pytest.raises(ConfigError, match="is what sites reach the hub by"):
+            approve(stand_in)
+    assert len(signed) == 1
+    approve("org-a", again=True)
+    approve("org-b")
+    assert len(signed) == 3
+
+
+@pytest.mark.parametrize("key", ["", "no key", None, 1024])
+def test_a_key_that_is_none_or_too_short_is_not_signed(key, tmp_path):
+    path = tmp_path / "org-a.request.zip"
+    said = json.dumps({"name": "org-a", "kind": "site"})
+    pem = signing_request(key) if isinstance(key, int) else key
+    path.write_bytes(zipped(request__json=said) if pem is None else zipped(request__json=said, site__csr=pem))
+    with pytest.raises(ConfigError, match=r"org-a\.request\.zip") as error:
+        kits.approve(path, tmp_path)
+    told(error.value)
 
 
 def test_the_answer_to_a_request_overwrites_nothing(tmp_path):
@@ -158,7 +208,7 @@ def test_files_of_a_kit_that_make_no_sense_are_one_error(kit):
     for text in ("", "{", "[]", "null", "{" * 50_000, '{"a": NaN}', " " * (2**20 + 1), "\ud800", '{"servers": 1}'):
         client.write_bytes(text.encode("utf-8", "surrogatepass"))
         for read in (kits.site_name, kits.address, engine.check):
-            with within(3), pytest.raises(ConfigError) as error:
+            with within(20), pytest.raises(ConfigError) as error:
                 read(kit)
             told(error.value)
     for value in ODD:

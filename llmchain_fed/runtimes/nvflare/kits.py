@@ -241,7 +241,7 @@ def request(name: str, role: Role, folder: Path) -> Path:
     return folder / "request" / f"{name}.request.zip"
 
 
-def approve(requested: Path, authority: Path, role: Role = "site") -> Path:
+def approve(requested: Path, authority: Path, role: Role = "site", *, again: bool = False) -> Path:
     """Signs a request at the hub; returns the file to send back, which holds no key.
 
     Args:
@@ -249,9 +249,11 @@ def approve(requested: Path, authority: Path, role: Role = "site") -> Path:
         authority: The folder of `start_authority`.
         role: As what it is signed. A request says itself as what it wants to be, and an administrator's certificate
             gives orders to all: so what is asked for must be what was agreed.
+        again: Whether another key may be signed for a name that has a certificate: after a loss, or before its end.
 
     Raises:
-        ConfigError: It asks for another name or role, is no request, was signed already, or the engine refused.
+        ConfigError: It asks for another name or role, or for the hub's own name, is no request, has too short a key, or
+            its name has a certificate already; or the engine refused.
         MissingExtraError: The extra `nvflare` is not installed.
     """
     name = names.requested(requested, role)
@@ -259,10 +261,29 @@ def approve(requested: Path, authority: Path, role: Role = "site") -> Path:
     if signed.exists():
         msg = f"{signed} is there already: nothing is overwritten."
         raise ConfigError(msg)
-    _nvflare(
-        "cert", "approve", requested, "-c", authority / "ca", "--profile", authority / "profile.yaml", "--out", signed
-    )
+    profile = authority / "profile.yaml"
+    if role == "site" and name.casefold() == _host(profile).casefold():
+        msg = f"{name} is what sites reach the hub by: a site of that name could stand in for it. Choose another."
+        raise ConfigError(msg)
+    # one name, one holder, also where only the case differs: the engine would sign a second key without a word
+    known = authority / "approved" / name.casefold()
+    if known.exists() and not again:
+        msg = (
+            f"{name} has a certificate already: another key under its name would be taken for it. If its holder asked "
+            "for a new one, by telephone, say --again."
+        )
+        raise ConfigError(msg)
+    _nvflare("cert", "approve", requested, "-c", authority / "ca", "--profile", profile, "--out", signed)
+    _folder(known.parent)
+    _write(known, f"{name} {role}\n")
     return signed
+
+
+def _host(profile: Path) -> str:
+    """The name by which sites reach the hub."""
+    found = untrusted.read_yaml(profile, what="the authority's", error=ConfigError)
+    host = found.get("server", {}).get("host") if isinstance(found, dict) else None
+    return host if isinstance(host, str) else ""
 
 
 def package(signed: Path, folder: Path, trusted: str) -> Path:

@@ -23,6 +23,7 @@ _RESERVED = {
     "admin",
 }  # the engine calls the hub "server", and so does a site that makes sure who calls
 _LARGEST = 2**20  # bytes of a request
+_SHORTEST_KEY = 2048  # bits
 
 
 def check_name(name: str) -> None:
@@ -50,7 +51,7 @@ def requested(sent: Path, role: Role) -> str:
         ConfigError: It is no request, or asks for another name or role.
     """
     name = named(sent, ".request.zip")
-    asked = _requested(sent)
+    asked, signing = _requested(sent)
     if (asked.get("name"), asked.get("kind")) != (name, _KINDS[role]):
         wanted = f"{untrusted.shown(asked.get('kind'))} {untrusted.shown(asked.get('name'))}"
         msg = (
@@ -60,6 +61,7 @@ def requested(sent: Path, role: Role) -> str:
         raise ConfigError(msg)
     if role == "site":
         check_name(name)
+    _check_key(sent, signing)
     return name
 
 
@@ -72,12 +74,31 @@ def named(sent: Path, ending: str) -> str:
     return name
 
 
-def _requested(path: Path) -> dict[str, Any]:
-    """What a request says of itself."""
+def _requested(path: Path) -> tuple[dict[str, Any], bytes]:
+    """What a request says of itself, and the certificate signing request in it."""
     what = f"the request {path.name}"
     data = untrusted.read_file(path, most=_LARGEST, what=what, error=ConfigError)
     with untrusted.decoding(what, ConfigError), zipfile.ZipFile(io.BytesIO(data)) as parts:
-        entry = parts.getinfo("request.json")
-        with parts.open(entry) as file:
+        with parts.open("request.json") as file:
             text = file.read(_LARGEST + 1)
-    return untrusted.read_json(text, most=_LARGEST, what=what, error=ConfigError)
+        signing = b""
+        for name in [name for name in parts.namelist() if name.endswith(".csr")][:1]:
+            with parts.open(name) as file:
+                signing = file.read(_LARGEST)
+    return untrusted.read_json(text, most=_LARGEST, what=what, error=ConfigError), signing
+
+
+def _check_key(sent: Path, signing: bytes) -> None:
+    """Makes sure that the key to be certified is long enough.
+
+    Raises:
+        ConfigError: It is an RSA key of fewer than 2,048 bits, or there is none.
+    """
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+    from cryptography.x509 import load_pem_x509_csr
+
+    with untrusted.decoding(f"the key in {sent.name}", ConfigError):
+        key = load_pem_x509_csr(signing).public_key()
+    if isinstance(key, RSAPublicKey) and key.key_size < _SHORTEST_KEY:
+        msg = f"{sent.name} is for a key of {key.key_size} bits, which is too short: {_SHORTEST_KEY:,} at least."
+        raise ConfigError(msg)
