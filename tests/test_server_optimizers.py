@@ -483,9 +483,8 @@ def test_incomplete_memory_is_refused():
     + [(Reptile, "step_size")],
 )
 def test_rates_that_are_none(rule, option, bad):
-    with pytest.raises(
-        ConfigError, match=f"{rule.__name__}: `{option}` is a number, positive and finite, got {bad!r:.80}"
-    ):
+    said = "an integer of 1329 bits" if bad == 10**400 else repr(bad)
+    with pytest.raises(ConfigError, match=f"{rule.__name__}: `{option}` is a number, positive and finite, got {said}"):
         rule(**{option: bad})
 
 

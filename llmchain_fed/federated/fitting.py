@@ -117,7 +117,8 @@ def check_participants(contents: Contents, hub: Hub, changed: Collection[str] = 
     """
     shapes, rule = _shapes(hub.model), hub.settings.rule
     dtypes = {name: parameter.dtype for name, parameter in hub.model.trainable_parameters().items()}
-    layers = hub.model.lora_scaling().keys() if hub.model.adapters else ()
+    layout = hub.settings.layout
+    layers = layout.scaling.keys() if layout is not None else ()  # none where factors alone are not the adapter
     trained = selected(shapes, rule.trains(contents.round))
     peers: Mapping[str, Any] = hub.transport.peers if isinstance(hub.transport, InProcess) else {}
     for name, state in contents.found.participants.items():

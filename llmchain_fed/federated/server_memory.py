@@ -28,7 +28,8 @@ def checked(rule: str, option: str, value: Any) -> float:
     """The option as a number, if it is in its range."""
     allowed, fits = _RANGES[option]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
-        msg = f"{rule}: `{option}` is a number, {allowed}, got {shown(value)}."
+        got = repr(shown(value)) if isinstance(value, str) else shown(value)
+        msg = f"{rule}: `{option}` is a number, {allowed}, got {got}."
         raise ConfigError(msg)
     return float(value)
 

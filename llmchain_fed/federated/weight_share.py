@@ -41,7 +41,7 @@ def cut(weights: Mapping[str, float], share: float) -> dict[str, float]:
     """The weights of a round with none above its share.
 
     >>> cut({"a": 1, "b": 1, "c": 1, "d": 10**9}, 0.4)
-    {'a': 1, 'b': 1, 'c': 1, 'd': 2.0}
+    {'a': 1, 'b': 1, 'c': 1, 'd': 2.0...}
     >>> cut({"a": 1, "b": 3}, 0.5)
     {'a': 1.0, 'b': 1.0}
     """
