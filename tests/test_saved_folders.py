@@ -14,7 +14,7 @@ from taught import taught_model
 from tiny import TEMPLATE
 
 import llmchain_fed
-from llmchain_fed import LLMChain, LocalChatModel, LocalLLM, LocalModel
+from llmchain_fed import FederatedAveraging, LLMChain, LocalChatModel, LocalLLM, LocalModel, Participant, TrainingConfig
 from llmchain_fed.errors import ChainFileError, RecipeError, UnsupportedModelError
 
 TROUBLE = "a\x85b\u2028c\u2029d\ufeffe\u202ef\tg\r\nh\x7fi\xa0j\U0001f600k'\"\\ #:- l\x0bm\x00n"
@@ -62,11 +62,12 @@ def few_shot(**parts):
 @pytest.mark.parametrize(
     ("prompt", "wanted"),
     [
-        (PromptTemplate.from_template("{text:>10}"), r"`\{text:>10\}` is more than a plain variable.*write \{text\}"),
-        (PromptTemplate.from_template("{text!r}"), r"`\{text!r\}` is more than a plain variable"),
-        (few_shot(examples=[{"a": "{text:>10}"}]), r"`\{text:>10\}` is more"),
-        (few_shot(suffix="{text!s}"), r"`\{text!s\}` is more"),
-        (ChatPromptTemplate([("human", "{text:d}")]), r"`\{text:d\}` is more"),
+        (PromptTemplate.from_template("{text:>1000000000}"), r"\{text:>1000000000\} is not a plain \{variable\}"),
+        (PromptTemplate.from_template("{text:.100f}"), r"\{text:\.100f\} is not a plain"),
+        (PromptTemplate.from_template("{text:%1000d}"), r"\{text:%1000d\} is not a plain"),
+        (few_shot(examples=[{"a": "{text:>1000}"}]), r"\{text:>1000\} is not a plain"),
+        (few_shot(suffix="{text:1000}"), r"\{text:1000\} is not a plain"),
+        (ChatPromptTemplate([("human", "{text:01000d}")]), r"\{text:01000d\} is not a plain"),
         (few_shot(examples=[{"a": "\ud800"}]), "the chain's chain.yaml"),
         (few_shot(examples=[{"a": "x" * 1000}] * 1100), "more than the 1,048,576 bytes.*examples beyond a megabyte"),
     ],
@@ -75,6 +76,24 @@ def test_a_prompt_that_load_would_refuse_is_refused_before_training(model, promp
     with pytest.raises((ChainFileError, RecipeError), match=wanted) as error:
         chain_with(model, prompt).check_savable()
     assert len(str(error.value)) < 800
+
+
+def test_a_prompt_with_short_formats_trains_and_comes_back(tmp_path):
+    template = "Price {price:.2f} of {n:,} {text:>12} {text!r}\n"
+    chain = chain_with(taught_model("causal", lora=True), template)
+    rows = [({"price": 1.5 + i, "n": 1000 * i, "text": f"page {i}"}, "locked") for i in range(4)]
+    parts = {name: [{**inputs, "completion": answer} for inputs, answer in rows[k::2]] for k, name in enumerate("ab")}
+    rounds = FederatedAveraging(
+        chain=chain,
+        participants=[Participant(name, data) for name, data in parts.items()],
+        training=TrainingConfig(batch_size=2),
+        rounds=1,
+    ).fit()
+    assert len(rounds.rounds) == 1
+    chain.save(tmp_path / "chain")
+    loaded = LLMChain.load(tmp_path / "chain")
+    assert loaded.render(rows[1][0]) == chain.render(rows[1][0]) == "Price 2.50 of 1,000       page 1 'page 1'\n"
+    assert loaded.invoke(rows[1][0]) == chain.invoke(rows[1][0])
 
 
 def test_where_a_model_came_from_and_its_code_are_not_saved(tmp_path):

@@ -39,8 +39,8 @@ def read_safetensors_header(
         data: The whole, or at least its header, of which `total` then says the whole length.
         max_header: bytes of the header that make sense.
         what: Is read, for the message.
-        error: Raised: not safetensors, a header that is too large, at most 8 dimensions and 512 printable characters a
-            name, or a layout in which the values do not lie side by side.
+        error: Raised: not safetensors, a header that is too large, more than 8 dimensions, a name that is longer than
+            512 characters or not printable, or a layout in which the values do not lie side by side.
         total: bytes of the whole.
     """
     whole = len(data) if total is None else total

@@ -311,7 +311,9 @@ CHAINS = {
     # prompts
     "a width": yaml_in("prompt", template=WIDE),
     "a width of a width": yaml_in("prompt", template="{text:{text}}"),
-    "a conversion": yaml_in("prompt", template="{text!r}"),
+    "a conversion of no kind": yaml_in("prompt", template="{text!x}"),
+    "digits without end": yaml_in("prompt", template="{text:.1000000000f}"),
+    "a width of a date": yaml_in("prompt", template="{text:%1000000000d}"),
     "an attribute": yaml_in("prompt", template="{text.__class__}"),
     "an index": yaml_in("prompt", template="{text[0]}"),
     "a width before the examples": few_shot(prefix="{text:>1000000000}", examples=[{"a": "b"}]),
