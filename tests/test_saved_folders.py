@@ -14,7 +14,7 @@ from taught import taught_model
 from tiny import TEMPLATE
 
 import llmchain_fed
-from llmchain_fed import FederatedAveraging, LLMChain, LocalChatModel, LocalLLM, LocalModel, Participant, TrainingConfig
+from llmchain_fed import FederatedAveraging, LLMChain, LocalChatModel, LocalLLM, LocalModel, TrainingConfig
 from llmchain_fed.errors import ChainFileError, RecipeError, UnsupportedModelError
 
 TROUBLE = "a\x85b\u2028c\u2029d\ufeffe\u202ef\tg\r\nh\x7fi\xa0j\U0001f600k'\"\\ #:- l\x0bm\x00n"
@@ -82,14 +82,9 @@ def test_a_prompt_with_short_formats_trains_and_comes_back(tmp_path):
     template = "Price {price:.2f} of {n:,} {text:>12} {text!r}\n"
     chain = chain_with(taught_model("causal", lora=True), template)
     rows = [({"price": 1.5 + i, "n": 1000 * i, "text": f"page {i}"}, "locked") for i in range(4)]
-    parts = {name: [{**inputs, "completion": answer} for inputs, answer in rows[k::2]] for k, name in enumerate("ab")}
-    rounds = FederatedAveraging(
-        chain=chain,
-        participants=[Participant(name, data) for name, data in parts.items()],
-        training=TrainingConfig(batch_size=2),
-        rounds=1,
-    ).fit()
-    assert len(rounds.rounds) == 1
+    config = TrainingConfig(batch_size=2)
+    federation = FederatedAveraging(chain, participants={"a": rows[:2], "b": rows[2:]}, training=config, progress=False)
+    assert len(federation.fit(rounds=1).rounds) == 1
     chain.save(tmp_path / "chain")
     loaded = LLMChain.load(tmp_path / "chain")
     assert loaded.render(rows[1][0]) == chain.render(rows[1][0]) == "Price 2.50 of 1,000       page 1 'page 1'\n"
