@@ -154,13 +154,13 @@ class AdapterSpec(_Spec):
 class GenerationSpec(_Spec):
     """The generation defaults a recipe may set; what it leaves out, the LLM's own defaults decide."""
 
-    max_new_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=2**24)] | None = None
     """tokens"""
     temperature: Annotated[float, Field(ge=0)] | None = None
     """0 is greedy"""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    num_beams: Annotated[int, Field(ge=1, le=1024)] | None = None
+    num_beams: Annotated[int, Field(ge=1, le=256)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     seed: int | None = None
 

@@ -36,6 +36,21 @@ def decoding(what: str, error: ErrorType) -> Iterator[None]:
         raise error(msg) from None
 
 
+class PanicError(RuntimeError):
+    """What a library in Rust died of, as an Exception."""
+
+
+@contextmanager
+def no_panic() -> Iterator[None]:
+    """A panic within a library in Rust (tokenizers), which is no Exception to Python, is raised as a `PanicError`."""
+    try:
+        yield
+    except BaseException as found:
+        if isinstance(found, Exception) or type(found).__name__ != "PanicException":
+            raise
+        raise PanicError(str(found)) from None
+
+
 def printable(text: object, longest: int = 2000) -> str:
     r"""Text that can be shown on a terminal, logged, and written as UTF-8; at most so many characters of it.
 
@@ -62,15 +77,15 @@ def shown(value: object, longest: int = 80) -> str:
         return f"a {type(value).__name__}"
 
 
-_BRACKETS = {list: "[]", tuple: "()", dict: "{}", set: "{}"}
+_BRACKETS: dict[type, str] = {list: "[]", tuple: "()", dict: "{}", set: "{}"}
 
 
 def _spelled(value: object, room: int, depth: int = 0) -> str:
     """`repr`, of which at least so many characters are right: what lies behind them is not looked at."""
     if isinstance(value, (str, bytes, bytearray)):
         return repr(value[: room + 1])
-    brackets = _BRACKETS.get(type(value))
-    if brackets is None or not isinstance(value, (list, tuple, dict, set)) or not value:
+    brackets = _BRACKETS.get(type(value), "")
+    if not brackets or not isinstance(value, (list, tuple, dict, set)) or not value:
         return repr(value)
     if room <= 0 or depth > 16:
         return "…"
