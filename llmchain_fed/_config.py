@@ -14,7 +14,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.untrusted import read_yaml, shown
+from llmchain_fed.untrusted import MAX_YAML, parse_yaml, read_file, shown
 
 _MOST_SENTENCES = 10
 
@@ -69,6 +69,8 @@ def _sentence(item: Any, model: type[BaseModel]) -> str:
     given = item["input"]
     given = repr(given[:200]) if isinstance(given, str) else shown(given, 200)
     value = "" if item["type"] == "missing" else f" (got {given})" if item["loc"] else ""
+    if item["type"] == "tuple_type":
+        return f"`{where}`: a list is wanted, such as [{shown(item['input'], 60)}]{value}"
     return f"`{where}`: {item['msg'].removeprefix('Value error, ')}{value}"
 
 
@@ -113,10 +115,16 @@ def read_options(path: str | Path, what: str) -> dict[str, Any]:
     Raises:
         ConfigError: No such file, no plain YAML, no mapping.
     """
-    found = read_yaml(path, what=f"the {what} file", error=ConfigError)
+    return parse_options(read_file(path, most=MAX_YAML, what=f"the {what} file", error=ConfigError), path, what)
+
+
+def parse_options(data: bytes, path: str | Path, what: str) -> dict[str, Any]:
+    """The options in what a YAML file held; see `read_options`."""
+    where = f"the {what} file {shown(str(path), 300)}"
+    found = parse_yaml(data, what=where, error=ConfigError)
     if found is None:
         return {}
     if not isinstance(found, dict):
-        msg = f"the {what} file {path} is no mapping of options to values, but {shown(found)}."
+        msg = f"{where} is no mapping of options to values, but {shown(found)}."
         raise ConfigError(msg)
     return found

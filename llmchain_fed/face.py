@@ -49,7 +49,7 @@ class LocalFace(BaseModel):
     seed: int | None = None
     stop: list[str] | None = None
     """strings before which every answer ends, unless a call gives its own"""
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, le=2**16)
     """prompts computed together"""
 
     def __init__(self, *args: Any, **options: Any) -> None:

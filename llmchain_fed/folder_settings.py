@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmchain_fed import generation_data
+from llmchain_fed.errors import UnsupportedModelError
 from llmchain_fed.folder_files import SAVE_AGAIN
 from llmchain_fed.untrusted import read_file, read_json, shown
 from llmchain_fed.untrusted.text import ErrorType, refusal
@@ -35,10 +36,22 @@ _LEADING = frozenset(
 _PLACE = re.compile(r".*(_files?|_path|_dir|_folder|_url|_repo|_repo_id)")
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _BUILT_IN = frozenset(
-    {None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "grouped_mm", "batched_mm"}
+    {
+        None,
+        "eager",
+        "sdpa",
+        "flash_attention_2",
+        "flash_attention_3",
+        "flash_attention_4",
+        "flex_attention",
+        "grouped_mm",
+        "batched_mm",
+    }
 )
+_KERNELS = frozenset({"kernel_config", "use_kernels"})
 _TEXTS = frozenset({"id2label", "label2id", "task_specific_params"})
 """keys below which any text may stand"""
+_COUNT = re.compile("^(?!.*vocab).*(layer|block|depth|expert|head)")  # Gemma has a vocabulary per layer
 _MOST_LAYERS = 2**16
 
 
@@ -65,11 +78,64 @@ def check_saved(folder: Path, *, error: ErrorType) -> None:
             raise refusal(error, why, SAVE_AGAIN)
 
 
+def check_writable(config: Any, *, error: ErrorType) -> None:
+    """Makes sure that a model's configuration, once saved, is one that `check_saved` lets through.
+
+    Args:
+        config: transformers' object.
+        error: Raised with the field and what to do.
+    """
+    written = _without(json.loads(config.to_json_string()))
+    remedy = "Change or remove that field of module.config: it means nothing to a model that is loaded as data."
+    _check_keys(written, "the model's config.json", texts=False, error=error, remedy=remedy)
+
+
+def check_implementations(config: Any, *, what: str) -> None:
+    """Makes sure that a configuration names no code of a hub's for its attention or its experts.
+
+    Args:
+        config: transformers' object, before a model is made of it.
+        what: Holds it, for the message.
+
+    Raises:
+        UnsupportedModelError: It does.
+    """
+    for key, value in _pairs(_fields(config)):
+        _check_implementation(key, value, what, UnsupportedModelError)
+
+
+def _fields(value: Any, depth: int = 0) -> Any:
+    """The attributes of a configuration and of those within it; `to_dict` leaves implementations out."""
+    if hasattr(value, "to_dict"):
+        value = vars(value)
+    if isinstance(value, dict) and depth < 32:
+        return {key: _fields(inner, depth + 1) for key, inner in value.items()}
+    return value
+
+
+def _check_implementation(key: str, value: Any, what: str, error: ErrorType) -> None:
+    named = value.values() if isinstance(value, dict) else [value]
+    kernels = key in _KERNELS and value not in (None, False, {})
+    if kernels or (_IMPLEMENTATION.fullmatch(key) and any(not _is_built_in(v) for v in named)):
+        raise refusal(
+            error,
+            f"`{shown(key)}` in {what} is {shown(value)}, code of a hub's rather than one of transformers' own "
+            "implementations",
+            "Remove the key from that file; the answers are the same, and a model is loaded as data alone. Or load the "
+            "model yourself and pass LocalModel(module, tokenizer).",
+        )
+
+
+def _is_built_in(value: object) -> bool:
+    return isinstance(value, (str, type(None))) and value in _BUILT_IN
+
+
 def check_own(folder: Path, *, error: ErrorType) -> None:
     """Makes sure that the settings of a user's own model do not bring code; see `check_saved`."""
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         found = _read(folder / name, error) or {}
         for key, value in _pairs(found):
+            _check_implementation(key, value, shown(str(folder / name), 300), error)
             weights = key == "transformers_weights" and not re.fullmatch(r"[\w.-]+\.safetensors", str(value))
             if value is not None and (key in _CODE | _OTHER_FILES or weights):
                 raise refusal(
@@ -108,20 +174,22 @@ def _read(path: Path, error: ErrorType) -> dict[str, Any] | None:
     return read_json(data, most=_MOST, what=shown(str(path), 300), error=error, bounded=False)
 
 
-def _check_keys(found: Mapping[str, Any], file: str, *, texts: bool, error: ErrorType) -> None:
+def _check_keys(
+    found: Mapping[str, Any], file: str, *, texts: bool, error: ErrorType, remedy: str = SAVE_AGAIN
+) -> None:
     for key, value in _pairs(found):
         if value is None or value == [] or value == {}:
             continue
         if key in _LEADING or (_PLACE.fullmatch(key) and not isinstance(value, bool)):
-            raise _refusal(file, key, "it can lead to code or to another place", error)
+            raise _refusal(file, key, "it can lead to code or to another place", error, remedy)
         if _IMPLEMENTATION.fullmatch(key):
             named = value.values() if isinstance(value, dict) else [value]
-            if any(not isinstance(v, (str, type(None))) or v not in _BUILT_IN for v in named):
-                raise _refusal(file, key, f"{shown(value)} is none of transformers' own implementations", error)
+            if any(not _is_built_in(v) for v in named):
+                raise _refusal(file, key, f"{shown(value)} is none of transformers' own implementations", error, remedy)
         if not texts and isinstance(value, str) and ("/" in value or "\\" in value or len(value) > 1000):
-            raise _refusal(file, key, f"{shown(value)} is a place rather than a value", error)
-        if isinstance(value, int) and re.search("layer|block|depth|expert|head", key) and value > _MOST_LAYERS:
-            raise _refusal(file, key, f"{shown(value)} is more than any model has", error)
+            raise _refusal(file, key, f"{shown(value)} is a place rather than a value", error, remedy)
+        if isinstance(value, int) and _COUNT.search(key) and value > _MOST_LAYERS:
+            raise _refusal(file, key, f"{shown(value)} is more than any model has", error, remedy)
 
 
 def _pairs(found: Any) -> Iterator[tuple[str, Any]]:
@@ -136,7 +204,5 @@ def _pairs(found: Any) -> Iterator[tuple[str, Any]]:
             yield from _pairs(value)
 
 
-def _refusal(file: str, key: str, why: str, error: ErrorType) -> Exception:
-    return refusal(
-        error, f"{file}: `{shown(key)}` has no place in a saved chain ({why}), so nothing is loaded", SAVE_AGAIN
-    )
+def _refusal(file: str, key: str, why: str, error: ErrorType, remedy: str = SAVE_AGAIN) -> Exception:
+    return refusal(error, f"{file}: `{shown(key)}` has no place in a saved chain ({why})", remedy)

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoConfig
 
 from llmchain_fed import wrapping
-from llmchain_fed.folder_files import SAVE_AGAIN
 from llmchain_fed.untrusted import TensorHeader, decoding, read_file, read_json, read_safetensors_header, shown
 from llmchain_fed.untrusted.text import ErrorType, refusal
 
+_AGAIN = "Download the folder again, or save the model or the chain again where it was made."
 INDEX = "model.safetensors.index.json"
 _MOST_HEADER = 8 * 2**20  # bytes; some 50,000 tensors
 _MOST_INDEX = 64 * 2**20  # bytes
@@ -37,7 +37,7 @@ def headers(path: Path, *, error: ErrorType) -> dict[str, TensorHeader]:
             data = start + file.read(min(size, _MOST_HEADER))
             total = path.stat().st_size
     except OSError as failed:
-        raise refusal(error, f"{what} cannot be read ({shown(str(failed), 200)})", SAVE_AGAIN) from None
+        raise refusal(error, f"{what} cannot be read ({shown(str(failed), 200)})", _AGAIN) from None
     return read_safetensors_header(data, max_header=_MOST_HEADER, what=what, error=error, total=total)[1]
 
 
@@ -50,14 +50,14 @@ def check_index(folder: Path, *, error: ErrorType) -> None:
     found = read_json(read_file(path, most=_MOST_INDEX, what="", error=error), most=_MOST_INDEX, what=what, error=error)
     listed = found.get("weight_map")
     if not isinstance(listed, dict) or not isinstance(found.get("metadata"), dict):
-        raise refusal(error, f"{what} has no `weight_map` and `metadata`", SAVE_AGAIN)
+        raise refusal(error, f"{what} has no `weight_map` and `metadata`", _AGAIN)
     for name in listed.values():
         plain = isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
         if not plain or not (folder / name).is_file():
             raise refusal(
                 error,
                 f"`weight_map` in {what} names {shown(name)}, which is no safetensors file of that folder",
-                SAVE_AGAIN,
+                _AGAIN,
             )
 
 
@@ -77,7 +77,7 @@ def check_fits(folder: Path, *, error: ErrorType) -> None:
         layers = _largest(config.to_dict())
         if layers > len(stored):
             msg = f"config.json of {shown(str(folder), 300)} has {layers} layers, and {len(stored)} tensors lie there"
-            raise refusal(error, msg, SAVE_AGAIN)
+            raise refusal(error, msg, _AGAIN)
         loader = wrapping.loader_of(config)
         with torch.device("meta"):
             automatic = hasattr(loader, "from_config")
@@ -85,13 +85,14 @@ def check_fits(folder: Path, *, error: ErrorType) -> None:
         wanted = sum(p.numel() for p in made.parameters())
         spare = sum(b.numel() for b in made.buffers())
     found = sum(math.prod(tensor.shape) for tensor in stored)
-    # a tied tensor is stored once and may be counted twice
-    if wanted > 2 * found + 2**20 or spare > found + _SPARE:
+    # a tied tensor is stored once and may be counted twice; quantised, a stored value holds up to 32 of one bit
+    packed = 32 if getattr(config, "quantization_config", None) is not None else 2
+    if wanted > packed * found + 2**20 or spare > found + _SPARE:
         msg = (
             f"config.json of {shown(str(folder), 300)} makes a model of {wanted:,} values and tables of {spare:,}, and "
             f"the weights there hold {found:,}"
         )
-        raise refusal(error, msg, SAVE_AGAIN)
+        raise refusal(error, msg, _AGAIN)
 
 
 def _largest(config: Mapping[str, Any]) -> int:

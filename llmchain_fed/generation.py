@@ -32,23 +32,23 @@ class GenerationOptions(FrozenConfig):
     GenerationOptions(max_new_tokens=24)
     """
 
-    max_new_tokens: int = Field(default=256, ge=1)
+    max_new_tokens: int = Field(default=256, ge=1, le=2**24)
     """tokens: at most this many are generated"""
-    min_new_tokens: int | None = Field(default=None, ge=0)
+    min_new_tokens: int | None = Field(default=None, ge=0, le=2**24)
     """tokens: the answer does not end before this many (or before `max_new_tokens`); None: as the model ships it"""
-    temperature: float = Field(default=0.0, ge=0.0)
+    temperature: float = Field(default=0.0, ge=0.0, le=1e6)
     """0 is greedy (the default); above 0 the answer is sampled"""
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     """share of probability mass sampled from (with temperature > 0)"""
-    top_k: int | None = Field(default=None, ge=1)
+    top_k: int | None = Field(default=None, ge=1, lt=2**31)
     """number of candidate tokens sampled from (with temperature > 0)"""
-    num_beams: int = Field(default=1, ge=1)
+    num_beams: int = Field(default=1, ge=1, le=256)
     """beams searched; above 1 a stream arrives as one piece"""
-    repetition_penalty: float = Field(default=1.0, gt=0.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=1e6)
     """above 1 discourages tokens already present (arXiv 1909.05858)"""
-    no_repeat_ngram_size: int = Field(default=0, ge=0)
+    no_repeat_ngram_size: int = Field(default=0, ge=0, le=2**24)
     """tokens: no n-gram of this size occurs twice; 0 is off"""
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     """makes a sampled answer reproducible; torch's global generator is as before afterwards"""
 
     @property

@@ -90,6 +90,10 @@ def _plain(value: Any) -> Any:
 
 
 def _watermark(data: Any) -> Any:
+    sizes = ("sampling_table_size", "context_history_size", "context_width", "ngram_len")
+    if isinstance(data, dict) and any(not 0 <= size <= 2**24 for name in sizes if type(size := data.get(name)) is int):
+        msg = f"generation_config: watermarking_config={data!r:.120} has a size beyond 2²⁴"
+        raise ValueError(msg)
     try:
         kind = SynthIDTextWatermarkingConfig if "ngram_len" in data else WatermarkingConfig
         return kind(**data)

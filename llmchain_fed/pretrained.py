@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers.utils import find_adapter_config_file
 from llmchain_fed import embedded, folder_files, folder_settings, folder_weights, pristine, wrapping
 from llmchain_fed.adapters.lora_config import check_config
 from llmchain_fed.errors import UnsupportedModelError
-from llmchain_fed.untrusted import printable
+from llmchain_fed.untrusted import no_panic, printable, shown
 
 
 def load(
@@ -30,10 +31,9 @@ def load(
         check_config(lora)
     module: Any = load_base(name_or_path, dtype=dtype or torch.float32)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(embedded.resolve(name_or_path), trust_remote_code=False)
-    except BaseException as error:  # a panic within tokenizers is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
+        with no_panic():
+            tokenizer = AutoTokenizer.from_pretrained(embedded.resolve(name_or_path), trust_remote_code=False)
+    except Exception as error:
         raise _unloadable(name_or_path, error) from error
     if lora is not None:
         lora = copy.deepcopy(lora)
@@ -52,7 +52,8 @@ def load_base(name_or_path: str, *, dtype: torch.dtype, by_name: bool = False) -
         by_name: A folder that the working directory happens to hold under a hub's id is not meant.
 
     Raises:
-        UnsupportedModelError: There is no such model, none with safetensors weights, or one that brings code.
+        UnsupportedModelError: There is no such model, none with safetensors weights, one that brings code, or one
+            whose weights leave parameters out.
     """
     path = embedded.resolve(name_or_path)
     by_name = by_name or name_or_path == embedded.NAME
@@ -65,8 +66,14 @@ def load_base(name_or_path: str, *, dtype: torch.dtype, by_name: bool = False) -
     _check_source(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        folder_settings.check_implementations(config, what=f"the config.json of {name_or_path!r:.200}")
         loader = wrapping.loader_of(config)
-        module = loader.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        module, info = loader.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        _check_complete(module, info["missing_keys"], name_or_path)
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # transformers may raise anything over a configuration that makes no sense
         raise _unloadable(name_or_path, error) from error
     if not Path(name_or_path).exists() and not getattr(module, "is_quantized", False):  # what is packed has no rows
@@ -86,6 +93,8 @@ def _check_source(path: str) -> None:
         folder_files.check_own(folder, error=UnsupportedModelError)
         folder_settings.check_own(folder, error=UnsupportedModelError)
         folder_weights.check_index(folder, error=UnsupportedModelError)
+        if any(folder.glob("*.safetensors")):
+            folder_weights.check_fits(folder, error=UnsupportedModelError)
         return
     try:
         is_adapter = not folder.exists() and find_adapter_config_file(path) is not None
@@ -99,7 +108,24 @@ def _check_source(path: str) -> None:
         raise UnsupportedModelError(msg)
 
 
-def _unloadable(name: str, error: BaseException) -> UnsupportedModelError:
+def _check_complete(module: nn.Module, missing: AbstractSet[str], name: str) -> None:
+    """Makes sure that no parameter is one that transformers has made up, for want of weights; tied ones are none.
+
+    Raises:
+        UnsupportedModelError: Some are.
+    """
+    made_up = sorted(missing & {n for n, _ in module.named_parameters(remove_duplicate=False)})
+    if made_up:
+        more = f" and {len(made_up) - 3} more" if len(made_up) > 3 else ""
+        msg = (
+            f"{name!r:.200} has no weights for {shown(made_up[:3], 300)}{more} of a {type(module).__name__}, which "
+            "would be random numbers. Its config.json is another model's, or files are missing: get it again. "
+            "To train a new part, load the model yourself and pass LocalModel(module, tokenizer)."
+        )
+        raise UnsupportedModelError(msg)
+
+
+def _unloadable(name: str, error: Exception) -> UnsupportedModelError:
     why = printable(
         f"{error}" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}", 1000
     )

@@ -11,7 +11,7 @@ import textwrap
 from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue, ValidationError, model_validator
 
 from llmchain_fed._config import unknown_option
 from llmchain_fed.errors import RecipeError
@@ -25,7 +25,9 @@ ParserName = Literal["text", "strip", "json", "comma_list"]
 
 NAME = re.compile(r"[a-z0-9_]+")
 _VARIABLE = re.compile(r"[a-z][a-z0-9_]*")
-_LOOKING_IN = re.compile(r"[.\[\]{}]")
+_LANGCHAINS = re.compile(r"[^.\[\]{}]+")
+_FORMAT = re.compile(r"([^{}]?[<>=^])?[-+ ]?z?#?0?[0-9]{0,3}[,_]?(\.[0-9]{1,2})?[a-zA-Z%]?")
+"""of a value within a text: at most 999 characters wide, of 99 digits"""
 _RESERVED = frozenset({"stop", "prompt", "completion"})  # LangChain's own word; the keys of an example
 _HUB_PART = r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*"
 HUB_ID = f"^{_HUB_PART}(/{_HUB_PART})?$"
@@ -38,9 +40,7 @@ _Item = TypeVar("_Item")
 Several = Annotated[tuple[_Item, ...], BeforeValidator(lambda x: tuple(x) if type(x) is list else x)]
 
 
-class _Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
+class _Spec(Strict):
     @classmethod
     def from_data(cls, data: object) -> Self:
         """The spec in plain data, as `untrusted.parse_yaml` returns it.
@@ -68,10 +68,10 @@ class PromptSpec(_Spec):
     name: Name
     description: Text
     template: Text
-    """f-string with plain `{variable}` fields; the part after the examples, if there are any"""
+    """f-string with `{variable}` or `{variable:.2f}` fields; the part after the examples, if there are any"""
     input_variables: Annotated[Several[str], Field(min_length=1)]
     """what the user must give"""
-    defaults: dict[str, str] = {}
+    defaults: dict[str, str] = Field(default_factory=dict)
     """variable → its text unless the user gives another (LangChain's partial variables)"""
     prefix: str = ""
     """f-string before the examples"""
@@ -110,6 +110,9 @@ class PromptSpec(_Spec):
             msg = f"{idle} would do nothing without `examples`; add examples or leave them out"
             raise ValueError(msg)
         wanted = template_variables(self.example_template)
+        if any(spec or conversion for _, _, spec, conversion in Formatter().parse(self.example_template)):
+            msg = "`example_template` formats the values of `examples`; write them there as they are to be read"
+            raise ValueError(msg)
         for number, example in enumerate(self.examples):
             if set(example) != wanted:
                 msg = f"`examples.{number}` has {sorted(example)}; `example_template` uses {sorted(wanted)}"
@@ -151,13 +154,13 @@ class AdapterSpec(_Spec):
 class GenerationSpec(_Spec):
     """The generation defaults a recipe may set; what it leaves out, the LLM's own defaults decide."""
 
-    max_new_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=2**24)] | None = None
     """tokens"""
     temperature: Annotated[float, Field(ge=0)] | None = None
     """0 is greedy"""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    num_beams: Annotated[int, Field(ge=1, le=1024)] | None = None
+    num_beams: Annotated[int, Field(ge=1, le=256)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     seed: int | None = None
 
@@ -181,7 +184,7 @@ class ChainSpec(_Spec):
     stop: Several[Text] = ()
     """the answer ends before the first of these"""
     parser: ParserName = "text"
-    chat_template_kwargs: dict[str, JsonValue] = {}
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
     """switches of the model's chat template; with any, the recipe is one for a chat model"""
 
     def llm_kwargs(self) -> dict[str, Any]:
@@ -204,8 +207,8 @@ class MessageData(Strict):
 class PromptData(Strict):
     """A prompt template as plain data; which fields count depends on `kind`.
 
-    Templates hold plain variables alone: what LangChain also takes, such as a width of a thousand million, can take all
-    of a machine's memory or look into objects.
+    Templates hold variables, with a short format perhaps: what LangChain also takes, such as a width of a thousand
+    million, can take all of a machine's memory or look into objects.
     """
 
     kind: Literal["template", "few_shot", "chat"]
@@ -220,54 +223,30 @@ class PromptData(Strict):
     @model_validator(mode="after")
     def _fields_are_plain(self) -> Self:
         if self.kind == "few_shot":
-            check_fields(self.example_template)
+            template_variables(self.example_template, _LANGCHAINS)
             try:
                 examples = [self.example_template.format(**example) for example in self.examples]
             except (KeyError, IndexError, AttributeError) as error:
                 msg = f"`example_template` uses {error}, which an example does not have"
                 raise ValueError(msg) from None
             # LangChain formats the whole again, the examples' values included
-            check_fields(self.separator.join([self.prefix, *examples, self.template]))
+            template_variables(self.separator.join([self.prefix, *examples, self.template]), _LANGCHAINS)
         for template in (self.template, *(m.template for m in self.messages if m.role != "placeholder")):
-            check_fields(template)
+            template_variables(template, _LANGCHAINS)
         return self
 
 
-def check_fields(template: str) -> None:
-    """Makes sure that an f-string template holds plain variables alone, by whatever name LangChain takes.
-
-    Raises:
-        ValueError: A format, a conversion, an attribute, an index, or unbalanced braces.
-
-    >>> check_fields("{text} costs {Price}, {{literally}}")
-    >>> check_fields("{price:.2f}")
-    Traceback (most recent call last):
-    ValueError: `{price:.2f}` is more than a plain variable; format the value before it goes in, and write {price}
-    """
-    try:
-        fields = list(Formatter().parse(template))
-    except ValueError as error:
-        msg = f"the braces of {_short(template)} do not match ({error}); use {{{{ }}}} for literal ones"
-        raise ValueError(msg) from None
-    for _, field, format_spec, conversion in fields:
-        if field is None or (field and not format_spec and not conversion and not _LOOKING_IN.search(field)):
-            continue
-        tail = (f"!{conversion}" if conversion else "") + (f":{format_spec}" if format_spec else "")
-        plain = _LOOKING_IN.split(field)[0] or "text"
-        msg = (
-            f"`{{{shown(field + tail, 60)}}}` is more than a plain variable; format the value before it goes in, and "
-            f"write {{{shown(plain, 40)}}}"
-        )
-        raise ValueError(msg)
-
-
-def template_variables(template: str) -> set[str]:
+def template_variables(template: str, name: re.Pattern[str] = _VARIABLE) -> set[str]:
     """The variables of an f-string template.
 
-    Raises:
-        ValueError: A field that is more than a plain name, or unbalanced braces.
+    Args:
+        template: The template.
+        name: What a variable may be called.
 
-    >>> sorted(template_variables("{a} and {b}, {{literally}}"))
+    Raises:
+        ValueError: A field that looks into an object or has a long or nested format, or unbalanced braces.
+
+    >>> sorted(template_variables("{a} and {b:.2f}, {{literally}}"))
     ['a', 'b']
     """
     try:
@@ -276,14 +255,15 @@ def template_variables(template: str) -> set[str]:
         msg = f"the braces of {_short(template)} do not match ({error}); use {{{{ }}}} for literal ones"
         raise ValueError(msg) from None
     variables = set()
-    for _, field, format_spec, conversion in fields:
+    for _, field, spec, conversion in fields:
         if field is None:
             continue
-        if format_spec or conversion or not _VARIABLE.fullmatch(field):
-            tail = (f"!{conversion}" if conversion else "") + (f":{format_spec}" if format_spec else "")
+        if not name.fullmatch(field) or not _FORMAT.fullmatch(spec or "") or conversion not in (None, "a", "r", "s"):
+            tail = (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             msg = (
-                f"{{{field}{tail}}} is not a plain {{variable}}; attributes, indexes, formats and other "
-                "template languages can run code or fail later. Use a-z, 0-9, _, or {{ }} for literal braces"
+                f"{{{shown(field + tail, 60)}}} is not a plain {{variable}}, nor one with a short format such as "
+                "{price:.2f}; attributes, indexes, long or nested formats and other template languages can run code, "
+                "take all memory or fail later. Use a-z, 0-9, _, or {{ }} for literal braces"
             )
             raise ValueError(msg)
         variables.add(field)

@@ -5,6 +5,8 @@ Knows PEFT's LoraConfig and what `save` writes of it. Knows nothing of LangChain
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,8 +35,9 @@ Name = Annotated[str, Field(pattern=NAME, max_length=512)]
 Names = Annotated[list[Name], Field(max_length=2**16)]
 Rank = Annotated[int, Field(ge=1, le=2**20)]
 Alpha = Annotated[int | float, Field(allow_inf_nan=False), AfterValidator(_counts)]
-# PEFT tries every pattern on every layer, as a regular expression; of these characters none repeats anything
-MOST_PATTERNS = 2048
+# a pattern for each of the layers at most, which `read_settings` makes sure of
+Ranks = Annotated[dict[Name, Rank], Field(max_length=2**16)]
+Alphas = Annotated[dict[Name, Alpha], Field(max_length=2**16)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=2**22)]
 
 
@@ -50,8 +53,8 @@ class AdapterSettings(Strict):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     target_modules: Names
     target_parameters: Names | None
-    rank_pattern: Annotated[dict[Name, Rank], Field(max_length=MOST_PATTERNS)]
-    alpha_pattern: Annotated[dict[Name, Alpha], Field(max_length=MOST_PATTERNS)]
+    rank_pattern: Ranks
+    alpha_pattern: Alphas
     modules_to_save: Names | None
     trainable_token_indices: Annotated[dict[Name, Tokens], Field(max_length=64)] | None
     ensure_weight_tying: bool
@@ -76,8 +79,19 @@ class AdapterSettings(Strict):
         values = self.model_dump() | {"inference_mode": False, "task_type": TaskType(self.task_type)}
         # the fingerprint has checked the base; with a name PEFT would look for it, and warn
         values["base_model_name_or_path"] = None
+        layers = self.layers()
+        for kind in ("rank_pattern", "alpha_pattern"):
+            values[kind] = _grouped({n: v for n, v in values[kind].items() if n in layers})
         del values["peft_type"]
         return LoraConfig(**values)
+
+
+def _grouped(patterns: Mapping[str, Any]) -> dict[str, Any]:
+    """One pattern per value: PEFT tries each on each layer, as a regular expression that it compiles anew."""
+    names: dict[Any, list[str]] = {}
+    for name, value in patterns.items():
+        names.setdefault(value, []).append(re.escape(name))
+    return {"|".join(group): value for value, group in names.items()}
 
 
 class Trained(Strict):
@@ -86,9 +100,9 @@ class Trained(Strict):
     r: Rank
     """the first so many columns of every layer are the trained factors"""
     lora_alpha: Alpha
-    rank_pattern: Annotated[dict[Name, Rank], Field(max_length=MOST_PATTERNS)]
+    rank_pattern: Ranks
     """layers with another number of trained columns"""
-    alpha_pattern: Annotated[dict[Name, Alpha], Field(max_length=MOST_PATTERNS)]
+    alpha_pattern: Alphas
 
 
 class ModelData(Strict):

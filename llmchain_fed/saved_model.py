@@ -18,7 +18,6 @@ from transformers import AutoConfig, GenerationConfig
 from llmchain_fed import (
     embedded,
     folder_settings,
-    folder_weights,
     generation_data,
     pristine,
     saved_adapter,
@@ -114,6 +113,7 @@ def _check_base(base: Any) -> None:
             "differ. Wrap a model of that class, or load this one by name with a LoRA adapter."
         )
         raise ChainFileError(msg)
+    folder_settings.check_writable(base.config, error=ChainFileError)
     types = {p.dtype for n, p in base.named_parameters() if not is_adapter(n) and p.is_floating_point()}
     if len(types) > 1 and not getattr(base, "_keep_in_fp32_modules", None):
         msg = f"the base holds {sorted(map(str, types))} at once, and is loaded in one type. Convert it to one."
@@ -290,8 +290,6 @@ def _base(directory: Path, data: ModelData, tokenizer: Any, generation: Generati
             "LLMChain.load(directory, model=LocalModel(…))."
         )
         raise ChainFileError(msg)
-    if folder.is_dir():
-        folder_weights.check_fits(folder, error=ChainFileError)
     try:
         base: Any = load_base(source, dtype=getattr(torch, data.dtype), by_name=not folder.is_dir())
     except UnsupportedModelError as error:

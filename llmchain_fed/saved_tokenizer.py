@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from llmchain_fed import folder_files, folder_settings
 from llmchain_fed.errors import ChainFileError
 from llmchain_fed.folder_files import SAVE_AGAIN
-from llmchain_fed.untrusted import shown
+from llmchain_fed.untrusted import no_panic, shown
 
 FOLDER = "tokenizer"
 # Merges, normalisation and what surrounds a text show in how these come out.
@@ -58,10 +58,9 @@ def load(directory: Path) -> Any:
     """
     folder = directory / FOLDER
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except BaseException as error:  # a panic within tokenizers is no Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit, TimeoutError)):
-            raise
+        with no_panic():
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
         msg = f"the tokenizer in {str(folder)!r} cannot be read: {shown(str(error), 300)}. {SAVE_AGAIN}"
         raise ChainFileError(msg) from None
 

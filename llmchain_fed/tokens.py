@@ -12,7 +12,8 @@ from torch import nn
 
 from llmchain_fed import control_tokens, vocabulary
 from llmchain_fed.control_tokens import Rendered, foreign_text
-from llmchain_fed.errors import UnsupportedModelError
+from llmchain_fed.errors import DataError, UnsupportedModelError
+from llmchain_fed.untrusted import PanicError, no_panic, shown
 
 
 class Tokens:
@@ -108,12 +109,21 @@ class Tokens:
         # verbose=False: the tokenizer's own warning about length; ours is an error or a count in a report
         options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
         given = {"text_target": texts} if text_target else {"text": texts}
-        ids: list[list[int]] = self.tokenizer(**given, **options)["input_ids"]
-        for i, text in enumerate(texts):
-            if isinstance(text, Rendered):
-                ids[i] = control_tokens.encode(
-                    self.tokenizer, text, text_target=text_target, add_special_tokens=add_special_tokens
-                )
+        try:
+            with no_panic():
+                ids: list[list[int]] = self.tokenizer(**given, **options)["input_ids"]
+                for i, text in enumerate(texts):
+                    if isinstance(text, Rendered):
+                        ids[i] = control_tokens.encode(
+                            self.tokenizer, text, text_target=text_target, add_special_tokens=add_special_tokens
+                        )
+        except PanicError as error:
+            msg = (
+                f"the tokenizer gave up on a text of up to {max(map(len, texts)):,} characters "
+                f"({shown(str(error), 200)}): its tokenizer.json has a pattern that such texts are too much for. "
+                "Shorten the text, or use another model."
+            )
+            raise DataError(msg) from None
         return ids
 
     # --- ids to text ------------------------------------------------------------------------------------------------

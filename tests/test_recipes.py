@@ -73,6 +73,13 @@ def test_adjacent_braces_in_an_example_template(tmp_path):
     assert make_prompt(prompt_from(tmp_path, text)).format(who="Ann") == expected
 
 
+def test_values_with_short_formats(tmp_path):
+    text = GOOD_PROMPT.replace("{who} in", "{who:>6} {n:,} for {price:08.2f} {part:.1%} {who!r} in")
+    prompt = make_prompt(prompt_from(tmp_path, text.replace("[who]", "[who, n, price, part]")))
+    found = prompt.format(who="Ann", n=12345, price=3.14159, part=0.5)
+    assert found == "Greet    Ann 12,345 for 00003.14 50.0% 'Ann' in French."
+
+
 # --- bad prompt recipes -----------------------------------------------------------------------------------
 
 BAD_PROMPTS = {
@@ -92,8 +99,9 @@ BAD_PROMPTS = {
     "indexing": ("{who}", "{who[0]}", "{who[0]} is not a plain {variable}"),
     "a position": ("{who}", "{0}", "{0} is not a plain {variable}"),
     "no name": ("{who}", "{}", "{} is not a plain {variable}"),
-    "a conversion": ("{who}", "{who!r}", "{who!r} is not a plain {variable}"),
-    "a format": ("{who}", "{who:>9}", "{who:>9} is not a plain {variable}"),
+    "an unknown conversion": ("{who}", "{who!x}", "{who!x} is not a plain {variable}"),
+    "a wide format": ("{who}", "{who:>1000}", "{who:>1000} is not a plain {variable}"),
+    "many digits": ("{who}", "{who:.100f}", "{who:.100f} is not a plain {variable}"),
     "a nested format": ("{who}", "{who:{language}}", "{who:{language}} is not a plain {variable}"),
     "an open brace": ("{who}", "{who", "do not match"),
     "a closing brace": ("{who}", "who}", "do not match"),
@@ -175,6 +183,7 @@ def test_bad_prompt_is_refused(tmp_path, case):
         ('a: "x{y}"', "a: 12:30", "`examples.0.a` is 750, not text"),
         ('a: "x{y}"', 'c: "x"', "`examples.0` has ['b', 'c']; `example_template` uses ['a', 'b']"),
         ("{ex}} {a}", "{ex}} {a.b}", "{a.b} is not a plain {variable}"),
+        ("{ex}} {a}", "{ex}} {a:>9}", "`example_template` formats the values of `examples`; write them there"),
         ('as {{json}}:"', 'as {json}:"', "uses ['json', 'language', 'who']"),
     ],
 )

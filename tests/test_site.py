@@ -13,7 +13,7 @@ import time
 import pytest
 from tiny import PAIRS
 
-from llmchain_fed import ConfigError, FederatedAveraging, Participant, TrainingConfig
+from llmchain_fed import ConfigError, FederatedAveraging, Participant, TrainingConfig, untrusted
 from llmchain_fed.errors import (
     ContractError,
     DeadlineError,
@@ -278,6 +278,22 @@ def test_what_cannot_be_written_down_is_not_answered(serve):
     assert "the audit file cannot be written" in str(answer)
 
 
+def test_a_policy_file_is_read_once(tmp_path, monkeypatch):
+    """What is checked is what is said of it, whatever else is written there meanwhile."""
+    path, whole = tmp_path / "policy.yaml", untrusted.read_file
+
+    def changing(*args, **options):
+        found = whole(*args, **options)
+        path.write_text("samples: 1\n")
+        return found
+
+    monkeypatch.setattr(untrusted, "read_file", changing)
+    monkeypatch.setattr("llmchain_fed._config.read_file", changing)
+    path.write_text("# a\nmax_rounds: -1\n")
+    with pytest.raises(ConfigError, match="line 2: `max_rounds`"):
+        Policy.from_file(path)
+
+
 def test_policy_files(tmp_path):
     path = tmp_path / "policy.yaml"
     path.write_text("max_rounds: 20\nsamples: 2\noperations: [hello, train]\n")
@@ -288,10 +304,13 @@ def test_policy_files(tmp_path):
         "operations: [shell]": "`operations.0`",
         "- a": "is no mapping",
         "a: [": "is no plain YAML",
+        "codecs: none": r"line 1: `codecs`: a list is wanted, such as \[none\] \(got 'none'\)",
     }.items():
         path.write_text(text)
         with pytest.raises(ConfigError, match=wanted):
             Policy.from_file(path)
+    path.write_text("max_learning_rate: 1e-2\nmax_seconds: 1e3\n")
+    assert Policy.from_file(path) == Policy(max_learning_rate=0.01, max_seconds=1000.0)
     with pytest.raises(ConfigError, match="cannot be read"):
         Policy.from_file(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match=r"audit file .* cannot be written"):

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field
 
 from llmchain_fed import untrusted
-from llmchain_fed._config import read_options, unknown_option
+from llmchain_fed._config import parse_options, unknown_option
 from llmchain_fed.errors import ConfigError, ContractError, DeadlineError, PolicyError, TransportError
 from llmchain_fed.federated.limits import Limits, refuse
 from llmchain_fed.federated.runtime import Operation
@@ -53,16 +53,15 @@ class Policy(Limits):
             ConfigError: No such file, no mapping; or an unknown option, a wrong type or a value out of range, with its
                 line.
         """
-        found = read_options(path, "policy")
+        data = untrusted.read_file(path, most=untrusted.MAX_YAML, what="the policy file", error=ConfigError)
+        found = parse_options(data, path, "policy")
         for name, value in found.items():
             try:
                 if name not in cls.model_fields:
                     raise ConfigError(unknown_option(shown(name, 60), cls.model_fields))
                 cls(**{name: value})
             except ConfigError as error:
-                lines = untrusted.key_lines(
-                    untrusted.read_file(path, most=untrusted.MAX_YAML, what="the policy file", error=ConfigError)
-                )
+                lines = untrusted.key_lines(data)
                 why = printable(str(error).removeprefix(f"{cls.__name__}: "), 600)
                 msg = f"the policy file {shown(str(path), 300)}, line {lines[name]}: {why}. {_REMEDY}"
                 raise ConfigError(msg) from None

@@ -10,18 +10,20 @@ from llmchain_fed.untrusted.files import read_file
 from llmchain_fed.untrusted.json_text import MAX_DEPTH, parse_json, read_json
 from llmchain_fed.untrusted.plain_yaml import MAX_YAML, dump_yaml, key_lines, parse_yaml, read_yaml
 from llmchain_fed.untrusted.safetensors_header import MAX_NAME, TensorHeader, read_safetensors_header
-from llmchain_fed.untrusted.text import decoding, one_line, printable, shown
+from llmchain_fed.untrusted.text import PanicError, decoding, no_panic, one_line, printable, shown
 
 __all__ = [
     "MAX_DEPTH",
     "MAX_NAME",
     "MAX_YAML",
+    "PanicError",
     "Strict",
     "TensorHeader",
     "checked",
     "decoding",
     "dump_yaml",
     "key_lines",
+    "no_panic",
     "one_line",
     "parse_json",
     "parse_yaml",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,8 +29,8 @@ def parse_yaml(
 ) -> Any:
     """YAML as plain data: strings, booleans, null, integers below 2⁶³, finite numbers, lists, mappings by string.
 
-    Refused are aliases and anchors, merge keys, tags, unquoted dates, a key given twice, keys that are no strings (an
-    unquoted `on` is a boolean), several documents, and more than 32 levels.
+    Numbers may be written as 1e-2. Refused are aliases and anchors, merge keys, tags, unquoted dates, a key given
+    twice, keys that are no strings (an unquoted `on` is a boolean), several documents, and more than 32 levels.
 
     Args:
         data: UTF-8.
@@ -184,6 +185,12 @@ class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[mi
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 (PyYAML's)
         return True
+
+
+# YAML 1.1 takes 1e-2 and 5e3 for texts, and everybody who writes them means numbers; a text is written in quotes
+_EXPONENT = re.compile(r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+\Z")
+for _class in (_Plain, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
 
 def dump_yaml(data: Mapping[str, Any], *, what: str, error: ErrorType, remedy: str = "") -> str:

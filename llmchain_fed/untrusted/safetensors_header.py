@@ -15,7 +15,24 @@ from llmchain_fed.untrusted.text import DANGEROUS, ErrorType, refusal, shown
 MAX_DIMENSIONS = 8
 MAX_NAME = 512  # characters of a tensor's name
 _MAX_COUNT = 2**48
-_ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_ITEM_SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "BOOL": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+}
 _BREAKING = re.compile(f"{DANGEROUS.pattern}|[\n\t]")
 
 
@@ -39,8 +56,8 @@ def read_safetensors_header(
         data: The whole, or at least its header, of which `total` then says the whole length.
         max_header: bytes of the header that make sense.
         what: Is read, for the message.
-        error: Raised: not safetensors, a header that is too large, at most 8 dimensions and 512 printable characters a
-            name, or a layout in which the values do not lie side by side.
+        error: Raised: not safetensors, a header that is too large, more than 8 dimensions, a name that is longer than
+            512 characters or not printable, or a layout in which the values do not lie side by side.
         total: bytes of the whole.
     """
     whole = len(data) if total is None else total

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 
 from llmchain_fed.errors import LLMChainFedError
 
@@ -35,6 +36,21 @@ def decoding(what: str, error: ErrorType) -> Iterator[None]:
         raise error(msg) from None
 
 
+class PanicError(RuntimeError):
+    """What a library in Rust died of, as an Exception."""
+
+
+@contextmanager
+def no_panic() -> Iterator[None]:
+    """A panic within a library in Rust (tokenizers), which is no Exception to Python, is raised as a `PanicError`."""
+    try:
+        yield
+    except BaseException as found:
+        if isinstance(found, Exception) or type(found).__name__ != "PanicException":
+            raise
+        raise PanicError(str(found)) from None
+
+
 def printable(text: object, longest: int = 2000) -> str:
     r"""Text that can be shown on a terminal, logged, and written as UTF-8; at most so many characters of it.
 
@@ -57,7 +73,7 @@ def one_line(text: object, longest: int = 2000) -> str:
 
 
 def shown(value: object, longest: int = 80) -> str:
-    """A short, printable form of any value, for a message; it never fails and never walks all of a large one."""
+    """A short, printable form of any value, for a message; it never fails and never walks all of large plain data."""
     if isinstance(value, str):
         return printable(value, longest)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= MAX_INTEGER:
@@ -65,9 +81,35 @@ def shown(value: object, longest: int = 80) -> str:
     if isinstance(value, (Mapping, list, tuple, set, frozenset)) and len(value) > longest:
         return f"{type(value).__name__} of {len(value):,} entries"
     try:
-        return printable(repr(value), longest)
+        return printable(_spelled(value, longest), longest)
     except Exception:  # a huge integer or a deep nest within
         return f"a {type(value).__name__}"
+
+
+_BRACKETS: dict[type, str] = {list: "[]", tuple: "()", dict: "{}", set: "{}"}
+
+
+def _spelled(value: object, room: int, depth: int = 0) -> str:
+    """`repr`, of which at least so many characters are right: what lies behind them is not looked at."""
+    if isinstance(value, (str, bytes, bytearray)):
+        return repr(value[: room + 1])
+    brackets = _BRACKETS.get(type(value), "")
+    if not brackets or not isinstance(value, (list, tuple, dict, set)) or not value:
+        return repr(value)
+    if room <= 0 or depth > 16:
+        return "…"
+    parts: list[str] = []
+    for item in islice(value, room):
+        part = _spelled(item, room, depth + 1)
+        if isinstance(value, dict):
+            part = f"{part}: {_spelled(value[item], room - len(part), depth + 1)}"
+        parts.append(part)
+        room -= len(part) + 2
+        if room <= 0:
+            parts.append("…")
+            break
+    last = "," if isinstance(value, tuple) and len(value) == 1 else ""
+    return brackets[0] + ", ".join(parts) + last + brackets[1]
 
 
 def refusal(error: ErrorType, reason: str, remedy: str = "") -> LLMChainFedError:

@@ -19,21 +19,26 @@ from pathlib import Path
 from typing import Any
 
 
+class _Alarm(BaseException):
+    """No Exception: what is tested may turn those into errors of its own."""
+
+
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the block once it has taken so long, and after it where the block made an error of its own
-    of that (it is an OSError); only in a main thread."""
+    """Ends the block once it has taken so long, with a TimeoutError behind it; only in a main thread."""
     msg, rang = f"not done within {seconds} s", False
 
     def ring(*_: object) -> None:
         nonlocal rang
         rang = True
-        raise TimeoutError(msg)
+        raise _Alarm(msg)
 
     former = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
+    except _Alarm:
+        raise TimeoutError(msg) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, former)

@@ -186,6 +186,42 @@ def test_any_value_can_be_shown(value):
     assert len(untrusted.shown(value)) <= 81
 
 
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    | st.tuples(inner) | st.tuples(inner, inner),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(PLAIN)
+def test_plain_data_is_shown_as_python_spells_it(value):
+    if not isinstance(value, str):
+        assert untrusted.shown(value, 5000) == untrusted.printable(repr(value), 5000)
+        assert untrusted.shown(value, 40)[:36] == untrusted.printable(repr(value), 40)[:36]
+
+
+HUGE = "x" * 2**26
+WITHIN = {
+    "a list": [HUGE],
+    "bytes": (bytes(2**26),),
+    "a key": {HUGE: 1},
+    "a value": {"a": {"b": HUGE}},
+    "deep": [[[[HUGE]]]],
+    "a long list within": [[0] * 2**23],
+    "many within": {"a": dict.fromkeys(range(2**20))},
+    "a set": [set(range(2**20))],
+}
+
+
+@pytest.mark.parametrize("kind", WITHIN)
+@bounded(seconds=20, megabytes=16)
+def test_what_is_large_within_a_value_is_not_spelled_out(kind):
+    with within(0.5):
+        assert len(untrusted.shown(WITHIN[kind])) <= 81
+
+
 @bounded(seconds=20, megabytes=64)
 def test_a_pipe_is_not_waited_for():
     with tempfile.TemporaryDirectory() as folder:

@@ -193,6 +193,49 @@ def test_texts_of_any_letters_come_back_as_they_are(one, two):
     assert untrusted.parse_yaml(text.encode(), what="it", error=ChainFileError) == data | {"d": [one]}
 
 
+NUMBERS = st.from_regex(r"\A[-+]?[0-9_.]{0,4}[eE]?[-+]?[0-9_]{0,3}\n?\Z")
+
+
+@settings(max_examples=500, deadline=None, database=None)
+@given(
+    NUMBERS | st.sampled_from(["1e5", "1E5", "-1e-2", "+.5e3", "1.e3", "1e999", "1_0e5", "1e", "e5", "1e5\n", ".e3"])
+)
+def test_texts_that_look_like_numbers_stay_texts(one):
+    text = untrusted.dump_yaml({"a": one, one: [one]}, what="it", error=ChainFileError)
+    assert untrusted.parse_yaml(text, what="it", error=ChainFileError) == {"a": one, one: [one]}
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_numbers_stay_numbers(number):
+    text = untrusted.dump_yaml({"a": number}, what="it", error=ChainFileError)
+    assert untrusted.parse_yaml(text, what="it", error=ChainFileError) == {"a": number}
+
+
+@pytest.mark.parametrize(
+    ("written", "number"),
+    [
+        ("1e-2", 0.01),
+        ("5e-4", 5e-4),
+        ("1e3", 1e3),
+        ("-2E+1", -20.0),
+        ("1.5e3", 1500.0),
+        ("1_0e1", 100.0),
+        (".5e1", 5.0),
+    ],
+)
+def test_powers_of_ten_are_numbers(written, number):
+    assert untrusted.parse_yaml(f"a: {written}", what="it", error=ConfigError) == {"a": number}
+    assert untrusted.parse_yaml(f"a: '{written}'", what="it", error=ConfigError) == {"a": written}
+
+
+def test_a_power_of_ten_that_is_not_finite_is_refused():
+    with within(5), pytest.raises(ConfigError, match="1e999 in line 1 is not finite"):
+        untrusted.parse_yaml("a: 1e999", what="it", error=ConfigError)
+    with within(5), pytest.raises(ConfigError, match="in line 1 is not finite"):
+        untrusted.parse_yaml("a: " + "9" * 900_000 + "e5", what="it", error=ConfigError)
+
+
 def test_keys_come_back_as_well_and_readable_texts_stay_readable():
     for key in ("\x85", "yes", "1", "", "2020-01-01", "é", "<<", "~"):
         text = untrusted.dump_yaml({key: None}, what="it", error=ChainFileError)

@@ -308,10 +308,29 @@ CHAINS = {
     "a date": as_yaml("a: 2020-99-99"),
     "digits": as_yaml("a: " + "9" * 5000),
     "a long comment": as_yaml("#" * 2**21),
+    "beams": yaml_in("options", num_beams=10**6),
+    "tokens": yaml_in("options", max_new_tokens=10**12),
+    "tokens at least": yaml_in("options", min_new_tokens=10**12),
+    "a batch": yaml_in("options", batch_size=10**9),
+    "beams of the calls": yaml_in("llm_kwargs", num_beams=10**6),
+    "tokens of the calls": yaml_in("llm_kwargs", max_tokens=10**12),
+    "a watermark": yaml_in(
+        "model",
+        generation={
+            "watermarking_config": {
+                "ngram_len": 5,
+                "keys": [1],
+                "sampling_table_size": 10**12,
+                "context_history_size": 4,
+            }
+        },
+    ),
     # prompts
     "a width": yaml_in("prompt", template=WIDE),
     "a width of a width": yaml_in("prompt", template="{text:{text}}"),
-    "a conversion": yaml_in("prompt", template="{text!r}"),
+    "a conversion of no kind": yaml_in("prompt", template="{text!x}"),
+    "digits without end": yaml_in("prompt", template="{text:.1000000000f}"),
+    "a width of a date": yaml_in("prompt", template="{text:%1000000000d}"),
     "an attribute": yaml_in("prompt", template="{text.__class__}"),
     "an index": yaml_in("prompt", template="{text[0]}"),
     "a width before the examples": few_shot(prefix="{text:>1000000000}", examples=[{"a": "b"}]),
@@ -378,6 +397,16 @@ MODELS = {
     "an index elsewhere": index_elsewhere,
     "weights named by the settings": of_settings("config.json", transformers_weights="../model.safetensors"),
     "other settings": of_settings("config.json", configuration_files=["config.4.0.0.json"]),
+    "kernels": of_settings("config.json", attn_implementation="evil/kernel"),
+    "kernels within": of_settings("config.json", text_config={"_attn_implementation": "evil/kernel:f"}),
+    "kernels by part": of_settings("config.json", attn_implementation={"": "sdpa", "x": "evil/kernel"}),
+    "kernels of experts": of_settings("config.json", experts_implementation="evil/kernel"),
+    "kernels named": of_settings("config.json", kernel_config={"RMSNorm": "evil/kernel:N"}),
+    "kernels wanted": of_settings("config.json", use_kernels=True),
+    "many layers": of_settings("config.json", num_hidden_layers=3000),
+    "two layers more": of_settings("config.json", num_hidden_layers=4),
+    "a head of its own": of_settings("config.json", tie_word_embeddings=False),
+    "wide layers": of_settings("config.json", hidden_size=10**7, intermediate_size=10**7),
 }
 
 
