@@ -30,12 +30,13 @@ def _counts(alpha: float) -> float:
 
 
 Name = Annotated[str, Field(pattern=NAME, max_length=512)]
-Names = Annotated[list[Name], Field(max_length=2**16)]
+Names = Annotated[list[Name], Field(max_length=2**16, fail_fast=True)]
 Rank = Annotated[int, Field(ge=1, le=2**20)]
 Alpha = Annotated[int | float, Field(allow_inf_nan=False), AfterValidator(_counts)]
 # PEFT tries every pattern on every layer, as a regular expression; of these characters none repeats anything
 MOST_PATTERNS = 2048
-Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=2**22)]
+_MOST_FIELDS = 10_000  # of a configuration of transformers, which has some hundred
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=2**22, fail_fast=True)]
 
 
 class AdapterSettings(Strict):
@@ -106,9 +107,9 @@ class ModelData(Strict):
     """the base's weights are those of this quantised file, not the ones on the hub"""
     vocabulary: int | None = Field(default=None, ge=1, lt=2**31)
     """rows of the embeddings, where they were resized since the base was loaded"""
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: dict[str, Any] = Field(default_factory=dict, max_length=_MOST_FIELDS)
     """fields of the module's configuration with another value than the base's own"""
-    generation: dict[str, Any] | None = None
+    generation: Annotated[dict[str, Any], Field(max_length=_MOST_FIELDS)] | None = None
     """every field of the module's generation_config that is set; None without one"""
     trained: Trained | None = None
     """which of the adapter's columns are trained; None: all of them"""

@@ -47,13 +47,29 @@ def printable(text: object, longest: int = 2000) -> str:
     return cut if len(found) <= longest else f"{cut}…"
 
 
+_CONTAINERS = (Mapping, list, tuple, set, frozenset)
+_MOST_SHOWN = 1000  # entries, at all levels together, of what is spelled out before it is cut
+
+
+def _is_large(value: object) -> bool:
+    """Whether there are more entries in it, and in what it holds, than are spelled out; no more are counted."""
+    left, count = [value], 0
+    while left and count <= _MOST_SHOWN:
+        item = left.pop()
+        if isinstance(item, _CONTAINERS):
+            count += len(item)
+            if count <= _MOST_SHOWN:
+                left += item.values() if isinstance(item, Mapping) else item
+    return count > _MOST_SHOWN
+
+
 def shown(value: object, longest: int = 80) -> str:
     """A short, printable form of any value, for a message; it never fails and never walks all of a large one."""
     if isinstance(value, str):
         return printable(value, longest)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= MAX_INTEGER:
         return f"an integer of {value.bit_length()} bits"
-    if isinstance(value, (Mapping, list, tuple, set, frozenset)) and len(value) > longest:
+    if isinstance(value, _CONTAINERS) and (len(value) > longest or _is_large(value)):
         return f"{type(value).__name__} of {len(value):,} entries"
     try:
         return printable(repr(value), longest)
