@@ -11,9 +11,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
+import torch
 
 import llmchain_fed
-from llmchain_fed.errors import ParticipantError
+from llmchain_fed.errors import FederationError, ParticipantError
+from llmchain_fed.federated import contents, given_state, held, messages, roster, wire
+from llmchain_fed.federated.participant import ALPHAS, LARGEST_RANK
+from llmchain_fed.training import TrainingConfig
 from llmchain_fed.untrusted import Strict, checked, parse_json, shown
 from tests.security.bounded import bounded, within
 
@@ -127,3 +131,58 @@ def test_what_is_shown_of_a_nest_is_not_spelled_out_first():
         with within(most):
             assert shown(nest) == told
     assert shown([[1, 2], {"a": [3]}]) == "[[1, 2], {'a': [3]}]"
+
+
+# --- one rule for one thing -------------------------------------------------------------------------------------------
+
+
+def _schema(model: type[Strict], field: str) -> Any:
+    return model.model_json_schema()["properties"][field]
+
+
+def test_a_hello_a_message_and_a_checkpoint_agree_on_what_they_share():
+    assert _schema(messages.HelloMessage, "contract") == _schema(roster.HelloAnswer, "contract")
+    ids = [_schema(model, "federation") for model in (messages.HelloMessage, contents._About)]
+    assert ids[0] == ids[1]
+    for field in ("rank", "alpha"):
+        ranges = [_schema(model, field)["anyOf"] for model in (roster.HelloAnswer, contents.Holding)]
+        assert ranges[0] == ranges[1]
+    holding = {"examples": 1, "tokens": 1, "rank": 1, "alpha": 1.0, "options": None}
+    assert _told(contents.Holding, holding) == ""
+    for wrong in ({"rank": LARGEST_RANK + 1}, {"alpha": ALPHAS[0] / 2}, {"alpha": 2 * ALPHAS[1]}):
+        assert "`" + next(iter(wrong)) + "`" in _told(contents.Holding, holding | wrong)
+
+
+# --- values are looked at once ----------------------------------------------------------------------------------------
+
+
+def test_values_of_a_kept_optimizer_are_looked_at_only_where_they_come_from_outside(monkeypatch):
+    looked: list[int] = []
+    monkeypatch.setattr(given_state, "all_finite", lambda tensor: looked.append(tensor.numel()) or True)
+    config = TrainingConfig(optimizer="adam", keep_optimizer=True)
+    weights = torch.nn.Parameter(torch.zeros(3, 4))
+    optimizer = config.make_optimizer([weights])
+    weights.grad = torch.ones_like(weights)
+    optimizer.step()
+    kept = json.loads(json.dumps(optimizer.state_dict()["param_groups"]))
+    state = {"state": optimizer.state_dict()["state"], "param_groups": kept}
+    assert given_state.fits(state, config, [(3, 4)], values=False)
+    assert not given_state.fits(state, config, [(4, 3)], values=False)
+    assert not given_state.fits(state, config.replace(learning_rate=0.5), [(3, 4)], values=False)
+    assert looked == []
+    assert given_state.fits(state, config, [(3, 4)])
+    assert sorted(looked) == [1, 12, 12]
+
+
+def test_tensors_side_by_side_are_looked_at_in_one_pass(monkeypatch):
+    passes: list[int] = []
+    inner = torch.Tensor.sum
+    monkeypatch.setattr(torch.Tensor, "sum", lambda t, *a, **k: passes.append(t.numel()) or inner(t, *a, **k))
+    data = wire.pack({f"t{i}": torch.ones(5) for i in range(20)}, {})
+    _, infos = wire.inspect(data, max_bytes=len(data))
+    held._check_finite(tensors := wire.values(data, infos))
+    assert passes == [100]
+    tensors["t7"][3] = float("nan")
+    with pytest.raises(FederationError, match="t7 of the global state holds NaN"):
+        held._check_finite(tensors)
+    held._check_finite({"codes": torch.ones(3, dtype=torch.int8), "scales": torch.ones(2)})
