@@ -151,11 +151,9 @@ def _check_progress(number: int, progress: Progress, shapes: Mapping[str, _Shape
             raise CheckpointError(msg)
         rank = _rank_of(kept) if kind == "personal" else {}
         for layer, (m, n) in _layers(shapes).items() if rank else ():
-            own = shapes[f"{layer}.{A}"][0]
-            if rank.get(layer, 0) > own + full_rank(m, n):
-                msg = (
-                    f"{kind}/{shown(layer)} has rank {rank[layer]:,}, of which {own + full_rank(m, n):,} mean something"
-                )
+            most = shapes[f"{layer}.{A}"][0] + full_rank(m, n)  # a remainder is stacked beside it
+            if rank.get(layer, 0) > most:
+                msg = f"{kind}/{shown(layer)} has rank {rank[layer]:,}, of which {most:,} can mean something"
                 raise CheckpointError(msg)
         for name, value in kept.items():
             wanted = shapes.get(name, ())
