@@ -33,16 +33,8 @@ from torch import Tensor
 
 from llmchain_fed.errors import CheckpointError
 from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Name
-from llmchain_fed.untrusted import (
-    Strict,
-    checked,
-    decoding,
-    machine_memory,
-    parse_json,
-    read_file,
-    read_safetensors_header,
-    shown,
-)
+from llmchain_fed.untrusted import Strict, checked, decoding, parse_json, read_file, read_safetensors_header, shown
+from llmchain_fed.untrusted.files import machine_memory
 
 FORMAT = 1
 MANIFEST = "manifest.json"
