@@ -35,6 +35,8 @@ HUB_ID = f"^{_HUB_PART}(/{_HUB_PART})?$"
 
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$", max_length=200)]
 Text = Annotated[str, Field(min_length=1)]
+_MOST = 100_000  # parts of a prompt; a file has no room for more
+_Texts = Annotated[dict[str, str], Field(max_length=_MOST)]
 _Item = TypeVar("_Item")
 # YAML has lists where a frozen spec has tuples
 Several = Annotated[tuple[_Item, ...], BeforeValidator(lambda x: tuple(x) if type(x) is list else x)]
@@ -213,12 +215,12 @@ class PromptData(Strict):
 
     kind: Literal["template", "few_shot", "chat"]
     template: str = ""
-    defaults: dict[str, str] = Field(default_factory=dict)
+    defaults: _Texts = Field(default_factory=dict)
     prefix: str = ""
-    examples: list[dict[str, str]] = Field(default_factory=list)
+    examples: list[_Texts] = Field(default_factory=list, max_length=_MOST, fail_fast=True)
     example_template: str = ""
     separator: str = "\n\n"
-    messages: list[MessageData] = Field(default_factory=list)
+    messages: list[MessageData] = Field(default_factory=list, max_length=_MOST, fail_fast=True)
 
     @model_validator(mode="after")
     def _fields_are_plain(self) -> Self:

@@ -32,13 +32,14 @@ def _counts(alpha: float) -> float:
 
 
 Name = Annotated[str, Field(pattern=NAME, max_length=512)]
-Names = Annotated[list[Name], Field(max_length=2**16)]
+Names = Annotated[list[Name], Field(max_length=2**16, fail_fast=True)]
 Rank = Annotated[int, Field(ge=1, le=2**20)]
 Alpha = Annotated[int | float, Field(allow_inf_nan=False), AfterValidator(_counts)]
 # a pattern for each of the layers at most, which `read_settings` makes sure of
 Ranks = Annotated[dict[Name, Rank], Field(max_length=2**16)]
 Alphas = Annotated[dict[Name, Alpha], Field(max_length=2**16)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=2**22)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=2**22, fail_fast=True)]
+_MOST_FIELDS = 10_000  # of a configuration of transformers, which has some hundred
 
 
 class AdapterSettings(Strict):
@@ -120,9 +121,9 @@ class ModelData(Strict):
     """the base's weights are those of this quantised file, not the ones on the hub"""
     vocabulary: int | None = Field(default=None, ge=1, lt=2**31)
     """rows of the embeddings, where they were resized since the base was loaded"""
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: dict[str, Any] = Field(default_factory=dict, max_length=_MOST_FIELDS)
     """fields of the module's configuration with another value than the base's own"""
-    generation: dict[str, Any] | None = None
+    generation: Annotated[dict[str, Any], Field(max_length=_MOST_FIELDS)] | None = None
     """every field of the module's generation_config that is set; None without one"""
     trained: Trained | None = None
     """which of the adapter's columns are trained; None: all of them"""

@@ -37,12 +37,12 @@ class ChainFile(Strict):
     llmchain_fed: Annotated[str, Field(max_length=100)]
     """the version that wrote it"""
     face: Literal["llm", "chat"]
-    options: dict[str, Any]
-    llm_kwargs: dict[str, Any]
+    options: Annotated[dict[str, Any], Field(max_length=1000)]
+    llm_kwargs: Annotated[dict[str, Any], Field(max_length=1000)]
     prompt: PromptData
     parser: Annotated[str, Field(max_length=100)]
     model: ModelData
-    files: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
+    files: Annotated[dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]], Field(max_length=100_000)]
     """path within the directory → SHA-256 of its content"""
 
 

@@ -264,6 +264,9 @@ def test_participants_may_train_in_their_own_way(make_chain):
         (trained(make_chain, PAIRS[6:], "slow", config=config.replace(**slow)), 6),
     )
     assert_close(chain.model.trainable_state(), wanted)
+    many = Participant("many", PAIRS[:6], training={"max_steps": 30})
+    record = federation(make_chain(), [many], training=config.replace(epochs=None, max_steps=2)).fit(rounds=1)[0]
+    assert record.participants["many"].steps == 30
     with pytest.raises(ConfigError, match="did you mean `max_steps`"):
         federation(chain, [Participant("x", PAIRS, training={"max_step": 1})])
 

@@ -15,8 +15,9 @@ from llmchain_fed import FederatedAveraging, Participant
 from llmchain_fed.data import collate, encode_examples
 from llmchain_fed.errors import ParticipantError
 from llmchain_fed.federated import evaluation, finiteness, roster
-from llmchain_fed.federated.history import History
+from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
 from llmchain_fed.federated.overlap import Overlap, crossing, overlap
+from llmchain_fed.federated.pooling import HALF, WHOLE
 
 
 def federation(chain, participants, **options):
@@ -206,3 +207,19 @@ def test_losses_side_by_side_show_what_is_not_finite(make_chain):
     assert math.isnan(table["a"]["global"])
     assert "nan" in repr(table)
     assert math.isfinite(fed.compare()["a"]["global"])
+
+
+@pytest.mark.parametrize("again", [None, 2, 5], ids=["in one process", "resumed while it holds", "resumed after it"])
+def test_who_counts_one_half_is_said_when_that_begins_and_when_it_ends(again, make_chain):
+    """A round that failed said nothing, and a hub that resumes knows from its history what was said."""
+    evaluator = federation(make_chain(), {"a": A, "b": B})._hub.evaluator
+    history, said = History(), []
+    for number, name in enumerate(["a", "a", "a", None, None, None, "a", "b"]):
+        if number == again:
+            evaluator.forget()
+        for _ in range(2):  # the first of them fails after it
+            record = RoundRecord(round=number + 1, participants={n: ParticipantRecord("trained") for n in "abc"})
+            evaluator._say_half(record, name, history)
+        history.append(record)
+        said.append({n: p.notes for n, p in record.participants.items() if p.notes})
+    assert said == [{"a": [HALF]}, {}, {}, {"a": [WHOLE]}, {}, {}, {"a": [HALF]}, {"a": [WHOLE], "b": [HALF]}]

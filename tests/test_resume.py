@@ -20,6 +20,7 @@ from tiny import PAIRS, lora_config
 from llmchain_fed import FederatedAveraging, Participant, TrainingConfig
 from llmchain_fed.errors import CheckpointError, ConfigError, LLMChainFedError, ParticipantError, PolicyError
 from llmchain_fed.federated import checkpoint, resuming, wire
+from llmchain_fed.federated.fitting import limits_of
 from llmchain_fed.federated.global_state import GlobalState, named
 from llmchain_fed.federated.personal import Ditto
 from llmchain_fed.federated.running_mean import RunningMean
@@ -905,10 +906,7 @@ class Discreet(InProcess):
     def call(self, op, nodes, payload, timeout=None):
         for node in nodes:
             if op == "personal_state" and self.refuses:
-                try:
-                    raise PolicyError("personal_state is not allowed here")
-                except PolicyError as error:  # as the transports between processes report it
-                    yield node, ParticipantError(f"PolicyError: {error}")
+                yield node, PolicyError("refused by site: policy.operations: personal_state is not allowed here")
             else:
                 yield from super().call(op, [node], payload, timeout)
 
@@ -930,6 +928,34 @@ def test_participants_that_refuse_their_state_go_on_from_what_they_kept(from_the
         assert any("goes on from what it kept itself" in note for note in record.notes)
     again.fit(rounds=1)
     assert all(record.notes == [] for record in again.history[-1].participants.values()), "said once"
+
+
+class Overlong(InProcess):
+    """Participants whose state does not come, and which remembers how large one may be."""
+
+    expected: int = 0
+
+    def expect(self, num_bytes, op="train"):
+        self.expected = num_bytes if op == "personal_state" else self.expected
+
+    def call(self, op, nodes, payload, timeout=None):
+        if op != "personal_state":
+            yield from super().call(op, nodes, payload, timeout)
+            return
+        for node in nodes:
+            yield node, ParticipantError("it wants to answer with more bytes than make sense")
+
+
+def test_a_state_that_did_not_come_is_said_also_where_there_was_none_before(make_chain, tmp_path):
+    peers = federation(make_chain(), training=KEPT)._peers
+    chain = make_chain()
+    runtime = Overlong(peers)
+    fed = federation(chain, None, training=KEPT, runtime=runtime, checkpoint_dir=tmp_path)
+    fed.fit(rounds=2)
+    for record in fed.history[-1].participants.values():
+        assert record.notes == ["the checkpoint of round 1 holds no state of it (ParticipantError: it wants to answer "
+                                "with more bytes than make sense)"]  # fmt: skip
+    assert runtime.expected == limits_of(chain.model).file, "what is taken is what can be read again"
 
 
 # --- when writing fails on the way ------------------------------------------------------------------------------------

@@ -13,8 +13,10 @@ from tiny import PAIRS
 
 from llmchain_fed import ConfigError, FederatedAveraging, TrainingConfig
 from llmchain_fed.federated import weight_share
+from llmchain_fed.federated.contents import Decisive
 from llmchain_fed.federated.rule import Contribution
-from llmchain_fed.federated.weight_share import HeldBack, cut
+from llmchain_fed.federated.weight_share import SMALLEST, HeldBack, Share, cut
+from llmchain_fed.runtimes.federation_file import FederationFile
 
 SGD = TrainingConfig(optimizer="sgd", learning_rate=0.05, batch_size=64)
 SHARES = {"a": PAIRS[:1], "b": PAIRS[1:3], "c": PAIRS[3:5], "large": PAIRS[5:]}  # 1, 2, 2 and 7 of 12
@@ -157,7 +159,7 @@ def test_who_stays_away_lifts_nobody_above_the_share(make_chain):
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan"), True, "0.5", [0.5]])
 def test_shares_that_are_none(share, make_chain):
-    with pytest.raises(ConfigError, match="max_weight_share is a share above 0 up to 1"):
+    with pytest.raises(ConfigError, match="max_weight_share is a share from 1e-06 to 1"):
         FederatedAveraging(make_chain(), participants=SHARES, training=SGD, max_weight_share=share)
 
 
@@ -168,3 +170,12 @@ def test_it_goes_on_after_a_checkpoint(make_chain, tmp_path):
     again = FederatedAveraging.resume(tmp_path, make_chain(lora=True), participants=SHARES, progress=False)
     assert again._hub.settings.max_weight_share == 0.4
     assert again.fit(1)[-1].participants["large"].notes == fed.fit(1)[-1].participants["large"].notes
+
+
+@pytest.mark.parametrize("share", [5e-324, 1e-300, SMALLEST / 2, 0.0, 1.5, True, "0.5"])
+def test_a_share_of_nothing_is_none_wherever_it_is_given(share, make_chain):
+    with pytest.raises(ConfigError, match="max_weight_share"):
+        FederatedAveraging(make_chain(), participants=SHARES, max_weight_share=share, progress=False)
+    for model in (Decisive, FederationFile):
+        assert model.model_fields["max_weight_share"].annotation == Share | None
+    assert HeldBack(SMALLEST)._most == 10**6

@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from llmchain_fed.data import DataReport
 from llmchain_fed.errors import FederationError
 from llmchain_fed.federated import wire
 from llmchain_fed.federated.global_state import GlobalState, named, parted
 from llmchain_fed.federated.history import History
-from llmchain_fed.federated.history_data import Count, Name
+from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Count, Name
 from llmchain_fed.federated.hub import Hub
 from llmchain_fed.federated.runtime import Cluster
 from llmchain_fed.untrusted import Strict, checked, decoding
@@ -83,5 +85,7 @@ class _Outcome(Strict):
 
     round: Count
     history: Any
-    reports: dict[Name, dict[str, Count]]
+    reports: Annotated[
+        dict[Name, Annotated[dict[str, Count], Field(max_length=64)]], Field(max_length=MOST_PARTICIPANTS)
+    ]
     result: Any

@@ -12,9 +12,10 @@ from typing import Any, NoReturn, cast
 
 from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.codecs import make_codec
+from llmchain_fed.federated.factors import full_rank
 from llmchain_fed.federated.global_state import REMAINDER_A, REMAINDER_B
 from llmchain_fed.federated.held import CODED, Version
-from llmchain_fed.federated.rule import A, B, Part, selected
+from llmchain_fed.federated.rule import A, B, Part, at_rank, selected
 from llmchain_fed.federated.wire import TensorInfo, describe
 from llmchain_fed.model import LocalModel
 from llmchain_fed.untrusted import shown
@@ -43,9 +44,8 @@ class Layout:
         found = describe(model.trainable_parameters())
         if rank is None:
             return cls(found)
-        return cls(
-            {n: _at_rank(n, i, rank) for n, i in found.items()}, rank, next(iter((scaling or {}).values()), None)
-        )
+        own = {n: TensorInfo(i.dtype, at_rank(n, i.shape, rank)) for n, i in found.items()}
+        return cls(own, rank, next(iter((scaling or {}).values()), None))
 
     @property
     def max_header(self) -> int:
@@ -115,8 +115,8 @@ class Layout:
                 _refuse(f"brings {shown(layer)}'s remainder as {_told(pair[1])} and {_told(pair[0])}, over ({m}, {n})")
             if not all(each.dtype.is_floating_point for each in pair if each is not None):
                 _refuse(f"brings {shown(layer)}'s remainder as {_told(pair[1])}, which is no floating-point type")
-            whole, most = rank + appended.get(layer, 0), a.shape[0] + min(m, n)
-            if whole > most:  # a hub brings what is wider back to min(m, n), losslessly
+            whole, most = rank + appended.get(layer, 0), full_rank(m, n)
+            if whole > most:
                 _refuse(f"brings {shown(layer)}'s remainder to rank {whole:,}, of which {most:,} can mean something")
 
     def _check_coded(self, infos: Mapping[str, TensorInfo], header: Mapping[str, Any]) -> None:
@@ -136,13 +136,6 @@ class Layout:
             _refuse(f"brings codes that its header says nothing of, such as {shown(odd[0])}")
         if sum(i.nbytes for i in wanted.values()) > sum(i.nbytes for i in self.values.values()):
             _refuse("brings more codes than the values themselves would take")
-
-
-def _at_rank(name: str, info: TensorInfo, rank: int) -> TensorInfo:
-    """A factor of another rank; anything else as it is."""
-    if name.endswith(A):
-        return TensorInfo(info.dtype, (rank, *info.shape[1:]))
-    return TensorInfo(info.dtype, (info.shape[0], rank, *info.shape[2:])) if name.endswith(B) else info
 
 
 def _told(info: TensorInfo | None) -> str:

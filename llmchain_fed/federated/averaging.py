@@ -86,7 +86,9 @@ class FederatedAveraging(ManualRounds):
             Up to 1/share updates are kept until all are in. None sets no limit.
         participants_per_round: How many are sampled each round: a count, or a share as a float.
         quorum: Participants, and updates, without which a round fails.
-        deadline: seconds a round's training may take; who is later is dropped and recorded. None waits for all.
+        deadline: seconds a round's training may take; who is later is dropped and recorded. None sets none, and yet
+            nobody in another process is waited for longer than a day: 24 hours are also what a site's policy lets one
+            training take (`max_seconds`), unless its operator says otherwise.
         retries: How often a participant that could not be reached, or failed elsewhere, is asked again in a round.
         samples: held-out examples per participant whose answers are recorded before and after each round.
         checkpoint_dir: Where a checkpoint is written after each round; `FederatedAveraging.resume` goes on from it. A

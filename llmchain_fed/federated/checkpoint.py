@@ -34,6 +34,7 @@ from torch import Tensor
 from llmchain_fed.errors import CheckpointError
 from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Name
 from llmchain_fed.untrusted import Strict, checked, decoding, parse_json, read_file, read_safetensors_header, shown
+from llmchain_fed.untrusted.files import machine_memory
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -80,7 +81,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Limits:
+class FileSizes:
     """Sizes beyond which a file cannot be of the federation that reads it."""
 
     file: int = 2**48
@@ -98,7 +99,7 @@ class _Manifest(Strict):
     """name → SHA-256"""
     participants: Annotated[dict[str, Name], Field(max_length=MOST_PARTICIPANTS)]
     """file → whose"""
-    about: dict[str, Any]
+    about: Annotated[dict[str, Any], Field(max_length=100)]
 
 
 def write(directory: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
@@ -185,7 +186,7 @@ def _folders(directory: Path) -> dict[int, Path]:
     return {n: p for kind, n, p in sorted(found, key=lambda item: item[0] == "round-")}
 
 
-def read(directory: Path, number: int | None = None, limits: Limits | None = None) -> Checkpoint:
+def read(directory: Path, number: int | None = None, limits: FileSizes | None = None) -> Checkpoint:
     """The checkpoint of a round, the newest by default, once every file has been found to be what was written.
 
     No link is followed within it, and of a file that is larger than makes sense nothing is read.
@@ -209,12 +210,12 @@ def read(directory: Path, number: int | None = None, limits: Limits | None = Non
     number = there[-1] if number is None else number
     folder, others = folders[number], tuple(n for n in there if n != number)
     try:
-        return _read(folder, number, others, limits or Limits())
+        return _read(folder, number, others, limits or FileSizes())
     except MemoryError:
         raise _damaged(folder, "it does not fit into memory", others) from None
 
 
-def _read(folder: Path, number: int, others: tuple[int, ...], limits: Limits) -> Checkpoint:
+def _read(folder: Path, number: int, others: tuple[int, ...], limits: FileSizes) -> Checkpoint:
     content = _manifest(folder, number, others)
     if (folder / _PEOPLE).is_symlink():
         raise _damaged(folder, f"{_PEOPLE} is a link that leads elsewhere", others)
@@ -222,7 +223,7 @@ def _read(folder: Path, number: int, others: tuple[int, ...], limits: Limits) ->
     if strangers := list(itertools.islice((p for p in _inside(folder) if p not in known), 3)):
         raise _damaged(folder, f"{shown(strangers, 300)} were not written by a federation", others)
     sizes = {name: path.stat().st_size for name in content.files if (path := folder / name).is_file()}
-    if sum(sizes.values()) > _memory():
+    if sum(sizes.values()) > machine_memory():
         largest = max(sizes, key=lambda name: sizes[name])
         msg = f"its files do not fit into memory, {largest} with {sizes[largest]:,} bytes"
         raise _damaged(folder, msg, others)
@@ -296,14 +297,6 @@ def _file(folder: Path, name: str, most: int, others: tuple[int, ...]) -> bytes:
         return read_file(folder / name, most=most, what=name, error=CheckpointError, follow=False)
     except CheckpointError as error:
         raise _damaged(folder, str(error).rstrip("."), others) from None
-
-
-def _memory() -> int:
-    """Memory of this machine, in bytes."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):  # pragma: no cover (not every system tells)
-        return 2**36
 
 
 def _damaged(folder: Path, what: str, others: tuple[int, ...]) -> CheckpointError:

@@ -20,7 +20,11 @@ from llmchain_fed.federated.checkpoint import MANIFEST, Checkpoint
 from llmchain_fed.federated.codecs import make_codec
 from llmchain_fed.federated.history import History
 from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Count, Name, Texts
+from llmchain_fed.federated.messages import FederationId
+from llmchain_fed.federated.participant import Alpha, Rank
 from llmchain_fed.federated.personal import Ditto
+from llmchain_fed.federated.trainee import ContractData
+from llmchain_fed.federated.weight_share import Share
 from llmchain_fed.training import TrainingConfig
 from llmchain_fed.untrusted import Strict, checked, shown
 
@@ -31,23 +35,13 @@ _Positive = Annotated[int, Field(ge=1, lt=2**63)]
 _Numbers = Annotated[dict[Name, Any], Field(max_length=1_000_000)]
 
 
-class Contract(Strict):
-    """What the weights mean something with: digests, and the version that wrote them."""
-
-    base: _Word
-    adapter: _Word
-    prompt: _Word
-    tokenizer: _Word
-    version: _Word
-
-
 class Decisive(Strict):
     """The options that decide how a federation goes on; what is code stands there by its name."""
 
     aggregation: _Code
     training: Annotated[dict[_Word, Any], Field(max_length=len(TrainingConfig.model_fields))]
     weighting: Literal["examples", "tokens", "equal"]
-    max_weight_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_weight_share: Share | None = None
     codec: _Word | None
     broadcast_codec: _Word | None
     server_optimizer: _Numbers | _Code | None
@@ -74,8 +68,8 @@ class Holding(Strict):
 
     examples: _Positive | None
     tokens: _Positive | None
-    rank: _Positive | None
-    alpha: Annotated[float, Field(gt=0)] | None
+    rank: Rank | None
+    alpha: Alpha | None
     options: _Word | None
 
 
@@ -93,7 +87,7 @@ class _About(Strict):
     decisive: Any
     options: Any
     participants: Annotated[list[Name], FailFast(), Field(max_length=MOST_PARTICIPANTS)]
-    federation: Annotated[str, Field(pattern=r"\A[ -~]{1,64}\z")]
+    federation: FederationId
     holdings: Annotated[dict[Name, Any], Field(max_length=MOST_PARTICIPANTS)]
     history: Any
     patience: Annotated[list[float], FailFast(), Field(max_length=2)]
@@ -133,7 +127,7 @@ class Contents:
             CheckpointError: A field is unknown or missing, of another type or out of range; which, and what to do.
         """
         about = _part(found, _About, found.about, "")
-        _part(found, Contract, about.contract, "contract")
+        _part(found, ContractData, about.contract, "contract")
         decisive = _part(found, Decisive, about.decisive, "decisive")
         _part(found, Options, about.options, "options")
         for name, holding in about.holdings.items():

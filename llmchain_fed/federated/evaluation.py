@@ -19,9 +19,9 @@ from llmchain_fed.federated import finiteness, wire
 from llmchain_fed.federated.broadcast import Broadcast
 from llmchain_fed.federated.finiteness import told
 from llmchain_fed.federated.global_state import GlobalState
-from llmchain_fed.federated.history import RoundRecord, Sample, told_of
+from llmchain_fed.federated.history import History, RoundRecord, Sample, told_of
 from llmchain_fed.federated.participant import Participant, hold_out
-from llmchain_fed.federated.pooling import HALF, pooled
+from llmchain_fed.federated.pooling import HALF, WHOLE, pooled
 from llmchain_fed.federated.roster import Hello
 from llmchain_fed.federated.runtime import Transport
 from llmchain_fed.federated.trainee import Trainee
@@ -34,6 +34,7 @@ _LONGEST = 10_000  # characters of a text that came from elsewhere
 _SHORT = 1000  # and of one that says what went wrong
 _ANSWER = 2**16  # bytes that an answer may have without samples
 _PER_SAMPLE = 2**18  # and for each of them
+_MOST_SAMPLES = 100_000
 
 
 class SampleAnswer(Strict):
@@ -51,7 +52,7 @@ class EvaluationAnswer(Strict):
     not_finite: str | None = None
     tokens: int = Field(ge=1, le=MAX_EXAMPLES)
     examples: int | None = Field(default=None, ge=1, le=MAX_EXAMPLES)
-    samples: list[SampleAnswer] = Field(default_factory=list)
+    samples: list[SampleAnswer] = Field(default_factory=list, max_length=_MOST_SAMPLES, fail_fast=True)
     samples_error: str | None = None
 
 
@@ -93,6 +94,8 @@ class Evaluator:
         self._shared: Any = None
         self._holders: set[str] = set()
         self._latest: tuple[int, Measurement] | None = None
+        self._half: tuple[int, str | None] | None = None
+        """after how many rounds, and of whom its record said last that it counts one half"""
 
     @property
     def active(self) -> bool:
@@ -179,17 +182,24 @@ class Evaluator:
 
     def forget(self) -> None:
         """The next measurement is made anew, whatever was measured before."""
-        self._latest = None
+        self._latest = self._half = None
 
-    def fill(self, record: RoundRecord, before: Measurement | None, after: Measurement | None) -> None:
-        """Writes both measurements into the round's record."""
+    def fill(
+        self, record: RoundRecord, before: Measurement | None, after: Measurement | None, history: History
+    ) -> None:
+        """Writes both measurements into the round's record.
+
+        Args:
+            record: Of the round.
+            before: What was measured under the weights that it began with.
+            after: And ended with.
+            history: The rounds before it, which say whether something was said already.
+        """
         if before is None or after is None:
             return
         record.evaluation_seconds = before.seconds + after.seconds
         record.held_out_before, record.held_out_after, cut = _pooled(before, after)
-        for name in cut:
-            if name in record.participants:
-                record.participants[name].notes.append(HALF)
+        self._say_half(record, next(iter(cut), None), history)
         for name, target in record.participants.items():
             old, new = before.own.get(name, {}), after.own.get(name, {})
             target.held_out_before, target.held_out_after = old.get("loss"), new.get("loss")
@@ -202,6 +212,26 @@ class Evaluator:
                 target.notes += finiteness.notes(before.shared, after.shared, "the shared evaluation's loss")
             for was, now in zip(old.get("samples", []), new.get("samples", []), strict=False):
                 record.samples.append(Sample(name, was["prompt"], was["reference"], was["answer"], now["answer"]))
+
+    def _say_half(self, record: RoundRecord, name: str | None, history: History) -> None:
+        """Says of who counts one half that it does, when that begins and when it ends."""
+        rounds = len(history)
+        if self._half is None or self._half[0] != rounds:  # after a resume, or a round that failed
+            self._half = rounds, _said_half(history)
+        former = self._half[1]
+        for who, note in ((former, WHOLE), (name, HALF)) if former != name else ():
+            if who in record.participants:
+                record.participants[who].notes.append(note)
+        self._half = rounds + 1, name
+
+
+def _said_half(history: History) -> str | None:
+    """Who counts one half, as far as records have said."""
+    for record in reversed(history.rounds):
+        said = [(name, note) for name, p in record.participants.items() for note in (HALF, WHOLE) if note in p.notes]
+        if said:
+            return next((name for name, note in said if note == HALF), None)
+    return None
 
 
 def _read(answer: bytes | Exception, samples: int, declared: int | None = None) -> dict[str, Any]:

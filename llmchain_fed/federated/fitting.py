@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from llmchain_fed.errors import CheckpointError, LLMChainFedError
 from llmchain_fed.federated import membership
-from llmchain_fed.federated.checkpoint import Limits
+from llmchain_fed.federated.checkpoint import FileSizes
 from llmchain_fed.federated.contents import Contents
+from llmchain_fed.federated.factors import full_rank
 from llmchain_fed.federated.global_state import GlobalState, parted
 from llmchain_fed.federated.hub import Hub
 from llmchain_fed.federated.peer import LocalPeer
 from llmchain_fed.federated.private_state import Progress
-from llmchain_fed.federated.rule import A, B, selected
+from llmchain_fed.federated.rule import A, B, at_rank, selected
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.model import LocalModel
 from llmchain_fed.training import TrainingConfig
@@ -36,7 +37,7 @@ _A_NAME = 4096  # bytes: of a header, for as many names of each tensor
 _MOST_STEPS = 2**53
 
 
-def limits_of(model: LocalModel) -> Limits:
+def limits_of(model: LocalModel) -> FileSizes:
     """Sizes beyond which no file of a federation of this model is.
 
     Raises:
@@ -45,7 +46,7 @@ def limits_of(model: LocalModel) -> Limits:
     shapes = _shapes(model)
     values = sum(torch.Size(shape).numel() for shape in shapes.values())
     beside = sum((m + n) * min(m, n) * 8 for m, n in _layers(shapes).values())
-    return Limits(_SLACK + _A_VALUE * values + 4 * beside, min(2**24, 2**20 + _A_NAME * len(shapes)))
+    return FileSizes(_SLACK + _A_VALUE * values + 4 * beside, min(2**24, 2**20 + _A_NAME * len(shapes)))
 
 
 def state_of(contents: Contents, model: LocalModel) -> GlobalState:
@@ -70,7 +71,7 @@ def state_of(contents: Contents, model: LocalModel) -> GlobalState:
         m, n = layers.get(layer, (0, 0))
         b, a = tuple(factors.b.shape), tuple(factors.a.shape)
         rank = a[0] if a else 0
-        fits = b == (m, rank) and a == (rank, n) and rank <= 2 * min(m, n)
+        fits = b == (m, rank) and a == (rank, n) and rank <= full_rank(m, n)
         if not fits or not all(t.is_floating_point() and all_finite(t) for t in (factors.a, factors.b)):
             msg = f"global.safetensors has a remainder of {shown(layer)} that is none of this model's"
             raise found.unusable(msg)
@@ -127,7 +128,7 @@ def check_participants(contents: Contents, hub: Hub, changed: Collection[str] = 
             with decoding(what, CheckpointError):
                 found = membership.progress_of(state)
                 rank = contents.holdings.get(name, {}).get("rank")
-                own = shapes if rank is None else {n: _at_rank(n, shape, rank) for n, shape in shapes.items()}
+                own = shapes if rank is None else {n: at_rank(n, shape, rank) for n, shape in shapes.items()}
                 peer = peers.get(name) if name not in changed else None
                 for number, progress in found.items():
                     _check_progress(number, progress, own, layers)
@@ -150,10 +151,15 @@ def _check_progress(number: int, progress: Progress, shapes: Mapping[str, _Shape
             msg = f"{kind} has other tensors than the model"
             raise CheckpointError(msg)
         rank = _rank_of(kept) if kind == "personal" else {}
+        for layer, (m, n) in _layers(shapes).items() if rank else ():
+            most = shapes[f"{layer}.{A}"][0] + full_rank(m, n)  # a remainder is stacked beside it
+            if rank.get(layer, 0) > most:
+                msg = f"{kind}/{shown(layer)} has rank {rank[layer]:,}, of which {most:,} can mean something"
+                raise CheckpointError(msg)
         for name, value in kept.items():
             wanted = shapes.get(name, ())
             if kind == "personal":  # the remainder of then stands beside its factors
-                wanted = _at_rank(name, wanted, rank[name.rpartition(".lora_")[0]])
+                wanted = at_rank(name, wanted, rank[name.rpartition(".lora_")[0]])
             if name not in shapes or tuple(value.shape) != wanted or not value.is_floating_point():
                 msg = f"{kind}/{shown(name)} is {value.dtype} of shape {shown(tuple(value.shape))}, not of {wanted}"
                 raise CheckpointError(msg)
@@ -199,13 +205,6 @@ def _layers(shapes: Mapping[str, _Shape]) -> dict[str, tuple[int, int]]:
     return {
         layer: (shapes[f"{layer}.{B}"][0], shapes[f"{layer}.{A}"][1]) for layer in layers if f"{layer}.{A}" in shapes
     }
-
-
-def _at_rank(name: str, shape: _Shape, rank: int) -> _Shape:
-    """A factor's shape at another rank."""
-    if name.endswith(f".{B}"):
-        return (*shape[:1], rank)
-    return (rank, *shape[1:]) if name.endswith(f".{A}") else shape
 
 
 def _rank_of(kept: Mapping[str, Tensor]) -> dict[str, int]:

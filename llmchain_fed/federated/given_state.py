@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmchain_fed.errors import ParticipantError
 from llmchain_fed.federated.arrived import Layout
+from llmchain_fed.federated.factors import full_rank
 from llmchain_fed.federated.private_state import KINDS, Progress
 from llmchain_fed.federated.rule import PARTS, A, B, selected
 from llmchain_fed.federated.wire import TensorInfo
@@ -77,8 +78,17 @@ def check_values(progress: Mapping[int, Progress], config: TrainingConfig, layou
             _refuse(f"the optimizer's state of round {number} is none of {config.optimizer} as it is set here")
 
 
-def fits(kept: Mapping[str, Any], config: TrainingConfig, shapes: list[tuple[int, ...]]) -> bool:
-    """Whether a kept state is one of the configuration's optimizer, which has a name, over tensors of these shapes."""
+def fits(
+    kept: Mapping[str, Any], config: TrainingConfig, shapes: list[tuple[int, ...]], *, values: bool = True
+) -> bool:
+    """Whether a kept state is one of the configuration's optimizer, which has a name, over tensors of these shapes.
+
+    Args:
+        kept: The state.
+        config: Names the optimizer.
+        shapes: Of the tensors.
+        values: Whether they are looked at, too; those of the participant's own training need not be.
+    """
     fresh = config.make_optimizer([torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes])
     ours = json.loads(json.dumps(fresh.state_dict()["param_groups"]))
     if json.loads(json.dumps(kept["param_groups"])) != ours:
@@ -87,19 +97,23 @@ def fits(kept: Mapping[str, Any], config: TrainingConfig, shapes: list[tuple[int
     return all(
         0 <= index < len(shapes)
         and sorted(state) == list(wanted)
-        and all(_is_value(key, value, shapes[index]) for key, value in state.items())
+        and all(_is_value(key, value, shapes[index], looked_at=values) for key, value in state.items())
         for index, state in kept["state"].items()
     )
 
 
-def _is_value(key: str, value: Any, shape: tuple[int, ...]) -> bool:
+def _is_value(key: str, value: Any, shape: tuple[int, ...], *, looked_at: bool) -> bool:
     if key == "momentum_buffer" and value is None:
         return True
-    if not isinstance(value, Tensor) or not all_finite(value):
+    if not isinstance(value, Tensor) or tuple(value.shape) != (() if key == "step" else shape):
+        return False
+    if not looked_at:
+        return True
+    if not all_finite(value):
         return False
     if key == "step":
-        return value.dim() == 0 and 0 <= float(value) <= 2**53
-    return tuple(value.shape) == shape and (key != "exp_avg_sq" or not bool((value < 0).any()))
+        return 0 <= float(value) <= 2**53
+    return key != "exp_avg_sq" or not bool((value < 0).any())
 
 
 def _trained(layout: Layout) -> Iterator[list[tuple[int, ...]]]:
@@ -122,7 +136,7 @@ def _is_own(kind: str, key: str, info: TensorInfo, values: Mapping[str, TensorIn
     (r, n), m = a.shape, b.shape[0]
     rank = info.shape[0] if key.endswith(A) else info.shape[1]
     whole = (rank, n) if key.endswith(A) else (m, rank)
-    return info.shape == whole and 1 <= rank <= r + min(m, n)  # a remainder is stacked beside it
+    return info.shape == whole and 1 <= rank <= r + full_rank(m, n)  # a remainder is stacked beside it
 
 
 def _refuse(why: str) -> None:

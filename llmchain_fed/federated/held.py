@@ -17,10 +17,9 @@ from llmchain_fed.federated.codecs import make_codec
 from llmchain_fed.federated.factors import Factors, stack
 from llmchain_fed.federated.global_state import GlobalState, parted
 from llmchain_fed.federated.rule import Part, selected
-from llmchain_fed.federated.wire import describe
+from llmchain_fed.federated.wire import describe, not_finite
 from llmchain_fed.model import LocalModel
 from llmchain_fed.untrusted import shown
-from llmchain_fed.weights import all_finite
 
 STALE = b'{"stale": true}'
 """the answer of a participant that does not hold what a difference is against: the hub then sends all"""
@@ -83,8 +82,7 @@ class Held:
         Raises:
             FederationError: The message contradicts itself, or a value is not finite; what was held is held.
         """
-        for name, tensor in tensors.items():
-            _check_finite(name, tensor)
+        _check_finite(tensors)
         if header.get("version") is None:
             return GlobalState(*parted(tensors))
         version, against = Version.read(header["version"]), header.get("against")
@@ -166,12 +164,11 @@ def _decoded(
     chosen = selected(values, cast(Part, names)) if isinstance(names, str) else names
     changes = made.decode(parts, describe({n: values[n] for n in chosen}))
     found = {n: (values[n].float() + change).to(values[n].dtype) for n, change in changes.items()}
-    for name, value in found.items():
-        _check_finite(name, value)
+    _check_finite(found)
     return found
 
 
-def _check_finite(name: str, tensor: Tensor) -> None:
-    if tensor.is_floating_point() and not all_finite(tensor):
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    if (name := not_finite(tensors)) is not None:
         msg = f"{shown(name)} of the global state holds NaN or infinite values, which nothing can be trained from."
         raise FederationError(msg)

@@ -17,6 +17,7 @@ from llmchain_fed.untrusted import Strict, checked, printable, shown
 _LONGEST_TEXT = 2**20  # characters
 _LONGEST_NAME = 2**16
 MOST_PARTICIPANTS = 100_000
+_MOST = 10_000_000  # rounds of a history, or samples of a round: no file has room for more
 
 
 def _escaped(value: Any) -> Any:
@@ -30,7 +31,8 @@ def _measured(value: Any) -> Any:
 
 
 Text = Annotated[str, BeforeValidator(_escaped)]
-Texts = Annotated[list[Text], FailFast()]
+_MOST_TEXTS = 100_000
+Texts = Annotated[list[Text], FailFast(), Field(max_length=_MOST_TEXTS)]
 Name = Annotated[str, Field(max_length=_LONGEST_NAME)]
 """a participant's, which may hold anything that UTF-8 can"""
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -82,7 +84,7 @@ class RoundData(Strict):
     training_seconds: _Seconds = 0.0
     evaluation_seconds: _Seconds = 0.0
     weights_version: Text = ""
-    samples: Annotated[list[SampleData], FailFast()] = Field(default_factory=list)
+    samples: Annotated[list[SampleData], FailFast(), Field(max_length=_MOST)] = Field(default_factory=list)
     notes: Texts = Field(default_factory=list)
     members_changed: bool = False
 
@@ -90,7 +92,7 @@ class RoundData(Strict):
 class HistoryData(Strict):
     """A `History`, its rounds as they were found."""
 
-    rounds: list[Any]
+    rounds: Annotated[list[Any], FailFast(), Field(max_length=_MOST)]
     stopped_early: Text | None = None
 
 

@@ -21,7 +21,6 @@ from llmchain_fed.federated.asking import Asking
 from llmchain_fed.federated.broadcast import Broadcast
 from llmchain_fed.federated.divergence import Divergence, nothing_finite
 from llmchain_fed.federated.evaluation import Evaluator, Measurement
-from llmchain_fed.federated.factors import Factors
 from llmchain_fed.federated.global_state import GlobalState
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
 from llmchain_fed.federated.messages import MAX_AGGREGATION
@@ -34,9 +33,8 @@ from llmchain_fed.federated.rule import Round
 from llmchain_fed.federated.runtime import InProcess, Transport
 from llmchain_fed.federated.settings import Settings
 from llmchain_fed.federated.trainee import Trainee
-from llmchain_fed.training import seed_of
+from llmchain_fed.training import TrainingConfig, seed_of
 from llmchain_fed.untrusted import printable
-from llmchain_fed.weights import all_finite
 
 UNUSABLE = "the updates of this round cannot be combined"
 
@@ -106,9 +104,14 @@ class Hub:
             settings.rule,
             settings.weighting,
             settings.codec,
-            settings.training,
+            self._training_of,
             settings.max_weight_share,
         )
+
+    def _training_of(self, name: str) -> TrainingConfig:
+        """How a participant trains: as all do, or where it is one of this process with its own options over that."""
+        peer = self.transport.peers.get(name) if isinstance(self.transport, InProcess) else None
+        return peer.config if isinstance(peer, LocalPeer) else self.settings.training
 
     def publish(self) -> GlobalState:
         """Makes the weights as they are now what participants are sent."""
@@ -191,7 +194,7 @@ class Hub:
             record.aggregation_gap = opened.gap()
             new.load(self.model)
             after = self.measure(self.round + 1) if before else None
-            self.evaluator.fill(record, before, after)
+            self.evaluator.fill(record, before, after, self.history)
             record.notes, record.members_changed = [*self.round_notes, *unusable], self.members_changed
             record.update_norm = wire.distance(new.values, former.values)
             record.training_seconds = sum(r.seconds or 0.0 for r in opened.records.values())
@@ -251,24 +254,23 @@ class Hub:
         # code of a user's own may fail as it likes: what it raises, or the model's own check, is raised
         ours = AGGREGATIONS.get(settings.rule.name) is settings.rule
         if ours:
-            _check_finite(values, combined.remainder)
+            _check_finite(values)
         moved = server_optimizers.apply(settings.server_optimizer, former.values, values)
         if settings.rule.refactor is not None and settings.layout is not None:
             moved = settings.rule.refactor(moved, settings.layout)
         new = GlobalState(moved, former.plus(combined.remainder))
         if ours:
-            _check_finite(moved if settings.rule.refactor is not None else {}, new.remainder)
+            remainder = {n + part: t for n, f in new.remainder.items() for part, t in ((" B", f.b), (" A", f.a))}
+            _check_finite({**(moved if settings.rule.refactor is not None else {}), **remainder})
         return new
 
 
-def _check_finite(values: Mapping[str, Tensor], remainder: Mapping[str, Factors]) -> None:
+def _check_finite(values: Mapping[str, Tensor]) -> None:
     """Makes sure that updates, each of which is finite, were not so large that what comes out of them overflows.
 
     Raises:
         UpdateRefusedError: They were.
     """
-    factors = {layer + part: t for layer, f in remainder.items() for part, t in ((" B", f.b), (" A", f.a))}
-    for name, tensor in {**values, **factors}.items():
-        if not all_finite(tensor):
-            msg = f"their combination is not finite in {name}"
-            raise UpdateRefusedError(msg)
+    if (name := wire.not_finite(values)) is not None:
+        msg = f"their combination is not finite in {name}"
+        raise UpdateRefusedError(msg)

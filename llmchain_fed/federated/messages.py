@@ -14,19 +14,21 @@ from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError, FederationError
 from llmchain_fed.federated.codecs import make_codec
 from llmchain_fed.federated.rule import Part
+from llmchain_fed.federated.trainee import ContractData, Digest
 from llmchain_fed.loss import Precision
 from llmchain_fed.untrusted import Strict
 
 MAX_HELLO = 2**16
 """bytes: a contract, the options of training and an id"""
-MAX_FEDERATION = 64
-"""characters of a federation's id"""
+MAX_CURVE = 10_001
+"""points of an adaptation curve"""
+FederationId = Annotated[str, StringConstraints(pattern=r"^[!-~]+$", max_length=64)]
+"""what tells a federation from others: printable ASCII, in messages and in checkpoints"""
 MAX_AGGREGATION = 100
 """characters of a rule's name"""
 _REMEDY = "Hub and participants run the same version of llmchain-fed, whose hub sends nothing of the kind."
 _VERSION = r"[0-9A-Za-z]{1,64}/[0-9]{1,12}/([0-9]{1,6}x[-+.0-9A-Za-z]{1,32})?"
 
-_Digest = Annotated[str, StringConstraints(max_length=128)]
 _Round = Annotated[int, Field(ge=0, le=2**31)]
 _Steps = Annotated[int, Field(ge=1, le=2**31)]
 _Rate = Annotated[float, Field(gt=0.0)]
@@ -53,6 +55,10 @@ _Against = Annotated[str, StringConstraints(pattern=f"^({_VERSION}|start:[0-9a-f
 _Number = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,12}$")]
 _RoundText = Annotated[str, StringConstraints(pattern=r"^(-1|[0-9]{1,10})$")]
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=untrusted.MAX_NAME)]
+_MOST_TENSORS = 2**17  # names of them: a header has no room for more
+_MOST_OPTIONS = 1000  # of a group of an optimizer's, or what it keeps of one tensor
+_Chosen = Annotated[list[_Name], Field(min_length=1, max_length=_MOST_TENSORS, fail_fast=True)]
+_Options = Annotated[dict[_Name, Any], Field(max_length=_MOST_OPTIONS)]
 
 
 class TrainingOptions(Strict):
@@ -74,20 +80,12 @@ class TrainingOptions(Strict):
     seed: int = 0
 
 
-class _Contract(Strict):
-    base: _Digest
-    adapter: _Digest
-    prompt: _Digest
-    tokenizer: _Digest
-    version: _Digest
-
-
 class HelloMessage(Strict):
     """Who asks: on which contract, with which options, in which federation, by which rule."""
 
-    contract: _Contract
+    contract: ContractData
     training: TrainingOptions | None = None
-    federation: str = Field(pattern=r"^[!-~]+$", max_length=MAX_FEDERATION)
+    federation: FederationId
     aggregation: str | None = Field(default=None, min_length=1, max_length=MAX_AGGREGATION)
 
 
@@ -95,14 +93,14 @@ class _OnState(Strict):
     """What is said of the global state that the message brings, or changes."""
 
     round: _Round
-    base: _Digest
+    base: Digest
     seconds: _Seconds | None = None
     version: _Version | None = None
     against: _Against | None = None
     coded: _Codec | None = None
     # who lacks more changes than these is refused once, and then sent everything
-    coded_names: dict[_Number, Part | Annotated[list[_Name], Field(min_length=1)]] | None = Field(None, max_length=1000)
-    appended: dict[_Name, Annotated[int, Field(ge=1, le=2**31)]] | None = None
+    coded_names: dict[_Number, Part | _Chosen] | None = Field(default=None, max_length=1000)
+    appended: dict[_Name, Annotated[int, Field(ge=1, le=2**31)]] | None = Field(default=None, max_length=_MOST_TENSORS)
 
     @model_validator(mode="after")
     def _one_state(self) -> Self:
@@ -135,7 +133,7 @@ class TrainMessage(_OnState):
     feedback: bool = False
     ditto: _Pull | None = None
     personal: _FineTuning | None = None
-    curve: list[Annotated[int, Field(ge=0, le=2**31)]] | None = Field(default=None, min_length=1, max_length=10_001)
+    curve: Annotated[list[_Round], Field(min_length=1, max_length=MAX_CURVE, fail_fast=True)] | None = None
     lr: _Rate | None = None
     time_step: Annotated[bool, AfterValidator(_only_true)] | None = None
 
@@ -178,8 +176,8 @@ class EvaluateMessage(_OnState):
 
 
 class _Optimizer(Strict):
-    values: dict[_Number, dict[_Name, Any]]
-    param_groups: list[dict[_Name, Any]] = Field(max_length=1000)
+    values: dict[_Number, _Options] = Field(max_length=_MOST_TENSORS)
+    param_groups: list[_Options] = Field(max_length=1000, fail_fast=True)
 
 
 class _Place(Strict):

@@ -9,7 +9,9 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from llmchain_fed.data import Example, Examples, Prompt, RawText, is_ready_tensors, prompt_text, read_examples
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, EmptyParticipantError
@@ -18,6 +20,8 @@ from llmchain_fed.untrusted import shown
 ALPHAS = (1e-3, 2.0**16)
 """the smallest and the largest LoRA alpha that make sense: alpha/rank scales what is learnt, and is divided by"""
 LARGEST_RANK = 2**16
+Rank = Annotated[int, Field(ge=1, le=LARGEST_RANK)]
+Alpha = Annotated[float, Field(ge=ALPHAS[0], le=ALPHAS[1])]
 _TRAINED_ON = ("train", "training")
 _HELD_OUT = ("validation", "valid", "val", "dev", "eval", "evaluation", "test", "testing")  # the better ones first
 

@@ -273,12 +273,12 @@ class LocalPeer(LocalWork):
             raise PolicyError(msg)
 
     def _check_kept(self, layout: Layout, header: Mapping[str, Any], progress: Progress) -> None:
-        """A kept optimizer knows the tensors that it was made for."""
+        """A kept optimizer knows the tensors that it was made for; its values were looked at when it was given back."""
         if progress.optimizer_state is None or not self._told or not isinstance(self._config.optimizer, str):
             return
         names = selected(layout.values, header.get("trains", "all"))
         shapes = [layout.values[n].shape for n in names]
-        if not given_state.fits(progress.optimizer_state, self._config, shapes):
+        if not given_state.fits(progress.optimizer_state, self._config, shapes, values=False):
             msg = "the optimizer that was kept has trained other tensors than this round trains. Keep none, or go on."
             raise FederationError(msg)
 

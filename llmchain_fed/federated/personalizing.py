@@ -18,6 +18,7 @@ from llmchain_fed.errors import ConfigError, FederationError, LLMChainFedError, 
 from llmchain_fed.federated import finiteness, wire
 from llmchain_fed.federated.history import told_of
 from llmchain_fed.federated.hub import Hub
+from llmchain_fed.federated.messages import MAX_CURVE
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.peer import LocalPeer
 from llmchain_fed.federated.runtime import InProcess, Operation
@@ -71,7 +72,7 @@ class CurvePoint(Strict):
 class CurveAnswer(Strict):
     """Held-out losses over steps of adaptation."""
 
-    curve: list[CurvePoint]
+    curve: list[CurvePoint] = Field(max_length=MAX_CURVE, fail_fast=True)
 
 
 class SideBySide(Mapping[str, Mapping[str, float]]):

@@ -20,6 +20,7 @@ from llmchain_fed.federated.history import RoundRecord
 MEASURED = 3
 """participants from which on one alone neither weighs most nor decides"""
 HALF = "it counts one half in the pooled held-out loss: it has more held-out tokens than all others together"
+WHOLE = "it counts by its held-out tokens again in the pooled held-out loss"
 Answers = Mapping[str, Mapping[str, Any]]
 
 

@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from llmchain_fed.errors import CheckpointError, DeadlineError, TransportError
+from llmchain_fed.errors import CheckpointError, DeadlineError, ParticipantError, TransportError
 from llmchain_fed.federated import server_optimizers, wire
 from llmchain_fed.federated.aggregation import AGGREGATIONS
 from llmchain_fed.federated.checkpoint import Checkpoint
 from llmchain_fed.federated.codecs import spec
 from llmchain_fed.federated.contents import Contents
-from llmchain_fed.federated.fitting import copy_of, state_of
+from llmchain_fed.federated.fitting import copy_of, limits_of, state_of
 from llmchain_fed.federated.global_state import GlobalState, named
-from llmchain_fed.federated.history import ParticipantRecord
+from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.hub import Hub
 from llmchain_fed.federated.membership import START, Change, different, holding
 from llmchain_fed.federated.roster import ABSENCE, Hello
@@ -30,7 +30,6 @@ from llmchain_fed.federated.settings import Settings
 from llmchain_fed.untrusted import shown
 
 _UNTOLD = asdict(ParticipantRecord())
-_STATES = 16  # times the trained values: what a participant's own state holds of them at most, moments of its optimizer
 _MEANING = {"base": "base weights", "adapter": "adapter", "prompt": "prompt", "tokenizer": "tokenizer"}
 
 
@@ -91,13 +90,14 @@ def checkpoint_of(
     ask = wire.pack({}, {"kind": "personal_state", "round": hub.round})  # before it: an interrupted one does not count
     asked = [n for n in hub.transport.nodes() if _stands_elsewhere(hub, n, former, since)]
     if hasattr(hub.transport, "expect"):
-        hub.transport.expect(_STATES * 4 * sum(t.numel() for t in state.values.values()), "personal_state")
+        hub.transport.expect(limits_of(hub.model).file, "personal_state")  # what could not be read again is refused
     answers = hub.transport.call("personal_state", asked, ask, settings.deadline) if asked else ()
     for name, answer in answers:
         if isinstance(answer, bytes):
             blobs[name] = answer
-        elif name in former and isinstance(answer, (TransportError, DeadlineError)):  # others keep it for themselves
-            hub.notes[name] = f"the checkpoint of round {hub.round} holds an earlier state of it ({answer!s:.80})"
+        elif isinstance(answer, (TransportError, DeadlineError, ParticipantError)):  # others keep it for themselves
+            what = "an earlier state" if name in former else "no state"
+            hub.notes[name] = f"the checkpoint of round {hub.round} holds {what} of it ({told_of(answer)[:80]})"
     about = {
         "contract": hub.trainee.contract(),
         "decisive": decisive(settings),

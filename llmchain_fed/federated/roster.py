@@ -27,9 +27,9 @@ from llmchain_fed.errors import (
 from llmchain_fed.federated import wire
 from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.overlap import Overlap
-from llmchain_fed.federated.participant import ALPHAS, LARGEST_RANK
+from llmchain_fed.federated.participant import Alpha, Rank
 from llmchain_fed.federated.runtime import Transport
-from llmchain_fed.federated.trainee import Trainee, check_contract
+from llmchain_fed.federated.trainee import ContractData, Digest, Trainee, check_contract
 from llmchain_fed.federated.update import MAX_EXAMPLES
 from llmchain_fed.training import TrainingConfig
 from llmchain_fed.untrusted import Strict, checked, decoding, shown
@@ -38,25 +38,24 @@ from llmchain_fed.untrusted import Strict, checked, decoding, shown
 ABSENCE = (ContractError, DeadlineError, ParticipantError, PolicyError, TransportError)
 _LONGEST = 2**16  # bytes of an answer to hello; an honest one has some two thousand
 _Count = Annotated[int, Field(ge=1, le=MAX_EXAMPLES)]
-_Digest = Annotated[str, Field(max_length=128)]
 
 
 class HelloAnswer(Strict):
     """What a participant says of itself when it joins: all its fields, with their types and ranges."""
 
     participant: str
-    contract: dict[str, str] = Field(max_length=16)
+    contract: ContractData
     held_out: bool = False
     num_examples: _Count | None = None
     num_tokens: _Count | None = None
     report: dict[str, Annotated[int, Field(ge=0, le=MAX_EXAMPLES)]] | None = Field(default=None, max_length=64)
     held_out_examples: _Count | None = None
     held_out_tokens: _Count | None = None
-    holds: _Digest | None = None
-    rank: Annotated[int, Field(ge=1, le=LARGEST_RANK)] | None = None
-    alpha: Annotated[float, Field(ge=ALPHAS[0], le=ALPHAS[1])] | None = None
-    options: _Digest | None = None
-    overlap: list[int] | None = Field(default=None, max_length=3)
+    holds: Digest | None = None
+    rank: Rank | None = None
+    alpha: Alpha | None = None
+    options: Digest | None = None
+    overlap: list[int] | None = Field(default=None, max_length=3, fail_fast=True)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -57,7 +57,7 @@ class OpenRound:
         rule: The server rule.
         weighting: What an update counts by.
         codec: What updates travel as.
-        training: How participants were told to train.
+        training: How a participant of this name trains, as far as anybody here knows.
         max_share: The largest share of the round that one update may weigh; None sets no limit.
     """
 
@@ -69,7 +69,7 @@ class OpenRound:
         rule: Rule,
         weighting: Weighting,
         codec: Codec | None,
-        training: TrainingConfig,
+        training: Callable[[str], TrainingConfig],
         max_share: float | None = None,
     ) -> None:
         self._training = training
@@ -172,9 +172,13 @@ class OpenRound:
             UpdateRefusedError: It does; FedNova would believe it.
         """
         steps = update.metrics.get("steps", 0.0)
-        asked = self._training.max_steps or update.num_examples * (self._training.epochs or 1)
+        training = self._training(update.participant)
+        asked = training.max_steps or update.num_examples * (training.epochs or 1)
         if not 0 <= steps <= _GENEROUS * asked or steps != int(steps):
-            msg = f"it says it took {steps:g} steps, asked for were some {asked}."
+            msg = (
+                f"it says it took {steps:g} steps, asked for were some {asked}. In another process a participant's own "
+                f"options may ask for {_GENEROUS} times as many: bring them, or the federation's, nearer to each other."
+            )
             raise UpdateRefusedError(msg)
 
     def _take(self, name: str, update: Update, coordinates: Tensor) -> None:

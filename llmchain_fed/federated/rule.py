@@ -23,6 +23,13 @@ PARTS: tuple[Part, ...] = get_args(Part)
 A, B = "lora_A.weight", "lora_B.weight"
 
 
+def at_rank(name: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """A factor's shape at another rank; anything else's as it is."""
+    if name.endswith(A):
+        return (rank, *shape[1:])
+    return (*shape[:1], rank, *shape[2:]) if name.endswith(B) else shape
+
+
 class Accumulator(Protocol):
     """Takes the updates of one round as they arrive."""
 

@@ -24,7 +24,7 @@ _RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
 }
 
 
-def checked(rule: str, option: str, value: Any) -> float:
+def in_range(rule: str, option: str, value: Any) -> float:
     """The option as a number, if it is in its range."""
     allowed, fits = _RANGES[option]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):

@@ -21,8 +21,8 @@ from llmchain_fed.federated.server_memory import (
     check_foreign,
     check_names,
     check_shape,
-    checked,
     flattened,
+    in_range,
     master,
     unflattened,
 )
@@ -43,7 +43,7 @@ class _Rule(ABC):
     def __post_init__(self) -> None:
         for option, value in self.settings().items():
             if option != "class":
-                setattr(self, option, checked(type(self).__name__, option, value))
+                setattr(self, option, in_range(type(self).__name__, option, value))
 
     @abstractmethod
     def _move(self, delta: Tensor, memory: Memory) -> tuple[Tensor, Memory]:

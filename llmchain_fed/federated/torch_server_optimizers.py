@@ -20,8 +20,8 @@ from llmchain_fed.federated.server_memory import (
     check_finite,
     check_foreign,
     check_names,
-    checked,
     flattened,
+    in_range,
     master,
     unflattened,
 )
@@ -146,7 +146,7 @@ class DiLoCo:
         return super().__new__(cls)
 
     def __init__(self, *, lr: float = 0.7, momentum: float = 0.9) -> None:
-        self.lr, self.momentum = checked("DiLoCo", "lr", lr), checked("DiLoCo", "momentum", momentum)
+        self.lr, self.momentum = in_range("DiLoCo", "lr", lr), in_range("DiLoCo", "momentum", momentum)
         # torch refuses nesterov without momentum, where it is plain SGD
         sgd = {"lr": self.lr, "momentum": self.momentum, "nesterov": self.momentum > 0}
         self._outer = TorchServerOptimizer(torch.optim.SGD, **sgd)

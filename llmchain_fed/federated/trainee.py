@@ -9,8 +9,10 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 from weakref import WeakKeyDictionary
+
+from pydantic import Field
 
 from llmchain_fed.adapters.resolved import resolve
 from llmchain_fed.chain import LLMChain
@@ -19,7 +21,7 @@ from llmchain_fed.errors import ContractError, UnsupportedModelError
 from llmchain_fed.face import Bare
 from llmchain_fed.finding import PipedChain, find_prompt
 from llmchain_fed.model import LocalModel
-from llmchain_fed.untrusted import shown
+from llmchain_fed.untrusted import Strict, shown
 
 _MEANING = {
     "base": "base weights",
@@ -31,6 +33,18 @@ _MEANING = {
 
 _PROBES = ("Save the page, naïve Café №5!", "  two  spaces\n\ttabs and 1234567890", "日本語 Ελληνικά 😀 don't")
 _VOCABULARIES: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
+
+Digest = Annotated[str, Field(max_length=128)]
+
+
+class ContractData(Strict):
+    """What `Trainee.contract` gives, as it comes back from elsewhere."""
+
+    base: Digest
+    adapter: Digest
+    prompt: Digest
+    tokenizer: Digest
+    version: Digest
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,11 @@ codes, and what they decode to is added to where the participant started.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -25,13 +23,11 @@ from llmchain_fed.federated import wire
 from llmchain_fed.federated.codecs import Codec
 from llmchain_fed.federated.wire import TensorInfo
 from llmchain_fed.untrusted import Strict, checked, shown
-from llmchain_fed.weights import all_finite
 
 MAX_EXAMPLES = 10**9
 """examples or tokens that one participant may hold"""
 MAX_SECONDS = 10**7
 """seconds that a training may take: some four months"""
-_PIECE = 2**18  # values that are looked at together
 _LONGEST_NUMBER = -1.2345678901234567e-100  # as JSON writes a float, and no count is longer
 
 
@@ -220,34 +216,9 @@ class Expected:
         Raises:
             UpdateRefusedError: With the name of the tensor.
         """
-        block = wire.side_by_side(list(tensors.values())) if tensors else None
-        if block is None:
-            wrong = next((name for name, tensor in tensors.items() if not all_finite(tensor)), None)
-        elif math.isfinite(float(block.sum(dtype=torch.float32))):  # one pass instead of hundreds
-            return
-        else:
-            wrong = _owner(_first_not_finite(block), tensors)
+        wrong = wire.not_finite(tensors)
         if wrong is not None:
             _refuse(f"{wrong} holds NaN or infinite values")
-
-
-def _first_not_finite(block: Tensor) -> int | None:
-    """Where the first value lies that is NaN or infinite; in pieces, so that memory for the answer stays small."""
-    for begin in range(0, block.numel(), _PIECE):
-        piece = block[begin : begin + _PIECE]
-        if not all_finite(piece):
-            return begin + int(torch.isfinite(piece).to(torch.uint8).argmin())
-    return None
-
-
-def _owner(place: int | None, tensors: Mapping[str, Tensor]) -> str | None:
-    """Whose value lies there, where tensors lie side by side."""
-    end = 0
-    for name, tensor in tensors.items():
-        end += tensor.numel()
-        if place is not None and place < end:
-            return name
-    return None
 
 
 def _quoted(value: object) -> str:

@@ -16,6 +16,7 @@ from llmchain_fed.federated.aggregation import Weighting, make_aggregation
 from llmchain_fed.federated.codecs import make_codec
 from llmchain_fed.federated.personal import Ditto
 from llmchain_fed.federated.server_optimizers import ServerOptimizer, from_settings
+from llmchain_fed.federated.weight_share import Share
 from llmchain_fed.training import TrainingConfig
 from llmchain_fed.untrusted import decoding, shown
 
@@ -77,7 +78,7 @@ class FederationFile(FrozenConfig):
     """seconds a round's training may take"""
     retries: int = Field(default=1, ge=0, le=1000)
     weighting: Weighting = "examples"
-    max_weight_share: float | None = Field(default=None, gt=0, le=1)
+    max_weight_share: Share | None = None
     """the largest share of a round that one site's update may weigh"""
     samples: int = Field(default=0, ge=0, le=10_000)
     seed: int = 0

@@ -33,7 +33,7 @@ MAX_OUTER = MAX_FRAME + MAX_ORDER + 4  # a frame within a frame: between driver 
 _LONGEST_PATH = 100  # characters: what a UNIX socket's address holds, less some room
 _KEY = 32  # bytes
 _BEGINNING = 5.0  # seconds to wait for another process that begins to listen at the same path
-_TRANSFER = 60.0  # seconds a frame may take through a socket, and its answer to come: a poll is held for less
+TRANSFER = 60.0  # seconds a frame may take through a socket, and its answer to come: a poll is held for less
 
 
 def pack(head: Mapping[str, Any], body: bytes | memoryview = b"") -> bytes:
@@ -204,7 +204,7 @@ def _dial(path: Path) -> Channel:
     key = _read_key(path)
     connected = socket.socket(socket.AF_UNIX)
     try:
-        connected.settimeout(_TRANSFER)
+        connected.settimeout(TRANSFER)
         connected.connect(str(path))
         channel = Channel(connected)
         channel.check_account()
@@ -278,8 +278,8 @@ def ask(path: str | Path, frame: bytes) -> bytes:
     """
     with dial(path) as connection:
         try:
-            connection.send_bytes(frame, _TRANSFER)
-            return connection.recv_bytes(MAX_FRAME, _TRANSFER)
+            connection.send_bytes(frame, TRANSFER)
+            return connection.recv_bytes(MAX_FRAME, TRANSFER)
         except (OSError, EOFError) as error:
             msg = f"the process at {path} went away ({type(error).__name__}: {error})."
             raise TransportError(msg) from error

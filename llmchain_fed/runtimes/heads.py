@@ -6,12 +6,13 @@ the engine's own processes import this.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
 from llmchain_fed import untrusted
-from llmchain_fed.errors import TransportError
+from llmchain_fed.errors import LLMChainFedError, TransportError
 from llmchain_fed.runtimes import frames
 
 Count = Annotated[int, Field(ge=0, lt=2**48)]
@@ -146,6 +147,14 @@ class Done(untrusted.Strict):
 HeadT = TypeVar("HeadT", bound=untrusted.Strict)
 
 
+def first_of(
+    kinds: Sequence[type[HeadT]], head: Mapping[str, Any], *, what: str, error: type[LLMChainFedError]
+) -> HeadT:
+    """A head as the first of these kinds whose first field it has; told apart by that, it is that kind or refused."""
+    kind = next((k for k in kinds if next(iter(k.model_fields)) in head), kinds[0])
+    return untrusted.checked(kind, head, what=what, error=error)
+
+
 def one_of(frame: bytes | memoryview, *kinds: type[HeadT], what: str) -> tuple[HeadT, memoryview]:
     """A frame's head, which is the first of these kinds whose first field it has, and the body.
 
@@ -153,8 +162,7 @@ def one_of(frame: bytes | memoryview, *kinds: type[HeadT], what: str) -> tuple[H
         TransportError: It is no frame, or its head is none of these.
     """
     head, body = frames.read(frame, most=frames.MAX_ORDER)
-    kind = next((k for k in kinds if next(iter(k.model_fields)) in head), kinds[0])
-    return untrusted.checked(kind, head, what=what, error=TransportError), body
+    return first_of(kinds, head, what=what, error=TransportError), body
 
 
 def request(frame: bytes) -> tuple[str | None, dict[str, Any], memoryview]:

@@ -67,14 +67,13 @@ class Policy(Limits):
                 raise ConfigError(msg) from None
         return cls(**found)
 
-    def check(self, op: str, num_bytes: int, rounds: int, evaluations: int = 0) -> None:
-        """Makes sure that a request is allowed.
+    def check(self, op: str, num_bytes: int, rounds: int) -> None:
+        """Makes sure that a request is allowed, as far as its operation and its size tell.
 
         Args:
             op: What is asked.
             num_bytes: Size of its payload.
             rounds: Trainings done so far.
-            evaluations: Likewise.
 
         Raises:
             PolicyError: It is not, and why; it begins with the option's name.
@@ -89,12 +88,6 @@ class Policy(Limits):
                 "max_rounds",
                 f"this site has trained {rounds:,} times, at most {self.max_rounds:,} are allowed until its peer is "
                 "started again",
-            )
-        if op == "evaluate" and evaluations >= self.max_evaluations:
-            refuse(
-                "max_evaluations",
-                f"this site has evaluated {evaluations:,} times, at most {self.max_evaluations:,} are allowed until "
-                "its peer is started again",
             )
 
     def told(self, error: BaseException) -> dict[str, str]:

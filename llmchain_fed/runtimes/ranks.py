@@ -6,21 +6,21 @@ Knows heads, and which part of a body is whose. Knows nothing of torch, process 
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Mapping
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.runtime import Payload, payload_for
-from llmchain_fed.runtimes.heads import Fault
+from llmchain_fed.runtimes.heads import Fault, HeadT, first_of
 
 MAX_HEAD = 8 * 2**20
 """bytes: the names of some 100,000 participants"""
 Name = Annotated[str, Field(max_length=4096)]
-_Names = Annotated[list[Name], Field(fail_fast=True)]
+_MOST = 2**20  # participants of a job
+_Names = Annotated[list[Name], Field(max_length=_MOST, fail_fast=True)]
 _Rank = Annotated[int, Field(ge=0, lt=2**20)]
 _Size = Annotated[int, Field(ge=0, lt=2**48)]
 
@@ -35,7 +35,7 @@ class Homes(untrusted.Strict):
     """The leader to a rank: who is where, and who is in two places."""
 
     names: _Names
-    ranks: Annotated[list[_Rank], Field(fail_fast=True)]
+    ranks: Annotated[list[_Rank], Field(max_length=_MOST, fail_fast=True)]
     twice: _Names
 
     @model_validator(mode="after")
@@ -52,8 +52,8 @@ class Task(untrusted.Strict):
     op: Annotated[str, Field(max_length=64)]
     nodes: _Names
     timeout: Annotated[float, Field(ge=0)] | None
-    which: Annotated[list[_Rank], Field(fail_fast=True)]
-    sizes: Annotated[list[_Size], Field(min_length=1, fail_fast=True)]
+    which: Annotated[list[_Rank], Field(max_length=_MOST, fail_fast=True)]
+    sizes: Annotated[list[_Size], Field(min_length=1, max_length=_MOST, fail_fast=True)]
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -69,9 +69,6 @@ class Ended(untrusted.Strict):
     error: Fault | None
 
 
-HeadT = TypeVar("HeadT", bound=untrusted.Strict)
-
-
 def read_head(text: bytes, kinds: tuple[type[HeadT], ...], what: str) -> HeadT:
     """A head, which is the first of these kinds whose first field it has.
 
@@ -79,13 +76,7 @@ def read_head(text: bytes, kinds: tuple[type[HeadT], ...], what: str) -> HeadT:
         FederationError: It is none of them.
     """
     found = untrusted.read_json(text, most=MAX_HEAD, what=what, error=FederationError)
-    kind = next((k for k in kinds if next(iter(k.model_fields)) in found), kinds[0])
-    return untrusted.checked(kind, found, what=what, error=FederationError)
-
-
-def memory() -> int:
-    """This machine's, in bytes: what no body exceeds."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return first_of(kinds, found, what=what, error=FederationError)
 
 
 def distinct(payload: Payload, names: list[str]) -> tuple[list[bytes], list[int]]:

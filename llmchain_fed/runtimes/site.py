@@ -23,7 +23,6 @@ from llmchain_fed.runtimes.channel import Channel
 from llmchain_fed.runtimes.policy import Audit, Policy
 
 _LONGEST_WAIT = 30.0  # seconds a poll may block
-_TRANSFER = 60.0  # seconds a frame may take from or to whoever asks
 _LONGEST_HEADER = 2**22  # bytes that are read for the audit file's sake
 
 
@@ -84,7 +83,7 @@ class Site:
         self._call: _Call | None = None
         self._former: deque[str] = deque(maxlen=256)
         self._changed = threading.Condition()
-        self._trainings = self._evaluations = 0
+        self._trainings = 0
         if isinstance(peer, LimitedPeer):
             peer.obey(policy)
         threading.Thread(target=self._work, name="peer", daemon=True).start()
@@ -147,7 +146,7 @@ class Site:
             msg = f"a slice at {offset:,} of a call that this site knows nothing of: its peer has restarted."
             raise TransportError(msg)
         try:
-            self._policy.check(op, total, self._trainings, self._evaluations)
+            self._policy.check(op, total, self._trainings)
         except PolicyError as error:
             self._audit.write(op=op[:40], bytes_in=total, caller=caller, status="refused", error=str(error))
             raise
@@ -207,7 +206,6 @@ class Site:
                 call.state = "working"
                 self._peer.take_up()  # under the lock: who replaces or drops this call comes after
                 self._trainings += call.op == "train"  # also where it is given up: what it was asked, it was asked
-                self._evaluations += call.op == "evaluate"
             answer, error = b"", None
             try:
                 answer = self._answer_to(call)
@@ -245,7 +243,7 @@ class Site:
 
     def _converse(self, channel: Channel) -> None:
         with channel, suppress(OSError, EOFError):
-            channel.send_bytes(self.answer(channel.recv_bytes(frames.MAX_OUTER, _TRANSFER)), _TRANSFER)
+            channel.send_bytes(self.answer(channel.recv_bytes(frames.MAX_OUTER, frames.TRANSFER)), frames.TRANSFER)
 
 
 def _asked(op: str, payload: bytearray) -> dict[str, Any]:

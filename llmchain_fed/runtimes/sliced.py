@@ -142,15 +142,16 @@ class SlicedCalls:
                     still.append(name)
                 elif head.state != "done" or head.total is None:
                     answers[name] = _restarted(name)
-                elif len(body) not in (0, head.total) or len(body) > frames.INLINE:
-                    answers[name] = TransportError(f"{name!r} sent {len(body):,} bytes that nobody asked for.")
-                elif head.total > most[name]:
-                    answers[name] = ParticipantError(
-                        f"{name!r} wants to answer with {head.total:,} bytes where at most {most[name]:,} make sense."
-                    )
                 else:
-                    totals[name] = head.total
-                    if len(body) == head.total:
+                    totals[name] = head.total  # also of one that is refused: it holds its answer until told to drop it
+                    if len(body) not in (0, head.total) or len(body) > frames.INLINE:
+                        answers[name] = TransportError(f"{name!r} sent {len(body):,} bytes that nobody asked for.")
+                    elif head.total > most[name]:
+                        answers[name] = ParticipantError(
+                            f"{name!r} wants to answer with {head.total:,} bytes where at most {most[name]:,} make "
+                            "sense."
+                        )
+                    elif len(body) == head.total:
                         answers[name] = bytes(body)
             # one that says at once that it is still at work, rather than when the time is over, is not asked at once
             if still and still == working:

@@ -24,7 +24,7 @@ from llmchain_fed.errors import ConfigError, DuplicateParticipantError, Federati
 from llmchain_fed.federated.runtime import InProcess, Operation, Payload, Peer, payload_for
 from llmchain_fed.runtimes import failures, ranks
 from llmchain_fed.runtimes.answer_sizes import AnswerSizes
-from llmchain_fed.untrusted import Strict, shown
+from llmchain_fed.untrusted import Strict, machine_memory, shown
 
 _LEADER = 0
 _HeadT = TypeVar("_HeadT", bound=Strict)
@@ -171,7 +171,7 @@ class TorchDistributed:
         """
         self._check_usable()
         while True:
-            head, body = self._receive(_LEADER, ranks.Task, ranks.Ended, most=ranks.memory())
+            head, body = self._receive(_LEADER, ranks.Task, ranks.Ended, most=machine_memory())
             if not isinstance(head, ranks.Task):
                 assert isinstance(head, ranks.Ended)
                 adopt(body)

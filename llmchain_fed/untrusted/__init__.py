@@ -6,7 +6,7 @@ and memory follow from a size that is checked before anything is parsed.
 """
 
 from llmchain_fed.untrusted.fields import Strict, checked
-from llmchain_fed.untrusted.files import read_file
+from llmchain_fed.untrusted.files import machine_memory, read_file
 from llmchain_fed.untrusted.json_text import MAX_DEPTH, parse_json, read_json
 from llmchain_fed.untrusted.plain_yaml import MAX_YAML, dump_yaml, key_lines, parse_yaml, read_yaml
 from llmchain_fed.untrusted.safetensors_header import MAX_NAME, TensorHeader, read_safetensors_header
@@ -23,6 +23,7 @@ __all__ = [
     "decoding",
     "dump_yaml",
     "key_lines",
+    "machine_memory",
     "no_panic",
     "one_line",
     "parse_json",

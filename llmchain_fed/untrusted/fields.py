@@ -13,10 +13,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llmchain_fed.untrusted.text import ErrorType, refusal, shown
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+_MOST_ERRORS = 100  # that are looked at one by one: each costs more than what it is about
 
 
 class Strict(BaseModel):
-    """Data from elsewhere: nothing unknown, nothing converted, no number that is not finite."""
+    """Data from elsewhere: nothing unknown, nothing converted, no number that is not finite.
+
+    Every list and mapping among the fields has a largest length, and of a list the first wrong item ends the reading.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -39,6 +43,9 @@ def checked(model: type[ModelT], found: object, *, what: str, error: ErrorType, 
     try:
         return model.model_validate(found)
     except ValidationError as failed:
+        if failed.error_count() > _MOST_ERRORS:
+            why = f"{failed.error_count():,} of its values are unknown, of another type or out of range"
+            raise refusal(error, f"{what} makes no sense: {why}", remedy) from None
         wrong: list[Any] = list(failed.errors(include_url=False, include_context=False))
     except (RecursionError, ValueError, TypeError) as failed:
         raise refusal(error, f"{what} makes no sense ({type(failed).__name__})", remedy) from None

@@ -12,6 +12,14 @@ from pathlib import Path
 from llmchain_fed.untrusted.text import ErrorType, refusal, shown
 
 
+def machine_memory() -> int:
+    """This machine's, in bytes: what nothing that is read exceeds."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):  # pragma: no cover (not every system tells)
+        return 2**36
+
+
 def read_file(path: str | Path, *, most: int, what: str, error: ErrorType, follow: bool = True) -> bytes:
     """A regular file's content; a pipe or a device is refused rather than waited for.
 

@@ -34,8 +34,10 @@ from hypothesis import strategies as st
 
 from llmchain_fed import FederatedAveraging, untrusted
 from llmchain_fed.errors import CheckpointError, ConfigError
-from llmchain_fed.federated import checkpoint
+from llmchain_fed.federated import checkpoint, fitting
 from llmchain_fed.federated.keeping import read_for
+from llmchain_fed.federated.private_state import Progress
+from llmchain_fed.federated.rule import A, B
 
 FOLDER = "round-000002"
 
@@ -205,6 +207,9 @@ MEANINGS = {
     "120,000 options": _many_unknown,
     "50,000 holdings": _many_holdings,
     "a participant twice": _named_twice,
+    "a share of nothing": lambda content: content["about"]["decisive"].update(max_weight_share=5e-324),
+    "a federation's id with a space": lambda content: content["about"].update(federation="a b"),
+    "a contract of words": lambda content: content["about"]["contract"].update(base="x" * 129),
     "checkpoint_dir": _argument("checkpoint_dir", "/tmp/elsewhere"),
     "callbacks": _argument("callbacks", []),
     "model": _argument("model", "x"),
@@ -504,3 +509,17 @@ def test_bytes_of_any_kind_in_place_of_any_file(kept, tmp_path):
 
         check()
         assert model.weights_version == version
+
+
+def test_a_personal_adapter_may_be_as_wide_as_a_remainder_beside_it_makes_it():
+    """Rank 2 over a matrix of (6, 4): six columns, and a seventh means nothing."""
+    shapes = {f"x.{A}": (2, 4), f"x.{B}": (6, 2)}
+
+    def check(rank):
+        own = {f"x.{A}": torch.zeros(rank, 4), f"x.{B}": torch.zeros(6, rank)}
+        fitting._check_progress(0, Progress(personal=own), shapes, ["x"])
+
+    check(2)
+    check(6)
+    with pytest.raises(CheckpointError, match="personal/x has rank 7, of which 6 can mean something"):
+        check(7)

@@ -225,6 +225,7 @@ def test_an_answer_larger_than_what_was_asked_for_is_refused_before_it_is_fetche
     assert isinstance(found["a"], ParticipantError)
     assert f"wants to answer with {total:,} bytes where at most" in str(found["a"])
     assert ("a", "get") not in nodes.asked
+    assert ("a", "drop") in nodes.asked, "it need not keep it"
     assert found["b"] == b"payload"
 
 

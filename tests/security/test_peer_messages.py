@@ -21,6 +21,7 @@ from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, train_tokenizer, wit
 from llmchain_fed import LLMChain, LocalLLM, LocalModel, Participant
 from llmchain_fed.errors import FederationError, LLMChainFedError
 from llmchain_fed.federated import wire
+from llmchain_fed.federated.factors import full_rank
 from llmchain_fed.federated.messages import TrainingOptions
 from llmchain_fed.federated.peer import LocalPeer
 from llmchain_fed.federated.trainee import Trainee
@@ -170,6 +171,9 @@ def test_a_remainder_may_be_as_wide_as_a_hub_makes_it(peer, trainee):
     rank = min(m, n)
     wide = {f"{layer}.remainder_A.weight": torch.zeros(rank, n), f"{layer}.remainder_B.weight": torch.zeros(m, rank)}
     assert peer.handle("train", messages.task(trainee.model, state | wide))
+    wider = {name: torch.zeros(*(each + (each == rank) for each in t.shape)) for name, t in wide.items()}
+    assert refused(peer, "train", messages.task(trainee.model, state | wider))
+    assert full_rank(m, n) == rank
 
 
 def test_a_difference_is_to_what_is_held_and_codes_are_what_their_codec_makes(peer, trainee):

@@ -24,6 +24,7 @@ from llmchain_fed import ConfigError, Participant, cli
 from llmchain_fed.data import collate
 from llmchain_fed.errors import DeadlineError, PolicyError
 from llmchain_fed.federated import wire
+from llmchain_fed.federated.held import STALE
 from llmchain_fed.federated.limits import Limits
 from llmchain_fed.federated.peer import LocalPeer
 from llmchain_fed.runtimes import frames
@@ -395,10 +396,19 @@ class Slow:
         self.stop.clear()
 
 
-@pytest.mark.parametrize("op", ["train", "evaluate"])
-def test_no_race_gets_more_than_is_allowed_and_what_is_replaced_counts(op):
-    peer = Slow()
-    site = Site(peer, Policy(max_rounds=5, max_evaluations=5), Audit(None))
+def test_a_difference_to_what_is_not_held_tells_no_loss_and_costs_none(trainee):
+    """The site once counted requests and the peer what it told: honest repetitions used up what is allowed."""
+    ask = Asker(trainee, Policy(max_evaluations=2))
+    ask.hello()
+    unknown = {"version": "hub/5/", "against": "hub/4/"}
+    for _ in range(4):
+        assert ask("evaluate", messages.evaluation(ask.model, tensors={}, **unknown)) == STALE
+    assert [isinstance(ask.evaluate(), bytes) for _ in range(3)] == [True, True, False]
+
+
+def test_no_race_gets_more_than_is_allowed_and_what_is_replaced_counts():
+    op, peer = "train", Slow()
+    site = Site(peer, Policy(max_rounds=5), Audit(None))
     began, inner = [], peer.handle
     peer.handle = lambda asked, payload: began.append(asked) or inner(asked, payload)
 

@@ -68,6 +68,7 @@ class Link:
                 msg = "the job's bridge is not connected."
                 raise TransportError(msg)
             answers: dict[str, bytes | Exception] = {}
+            asked = set(nodes)
             try:
                 until = time.monotonic() + seconds + _GRACE
                 order = {"nodes": list(nodes), "seconds": float(seconds)}
@@ -77,7 +78,7 @@ class Link:
                     head, body = heads.one_of(told, heads.Carried, heads.Done, what="what the bridge told")
                     if not isinstance(head, heads.Carried):
                         break
-                    if head.node not in nodes or head.node in answers:
+                    if head.node not in asked or head.node in answers:
                         msg = f"it answers for {untrusted.shown(head.node)}, who was not asked or has answered"
                         raise TransportError(msg)
                     error = head.error
