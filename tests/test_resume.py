@@ -865,7 +865,7 @@ class Elsewhere:
 def test_other_examples_elsewhere_are_refused_when_they_are_first_counted(changed, kept, make_chain):
     chain = make_chain(lora=True)
     sites = federation(make_chain(lora=True), {**SHARES, "b": changed})._peers
-    fed = resumed(kept, chain, None, runtime=Elsewhere(sites))
+    fed = resumed(kept, chain, None, runtime=Elsewhere(sites), quorum=len(SHARES))
     before, history = chain.model.trainable_state(), fed.history.to_json()
     for _ in range(2):  # nor the second time
         with pytest.raises(CheckpointError, match="'b' is not as it was"):
@@ -873,6 +873,38 @@ def test_other_examples_elsewhere_are_refused_when_they_are_first_counted(change
     assert_tensors_equal(chain.model.trainable_state(), before)
     assert fed.history.to_json() == history
     assert checkpoint.rounds(kept) == [1, 2]
+
+
+def test_one_who_holds_other_examples_is_absent_and_the_others_go_on(kept, make_chain):
+    """One participant's word does not end the run of the others, whose quorum it is not needed for."""
+    chain = make_chain(lora=True)
+    sites = federation(make_chain(lora=True), {**SHARES, "b": PAIRS[5:8]})._peers
+    fed = resumed(kept, chain, None, runtime=Elsewhere(sites))
+    fed.fit(rounds=1)
+    assert set(fed.history[-1].trained) == SHARES.keys() - {"b"}
+    assert "'b' is not as it was (" in fed.history[-1].participants["b"].reason
+    assert 'members="changed"' in fed.history[-1].participants["b"].reason
+
+
+@pytest.mark.parametrize("nonsense", [b"", b"x" * 1000, b'{"stale": true}', wire.pack({}, {"kind": "personal_state"})])
+def test_a_state_that_could_not_be_given_back_is_no_state_and_the_checkpoint_stays_usable(
+    nonsense, make_chain, tmp_path
+):
+    class Spoiling(Elsewhere):
+        def call(self, op, nodes, payload, timeout=None):
+            for node, answer in super().call(op, nodes, payload, timeout):
+                yield node, nonsense if op == "personal_state" and node == "b" else answer
+
+    sites = federation(make_chain(lora=True), SHARES)._peers
+    chain = make_chain(lora=True)
+    options = {"training": TRAINING, "progress": False, "checkpoint_dir": tmp_path}
+    fed = FederatedAveraging(chain, runtime=Spoiling(sites), **options)
+    fed.fit(rounds=2)
+    assert any("holds no state of it" in note for note in fed.history[-1].participants["b"].notes)
+    back = resumed(tmp_path, make_chain(lora=True), None, runtime=Elsewhere(sites))
+    assert back.round == 2
+    back.fit(rounds=1)
+    assert set(back.history[-1].trained) == SHARES.keys()
 
 
 def test_an_empty_directory_is_no_run(make_chain, tmp_path):

@@ -116,28 +116,45 @@ def check_participants(contents: Contents, hub: Hub, changed: Collection[str] = 
     Raises:
         CheckpointError: One is none, or of other shapes than its participant's tensors.
     """
-    shapes, rule = _shapes(hub.model), hub.settings.rule
-    dtypes = {name: parameter.dtype for name, parameter in hub.model.trainable_parameters().items()}
-    layout = hub.settings.layout
-    layers = layout.scaling.keys() if layout is not None else ()  # none where factors alone are not the adapter
-    trained = selected(shapes, rule.trains(contents.round))
     peers: Mapping[str, Any] = hub.transport.peers if isinstance(hub.transport, InProcess) else {}
     for name, state in contents.found.participants.items():
-        what = f"the state of participant {shown(name)}"
+        rank = contents.holdings.get(name, {}).get("rank")
         try:
-            with decoding(what, CheckpointError):
-                found = membership.progress_of(state)
-                rank = contents.holdings.get(name, {}).get("rank")
-                own = shapes if rank is None else {n: at_rank(n, shape, rank) for n, shape in shapes.items()}
-                peer = peers.get(name) if name not in changed else None
-                for number, progress in found.items():
-                    _check_progress(number, progress, own, layers)
-                    if progress.optimizer_state is not None and isinstance(peer, LocalPeer):
-                        weights = [torch.zeros(own[n], dtype=dtypes[n]) for n in trained]
-                        _rehearse(peer.config, weights, progress.optimizer_state)
+            check_state(hub, name, state, rank, contents.round, peers.get(name) if name not in changed else None)
         except LLMChainFedError as error:
-            why = f"{what} makes no sense: {shown(str(error), 300).rstrip('.')}"
-            raise contents.found.unusable(why) from None
+            raise contents.found.unusable(shown(str(error), 400).rstrip(".")) from None
+
+
+def check_state(hub: Hub, name: str, state: bytes, rank: int | None, completed: int, peer: Any = None) -> None:
+    """Makes sure that one participant's state can be given back.
+
+    Args:
+        hub: Whose participant it is.
+        name: The participant's.
+        state: What it answered `personal_state` with, perhaps long ago.
+        rank: Its own LoRA rank, if it has one.
+        completed: Rounds after which that was.
+        peer: The participant, where it lives in this process: its optimizer is tried out.
+
+    Raises:
+        CheckpointError: It is none, or of other shapes than the participant's tensors.
+    """
+    shapes, layout = _shapes(hub.model), hub.settings.layout
+    layers = layout.scaling.keys() if layout is not None else ()  # none where factors alone are not the adapter
+    what = f"the state of participant {shown(name)}"
+    try:
+        with decoding(what, CheckpointError):
+            own = shapes if rank is None else {n: at_rank(n, shape, rank) for n, shape in shapes.items()}
+            for number, progress in membership.progress_of(state).items():
+                _check_progress(number, progress, own, layers)
+                if progress.optimizer_state is not None and isinstance(peer, LocalPeer):
+                    types = {n: parameter.dtype for n, parameter in hub.model.trainable_parameters().items()}
+                    trained = selected(shapes, hub.settings.rule.trains(completed))
+                    weights = [torch.zeros(own[n], dtype=types[n]) for n in trained]
+                    _rehearse(peer.config, weights, progress.optimizer_state)
+    except LLMChainFedError as error:
+        msg = f"{what} makes no sense: {shown(str(error), 300)}"
+        raise CheckpointError(msg) from None
 
 
 def _check_progress(number: int, progress: Progress, shapes: Mapping[str, _Shape], layers: Iterable[str]) -> None:

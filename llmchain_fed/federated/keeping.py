@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llmchain_fed.errors import CheckpointError, ConfigError, UnsupportedModelError
+from llmchain_fed.errors import CheckpointError, ConfigError, ParticipantError, UnsupportedModelError
 from llmchain_fed.federated import checkpoint, fitting, membership, resuming, server_optimizers
 from llmchain_fed.federated.aggregation import AGGREGATIONS
 from llmchain_fed.federated.contents import Contents
@@ -239,12 +239,22 @@ class Keeping:
         """Tells participants that have joined where they stood at the checkpoint.
 
         Raises:
-            CheckpointError: One holds other examples than it did.
+            CheckpointError: So many hold other examples than they did that those who are left are no quorum.
         """
         there = self._hub.roster.joined  # not the newcomers alone: an earlier attempt may have failed half way
         if self._owed or self._holdings:
+            self._send_away(there)
             self._compare(there)
             self._tell([n for n in there if n in self._owed])
+
+    def _send_away(self, there: Mapping[str, Hello]) -> None:
+        """Whoever is not as it was is absent, and its record says why: one alone does not end the others' run."""
+        others = {} if self._change is not None else membership.different(there, self._holdings)
+        if self._found is None or len(there) - len(others) < self._hub.settings.quorum:
+            return  # `_compare` says of the first what is to be done
+        for name in others:
+            why = resuming.other_holdings(name, others[name], self._found)
+            self._hub.roster.leave(name, ParticipantError(why))
 
     def _compare(self, hellos: Mapping[str, Hello]) -> None:
         """Refuses, or takes note of, what participants hold that is not what they held."""

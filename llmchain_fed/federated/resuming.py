@@ -17,7 +17,7 @@ from llmchain_fed.federated.aggregation import AGGREGATIONS
 from llmchain_fed.federated.checkpoint import Checkpoint
 from llmchain_fed.federated.codecs import spec
 from llmchain_fed.federated.contents import Contents
-from llmchain_fed.federated.fitting import copy_of, limits_of, state_of
+from llmchain_fed.federated.fitting import check_state, copy_of, limits_of, state_of
 from llmchain_fed.federated.global_state import GlobalState, named
 from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.hub import Hub
@@ -93,6 +93,12 @@ def checkpoint_of(
         hub.transport.expect(limits_of(hub.model).file, "personal_state")  # what could not be read again is refused
     answers = hub.transport.call("personal_state", asked, ask, settings.deadline) if asked else ()
     for name, answer in answers:
+        if isinstance(answer, bytes) and not isinstance(hub.transport, InProcess):
+            hello = hub.roster.joined.get(name)
+            try:  # now: what could not be given back would make all of the checkpoint unusable
+                check_state(hub, name, answer, hello.rank if hello is not None else None, hub.round)
+            except CheckpointError as error:
+                answer = ParticipantError(str(error))
         if isinstance(answer, bytes):
             blobs[name] = answer
         elif isinstance(answer, (TransportError, DeadlineError, ParticipantError)):  # others keep it for themselves
@@ -282,12 +288,16 @@ def check_holdings(hellos: Mapping[str, Hello], holdings: Mapping[str, Any], fou
         CheckpointError: A participant holds other examples than it did.
     """
     for name, changes in different(hellos, holdings).items():
-        said = "; ".join(f"{what}: {shown(then)} then, {now} now" for what, (then, now) in changes.items())
-        msg = (
-            f"participant {shown(name)!r} is not as it was ({said}): the run would not be the one that was "
-            f"interrupted. Give it the examples and options of then. {_changed(found)}"
-        )
-        raise CheckpointError(msg)
+        raise CheckpointError(other_holdings(name, changes, found))
+
+
+def other_holdings(name: str, changes: Mapping[str, tuple[Any, Any]], found: Contents) -> str:
+    """Why a participant that holds something else than at a checkpoint does not go on from it, and what to do."""
+    said = "; ".join(f"{what}: {shown(then)} then, {now} now" for what, (then, now) in changes.items())
+    return (
+        f"participant {shown(name)!r} is not as it was ({said}): the run would not be the one that was interrupted. Give "
+        f"it the examples and options of then. {_changed(found)}"
+    )
 
 
 def give_back(hub: Hub, names: list[str], states: Mapping[str, bytes]) -> None:
