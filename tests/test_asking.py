@@ -91,6 +91,23 @@ def test_a_site_that_refuses_to_join_is_asked_once_a_round_and_a_quorum_without_
     assert fed.history[0].participants["b"].reason.startswith("PolicyError: refused by site: policy.max_steps")
 
 
+def test_who_joins_again_with_other_counts_is_noted(make_chain, monkeypatch):
+    fed, transport = federation(make_chain, {"train": {"b": [None, CUT]}}, retries=0)
+    fed.fit(2)
+    peer = transport.peers["b"]
+    introduction = peer._introduction
+
+    def more(*args):
+        said = introduction(*args)
+        report = said["report"] | {"used": 4000, "completion_tokens": 36_000}
+        return said | {"num_examples": 4000, "num_tokens": 36_000, "report": report}
+
+    monkeypatch.setattr(peer, "_introduction", more)
+    fed.fit(1)
+    notes = fed.history[-1].participants["b"].notes
+    assert "joined with 4 examples before, and with 4000 now" in notes, (notes, fed.history[-1].participants["b"])
+
+
 def test_who_is_absent_at_the_start_joins_a_later_round(make_chain):
     fed, transport = federation(make_chain, {"hello": {"b": [CUT]}})
     fed.fit(2)

@@ -69,6 +69,8 @@ class Hub:
         self.data_reports: dict[str, DataReport] = {}
         self.patience: list[float] = []
         """of a fit that is under way, or was when it was interrupted"""
+        self._declared: dict[str, tuple[int | None, int | None]] = {}
+        """participant → examples and tokens that it joined with last"""
         self.notes: dict[str, str] = {}
         """participant → what the next record should say of it"""
         self.round_notes: list[str] = []
@@ -86,6 +88,13 @@ class Hub:
             QuorumError: Too few are there.
         """
         newcomers = self.asking.join(self.round, self.settings.quorum)
+        for name in newcomers:  # one that lost its connection may say something else than before: that shows
+            hello = self.roster.joined[name]
+            counts = hello.num_examples, hello.num_tokens
+            former = self._declared.setdefault(name, counts)
+            if former != counts:
+                self.notes[name] = f"joined with {former[0]} examples before, and with {counts[0]} now"
+                self._declared[name] = counts
         reports = {n: self.roster.joined[n].report for n in newcomers}
         self.data_reports |= {n: report for n, report in reports.items() if report is not None}
         return newcomers

@@ -295,8 +295,8 @@ def other_holdings(name: str, changes: Mapping[str, tuple[Any, Any]], found: Con
     """Why a participant that holds something else than at a checkpoint does not go on from it, and what to do."""
     said = "; ".join(f"{what}: {shown(then)} then, {now} now" for what, (then, now) in changes.items())
     return (
-        f"participant {shown(name)!r} is not as it was ({said}): the run would not be the one that was interrupted. Give "
-        f"it the examples and options of then. {_changed(found)}"
+        f"participant {shown(name)!r} is not as it was ({said}): the run would not be the one that was interrupted. "
+        f"Give it the examples and options of then. {_changed(found)}"
     )
 
 

@@ -6,11 +6,12 @@ peer has loaded its model before, and keeps it while engines, jobs and hubs come
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,6 +24,7 @@ from llmchain_fed.runtimes.channel import Channel
 from llmchain_fed.runtimes.policy import Audit, Policy
 
 _LONGEST_WAIT = 30.0  # seconds a poll may block
+_EACH = 100  # malformed frames that have a line each in the audit file
 _LONGEST_HEADER = 2**22  # bytes that are read for the audit file's sake
 
 
@@ -50,7 +52,9 @@ class _Call:
 
     id: str
     op: str
-    payload: bytearray
+    total: int
+    """bytes that are announced; they take memory only as they come"""
+    payload: bytearray = field(default_factory=bytearray)
     caller: str | None = None
     """as the site's own bridge has it"""
     received: int = 0
@@ -82,6 +86,7 @@ class Site:
         self._peer, self._policy, self._audit = peer, policy, audit
         self._call: _Call | None = None
         self._former: deque[str] = deque(maxlen=256)
+        self._unreadable = itertools.count(1)
         self._changed = threading.Condition()
         self._trainings = 0
         if isinstance(peer, LimitedPeer):
@@ -107,11 +112,18 @@ class Site:
                     return self._drop(head)
         except Exception as error:
             if isinstance(error, TransportError):
-                with suppress(PolicyError):
-                    self._audit.write(op=None, bytes_in=len(frame), status="malformed", error=str(error)[:400])
+                self._malformed(len(frame), error)
             return frames.pack({"error": self._policy.told(error)})
 
     # --- frames -----------------------------------------------------------------------------------------------------
+
+    def _malformed(self, num_bytes: int, error: TransportError) -> None:
+        """Writes down what cannot be read: the first hundred, then every thousandth, so that nobody fills the disk."""
+        count = next(self._unreadable)
+        if count <= _EACH or count % 1000 == 0:
+            said = f"{str(error)[:400]} ({count} so far)" if count > _EACH else str(error)[:400]
+            with suppress(PolicyError):
+                self._audit.write(op=None, bytes_in=num_bytes, status="malformed", error=said)
 
     def _refused(self, head: dict[str, Any]) -> bytes:
         """Writes down that the site's bridge sent somebody away: only the hub is heard."""
@@ -131,10 +143,11 @@ class Site:
             assert call is not None
             if call.state != "receiving" or offset + len(body) <= call.received < total:
                 return frames.pack({"state": call.state})  # said before
-            if offset != call.received or offset + len(body) > total or (total and not len(body)):
+            ends = offset + len(body)
+            if total != call.total or offset != call.received or ends > total or (total and not len(body)):
                 msg = f"a slice of {len(body):,} bytes at {offset:,} does not follow {call.received:,} of {total:,}."
                 raise TransportError(msg)
-            call.payload[offset : offset + len(body)] = body
+            call.payload += body
             call.received += len(body)
             if call.received == total:
                 call.state = "waiting"
@@ -151,12 +164,16 @@ class Site:
             self._audit.write(op=op[:40], bytes_in=total, caller=caller, status="refused", error=str(error))
             raise
         self._end()
-        self._call = _Call(name, op, bytearray(total), caller)
+        self._call = _Call(name, op, total, caller=caller)
 
     def _end(self) -> None:
         """Forgets the call there is, and gives its work up."""
         if self._call is not None:
             self._former.append(self._call.id)
+            if self._call.state == "receiving":
+                entry = {"op": self._call.op, "bytes_in": self._call.received, "caller": self._call.caller}
+                with suppress(PolicyError):  # where nothing can be written down, nothing is answered either
+                    self._audit.write(**entry, status="abandoned", error="its payload did not come to its end")
             self._call.payload = bytearray()
             if self._call.state == "working":
                 self._peer.give_up()

@@ -576,3 +576,27 @@ def test_what_a_policy_refuses_stands_in_the_audit_file_and_text_in_it_is_short_
 def test_a_refusal_says_what_was_asked_and_what_is_allowed():
     with pytest.raises(PolicyError, match=r"^policy\.max_steps: 11 optimizer steps are asked for, at most 10 are"):
         Limits(max_steps=10).check_steps(11)
+
+
+def test_a_payload_takes_memory_as_it_comes_keeps_its_length_and_leaves_a_line_where_it_does_not_end(trainee, tmp_path):
+    path = tmp_path / "audit.jsonl"
+    ask = Asker(trainee, audit=path)
+    big = {"do": "put", "call": "x", "op": "hello", "offset": 0, "total": 2**30}
+    assert ask._frame(frames.pack(big, b"1"))[0]["state"] == "receiving"
+    assert len(ask.site._call.payload) == 1
+    longer = big | {"offset": 1, "total": 2**31}
+    assert ask._frame(frames.pack(longer, b"2"))[0]["error"]["type"] == "TransportError"
+    assert len(ask.site._call.payload) == 1
+    assert isinstance(ask.hello(), bytes)
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [e["status"] for e in entries] == ["malformed", "abandoned", "began", "answered"]
+
+
+def test_what_cannot_be_read_does_not_fill_the_disk(trainee, tmp_path):
+    path = tmp_path / "audit.jsonl"
+    ask = Asker(trainee, audit=path)
+    for _ in range(1100):
+        ask.site.answer(b"no frame")
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(entries) == 101
+    assert "1000 so far" in entries[-1]["error"]
