@@ -52,7 +52,11 @@ _KERNELS = frozenset({"kernel_config", "use_kernels"})
 _TEXTS = frozenset({"id2label", "label2id", "task_specific_params"})
 """keys below which any text may stand"""
 _COUNT = re.compile("^(?!.*vocab).*(layer|block|depth|expert|head)")  # Gemma has a vocabulary per layer
-_MOST_LAYERS = 2**16
+_MOST_COUNT = 2**16
+_LAYERS = re.compile(r"((num|n)_)?((hidden|encoder|decoder|transformer)_)?layers?")
+_MOST_LAYERS = 2**10
+_MOST_REPEATED = 2**20
+"""what an integer within a list may be: token ids and sizes; GPT-Neo's says how often a layer's kind is repeated"""
 
 
 def check_saved(folder: Path, *, error: ErrorType) -> None:
@@ -135,13 +139,14 @@ def check_own(folder: Path, *, error: ErrorType) -> None:
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         found = _read(folder / name, error) or {}
         for key, value in _pairs(found):
-            _check_implementation(key, value, shown(str(folder / name), 300), error)
+            file = shown(str(folder / name), 300)
+            _check_implementation(key, value, file, error)
+            _check_sizes(key, value, file, error, "Take the folder from another source.")
             weights = key == "transformers_weights" and not re.fullmatch(r"[\w.-]+\.safetensors", str(value))
             if value is not None and (key in _CODE | _OTHER_FILES or weights):
                 raise refusal(
                     error,
-                    f"`{key}` in {shown(str(folder / name), 300)} names code or another file, and a model is loaded "
-                    "as data alone",
+                    f"`{key}` in {file} names code or another file, and a model is loaded as data alone",
                     "If transformers knows the model without it, remove the key from that file; else load the model "
                     "yourself and pass LocalModel(module, tokenizer).",
                 )
@@ -188,8 +193,27 @@ def _check_keys(
                 raise _refusal(file, key, f"{shown(value)} is none of transformers' own implementations", error, remedy)
         if not texts and isinstance(value, str) and ("/" in value or "\\" in value or len(value) > 1000):
             raise _refusal(file, key, f"{shown(value)} is a place rather than a value", error, remedy)
-        if isinstance(value, int) and _COUNT.search(key) and value > _MOST_LAYERS:
-            raise _refusal(file, key, f"{shown(value)} is more than any model has", error, remedy)
+        _check_sizes(key, value, file, error, remedy)
+
+
+def _check_sizes(key: str, value: Any, file: str, error: ErrorType, remedy: str) -> None:
+    """Of what a configuration's own class expands before anybody can compare it with the weights."""
+    layers = key == "attention_types" or _LAYERS.fullmatch(key)
+    most = _MOST_LAYERS if layers else _MOST_COUNT if _COUNT.search(key) else _MOST_REPEATED
+    counts = [value] if isinstance(value, int) and _COUNT.search(key) else list(_integers(value))
+    if any(count > most for count in counts) or (key == "attention_types" and sum(counts) > most):
+        raise refusal(error, f"{file}: `{shown(key)}` is {shown(value)}, which is more than any model has", remedy)
+
+
+def _integers(value: Any) -> Iterator[int]:
+    """Those within a list and its lists."""
+    left = list(value) if isinstance(value, list) else []
+    while left:
+        inner = left.pop()
+        if isinstance(inner, list):
+            left += inner
+        elif isinstance(inner, int):
+            yield inner
 
 
 def _pairs(found: Any) -> Iterator[tuple[str, Any]]:

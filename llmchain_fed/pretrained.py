@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
-from llmchain_fed import embedded, folder_files, folder_settings, folder_weights, pristine, wrapping
+from llmchain_fed import embedded, folder_files, folder_settings, folder_tokenizer, folder_weights, pristine, wrapping
 from llmchain_fed.adapters.lora_config import check_config
 from llmchain_fed.errors import UnsupportedModelError
 from llmchain_fed.untrusted import no_panic, printable, shown
@@ -92,6 +92,7 @@ def _check_source(path: str) -> None:
     if folder.is_dir():
         folder_files.check_own(folder, error=UnsupportedModelError)
         folder_settings.check_own(folder, error=UnsupportedModelError)
+        folder_tokenizer.check(folder, remedy="Take the folder from another source.", error=UnsupportedModelError)
         folder_weights.check_index(folder, error=UnsupportedModelError)
         if any(folder.glob("*.safetensors")):
             folder_weights.check_fits(folder, error=UnsupportedModelError)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Mapping
 from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
@@ -36,6 +37,7 @@ HUB_ID = f"^{_HUB_PART}(/{_HUB_PART})?$"
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$", max_length=200)]
 Text = Annotated[str, Field(min_length=1)]
 _MOST = 100_000  # parts of a prompt; a file has no room for more
+_MOST_FORMATTED = 2**24  # characters of a prompt with its examples and defaults in it
 _Texts = Annotated[dict[str, str], Field(max_length=_MOST)]
 _Item = TypeVar("_Item")
 # YAML has lists where a frozen spec has tuples
@@ -224,6 +226,7 @@ class PromptData(Strict):
 
     @model_validator(mode="after")
     def _fields_are_plain(self) -> Self:
+        self._check_length()
         if self.kind == "few_shot":
             template_variables(self.example_template, _LANGCHAINS)
             try:
@@ -236,6 +239,19 @@ class PromptData(Strict):
         for template in (self.template, *(m.template for m in self.messages if m.role != "placeholder")):
             template_variables(template, _LANGCHAINS)
         return self
+
+    def _check_length(self) -> None:
+        """Before anything is formatted: a short file can name a long text many thousand times."""
+        parts = [(self.example_template, example) for example in self.examples]
+        parts += [(self.template, self.defaults), *((m.template, self.defaults) for m in self.messages)]
+        if (length := sum(_length(template, values) for template, values in parts)) > _MOST_FORMATTED:
+            msg = f"the prompt has some {length:,} characters once its values stand in it, at most {_MOST_FORMATTED:,}"
+            raise ValueError(msg)
+
+
+def _length(template: str, values: Mapping[str, str]) -> int:
+    """Characters of a template with these values in it, each wherever its name occurs."""
+    return len(template) + sum(template.count("{" + name) * len(value) for name, value in values.items() if value)
 
 
 def template_variables(template: str, name: re.Pattern[str] = _VARIABLE) -> set[str]:

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from transformers import AutoTokenizer
 
-from llmchain_fed import folder_files, folder_settings
+from llmchain_fed import folder_files, folder_settings, folder_tokenizer
 from llmchain_fed.errors import ChainFileError
 from llmchain_fed.folder_files import SAVE_AGAIN
 from llmchain_fed.untrusted import no_panic, shown
@@ -48,6 +48,7 @@ def check_folder(directory: Path) -> None:
     names = folder_files.plain_files(folder, error=ChainFileError) if folder.exists() else []
     folder_files.check_written((f"{FOLDER}/{name}" for name in names), error=ChainFileError)
     folder_settings.check_saved(directory, error=ChainFileError)
+    folder_tokenizer.check(folder, remedy=SAVE_AGAIN, error=ChainFileError)
 
 
 def load(directory: Path) -> Any:

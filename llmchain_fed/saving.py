@@ -17,7 +17,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from llmchain_fed import folder_files, folder_settings, folder_weights, saved_adapter, saved_fields, saved_model
+from llmchain_fed import (
+    folder_files,
+    folder_settings,
+    folder_tokenizer,
+    folder_weights,
+    saved_adapter,
+    saved_fields,
+    saved_model,
+    saved_tokenizer,
+)
 from llmchain_fed.errors import ChainFileError
 from llmchain_fed.folder_files import SAVE_AGAIN
 from llmchain_fed.model import LocalModel
@@ -113,6 +122,7 @@ def _check_files(directory: Path) -> list[str]:
     found = _files(directory)
     _check_names(found)
     folder_settings.check_saved(directory, error=ChainFileError)
+    folder_tokenizer.check(directory / saved_tokenizer.FOLDER, remedy=SAVE_AGAIN, error=ChainFileError)
     if (adapter := directory / saved_adapter.FOLDER).is_dir():
         saved_fields.read_settings(adapter)
     for name in found:

@@ -110,6 +110,7 @@ LAYERS = [
         "generation_data",
         "folder_files",
         "folder_settings",
+        "folder_tokenizer",
         "folder_weights",
         "pretrained",
         "generation_fields",

@@ -91,7 +91,7 @@ BAD_PROMPTS = {
     "yaml turned 12:30 into 750": (
         'language: "French"',
         "language: 12:30",
-        "`defaults.language` is 750, not text",
+        "12:30 in line",
     ),
     "yaml made a date": ("Says hello.", "2024-01-01", "2024-01-01 in line 3 is a date to YAML; put it in quotes"),
     "an empty value": ("Says hello.", "", "`description` is None, not text"),
@@ -180,7 +180,7 @@ def test_bad_prompt_is_refused(tmp_path, case):
 @pytest.mark.parametrize(
     ("good", "bad", "reason"),
     [
-        ('a: "x{y}"', "a: 12:30", "`examples.0.a` is 750, not text"),
+        ('a: "x{y}"', "a: 12:30", "12:30 in line"),
         ('a: "x{y}"', 'c: "x"', "`examples.0` has ['b', 'c']; `example_template` uses ['a', 'b']"),
         ("{ex}} {a}", "{ex}} {a.b}", "{a.b} is not a plain {variable}"),
         ("{ex}} {a}", "{ex}} {a:>9}", "`example_template` formats the values of `examples`; write them there"),

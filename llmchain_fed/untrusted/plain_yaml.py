@@ -45,11 +45,14 @@ def parse_yaml(
         text = data if isinstance(data, str) else data.decode("utf-8")
         _check_events(text)
         return _Plain(text).get_single_data()
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError, KeyError) as found:
+    except Exception as found:  # PyYAML raises many kinds over values that are none
         line = getattr(getattr(found, "problem_mark", None), "line", None)
         where = "" if line is None or isinstance(found, _Refused) else f" in line {line + 1}"
         problem = getattr(found, "problem", None) or found
         raise refusal(error, f"{what} is no plain YAML: {shown(str(problem), 300)}{where}", remedy) from None
+
+
+_PLAIN_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)|[-+]?0[xX][0-9a-fA-F]+|[-+]?0b[01]+")
 
 
 class _Refused(yaml.YAMLError):
@@ -121,6 +124,12 @@ def _construct_int(loader: Any, node: Any) -> int:
     if len(node.value) > 80:
         msg = f"an integer of {len(node.value)} characters in line {line}"
         raise _Refused(msg)
+    if not _PLAIN_INT.fullmatch(node.value):
+        msg = (
+            f"{shown(node.value)} in line {line} is an integer to YAML, but not the one it looks like (0 in front, a "
+            "colon or _); write it as 123, or in quotes if it is text"
+        )
+        raise _Refused(msg)
     found: int = yaml.constructor.SafeConstructor.construct_yaml_int(loader, node)
     if not -MAX_INTEGER <= found < MAX_INTEGER:
         msg = f"an integer of {found.bit_length()} bits in line {line}"
@@ -129,6 +138,10 @@ def _construct_int(loader: Any, node: Any) -> int:
 
 
 def _construct_float(loader: Any, node: Any) -> float:
+    line = node.start_mark.line + 1
+    if ":" in node.value or "_" in node.value:
+        msg = f"{shown(node.value)} in line {line} is a number to YAML, but not the one it looks like; put it in quotes"
+        raise _Refused(msg)
     found: float = yaml.constructor.SafeConstructor.construct_yaml_float(loader, node)
     if not math.isfinite(found):
         msg = f"{shown(node.value)} in line {node.start_mark.line + 1} is not finite"

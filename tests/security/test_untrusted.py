@@ -85,6 +85,17 @@ def test_yaml_of_any_kind_is_a_value_or_one_error():
 @pytest.mark.parametrize(
     ("text", "why"),
     [
+        ("a: 017", "not the one it looks like"),
+        ("a: 1:30", "not the one it looks like"),
+        ("a: 1_000", "not the one it looks like"),
+        ("a: 1:30.5", "not the one it looks like"),
+        ("a: " + "1:" * 300 + "1.", "not the one it looks like"),
+        ('a: !!int ""', "no plain YAML"),
+        ('a: !!float ""', "no plain YAML"),
+        ('a: !!int "_"', "no plain YAML"),
+        ('a: !!int "+"', "no plain YAML"),
+        ('%TAG !e! tag:yaml.org,2002:\n---\na: !e!int ""', "no plain YAML"),
+        ("a: !!bool maybe", "no plain YAML"),
         ("a: &x [1, 2]\nb: *x", "anchors and aliases"),
         ("&a [*a]", "anchors and aliases"),
         ("a: &x 1", "anchors and aliases"),
@@ -111,7 +122,7 @@ def test_yaml_of_any_kind_is_a_value_or_one_error():
         ("a: [1", "no plain YAML"),
         ("x" * (MB + 1), "more than the 1,048,576 bytes"),
     ],
-    ids=range(25),
+    ids=range(36),
 )
 def test_what_plain_yaml_may_not_hold(text, why):
     with pytest.raises(ConfigError, match=r"^the policy ") as error:

@@ -216,6 +216,32 @@ def few_shot(**changes):
     return yaml_in("prompt", **({"kind": "few_shot", "template": "{text}", "example_template": "{a}"} | changes))
 
 
+def swelling(where, rules=8, content="a" * 16):
+    """A tokenizer whose normalizer makes every letter 16⁸ letters, and applies it to its added tokens when read."""
+
+    def build(folder):
+        path = folder / where / "tokenizer.json"
+        found = json.loads(path.read_text())
+        rule = {"type": "Replace", "pattern": {"String": "a"}, "content": content}
+        found["normalizer"] = {"type": "Sequence", "normalizers": [rule] * rules}
+        token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+        found["added_tokens"].append({"id": 10**5, "content": "aaaa"} | token)
+        path.write_text(json.dumps(found))
+
+    return build
+
+
+def many_added(where):
+    def build(folder):
+        path = folder / where / "tokenizer.json"
+        found = json.loads(path.read_text())
+        token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        found["added_tokens"] += [{"id": 10**5 + n, "content": f"<x{n}>"} | token for n in range(300_000)]
+        path.write_text(json.dumps(found))
+
+    return build
+
+
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(12)
 )
@@ -340,6 +366,17 @@ CHAINS = {
     "a width between examples": few_shot(examples=[{"a": "b"}] * 2, separator=WIDE),
     "a width in a message": yaml_in("prompt", kind="chat", messages=[{"role": "human", "template": WIDE}]),
     "jinja": yaml_in("prompt", template_format="jinja2"),
+    "values many times": few_shot(example_template="{a}" * 5000, examples=[{"a": "x" * 20_000}] * 20),
+    "a default many times": yaml_in("prompt", template="{b}" * 60_000 + "{text}", defaults={"b": "x" * 300_000}),
+    # what is expanded while it is read
+    "kinds of layers": set_in(BASE, model_type="gpt_neo", attention_types=[[["global"], 10**9]]),
+    "many kinds of layers": set_in(BASE, model_type="gpt_neo", attention_types=[[["global"], 1000]] * 1000),
+    "thousands of layers": set_in(BASE, num_hidden_layers=4000),
+    "a swelling text": swelling("tokenizer"),
+    "a swelling text of one rule": swelling("tokenizer", rules=1, content="a" * 10**6),
+    "many added tokens": many_added("tokenizer"),
+    "a number of minutes": as_yaml("format: " + "1:" * 300 + "1."),
+    "a number of nothing": as_yaml('format: !!int ""'),
 }
 """name → builder(folder of a good chain); gives the folder if it has another name, ... where no digests are wanted"""
 
@@ -407,6 +444,10 @@ MODELS = {
     "two layers more": of_settings("config.json", num_hidden_layers=4),
     "a head of its own": of_settings("config.json", tie_word_embeddings=False),
     "wide layers": of_settings("config.json", hidden_size=10**7, intermediate_size=10**7),
+    "layers without end": of_settings("config.json", num_hidden_layers=10**9),
+    "kinds of layers": of_settings("config.json", model_type="gpt_neo", attention_types=[[["global"], 10**9]]),
+    "a swelling text": swelling("."),
+    "many added tokens": many_added("."),
 }
 
 
