@@ -35,6 +35,7 @@ SHARES = {"a": PAIRS[:5], "b": PAIRS[5:9], "c": PAIRS[9:]}
 RANKS = [Participant("a", PAIRS[:5], rank=2), Participant("b", PAIRS[5:9], rank=4), Participant("c", PAIRS[9:], rank=1)]
 _MEASURED = {"seconds", "training_seconds", "evaluation_seconds", "bytes_up", "bytes_down", "evaluation_bytes"}
 _ASK = wire.pack({}, {"kind": "personal_state"})
+_ODD = wire.pack({}, {"kind": "personal_state", "progress": {"1": {"next_step": "7", "optimizer": None}}})
 
 
 def federation(chain, participants=SHARES, **options):
@@ -886,7 +887,7 @@ def test_one_who_holds_other_examples_is_absent_and_the_others_go_on(kept, make_
     assert 'members="changed"' in fed.history[-1].participants["b"].reason
 
 
-@pytest.mark.parametrize("nonsense", [b"", b"x" * 1000, b'{"stale": true}', _ASK], ids=range(4))
+@pytest.mark.parametrize("nonsense", [b"", b"x" * 1000, b'{"stale": true}', _ASK, _ODD], ids=range(5))
 def test_a_state_that_could_not_be_given_back_is_no_state_and_the_checkpoint_stays_usable(
     nonsense, make_chain, tmp_path
 ):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmchain_fed.errors import CheckpointError, LLMChainFedError
-from llmchain_fed.federated import membership
+from llmchain_fed.federated import membership, messages, wire
 from llmchain_fed.federated.checkpoint import FileSizes
 from llmchain_fed.federated.contents import Contents
 from llmchain_fed.federated.factors import full_rank
@@ -145,6 +145,8 @@ def check_state(hub: Hub, name: str, state: bytes, rank: int | None, completed: 
     try:
         with decoding(what, CheckpointError):
             own = shapes if rank is None else {n: at_rank(n, shape, rank) for n, shape in shapes.items()}
+            header, _ = wire.inspect(state, max_bytes=len(state))
+            messages.checked_header("personal_state", header)  # as the participant will read it
             for number, progress in membership.progress_of(state).items():
                 _check_progress(number, progress, own, layers)
                 if progress.optimizer_state is not None and isinstance(peer, LocalPeer):
