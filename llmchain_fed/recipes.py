@@ -41,7 +41,11 @@ _MOST_FORMATTED = 2**24  # characters of a prompt with its examples and defaults
 _Texts = Annotated[dict[str, str], Field(max_length=_MOST)]
 _Item = TypeVar("_Item")
 # YAML has lists where a frozen spec has tuples
-Several = Annotated[tuple[_Item, ...], BeforeValidator(lambda x: tuple(x) if type(x) is list else x)]
+Several = Annotated[
+    tuple[_Item, ...],
+    Field(max_length=_MOST, fail_fast=True),
+    BeforeValidator(lambda x: tuple(x) if type(x) is list else x),
+]
 
 
 class _Spec(Strict):
@@ -75,11 +79,11 @@ class PromptSpec(_Spec):
     """f-string with `{variable}` or `{variable:.2f}` fields; the part after the examples, if there are any"""
     input_variables: Annotated[Several[str], Field(min_length=1)]
     """what the user must give"""
-    defaults: dict[str, str] = Field(default_factory=dict)
+    defaults: _Texts = Field(default_factory=dict)
     """variable → its text unless the user gives another (LangChain's partial variables)"""
     prefix: str = ""
     """f-string before the examples"""
-    examples: Several[dict[str, str]] = ()
+    examples: Several[_Texts] = ()
     """few-shot examples; the values are text as it is, braces included"""
     example_template: str = ""
     """f-string over the keys of one example"""
@@ -139,7 +143,9 @@ class AdapterSpec(_Spec):
     r: Annotated[int, Field(ge=1, le=65_536)]
     lora_alpha: Annotated[int, Field(ge=1, le=65_536)]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: Annotated[str | tuple[str, ...], BeforeValidator(_modules)] = "all-linear"
+    target_modules: Annotated[
+        str | Annotated[tuple[str, ...], Field(max_length=_MOST, fail_fast=True)], BeforeValidator(_modules)
+    ] = "all-linear"
     """names of the layers that get an adapter; a pattern is not allowed"""
 
     def to_lora(self) -> LoraConfig:
@@ -188,7 +194,7 @@ class ChainSpec(_Spec):
     stop: Several[Text] = ()
     """the answer ends before the first of these"""
     parser: ParserName = "text"
-    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict, max_length=1000)
     """switches of the model's chat template; with any, the recipe is one for a chat model"""
 
     def llm_kwargs(self) -> dict[str, Any]:

@@ -124,12 +124,13 @@ def test_a_few_errors_are_told_by_name_and_thousands_by_their_count():
 
 def test_what_is_shown_of_a_nest_is_not_spelled_out_first():
     inner = {str(i): [0] for i in range(_MANY)}
-    for nest, told in ({"a": inner}, "dict of 1 entries"), ([inner], "list of 1 entries"):
+    for nest, begins in ({"a": inner}, "{'a': "), ([inner], "["):
         began = time.perf_counter()
         repr(nest)
         most = (time.perf_counter() - began) / 4 + 0.001
         with within(most):
-            assert shown(nest) == told
+            assert shown(nest).startswith(begins)
+        assert len(shown(nest)) <= 81
     assert shown([[1, 2], {"a": [3]}]) == "[[1, 2], {'a': [3]}]"
 
 
