@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmchain_fed import untrusted
 from llmchain_fed._config import parse_options, unknown_option
@@ -31,8 +31,10 @@ _REMEDY = "Correct that line; `llmchain-fed policy explain FILE` says what a fil
 class Policy(Limits):
     """What a site allows: what it answers, and within which limits. The default lets no text of its examples leave.
 
+    A hub measures before and after each round: with `max_rounds` alone, `max_evaluations` is twice that and two more.
+
     >>> Policy(max_rounds=20)
-    Policy(max_rounds=20)
+    Policy(max_evaluations=42, max_rounds=20)
     """
 
     operations: tuple[Operation, ...] = Field(default=("hello", "train", "evaluate", "stop"), strict=False)
@@ -44,6 +46,14 @@ class Policy(Limits):
     error_messages: bool = False
     """whether the messages of errors may leave, which can quote an example; else their type does, and the rest stays in
     the audit file"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluations_follow_rounds(cls, given: Any) -> Any:
+        rounds = given.get("max_rounds") if isinstance(given, dict) else None
+        if type(rounds) is not int or not 0 <= rounds < cls.model_fields["max_evaluations"].default // 2:
+            return given
+        return {"max_evaluations": 2 * rounds + 2} | given
 
     @classmethod
     def from_file(cls, path: str | Path) -> Policy:

@@ -592,6 +592,16 @@ def test_a_payload_takes_memory_as_it_comes_keeps_its_length_and_leaves_a_line_w
     assert [e["status"] for e in entries] == ["malformed", "abandoned", "began", "answered"]
 
 
+def test_few_rounds_allow_few_evaluations(trainee):
+    ask = Asker(trainee, Policy(max_rounds=1))
+    ask.hello()
+    answers = [ask.evaluate() for _ in range(6)]
+    assert [isinstance(a, bytes) for a in answers] == [True] * 4 + [False] * 2
+    assert "policy.max_evaluations: " in answers[-1][1]
+    assert Policy(max_rounds=1, max_evaluations=9).max_evaluations == 9
+    assert Policy(max_rounds=None).max_evaluations == Policy(max_rounds=10**6).max_evaluations == 2000
+
+
 def test_what_cannot_be_read_does_not_fill_the_disk(trainee, tmp_path):
     path = tmp_path / "audit.jsonl"
     ask = Asker(trainee, audit=path)
