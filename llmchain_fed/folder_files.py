@@ -110,3 +110,6 @@ def check_own(folder: Path, *, error: ErrorType) -> None:
                 f"{shown(str(path), 300)} links out of the folder, so nothing is loaded",
                 "Copy the file there instead.",
             )
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe, which is waited for, or a device
+            why = f"{shown(str(path), 300)} is no regular file, so nothing is loaded"
+            raise refusal(error, why, "Take the folder from another source.")

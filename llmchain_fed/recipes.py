@@ -242,6 +242,9 @@ class PromptData(Strict):
                 raise ValueError(msg) from None
             # LangChain formats the whole again, the examples' values included
             template_variables(self.separator.join([self.prefix, *examples, self.template]), _LANGCHAINS)
+        if odd := [m.template for m in self.messages if m.role == "placeholder" and not m.template.isidentifier()]:
+            msg = f"{_short(odd[0])} is no name of a placeholder for messages; use letters, digits and _"
+            raise ValueError(msg)
         for template in (self.template, *(m.template for m in self.messages if m.role != "placeholder")):
             template_variables(template, _LANGCHAINS)
         return self

@@ -366,6 +366,8 @@ CHAINS = {
     "a width between examples": few_shot(examples=[{"a": "b"}] * 2, separator=WIDE),
     "a width in a message": yaml_in("prompt", kind="chat", messages=[{"role": "human", "template": WIDE}]),
     "jinja": yaml_in("prompt", template_format="jinja2"),
+    "a placeholder of no name": yaml_in("prompt", kind="chat", messages=[{"role": "placeholder", "template": ""}]),
+    "a placeholder's index": yaml_in("prompt", kind="chat", messages=[{"role": "placeholder", "template": "a.b[c]"}]),
     "values many times": few_shot(example_template="{a}" * 5000, examples=[{"a": "x" * 20_000}] * 20),
     "a default many times": yaml_in("prompt", template="{b}" * 60_000 + "{text}", defaults={"b": "x" * 300_000}),
     # what is expanded while it is read
@@ -444,6 +446,8 @@ MODELS = {
     "two layers more": of_settings("config.json", num_hidden_layers=4),
     "a head of its own": of_settings("config.json", tie_word_embeddings=False),
     "wide layers": of_settings("config.json", hidden_size=10**7, intermediate_size=10**7),
+    "a pipe for weights": lambda f: (f / "model.safetensors").unlink() or os.mkfifo(f / "model.safetensors"),
+    "a pipe beside": lambda f: os.mkfifo(f / "more.safetensors"),
     "layers without end": of_settings("config.json", num_hidden_layers=10**9),
     "kinds of layers": of_settings("config.json", model_type="gpt_neo", attention_types=[[["global"], 10**9]]),
     "a swelling text": swelling("."),
