@@ -33,7 +33,7 @@ def load(
     try:
         with no_panic():
             tokenizer = AutoTokenizer.from_pretrained(embedded.resolve(name_or_path), trust_remote_code=False)
-    except Exception as error:
+    except Exception as error:  # tokenizers raises a bare Exception over a file that makes no sense
         raise _unloadable(name_or_path, error) from error
     if lora is not None:
         lora = copy.deepcopy(lora)

@@ -61,7 +61,7 @@ def load(directory: Path) -> Any:
     try:
         with no_panic():
             return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:
+    except Exception as error:  # tokenizers raises a bare Exception over a file that makes no sense
         msg = f"the tokenizer in {str(folder)!r} cannot be read: {shown(str(error), 300)}. {SAVE_AGAIN}"
         raise ChainFileError(msg) from None
 

@@ -22,9 +22,7 @@ from llmchain_fed.training_config import DEFAULT_LEARNING_RATE
 from llmchain_fed.untrusted import shown
 
 _MOST = 10**9
-_UNDONE = (
-    0.1  # of what the steps before have learnt, the share that one step may take back by its decay or proximal term
-)
+_UNDONE = 0.1  # share of what was learnt before that one step may take back by decay or proximal term
 
 
 class Limits(FrozenConfig):

@@ -307,12 +307,11 @@ def give_back(hub: Hub, names: list[str], states: Mapping[str, bytes]) -> None:
     if not known:
         return
     for name, answer in hub.transport.call("personal_state", list(known), known, hub.settings.deadline):
-        if isinstance(answer, ABSENCE) or (
-            isinstance(answer, Exception) and not isinstance(hub.transport, InProcess)
-        ):  # its policy, say, keeps that from the hub
+        if isinstance(answer, Exception):
+            if isinstance(hub.transport, InProcess) and not isinstance(answer, ABSENCE):
+                raise answer  # this process's own
+            # its policy, say, keeps that from the hub
             hub.notes[name] = f"goes on from what it kept itself ({type(answer).__name__})"
-        elif isinstance(answer, Exception):
-            raise answer
 
 
 @contextmanager

@@ -57,7 +57,6 @@ class _Call:
     payload: bytearray = field(default_factory=bytearray)
     caller: str | None = None
     """as the site's own bridge has it"""
-    received: int = 0
     state: str = "receiving"
     """receiving, waiting, working, done or failed"""
     answer: bytes = b""
@@ -141,15 +140,16 @@ class Site:
                 self._begin(name, op, offset, total, caller)
             call = self._call
             assert call is not None
-            if call.state != "receiving" or offset + len(body) <= call.received < total:
+            if call.state != "receiving" or offset + len(body) <= len(call.payload) < total:
                 return frames.pack({"state": call.state})  # said before
             ends = offset + len(body)
-            if total != call.total or offset != call.received or ends > total or (total and not len(body)):
-                msg = f"a slice of {len(body):,} bytes at {offset:,} does not follow {call.received:,} of {total:,}."
+            if total != call.total or offset != len(call.payload) or ends > total or (total and not len(body)):
+                msg = (
+                    f"a slice of {len(body):,} bytes at {offset:,} does not follow {len(call.payload):,} of {total:,}."
+                )
                 raise TransportError(msg)
             call.payload += body
-            call.received += len(body)
-            if call.received == total:
+            if len(call.payload) == total:
                 call.state = "waiting"
                 self._changed.notify_all()
         return frames.pack({"state": call.state})
@@ -171,7 +171,7 @@ class Site:
         if self._call is not None:
             self._former.append(self._call.id)
             if self._call.state == "receiving":
-                entry = {"op": self._call.op, "bytes_in": self._call.received, "caller": self._call.caller}
+                entry = {"op": self._call.op, "bytes_in": len(self._call.payload), "caller": self._call.caller}
                 with suppress(PolicyError):  # where nothing can be written down, nothing is answered either
                     self._audit.write(**entry, status="abandoned", error="its payload did not come to its end")
             self._call.payload = bytearray()
