@@ -76,7 +76,7 @@ def shown(value: object, longest: int = 80) -> str:
     """A short, printable form of any value, for a message; it never fails and never walks all of large plain data."""
     if isinstance(value, str):
         return printable(value, longest)
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= MAX_INTEGER:
+    if isinstance(value, int) and value.bit_length() > min(4 * longest, 14_000):  # Python spells 4,300 digits
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, (Mapping, list, tuple, set, frozenset)) and len(value) > longest:
         return f"{type(value).__name__} of {len(value):,} entries"

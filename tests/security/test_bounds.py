@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import pkgutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from llmchain_fed.federated import contents, given_state, held, messages, roster
 from llmchain_fed.federated.participant import ALPHAS, LARGEST_RANK
 from llmchain_fed.training import TrainingConfig
 from llmchain_fed.untrusted import Strict, checked, parse_json, shown
-from tests.security.bounded import bounded, within
+from tests.security.bounded import bounded
 
 _SEQUENCES = ("list", "tuple", "set", "frozenset")
 _MANY = 30_000
@@ -100,19 +101,31 @@ def _told(model: type[Strict], found: object) -> str:
     return ""
 
 
+def _least_seconds(run: Callable[[], object], most: float) -> float:
+    """The least processor time of three runs, or of the first within `most`: what other processes do does not count."""
+    least = math.inf
+    for _ in range(3):
+        began = time.process_time()
+        run()
+        least = min(least, time.process_time() - began)
+        if least <= most:
+            break
+    return least
+
+
 @pytest.mark.parametrize("kind", HOSTILE)
 @bounded(seconds=60, megabytes=192)
 def test_what_is_wrong_throughout_costs_no_more_than_ten_times_its_parsing(kind):
     limits: dict[str, Any] = {"most": 2**24, "what": "it", "error": ParticipantError}
-    began = time.perf_counter()
     found = parse_json(HOSTILE[kind], **limits)
-    most = 10 * (time.perf_counter() - began) + 0.1
+    most = 10 * _least_seconds(lambda: parse_json(HOSTILE[kind], **limits), 0.0) + 0.1
     for model in MODELS:
         for name in _fields(model):
-            with within(most):
-                assert len(_told(model, {name: found})) < 2000, (model, name)
-        with within(most):
-            assert _told(model, found)
+            given = {name: found}
+            assert _least_seconds(lambda model=model, given=given: _told(model, given), most) <= most, (model, name)
+            assert len(_told(model, given)) < 2000, (model, name)
+        assert _least_seconds(lambda model=model: _told(model, found), most) <= most, model
+        assert _told(model, found)
 
 
 def test_a_few_errors_are_told_by_name_and_thousands_by_their_count():
@@ -125,11 +138,9 @@ def test_a_few_errors_are_told_by_name_and_thousands_by_their_count():
 def test_what_is_shown_of_a_nest_is_not_spelled_out_first():
     inner = {str(i): [0] for i in range(_MANY)}
     for nest, begins in ({"a": inner}, "{'a': "), ([inner], "["):
-        began = time.perf_counter()
-        repr(nest)
-        most = (time.perf_counter() - began) / 4 + 0.001
-        with within(most):
-            assert shown(nest).startswith(begins)
+        most = _least_seconds(lambda nest=nest: repr(nest), 0.0) / 4 + 0.001
+        assert _least_seconds(lambda nest=nest: shown(nest), most) <= most
+        assert shown(nest).startswith(begins)
         assert len(shown(nest)) <= 81
     assert shown([[1, 2], {"a": [3]}]) == "[[1, 2], {'a': [3]}]"
 

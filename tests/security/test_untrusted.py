@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from bounded import bounded, within
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from llmchain_fed import untrusted
@@ -207,6 +207,9 @@ PLAIN = st.recursive(
 
 @settings(max_examples=300, deadline=None, database=None)
 @given(PLAIN)
+@example(2**63)
+@example(-(2**63))
+@example([10**40])
 def test_plain_data_is_shown_as_python_spells_it(value):
     if not isinstance(value, str):
         assert untrusted.shown(value, 5000) == untrusted.printable(repr(value), 5000)
