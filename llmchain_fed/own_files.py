@@ -1,14 +1,16 @@
-"""Files that a command writes for its account alone, and the few that others may read.
+"""Files that a command writes for its account alone, and the few that others may read; whole or not at all.
 
-Knows the process's umask. Knows nothing of what the files are. The umask is the whole process's, threads included: a
-command sets it once, before it starts any.
+Knows the process's umask and how a file takes another's place. Knows nothing of what the files are. The umask is the
+whole process's, threads included: a command sets it once, before it starts any.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 PRIVATE = 0o077
 _users: list[int] = []  # the umask that the user came with, while a command runs
@@ -35,3 +37,40 @@ def as_the_user_says() -> Iterator[None]:
     finally:
         if former is not None:
             os.umask(former)
+
+
+def write_whole(path: str | Path, content: str | bytes, *, mode: int = 0o666) -> None:
+    """Writes a file that takes the former one's place only when it is on the disk; else the former one stays.
+
+    Args:
+        path: Which; its folder must be there.
+        content: All of it; a text is written as UTF-8.
+        mode: Permissions, of which the umask takes its part: 0o600 is for this account alone.
+
+    Raises:
+        OSError: It cannot be written; nothing has changed.
+    """
+    path = Path(path)
+    scratch = path.with_name(f".{path.name[:100]}-{secrets.token_hex(8)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        with os.fdopen(os.open(scratch, flags, mode), "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            scratch.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts on the disk which names a folder holds, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

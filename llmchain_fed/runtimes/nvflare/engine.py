@@ -14,12 +14,10 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 
-from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.runtimes.nvflare import kits
+from llmchain_fed.runtimes.nvflare import certificates, kits
 from llmchain_fed.runtimes.nvflare.job import SOCKET
 
 _MODULES = {True: "nvflare.private.fed.app.server.server_train", False: "nvflare.private.fed.app.client.client_train"}
@@ -33,7 +31,7 @@ def check(kit: Path) -> None:
             hub's port in use; the hub of another authority or refusing this certificate.
     """
     hub = kits.is_hub(kit)
-    _check_certificate(kit, "server" if hub else "client")
+    certificates.check(kit)
     host, port = kits.address(kit)
     if hub:
         with socket.socket() as probe:
@@ -45,43 +43,6 @@ def check(kit: Path) -> None:
                 raise ConfigError(msg) from error
     else:
         _check_hub(kit, host, port)
-
-
-def _check_certificate(kit: Path, name: str) -> None:
-    from cryptography import x509
-    from cryptography.x509.oid import NameOID
-    from nvflare.lighter.utils import verify_cert_chain
-
-    startup = kit / "startup"
-    try:
-        leaf, root = (
-            x509.load_pem_x509_certificate(
-                untrusted.read_file(startup / file, most=2**20, what="the certificate", error=ConfigError)
-            )
-            for file in (f"{name}.crt", "rootCA.pem")
-        )
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(startup / f"{name}.crt", startup / f"{name}.key")
-        named = [str(a.value) for a in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-    except Exception as error:  # of the file, or of what stands in a certificate that another party made
-        msg = f"the certificate or key of {kit} cannot be used: {untrusted.printable(error, 300)}"
-        raise ConfigError(msg) from error
-    now = datetime.now(UTC)
-    if not leaf.not_valid_before_utc <= now <= leaf.not_valid_after_utc:
-        msg = (
-            f"the certificate of {kit.name} is valid from {leaf.not_valid_before_utc:%Y-%m-%d} to "
-            f"{leaf.not_valid_after_utc:%Y-%m-%d}, today is {now:%Y-%m-%d}. Request a new one, in a fresh folder."
-        )
-        raise ConfigError(msg)
-    try:
-        verify_cert_chain(leaf, [], root)
-    except Exception as error:
-        why = untrusted.printable(error, 200)
-        msg = f"the certificate of {kit.name} was not signed by this federation's authority ({why})."
-        raise ConfigError(msg) from error
-    if name == "client" and named != [kits.site_name(kit)]:
-        owner = untrusted.shown(", ".join(named))
-        msg = f"the certificate belongs to {owner}, the kit to {kits.site_name(kit)}: they were mixed up."
-        raise ConfigError(msg)
 
 
 def _check_hub(kit: Path, host: str, port: int) -> None:

@@ -1,0 +1,47 @@
+"""llmchain-fed: the commands of a federation across organisations.
+
+    llmchain-fed provision …    certificates, by the engine's own provisioning; keys stay with their site
+    llmchain-fed engine KIT     checks a kit and runs its engine in the foreground, at the hub and at every site
+    llmchain-fed peer …         a site's long-lived process: loads the chain, reads the examples, answers the hub
+    llmchain-fed policy …       says what a site's policy file lets happen
+    llmchain-fed federate FILE  the hub's loop: rounds, history, the trained chain
+
+A module a group of commands; they know options and messages. What the commands do stands in the library: the same
+Python works in a notebook.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from llmchain_fed.errors import LLMChainFedError
+from llmchain_fed.own_files import for_this_account_alone
+
+try:
+    import typer
+except ImportError:  # pragma: no cover (the tests install the extra)
+    sys.exit("the command llmchain-fed needs typer: pip install 'llmchain-fed[nvflare]'")
+
+from llmchain_fed.cli import federating, provisioning, site
+from llmchain_fed.cli.console import FAILED, error_line
+
+app = typer.Typer(help="Federations of LangChain chains across organisations.", no_args_is_help=True)
+app.add_typer(provisioning.app, name="provision")
+app.add_typer(site.policies, name="policy")
+app.command()(site.peer)
+app.command()(site.engine)
+app.command()(federating.federate)
+
+
+@app.callback()
+def _begin(context: typer.Context) -> None:
+    context.with_resource(for_this_account_alone())  # until the command has ended
+
+
+def main() -> None:
+    """The console script: this package's errors are one line and exit status 2."""
+    try:
+        app()
+    except LLMChainFedError as error:
+        error_line(error)
+        sys.exit(FAILED)

@@ -1,0 +1,38 @@
+"""Console: lines for an operator's screen, and the exit statuses of commands.
+
+Knows stderr and the clock. Knows nothing of what is said.
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+
+from llmchain_fed.untrusted import one_line
+
+DONE = 0
+"""all as asked"""
+FAILED = 2
+"""it cannot be done as asked: mend what the line says; starting it again without that ends the same"""
+INCOMPLETE = 3
+"""the rounds are done, but a site was refused, or missing throughout"""
+AGAIN = 4
+"""out of reach or too few: the same command may succeed later, and goes on where this one was"""
+INTERRUPTED, TERMINATED = 130, 143
+"""stopped by Ctrl-C, by SIGTERM: the same command goes on"""
+_LONGEST = 2000  # characters of a line
+
+
+def say(text: str) -> None:
+    """One line on stderr that begins with the local time; what comes from elsewhere can write no further lines."""
+    _write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {one_line(text, _LONGEST)}")
+
+
+def error_line(error: BaseException) -> None:
+    """How a command ends that could not do what it was asked."""
+    _write(f"error: {type(error).__name__}: {error}")
+
+
+def _write(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()

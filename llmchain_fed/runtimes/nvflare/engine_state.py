@@ -1,0 +1,87 @@
+"""EngineState: what an engine's own process writes down of itself, for `llmchain-fed status` and the hub's loop.
+
+Knows one JSON file in a kit, and where on this machine a hub's engine writes it. Knows nothing of processes or TLS.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from llmchain_fed import untrusted
+from llmchain_fed.errors import ConfigError
+from llmchain_fed.own_files import write_whole
+
+FILE = "engine_state.json"
+_LARGEST = 2**20  # bytes
+_Text = Annotated[str, Field(max_length=2000)]
+_Name = Annotated[str, Field(max_length=256)]
+
+
+class SeenSite(untrusted.Strict):
+    """A site as the hub's engine sees it."""
+
+    connected: bool = False
+    since: float | None = None
+    """seconds since the epoch since when it is connected, or is not"""
+    fingerprint: _Text | None = None
+    """of the certificate that it came with"""
+    trouble: _Text | None = None
+    """what is wrong, in a sentence: another key tried to come under its name, it is seen from two places, …"""
+
+
+class EngineState(untrusted.Strict):
+    """All of the file."""
+
+    name: _Name
+    """the site's, or "hub" """
+    pid: int
+    started: float
+    """seconds since the epoch, as all times here"""
+    written: float
+    state: Literal["starting", "waiting", "running", "stopping", "ended"]
+    says: _Text
+    """one sentence: what it does or waits for"""
+    hub: _Text
+    """host:port"""
+    connected: bool | None = None
+    """whether there is a connection to the hub; None at the hub itself"""
+    since: float | None = None
+    """since when it is or is not"""
+    certificate_ends: float | None = None
+    sites: dict[_Name, SeenSite] = Field(default_factory=dict, max_length=10_000)
+    """at the hub: who came, by name"""
+
+
+def write(kit: Path, state: EngineState) -> None:
+    """Puts the state into a kit, for this account alone.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    write_whole(kit / FILE, state.model_dump_json(indent=1), mode=0o600)
+
+
+def read(kit: Path) -> EngineState | None:
+    """What the engine of a kit wrote last; None where it never wrote.
+
+    Raises:
+        ConfigError: It is none of ours.
+    """
+    path, what = kit / FILE, f"{FILE} of {kit.name}"
+    if not path.is_file():
+        return None
+    data = untrusted.read_file(path, most=_LARGEST, what=what, error=ConfigError)
+    found = untrusted.read_json(data, most=_LARGEST, what=what, error=ConfigError)
+    return untrusted.checked(EngineState, found, what=what, error=ConfigError)
+
+
+def pointer(port: int) -> Path:
+    """The file on this machine that says in which kit the engine of the hub at a port is: this account's alone."""
+    folder = Path(tempfile.gettempdir()) / f"llmchain_fed-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder / f"hub-{port}"
