@@ -96,6 +96,7 @@ LAYERS = [
         "errors",
         "untrusted",
         "own_files",
+        "locks",
         "_config",
         "control_tokens",
         "provenance",
