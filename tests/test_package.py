@@ -96,6 +96,7 @@ LAYERS = [
         "errors",
         "untrusted",
         "own_files",
+        "whole_folders",
         "locks",
         "_config",
         "control_tokens",

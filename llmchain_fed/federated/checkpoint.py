@@ -151,7 +151,7 @@ def write(directory: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
                 former.rename(target)
         msg = (
             f"the checkpoint of round {checkpoint.round} cannot be written to {shown(str(directory), 300)}: "
-            f"{shown(str(error), 500)}. Former ones stay."
+            f"{shown(str(error), 500)}. Former ones stay. Make room there, or give this account the right to write."
         )
         raise CheckpointError(msg) from error
     return target
