@@ -98,6 +98,7 @@ LAYERS = [
         "own_files",
         "whole_folders",
         "locks",
+        "stopping",
         "_config",
         "control_tokens",
         "provenance",
