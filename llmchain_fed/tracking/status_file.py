@@ -127,7 +127,7 @@ class StatusFile(Callback):
         self._state: str = "starting"
         self._says: str | None = None
         self._error: str | None = None
-        self._round, self._total = 0, rounds
+        self._round, self._completed, self._total = 0, 0, rounds
         self._last: str | None = None
         self._kept: dict[str, Any] = {}
         self._failing = False
@@ -155,7 +155,8 @@ class StatusFile(Callback):
 
     def on_fit_begin(self, run: RunInfo) -> None:
         """From now on the file says who takes part."""
-        self._attendance, self._round = run.attendance, run.start_round
+        self._attendance = run.attendance
+        self._round = self._completed = run.start_round
         self._total = self._rounds if self._rounds is not None else run.total
         if self._total is None:
             self._total = run.start_round + run.rounds
@@ -173,7 +174,8 @@ class StatusFile(Callback):
 
     def on_round_end(self, record: RoundRecord, history: History) -> None:  # noqa: ARG002
         """Says what came of it."""
-        self._phase, self._round, self._last = "joining", record.round, record.line(self._total)
+        self._phase, self._last = "joining", record.line(self._total)
+        self._round = self._completed = record.round
         self._wake.set()
 
     def on_fit_end(self, history: History) -> None:
@@ -199,6 +201,7 @@ class StatusFile(Callback):
             self._thread.start()
 
     def _end_with(self, error: BaseException) -> None:
+        self._round = self._completed
         self._error = untrusted.one_line(f"{type(error).__name__}: {error}")
         self._end("stopped" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed")
 
