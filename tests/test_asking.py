@@ -6,69 +6,20 @@ Belongs here: who is asked, how often, and what becomes of silence. Does not: pr
 import time
 
 import pytest
-from tiny import PAIRS
+from scripted import BROKEN, CUT, REFUSED, SHARES, TRAINING, federation, statuses
 
 from llmchain_fed import (
     ConfigError,
     DeadlineError,
     FederatedAveraging,
-    Participant,
-    ParticipantError,
-    PolicyError,
     QuorumError,
-    TrainingConfig,
-    TransportError,
 )
 from llmchain_fed.federated import asking
-from llmchain_fed.federated.peer import LocalPeer
-from llmchain_fed.federated.runtime import InProcess
-from llmchain_fed.federated.trainee import Trainee
-
-TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=4, epochs=1)
-SHARES = {"a": PAIRS[:4], "b": PAIRS[4:8], "c": PAIRS[8:]}
-
-
-class Scripted(InProcess):
-    """Answers with the next error of a node's script, and lets the peer work once it is used up or says None."""
-
-    def __init__(self, peers, scripts):
-        super().__init__(peers)
-        self.scripts = {op: {n: list(errors) for n, errors in nodes.items()} for op, nodes in scripts.items()}
-        self.asked = []
-
-    def call(self, op, nodes, payload, timeout=None):
-        for node in nodes:
-            self.asked.append((op, node))
-            script = self.scripts.get(op, {}).get(node, [])
-            error = script.pop(0) if script else None
-            if error is not None:
-                yield node, error
-            else:
-                yield from super().call(op, [node], payload, timeout)
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(asking, "_PAUSE", 0.01)
-
-
-def federation(make_chain, scripts, **options):
-    trainee = Trainee.of(make_chain(lora=True))
-    peers = {n: LocalPeer(trainee, Participant(n, pairs), TRAINING) for n, pairs in SHARES.items()}
-    transport = Scripted(peers, scripts)
-    fed = FederatedAveraging(trainee.prompt, runtime=transport, training=TRAINING, progress=False, **options)
-    return fed, transport
-
-
-def statuses(fed):
-    return [{n: r.status for n, r in record.participants.items()} for record in fed.history]
-
-
-CUT = TransportError("the cable is out")
-BROKEN = ParticipantError("RuntimeError: out of memory")
-
-
-REFUSED = PolicyError("refused by site: policy.max_steps: 1,000,000 steps are more than 1,000")
 
 
 def test_a_site_that_refuses_by_its_policy_is_left_out_of_the_round_and_asked_again_in_the_next(make_chain):

@@ -5,6 +5,7 @@ Belongs here: the round loop's options and its records. Does not: the laws of av
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -1127,9 +1128,10 @@ def test_progress_is_shown_and_can_be_switched_off(make_chain, capfd):
     assert capfd.readouterr() == ("", "")
     federation(make_chain(), progress=True).fit(rounds=2)
     shown = capfd.readouterr()
-    assert "federating" in shown.err
-    assert "2/2" in shown.err
-    assert "round 2 | 3 of 3" in shown.out
+    assert shown.out == ""
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d in: a, b, c\n", shown.err)
+    assert re.search(r" round 2 of 2 · 3 of 3 trained · train loss \d\.\d+ · up / down .* seconds\n", shown.err)
+    assert "federating" not in shown.err, "a log file gets lines, and no bar that is drawn over itself"
 
 
 def test_a_federation_shows_what_it_is(make_chain):

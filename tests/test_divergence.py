@@ -18,10 +18,11 @@ from tiny import PAIRS
 
 from llmchain_fed import ConsoleTable, FederatedAveraging, TrainingConfig, evaluate_locally
 from llmchain_fed.errors import ConfigError, QuorumError
-from llmchain_fed.federated import averaging, evaluation
+from llmchain_fed.federated import evaluation
 from llmchain_fed.federated.divergence import Divergence
 from llmchain_fed.federated.evaluation import Measurement
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
+from llmchain_fed.tracking import screen
 from llmchain_fed.tracking.callback import notes_of
 
 SHARES = {"a": PAIRS[:5], "b": PAIRS[5:9]}
@@ -132,7 +133,7 @@ def test_a_loss_that_is_not_finite(bad, marked):
 @pytest.mark.parametrize("evaluated", [HELD_OUT, PAIRS[9:]], ids=["each", "shared"])
 def test_a_rate_that_is_far_too_high_is_said_at_once_and_goes_on(evaluated, make_chain, monkeypatch):
     lines, out = [], io.StringIO()
-    monkeypatch.setattr(averaging.tqdm, "write", lambda *said, **_: lines.append(said[-1]))
+    monkeypatch.setattr(screen.tqdm, "write", lambda said, **_: lines.append(said))
     fed = federation(make_chain(), evaluation=evaluated, progress=True, callbacks=[ConsoleTable(out)])
     history = fed.fit(rounds=4)
     assert len(history) == 4
@@ -142,7 +143,7 @@ def test_a_rate_that_is_far_too_high_is_said_at_once_and_goes_on(evaluated, make
     assert expected, f"the rate was meant to be too high: {after}"
     assert [record.round for record in history if said(record)] == expected
     for record in history:
-        for text in (str(record), lines[record.round - 1]):
+        for text in (str(record), next(line for line in lines if f" round {record.round} of 4 · " in line)):
             assert ("diverged: held-out loss" in text) == (record.round in expected)
     for text in (repr(history), history._repr_html_(), out.getvalue()):
         assert f"{after[expected[0] - 1]:.4g}" in text

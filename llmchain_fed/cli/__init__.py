@@ -5,6 +5,7 @@
     llmchain-fed peer …         a site's long-lived process: loads the chain, reads the examples, answers the hub
     llmchain-fed policy …       says what a site's policy file lets happen
     llmchain-fed federate FILE  the hub's loop: rounds, history, the trained chain
+    llmchain-fed status WHERE   who is in, which round, what is waited for: from another terminal, while it runs
 
 A module a group of commands; they know options and messages. What the commands do stands in the library: the same
 Python works in a notebook.
@@ -24,7 +25,7 @@ try:
 except ImportError:  # pragma: no cover (the tests install the extra)
     sys.exit("the command llmchain-fed needs typer: pip install 'llmchain-fed[nvflare]'")
 
-from llmchain_fed.cli import federating, provisioning, site
+from llmchain_fed.cli import federating, provisioning, site, status
 from llmchain_fed.cli.console import FAILED, INTERRUPTED, TERMINATED, error_line, status_of
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
@@ -35,6 +36,7 @@ app.add_typer(site.policies, name="policy")
 app.command()(site.peer)
 app.command()(site.engine)
 app.command()(federating.federate)
+app.command()(status.status)
 
 
 @app.callback()

@@ -1,16 +1,15 @@
 """Console: lines for an operator's screen, and the exit statuses of commands.
 
-Knows stderr, the clock and which errors may pass. Knows nothing of what is said.
+Knows stderr and which errors may pass. Knows nothing of what is said.
 """
 
 from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from datetime import datetime
 
 from llmchain_fed.errors import DeadlineError, QuorumError, TransportError
-from llmchain_fed.untrusted import one_line
+from llmchain_fed.tracking.lines import stamped
 
 DONE = 0
 """all as asked"""
@@ -22,12 +21,11 @@ AGAIN = 4
 """out of reach or too few: the same command may succeed later, and goes on where this one was"""
 INTERRUPTED, TERMINATED = 130, 143
 """stopped by Ctrl-C, by SIGTERM: the same command goes on"""
-_LONGEST = 2000  # characters of a line
 
 
 def say(text: str) -> None:
     """One line on stderr that begins with the local time; what comes from elsewhere can write no further lines."""
-    _write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {one_line(text, _LONGEST)}")
+    _write(stamped(text))
 
 
 def error_line(error: BaseException) -> None:

@@ -6,12 +6,13 @@ Knows the transport, the roster and the clock. Knows nothing about aggregation o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from llmchain_fed.errors import ConfigError, ParticipantError, TransportError
+from llmchain_fed.errors import ConfigError, DeadlineError, ParticipantError, TransportError
 from llmchain_fed.federated.broadcast import Broadcast
 from llmchain_fed.federated.combinations import check_rank
+from llmchain_fed.federated.history import ParticipantRecord
 from llmchain_fed.federated.roster import Roster
 from llmchain_fed.federated.round import OpenRound, too_few
 from llmchain_fed.federated.rule import Rule
@@ -64,7 +65,7 @@ class Asking:
             joined += self._join(self._deadline, again=attempt > 0)
             if len(self._roster.joined) >= quorum:
                 return joined
-        raise too_few(number, len(self._roster.joined), quorum, self._roster.absent)
+        raise too_few(number, len(self._roster.joined), quorum, self._roster.reasons)
 
     def _join(self, timeout: float | None, *, again: bool) -> list[str]:
         newcomers = self._roster.join(timeout=timeout, again=again)
@@ -78,16 +79,13 @@ class Asking:
                 self._broadcast.joined(name, hello.holds, hello.rank, hello.alpha)
         return [name for name in newcomers if name in self._roster.joined]
 
-    def train(
-        self, opened: OpenRound, chosen: list[str], header: Mapping[str, Any], done: Callable[[str], object]
-    ) -> None:
+    def train(self, opened: OpenRound, chosen: list[str], header: Mapping[str, Any]) -> None:
         """Lets the chosen train and hands their answers to the round as they arrive.
 
         Args:
             opened: The round.
             chosen: Who shall train.
             header: What they are told.
-            done: Told each participant whose answer is in.
         """
         until = time.monotonic() + self._deadline if self._deadline is not None else None
         waiting, sent = chosen, dict.fromkeys(chosen, 0)
@@ -111,13 +109,25 @@ class Asking:
                     continue
                 hello = self._roster.joined[name]
                 counts = {"num_examples": hello.num_examples, "num_tokens": hello.num_tokens}
-                opened.accept(name, answer, sent=sent[name], **counts)
-                done(name)
+                self._judged(name, answer, opened.accept(name, answer, sent=sent[name], **counts))
             waiting = list(missed)
             if not waiting:
                 break
         for name, error in missed.items():
-            opened.accept(name, error, sent=sent[name])
+            self._judged(name, error, opened.accept(name, error, sent=sent[name]))
+
+    def _judged(self, name: str, answer: bytes | Exception, record: ParticipantRecord) -> None:
+        """Tells what became of an answer; a record begins with the first reason of the absence that it is part of."""
+        attendance = self._roster.attendance
+        if record.status == "trained":
+            attendance.worked(name)
+        elif isinstance(answer, DeadlineError):
+            attendance.late(name, answer)
+        else:
+            why = answer if isinstance(answer, Exception) else record.reason or "UpdateRefusedError"
+            attendance.out(name, why, lasting=not isinstance(answer, TransportError))
+        if record.reason is not None:
+            record.reason = attendance.told(name, record.reason)
 
 
 def _left(until: float | None) -> float | None:

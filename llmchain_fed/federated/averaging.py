@@ -9,11 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from tqdm.auto import tqdm
-
 from llmchain_fed import door
 from llmchain_fed._config import unknown_option
-from llmchain_fed.data import DataReport, Examples
+from llmchain_fed.data import Examples
 from llmchain_fed.errors import ConfigError, QuorumError
 from llmchain_fed.federated.aggregation import Aggregation, Weighting
 from llmchain_fed.federated.alike import Alike
@@ -45,9 +43,9 @@ from llmchain_fed.federated.server_optimizers import ServerOptimizer
 from llmchain_fed.federated.settings import make_settings
 from llmchain_fed.federated.trainee import Trainee
 from llmchain_fed.tracking.callback import Callback, RunInfo
+from llmchain_fed.tracking.screen import Screen
 from llmchain_fed.tracking.telling import Callbacks
 from llmchain_fed.training import TrainingConfig
-from llmchain_fed.untrusted import printable
 
 
 class FederatedAveraging(ManualRounds):
@@ -85,7 +83,8 @@ class FederatedAveraging(ManualRounds):
             to the others in the proportion of their weights; where no more than 1/share take part, all weigh the same.
             Up to 1/share updates are kept until all are in. None sets no limit.
         participants_per_round: How many are sampled each round: a count, or a share as a float.
-        quorum: Participants, and updates, without which a round fails.
+        quorum: Participants, and updates, without which a round fails; 1 by default: a round goes on with one alone.
+            Who is out meanwhile, and why, stands in `attendance`.
         deadline: seconds a round's training may take; who is later is dropped and recorded. None sets none, and yet
             nobody in another process is waited for longer than a day: 24 hours are also what a site's policy lets one
             training take (`max_seconds`), unless its operator says otherwise.
@@ -94,9 +93,11 @@ class FederatedAveraging(ManualRounds):
         checkpoint_dir: Where a checkpoint is written after each round; `FederatedAveraging.resume` goes on from it. A
             server optimizer of your own needs `state_dict` and `load_state_dict` for that, or starts its memory anew.
         keep_checkpoints: How many of the newest are kept; None keeps all.
-        callbacks: Told of every round: TensorBoard, MLflow, Trackio, ConsoleTable, or your own `Callback`.
+        callbacks: Told of every round, and of who is out or back: TensorBoard, MLflow, Trackio, ConsoleTable, or your
+            own `Callback`.
         seed: Decides sampling, the order of data and dropout.
-        progress: Shows a progress bar and a line per round.
+        progress: Shows on stderr a line per round, one when somebody goes out and one when it is back; on a terminal or
+            in a notebook a progress bar, too.
 
     Raises:
         ChainFileError, RecipeError: `model` is a chain that `save` could not write, so what is learnt would be lost.
@@ -147,8 +148,7 @@ class FederatedAveraging(ManualRounds):
         self._model = self._trainee.model
         door.admit(self._model)
         self._trainee.check_savable()
-        self._progress = progress
-        self._callbacks = Callbacks(callbacks)
+        Callbacks(callbacks)  # refuses what is none
         self._training = training_of(training, optimizer=optimizer, lr=lr, batch_size=batch_size, seed=seed)
         door.check_batches(self._model, self._training.micro_batch_size or self._training.batch_size)
         self._held = Held(self._model)
@@ -186,6 +186,10 @@ class FederatedAveraging(ManualRounds):
             checked_quorum(quorum, sample_size(participants_per_round, available), available)
         self._transport: Transport = runtime if runtime is not None else InProcess(self._peers)
         self._hub = Hub(self._trainee, self._transport, evaluator, settings, federation)
+        elsewhere = not isinstance(self._transport, InProcess)
+        self._screen = Screen(self.attendance, elsewhere=elsewhere) if progress else None
+        self._callbacks = Callbacks(callbacks, (self._screen,) if self._screen is not None else ())
+        self.attendance.listen(self._callbacks.attendance_changed)
         self._hub.begin()  # refuses a rule that does not fit the model now, not after the first round's training
         options = {"samples": samples, "quorum": quorum, "deadline": deadline, "retries": retries}
         options["evaluation"] = evaluation if isinstance(evaluation, float) else None
@@ -250,21 +254,6 @@ class FederatedAveraging(ManualRounds):
             f"FederatedAveraging({self._model!r}, {len(names)} participants ({shown}), {self.round} rounds completed)"
         )
 
-    @property
-    def round(self) -> int:
-        """Rounds completed."""
-        return self._hub.round
-
-    @property
-    def history(self) -> History:
-        """The rounds so far."""
-        return self._hub.history
-
-    @property
-    def data_reports(self) -> dict[str, DataReport]:
-        """What became of each participant's examples, once they have joined."""
-        return self._hub.data_reports
-
     def get_model(self) -> Any:
         """What was passed in: the same object, with the global weights in it."""
         return self._given
@@ -278,6 +267,7 @@ class FederatedAveraging(ManualRounds):
         patience: int | None = None,
         min_delta: float = 0.0,
         on_divergence: OnDivergence = "warn",
+        of: int | None = None,
     ) -> History:
         """Runs `rounds` more rounds.
 
@@ -291,6 +281,7 @@ class FederatedAveraging(ManualRounds):
             min_delta: nats per token that count as an improvement.
             on_divergence: "warn" goes on; "stop" ends after the round that diverges, and where a round fails because
                 nobody's training loss stayed finite.
+            of: How many rounds the whole federation has, where this is a part of them: for the screen and callbacks.
 
         Returns:
             The history, of earlier calls too.
@@ -310,44 +301,40 @@ class FederatedAveraging(ManualRounds):
         if stop is not None:
             stop.go_on(self._hub.patience)
         stops = checked_on_divergence(on_divergence, measured=measured)
-        self._everywhere(lambda: self._lead(rounds, stop, stops=stops))
+        self._everywhere(lambda: self._lead(rounds, stop, stops=stops, of=of))
         return self.history
 
     def _everywhere(self, work: Callable[[], Any]) -> Any:
         return self._alike.do(work)
 
-    def _lead(self, rounds: int, patience: Patience | None, *, stops: bool) -> None:
+    def _lead(self, rounds: int, patience: Patience | None, *, stops: bool, of: int | None) -> None:
         self._keeping.check_directory()  # here, where the other processes of a script hear of what it raises
         self.history.stopped_early = None
         options = {"model": self._model.name, **self._keeping.described()}
-        info = RunInfo(options, tuple(self._transport.nodes()), self.round, rounds)
+        info = RunInfo(options, tuple(self._transport.nodes()), self.round, rounds, of, self.attendance)
         self._callbacks.watch(info, self.history, lambda: self._rounds(rounds, patience, stops=stops))
 
     def _rounds(self, rounds: int, patience: Patience | None, *, stops: bool) -> None:
         hub = self._hub
-        with tqdm(total=rounds, desc="federating", unit="round", disable=not self._progress) as bar:
-            for left in reversed(range(rounds)):
-                self._join()  # a round's seconds begin with its broadcast: an engine's start is not a round's cost
-                try:
-                    record = hub.run_round(lambda name: bar.set_postfix_str(printable(name, 80)))
-                except QuorumError:
-                    if not stops or hub.diverged is None:
-                        raise
-                    self.history.stopped_early = hub.diverged
-                    break
-                losses = (record.held_out_before, record.held_out_after)
-                over = patience is not None and patience.over(
-                    *losses, believed=hub.evaluator.is_shared or patience.is_believed(record)
-                )
-                why = hub.diverged if stops and hub.diverged else str(patience) if over else None
-                hub.patience = patience.state() if patience is not None and why is None and left else []
-                self._completed(record)
-                bar.update()
-                if self._progress:
-                    bar.write(f"round {record}")
-                if why is not None:
-                    self.history.stopped_early = why if left else None  # the last round ends it anyway
-                    break
+        for left in reversed(range(rounds)):
+            self._join()  # a round's seconds begin with its broadcast: an engine's start is not a round's cost
+            try:
+                record = hub.run_round(self._callbacks.round_begins)
+            except QuorumError:
+                if not stops or hub.diverged is None:
+                    raise
+                self.history.stopped_early = hub.diverged
+                break
+            losses = (record.held_out_before, record.held_out_after)
+            over = patience is not None and patience.over(
+                *losses, believed=hub.evaluator.is_shared or patience.is_believed(record)
+            )
+            why = hub.diverged if stops and hub.diverged else str(patience) if over else None
+            hub.patience = patience.state() if patience is not None and why is None and left else []
+            self._completed(record)
+            if why is not None:
+                self.history.stopped_early = why if left else None  # the last round ends it anyway
+                break
         hub.patience = []
 
     def _completed(self, record: RoundRecord) -> None:
@@ -377,8 +364,8 @@ class FederatedAveraging(ManualRounds):
         self._keeping.give_back(newcomers)
         for name in newcomers:
             report = self.data_reports.get(name)
-            if report is not None and self._progress and report.worth_saying:
-                tqdm.write(f"{printable(name, 80)}: {report}")
+            if report is not None and self._screen is not None:
+                self._screen.report(name, report)
 
     def _peer(self, participant: Participant) -> LocalPeer:
         return LocalPeer(self._trainee, participant, self._training, held=self._held)

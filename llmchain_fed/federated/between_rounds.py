@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from llmchain_fed.data import Examples
+from llmchain_fed.data import DataReport, Examples
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.evaluation import EvaluationResult, evaluate_locally
 from llmchain_fed.federated import personalizing
+from llmchain_fed.federated.attendance import Attendance
+from llmchain_fed.federated.history import History
 from llmchain_fed.federated.hub import Hub
 from llmchain_fed.federated.keeping import Keeping
 from llmchain_fed.federated.participant import Participant
@@ -43,6 +45,26 @@ class BetweenRounds(ABC):
 
     @abstractmethod
     def _show_adapters(self) -> None: ...
+
+    @property
+    def round(self) -> int:
+        """Rounds completed."""
+        return self._hub.round
+
+    @property
+    def history(self) -> History:
+        """The rounds so far."""
+        return self._hub.history
+
+    @property
+    def attendance(self) -> Attendance:
+        """Who is in and out, since when and why first, and who is waited for."""
+        return self._hub.roster.attendance
+
+    @property
+    def data_reports(self) -> dict[str, DataReport]:
+        """What became of each participant's examples, once they have joined."""
+        return self._hub.data_reports
 
     def evaluate(self, data: Examples) -> EvaluationResult:
         """Held-out loss of the current global weights on any examples, in nats per completion token.

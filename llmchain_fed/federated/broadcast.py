@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmchain_fed.errors import FederationError
 from llmchain_fed.federated import wire
+from llmchain_fed.federated.attendance import Attendance
 from llmchain_fed.federated.codecs import Codec, spec
 from llmchain_fed.federated.factors import Factors
 from llmchain_fed.federated.global_state import GlobalState, is_start_of, named
@@ -84,10 +85,11 @@ class Broadcast:
     Args:
         codec: For changes; None sends changed tensors as they are.
         layout: Of the LoRA factors, to cut them for participants of a smaller rank.
+        attendance: Is told who is asked, and who answers.
     """
 
-    def __init__(self, codec: Codec | None, layout: LoraLayout | None) -> None:
-        self._codec, self.layout = codec, layout
+    def __init__(self, codec: Codec | None, layout: LoraLayout | None, attendance: Attendance | None = None) -> None:
+        self._codec, self.layout, self._attendance = codec, layout, attendance or Attendance()
         self._token = secrets.token_hex(8)
         self._number = 0
         self._start = ""
@@ -230,7 +232,8 @@ class Broadcast:
             stale = []
             alike = len({id(m) for m in messages.values()}) == 1
             payload: Any = next(iter(messages.values())) if alike else messages
-            for node, answer in transport.call(op, waiting, payload, timeout) if waiting else ():
+            answers = transport.call(op, waiting, payload, timeout) if waiting else ()
+            for node, answer in self._attendance.following(op, waiting, answers):
                 bytes_sent[node] += len(messages[node])
                 if isinstance(answer, bytes) and answer == STALE and attempt == 0:
                     self._held[node] = _NOTHING

@@ -134,6 +134,21 @@ class RoundRecord:
     def __str__(self) -> str:
         return " | ".join(_cells(self))
 
+    def line(self, of: int | None = None) -> str:
+        """The round in a line for an operator: each figure with what it is.
+
+        Args:
+            of: How many rounds there will be, if that is known.
+
+        >>> RoundRecord(3, {"a": ParticipantRecord("trained", train_loss=1.5)}, seconds=2.5).line(of=10)
+        'round 3 of 10 · 1 of 1 trained · train loss 1.500 · up / down 0 B / 0 B · 2.5 seconds'
+        """
+        number, trained, *figures = _cells(self)
+        named = [f"{heading} {cell}" for heading, cell in zip(_HEADINGS[2:5], figures, strict=False) if cell != "–"]
+        seconds, notes = figures[3:]
+        first = f"round {number} of {of}" if of is not None else f"round {number}"
+        return " · ".join([first, f"{trained} trained", *named, f"{seconds} seconds", *([notes] if notes else [])])
+
 
 _HEADINGS = ("round", "trained", "train loss", "held-out loss", "up / down", "seconds", "notes")
 

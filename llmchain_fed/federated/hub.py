@@ -62,7 +62,7 @@ class Hub:
         self.evaluator, self.settings = evaluator, settings
         rule = printable(settings.rule.name, MAX_AGGREGATION)[:MAX_AGGREGATION] or None
         self.roster = Roster(transport, trainee, settings.training, federation, aggregation=rule)
-        self.broadcast = Broadcast(settings.broadcast_codec, settings.layout)
+        self.broadcast = Broadcast(settings.broadcast_codec, settings.layout, self.roster.attendance)
         self.asking = Asking(transport, self.roster, self.broadcast, settings.rule, settings.deadline, settings.retries)
         self.round = 0
         self.history = History()
@@ -135,11 +135,11 @@ class Hub:
             header["ditto"] = self.settings.personal.model_dump()
         return header
 
-    def run_round(self, done: Callable[[str], object]) -> RoundRecord:
+    def run_round(self, begins: Callable[[int, tuple[str, ...]], object]) -> RoundRecord:
         """One round with those who are there.
 
         Args:
-            done: Told each participant whose answer is in.
+            begins: Told the round's number, counted from 1, and who will be asked.
 
         Raises:
             QuorumError: Too few updates are usable; nothing has changed.
@@ -147,9 +147,10 @@ class Hub:
         started = time.perf_counter()
         nodes = self.transport.nodes()
         chosen = self.chosen(self.roster.present(), self.round)
+        begins(self.round + 1, tuple(chosen))
         before = self.measure(self.round)
         opened = self.begin()
-        self.asking.train(opened, chosen, self.header(opened), done)
+        self.asking.train(opened, chosen, self.header(opened))
         others = {name: self.roster.record_of(name) for name in nodes if name not in opened.records}
         self.diverged = None
         try:

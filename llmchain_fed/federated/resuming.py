@@ -93,7 +93,7 @@ def checkpoint_of(
     if hasattr(hub.transport, "expect"):
         hub.transport.expect(limits_of(hub.model).file, "personal_state")  # what could not be read again is refused
     answers = hub.transport.call("personal_state", asked, ask, settings.deadline) if asked else ()
-    for name, answer in answers:
+    for name, answer in hub.roster.attendance.following("personal_state", asked, answers):
         if isinstance(answer, bytes) and not isinstance(hub.transport, InProcess):
             hello = hub.roster.joined.get(name)
             try:  # now: what could not be given back would make all of the checkpoint unusable
@@ -259,6 +259,7 @@ def restore(hub: Hub, found: Contents) -> dict[str, bytes]:
     hub.patience, hub.round_notes = list(found.patience), list(found.round_notes)
     hub.members_changed = found.members_changed
     hub.evaluator.forget()
+    hub.roster.attendance.remember({name for record in hub.history for name in record.trained})
     return dict(found.found.participants)
 
 

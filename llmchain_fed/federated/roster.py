@@ -25,6 +25,7 @@ from llmchain_fed.errors import (
     TransportError,
 )
 from llmchain_fed.federated import wire
+from llmchain_fed.federated.attendance import Attendance
 from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.overlap import Overlap
 from llmchain_fed.federated.participant import Alpha, Rank
@@ -105,12 +106,16 @@ class Roster:
         self._training = training.to_plain()
         self.federation = federation or secrets.token_hex(8)
         """tells this federation from an earlier one of the same participants"""
+        self.attendance = Attendance()
+        """who is in and out since when, and why first; everybody who asks participants reports to it"""
         self.joined: dict[str, Hello] = {}
         self.absent: dict[str, Exception] = {}
-        """who is not there now, and why"""
+        """who is not there now, and why it is not now"""
 
     def join(self, *, timeout: float | None = None, again: bool = False) -> list[str]:
         """Asks everyone who has not joined what they hold and whether they stand on the same contract.
+
+        Whoever was lost meanwhile, when it was to evaluate perhaps, has not: it may have restarted, and is told anew.
 
         Args:
             timeout: seconds to wait for them.
@@ -124,6 +129,9 @@ class Roster:
         """
         nodes = self._transport.nodes()
         self.absent = {n: e for n, e in self.absent.items() if n in nodes}
+        self.attendance.expect(nodes)
+        for node in () if again else self.attendance.doubtful:
+            self.joined.pop(node, None)
         newcomers = [node for node in nodes if node not in self.joined]
         if again:
             newcomers = [node for node in newcomers if not isinstance(self.absent.get(node), PolicyError)]
@@ -134,8 +142,10 @@ class Roster:
             if isinstance(answer, Hello):
                 found[node] = answer
                 self.absent.pop(node, None)
+                self.attendance.came(node)
             else:
                 self.absent[node] = answer
+                self.attendance.out(node, answer)
         self.joined |= found
         return list(found)
 
@@ -152,7 +162,8 @@ class Roster:
         contract = self._trainee.contract()
         said = {"contract": contract, "training": self._training, "federation": self.federation}
         said |= {"aggregation": self._aggregation}
-        for node, answer in self._transport.call("hello", nodes, json.dumps(said).encode(), timeout):
+        answers = self._transport.call("hello", nodes, json.dumps(said).encode(), timeout)
+        for node, answer in self.attendance.following("hello", nodes, answers):
             found: Hello | Exception
             try:
                 if isinstance(answer, Exception):
@@ -177,11 +188,19 @@ class Roster:
         self.joined.pop(node, None)
         if why is not None:
             self.absent[node] = why
+            self.attendance.out(node, why, lasting=not isinstance(why, TransportError))
+
+    @property
+    def reasons(self) -> dict[str, Exception]:
+        """Who is absent, and why first."""
+        standings = self.attendance.standings
+        return {node: standings[node].error or why for node, why in self.absent.items()}
 
     def record_of(self, node: str) -> ParticipantRecord:
-        """The record of one that a round did not ask: absent and why, or idle."""
-        why = self.absent.get(node)
-        return ParticipantRecord("absent", told_of(why)) if why else ParticipantRecord("idle")
+        """The record of one that a round did not ask: absent and why, first of all why first, or idle."""
+        if (why := self.absent.get(node)) is None:
+            return ParticipantRecord("idle")
+        return ParticipantRecord("absent", self.attendance.told(node, told_of(why)))
 
 
 def _read(node: str, answer: bytes, contract: Mapping[str, Any]) -> Hello:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llmchain_fed.untrusted import one_line, printable
 
 if TYPE_CHECKING:
+    from llmchain_fed.federated.attendance import Attendance, Change
     from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord, Sample
 
 _LONGEST = 10_000  # characters of a sample's text
@@ -32,6 +33,10 @@ class RunInfo:
     """rounds completed before this fit: its first record has the number `start_round + 1`"""
     rounds: int
     """how many this fit will run at most"""
+    total: int | None = None
+    """how many the whole federation has, where this fit is a part of it"""
+    attendance: Attendance | None = None
+    """who is in and out, and who is waited for; it is kept while the fit runs, and is read only"""
 
 
 class Callback:
@@ -48,6 +53,12 @@ class Callback:
 
     def on_fit_begin(self, run: RunInfo) -> None:
         """Before the first round."""
+
+    def on_attendance(self, change: Change) -> None:
+        """Somebody goes out, or comes back; also between fits, where something else is asked of participants."""
+
+    def on_round_begin(self, number: int, asked: tuple[str, ...]) -> None:
+        """Before a round, whose number counts from 1: everyone who is there has joined, and these will be asked."""
 
     def on_round_end(self, record: RoundRecord, history: History) -> None:
         """After a round has been loaded into the chain, recorded and checkpointed; `history` ends with `record`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import IO, TYPE_CHECKING
 
 from llmchain_fed.errors import MissingExtraError
+from llmchain_fed.tracking import lines
 from llmchain_fed.tracking.callback import Callback, RunInfo, asked, notes_of
 from llmchain_fed.untrusted import printable
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from llmchain_fed.federated.attendance import Change
     from llmchain_fed.federated.history import History, RoundRecord
 
 _HEADINGS = ("round", "trained", "train loss", "held-out loss", "up / down", "seconds", "gap", "notes")
@@ -23,7 +25,7 @@ _WIDTH = 140  # columns where there is no terminal to ask: a log file's lines ar
 
 
 class ConsoleTable(Callback):
-    """Prints a line per round as it ends, and the table of all rounds when fit ends, also when it fails.
+    """Prints a line per round, one when somebody goes out or is back, and when fit ends or fails the table of rounds.
 
     Lines are only ever appended, so they read the same in a log file, and beside a progress bar.
 
@@ -52,6 +54,11 @@ class ConsoleTable(Callback):
         """Prints what is about to run."""
         first, last = run.start_round + 1, run.start_round + run.rounds
         self._print(f"rounds {first} to {last} with {len(run.participants)} participants")
+
+    def on_attendance(self, change: Change) -> None:
+        """Prints who is out and why, and who is back; who is there from the beginning is not listed."""
+        if change.was != "expected" or change.state != "in":
+            self._print(lines.stamped(lines.change_of(change), change.at))
 
     def on_round_end(self, record: RoundRecord, history: History) -> None:
         """Prints the round as one line."""

@@ -9,18 +9,23 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.tracking.callback import Callback, RunInfo
 
 if TYPE_CHECKING:
+    from llmchain_fed.federated.attendance import Change
     from llmchain_fed.federated.history import History, RoundRecord
 
 
 class Callbacks:
     """Those given, in their order.
 
+    Args:
+        given: A `Callback`, or several.
+        first: Our own, which are told before them.
+
     Raises:
         ConfigError: One of them is no `Callback`.
     """
 
-    def __init__(self, given: Any) -> None:
-        self._all: tuple[Callback, ...] = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    def __init__(self, given: Any, first: tuple[Callback, ...] = ()) -> None:
+        self._all: tuple[Callback, ...] = (*first, *(given if isinstance(given, (list, tuple)) else (given,)))
         for item in self._all:
             if not isinstance(item, Callback):
                 msg = f"callbacks are objects of Callback, such as ConsoleTable(), got {item!r:.80}."
@@ -43,6 +48,16 @@ class Callbacks:
                 except Exception as second:
                     error.add_note(f"{callback!r} failed as well: {second}")
             raise
+
+    def attendance_changed(self, change: Change) -> None:
+        """Tells them who is out, or back."""
+        for callback in self._all:
+            callback.on_attendance(change)
+
+    def round_begins(self, number: int, asked: tuple[str, ...]) -> None:
+        """Tells them who is asked in a round."""
+        for callback in self._all:
+            callback.on_round_begin(number, asked)
 
     def round_ended(self, record: RoundRecord, history: History) -> None:
         """Tells them of a round."""

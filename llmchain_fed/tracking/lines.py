@@ -1,0 +1,102 @@
+"""Lines: how a time, a change of attendance and a reason are worded for an operator.
+
+Knows words and the clock. Knows nothing of screens, files or rounds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from llmchain_fed.untrusted import one_line
+
+if TYPE_CHECKING:
+    from llmchain_fed.federated.attendance import Change
+
+_LONGEST = 2000  # characters of a line
+_SHORT = 160  # and of a reason in a list
+_NAMES = 20  # names that are listed
+# what an operator need not know a class's name for; the others stay, because they say what to look for
+_WORDS = {
+    "ContractError": "refused: ",
+    "DeadlineError": "",
+    "ParticipantError": "",
+    "PolicyError": "",
+    "TransportError": "",
+    "UpdateRefusedError": "its update was refused: ",
+}
+_TYPE = re.compile(rf"({'|'.join(_WORDS)}): ")
+
+
+def stamped(text: str, at: float | None = None) -> str:
+    r"""A line with the local time in front; what comes from elsewhere can write no further lines.
+
+    Args:
+        text: What is said.
+        at: seconds since the epoch; None is now.
+
+    >>> stamped("a is back\nb, too")[19:]
+    ' a is back\\nb, too'
+    """
+    return f"{clock(at)} {one_line(text, _LONGEST)}"
+
+
+def clock(at: float | None = None) -> str:
+    """A local time with its seconds."""
+    return f"{datetime.fromtimestamp(at) if at is not None else datetime.now():%Y-%m-%d %H:%M:%S}"
+
+
+def span(seconds: float) -> str:
+    """How long something took, for people.
+
+    >>> span(63.2), span(7000), span(200_000)
+    ('63 s', '1 h 56 min', '2 days 7 h')
+    """
+    if seconds < 120:
+        return f"{max(seconds, 0):.0f} s"
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    if minutes < 100:
+        return f"{minutes} min"
+    if hours < 48:
+        return f"{hours} h {minutes % 60} min"
+    return f"{hours // 24} days {hours % 24} h"
+
+
+def reason_of(reason: str | None) -> str:
+    """Why somebody is out, in words.
+
+    >>> reason_of("ParticipantError: ContractError: another contract (base weights: 1e1c… here, 8057… there)")
+    'refused: another contract (base weights: 1e1c… here, 8057… there)'
+    """
+    found = reason or "no reason is known"
+    while match := _TYPE.match(found):
+        found = _WORDS[match[1]] + found[match.end() :]
+    return found
+
+
+def change_of(change: Change) -> str:
+    """A change of attendance, without its time."""
+    name, reason = one_line(change.name, 80), reason_of(change.reason)
+    if change.state == "in":
+        if change.after is None:
+            return f"{name} is in"
+        back = "is in time again" if change.was == "late" else "is back"
+        return f"{name} {back} after {span(change.after)}"
+    if change.state == "late":
+        return f"{name} is late: {reason}"
+    return f"{name} is {'still out, now for another reason' if change.was == 'out' else 'out'}: {reason}"
+
+
+def names_of(names: list[str]) -> str:
+    """Names in a line; of many the first."""
+    shown = ", ".join(one_line(name, 80) for name in names[:_NAMES])
+    return shown + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "") or "nobody"
+
+
+def beginning_of(there: list[str], absent: Mapping[str, str]) -> str:
+    """Who takes part in the first round, and who does not."""
+    out = [f"{one_line(name, 80)} ({one_line(reason_of(why), _SHORT)})" for name, why in list(absent.items())[:_NAMES]]
+    more = f" and {len(absent) - _NAMES} more" if len(absent) > _NAMES else ""
+    return f"in: {names_of(there)}" + (f"; out: {', '.join(out)}{more}" if out else "")

@@ -1,0 +1,115 @@
+"""Screen: what `progress=True` shows on stderr. A bar where there is a terminal, and lines that stay.
+
+Knows tqdm and stderr. Knows nothing of how rounds come about.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from llmchain_fed.tracking import lines
+from llmchain_fed.tracking.callback import Callback, RunInfo
+from llmchain_fed.untrusted import one_line
+
+if TYPE_CHECKING:
+    from llmchain_fed.data import DataReport
+    from llmchain_fed.federated.attendance import Attendance, Change
+    from llmchain_fed.federated.history import History, RoundRecord
+
+_DOING = {"hello": "joining", "train": "training", "evaluate": "evaluating", "personal_state": "checkpoint"}
+_POSTFIX = 60  # characters
+
+
+class Screen(Callback):
+    """Lines with the time: who takes part, who is out and why, each round. The bar counts all of a federation's rounds.
+
+    Args:
+        attendance: Who takes part.
+        elsewhere: Whether participants are in other processes, which may have to be waited for.
+    """
+
+    def __init__(self, attendance: Attendance, *, elsewhere: bool) -> None:
+        self._attendance, self._elsewhere = attendance, elsewhere
+        self._bar: tqdm[Any] | None = None
+        self._total = 0
+        self._greeted = False
+        self._reports: dict[str, str] = {}
+        attendance.follow(self._refresh)
+
+    def on_fit_begin(self, run: RunInfo) -> None:
+        """The bar stands where earlier fits left it."""
+        if self._elsewhere and not self._greeted:
+            self._say(f"asking {lines.names_of(list(run.participants))} to take part")
+        end = run.start_round + run.rounds
+        self._total = max(run.total or 0, end)
+        self._bar = tqdm(
+            desc="federating",
+            total=self._total,
+            initial=run.start_round,
+            unit="round",
+            leave=end >= self._total,
+            disable=not _shows_a_bar(),
+        )
+
+    def on_attendance(self, change: Change) -> None:
+        """One line, but for those who come before the first round: they are listed when it begins."""
+        if change.was != "expected" or change.state != "in" or self._greeted:
+            self._say(lines.change_of(change), change.at)
+
+    def on_round_begin(self, number: int, asked: tuple[str, ...]) -> None:  # noqa: ARG002
+        """Before the first round: who is there."""
+        if not self._greeted:
+            self._greeted = True
+            found = self._attendance.standings.items()
+            there = [name for name, standing in found if standing.state in ("in", "late")]
+            self._say(lines.beginning_of(there, self._attendance.absent))
+
+    def on_round_end(self, record: RoundRecord, history: History) -> None:  # noqa: ARG002
+        """The round's line."""
+        self._say(record.line(max(self._total, record.round)))
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_fit_end(self, history: History) -> None:
+        """The bar stays, or makes room for the next fit's."""
+        self._close()
+        if history.stopped_early:
+            self._say(f"stopped early: {history.stopped_early}")
+
+    def on_error(self, error: BaseException) -> None:  # noqa: ARG002 (whoever catches it shows it)
+        """The bar stays where it was."""
+        self._close()
+
+    def report(self, name: str, report: DataReport) -> None:
+        """What became of a participant's examples, if it is worth saying and was not said before."""
+        if report.worth_saying and self._reports.get(name) != (text := str(report)):
+            self._reports[name] = text
+            self._say(f"{one_line(name, 80)}: {text}")
+
+    def _refresh(self) -> None:
+        """Who is waited for, beside the bar."""
+        if self._bar is None or self._bar.disable:
+            return
+        waiting = self._attendance.waiting_for
+        doing = _DOING.get(next(iter(waiting.values()), ""), "")
+        self._bar.set_postfix_str(one_line(f"{doing}: {', '.join(waiting)}" if waiting else "", _POSTFIX))
+
+    def _say(self, text: str, at: float | None = None) -> None:
+        tqdm.write(lines.stamped(text, at), file=sys.stderr)
+
+    def _close(self) -> None:
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            bar.close()
+
+
+def _in_notebook() -> bool:
+    return any(kind.__name__ == "tqdm_notebook" for kind in tqdm.__mro__)
+
+
+def _shows_a_bar() -> bool:
+    """A log file has the lines; a bar that is drawn over itself makes them unreadable there."""
+    return _in_notebook() or (hasattr(sys.stderr, "isatty") and sys.stderr.isatty())
