@@ -133,8 +133,8 @@ class Place:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """Path within → SHA-256 of every file's content, but for locks, whose content means nothing."""
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock")
+    """Path within → SHA-256 of every file's content, but for locks and what says how the process stands."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in (".lock", "status.json"))
     return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 

@@ -41,6 +41,7 @@ def _federate(file: Path, members: str) -> None:
     from llmchain_fed.federated.membership import checked_members
     from llmchain_fed.runtimes.federation_file import FederationFile
     from llmchain_fed.runtimes.results import Results
+    from llmchain_fed.tracking.status_file import StatusFile
 
     chosen = checked_members(members)
     found = FederationFile.read(file)
@@ -49,9 +50,15 @@ def _federate(file: Path, members: str) -> None:
     with results.held():
         if results.rounds >= found.rounds:
             _finish(found, results)
-        else:
-            results.check(start=found.chain)
-            _run(found, results, chosen)
+            return
+        results.check(start=found.chain)
+        about: dict[str, Any] = {
+            "federation": str(file),
+            "quorum": found.quorum,
+            "checkpoints": str(results.checkpoints),
+        }
+        with StatusFile(results.status, rounds=found.rounds, about=about) as status:
+            _run(found, results, chosen, status)
 
 
 def _finish(found: Any, results: Any) -> None:
@@ -63,14 +70,19 @@ def _finish(found: Any, results: Any) -> None:
     say(f"done: all {found.rounds} rounds; {_where(results)}. For more, raise `rounds`.")
 
 
-def _run(found: Any, results: Any, members: str) -> None:
+def _run(found: Any, results: Any, members: str, status: Any) -> None:
     from llmchain_fed.runtimes.nvflare.transport import NVFlare
 
     hub = {key: getattr(found.hub, key) for key in ("socket", "patience", "recovery", "startup")}
-    with NVFlare(found.hub.admin, sites=found.hub.sites, say=say, **hub) as runtime:
+
+    def waiting(text: str) -> None:
+        say(text)
+        status.note(text)
+
+    with NVFlare(found.hub.admin, sites=found.hub.sites, say=waiting, **hub) as runtime:
         runtime.check()
         chain = load(found.chain)
-        fed = _begun(found, chain, runtime, results, members)
+        fed = _begun(found, chain, runtime, results, members, callbacks=[status])
         say(f"going on after round {fed.round} of {found.rounds}" if fed.round else f"beginning: {found.rounds} rounds")
         default = "" if "quorum" in found.model_fields_set else ", the default; `quorum:` sets another"
         say(f"a round counts with {found.quorum} of {len(found.hub.sites)} sites (quorum{default})")
@@ -78,7 +90,7 @@ def _run(found: Any, results: Any, members: str) -> None:
             results.save(fed, chain)
         with _lasting_causes(fed):
             while fed.round < found.rounds:
-                fed.fit(rounds=1)
+                fed.fit(rounds=1, of=found.rounds)
                 results.save(fed, chain)
         typer.echo(f"{fed.history}")
         missing = _missing(fed, found.hub.sites)
@@ -89,12 +101,11 @@ def _run(found: Any, results: Any, members: str) -> None:
         raise typer.Exit(INCOMPLETE)
 
 
-def _begun(found: Any, chain: Any, runtime: Any, results: Any, members: Any) -> Any:
+def _begun(found: Any, chain: Any, runtime: Any, results: Any, members: Any, **more: Any) -> Any:
     """The federation, where its newest checkpoint has it."""
     from llmchain_fed.federated.averaging import FederatedAveraging
 
-    options = found.loop_options()
-    # MERGE: options["callbacks"] = [StatusFile(found.out / "status.json", rounds=found.rounds, about={…})]
+    options = found.loop_options() | more
     if results.rounds:
         return FederatedAveraging.resume(results.checkpoints, chain, runtime=runtime, members=members, **options)
     return FederatedAveraging(chain, runtime=runtime, checkpoint_dir=results.checkpoints, **options)

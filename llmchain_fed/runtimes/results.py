@@ -17,6 +17,7 @@ from llmchain_fed.errors import ChainFileError, ConfigError
 from llmchain_fed.federated import checkpoint
 from llmchain_fed.federated.history_data import rounds_in
 from llmchain_fed.stopping import whole
+from llmchain_fed.tracking.status_file import FILE
 from llmchain_fed.untrusted import shown
 
 _LOCK = ".lock"
@@ -32,7 +33,7 @@ class Results:
 
     def __init__(self, out: Path, checkpoints: Path) -> None:
         self.out, self.checkpoints = out, checkpoints
-        self.chain, self.history = out / "chain", out / "history.json"
+        self.chain, self.history, self.status = out / "chain", out / "history.json", out / FILE
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -50,6 +51,7 @@ class Results:
                 stack.enter_context(locks.hold(folder / _LOCK, f"the folder {shown(str(folder), 300)!r}"))
             whole_folders.put_right(self.chain)
             own_files.sweep(self.history)
+            own_files.sweep(self.status)
             yield
 
     @property
