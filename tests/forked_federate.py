@@ -30,6 +30,7 @@ SHARES = {"a": PAIRS[:6], "b": PAIRS[6:]}
 _ERRORS = {kind.__name__: kind for kind in (ContractError, ParticipantError, PolicyError, TransportError)}
 _TOKENIZER = train_tokenizer()
 _CHAINS: list[LLMChain] = []
+_PEERS: dict = {}
 
 
 def make_chain(seed: int = 0) -> LLMChain:
@@ -47,8 +48,7 @@ class Sites(InProcess):
     """
 
     def __init__(self, do, out, sites) -> None:
-        shares = {name: SHARES[name] for name in sites}
-        super().__init__(FederatedAveraging(make_chain(), participants=shares)._peers)
+        super().__init__({name: _PEERS[name] for name in sites})
         self._do, self._out, self._trainings = do, out, 0
 
     def call(self, op, nodes, payload, timeout=None):
@@ -137,8 +137,8 @@ def warm(folder: Path) -> None:
     for made in reversed(_CHAINS):
         made.save(folder / "start")
     chain = LLMChain.load(folder / "start")
-    fed = FederatedAveraging(chain, runtime=Sites({}, {}, "ab"), checkpoint_dir=folder / "kept", progress=False)
-    fed.fit(1)
+    FederatedAveraging(chain, participants=SHARES, checkpoint_dir=folder / "kept", progress=False).fit(1)
+    _PEERS.update(FederatedAveraging(make_chain(), participants=SHARES)._peers)
     for name in ("runtimes.federation_file", "runtimes.results", "runtimes.nvflare.transport"):
         importlib.import_module(f"llmchain_fed.{name}")
 
