@@ -71,7 +71,8 @@ def stopping(say: Callable[[], object]) -> Iterator[None]:
     watch = threading.Thread(target=_watch, args=(read, say, over), name="stopping", daemon=True)
     watch.start()
     former_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    former = {number: signal.signal(number, ours.hear) for number in _SIGNALS}
+    heard = [number for number in _SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]  # nohup's stay
+    former = {number: signal.signal(number, ours.hear) for number in heard}
     try:
         yield
     finally:

@@ -40,5 +40,8 @@ def status_of(error: BaseException) -> int:
 
 def _write(line: str) -> None:
     with suppress(OSError):  # a log on a full disk, say: it costs a line, and not what the command is at
-        sys.stderr.write(line + "\n")
+        if "tqdm" in sys.modules:
+            sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)  # above a bar, and not in the middle of it
+        else:
+            sys.stderr.write(line + "\n")
         sys.stderr.flush()

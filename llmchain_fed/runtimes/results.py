@@ -42,9 +42,9 @@ class Results:
         Raises:
             ConfigError: Another process has them, or they cannot be made.
         """
-        with self._writing(), own_files.as_the_user_says():
+        with _writing(self.out), own_files.as_the_user_says():
             self.out.mkdir(parents=True, exist_ok=True)
-        with self._writing():
+        with _writing(self.checkpoints):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             for folder in {self.out.resolve(): "out", self.checkpoints.resolve(): "checkpoint_dir"}:
@@ -76,7 +76,7 @@ class Results:
             ConfigError: They cannot; or what is there would be replaced by less.
         """
         where, begun = shown(str(self.out), 300), self.rounds
-        with self._writing(), tempfile.TemporaryFile(dir=self.out) as file:
+        with _writing(self.out), tempfile.TemporaryFile(dir=self.out) as file:
             file.write(b"\0")
             file.flush()
         if (os.path.lexists(self.chain) and not saving.may_be_replaced(self.chain)) or (
@@ -102,20 +102,21 @@ class Results:
         Raises:
             ChainFileError, ConfigError: They cannot be written; what was there is as it was.
         """
-        with whole(), self._writing():
+        with whole(), _writing(self.out):
             with own_files.as_the_user_says():
                 chain.save(self.chain)
             if self.history.exists():
                 self.history.chmod(0o600)  # of a run that was begun by an earlier version
             fed.history.save(self.history)
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            msg = (
-                f"out: {shown(str(self.out), 300)} cannot be written: {error.strerror or error}. What was there is as "
-                "it was. Make room there, or give this account the right to write, and start again."
-            )
-            raise ConfigError(msg) from error
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        msg = (
+            f"{shown(str(folder), 300)!r} cannot be written: {error.strerror or error}. What was there is as it was. "
+            "Make room there, or give this account the right to write, and start again."
+        )
+        raise ConfigError(msg) from error
