@@ -37,7 +37,7 @@ def check(kit: Path) -> None:
     leaf, root = _read(certificate), _read(kit / "startup" / "rootCA.pem")
     untrusted.read_file(key, most=2**20, what="the key", error=ConfigError)  # names the file that is missing
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key, password="-")  # never asked for
     except (ssl.SSLError, OSError) as error:
         msg = (
             f"the certificate or key of {kit} cannot be used: {certificate.name} and {key.name} do not go together, or "
@@ -79,7 +79,9 @@ def warnings(kit: Path) -> list[str]:
     certificate, key = _files(kit)
     found = []
     for path, mode in ((kit, "700"), (key, "600")):
-        if path.stat().st_mode & 0o077:
+        with untrusted.decoding(f"the mode of {path}", ConfigError):
+            is_open = bool(path.stat().st_mode & 0o077)
+        if is_open:
             what = "the key" if path == key else "the folder of the key and of logs that can quote examples"
             found.append(
                 f"other accounts of this machine may open {path}, {what}: chmod {mode} {shlex.quote(str(path))}"
@@ -104,13 +106,13 @@ _NEW_AUTHORITY = (
 def _files(kit: Path) -> tuple[Path, Path]:
     """Certificate and key."""
     startup = kit / "startup"
-    hub = not (startup / "fed_admin.json").is_file() and kits.is_hub(kit)
+    hub = not kits.is_admin(kit) and kits.is_hub(kit)
     return tuple(startup / f"{'server' if hub else 'client'}.{ending}" for ending in ("crt", "key"))  # type: ignore[return-value]
 
 
 def _holder(kit: Path) -> str | None:
     """Whose kit it says it is; the hub's says so by its host alone."""
-    if (kit / "startup" / "fed_admin.json").is_file():
+    if kits.is_admin(kit):
         return kits.admin_name(kit)
     return None if kits.is_hub(kit) else kits.site_name(kit)
 
@@ -133,7 +135,8 @@ def _check_dates(what: str, certificate: Certificate, now: datetime, remedy: str
     if now < begin:
         msg = (
             f"this machine's clock is at least {_span(begin - now)} behind, or {what} was made on a machine whose "
-            f"clock is ahead: it is valid from {_utc(begin)}, and here it is {_utc(now)}. Set the clock, then start again."
+            f"clock is ahead: it is valid from {_utc(begin)}, and here it is {_utc(now)}. Set the clock, then "
+            "start again."
         )
         raise ConfigError(msg)
     if end < now:

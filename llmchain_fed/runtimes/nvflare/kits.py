@@ -45,6 +45,13 @@ def is_hub(kit: Path) -> bool:
     raise ConfigError(msg)
 
 
+def is_admin(kit: Path) -> bool:
+    """Whether this is an administrator's kit, which runs nothing, and no other."""
+    startup = kit / "startup"
+    others = (startup / "fed_server.json", startup / "fed_client.json")
+    return (startup / "fed_admin.json").is_file() and not any(path.is_file() for path in others)
+
+
 def site_name(kit: Path) -> str:
     """The name that the kit's certificate gives this site."""
     return _text(kit, "fed_client.json", "client", "fqsn")
@@ -106,7 +113,7 @@ def configure(kit: Path, *, at: Path | None = None) -> None:
         ConfigError: It is no kit.
     """
     kit = kit.absolute()  # the engine takes no relative paths
-    if (kit / "startup" / "fed_admin.json").is_file():
+    if is_admin(kit):
         kit.chmod(0o700)
         return
     hub, local = is_hub(kit), kit / "local"
