@@ -37,7 +37,9 @@ def check(kit: Path) -> None:
     leaf, root = _read(certificate), _read(kit / "startup" / "rootCA.pem")
     untrusted.read_file(key, most=2**20, what="the key", error=ConfigError)  # names the file that is missing
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key, password="-")  # never asked for
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(
+            certificate, key, password=lambda: ""
+        )  # is never asked for
     except (ssl.SSLError, OSError) as error:
         msg = (
             f"the certificate or key of {kit} cannot be used: {certificate.name} and {key.name} do not go together, or "

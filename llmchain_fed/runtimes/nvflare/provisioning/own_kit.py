@@ -76,7 +76,9 @@ def renew(folder: Path) -> tuple[Path, Role]:
         )
         raise ConfigError(msg)
     with scratch(folder) as unfinished:
-        _make_key(name, role, organisation, unfinished / _RENEWAL)
+        _make_key(name, role, organisation, unfinished)
+        (unfinished / _RENEWAL).mkdir(mode=0o700)
+        (unfinished / _REQUEST).rename(unfinished / _RENEWAL / _REQUEST)
         place([(unfinished / _RENEWAL, folder / _RENEWAL)])
     return waiting, role
 
@@ -149,8 +151,7 @@ def home_of(kit: Path) -> Path | None:
 
 
 def _make_key(name: str, role: Role, organisation: str, folder: Path) -> None:
-    """Makes `request/` in a scratch folder."""
-    folder.mkdir(mode=0o700, exist_ok=True)
+    """Makes `request/` in a scratch folder, and makes sure that the engine did."""
     participant = {"name": name, "type": _TYPES[role], "org": organisation}
     if role == "admin":
         participant["role"] = "lead"
@@ -158,7 +159,9 @@ def _make_key(name: str, role: Role, organisation: str, folder: Path) -> None:
     text = yaml.safe_dump({"name": "fed", "participants": [participant]}, sort_keys=False)
     write_whole(definition, text, mode=0o600)
     tool.run("cert", "request", "-p", definition, "--out", folder / _REQUEST, within=folder)
-    definition.unlink()
+    made = folder / _REQUEST
+    untrusted.read_file(made / f"{name}.key", most=sent.LARGEST, what="the new key", error=ConfigError)
+    sent.read_request(made / f"{name}.request.zip", role)
 
 
 def _exchange(made: Path, kit: Path, folder: Path, unfinished: Path) -> None:
