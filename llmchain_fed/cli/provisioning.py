@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmchain_fed.cli.console import TERMINATED
+from llmchain_fed.cli.console import TERMINATED, say
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.untrusted import one_line
 
@@ -78,6 +78,8 @@ def approve(
 
     signed = authorities.approve(request, authority, _role(role), replace=replace, confirm=confirm)
     typer.echo(f"signed. Send this back (it holds no key): {signed}")
+    for warning in authorities.warnings(authority):
+        say(f"warning: {warning}")
 
 
 @app.command("package")
@@ -141,7 +143,8 @@ def names(authority: _Authority) -> None:
     if not certificates:
         typer.echo(f"no certificate was signed yet by the authority in {authority}.")
     for each in certificates:
-        ended = f"revoked {each.revoked}" if each.revoked else f"{each.days_left:.0f} days left"
+        ended = f"{each.days_left:.0f} days left" if each.days_left > 0 else "ended"
+        ended = f"revoked {each.revoked}" if each.revoked else ended
         why = f" ({each.why})" if each.why else ""
         typer.echo(
             f"{each.name}  {each.role}  {each.organisation}  {ended}{why}\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 import ssl
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,15 +80,8 @@ def warnings(kit: Path) -> list[str]:
         ConfigError: The certificates cannot be read.
     """
     certificate, key = _files(kit)
-    found = []
-    for path, mode in ((kit, "700"), (key, "600")):
-        with untrusted.decoding(f"the mode of {path}", ConfigError):
-            is_open = bool(path.stat().st_mode & 0o077)
-        if is_open:
-            what = "the key" if path == key else "the folder of the key and of logs that can quote examples"
-            found.append(
-                f"other accounts of this machine may open {path}, {what}: chmod {mode} {shlex.quote(str(path))}"
-            )
+    found = open_to_others(kit, "the folder of the key and of logs that can quote examples", "700")
+    found += open_to_others(key, "the key", "600")
     now = datetime.now(UTC)
     for what, of, remedy in (
         (f"the certificate of {kit.name}", _read(certificate), f"before that: {_renew(kit)}"),
@@ -97,6 +91,18 @@ def warnings(kit: Path) -> list[str]:
         if now <= end < now + SOON:
             found.append(f"{what} ends at {_utc(end)}, in {_span(end - now)}; {remedy}")
     return found
+
+
+def open_to_others(path: Path, what: str, mode: str) -> list[str]:
+    """A sentence if accounts other than the owner's may open a file or folder that should be its alone; else none.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    with untrusted.decoding(f"the mode of {path}", ConfigError):
+        is_open = bool(path.stat().st_mode & 0o077)
+    command = f"chmod {mode} {shlex.quote(str(path))}"
+    return [f"other accounts of this machine may open {path}, {what}: {command}"] if is_open else []
 
 
 _NEW_AUTHORITY = (
@@ -136,8 +142,8 @@ def _check_dates(what: str, certificate: Certificate, now: datetime, remedy: str
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now < begin:
         msg = (
-            f"this machine's clock is at least {_span(begin - now)} behind, or {what} was made on a machine whose "
-            f"clock is ahead: it is valid from {_utc(begin)}, and here it is {_utc(now)}. Set the clock, then "
+            f"this machine's clock is at least {_span(begin - now, math.ceil)} behind, or {what} was made on a machine "
+            f"whose clock is ahead: it is valid from {_utc(begin)}, and here it is {_utc(now)}. Set the clock, then "
             "start again."
         )
         raise ConfigError(msg)
@@ -163,9 +169,9 @@ def _utc(time: datetime) -> str:
     return f"{time:%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _span(span: timedelta) -> str:
-    """A length of time in the unit that one would say it in, rounded up."""
-    minutes = math.ceil(span.total_seconds() / 60)
+def _span(span: timedelta, rounded: Callable[[float], int] = math.floor) -> str:
+    """A length of time in the unit that one would say it in."""
+    minutes = max(1, rounded(span.total_seconds() / 60))
     if minutes < 120:
         return f"{minutes} min"
-    return f"{math.ceil(minutes / 60)} hours" if minutes < 2 * 24 * 60 else f"{math.ceil(minutes / 1440)} days"
+    return f"{rounded(minutes / 60)} hours" if minutes < 2 * 24 * 60 else f"{rounded(minutes / 1440)} days"

@@ -20,7 +20,7 @@ import yaml
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.own_files import write_whole
-from llmchain_fed.runtimes.nvflare import kits, names, registry
+from llmchain_fed.runtimes.nvflare import certificates, kits, names, registry
 from llmchain_fed.runtimes.nvflare.names import Role
 from llmchain_fed.runtimes.nvflare.provisioning import sent, tool
 from llmchain_fed.runtimes.nvflare.provisioning.scratch import place, said, scratch
@@ -127,6 +127,24 @@ def revoke(name: str, authority: Path, *, why: str | None = None) -> Certificate
     return ended
 
 
+def warnings(authority: Path) -> list[str]:
+    """What is to be mended soon though the authority can sign today, each in a sentence that says how.
+
+    Raises:
+        ConfigError: It is no authority's folder, or its certificate cannot be read or has ended.
+    """
+    ca = authority.absolute() / _CA
+    left = _check_root(authority.absolute()) - datetime.now(UTC)
+    found = certificates.open_to_others(ca, "the folder of the key that signs for all", "700")
+    found += certificates.open_to_others(ca / "rootCA.key", "the key that signs for all", "600")
+    if left < certificates.SOON:
+        found.append(
+            f"the authority's own certificate ends in {left.days} days, and with it all that it signed: begin a new "
+            "authority in a fresh folder, of which hub, administrator and every site get new kits."
+        )
+    return found
+
+
 def _refuse_second(folder: Path, host: str, port: int) -> None:
     """Makes sure that no authority is here: with another host, every kit approved from then on would dial that one.
 
@@ -174,8 +192,8 @@ def _refuse_taken(asked: Asked, holder: Certificate | None, signed: Path, *, rep
         raise ConfigError(msg)
 
 
-def _check_root(authority: Path) -> None:
-    """Makes sure that the authority's own certificate can sign.
+def _check_root(authority: Path) -> datetime:
+    """Makes sure that the authority's own certificate can sign; returns its end.
 
     Raises:
         ConfigError: It or its key is not there, or it has ended.
@@ -196,6 +214,7 @@ def _check_root(authority: Path) -> None:
             "new authority in a fresh folder; every site then needs a new kit."
         )
         raise ConfigError(msg)
+    return end
 
 
 def _certificate(asked: Asked, answer: sent.Answer) -> Certificate:
