@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from llmchain_fed import NVFlare, untrusted
 from llmchain_fed.errors import ConfigError, LLMChainFedError
-from llmchain_fed.runtimes.nvflare import engine, kits, names
+from llmchain_fed.runtimes.nvflare import engine, kits, names, registry
 from llmchain_fed.runtimes.nvflare.provisioning import authority, own_kit, tool
 
 
@@ -136,6 +136,30 @@ def test_a_request_that_says_something_else_than_its_key_signed_is_refused(alter
     with pytest.raises(ConfigError, match="was altered") as error:
         authority.approve(path, hub)
     told(error.value)
+
+
+def test_one_name_has_one_holder(hub, tmp_path):
+    """Whatever the case of its letters; a certificate that was revoked holds nothing."""
+    mark = registry.normal("ab" * 32)
+    given = {"role": "site", "organisation": "a", "certificate": mark, "public_key": mark, "by": "me@hub"}
+    given |= {"approved": registry.now(), "until": registry.now()}
+    gone = {"revoked": registry.now(), "why": "left"}
+    known = [{"name": "org-a"} | given, {"name": "org-b"} | given | gone]
+    registry.write(hub, registry.Registry.model_validate({"certificates": known}))
+
+    def approve(name, **options):
+        path = tmp_path / f"{name}.request.zip"
+        path.write_bytes(asks(name=name))
+        return authority.approve(path, hub, **options)
+
+    for twin in ("org-a", "Org-A", "ORG-a"):
+        with pytest.raises(ConfigError, match=r"org-a has a certificate already: .*say --replace") as error:
+            approve(twin)
+        told(error.value)
+    for name, options in (("org-a", {"replace": True}), ("org-b", {}), ("org-c", {})):
+        with pytest.raises(ConfigError, match=r"the authority's key .* is missing"):  # it would be signed
+            approve(name, **options)
+    assert len(registry.read(hub).certificates) == 2
 
 
 @pytest.mark.parametrize("key", ["", "no key", None, 1024])
