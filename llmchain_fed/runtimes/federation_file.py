@@ -46,7 +46,7 @@ class HubOptions(FrozenConfig):
     """seconds without a sign of life after which a site counts as absent"""
     recovery: float = Field(default=120.0, gt=0, le=_LONGEST)
     """seconds within which the engine must be back after it went away"""
-    startup: float = Field(default=60.0, gt=0, le=_LONGEST)
+    startup: float = Field(default=10.0, gt=0, le=_LONGEST)
     """seconds to wait for all sites before the first job"""
 
 

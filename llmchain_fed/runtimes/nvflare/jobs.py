@@ -229,10 +229,10 @@ class Jobs:
         said = None
         for job in list(self._starting):
             assert self._link is not None
-            if self._link.wait(0.0, job.run) is not None:
+            if (inside := self._link.wait(0.0, job.run)) is not None:
                 self._starting.remove(job)
                 self._running[job.run] = job
-                self._say(f"job {self.count} runs, with {', '.join(job.sites)}")
+                self._say(f"a job runs, with {', '.join(inside)}")
                 self._probe(job.sites)
                 continue
             ended = None
