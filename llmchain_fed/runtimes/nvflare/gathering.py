@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
-from llmchain_fed.errors import TransportError
+from llmchain_fed.errors import ConfigError, TransportError
 from llmchain_fed.runtimes.nvflare import engine_state
 from llmchain_fed.runtimes.nvflare.session import EngineSession
 from llmchain_fed.runtimes.nvflare.sites import Sites
@@ -51,7 +52,9 @@ class Gathering:
 
     def able(self, names: Sequence[str]) -> list[str]:
         """Those of these sites that a job may be tried with: not those that refused one, or make trouble."""
-        state = engine_state.of_hub(self._session.port) if hasattr(engine_state, "of_hub") else None
+        state = None
+        with suppress(ConfigError):  # what it wrote is read for a better word alone
+            state = engine_state.of_hub(self._session.port)
         able = []
         for name in names:
             seen = state.sites.get(name) if state is not None else None

@@ -26,7 +26,7 @@ from llmchain_fed.runtimes.nvflare.sites import Sites
 _NAME = "llmchain_fed"
 _REUSE = 2.0  # seconds in which the bridge of a running job, left by a killed driver, finds this one
 _JOB_START = 45.0  # seconds from submission to the bridge's call; a healthy one takes some five
-_OTHERS = 8.0  # seconds for the other jobs once one of several has begun
+_OTHERS = 5.0  # seconds for the other jobs once one of several has begun
 _COMING = 8.0  # seconds the others wait for the job of a site that came back: once, then it begins beside the rounds
 _AGAIN = 60.0  # seconds before a site that the engine lists but nobody reaches is worth another job
 _PROBE = 4.0  # seconds a site may take to say that it is there
@@ -308,8 +308,11 @@ class Jobs:
             TransportError: Not in time.
         """
         link = self._open()
-        if link.wait(_REUSE) is not None and set(lost) <= set(link.wait(0.0) or []):
-            return
+        dialled = time.monotonic() + _REUSE
+        while time.monotonic() < dialled:  # a bridge that was given up dials again
+            if set(lost) <= set(link.wait(0.1) or []):
+                return
+            time.sleep(0.1)
         self._say(f"the job with {', '.join(lost)} ended, or its process at the hub: another one begins")
         back = self._gathering.wait_again(lost, self._recovery, until)
         self._sites.left(lost)
