@@ -132,8 +132,7 @@ class Door:
 
     def _turn_away(self, connection: Any, whole: str, code: int, says: str) -> None:
         conn = connection.conn
-        conn.closing = True
-        conn.aio_context.run_coro(conn.websocket.close(code=code))
+        conn.aio_context.run_coro(conn.websocket.close(code=code))  # its own `close` would say that all is well
         name = untrusted.printable(whole.split(".")[0], 200)
         says = untrusted.printable(says, 1900)
         self._wire.tell(news.Refused(name=name, code=code, address=_address(connection), says=says))

@@ -178,7 +178,8 @@ class Keeper:
                     if status is not None:
                         return status
                 if child.poll() is not None:
-                    return self._died(child.returncode)
+                    self._sleep(_TICK)  # who ends all processes at once ends this one as well
+                    return None if self._signal else self._died(child.returncode)
                 self._regularly()
         return None
 
