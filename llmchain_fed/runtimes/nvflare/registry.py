@@ -25,7 +25,8 @@ FILE = "names.json"
 _LARGEST = 2**24  # bytes: some 20,000 certificates
 _Text = Annotated[str, Field(max_length=300)]
 _Time = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
-_Fingerprint = Annotated[str, Field(pattern=r"^SHA256(:[0-9A-F]{2}){32}$")]
+FINGERPRINT = re.compile("SHA256(:[0-9A-F]{2}){32}")
+_Fingerprint = Annotated[str, Field(pattern=f"^{FINGERPRINT.pattern}$")]
 
 
 class Certificate(untrusted.Strict):
@@ -116,9 +117,21 @@ def write(authority: Path, registry: Registry) -> None:
     write_whole(authority / FILE, registry.model_dump_json(indent=1) + "\n", mode=0o600)
 
 
+def put_back(authority: Path, former: Registry) -> None:
+    """The registry as it was before a command that failed: the first one of an authority had none.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    if former.certificates:
+        write(authority, former)
+    else:
+        (authority / FILE).unlink()
+
+
 @contextmanager
 def alone(authority: Path) -> Iterator[None]:
-    """Within, no other command changes this authority: of two that approve one name at a time the second sees the first.
+    """Within, no other command changes this authority: of two that approve one name the second sees the first.
 
     Raises:
         ConfigError: Another command is at work there, or the folder cannot be opened.
@@ -140,8 +153,13 @@ def alone(authority: Path) -> Iterator[None]:
 
 
 def now() -> str:
-    """UTC, as it is written here."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    """This moment, as times are written here."""
+    return written(datetime.now(UTC))
+
+
+def written(time: datetime) -> str:
+    """A time of UTC, as it is written here."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def moment(text: str) -> datetime:
