@@ -32,6 +32,8 @@ _TICK, _WRITE, _HOUR, _DAY = 0.3, 10.0, 3600.0, 86_400.0  # seconds
 _SAY_AGAIN = 60.0  # seconds after which it is said again for what it waits
 _PROBE = 3.0  # seconds between two attempts to reach the hub
 _PATIENCE = 6.0  # seconds for children to end
+_OUT = 25.0  # seconds after which a site whose name is in use tries again
+_NOT_NOW = -1
 _WRONG_KIT = (102, 103)  # statuses of NVFlare: an unsafe component, a configuration that makes no sense
 
 
@@ -76,11 +78,8 @@ class Keeper:
             engine.check(self._kit, reach=False)
             try:
                 self._prepare()
-                if not self._hub:
-                    self._wait_for_hub()
-                if not self._signal:
-                    self._start()
-                    status = self._watch()
+                while not self._signal:
+                    status = self._once()
                     if status is not None:
                         return status
                 self._told("stopping", "stopping; the same command starts it again")
@@ -92,6 +91,23 @@ class Keeper:
                 self._end()
                 if self._state != "ended":
                     self._now("ended", "ended")
+
+    def _once(self) -> int | None:
+        """From the wait for the hub to the end of NVFlare's process; None for another time, or if it was stopped.
+
+        One that is not let in is ended: NVFlare would be half made if it had to wait for longer than 30 seconds.
+        """
+        if not self._hub:
+            self._wait_for_hub()
+        if self._signal:
+            return None
+        self._start()
+        status = self._watch()
+        if status != _NOT_NOW:
+            return status
+        self._end()
+        self._sleep(_OUT)
+        return None
 
     # --- before it runs ---------------------------------------------------------------------------------------------
 
@@ -160,8 +176,11 @@ class Keeper:
             theirs.close()
         ours.setblocking(False)
         self._wire = ours
-        ready = f"the hub's engine is up at port {self._where.rsplit(':', 1)[1]}" if self._hub else "its engine is up"
-        self._told("running", f"{ready} (process {self._child.pid}); its log is {self._kit / logs.FILE}")
+        if "elsewhere" not in self._next:
+            ready = (
+                f"the hub's engine is up at port {self._where.rsplit(':', 1)[1]}" if self._hub else "its engine is up"
+            )
+            self._told("running", f"{ready} (process {self._child.pid}); its log is {self._kit / logs.FILE}")
 
     # --- while it runs ----------------------------------------------------------------------------------------------
 
@@ -230,7 +249,7 @@ class Keeper:
                     "runs on another machine as well. Stop one of them; waiting",
                 )
             self._next["elsewhere"] = time.monotonic() + _SAY_AGAIN
-            return None
+            return _NOT_NOW
         why = (
             f"the hub knows another key under the name {self._name} and does not let this one in"
             if code == news.OTHER_KEY
@@ -242,7 +261,9 @@ class Keeper:
     def _died(self, status: int) -> int:
         error = logs.last_error(self._kit)
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
-        self._told("ended", f"NVFlare's process ended {how}{': ' + error if error else ''} (see {self._kit / logs.FILE})")
+        self._told(
+            "ended", f"NVFlare's process ended {how}{': ' + error if error else ''} (see {self._kit / logs.FILE})"
+        )
         return LASTING if status in _WRONG_KIT else AGAIN
 
     def _regularly(self) -> None:
@@ -328,5 +349,5 @@ class Keeper:
                 self._child.wait(timeout=2)
         if self._wire is not None:
             self._wire.close()
+        self._child, self._wire, self._tree, self._heard = None, None, [], b""
         logs.bound(self._kit)
-
