@@ -41,7 +41,7 @@ class EngineState(untrusted.Strict):
     """All of the file."""
 
     name: _Name
-    """the site's, or "hub" """
+    """the site's; "server" at the hub, which no site can have"""
     pid: int
     started: float
     """seconds since the epoch, as all times here"""

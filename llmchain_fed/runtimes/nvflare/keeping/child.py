@@ -28,16 +28,15 @@ from llmchain_fed.runtimes.nvflare.keeping.guard import Guard, elsewhere
 _EVERY = 2.0  # seconds between two reports
 _AGAIN = 10.0  # seconds between two looks at who is connected, for who may no longer be
 _INSTANCE = "llmchain_fed_process"  # property of a handshake: which process it is, of those that have one certificate
-_SEND = 5.0  # seconds after which a parent that does not read is given up
 
 
 class Wire:
     """To the parent: lines one way, and the other way only its end."""
 
     def __init__(self, descriptor: int) -> None:
-        os.set_inheritable(descriptor, False)  # the processes of jobs would keep it open
+        os.set_inheritable(descriptor, False)  # noqa: FBT003 (else the processes of jobs keep it open)
         self._socket, self._lock = socket.socket(fileno=descriptor), threading.Lock()
-        self._socket.setblocking(True)
+        self._socket.settimeout(None)
 
     def tell(self, what: news.Peers | news.Refused | news.TurnedAway) -> None:
         """Tells the parent."""

@@ -1,7 +1,7 @@
 """Keeper: the parent of an engine's process for months. It says in lines what happens, and tidies up.
 
-Knows one kit, one process of NVFlare with its children, signals and the clock. Knows nothing of models, jobs' meaning or
-screens: each line goes to whoever was given. It stays small: no torch, and NVFlare only to check a certificate.
+Knows one kit, one process of NVFlare with its children, signals and the clock. Knows nothing of models, screens or of what
+jobs mean: each line goes to whoever was given. It stays small: no torch, and NVFlare only to check a certificate.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from llmchain_fed import locks
 from llmchain_fed.errors import ConfigError, TransportError
 from llmchain_fed.own_files import write_whole
 from llmchain_fed.runtimes.nvflare import certificates, engine, engine_state, kits
 from llmchain_fed.runtimes.nvflare.keeping import job_folders, logs, news, reaching
+from llmchain_fed.runtimes.nvflare.keeping.diary import Diary
 from llmchain_fed.runtimes.nvflare.keeping.standing import HubLink, Sites
 
 LASTING, AGAIN = 2, 4
@@ -56,16 +57,12 @@ class Keeper:
         self._name = news.HUB if self._hub else kits.site_name(kit)
         self._sites, self._link = Sites(), HubLink(self._where)
         self._signal = 0
-        self._started, self._state = time.time(), "starting"
-        self._says = "starts"
+        self._diary = Diary(self._kit, self._name, self._where, say, self._sites, None if self._hub else self._link)
         self._child: subprocess.Popen[bytes] | None = None
         self._tree: list[Any] = []
         self._wire: sockets.socket | None = None
         self._heard = b""
         self._next: dict[str, float] = {}
-        self._ends: float | None = None
-        """of the certificate"""
-        self._unwritten = False
 
     def run(self) -> int:
         """The status of the command: 130 or 143 once it was told to stop, `LASTING` or `AGAIN` if it cannot go on.
@@ -82,15 +79,15 @@ class Keeper:
                     status = self._once()
                     if status is not None:
                         return status
-                self._told("stopping", "stopping; the same command starts it again")
+                self._diary.tell("stopping", "stopping; the same command starts it again")
                 return 128 + self._signal
             except ConfigError as error:
-                self._now("ended", str(error))
+                self._diary.write("ended", str(error))
                 raise
             finally:
                 self._end()
-                if self._state != "ended":
-                    self._now("ended", "ended")
+                if self._diary.state != "ended":
+                    self._diary.write("ended", "ended")
 
     def _once(self) -> int | None:
         """From the wait for the hub to the end of NVFlare's process; None for another time, or if it was stopped.
@@ -129,7 +126,7 @@ class Keeper:
     def _warn(self) -> None:
         """Says what will stop working one day; again each day."""
         self._next["warn"] = time.monotonic() + _DAY
-        self._ends = time.time() + certificates.days_left(self._kit) * _DAY
+        self._diary.certificate_ends = time.time() + certificates.days_left(self._kit) * _DAY
         for warning in certificates.warnings(self._kit):
             self._say(f"warning: {warning}")
 
@@ -143,7 +140,7 @@ class Keeper:
                 raise ConfigError(found.says + ".")
             if found.says != said or time.monotonic() >= until:
                 said, until = found.says, time.monotonic() + _SAY_AGAIN
-                self._told("waiting", f"{found.says}; waiting")
+                self._diary.tell("waiting", f"{found.says}; waiting")
             self._sleep(_PROBE)
 
     def _probe(self) -> reaching.Hindrance | None:
@@ -174,13 +171,13 @@ class Keeper:
         finally:
             os.close(output)
             theirs.close()
-        ours.setblocking(False)
+        ours.settimeout(0)
         self._wire = ours
         if "elsewhere" not in self._next:
             ready = (
                 f"the hub's engine is up at port {self._where.rsplit(':', 1)[1]}" if self._hub else "its engine is up"
             )
-            self._told("running", f"{ready} (process {self._child.pid}); its log is {self._kit / logs.FILE}")
+            self._diary.tell("running", f"{ready} (process {self._child.pid}); its log is {self._kit / logs.FILE}")
 
     # --- while it runs ----------------------------------------------------------------------------------------------
 
@@ -236,14 +233,14 @@ class Keeper:
                 found = self._probe()
                 lines = [f"{line}: {found.says if found else 'the hub answers again'}; NVFlare tries again"]
         for line in lines:
-            self._told("running", line)
+            self._diary.tell("running", line)
         return None
 
     def _turned_away(self, code: int) -> int | None:
         mark = kits.fingerprint(self._kit / "startup" / "client.crt")
         if code == news.ELSEWHERE:
             if time.monotonic() >= self._next.get("elsewhere", 0.0):
-                self._told(
+                self._diary.tell(
                     "waiting",
                     f"this site's name is in use from another place: the kit {self._name} was copied, or its engine "
                     "runs on another machine as well. Stop one of them; waiting",
@@ -253,15 +250,15 @@ class Keeper:
         why = (
             f"the hub knows another key under the name {self._name} and does not let this one in"
             if code == news.OTHER_KEY
-            else "the hub does not let this certificate in: it was revoked or replaced, or the authority does not list it"
+            else "the hub does not let this certificate in: it was revoked or replaced, or its authority does not know it"
         )
-        self._told("ended", f"{why}. Tell the hub's operator this kit's fingerprint, by telephone: {mark}")
+        self._diary.tell("ended", f"{why}. Tell the hub's operator this kit's fingerprint, by telephone: {mark}")
         return LASTING
 
     def _died(self, status: int) -> int:
         error = logs.last_error(self._kit)
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
-        self._told(
+        self._diary.tell(
             "ended", f"NVFlare's process ended {how}{': ' + error if error else ''} (see {self._kit / logs.FILE})"
         )
         return LASTING if status in _WRONG_KIT else AGAIN
@@ -269,8 +266,9 @@ class Keeper:
     def _regularly(self) -> None:
         now = time.monotonic()
         if now >= self._next.get("write", 0.0):
+            self._next["write"] = now + _WRITE
             self._tree = self._members()
-            self._now(self._state, self._says)
+            self._diary.write()
             logs.bound(self._kit)
         if now >= self._next.get("tidy", 0.0):
             self._tidy()
@@ -298,29 +296,6 @@ class Keeper:
             root = psutil.Process(self._child.pid)
             return [root, *root.children(recursive=True)]
         return self._tree
-
-    # --- what it says and writes down -------------------------------------------------------------------------------
-
-    def _told(self, state: Literal["starting", "waiting", "running", "stopping", "ended"], says: str) -> None:
-        self._say(says)
-        self._now(state, says)
-
-    def _now(self, state: str, says: str) -> None:
-        self._state, self._says = state, says
-        self._next["write"] = time.monotonic() + _WRITE
-        found = engine_state.EngineState.model_validate({
-            "name": self._name, "pid": os.getpid(), "started": self._started, "written": time.time(), "state": state,
-            "says": says[:2000], "hub": self._where, "connected": None if self._hub else self._link.connected,
-            "since": None if self._hub else self._link.since,
-            "certificate_ends": self._ends, "sites": self._sites.seen,
-        })  # fmt: skip
-        try:
-            engine_state.write(self._kit, found)
-            self._unwritten = False
-        except OSError as error:
-            if not self._unwritten:
-                self._say(f"{engine_state.FILE} in {self._kit} cannot be written: {error.strerror or error}")
-            self._unwritten = True
 
     # --- its end ----------------------------------------------------------------------------------------------------
 
