@@ -91,13 +91,19 @@ def check_folder(kit: Path) -> None:
 
 
 def start(
-    kit: Path, *, socket: Path | None = None, environment: Mapping[str, str] | None = None, log: Path | None = None
+    kit: Path,
+    *,
+    socket: Path | None = None,
+    authority: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
 ) -> subprocess.Popen[bytes]:
     """Starts the hub's or a site's engine in the background, after `check`: the command that an operator starts.
 
     Args:
         kit: Whose.
         socket: At a site: where its peer listens.
+        authority: At the hub: the authority's folder, whose list then says who may come.
         environment: Further variables.
         log: Where its lines go; `engine.log` in the kit by default.
 
@@ -105,7 +111,7 @@ def start(
         ConfigError: See `check`; a site without a socket; the kit's engine runs already.
     """
     kit = kit.absolute()
-    command, variables = command_of(kit, socket)
+    command, variables = command_of(kit, socket, authority)
     check_folder(kit)
     with locks.hold(kit / LOCK, f"the kit {kit.name}"):
         check(kit)
@@ -122,7 +128,9 @@ def start(
         )
 
 
-def command_of(kit: Path, socket: Path | None = None) -> tuple[list[str], dict[str, str]]:
+def command_of(
+    kit: Path, socket: Path | None = None, authority: Path | None = None
+) -> tuple[list[str], dict[str, str]]:
     """The operator's command by this interpreter, and the environment variables it needs.
 
     Raises:
@@ -130,7 +138,9 @@ def command_of(kit: Path, socket: Path | None = None) -> tuple[list[str], dict[s
     """
     _needs_socket(kit, socket)
     command = [sys.executable, "-m", "llmchain_fed.cli", "engine", str(kit)]
-    return [*command, *(["--socket", str(socket)] if socket is not None else [])], dict(_SAFE)
+    command += ["--socket", str(socket)] if socket is not None else []
+    command += ["--authority", str(authority)] if authority is not None else []
+    return command, dict(_SAFE)
 
 
 def nvflare_command(

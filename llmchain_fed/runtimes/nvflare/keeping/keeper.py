@@ -1,7 +1,7 @@
 """Keeper: the parent of an engine's process for months. It says in lines what happens, and tidies up.
 
-Knows one kit, one process of NVFlare with its children, signals and the clock. Knows nothing of models, screens or of what
-jobs mean: each line goes to whoever was given. It stays small: no torch, and NVFlare only to check a certificate.
+Knows one kit, one process of NVFlare with its children, signals and the clock. Knows nothing of models or jobs, nor of
+screens: each line goes to whoever was given. It stays small: no torch, and NVFlare only to check a certificate.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ class Keeper:
         why = (
             f"the hub knows another key under the name {self._name} and does not let this one in"
             if code == news.OTHER_KEY
-            else "the hub does not let this certificate in: it was revoked or replaced, or its authority does not know it"
+            else "the hub does not let this certificate in: it was revoked, replaced, or never in its list"
         )
         self._diary.tell("ended", f"{why}. Tell the hub's operator this kit's fingerprint, by telephone: {mark}")
         return LASTING

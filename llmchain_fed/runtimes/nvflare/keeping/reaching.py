@@ -121,13 +121,14 @@ def _shake_hands(kit: Path, plain: socket.socket, where: str) -> Hindrance | Non
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.load_cert_chain(startup / "client.crt", startup / "client.key")
     plain.settimeout(_TLS)
+    address = plain.getpeername()[:2]
     try:
         with context.wrap_socket(plain) as secure:
             secure.settimeout(0.3)
             with suppress(TimeoutError):  # TLS 1.3: a refusal of our certificate comes with the first read
                 secure.recv(1)
     except ssl.SSLCertVerificationError as error:
-        return _unverified(error, plain, where)
+        return _unverified(error, address, where)
     except TimeoutError:
         return Hindrance(f"{where} takes connections but does not answer in TLS within {_TLS:g} s")
     except ssl.SSLError as error:
@@ -146,7 +147,7 @@ def _shake_hands(kit: Path, plain: socket.socket, where: str) -> Hindrance | Non
     return None
 
 
-def _unverified(error: ssl.SSLCertVerificationError, plain: socket.socket, where: str) -> Hindrance:
+def _unverified(error: ssl.SSLCertVerificationError, address: tuple[str, int], where: str) -> Hindrance:
     if error.verify_code == _EXPIRED:
         return Hindrance(
             f"the certificate of the hub at {where} has expired by this machine's clock: the hub's operator renews it, "
@@ -157,21 +158,20 @@ def _unverified(error: ssl.SSLCertVerificationError, plain: socket.socket, where
     if error.verify_code in _ISSUED_ELSEWHERE:
         return Hindrance(
             f"what answers at {where} is not this federation's hub: its certificate was signed by another authority"
-            f"{_issuer(plain)}; TLS interception by a firewall looks like that. Have {where} excepted from it, or get "
+            f"{_issuer(address)}; TLS interception by a firewall looks like that. Have {where} excepted from it, or get "
             "a kit of this hub's authority",
             lasting=True,
         )
     return Hindrance(f"the certificate of {where} cannot be verified ({untrusted.one_line(error.verify_message)})")
 
 
-def _issuer(refused: socket.socket) -> str:
+def _issuer(address: tuple[str, int]) -> str:
     """Who signed the certificate that was refused, for the operator to recognise a firewall by."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is sent: only a name is read
     try:
         from cryptography import x509
 
-        address = refused.getpeername()[:2]
         with socket.create_connection(address, timeout=_TLS) as plain, context.wrap_socket(plain) as secure:
             found = secure.getpeercert(binary_form=True) or b""
         name = x509.load_der_x509_certificate(found).issuer.rfc4514_string()
