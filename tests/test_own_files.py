@@ -49,6 +49,9 @@ def now() -> int:
 class Sites(InProcess):
     """Participants on models of their own, in the engine's place."""
 
+    def check(self):
+        """There is no engine that could be away."""
+
     def __enter__(self):
         return self
 
@@ -75,7 +78,7 @@ def federate(make_chain, tmp_path, monkeypatch):
 def test_a_federations_files(umask, federate, tmp_path):
     federate()
     out, kept = modes(tmp_path / "out"), modes(tmp_path / "kept")
-    assert out.pop("history.json") == 0o600
+    assert out.pop("history.json") == out.pop(".lock") == 0o600
     assert out["chain/chain.yaml"]
     assert {name: oct(mode) for name, mode in out.items() if mode & 0o044 != 0o044} == {}, "for who may read it"
     assert out["."] == 0o777 & ~umask
@@ -92,14 +95,22 @@ def test_a_history_of_an_earlier_run_is_closed(umask, federate, tmp_path):
     assert len(History.from_dict(json.loads((tmp_path / "out" / "history.json").read_text()))) == 2
 
 
-def test_an_engine_and_a_peer_are_started_under_it(umask, tmp_path, monkeypatch):
+def test_an_engine_and_an_authority_are_started_under_it(umask, tmp_path, monkeypatch):
     """Their logs, sockets and stores are made by processes and modules that ask nobody."""
     found = []
-    monkeypatch.setattr("llmchain_fed.runtimes.nvflare.engine.check", lambda kit: None)
-    monkeypatch.setattr("llmchain_fed.runtimes.nvflare.engine.command_of", lambda *_: (["engine"], {}))
-    monkeypatch.setattr("os.chdir", lambda folder: None)
-    monkeypatch.setattr("os.execve", lambda *_: found.append(now()))
-    monkeypatch.setattr("llmchain_fed.runtimes.nvflare.kits.start_authority", lambda *_, **__: found.append(now()))
+
+    class Keeper:
+        def __init__(self, kit, **options):
+            assert (kit, options["socket"], options["authority"]) == (tmp_path, None, None)
+
+        def run(self):
+            found.append(now())
+            return 0
+
+    monkeypatch.setattr("llmchain_fed.runtimes.nvflare.keeping.keeper.Keeper", Keeper)
+    monkeypatch.setattr(
+        "llmchain_fed.runtimes.nvflare.provisioning.authority.start", lambda *_, **__: found.append(now())
+    )
     assert CliRunner().invoke(app, ["engine", str(tmp_path)], catch_exceptions=False).exit_code == 0
     arguments = ["provision", "start", str(tmp_path), "--host", "localhost"]
     assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0

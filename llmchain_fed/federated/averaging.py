@@ -17,6 +17,7 @@ from llmchain_fed.data import DataReport, Examples
 from llmchain_fed.errors import ConfigError, QuorumError
 from llmchain_fed.federated.aggregation import Aggregation, Weighting
 from llmchain_fed.federated.alike import Alike
+from llmchain_fed.federated.attendance import Attendance
 from llmchain_fed.federated.codecs import Codec
 from llmchain_fed.federated.divergence import OnDivergence, checked_on_divergence
 from llmchain_fed.federated.evaluation import Evaluator
@@ -259,6 +260,11 @@ class FederatedAveraging(ManualRounds):
     def history(self) -> History:
         """The rounds so far."""
         return self._hub.history
+
+    @property
+    def attendance(self) -> Attendance:
+        """Who takes part, who is out and why."""
+        return self._hub.roster.attendance
 
     @property
     def data_reports(self) -> dict[str, DataReport]:

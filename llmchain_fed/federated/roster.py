@@ -25,6 +25,7 @@ from llmchain_fed.errors import (
     TransportError,
 )
 from llmchain_fed.federated import wire
+from llmchain_fed.federated.attendance import Attendance
 from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.overlap import Overlap
 from llmchain_fed.federated.participant import Alpha, Rank
@@ -105,6 +106,7 @@ class Roster:
         self._training = training.to_plain()
         self.federation = federation or secrets.token_hex(8)
         """tells this federation from an earlier one of the same participants"""
+        self.attendance = Attendance()
         self.joined: dict[str, Hello] = {}
         self.absent: dict[str, Exception] = {}
         """who is not there now, and why"""
@@ -134,8 +136,10 @@ class Roster:
             if isinstance(answer, Hello):
                 found[node] = answer
                 self.absent.pop(node, None)
+                self.attendance.came(node)
             else:
                 self.absent[node] = answer
+                self.attendance.out(node, answer)
         self.joined |= found
         return list(found)
 
@@ -177,6 +181,7 @@ class Roster:
         self.joined.pop(node, None)
         if why is not None:
             self.absent[node] = why
+            self.attendance.out(node, why)
 
     def record_of(self, node: str) -> ParticipantRecord:
         """The record of one that a round did not ask: absent and why, or idle."""
