@@ -1,18 +1,15 @@
 """The NVFlare transport as an operator sees it, without an engine: which link broke, for whom it waits, how it ends.
 
-Belongs here: calls, jobs and sites over a pretended engine, the site's bridge, the way to the hub. Does not: the real
-engine (test_links_federation), frames themselves (test_link, security/test_frames).
+Belongs here: calls, jobs and sites over a pretended engine, the site's bridge. Does not: the real engine
+(test_links_federation), frames themselves (test_link, security/test_frames), the way to the hub (test_engine).
 """
 
 import json
 import os
 import queue
-import socket
-import ssl
 import threading
 import time
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +18,8 @@ from llmchain_fed import NVFlare
 from llmchain_fed.errors import ConfigError, TransportError
 from llmchain_fed.runtimes import frames
 from llmchain_fed.runtimes.nvflare import bridge as bridges
-from llmchain_fed.runtimes.nvflare import certificates, gathering, job, jobs, reach, transport
+from llmchain_fed.runtimes.nvflare import certificates, gathering, job, jobs, transport
+from llmchain_fed.runtimes.nvflare.keeping.reaching import Hindrance
 from llmchain_fed.runtimes.nvflare.sites import Sites
 from llmchain_fed.runtimes.policy import Audit, Policy
 from llmchain_fed.runtimes.site import Site
@@ -423,127 +421,15 @@ def test_closing_takes_seconds_even_if_the_engine_is_frozen(start, quick, tmp_pa
     assert "this transport is closed" in ask(runtime)["a"]
 
 
-# --- the way to the hub ---------------------------------------------------------------------------------------------
-
-
-def authority():
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
-
-    root, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
-
-    def name(text):
-        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
-
-    def sign(text, key, days=(-1, 9), ca=False):
-        return (
-            x509.CertificateBuilder().subject_name(name(text)).issuer_name(name("root")).public_key(key.public_key())
-            .serial_number(x509.random_serial_number()).not_valid_before(now + timedelta(days=days[0]))
-            .not_valid_after(now + timedelta(days=days[1]))
-            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True).sign(root, hashes.SHA256())
-        )  # fmt: skip
-
-    return root, sign
-
-
-def write_pair(folder, stem, key, certificate):
-    from cryptography.hazmat.primitives import serialization
-
-    plain = serialization.NoEncryption()
-    form = serialization.PrivateFormat.TraditionalOpenSSL
-    (folder / f"{stem}.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    (folder / f"{stem}.key").write_bytes(key.private_bytes(serialization.Encoding.PEM, form, plain))
-
-
-@pytest.fixture
-def kit(tmp_path):
-    """(an administrator's kit, serve: what answers at its hub's address)"""
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    startup = tmp_path / "admin" / "startup"
-    startup.mkdir(parents=True)
-    root, sign = authority()
-    key = ec.generate_private_key(ec.SECP256R1())
-    write_pair(startup, "rootCA", root, sign("root", root, ca=True))
-    write_pair(startup, "client", key, sign("x", key))
-    listening = socket.create_server(("127.0.0.1", 0))
-
-    def address(host="127.0.0.1", port=None):
-        written = {"admin": {"host": host, "port": port or listening.getsockname()[1], "username": "x"}}
-        (startup / "fed_admin.json").write_text(json.dumps(written))
-
-    def serve(how, days=(-1, 9)):
-        if how == "plain":
-
-            def speak():
-                with listening.accept()[0] as plain:
-                    plain.sendall(b"HTTP/1.1 400 Bad\r\n" * 9)
-                    plain.recv(9)
-
-            return threading.Thread(target=speak, daemon=True)
-        other, foreign = authority()
-        write_pair(tmp_path, "server", other, (sign if how != "foreign" else foreign)("hub", other, days))
-        if how == "refusing":
-            write_pair(tmp_path, "other", other, foreign("root", other, ca=True))
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
-        context.load_verify_locations(tmp_path / "other.crt" if how == "refusing" else startup / "rootCA.crt")
-        context.verify_mode = ssl.CERT_REQUIRED
-
-        def answer():
-            for _ in range(2):
-                with suppress(OSError), context.wrap_socket(listening.accept()[0], server_side=True) as secure:
-                    secure.recv(1)
-
-        return threading.Thread(target=answer, daemon=True)
-
-    (startup / "rootCA.pem").write_bytes((startup / "rootCA.crt").read_bytes())
-    address()
-    yield tmp_path / "admin", serve, address
-    listening.close()
-
-
-@pytest.mark.parametrize(
-    ("how", "kind", "wanted"),
-    [
-        ("well", None, ""),
-        ("nobody", TransportError, "nobody listens at 127.0.0.1:1. Start it there: llmchain-fed engine"),
-        ("frozen", TransportError, "takes connections and has been silent for"),
-        ("plain", ConfigError, "is no engine of a hub: it does not speak TLS"),
-        ("foreign", ConfigError, "is not this federation's hub: its certificate is signed by CN=root"),
-        ("refusing", ConfigError, "does not accept the certificate of admin"),
-        ("expired", ConfigError, "certificate has expired; it is 20"),
-        ("early", ConfigError, "certificate is not yet valid; it is 20"),
-        ("no name", ConfigError, "the hub's name nowhere.invalid does not resolve here"),
-    ],
-)
-def test_the_way_to_the_hub_is_told_step_by_step(how, kind, wanted, kit, monkeypatch):
-    admin, serve, address = kit
-    monkeypatch.setattr(reach, "_STEP", 1.5)
-    if how == "nobody":
-        address(port=1)
-    elif how == "no name":
-        address(host="nowhere.invalid")
-    elif how != "frozen":
-        serve(how, {"expired": (-9, -1), "early": (1, 9)}.get(how, (-1, 9))).start()
-    began = time.monotonic()
-    if kind is None:
-        reach.check_reach(admin)
-    else:
-        with pytest.raises(kind) as error:
-            reach.check_reach(admin)
-        assert wanted in str(error.value)
-        assert "\n" not in str(error.value)
-    assert time.monotonic() - began < 8
+# --- before the first round -----------------------------------------------------------------------------------------
 
 
 def test_check_looks_at_the_kit_then_the_way_then_the_engine(start, tmp_path, monkeypatch):
     engine, steps = Engine(tmp_path), []
     runtime, _ = start(engine)
     monkeypatch.setattr(certificates, "check", lambda _: steps.append("kit"))
-    monkeypatch.setattr(transport, "check_reach", lambda _: steps.append("way"))
+    way = [None, Hindrance("nobody listens"), Hindrance("another authority signed it", lasting=True)]
+    monkeypatch.setattr(transport, "hindrance", lambda _: steps.append("way") or way[0])
     runtime.check()
     assert steps == ["kit", "way"]
     monkeypatch.setattr(transport, "_CHECK", 0.3)
@@ -553,3 +439,9 @@ def test_check_looks_at_the_kit_then_the_way_then_the_engine(start, tmp_path, mo
     engine.connected = lambda: Engine.connected(SimpleNamespace(down=True))
     with pytest.raises(TransportError, match="the hub's engine is out of reach"):
         runtime.check()
+    for kind, wanted in ((TransportError, "the hub's engine is out of reach: nobody listens. Start it"),
+                         (ConfigError, "another authority signed it.")):  # fmt: skip
+        way.pop(0)
+        with pytest.raises(kind) as error:
+            runtime.check()
+        assert str(error.value).startswith(wanted)

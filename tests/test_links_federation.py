@@ -132,9 +132,7 @@ def test_a_hub_that_is_away_is_told_at_once_and_nothing_of_the_engines_own_is_sh
     away = kits.provision_here(tmp_path, sites=["a"], port=free_port())["admin"]
     began = time.monotonic()
     with NVFlare(away, sites=["a"], socket=federation.folder / "away.sock", startup=1.0) as runtime:
-        with pytest.raises(
-            TransportError, match=r"the hub's engine is out of reach: nobody listens at localhost:\d+\."
-        ):
+        with pytest.raises(TransportError, match=r"the hub's engine is out of reach: nobody listens at localhost:\d+ "):
             runtime.check()
         ((_, answer),) = runtime.call("hello", ["a"], b"{}")
     assert "the hub's engine is out of reach" in str(answer)
@@ -142,7 +140,7 @@ def test_a_hub_that_is_away_is_told_at_once_and_nothing_of_the_engines_own_is_sh
     with stopped(federation.engines["hub"]):
         began, before = time.monotonic(), threading.active_count()
         with federation.runtime(socket=federation.folder / "frozen.sock") as frozen:
-            with pytest.raises(TransportError, match="takes connections and has been silent for"):
+            with pytest.raises(TransportError, match="takes connections but does not answer in TLS"):
                 frozen.check()
             assert time.monotonic() - began < 10
     assert threading.active_count() <= before + 2
