@@ -4,18 +4,24 @@ Belongs here: stopped processes (SIGSTOP, as a machine that sleeps or is out of 
 stopping. Does not: kills (test_nvflare_failures), what is decided without an engine (test_links).
 """
 
+import shutil
 import signal
 import threading
 import time
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import psutil
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from federation_processes import Federation, free_port, kits
 from torchrun_script import TRAINING, tiny_chain
 
 from llmchain_fed import FederatedAveraging, NVFlare
-from llmchain_fed.errors import TransportError
+from llmchain_fed.errors import ConfigError, TransportError
 
 pytestmark = pytest.mark.federation
 
@@ -126,6 +132,34 @@ def test_stopping_gives_the_sites_work_up(federation, runtime):
     again = start(runtime)
     again.fit(1)
     assert again.history[0].trained == list(SITES)
+
+
+def expire(kit):
+    """Puts a certificate into a kit that ended yesterday."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    former = x509.load_pem_x509_certificate((kit / "startup" / "client.crt").read_bytes())
+    made = (
+        x509.CertificateBuilder().subject_name(former.subject).issuer_name(former.issuer).public_key(key.public_key())
+        .serial_number(x509.random_serial_number()).not_valid_before(now - timedelta(days=9))
+        .not_valid_after(now - timedelta(days=1)).sign(key, hashes.SHA256())
+    )  # fmt: skip
+    form, plain = serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+    (kit / "startup" / "client.crt").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (kit / "startup" / "client.key").write_bytes(key.private_bytes(serialization.Encoding.PEM, form, plain))
+    return kit
+
+
+def test_an_expired_certificate_is_told_before_the_hub_is_asked_and_without_a_traceback(federation, tmp_path, capfd):
+    expired = expire(Path(shutil.copytree(federation.kits["admin"], tmp_path / "admin")))
+    began = time.monotonic()
+    with NVFlare(expired, sites=SITES, socket=federation.folder / "old.sock", startup=1.0) as runtime:
+        with pytest.raises(ConfigError, match=r"the certificate of admin ended at 20.* UTC, .* ago"):
+            runtime.check()
+        assert time.monotonic() - began < 10
+        answers = dict(runtime.call("hello", SITES, b"{}"))  # who does not ask is told in other words
+    assert all(isinstance(answer, TransportError) for answer in answers.values())
+    assert time.monotonic() - began < 40
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_hub_that_is_away_is_told_at_once_and_nothing_of_the_engines_own_is_shown(federation, tmp_path, capfd):
