@@ -421,6 +421,32 @@ def test_closing_takes_seconds_even_if_the_engine_is_frozen(start, quick, tmp_pa
     assert "this transport is closed" in ask(runtime)["a"]
 
 
+def test_a_site_that_does_not_come_to_a_job_is_left_out_of_it(monkeypatch):
+    from nvflare.collab.runtime.controller import CollabController
+    from nvflare.collab.runtime.defs import SETUP_TASK_NAME, SYNC_TASK_NAME
+
+    from llmchain_fed.runtimes.nvflare.controller import Controller
+
+    asked, offer = [], SimpleNamespace(publish_interface={"": {}})
+
+    def broadcast_and_wait(self, task, fl_ctx, **options):
+        asked.append((task.name, options))
+        if task.name == SYNC_TASK_NAME:
+            self.client_info |= {"a": offer, "c": offer}
+        else:
+            self.client_setup_status |= dict.fromkeys(options["targets"], True)
+
+    monkeypatch.setattr(CollabController, "broadcast_and_wait", broadcast_and_wait)
+    found = Controller(server_obj_id="_server")
+    found.client_info = dict.fromkeys("abc")
+    found.client_setup_status = dict.fromkeys("abc", False)
+    for name in (SYNC_TASK_NAME, SETUP_TASK_NAME):
+        found.broadcast_and_wait(task=SimpleNamespace(name=name), fl_ctx=None, min_responses=3)
+    assert found.client_info == dict.fromkeys("abc", offer), "none is missing: the engine would end the job for all"
+    assert found.client_setup_status == dict.fromkeys("abc", True)
+    assert asked[1][1] == {"targets": ["a", "c"], "min_responses": 2}
+
+
 # --- before the first round -----------------------------------------------------------------------------------------
 
 
