@@ -76,7 +76,6 @@ class Gathering:
         """
         began, told, answered = time.monotonic(), "", False
         while True:
-            spent = time.monotonic() - began
             here: list[str] = []
             absent = self._sites.names
             try:
@@ -86,6 +85,7 @@ class Gathering:
                 problem = f"none of the sites {', '.join(self._sites.names)} is connected to the hub."
             except TransportError as error:
                 problem = str(error)
+            spent = time.monotonic() - began
             most = self._startup * (1.0 if here or not answered else _NOBODY)
             if here and (not absent or spent >= most):
                 return here
