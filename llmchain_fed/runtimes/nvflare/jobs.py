@@ -253,7 +253,7 @@ class Jobs:
         """A job that the engine ended before it ran: its site refused it, or one of them did, which is looked for."""
         why = (
             f"the engine ended the job before it ran ({status}). A site whose local/resources.json does not list the "
-            "bridge classes refuses it; its own log says so"
+            "bridge classes refuses it, as does a hub whose own lacks them or the controller; its own log says so"
         )
         if len(job.sites) == 1:
             self._sites.refused(job.sites[0], why)
