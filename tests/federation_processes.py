@@ -125,6 +125,19 @@ class Federation:
         fed.fit(rounds)
         return fed
 
+    def freeze(self, name: str) -> None:
+        """Stops all processes of an engine, as if its machine slept."""
+        for member in self._tree(name):
+            member.suspend()
+
+    def wake(self, name: str) -> None:
+        for member in self._tree(name):
+            member.resume()
+
+    def _tree(self, name: str) -> list[psutil.Process]:
+        root = psutil.Process(self.engines[name].pid)
+        return [root, *root.children(recursive=True)]
+
     def kill(self, *processes: subprocess.Popen) -> None:
         """SIGKILL to whole trees, at once."""
         trees = []

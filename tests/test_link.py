@@ -77,7 +77,7 @@ def test_frames_go_there_and_back_and_a_failed_site_is_one_error(connect):
     assert (a, answer) == ("a", frame)
     assert isinstance(error, TransportError)
     assert str(error) == "its engine has been silent for 5 s."
-    assert "was not connected when this job began" in str(unknown)
+    assert "it was not when this job began" in str(unknown)
 
 
 class Peer:

@@ -5,7 +5,6 @@ Belongs here: what a federation survives. Does not: what it does when all is wel
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -214,7 +213,7 @@ def wake_after(federation, sleeper, other, seconds=5.0):
                 break
         time.sleep(0.5)
     time.sleep(seconds)
-    federation.engines[sleeper].send_signal(signal.SIGCONT)
+    federation.wake(sleeper)
     session.close()
 
 
@@ -226,7 +225,7 @@ def test_a_server_that_stays_away_is_one_clear_error_and_the_weights_are_kept(fe
         with pytest.raises(QuorumError, match="The engine was not back within 6 s"):
             running.result()
         assert running.fed.round == len(running.fed.history) == 1
-        federation.engines["a"].send_signal(signal.SIGSTOP)  # it finds the hub again seconds after b
+        federation.freeze("a")  # it finds the hub again seconds after b
         federation.start_hub()
         waking = threading.Thread(target=wake_after, args=[federation, "a", "b"])
         waking.start()

@@ -95,13 +95,19 @@ def test_a_history_of_an_earlier_run_is_closed(umask, federate, tmp_path):
     assert len(History.from_dict(json.loads((tmp_path / "out" / "history.json").read_text()))) == 2
 
 
-def test_an_engine_and_a_peer_are_started_under_it(umask, tmp_path, monkeypatch):
+def test_an_engine_and_an_authority_are_started_under_it(umask, tmp_path, monkeypatch):
     """Their logs, sockets and stores are made by processes and modules that ask nobody."""
     found = []
-    monkeypatch.setattr("llmchain_fed.runtimes.nvflare.engine.check", lambda kit: None)
-    monkeypatch.setattr("llmchain_fed.runtimes.nvflare.engine.command_of", lambda *_: (["engine"], {}))
-    monkeypatch.setattr("os.chdir", lambda folder: None)
-    monkeypatch.setattr("os.execve", lambda *_: found.append(now()))
+
+    class Keeper:
+        def __init__(self, kit, **options):
+            assert (kit, options["socket"], options["authority"]) == (tmp_path, None, None)
+
+        def run(self):
+            found.append(now())
+            return 0
+
+    monkeypatch.setattr("llmchain_fed.runtimes.nvflare.keeping.keeper.Keeper", Keeper)
     monkeypatch.setattr(
         "llmchain_fed.runtimes.nvflare.provisioning.authority.start", lambda *_, **__: found.append(now())
     )

@@ -260,7 +260,7 @@ def test_optional_dependencies_are_imported_only_where_they_are_used():
         if module.split(".")[0] in optional and not deferred
     }
     # the bridge is imported by the engine's own processes alone, and cli says itself which extra brings typer
-    assert eager == {("runtimes.nvflare.bridge", "nvflare")}
+    assert eager == {("runtimes.nvflare.bridge", "nvflare"), ("runtimes.nvflare.controller", "nvflare")}
 
 
 def test_no_module_is_pickled_or_evaluated():

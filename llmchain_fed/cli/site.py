@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from llmchain_fed.cli.chains import load
+from llmchain_fed.cli.console import say
 from llmchain_fed.errors import ConfigError
 
 policies = typer.Typer(help="What a site lets a hub ask of it.", no_args_is_help=True)
@@ -73,12 +73,11 @@ def policy_explain(
 def engine(
     kit: Annotated[Path, typer.Argument(help="the kit's folder")],
     socket: Annotated[Path | None, typer.Option(help="at a site: where its peer listens")] = None,
+    authority: Annotated[
+        Path | None, typer.Option(help="at the hub: the authority's folder; its list then says who may come")
+    ] = None,
 ) -> None:
-    """Checks a kit's certificate, port and hub, and runs its engine in the foreground."""
-    from llmchain_fed.runtimes.nvflare import engine as engines
+    """Checks a kit's certificate, port and hub, and runs its engine until it is stopped; a line for each change."""
+    from llmchain_fed.runtimes.nvflare.keeping.keeper import Keeper
 
-    kit = kit.absolute()
-    engines.check(kit)
-    command, variables = engines.command_of(kit, socket)
-    os.chdir(kit)
-    os.execve(command[0], command, os.environ | variables)  # noqa: S606 (this interpreter, no shell)
+    raise typer.Exit(Keeper(kit, socket=socket, authority=authority, say=say).run())

@@ -1,92 +1,124 @@
 """The engine's processes: checks a kit before it is used, starts hub or site, and ends them with all their children.
 
-Knows kits, processes and TLS. Knows nothing of jobs or models. The checks are here because the engine itself waits
-forever, mostly without a word, on a wrong certificate or a port in use.
+Knows kits, processes and command lines. Knows nothing of jobs or models; what happens while an engine runs is for its
+parent, `keeping.keeper`. The checks are here because NVFlare itself waits forever, mostly without a word, on a wrong
+certificate or a port in use.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from llmchain_fed import locks
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.runtimes.nvflare import certificates, kits
 from llmchain_fed.runtimes.nvflare.job import SOCKET
+from llmchain_fed.runtimes.nvflare.keeping import reaching
 
+LOCK = "engine.lock"
+"""in the kit: held while its engine runs"""
 _MODULES = {True: "nvflare.private.fed.app.server.server_train", False: "nvflare.private.fed.app.client.client_train"}
+_PARTS = {
+    True: ("startup/fed_server.json", "startup/server.crt", "startup/server.key"),
+    False: ("startup/fed_client.json", "startup/client.crt", "startup/client.key"),
+}
+_ALL_HAVE = ("startup/rootCA.pem", "local/resources.json", "local/authorization.json")
+# a kit may come from elsewhere and is the engine's working directory, of which no module is to be imported
+_SAFE = {"PYTHONSAFEPATH": "1"}
 
 
-def check(kit: Path) -> None:
+def check(kit: Path, *, reach: bool = True) -> None:
     """Makes sure that an engine started from this kit can work.
 
+    Args:
+        kit: Which.
+        reach: Whether a site's hub is dialled as well; one that is not up yet is no error, the engine waits for it.
+
     Raises:
-        ConfigError: Certificate expired, not yet valid, not of this federation's authority or of another name; the
-            hub's port in use; the hub of another authority or refusing this certificate.
+        ConfigError: See `check_folder`; certificate expired, not yet valid, not of this federation's authority or of
+            another name; the hub's port in use; the hub of another authority or refusing this certificate.
     """
-    hub = kits.is_hub(kit)
+    check_folder(kit)
     certificates.check(kit)
-    host, port = kits.address(kit)
-    if hub:
+    if kits.is_hub(kit):
+        port = kits.address(kit)[1]
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("", port))
             except OSError as error:
-                msg = f"port {port} is in use ({error.strerror}): stop what listens there, or provision another port."
+                msg = f"port {port} cannot be had ({error.strerror}): stop what listens there, or provision another."
                 raise ConfigError(msg) from error
-    else:
-        _check_hub(kit, host, port)
+    elif reach:
+        found = reaching.hindrance(kit)
+        if found is not None and found.lasting:
+            raise ConfigError(found.says + ".")
 
 
-def _check_hub(kit: Path, host: str, port: int) -> None:
-    """Shakes hands with the hub as the engine will; a hub that is not up yet is no error, the engine waits for it."""
-    startup = kit / "startup"
-    context = ssl.create_default_context(cafile=str(startup / "rootCA.pem"))
-    context.check_hostname = False  # the engine pins the authority and the identity, not the address
-    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    context.load_cert_chain(startup / "client.crt", startup / "client.key")
-    try:
-        with socket.create_connection((host, port), timeout=5) as plain, context.wrap_socket(plain) as secure:
-            secure.settimeout(0.5)
-            with suppress(TimeoutError):  # TLS 1.3: a refusal of our certificate comes with the first read
-                secure.recv(1)
-    except ssl.SSLError as error:
-        why = error.reason or error
-        msg = f"the hub at {host}:{port} and this site do not accept each other's certificates ({why})."
-        raise ConfigError(msg) from error
-    except OSError:
-        return
+def check_folder(kit: Path) -> None:
+    """Makes sure that all of a kit is there, and that its engine can write beside it.
+
+    Raises:
+        ConfigError: It is none, is incomplete, or cannot be written.
+    """
+    hub = kits.is_hub(kit)
+    missing = [part for part in (*_PARTS[hub], *_ALL_HAVE) if not (kit / part).is_file()]
+    if missing:
+        msg = (
+            f"the kit {kit} is incomplete: {', '.join(missing)} cannot be found. Copy the whole folder, startup/ and "
+            "local/, or make the kit anew with `llmchain-fed provision package`."
+        )
+        raise ConfigError(msg)
+    for folder in (kit, kit / "local"):
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            msg = (
+                f"the kit cannot be written: {folder}: {error.strerror}. Its engine keeps its lock, log and jobs "
+                "there: give this account the right to write, and room on the disk."
+            )
+            raise ConfigError(msg) from error
 
 
 def start(
-    kit: Path, *, socket: Path | None = None, environment: Mapping[str, str] | None = None, log: Path | None = None
+    kit: Path,
+    *,
+    socket: Path | None = None,
+    authority: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Starts the hub's or a site's engine in the background, after `check`.
+    """Starts the hub's or a site's engine in the background, after `check`: the command that an operator starts.
 
     Args:
         kit: Whose.
         socket: At a site: where its peer listens.
+        authority: At the hub: the authority's folder, whose list then says who may come.
         environment: Further variables.
-        log: Where its output goes; `engine.log` in the kit by default.
+        log: Where its lines go; `engine.log` in the kit by default.
 
     Raises:
-        ConfigError: See `check`; a site without a socket.
+        ConfigError: See `check`; a site without a socket; the kit's engine runs already.
     """
     kit = kit.absolute()
-    check(kit)
-    command, variables = command_of(kit, socket)
+    command, variables = command_of(kit, socket, authority)
+    check_folder(kit)
+    with locks.hold(kit / LOCK, f"the kit {kit.name}"):
+        check(kit)
     descriptor = os.open(log or kit / "engine.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(descriptor, "ab") as output:
         return subprocess.Popen(  # noqa: S603 (this interpreter, no shell)
             command,
-            cwd=kit,
             env=os.environ | variables | dict(environment or {}),
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -96,28 +128,55 @@ def start(
         )
 
 
-def command_of(kit: Path, socket: Path | None = None) -> tuple[list[str], dict[str, str]]:
-    """The engine's command line in the foreground, and the environment variables it needs.
+def command_of(
+    kit: Path, socket: Path | None = None, authority: Path | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """The operator's command by this interpreter, and the environment variables it needs.
 
     Raises:
         ConfigError: A site without a socket.
     """
+    _needs_socket(kit, socket)
+    command = [sys.executable, "-m", "llmchain_fed.cli", "engine", str(kit)]
+    command += ["--socket", str(socket)] if socket is not None else []
+    command += ["--authority", str(authority)] if authority is not None else []
+    return command, dict(_SAFE)
+
+
+def nvflare_command(
+    kit: Path, socket: Path | None, wire: int, authority: Path | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """The command line of NVFlare's process, and the environment variables it needs.
+
+    Args:
+        kit: Whose.
+        socket: At a site: where its peer listens.
+        wire: The descriptor over which it tells its parent, see `keeping.child`.
+        authority: At the hub: the authority's folder.
+
+    Raises:
+        ConfigError: A site without a socket.
+    """
+    _needs_socket(kit, socket)
     hub = kits.is_hub(kit)
     settings = ["secure_train=true", "config_folder=config"]
-    # a kit may come from elsewhere and is the engine's working directory, of which no module is to be imported
-    variables = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    variables = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"} | _SAFE
     if hub:
         settings += ["org=hub"]
     else:
-        if socket is None:
-            msg = f"a site's engine needs the socket at which its peer listens: start {kit.name} with socket=…"
-            raise ConfigError(msg)
         name = kits.site_name(kit)
         settings += [f"uid={name}", f"org={name}", "heart_beat_interval=4"]
-        variables[SOCKET] = str(Path(socket).absolute())
+        variables[SOCKET] = str(Path(socket or "").absolute())
     configuration = "fed_server.json" if hub else "fed_client.json"
-    command = [sys.executable, "-m", _MODULES[hub], "-m", str(kit), "-s", configuration, "--set", *settings]
-    return command, variables
+    ours = [sys.executable, "-m", "llmchain_fed.runtimes.nvflare.keeping.child", str(wire), str(kit)]
+    registry = str(authority.absolute()) if authority is not None else ""
+    return [*ours, registry, _MODULES[hub], "-m", str(kit), "-s", configuration, "--set", *settings], variables
+
+
+def _needs_socket(kit: Path, socket: Path | None) -> None:
+    if socket is None and not kits.is_hub(kit):
+        msg = f"a site's engine needs the socket at which its peer listens: start {kit.name} with its socket."
+        raise ConfigError(msg)
 
 
 def stop(processes: Iterable[subprocess.Popen[bytes]], *, patience: float = 10.0) -> None:
@@ -129,23 +188,31 @@ def stop(processes: Iterable[subprocess.Popen[bytes]], *, patience: float = 10.0
     """
     import psutil
 
-    trees: list[psutil.Process] = []
+    trees: list[Any] = []
     roots = list(processes)
     for process in roots:
         with suppress(psutil.NoSuchProcess):
             root = psutil.Process(process.pid)
             trees += [*root.children(recursive=True), root]  # collected first: orphans have no parent to find them by
-    for member in trees:
-        with suppress(psutil.NoSuchProcess):
-            member.terminate()
-    _, alive = psutil.wait_procs(trees, timeout=patience)
-    for member in alive:
-        with suppress(psutil.NoSuchProcess):
-            member.kill()
-    psutil.wait_procs(alive, timeout=5)
+    end(trees, patience)
     for process in roots:
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=5)
+
+
+def end(members: Iterable[Any], patience: float) -> None:
+    """Ends processes (psutil's), and kills those that have not ended after `patience` seconds."""
+    import psutil
+
+    found = list(members)
+    for member in found:
+        with suppress(psutil.NoSuchProcess):
+            member.terminate()
+    _, alive = psutil.wait_procs(found, timeout=patience)
+    for member in alive:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(alive, timeout=2)
 
 
 def wait_for_hub(kit: Path, seconds: float = 60.0) -> None:

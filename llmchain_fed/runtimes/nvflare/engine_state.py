@@ -5,7 +5,9 @@ Knows one JSON file in a kit, and where on this machine a hub's engine writes it
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +19,8 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.own_files import write_whole
 
 FILE = "engine_state.json"
-_LARGEST = 2**20  # bytes
+_LARGEST = 2**23  # bytes: all sites that there can be
+_LONGEST_PATH = 2**13  # bytes
 _Text = Annotated[str, Field(max_length=2000)]
 _Name = Annotated[str, Field(max_length=256)]
 
@@ -38,7 +41,7 @@ class EngineState(untrusted.Strict):
     """All of the file."""
 
     name: _Name
-    """the site's, or "hub" """
+    """the site's; "server" at the hub, which no site can have"""
     pid: int
     started: float
     """seconds since the epoch, as all times here"""
@@ -80,8 +83,33 @@ def read(kit: Path) -> EngineState | None:
     return untrusted.checked(EngineState, found, what=what, error=ConfigError)
 
 
+def of_hub(port: int) -> EngineState | None:
+    """What the hub's engine of this machine that listens at a port wrote last; None where none of this account does.
+
+    Raises:
+        ConfigError: What it wrote is none of ours.
+    """
+    try:
+        path = pointer(port)
+    except OSError:
+        return None
+    if not path.is_file():
+        return None
+    data = untrusted.read_file(path, most=_LONGEST_PATH, what=f"{path.name}", error=ConfigError, follow=False)
+    with untrusted.decoding(path.name, ConfigError):
+        kit = Path(data.decode())
+    return read(kit)
+
+
 def pointer(port: int) -> Path:
-    """The file on this machine that says in which kit the engine of the hub at a port is: this account's alone."""
+    """The file on this machine that says in which kit the engine of the hub at a port is: this account's alone.
+
+    Raises:
+        OSError: There can be none.
+    """
     folder = Path(tempfile.gettempdir()) / f"llmchain_fed-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(errno.EPERM, "is not this account's folder", str(folder))  # anybody can write to /tmp
     return folder / f"hub-{port}"

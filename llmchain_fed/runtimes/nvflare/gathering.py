@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
-from llmchain_fed.errors import TransportError
+from llmchain_fed.errors import ConfigError, TransportError
 from llmchain_fed.runtimes.nvflare import engine_state
 from llmchain_fed.runtimes.nvflare.session import EngineSession
 from llmchain_fed.runtimes.nvflare.sites import Sites
@@ -51,7 +52,9 @@ class Gathering:
 
     def able(self, names: Sequence[str]) -> list[str]:
         """Those of these sites that a job may be tried with: not those that refused one, or make trouble."""
-        state = engine_state.of_hub(self._session.port) if hasattr(engine_state, "of_hub") else None
+        state = None
+        with suppress(ConfigError):  # what it wrote is read for a better word alone
+            state = engine_state.of_hub(self._session.port)
         able = []
         for name in names:
             seen = state.sites.get(name) if state is not None else None
@@ -73,7 +76,6 @@ class Gathering:
         """
         began, told, answered = time.monotonic(), "", False
         while True:
-            spent = time.monotonic() - began
             here: list[str] = []
             absent = self._sites.names
             try:
@@ -83,6 +85,7 @@ class Gathering:
                 problem = f"none of the sites {', '.join(self._sites.names)} is connected to the hub."
             except TransportError as error:
                 problem = str(error)
+            spent = time.monotonic() - began
             most = self._startup * (1.0 if here or not answered else _NOBODY)
             if here and (not absent or spent >= most):
                 return here

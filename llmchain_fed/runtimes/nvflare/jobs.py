@@ -26,9 +26,10 @@ from llmchain_fed.runtimes.nvflare.sites import Sites
 _NAME = "llmchain_fed"
 _REUSE = 2.0  # seconds in which the bridge of a running job, left by a killed driver, finds this one
 _JOB_START = 45.0  # seconds from submission to the bridge's call; a healthy one takes some five
-_OTHERS = 8.0  # seconds for the other jobs once one of several has begun
+_OTHERS = 5.0  # seconds for the other jobs once one of several has begun
 _COMING = 8.0  # seconds the others wait for the job of a site that came back: once, then it begins beside the rounds
 _AGAIN = 60.0  # seconds before a site that the engine lists but nobody reaches is worth another job
+_LESS_OFTEN = 3  # times that this doubles
 _PROBE = 4.0  # seconds a site may take to say that it is there
 _KNOWN = 1.0  # the same, for one that was silent when it was asked last: it costs that much a round
 _PARTS = 8  # jobs at a time in search of the site that ends them
@@ -74,8 +75,8 @@ class Jobs:
         self._running: dict[str, _Job] = {}
         """submission → its job, from its bridge's call on"""
         self._starting: list[_Job] = []
-        self._tried: dict[str, float] = {}
-        """site → when a job of its own was last begun for it"""
+        self._tried: dict[str, tuple[int, float]] = {}
+        """site → how many jobs of its own were begun for it in vain, and before when none is begun again"""
         self._closed = False
         self.count = 0
         """jobs submitted"""
@@ -90,11 +91,12 @@ class Jobs:
         """
         first = self._link is None
         link = self._open()
-        if first and (found := link.wait(_REUSE)) is not None:
+        found = link.wait(0.0 if self._starting else _REUSE)  # one that was given up dials again
+        if found is None and not self._starting:
+            self._begin()
+        elif first and found is not None:
             self._say(f"found the job of an earlier process, with {', '.join(found)}")
             self._probe(found)
-        elif link.wait(0.0) is None and not self._starting:
-            self._begin()
         self._look_after()
         missing = [name for name in names if name not in self._sites.there()]
         if not missing:
@@ -113,8 +115,6 @@ class Jobs:
         while left:
             try:
                 replies = self._open().exchange(left, frame, seconds)
-            except JobLostError as error:
-                replies = [(node, error) for node in left]
             except TransportError as error:
                 replies = [(node, error) for node in left]
             found |= dict(replies)
@@ -130,15 +130,15 @@ class Jobs:
 
     def farewell(self, nodes: Sequence[str], frame: bytes, seconds: float) -> list[tuple[str, bytes | Exception]]:
         """One frame that may as well be lost: nothing is recovered, and it takes little time."""
-        until = time.monotonic() + min(seconds, _FAREWELL)
-        link = self._link
-        while link is not None and link.wait(max(until - time.monotonic(), 0.0)) is not None:
-            with suppress(TransportError):
-                return link.exchange(nodes, frame, max(until - time.monotonic(), 0.2))
-            if time.monotonic() > until:
-                break
-            time.sleep(0.05)
-        return [(node, TransportError("it was not told.")) for node in nodes]
+        until, link = time.monotonic() + min(seconds, _FAREWELL), self._link
+        if link is None:
+            return [(node, TransportError("it was not told.")) for node in nodes]
+        while not set(nodes) <= set(link.wait(0.0) or []) and time.monotonic() < until - _FAREWELL / 3:
+            time.sleep(0.05)  # a bridge that was given up, as after Ctrl-C, dials again
+        try:
+            return link.exchange(nodes, frame, max(until - time.monotonic(), _FAREWELL / 3))
+        except TransportError as error:
+            return [(node, error) for node in nodes]
 
     def close(self) -> None:
         """Ends the jobs, for good."""
@@ -229,10 +229,11 @@ class Jobs:
         said = None
         for job in list(self._starting):
             assert self._link is not None
-            if self._link.wait(0.0, job.run) is not None:
+            if (inside := self._link.wait(0.0, job.run)) is not None:
                 self._starting.remove(job)
-                self._running[job.run] = job
-                self._say(f"job {self.count} runs, with {', '.join(job.sites)}")
+                replaced = [run for run, former in self._running.items() if set(former.sites) <= set(inside)]
+                self._running = {run: j for run, j in self._running.items() if run not in replaced} | {job.run: job}
+                self._say(f"a job runs, with {', '.join(inside)}")
                 self._probe(job.sites)
                 continue
             ended = None
@@ -245,13 +246,14 @@ class Jobs:
             elif time.monotonic() - job.since > _JOB_START:
                 self._starting.remove(job)
                 self._end(job)
+                self._say(f"the job for {', '.join(job.sites)} did not begin within {_JOB_START:g} s")
         return said
 
     def _ended(self, job: _Job, status: str) -> str:
         """A job that the engine ended before it ran: its site refused it, or one of them did, which is looked for."""
         why = (
             f"the engine ended the job before it ran ({status}). A site whose local/resources.json does not list the "
-            "bridge classes refuses it; its own log says so"
+            "bridge classes refuses it, as does a hub whose own lacks them or the controller; its own log says so"
         )
         if len(job.sites) == 1:
             self._sites.refused(job.sites[0], why)
@@ -283,11 +285,13 @@ class Jobs:
         now = time.monotonic()
         begun = {name for job in self._starting for name in job.sites}
         able = self._gathering.able(names)
-        due = [n for n in able if n not in begun and now - self._tried.get(n, -_AGAIN) >= _AGAIN]
+        due = [n for n in able if n not in begun and now >= self._tried.get(n, (0, 0.0))[1]]
         if not due:
             return
         new = [name for name in due if name not in self._tried]
-        self._tried |= dict.fromkeys(due, now)
+        for name in due:
+            times = self._tried.get(name, (0, 0.0))[0]
+            self._tried[name] = times + 1, now + _AGAIN * 2 ** min(times, _LESS_OFTEN)
         self._starting.append(self._submit(due))
         if new:
             self._say(f"a job begins for {', '.join(new)}; the others wait {_COMING:g} s at most")
@@ -308,8 +312,11 @@ class Jobs:
             TransportError: Not in time.
         """
         link = self._open()
-        if link.wait(_REUSE) is not None and set(lost) <= set(link.wait(0.0) or []):
-            return
+        dialled = time.monotonic() + _REUSE
+        while time.monotonic() < dialled:  # a bridge that was given up dials again
+            if set(lost) <= set(link.wait(0.1) or []):
+                return
+            time.sleep(0.1)
         self._say(f"the job with {', '.join(lost)} ended, or its process at the hub: another one begins")
         back = self._gathering.wait_again(lost, self._recovery, until)
         self._sites.left(lost)

@@ -83,6 +83,8 @@ class Link:
         """submissions whose bridges are talked to; None: whichever, as those of a driver that was killed"""
         self._bridges: dict[str, _Bridge] = {}
         """submission → its bridge, those that called later last"""
+        self._former: set[str] = set()
+        """sites whose job's bridge went away, and may dial again"""
         self._changed = threading.Condition()
         threading.Thread(target=self._listener.serve, args=(self._greet,), name="bridge", daemon=True).start()
 
@@ -94,6 +96,7 @@ class Link:
                 if bridge.run not in kept:
                     bridge.channel.close()
             self._bridges = kept
+            self._former = set() if alone else self._former
             self._expected = {run} | (set() if alone else self._expected or set(kept))
 
     def wait(self, seconds: float, run: str | None = None) -> list[str] | None:
@@ -121,7 +124,7 @@ class Link:
             JobLostError: There is no bridge, or all went away.
         """
         with self._changed:
-            bridges = list(self._bridges.values())
+            bridges, former = list(self._bridges.values()), set(self._former)
         if not bridges:
             msg = "the job's bridge is not connected."
             raise JobLostError(msg)
@@ -129,7 +132,9 @@ class Link:
         answers: dict[str, bytes | Exception] = {}
         for node in nodes:
             bridge = next((b for b in reversed(bridges) if node in b.sites), None)
-            if bridge is None:
+            if bridge is None and node in former:
+                answers[node] = JobLostError("the job's bridge is not connected.")
+            elif bridge is None:
                 answers[node] = TransportError("it is not connected to the hub: it was not when this job began.")
             else:
                 routes.setdefault(bridge, []).append(node)
@@ -185,6 +190,7 @@ class Link:
             if former is not None:
                 former.channel.close()
             self._bridges[greeting.run] = bridge
+            self._former -= set(bridge.sites)
             self._release_replaced()
             self._changed.notify_all()
 
@@ -201,6 +207,7 @@ class Link:
         with self._changed:
             if self._bridges.get(bridge.run) is bridge:
                 del self._bridges[bridge.run]
+                self._former |= set(bridge.sites)
         bridge.channel.close()
 
 

@@ -6,6 +6,7 @@ Knows the engine's session interface. Knows nothing of frames or rounds.
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -114,6 +115,8 @@ class EngineSession:
         with self._lock:
             try:
                 if self._session is None:
+                    # the engine's library tries for ten seconds where nobody listens
+                    socket.create_connection(kits.address(self._admin), timeout=_SECONDS).close()
                     self._session = new_secure_session(kits.admin_name(self._admin), str(self._admin), timeout=_SECONDS)
                 return do(self._session)
             except Exception as error:  # the engine's errors have no common root

@@ -19,8 +19,8 @@ from llmchain_fed.errors import ConfigError, FederationError, TransportError
 from llmchain_fed.federated.runtime import Operation, Payload
 from llmchain_fed.runtimes.nvflare import certificates
 from llmchain_fed.runtimes.nvflare.jobs import Jobs
+from llmchain_fed.runtimes.nvflare.keeping.reaching import hindrance
 from llmchain_fed.runtimes.nvflare.names import check_name
-from llmchain_fed.runtimes.nvflare.reach import check_reach
 from llmchain_fed.runtimes.nvflare.session import EngineSession
 from llmchain_fed.runtimes.nvflare.sites import Sites
 from llmchain_fed.runtimes.nvflare.within import within
@@ -111,9 +111,15 @@ class NVFlare:
         """
         certificates.check(self._admin)
         until = time.monotonic() + _CHECK
-        check_reach(self._admin)
+        found = hindrance(self._admin)
+        if found is not None and found.lasting:
+            msg = f"{found.says}."
+            raise ConfigError(msg)
+        if found is not None:
+            msg = f"the hub's engine is out of reach: {found.says}. Start it with `llmchain-fed engine`, then go on."
+            raise TransportError(msg)
         try:
-            within(until - time.monotonic(), self._session.connected)
+            within(max(until - time.monotonic(), 1.0), self._session.connected)
         except TimeoutError:
             msg = "the hub's engine is out of reach: it shakes hands, and does not answer its administrator."
             raise TransportError(msg) from None

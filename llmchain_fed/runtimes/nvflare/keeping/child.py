@@ -1,0 +1,235 @@
+"""The process of NVFlare: its own program, with a guard at the hub's door and a wire to the parent that keeps it.
+
+Knows NVFlare's connections (NVFlare 2.9, fuel/f3/sfm/conn_manager.py) and the wire. Knows nothing of screens, files or
+restarts. The guard stands where a connection gets its name: there TLS has proven the key, and the former connection of
+that name is not yet closed. NVFlare itself lets the later one of two evict the earlier, and each again every ten
+seconds. Nothing here outlives the parent: its end closes the wire.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import runpy
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from llmchain_fed import untrusted
+from llmchain_fed.runtimes.nvflare.keeping import news
+from llmchain_fed.runtimes.nvflare.keeping.guard import Guard, elsewhere
+
+_EVERY = 2.0  # seconds between two reports
+_AGAIN = 10.0  # seconds between two looks at who is connected, for who may no longer be
+_INSTANCE = "llmchain_fed_process"  # property of a handshake: which process it is, of those that have one certificate
+
+
+class Wire:
+    """To the parent: lines one way, and the other way only its end."""
+
+    def __init__(self, descriptor: int) -> None:
+        os.set_inheritable(descriptor, False)  # noqa: FBT003 (else the processes of jobs keep it open)
+        self._socket, self._lock = socket.socket(fileno=descriptor), threading.Lock()
+        self._socket.settimeout(None)
+
+    def tell(self, what: news.Peers | news.Refused | news.TurnedAway) -> None:
+        """Tells the parent."""
+        with self._lock, suppress(OSError):  # its end is noticed elsewhere
+            self._socket.sendall(what.model_dump_json().encode() + b"\n")
+
+    def end_with_parent(self) -> None:
+        """Waits for the parent's end, and ends this process and those of its jobs."""
+        with suppress(OSError):
+            while self._socket.recv(1):
+                pass
+        import psutil
+
+        for member in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        os._exit(1)
+
+
+class Door:
+    """Stands in NVFlare's connection manager: lets in, refuses, and sees who is there.
+
+    Args:
+        wire: Where it is told.
+        guard: At the hub, who may come; None at a site.
+    """
+
+    def __init__(self, wire: Wire, guard: Guard | None) -> None:
+        self._wire, self._guard = wire, guard
+        self._lock = threading.RLock()
+        self._managers: list[Any] = []
+        self._named: Any = None
+        self._closed: Any = None
+
+    def install(self) -> None:
+        """Takes the place of the manager's three methods; NVFlare has no hook before a former connection is closed."""
+        from nvflare.fuel.f3.sfm.conn_manager import ConnManager
+
+        door, made = self, ConnManager.__init__
+        self._named, self._closed = ConnManager.update_endpoint, ConnManager.close_connection
+
+        def init(manager: Any, local_endpoint: Any, *arguments: Any, **named: Any) -> None:
+            local_endpoint.set_prop(_INSTANCE, uuid.uuid4().hex)
+            door._managers.append(manager)
+            made(manager, local_endpoint, *arguments, **named)
+
+        ConnManager.__init__ = init
+        ConnManager.update_endpoint = lambda manager, connection, data: door.named(manager, connection, data)
+        ConnManager.close_connection = lambda manager, connection: door.closed(manager, connection)
+
+    def named(self, manager: Any, connection: Any, data: dict[str, Any]) -> None:
+        """A connection said whose it is; NVFlare holds that against its certificate afterwards."""
+        if self._guard is None or not _of_site(connection):
+            self._named(manager, connection, data)
+            return
+        from nvflare.fuel.f3.cellnet.fqcn import FQCN
+        from nvflare.fuel.f3.comm_error import CommError
+
+        whole = str(FQCN.normalize(str(data.get("endpoint_name"))))
+        with self._lock:
+            # first NVFlare's own rule, that the name is the certificate's: nobody gets another's name into the list
+            peer = str(connection.conn.get_conn_properties().get("peer_cn"))
+            manager.identity_resolver.require_match(whole, peer, f"connection {connection.get_name()}")
+            refusal = None if _exempt(whole) else self._refusal(manager, connection, whole, data)
+            if refusal is None:
+                self._named(manager, connection, data)
+                return
+            self._turn_away(connection, whole, *refusal)
+            raise CommError(CommError.ERROR, f"{whole} was not let in: {refusal[1]}")
+
+    def _refusal(self, manager: Any, connection: Any, whole: str, data: dict[str, Any]) -> tuple[int, str] | None:
+        name, address = whole.split(".")[0], _address(connection)
+        unknown = self._unknown(name, _fingerprint(connection))
+        if unknown is not None:
+            return unknown
+        there = [c for c in _connections(manager, whole) if c is not connection]
+        if not there or "." in whole:  # the processes of jobs come and go with their engine
+            return None
+        former = manager.sfm_endpoints[whole].endpoint.get_prop(_INSTANCE)
+        if not elsewhere(former, data.get(_INSTANCE), _silent(there[0])):
+            return None
+        return news.ELSEWHERE, (
+            f"is seen from two places: {_address(there[0])}, which stays, and {address}, which was refused: its kit "
+            "was copied, or its engine started twice. Ask its operator to stop one of them"
+        )
+
+    def _unknown(self, name: str, fingerprint: str) -> tuple[int, str] | None:
+        refusal = self._guard.refusal(name, fingerprint) if self._guard is not None else None
+        if refusal is None:
+            return None
+        return (news.OTHER_KEY if refusal.startswith("another key") else news.NOT_ALLOWED), refusal
+
+    def _turn_away(self, connection: Any, whole: str, code: int, says: str) -> None:
+        conn = connection.conn
+        conn.aio_context.run_coro(conn.websocket.close(code=code))  # its own `close` would say that all is well
+        name = untrusted.printable(whole.split(".")[0], 200)
+        says = untrusted.printable(says, 1900)
+        self._wire.tell(news.Refused(name=name, code=code, address=_address(connection), says=says))
+
+    def closed(self, manager: Any, connection: Any) -> None:
+        """A connection is closed; at a site it may be the hub that closed it, and said why."""
+        code = getattr(getattr(connection, "websocket", None), "close_code", None)
+        if self._guard is None and code in (news.ELSEWHERE, news.OTHER_KEY, news.NOT_ALLOWED):
+            self._wire.tell(news.TurnedAway(code=code))
+        self._closed(manager, connection)
+
+    def report(self) -> None:
+        """Tells again and again who is there, and puts out who may no longer be."""
+        looked = time.monotonic()
+        while True:
+            time.sleep(_EVERY)
+            self._wire.tell(news.Peers(peers=self._peers()))
+            if self._guard is not None and time.monotonic() - looked >= _AGAIN:
+                looked = time.monotonic()
+                self._put_out()
+
+    def _peers(self) -> dict[str, news.Peer]:
+        found = {}
+        for _, name, connection in self._there():
+            at_site = self._guard is None
+            if "." not in name and not _exempt(name) if not at_site else name == news.HUB:
+                found[untrusted.printable(name, 200)] = news.Peer(
+                    address=_address(connection), fingerprint=_fingerprint(connection), silent=_silent(connection)
+                )
+        return found
+
+    def _put_out(self) -> None:
+        for _, name, connection in self._there():
+            if _of_site(connection) and not _exempt(name):
+                unknown = self._unknown(name.split(".")[0], _fingerprint(connection))
+                if unknown is not None:
+                    self._turn_away(connection, name, *unknown)
+
+    def _there(self) -> Iterator[tuple[Any, str, Any]]:
+        for manager in list(self._managers):
+            for name in list(manager.sfm_endpoints):
+                for connection in _connections(manager, name):
+                    yield manager, name, connection
+
+
+def _connections(manager: Any, name: str) -> list[Any]:
+    endpoint = manager.sfm_endpoints.get(name)
+    return list(endpoint.connections) if endpoint is not None else []
+
+
+def _of_site(connection: Any) -> bool:
+    """Whether somebody dialled the hub's port, rather than a process of this engine's own."""
+    from nvflare.fuel.f3.cellnet.identity import is_mtls_connection
+    from nvflare.fuel.f3.drivers.connector_info import Mode
+
+    connector = connection.conn.connector
+    return bool(connector.mode == Mode.PASSIVE and is_mtls_connection(connector.params))
+
+
+def _exempt(name: str) -> bool:
+    """The hub's own processes, and administrators: their commands come under names that they make up each time."""
+    from nvflare.fuel.utils.admin_name_utils import is_valid_admin_client_name
+
+    return name.split(".")[0] == news.HUB or bool(is_valid_admin_client_name(name))
+
+
+def _fingerprint(connection: Any) -> str:
+    """Of the certificate with which the connection was made; empty where none can be seen, which nobody knows."""
+    secure = connection.conn.websocket.get_extra_info("ssl_object")
+    found = secure.getpeercert(binary_form=True) if secure is not None else None
+    if not found:
+        return ""
+    digest = hashlib.sha256(found).hexdigest().upper()
+    return "SHA256:" + ":".join(digest[at : at + 2] for at in range(0, len(digest), 2))
+
+
+def _address(connection: Any) -> str:
+    return untrusted.printable(connection.conn.get_conn_properties().get("peer_addr", "?"), 200)
+
+
+def _silent(connection: Any) -> float:
+    """Seconds since something was heard over it."""
+    if not connection.last_activity:
+        connection.last_activity = time.time()  # it was made just now
+    return max(time.time() - float(connection.last_activity), 0.0)
+
+
+def main(descriptor: str, kit: str, authority: str, module: str, *arguments: str) -> None:
+    """Runs NVFlare's program; `authority` may be empty."""
+    wire = Wire(int(descriptor))
+    threading.Thread(target=wire.end_with_parent, daemon=True).start()
+    at_hub = module.endswith("server_train")
+    door = Door(wire, Guard(Path(kit), Path(authority) if authority else None) if at_hub else None)
+    door.install()
+    threading.Thread(target=door.report, daemon=True).start()
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

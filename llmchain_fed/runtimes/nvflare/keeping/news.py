@@ -1,0 +1,69 @@
+"""News: what the process of NVFlare tells its parent, as lines of JSON, each a typed and bounded value.
+
+Knows their fields. Knows nothing of who is told.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from llmchain_fed import untrusted
+from llmchain_fed.errors import TransportError
+
+ELSEWHERE, OTHER_KEY, NOT_ALLOWED = 4001, 4002, 4003
+"""codes with which the hub closes a site's connection: WebSocket leaves 4000–4999 to applications (RFC 6455, 7.4.2)"""
+HUB = "server"
+"""what the engine calls the hub"""
+LONGEST = 2**20  # bytes of a line
+_Name = Annotated[str, Field(max_length=256)]
+_Text = Annotated[str, Field(max_length=2000)]
+
+
+class Peer(untrusted.Strict):
+    """A connection to another engine, now."""
+
+    address: _Text
+    fingerprint: _Text
+    silent: float
+    """seconds since something was last heard over it"""
+
+
+class Peers(untrusted.Strict):
+    """Who is connected: sites at the hub, `HUB` at a site."""
+
+    kind: Literal["peers"] = "peers"
+    peers: dict[_Name, Peer] = Field(max_length=10_000)
+
+
+class Refused(untrusted.Strict):
+    """At the hub: somebody was not let in."""
+
+    kind: Literal["refused"] = "refused"
+    name: _Name
+    code: int
+    address: _Text
+    says: _Text
+
+
+class TurnedAway(untrusted.Strict):
+    """At a site: the hub closed the connection, and why."""
+
+    kind: Literal["turned away"] = "turned away"
+    code: int
+
+
+def read(line: bytes) -> Peers | Refused | TurnedAway:
+    """A line.
+
+    Raises:
+        TransportError: It is none of these.
+    """
+    what = "what the engine's process told"
+    found = untrusted.read_json(line, most=LONGEST, what=what, error=TransportError)
+    if found.get("kind") == "refused":
+        return untrusted.checked(Refused, found, what=what, error=TransportError)
+    if found.get("kind") == "turned away":
+        return untrusted.checked(TurnedAway, found, what=what, error=TransportError)
+    return untrusted.checked(Peers, found, what=what, error=TransportError)

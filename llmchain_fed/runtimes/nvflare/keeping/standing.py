@@ -1,0 +1,100 @@
+"""Standing: who is connected, since when, and what is wrong with it; each change is one line.
+
+Knows the reports of NVFlare's process and the clock. Knows nothing of processes or files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from llmchain_fed.runtimes.nvflare.engine_state import SeenSite
+from llmchain_fed.runtimes.nvflare.keeping import news
+
+SILENT = 15.0  # seconds: a site's engine is heard every four
+_FORGIVEN = 150.0  # seconds after its last refusal in which a trouble stands; NVFlare tries again every ten
+_MOST = 10_000  # names
+
+
+class Sites:
+    """At the hub: the sites.
+
+    Args:
+        now: The clock, in seconds since the epoch.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.time) -> None:
+        self.seen: dict[str, SeenSite] = {}
+        self._now = now
+        self._refused: dict[str, tuple[float, int]] = {}
+        """name → when it was refused last, and why"""
+
+    def heard(self, peers: Mapping[str, news.Peer]) -> list[str]:
+        """Takes over who is connected now; returns a line for each who came or went."""
+        now, lines = self._now(), []
+        for name, peer in peers.items():
+            former = self.seen.get(name)
+            if peer.silent >= SILENT or (former is not None and former.connected) or len(self.seen) >= _MOST:
+                continue
+            back = former is not None and former.since is not None
+            lines.append(
+                f"site {name} is back after {now - former.since:.0f} s"
+                if back and former is not None and former.since is not None
+                else f"site {name} is connected, from {peer.address}"
+            )
+            trouble = former.trouble if former is not None else None
+            self.seen[name] = SeenSite(connected=True, since=now, fingerprint=peer.fingerprint, trouble=trouble)
+        for name, site in list(self.seen.items()):
+            there = peers.get(name)
+            if site.connected and (there is None or there.silent >= SILENT):
+                why = "its connection was closed" if there is None else f"nothing was heard of it for {SILENT:g} s"
+                lines.append(f"site {name} is out: {why}")
+                self.seen[name] = site.model_copy(update={"connected": False, "since": now})
+        self._forgive(now)
+        return lines
+
+    def refused(self, told: news.Refused) -> list[str]:
+        """Somebody was not let in: a line, unless it is the same trouble as before."""
+        last, code = self._refused.get(told.name, (0.0, 0))
+        if len(self._refused) < _MOST or told.name in self._refused:
+            self._refused[told.name] = (self._now(), told.code)
+            site = self.seen.get(told.name, SeenSite())
+            self.seen[told.name] = site.model_copy(update={"trouble": told.says})
+        if code == told.code and self._now() - last < _FORGIVEN:
+            return []
+        return [f"site {told.name}{' ' if told.code == news.ELSEWHERE else ': '}{told.says}"]
+
+    def _forgive(self, now: float) -> None:
+        for name, (last, _) in list(self._refused.items()):
+            if now - last >= _FORGIVEN:
+                del self._refused[name]
+                self.seen[name] = self.seen[name].model_copy(update={"trouble": None})
+
+
+class HubLink:
+    """At a site: the connection to the hub.
+
+    Args:
+        where: The hub's host and port, for the lines.
+        now: The clock, in seconds since the epoch.
+    """
+
+    def __init__(self, where: str, now: Callable[[], float] = time.time) -> None:
+        self.connected = False
+        self.since: float | None = None
+        """since when it is connected, or is not any more; None before the first time"""
+        self._where, self._now = where, now
+
+    def heard(self, peers: Mapping[str, news.Peer]) -> str | None:
+        """Takes over whether the hub is heard; a line if that changed."""
+        hub, now = peers.get(news.HUB), self._now()
+        connected = hub is not None and hub.silent < SILENT
+        if connected == self.connected:
+            return None
+        former, self.connected = self.since, connected
+        self.since = now
+        if connected:
+            since = "" if former is None else f" again, after {now - former:.0f} s"
+            return f"connected to the hub at {self._where}{since}"
+        why = "it was closed" if hub is None else f"nothing was heard for {SILENT:g} s"
+        return f"the connection to the hub at {self._where} is lost ({why})"
