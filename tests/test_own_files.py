@@ -99,7 +99,9 @@ def test_an_engine_and_a_peer_are_started_under_it(umask, tmp_path, monkeypatch)
     monkeypatch.setattr("llmchain_fed.runtimes.nvflare.engine.command_of", lambda *_: (["engine"], {}))
     monkeypatch.setattr("os.chdir", lambda folder: None)
     monkeypatch.setattr("os.execve", lambda *_: found.append(now()))
-    monkeypatch.setattr("llmchain_fed.runtimes.nvflare.kits.start_authority", lambda *_, **__: found.append(now()))
+    monkeypatch.setattr(
+        "llmchain_fed.runtimes.nvflare.provisioning.authority.start", lambda *_, **__: found.append(now())
+    )
     assert CliRunner().invoke(app, ["engine", str(tmp_path)], catch_exceptions=False).exit_code == 0
     arguments = ["provision", "start", str(tmp_path), "--host", "localhost"]
     assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0

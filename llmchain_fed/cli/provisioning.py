@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmchain_fed.cli.console import TERMINATED, say
+from llmchain_fed.errors import ConfigError
+from llmchain_fed.untrusted import one_line
+
+if TYPE_CHECKING:
+    from llmchain_fed.runtimes.nvflare.names import Role
+    from llmchain_fed.runtimes.nvflare.provisioning.sent import Asked
+    from llmchain_fed.runtimes.nvflare.registry import Certificate
+
 app = typer.Typer(help="Certificates and kits. Keys stay with their site.", no_args_is_help=True)
+_Authority = Annotated[Path, typer.Argument(help="the folder of `provision start`")]
+_NAMES = "a site's name (A-Z a-z 0-9 _ -); with --role the hub's host name, or an administrator's, as a mail address"
+
+
+@app.callback()
+def _begin(context: typer.Context) -> None:
+    context.with_resource(_ended_in_order())
 
 
 @app.command("start")
@@ -16,44 +37,49 @@ def start(
     host: Annotated[str, typer.Option(help="the name by which sites reach the hub")],
     port: Annotated[int, typer.Option()] = 8002,
 ) -> None:
-    """At the hub: makes the federation's certificate authority."""
-    from llmchain_fed.runtimes.nvflare import kits
+    """At the hub: makes the federation's certificate authority. Back that folder up, and keep it closed."""
+    from llmchain_fed.runtimes.nvflare.provisioning import authority
 
-    trusted = kits.start_authority(folder, host=host, port=port)
-    typer.echo(f"authority in {folder / 'ca'}. Tell every site this fingerprint by telephone, not by mail:\n{trusted}")
+    trusted = authority.start(folder, host=host, port=port)
+    typer.echo(f"authority in {folder}. Tell every site this fingerprint by telephone, not by mail:\n{trusted}")
 
 
 @app.command("request")
 def request(
-    name: Annotated[str, typer.Argument(help="a site's name; the hub's host name; or the administrator's name")],
+    name: Annotated[str, typer.Argument(help=_NAMES)],
     folder: Annotated[Path, typer.Argument(help="where the key is made and stays")],
     role: Annotated[str, typer.Option(help="site, hub or admin")] = "site",
+    org: Annotated[
+        str | None, typer.Option(help="the organisation, which the hub is shown: A-Z a-z 0-9 _; by default the name")
+    ] = None,
 ) -> None:
     """At each site, and at the hub for itself and its administrator: makes a key, and a request without it."""
-    from llmchain_fed.runtimes.nvflare import kits
+    from llmchain_fed.runtimes.nvflare.provisioning import own_kit
 
-    if role not in ("site", "hub", "admin"):
-        msg = f"--role is site, hub or admin, got {role!r}."
-        raise typer.BadParameter(msg)
-    made = kits.request(name, role, folder)  # type: ignore[arg-type]  # checked above
-    typer.echo(f"send this to the hub (it holds no key): {made}")
+    wanted = _role(role)
+    _say_request(own_kit.request(name, wanted, folder, organisation=org), wanted)
 
 
 @app.command("approve")
 def approve(
     request: Annotated[Path, typer.Argument(help="what a site sent")],
-    authority: Annotated[Path, typer.Argument(help="the folder of `provision start`")],
+    authority: _Authority,
     role: Annotated[str, typer.Option(help="as what it is signed: site, hub or admin")] = "site",
-    again: Annotated[bool, typer.Option("--again", help="another key for a name that has a certificate")] = False,  # noqa: FBT002 (typer's)
+    replace: Annotated[  # noqa: FBT002 (typer's)
+        bool, typer.Option("--replace", help="the name has a certificate: revoke that one, and sign this key")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask: for scripts")] = False,  # noqa: FBT002 (typer's)
 ) -> None:
-    """At the hub: signs a request, if it asks for what it should."""
-    from llmchain_fed.runtimes.nvflare import kits
+    """At the hub: shows who asks for what, and signs it once the fingerprint was compared by telephone."""
+    from llmchain_fed.runtimes.nvflare.provisioning import authority as authorities
 
-    if role not in ("site", "hub", "admin"):
-        msg = f"--role is site, hub or admin, got {role!r}."
-        raise typer.BadParameter(msg)
-    signed = kits.approve(request, authority, role, again=again)  # type: ignore[arg-type]  # checked above
-    typer.echo(f"send this back: {signed}")
+    def confirm(asked: Asked, holder: Certificate | None) -> bool:
+        return _confirm(asked, holder, yes=yes)
+
+    signed = authorities.approve(request, authority, _role(role), replace=replace, confirm=confirm)
+    typer.echo(f"signed. Send this back (it holds no key): {signed}")
+    for warning in authorities.warnings(authority):
+        say(f"warning: {warning}")
 
 
 @app.command("package")
@@ -63,6 +89,120 @@ def package(
     fingerprint: Annotated[str, typer.Option(help="of the hub's authority, as told by telephone")],
 ) -> None:
     """At each site: puts key and certificate together to a kit that runs only this package's two bridge classes."""
-    from llmchain_fed.runtimes.nvflare import kits
+    from llmchain_fed.runtimes.nvflare.provisioning import own_kit
 
-    typer.echo(f"kit: {kits.package(signed, folder, fingerprint)}")
+    renews = own_kit.is_renewing(folder)
+    typer.echo(f"kit: {own_kit.package(signed, folder, fingerprint)}")
+    if renews:
+        typer.echo(
+            "It has the new key; its place and its local/ are as before, the former key and startup/ are kept in "
+            "former-…/. Stop its engine and start it again; the peer goes on."
+        )
+
+
+@app.command("renew")
+def renew(
+    folder: Annotated[Path, typer.Argument(help="the folder of `provision request`, or the kit in it")],
+) -> None:
+    """At each site: a new key and request under the same name, before a certificate's end or after a key's loss."""
+    from llmchain_fed.runtimes.nvflare.provisioning import own_kit
+
+    made, role = own_kit.renew(folder)
+    _say_request(made, role, replaces=True)
+    typer.echo(
+        "Until `provision package` has put the answer in, the kit goes on with the former key; the hub's --replace\n"
+        "ends that one: package the answer as soon as it comes. The kit keeps its place and its local/."
+    )
+
+
+@app.command("revoke")
+def revoke(
+    name: Annotated[str, typer.Argument(help="whose certificate is taken back")],
+    authority: _Authority,
+    why: Annotated[str | None, typer.Option(help="is kept with it")] = None,
+) -> None:
+    """At the hub: takes a certificate back. The hub's engine, started with --authority, lets it in no more."""
+    from llmchain_fed.runtimes.nvflare.provisioning import authority as authorities
+    from llmchain_fed.runtimes.nvflare.provisioning.sent import by_telephone
+
+    ended = authorities.revoke(name, authority, why=why)
+    typer.echo(
+        f"revoked: {ended.role} {ended.name} ({ended.organisation}), key {by_telephone(ended.public_key)}, approved at "
+        f"{ended.approved}. It holds at the hub's engine that was started with --authority "
+        f"{shlex.quote(str(authority))}."
+    )
+
+
+@app.command("names")
+def names(authority: _Authority) -> None:
+    """At the hub: lists every certificate that was signed, with its holder, its end, and whether it was revoked."""
+    from llmchain_fed.runtimes.nvflare import registry
+    from llmchain_fed.runtimes.nvflare.provisioning.sent import by_telephone
+
+    certificates = registry.read(authority).certificates
+    if not certificates:
+        typer.echo(f"no certificate was signed yet by the authority in {authority}.")
+    for each in certificates:
+        ended = f"{each.days_left:.0f} days left" if each.days_left > 0 else "ended"
+        ended = f"revoked {each.revoked}" if each.revoked else ended
+        why = f" ({each.why})" if each.why else ""
+        typer.echo(
+            f"{each.name}  {each.role}  {each.organisation}  {ended}{why}\n"
+            f"    approved {each.approved} by {each.by}, valid until {each.until}\n"
+            f"    key {by_telephone(each.public_key)}\n    certificate {each.certificate}"
+        )
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Within, SIGTERM ends a command as Ctrl-C does: what it had begun is cleared away."""
+    former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _role(text: str) -> Role:
+    roles: dict[str, Role] = {"site": "site", "hub": "hub", "admin": "admin"}
+    if text not in roles:
+        msg = f"--role is site, hub or admin, got {one_line(text, 80)!r}."
+        raise ConfigError(msg)
+    return roles[text]
+
+
+def _say_request(made: Path, role: Role, *, replaces: bool = False) -> None:
+    from llmchain_fed.runtimes.nvflare.provisioning.sent import by_telephone, read_request
+
+    approve = f"llmchain-fed provision approve {made.name} AUTHORITY"
+    approve += "" if role == "site" else f" --role {role}"
+    approve += " --replace" if replaces else ""
+    typer.echo(
+        f"send this to the hub (it holds no key), where it is signed by `{approve}`: {made}\n"
+        f"the hub is shown this fingerprint of your key; compare it by telephone:\n"
+        f"{by_telephone(read_request(made, role).public_key)}"
+    )
+
+
+def _confirm(asked: Asked, holder: Certificate | None, *, yes: bool) -> bool:
+    """Shows what is about to be signed; asks on a terminal."""
+    from llmchain_fed.runtimes.nvflare.provisioning.sent import by_telephone
+
+    typer.echo(f"{asked.role} {asked.name}, organisation {asked.organisation}, key\n{by_telephone(asked.public_key)}")
+    if holder is not None:
+        typer.echo(
+            f"in place of {holder.name}, organisation {holder.organisation}, approved {holder.approved} by "
+            f"{holder.by}, which is revoked by this; key\n{by_telephone(holder.public_key)}"
+        )
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        msg = (
+            "nobody can be asked here whether that is the fingerprint which the site reads out: standard input is no "
+            "terminal. Say --yes once it was compared. Nothing was signed."
+        )
+        raise ConfigError(msg)
+    try:
+        return typer.confirm("Does the site read out the same on the telephone?")
+    except typer.Abort:  # Ctrl-C or Ctrl-D
+        return False

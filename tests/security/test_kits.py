@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from llmchain_fed import NVFlare, untrusted
 from llmchain_fed.errors import ConfigError, LLMChainFedError
 from llmchain_fed.runtimes.nvflare import engine, kits, names
+from llmchain_fed.runtimes.nvflare.provisioning import authority, own_kit, tool
 
 
 def zipped(**members):
@@ -33,16 +34,24 @@ def zipped(**members):
 
 def asks(**fields):
     """A request that says this of itself."""
-    said = json.dumps({"name": "org-a", "kind": "site", "cert_type": "client"} | fields)
-    return zipped(request__json=said, site__csr=signing_request(2048))
+    said = {"name": "org-a", "kind": "site", "org": "a", "cert_type": "client"} | fields
+    called = said["name"] if isinstance(said["name"], str) and "/" not in said["name"] else "org-a"
+    signed = signing_request(2048, called)
+    return zipped(request__json=json.dumps(said), **{f"{called}__csr": signed, "org-a__csr": signed})
 
 
 @functools.cache
-def signing_request(bits):
+def key_of(bits):
+    return rsa.generate_private_key(public_exponent=65537, key_size=bits)
+
+
+@functools.cache
+def signing_request(bits, name="org-a", organisation="a"):
     """A certificate signing request for an RSA key of this size, as PEM."""
-    key = rsa.generate_private_key(public_exponent=65537, key_size=bits)
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "org-a")])
-    made = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
+    subject = x509.Name(
+        [x509.NameAttribute(NameOID.COMMON_NAME, name), x509.NameAttribute(NameOID.ORGANIZATION_NAME, organisation)]
+    )
+    made = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key_of(bits), hashes.SHA256())
     return made.public_bytes(serialization.Encoding.PEM).decode()
 
 
@@ -58,7 +67,16 @@ def _no_engine(monkeypatch):
     def never(*arguments):
         raise AssertionError(arguments)
 
-    monkeypatch.setattr(kits, "_nvflare", never)
+    monkeypatch.setattr(tool, "run", never)
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """An authority's folder, as far as a request is looked at."""
+    folder = tmp_path / "hub"
+    (folder / "ca").mkdir(parents=True)
+    (folder / "profile.yaml").write_text("server: {host: hub1}\n")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -72,11 +90,11 @@ def _no_engine(monkeypatch):
         ({"kind": None}, "asks for a certificate as None"),
     ],
 )
-def test_a_request_is_signed_only_as_what_the_operator_says(fields, why, tmp_path):
+def test_a_request_is_signed_only_as_what_the_operator_says(fields, why, hub, tmp_path):
     path = tmp_path / "org-a.request.zip"
     path.write_bytes(asks(**fields))
     with pytest.raises(ConfigError, match=r"org-a\.request\.zip asks for") as error:
-        kits.approve(path, tmp_path)
+        authority.approve(path, hub)
     assert why in str(error.value)
     told(error.value)
 
@@ -86,7 +104,7 @@ def test_a_request_is_signed_only_as_what_the_operator_says(fields, why, tmp_pat
 )
 def test_a_site_cannot_be_called_as_the_hub_is(name, tmp_path):
     for attempt in (
-        lambda: kits.request(name, "site", tmp_path / "x"),
+        lambda: own_kit.request(name, "site", tmp_path / "x"),
         lambda: kits.provision_here(tmp_path / "y", sites=["ok", name], port=1),
         lambda: NVFlare(tmp_path, sites=[name]),
         lambda: names.check_name(name),
@@ -97,62 +115,55 @@ def test_a_site_cannot_be_called_as_the_hub_is(name, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_request_for_the_name_of_the_hub_is_not_signed_as_a_site(tmp_path):
-    path = tmp_path / "server.request.zip"
-    path.write_bytes(asks(name="server"))
-    with pytest.raises(ConfigError, match="is no name for a site"):
-        kits.approve(path, tmp_path)
+def test_a_request_for_the_name_of_the_hub_is_not_signed_as_a_site(hub, tmp_path):
+    for name, why in (("server", "is no name for a site"), ("hub1", "is what sites reach the hub by")):
+        path = tmp_path / f"{name}.request.zip"
+        path.write_bytes(asks(name=name))
+        with pytest.raises(ConfigError, match=why):
+            authority.approve(path, hub)
+    path = tmp_path / "HUB1.request.zip"
+    path.write_bytes(asks(name="HUB1"))
+    with pytest.raises(ConfigError, match="is what sites reach the hub by"):
+        authority.approve(path, hub)
 
 
-def test_one_name_has_one_holder(tmp_path, monkeypatch):
-    signed = []
-    monkeypatch.setattr(kits, "_nvflare", lambda *arguments: signed.append(arguments))
-    (tmp_path / "profile.yaml").write_text("server: {host: hub1}\n")
-
-    def approve(name, **options):
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        folder.mkdir()
-        (folder / f"{name}.request.zip").write_bytes(asks(name=name))
-        return kits.approve(folder / f"{name}.request.zip", tmp_path, **options)
-
-    approve("org-a")
-    for twin in ("org-a", "Org-A", "ORG-a"):
-        with pytest.raises(ConfigError, match=r"has a certificate already: .*say --again"):
-            approve(twin)
-    for stand_in in ("hub1", "HUB1"):
-        with pytest.raises(ConfigError, match="is what sites reach the hub by"):
-            approve(stand_in)
-    assert len(signed) == 1
-    approve("org-a", again=True)
-    approve("org-b")
-    assert len(signed) == 3
-
-
-@pytest.mark.parametrize("key", ["", "no key", None, 1024])
-def test_a_key_that_is_none_or_too_short_is_not_signed(key, tmp_path):
-    path = tmp_path / "org-a.request.zip"
-    said = json.dumps({"name": "org-a", "kind": "site"})
-    pem = signing_request(key) if isinstance(key, int) else key
-    path.write_bytes(zipped(request__json=said) if pem is None else zipped(request__json=said, site__csr=pem))
-    with pytest.raises(ConfigError, match=r"org-a\.request\.zip") as error:
-        kits.approve(path, tmp_path)
+@pytest.mark.parametrize("altered", [{"name": "org-b"}, {"org": "another"}])
+def test_a_request_that_says_something_else_than_its_key_signed_is_refused(altered, hub, tmp_path):
+    """What is shown to whoever approves is what the key's holder signed."""
+    said = {"name": "org-a", "kind": "site", "org": "a"} | altered
+    path = tmp_path / f"{said['name']}.request.zip"
+    path.write_bytes(zipped(**{"request__json": json.dumps(said), f"{said['name']}__csr": signing_request(2048)}))
+    with pytest.raises(ConfigError, match="was altered") as error:
+        authority.approve(path, hub)
     told(error.value)
 
 
-def test_the_answer_to_a_request_overwrites_nothing(tmp_path):
+@pytest.mark.parametrize("key", ["", "no key", None, 1024])
+def test_a_key_that_is_none_or_too_short_is_not_signed(key, hub, tmp_path):
+    path = tmp_path / "org-a.request.zip"
+    said = json.dumps({"name": "org-a", "kind": "site", "org": "a"})
+    pem = signing_request(key) if isinstance(key, int) else key
+    parts = {"request__json": said} if pem is None else {"request__json": said, "org-a__csr": pem}
+    path.write_bytes(zipped(**parts))
+    with pytest.raises(ConfigError, match=r"org-a\.request\.zip") as error:
+        authority.approve(path, hub)
+    told(error.value)
+
+
+def test_the_answer_to_a_request_overwrites_nothing(hub, tmp_path):
     path = tmp_path / "org-a.request.zip"
     path.write_bytes(asks())
     (tmp_path / "org-a.signed.zip").write_text("mine")
     with pytest.raises(ConfigError, match="is there already: nothing is overwritten"):
-        kits.approve(path, tmp_path)
+        authority.approve(path, hub)
     assert (tmp_path / "org-a.signed.zip").read_text() == "mine"
     for name in ("org-a.zip", "x.signed.zip", "..request.zip", "-x.request.zip"):
         (tmp_path / name).write_bytes(asks())
         with pytest.raises(ConfigError, match="should be called NAME"):
-            kits.approve(tmp_path / name, tmp_path)
+            authority.approve(tmp_path / name, hub)
     for name in ("..signed.zip", "x.zip", "-x.signed.zip"):
         with pytest.raises(ConfigError, match="should be called NAME"):
-            kits.package(tmp_path / name, tmp_path, "SHA256:AA")
+            own_kit.package(tmp_path / name, tmp_path, "SHA256:AA")
 
 
 @bounded(seconds=60, megabytes=300)
@@ -164,12 +175,14 @@ def test_requests_of_any_kind_are_refused_with_one_error():
     deep = zipped(request__json='{"a":' * 50_000)
     pickle = b"\x80\x04\x95\x1a\x00\x00\x00"
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "org-a.request.zip"
+        path, hub = Path(folder) / "org-a.request.zip", Path(folder) / "hub"
+        (hub / "ca").mkdir(parents=True)
+        (hub / "profile.yaml").write_text("server: {host: hub1}\n")
 
         def refused(data):
             path.write_bytes(data)
             with within(3), pytest.raises(LLMChainFedError) as error:
-                kits.approve(path, Path(folder))
+                authority.approve(path, hub)
             told(error.value)
 
         for data in (b"", b"PK\x03\x04", pickle, bomb, deep, zipped(other="x"), zipped(request__json=b"\xff")):
@@ -178,7 +191,7 @@ def test_requests_of_any_kind_are_refused_with_one_error():
         path.unlink()
         path.mkdir()
         with pytest.raises(ConfigError):
-            kits.approve(path, Path(folder))
+            authority.approve(path, hub)
         path.rmdir()
 
         @settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))

@@ -1,9 +1,8 @@
 """Kits: a participant's certificate, key and local rules, made by the engine's own provisioning and then closed down.
 
-Knows the engine's kit layout and its command line. Knows nothing of jobs, sockets or models. Keys stay with their site:
-it makes its key, sends a request, and puts the hub's signed answer beside the key (`request`, `approve`, `package`).
-`provision_here` makes all kits in one place, for tests and walk-throughs on one machine. What another party sent is
-read with bounds, and signed only as what the operator says it is.
+Knows the engine's kit layout, and what is read from a kit. Knows nothing of jobs, sockets or models, nor of how a kit
+is made whose key stays with its site (`provisioning`). `provision_here` makes all kits in one place, for tests and
+walk-throughs on one machine.
 """
 
 from __future__ import annotations
@@ -11,10 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import ssl
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,15 +18,16 @@ from typing import Any
 import yaml
 
 from llmchain_fed import untrusted
-from llmchain_fed.errors import ConfigError, MissingExtraError
+from llmchain_fed.errors import ConfigError
+from llmchain_fed.own_files import write_whole
 from llmchain_fed.runtimes.nvflare import names
 from llmchain_fed.runtimes.nvflare.job import CONTROLLER, EXECUTOR, HUB, SITE
-from llmchain_fed.runtimes.nvflare.names import Role
+from llmchain_fed.runtimes.nvflare.provisioning import tool
+from llmchain_fed.runtimes.nvflare.provisioning.scratch import place, scratch
 
-_TYPES: dict[Role, str] = {"site": "client", "hub": "server", "admin": "admin"}
 ADMIN = "admin@hub.org"
-_LARGEST = 2**20  # bytes of any file of a kit, and of what is sent for one
-_PATIENCE = 300.0  # seconds for one command of the engine
+_WORKSPACE = "ws"
+_LARGEST = 2**20  # bytes of any file of a kit
 _ALLOWED = dict.fromkeys(("submit_job", "manage_job", "download_job", "view"), "any")
 _FORBIDDEN = dict.fromkeys(("clone_job", "operate", "shell_commands", "byoc", "server-predeployed-flwr"), "none")
 
@@ -46,6 +43,13 @@ def is_hub(kit: Path) -> bool:
             return found
     msg = f"{kit} is no kit of a hub or site: startup/fed_server.json or fed_client.json is missing."
     raise ConfigError(msg)
+
+
+def is_admin(kit: Path) -> bool:
+    """Whether this is an administrator's kit, which runs nothing, and no other."""
+    startup = kit / "startup"
+    others = (startup / "fed_server.json", startup / "fed_client.json")
+    return (startup / "fed_admin.json").is_file() and not any(path.is_file() for path in others)
 
 
 def site_name(kit: Path) -> str:
@@ -95,27 +99,35 @@ def _text(kit: Path, name: str, *keys: str) -> str:
     return found
 
 
-def configure(kit: Path) -> None:
+def configure(kit: Path, *, at: Path | None = None) -> None:
     """Closes a kit down: only this package's two bridge classes run, no code is accepted, storage is the kit's own.
 
-    Writes `local/resources.json` and `local/authorization.json` beside the engine's defaults.
+    Writes `local/resources.json` and `local/authorization.json` beside the engine's defaults; an administrator's kit
+    runs nothing, and is only made this account's alone.
+
+    Args:
+        kit: Whose.
+        at: Where it will lie, if that is another place: the engine's settings name it.
 
     Raises:
         ConfigError: It is no kit.
     """
     kit = kit.absolute()  # the engine takes no relative paths
+    if is_admin(kit):
+        kit.chmod(0o700)
+        return
     hub, local = is_hub(kit), kit / "local"
     kit.chmod(0o700)  # it holds a key, and logs that can quote examples
     resources = _read(kit, "resources.json.default", "local")
     with untrusted.decoding(f"resources.json.default of {kit}", ConfigError):
-        _close_down(resources, kit, hub=hub)
+        _close_down(resources, (at or kit).absolute(), hub=hub)
     roles = dict.fromkeys(("project_admin", "lead", "org_admin", "member"), _ALLOWED | _FORBIDDEN)
     roles["member"] = roles["org_admin"] = {"view": "any", "byoc": "none"}
     for name, content in (
         ("resources.json", resources),
         ("authorization.json", {"format_version": "1.0", "permissions": roles}),
     ):
-        _write(local / name, json.dumps(content, indent=1))
+        write_whole(local / name, json.dumps(content, indent=1), mode=0o600)
 
 
 def _close_down(resources: dict[str, Any], kit: Path, *, hub: bool) -> None:
@@ -140,20 +152,6 @@ def _close_down(resources: dict[str, Any], kit: Path, *, hub: bool) -> None:
         resources["client"]["maint_msg_timeout"] = 5.0
 
 
-def _write(path: Path, text: str) -> None:
-    """Writes a file for this account alone, in place of a former one."""
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-
-
-def _folder(path: Path) -> None:
-    """Makes a folder for this account alone, if there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.mkdir(mode=0o700, exist_ok=True)
-
-
 def provision_here(folder: Path, *, sites: Iterable[str], port: int, host: str = "localhost") -> dict[str, Path]:
     """All kits of a federation in one place: name → kit, the hub's under "hub", the driver's under "admin".
 
@@ -164,23 +162,41 @@ def provision_here(folder: Path, *, sites: Iterable[str], port: int, host: str =
         host: The name by which sites reach it.
 
     Raises:
-        ConfigError: The engine's provisioning failed.
+        ConfigError: A name cannot be had, kits are there already, or the engine or the system refused.
         MissingExtraError: The extra `nvflare` is not installed.
     """
     wanted = list(sites)
+    names.check_host(host)
+    names.check_port(port)
     for name in wanted:
-        names.check_name(name)
-    if (folder / "ws").exists():
+        names.check_name(name, host=host)
+    if len({name.casefold() for name in wanted}) < len(wanted):
+        msg = f"two sites of one name: {untrusted.shown(sorted(wanted))}. Each needs its own, whatever the case."
+        raise ConfigError(msg)
+    folder = folder.absolute()
+    if os.path.lexists(folder / _WORKSPACE):
         msg = f"{folder} holds kits already: the engine would write new ones beside them. Choose a fresh folder."
         raise ConfigError(msg)
-    _folder(folder)
+    with scratch(folder) as unfinished:
+        project = unfinished / "project.yml"
+        write_whole(project, yaml.safe_dump(_project(wanted, host, port), sort_keys=False), mode=0o600)
+        tool.run("provision", "-p", project, "-w", unfinished / _WORKSPACE, "--force", within=unfinished)
+        made, there = unfinished / _WORKSPACE / "fed" / "prod_00", folder / _WORKSPACE / "fed" / "prod_00"
+        for name in (host, ADMIN, *wanted):
+            configure(made / name, at=there / name)
+        place([(unfinished / name, folder / name) for name in (_WORKSPACE, "project.yml")])
+    return {"hub": there / host, "admin": there / ADMIN} | {name: there / name for name in wanted}
+
+
+def _project(sites: Iterable[str], host: str, port: int) -> dict[str, Any]:
+    """A whole federation, as the engine's provisioning reads it."""
     lighter = "nvflare.lighter.impl"
-    project = {
+    return {
         "api_version": 3,
         "name": "fed",
         "participants": [
             {"name": host, "type": "server", "org": "hub", "fed_learn_port": port, "admin_port": port},
-            *({"name": name, "type": "client", "org": _org(name)} for name in wanted),
+            *({"name": name, "type": "client", "org": names.organisation_of(name, "site")} for name in sites),
             {"name": ADMIN, "type": "admin", "org": "hub", "role": "project_admin"},
         ],
         "builders": [
@@ -190,143 +206,9 @@ def provision_here(folder: Path, *, sites: Iterable[str], port: int, host: str =
             {"path": f"{lighter}.signature.SignatureBuilder"},
         ],
     }
-    _write(folder / "project.yml", yaml.safe_dump(project, sort_keys=False))
-    _nvflare("provision", "-p", folder / "project.yml", "-w", folder / "ws", "--force")
-    made = folder / "ws" / "fed" / "prod_00"
-    kits = {"hub": made / host, "admin": made / ADMIN} | {name: made / name for name in wanted}
-    for name, kit in kits.items():
-        if name != "admin":
-            configure(kit)
-    return kits
-
-
-def start_authority(folder: Path, *, host: str, port: int) -> str:
-    """Makes a federation's certificate authority at the hub; returns the fingerprint to tell the sites by phone.
-
-    Raises:
-        ConfigError: The engine refused.
-        MissingExtraError: The extra `nvflare` is not installed.
-    """
-    _folder(folder)
-    server = {"host": host, "fed_learn_port": port, "admin_port": port}
-    profile = {"name": "fed", "scheme": "http", "connection_security": "mtls", "server": server}
-    _write(folder / "profile.yaml", yaml.safe_dump(profile, sort_keys=False))
-    # never with --org: NVFlare 2.9.0 then signs leaf certificates under another issuer than the root's subject
-    _nvflare("cert", "init", "--profile", folder / "profile.yaml", "-o", folder / "ca")
-    return fingerprint(folder / "ca" / "rootCA.pem")
 
 
 def fingerprint(certificate: Path) -> str:
     """The SHA-256 of a PEM certificate, as the engine writes it."""
     digest = hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate.read_text())).hexdigest().upper()
     return "SHA256:" + ":".join(digest[at : at + 2] for at in range(0, len(digest), 2))
-
-
-def request(name: str, role: Role, folder: Path) -> Path:
-    """Makes a key that stays in `folder` and a request to send to the hub; returns the request's file.
-
-    Raises:
-        ConfigError: The engine refused.
-        MissingExtraError: The extra `nvflare` is not installed.
-    """
-    if role == "site":
-        names.check_name(name)
-    _folder(folder)
-    participant = {"name": name, "type": _TYPES[role], "org": "hub" if role != "site" else _org(name)}
-    if role == "admin":
-        participant["role"] = "lead"
-    text = yaml.safe_dump({"name": "fed", "participants": [participant]}, sort_keys=False)
-    _write(folder / f"{name}.yaml", text)
-    _nvflare("cert", "request", "-p", folder / f"{name}.yaml", "--out", folder / "request")
-    return folder / "request" / f"{name}.request.zip"
-
-
-def approve(requested: Path, authority: Path, role: Role = "site", *, again: bool = False) -> Path:
-    """Signs a request at the hub; returns the file to send back, which holds no key.
-
-    Args:
-        requested: What was sent, NAME.request.zip.
-        authority: The folder of `start_authority`.
-        role: As what it is signed. A request says itself as what it wants to be, and an administrator's certificate
-            gives orders to all: so what is asked for must be what was agreed.
-        again: Whether another key may be signed for a name that has a certificate: after a loss, or before its end.
-
-    Raises:
-        ConfigError: It asks for another name or role, or for the hub's own name, is no request, has too short a key, or
-            its name has a certificate already; or the engine refused.
-        MissingExtraError: The extra `nvflare` is not installed.
-    """
-    name = names.requested(requested, role)
-    signed = requested.with_name(f"{name}.signed.zip")
-    if signed.exists():
-        msg = f"{signed} is there already: nothing is overwritten."
-        raise ConfigError(msg)
-    profile = authority / "profile.yaml"
-    if role == "site" and name.casefold() == _host(profile).casefold():
-        msg = f"{name} is what sites reach the hub by: a site of that name could stand in for it. Choose another."
-        raise ConfigError(msg)
-    # one name, one holder, also where only the case differs: the engine would sign a second key without a word
-    known = authority / "approved" / name.casefold()
-    if known.exists() and not again:
-        msg = (
-            f"{name} has a certificate already: another key under its name would be taken for it. If its holder asked "
-            "for a new one, by telephone, say --again."
-        )
-        raise ConfigError(msg)
-    _nvflare("cert", "approve", requested, "-c", authority / "ca", "--profile", profile, "--out", signed)
-    _folder(known.parent)
-    _write(known, f"{name} {role}\n")
-    return signed
-
-
-def _host(profile: Path) -> str:
-    """The name by which sites reach the hub."""
-    found = untrusted.read_yaml(profile, what="the authority's", error=ConfigError)
-    host = found.get("server", {}).get("host") if isinstance(found, dict) else None
-    return host if isinstance(host, str) else ""
-
-
-def package(signed: Path, folder: Path, trusted: str) -> Path:
-    """Puts the hub's answer and the own key together to a kit, closed down; returns it.
-
-    Args:
-        signed: The hub's answer.
-        folder: Where `request` left the key.
-        trusted: The authority's fingerprint, as told by another way than the file.
-
-    Raises:
-        ConfigError: The answer is for another key, or of another authority.
-        MissingExtraError: The extra `nvflare` is not installed.
-    """
-    name = names.named(signed, ".signed.zip")
-    untrusted.read_file(signed, most=_LARGEST, what="the hub's answer", error=ConfigError)  # the engine reads all of it
-    _nvflare("package", signed, "--request-dir", folder / "request", "-w", folder / "ws", "--fingerprint", trusted)
-    kit = folder / "ws" / "fed" / "prod_00" / name
-    if not (kit / "startup" / "fed_admin.json").is_file():
-        configure(kit)
-    return kit
-
-
-def _org(name: str) -> str:
-    return "".join(c for c in name if c.isalnum()) or "org"
-
-
-def _nvflare(*arguments: object) -> None:
-    command = Path(sys.executable).with_name("nvflare")
-    found = str(command) if command.is_file() else shutil.which("nvflare")
-    if found is None:
-        msg = "the NVFlare runtime needs its engine: pip install 'llmchain-fed[nvflare]'"
-        raise MissingExtraError(msg)
-    try:
-        done = subprocess.run(  # noqa: S603 (the engine's own command, no shell)
-            [found, *map(str, arguments)],
-            capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, check=False, umask=0o077,
-            timeout=_PATIENCE,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        msg = f"nvflare {arguments[0]} was not done within {_PATIENCE:g} s."
-        raise ConfigError(msg) from None
-    if done.returncode != 0:
-        said = untrusted.printable(" ".join((done.stdout + done.stderr).split())[-600:])
-        msg = f"nvflare {arguments[0]} failed with status {done.returncode}: {said}"
-        raise ConfigError(msg)

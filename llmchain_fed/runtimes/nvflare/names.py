@@ -1,104 +1,153 @@
-"""Names: what a site may be called, and whether a request for a certificate asks for what was agreed.
+"""Names: what a site, an administrator, an organisation and the hub's host may be called.
 
-Knows the engine's rules for names and what a request says of itself. Knows nothing of keys, kits or processes.
+Knows the engine's rules for names, and says them in our own words before the engine is asked. Knows nothing of
+requests, keys or kits.
 """
 
 from __future__ import annotations
 
-import io
+import ipaddress
 import re
-import zipfile
-from pathlib import Path
-from typing import Any, Literal
+import unicodedata
+from typing import Literal
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
 
 Role = Literal["site", "hub", "admin"]
-_KINDS: dict[Role, str] = {"site": "site", "hub": "server", "admin": "user"}
-_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_RESERVED = {
-    "server",
-    "hub",
-    "admin",
-}  # the engine calls the hub "server", and so does a site that makes sure who calls
-_LARGEST = 2**20  # bytes of a request
-_SHORTEST_KEY = 2048  # bits
+LONGEST = 64  # characters that a certificate has for a name
+_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # the engine refuses a - or _ in front, and so do command lines
+_ORGANISATION = re.compile("[A-Za-z0-9_]{1,64}")
+_ADMIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*@([A-Za-z0-9][A-Za-z0-9-]*\.)+[A-Za-z]{2,}")
+_HOST = re.compile(r"([A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?\.)*[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?")
+# the engine calls the hub "server", and so does a site that makes sure who calls; the last is a stand-in of its tools
+_RESERVED = ("admin", "hub", "server", "__nvflare_dummy_server__")
+_SPELLED = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "Ä": "Ae", "Ö": "Oe", "Ü": "Ue", "ß": "ss"})
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, *, host: str = "") -> None:
     """Makes sure that a site can have this name.
+
+    Args:
+        name: The site's.
+        host: By which sites reach the hub, where it is known.
 
     Raises:
         ConfigError: It cannot.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower() in _RESERVED:
+        reserved = ", ".join(sorted(_RESERVED)[1:])
         msg = (
-            f"{untrusted.shown(name)!r} is no name for a site: at most 64 letters, digits, - and _, and not one of "
-            f"{', '.join(sorted(_RESERVED))}, which the engine has for the hub."
+            f"{untrusted.one_line(untrusted.shown(name))!r} is no name for a site: 1 to 64 of A-Z a-z 0-9 _ -, with a "
+            f"letter or digit in front, and not one of {reserved}, which the engine has for the hub.{_such_as(name)}"
         )
+        raise ConfigError(msg)
+    if host and name.casefold() == host.casefold():
+        msg = f"{name} is what sites reach the hub by: a site of that name could stand in for it. Choose another."
         raise ConfigError(msg)
 
 
-def requested(sent: Path, role: Role) -> str:
-    """The name that a request asks a certificate for, once it asks for what it should.
-
-    Args:
-        sent: NAME.request.zip.
-        role: As what it will be signed.
+def check_organisation(organisation: str) -> None:
+    """Makes sure that a certificate can name this organisation.
 
     Raises:
-        ConfigError: It is no request, or asks for another name or role.
+        ConfigError: It cannot.
     """
-    name = named(sent, ".request.zip")
-    asked, signing = _requested(sent)
-    if (asked.get("name"), asked.get("kind")) != (name, _KINDS[role]):
-        wanted = f"{untrusted.shown(asked.get('kind'))} {untrusted.shown(asked.get('name'))}"
+    if not isinstance(organisation, str) or not _ORGANISATION.fullmatch(organisation):
         msg = (
-            f"{sent.name} asks for a certificate as {wanted}; it would be signed as {role} {name}. If that is what you "
-            "agreed on, say --role and call the file as the request is called; else ask who sent it."
+            f"{untrusted.one_line(untrusted.shown(organisation))!r} is no organisation for a certificate: 1 to 64 of "
+            f"A-Z a-z 0-9 _.{_such_as(organisation, '_')}"
         )
         raise ConfigError(msg)
+
+
+def check_admin(name: str) -> None:
+    """Makes sure that an administrator can have this name.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if not isinstance(name, str) or not _ADMIN.fullmatch(name) or len(name) > LONGEST:
+        msg = (
+            f"{untrusted.one_line(untrusted.shown(name))!r} is no name for an administrator: it has the form of a mail "
+            "address, such as admin@hub.example.org, with at most 64 of A-Z a-z 0-9 . _ - and one @."
+        )
+        raise ConfigError(msg)
+
+
+def check_host(host: str) -> None:
+    """Makes sure that sites can reach a hub by this name.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    if isinstance(host, str) and _HOST.fullmatch(host) and len(host) <= LONGEST:
+        return
+    shown = untrusted.one_line(untrusted.shown(host))
+    why = "letters, digits, - and dots"
+    if isinstance(host, str):
+        if not host.strip():
+            why = "it is empty"
+        elif "://" in host:
+            why = "without http:// or the like"
+        elif _is_ipv6(host):
+            why = "the engine takes no IPv6 address: give the name that DNS has for it"
+        elif ":" in host:
+            why = "without a port, which is said by --port"
+        elif len(host) > LONGEST:
+            why = f"at most {LONGEST} characters, which is what a certificate has room for"
+    msg = f"{shown!r} is no host name for the hub ({why}). Give the name by which sites reach it: hub.example.org"
+    raise ConfigError(msg)
+
+
+def check_port(port: int) -> None:
+    """Makes sure that a hub can listen there.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 2**16:
+        msg = f"{untrusted.shown(port)} is no port: 1 to 65535, and above 1023 for an ordinary account."
+        raise ConfigError(msg)
+
+
+def check(name: str, role: Role, *, host: str = "") -> None:
+    """Makes sure that whoever has this role can have this name.
+
+    Raises:
+        ConfigError: They cannot.
+    """
     if role == "site":
-        check_name(name)
-    _check_key(sent, signing)
-    return name
-
-
-def named(sent: Path, ending: str) -> str:
-    """Whose file this is, which its name says."""
-    name = sent.name.removesuffix(ending)
-    if name == sent.name or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,252}", name):
-        msg = f"{untrusted.shown(sent.name)!r} should be called NAME{ending}, as the command wrote it."
+        check_name(name, host=host)
+    elif role == "admin":
+        check_admin(name)
+    elif role == "hub":
+        check_host(name)
+        if host and name != host:
+            msg = f"the hub's certificate is for the name by which sites reach it, {host}, not for {name}."
+            raise ConfigError(msg)
+    else:
+        msg = f"a role is site, hub or admin, got {untrusted.shown(role)!r}."
         raise ConfigError(msg)
-    return name
 
 
-def _requested(path: Path) -> tuple[dict[str, Any], bytes]:
-    """What a request says of itself, and the certificate signing request in it."""
-    what = f"the request {path.name}"
-    data = untrusted.read_file(path, most=_LARGEST, what=what, error=ConfigError)
-    with untrusted.decoding(what, ConfigError), zipfile.ZipFile(io.BytesIO(data)) as parts:
-        with parts.open("request.json") as file:
-            text = file.read(_LARGEST + 1)
-        signing = b""
-        for name in [name for name in parts.namelist() if name.endswith(".csr")][:1]:
-            with parts.open(name) as file:
-                signing = file.read(_LARGEST)
-    return untrusted.read_json(text, most=_LARGEST, what=what, error=ConfigError), signing
+def organisation_of(name: str, role: Role) -> str:
+    """The organisation of who did not name one."""
+    return name.replace("-", "_") if role == "site" else "hub"
 
 
-def _check_key(sent: Path, signing: bytes) -> None:
-    """Makes sure that the key to be certified is long enough.
+def _is_ipv6(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).version == 6
+    except ValueError:
+        return False
 
-    Raises:
-        ConfigError: It is an RSA key of fewer than 2,048 bits, or there is none.
-    """
-    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
-    from cryptography.x509 import load_pem_x509_csr
 
-    with untrusted.decoding(f"the key in {sent.name}", ConfigError):
-        key = load_pem_x509_csr(signing).public_key()
-    if isinstance(key, RSAPublicKey) and key.key_size < _SHORTEST_KEY:
-        msg = f"{sent.name} is for a key of {key.key_size} bits, which is too short: {_SHORTEST_KEY:,} at least."
-        raise ConfigError(msg)
+def _such_as(text: object, between: str = "-") -> str:
+    """A proposal that is near to what was wanted, if there is one."""
+    if not isinstance(text, str):
+        return ""
+    plain = unicodedata.normalize("NFKD", text[:1000].translate(_SPELLED)).encode("ascii", "ignore").decode()
+    kept = "A-Za-z0-9_" if between == "_" else "A-Za-z0-9_-"
+    near = re.sub(f"[^{kept}]+", between, plain).strip("-_")[:LONGEST]
+    return f" For example: {near}" if _NAME.fullmatch(near) and near.lower() not in _RESERVED else ""

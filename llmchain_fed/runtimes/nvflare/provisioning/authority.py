@@ -1,0 +1,279 @@
+"""The hub's certificate authority: begins it, signs what sites ask for, once a name, and takes certificates back.
+
+Knows the authority's folder: ca/, profile.yaml and the registry of names. Knows nothing of kits: a site makes its own.
+Whatever is refused, or fails half way, leaves every file as it was.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+
+from llmchain_fed import untrusted
+from llmchain_fed.errors import ConfigError
+from llmchain_fed.own_files import write_whole
+from llmchain_fed.runtimes.nvflare import certificates, kits, names, registry
+from llmchain_fed.runtimes.nvflare.names import Role
+from llmchain_fed.runtimes.nvflare.provisioning import sent, tool
+from llmchain_fed.runtimes.nvflare.provisioning.scratch import place, said, scratch
+from llmchain_fed.runtimes.nvflare.provisioning.sent import Asked
+from llmchain_fed.runtimes.nvflare.registry import Certificate, Registry
+
+_CA, _PROFILE = "ca", "profile.yaml"
+
+
+def start(folder: Path, *, host: str, port: int) -> str:
+    """Makes a federation's certificate authority at the hub; returns the fingerprint to tell the sites by telephone.
+
+    Raises:
+        ConfigError: The host or port is none, an authority is there already, or the engine or the system refused.
+        MissingExtraError: The extra `nvflare` is not installed.
+    """
+    names.check_host(host)
+    names.check_port(port)
+    folder = folder.absolute()
+    _refuse_second(folder, host, port)
+    with scratch(folder) as unfinished:
+        server = {"host": host, "fed_learn_port": port, "admin_port": port}
+        profile = {"name": "fed", "scheme": "http", "connection_security": "mtls", "server": server}
+        write_whole(unfinished / _PROFILE, yaml.safe_dump(profile, sort_keys=False), mode=0o600)
+        # never with --org: NVFlare 2.9.0 then signs leaf certificates under another issuer than the root's subject
+        tool.run("cert", "init", "--profile", unfinished / _PROFILE, "-o", unfinished / _CA, within=unfinished)
+        _tell_where(unfinished / _CA / "ca.json", folder / _PROFILE)
+        trusted = kits.fingerprint(unfinished / _CA / "rootCA.pem")
+        place([(unfinished / name, folder / name) for name in (_CA, _PROFILE)])
+    return trusted
+
+
+def approve(
+    requested: Path,
+    authority: Path,
+    role: Role = "site",
+    *,
+    replace: bool = False,
+    confirm: Callable[[Asked, Certificate | None], bool] | None = None,
+) -> Path:
+    """Signs a request at the hub, and writes down which key has the name now; returns the file to send back.
+
+    Args:
+        requested: What was sent, NAME.request.zip.
+        authority: The folder of `start`.
+        role: As what it is signed. A request says itself as what it wants to be, and an administrator's certificate
+            gives orders to all: so what is asked for must be what was agreed.
+        replace: Whether a certificate that holds the name is revoked for it: after a loss, or before its end.
+        confirm: Is shown what is about to be signed, and whose certificate that will replace; False: it is not signed.
+
+    Raises:
+        ConfigError: It asks for another name or role, or for the hub's own name, is no request, has too short a key, or
+            its name has a certificate already; it was not confirmed; or the engine or the system refused.
+        MissingExtraError: The extra `nvflare` is not installed.
+    """
+    authority = authority.absolute()
+    with registry.alone(authority):
+        asked = sent.read_request(requested, role)
+        former = registry.read(authority)
+        names.check(asked.name, role, host=_host(authority))
+        holder = former.holder(asked.name)
+        signed = requested.absolute().with_name(f"{asked.name}.signed.zip")
+        _refuse_taken(asked, holder, signed, replace=replace)
+        _check_root(authority)
+        if confirm is not None and not confirm(asked, holder):
+            msg = f"{requested.name} was not signed. Nothing was changed."
+            raise ConfigError(msg)
+        with scratch(signed.parent) as unfinished:
+            copy, answer = unfinished / f"{asked.name}.request.zip", unfinished / signed.name
+            write_whole(copy, asked.data, mode=0o600)  # what was shown, whatever stands in the file by now
+            ca, profile = authority / _CA, authority / _PROFILE
+            tool.run("cert", "approve", copy, "-c", ca, "--profile", profile, "--out", answer, within=unfinished)
+            _write_down(authority, former, holder, _certificate(asked, sent.read_answer(answer)))
+            try:
+                place([(answer, signed)])
+            except BaseException:
+                registry.put_back(authority, former)
+                raise
+    return signed
+
+
+def revoke(name: str, authority: Path, *, why: str | None = None) -> Certificate:
+    """Takes the certificate back that holds a name; returns it as it stands in the registry now.
+
+    Raises:
+        ConfigError: Nobody holds the name, or the registry cannot be written.
+    """
+    authority = authority.absolute()
+    with registry.alone(authority):
+        known = registry.read(authority)
+        holder = known.holder(name)
+        if holder is None:
+            revoked = [c for c in known.certificates if c.name.casefold() == name.casefold()]
+            shown = untrusted.one_line(untrusted.shown(name))
+            msg = (
+                f"the certificate of {revoked[-1].name} was revoked already, at {revoked[-1].revoked}."
+                if revoked
+                else f"no certificate was approved for the name {shown}; `provision names {authority}` lists them all."
+            )
+            raise ConfigError(msg)
+        ended = _revoked(holder, why)
+        with said(authority):
+            registry.write(authority, _with(known, holder, ended))
+    return ended
+
+
+def warnings(authority: Path) -> list[str]:
+    """What is to be mended soon though the authority can sign today, each in a sentence that says how.
+
+    Raises:
+        ConfigError: It is no authority's folder, or its certificate cannot be read or has ended.
+    """
+    ca = authority.absolute() / _CA
+    left = _check_root(authority.absolute()) - datetime.now(UTC)
+    found = certificates.open_to_others(ca, "the folder of the key that signs for all", "700")
+    found += certificates.open_to_others(ca / "rootCA.key", "the key that signs for all", "600")
+    if left < certificates.SOON:
+        found.append(
+            f"the authority's own certificate ends in {left.days} days, and with it all that it signed: begin a new "
+            "authority in a fresh folder, of which hub, administrator and every site get new kits."
+        )
+    return found
+
+
+def _refuse_second(folder: Path, host: str, port: int) -> None:
+    """Makes sure that no authority is here: with another host, every kit approved from then on would dial that one.
+
+    Raises:
+        ConfigError: One is.
+    """
+    if not os.path.lexists(folder / _PROFILE) and not os.path.lexists(folder / _CA):
+        return
+    if not (folder / _PROFILE).is_file() or not (folder / _CA / "rootCA.pem").is_file():
+        msg = (
+            f"{folder} holds a part of an authority, but not both {_PROFILE} and {_CA}/. Nothing was changed: put the "
+            "rest back from a back-up, or choose a fresh folder."
+        )
+        raise ConfigError(msg)
+    there = f"the authority of the hub {_host(folder)}:{_port(folder)} is in {folder} already"
+    if (host, port) == (_host(folder), _port(folder)):
+        trusted = kits.fingerprint(folder / _CA / "rootCA.pem")
+        msg = f"{there}: nothing to do. Its fingerprint, for the sites by telephone: {trusted}"
+    else:
+        msg = f"{there}. Nothing was changed: for a hub at {host}:{port} choose a fresh folder."
+    raise ConfigError(msg)
+
+
+def _refuse_taken(asked: Asked, holder: Certificate | None, signed: Path, *, replace: bool) -> None:
+    """One name, one key: also where only the case differs, because the engine would sign a second key without a word.
+
+    Raises:
+        ConfigError: The name has a certificate and is not to get another, or the answer would overwrite something.
+    """
+    if holder is not None and not replace:
+        key = sent.by_telephone(holder.public_key)
+        if holder.public_key == asked.public_key:
+            where = f"in {signed}: send it back" if signed.exists() else "no longer beside the request: say --replace"
+            msg = f"this request of {asked.name} was approved already, at {holder.approved}; the answer is {where}."
+        else:
+            msg = (
+                f"{holder.name} has a certificate already: {holder.organisation}, key {key}, approved at "
+                f"{holder.approved} by {holder.by}. This request is for another key ({asked.organisation}, "
+                f"{sent.by_telephone(asked.public_key)}). If the holder asked for a new one, by telephone, say "
+                "--replace, which revokes the former; else ask for another name. Nothing was changed."
+            )
+        raise ConfigError(msg)
+    if os.path.lexists(signed):
+        msg = f"{signed} is there already: nothing is overwritten. If it was sent back, delete it; then start again."
+        raise ConfigError(msg)
+
+
+def _check_root(authority: Path) -> datetime:
+    """Makes sure that the authority's own certificate can sign; returns its end.
+
+    Raises:
+        ConfigError: It or its key is not there, or it has ended.
+    """
+    from cryptography.x509 import load_pem_x509_certificate
+
+    key = authority / _CA / "rootCA.key"
+    if not key.is_file():
+        msg = f"the authority's key {key} is missing: put it back from a back-up. Without it nothing can be signed."
+        raise ConfigError(msg)
+    path = authority / _CA / "rootCA.pem"
+    data = untrusted.read_file(path, most=sent.LARGEST, what="the authority's certificate", error=ConfigError)
+    with untrusted.decoding(f"the authority's certificate {path}", ConfigError):
+        end = load_pem_x509_certificate(data).not_valid_after_utc
+    if end <= datetime.now(UTC):
+        msg = (
+            f"the authority's own certificate ended at {registry.written(end)}: it can sign nothing any more. Begin a "
+            "new authority in a fresh folder; every site then needs a new kit."
+        )
+        raise ConfigError(msg)
+    return end
+
+
+def _certificate(asked: Asked, answer: sent.Answer) -> Certificate:
+    """What is written down of a certificate that was just signed, once it is the one that was shown."""
+    if (answer.name, answer.organisation, answer.public_key) != (asked.name, asked.organisation, asked.public_key):
+        msg = f"the engine signed something else than {asked.name} asked for. Nothing was changed; ask who sent it."
+        raise ConfigError(msg)
+    return Certificate(
+        name=asked.name,
+        role=asked.role,
+        organisation=untrusted.one_line(asked.organisation, 200),
+        certificate=answer.certificate,
+        public_key=answer.public_key,
+        approved=registry.now(),
+        by=_who(),
+        until=answer.until,
+    )
+
+
+def _write_down(authority: Path, former: Registry, holder: Certificate | None, new: Certificate) -> None:
+    known = former if holder is None else _with(former, holder, _revoked(holder, f"replaced at {new.approved}"))
+    registry.write(authority, known.model_copy(update={"certificates": [*known.certificates, new]}))
+
+
+def _with(known: Registry, former: Certificate, now: Certificate) -> Registry:
+    return known.model_copy(update={"certificates": [now if c is former else c for c in known.certificates]})
+
+
+def _revoked(certificate: Certificate, why: str | None) -> Certificate:
+    reason = untrusted.one_line(why, 200) if why else None
+    return certificate.model_copy(update={"revoked": registry.now(), "why": reason})
+
+
+def _who() -> str:
+    """The account that approves, and its machine."""
+    account = str(os.getuid())
+    with suppress(KeyError, OSError):  # no entry for it, and no variable that says so
+        account = getpass.getuser()
+    return untrusted.one_line(f"{account}@{socket.gethostname()}", 200)
+
+
+def _host(authority: Path) -> str:
+    """The name by which sites reach the hub."""
+    host = _server(authority).get("host")
+    return host if isinstance(host, str) else ""
+
+
+def _port(authority: Path) -> object:
+    return _server(authority).get("fed_learn_port")
+
+
+def _server(authority: Path) -> dict[str, object]:
+    profile = authority / _PROFILE
+    found = untrusted.read_yaml(profile, what=f"the authority's {_PROFILE}", error=ConfigError)
+    server = found.get("server") if isinstance(found, dict) else None
+    return server if isinstance(server, dict) else {}
+
+
+def _tell_where(notes: Path, profile: Path) -> None:
+    """Puts the path into the engine's notes where its file will be, in place of that in the scratch folder."""
+    found = json.loads(notes.read_text())
+    write_whole(notes, json.dumps(found | {"project_profile": str(profile)}, indent=2) + "\n", mode=0o600)
