@@ -24,6 +24,7 @@ from demo import PUBLISHERS, chrf, make_chain, options, translate
 from transformers.utils import logging as transformers_logging
 
 from llmchain_fed import FederatedAveraging, LLMChain, TrainingConfig, evaluate_locally, train_locally
+from llmchain_fed.own_files import write_whole
 
 RULES = ("fedit", "ffa", "rolora", "fedsvd", "fedex", "flora")
 CODED: dict[str, dict[str, Any]] = {
@@ -187,7 +188,7 @@ def main() -> None:
     chain = make_chain(args.language)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.scan:
-        (args.out / "scan.md").write_text(scan(chain, args) + "\n", encoding="utf-8")
+        write_whole(args.out / "scan.md", scan(chain, args) + "\n")
         return
     start = chain.model.trainable_state()
     file = args.out / "arms.json"
@@ -205,8 +206,8 @@ def main() -> None:
             cost, seconds = run_arm(chain, arm, splits, config, args.rounds, scale_of(arm))
             results[seed][arm] = score(chain, splits) | cost | {"seconds": seconds, "scale": scale_of(arm)}
             print(f"seed {seed}, {arm}: pooled {results[seed][arm]['pooled']}, {seconds:.0f} s of training", flush=True)
-            file.write_text(json.dumps({"setting": setting, "results": results}, indent=1), encoding="utf-8")
-            (args.out / "arms.md").write_text(table(results, PUBLISHERS) + "\n", encoding="utf-8")
+            write_whole(file, json.dumps({"setting": setting, "results": results}, indent=1))
+            write_whole(args.out / "arms.md", table(results, PUBLISHERS) + "\n")
     print(f"\n{table(results, PUBLISHERS)}\n\nwritten to {args.out}")
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from llmchain_fed.own_files import write_whole
+
 Row = Mapping[str, Any]
 
 COLOURS = ("#3454d1", "#e07a1f", "#1a936f", "#c2338b", "#7a5cc9", "#0f9bb3", "#a23b3b", "#6b7a1e")
@@ -99,7 +101,7 @@ were shared.</p></div></header><main><div class="facts">{facts}</div>{body}
 """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
     return path
 
 

@@ -352,8 +352,8 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         replaced whole or not at all.
 
         Raises:
-            ChainFileError: The directory holds something else, or the model cannot be stored; `check_savable` finds
-                the latter before any training.
+            ChainFileError: The directory holds something else or cannot be written, or the model cannot be stored;
+                `check_savable` finds the latter before any training.
             RecipeError: The prompt or the parser cannot be written as data.
         """
         saving.write(Path(directory), self.model, **self._as_data())

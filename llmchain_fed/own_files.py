@@ -7,12 +7,14 @@ whole process's, threads included: a command sets it once, before it starts any.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PRIVATE = 0o077
+_SHORT = 50  # characters of a name: the longest that a file system takes has 255 bytes
 _users: list[int] = []  # the umask that the user came with, while a command runs
 
 
@@ -51,7 +53,7 @@ def write_whole(path: str | Path, content: str | bytes, *, mode: int = 0o666) ->
         OSError: It cannot be written; nothing has changed.
     """
     path = Path(path)
-    scratch = path.with_name(f".{path.name[:100]}-{secrets.token_hex(8)}")
+    scratch = path.with_name(f".{path.name[:_SHORT]}-{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     try:
         with os.fdopen(os.open(scratch, flags, mode), "wb") as file:
@@ -64,6 +66,16 @@ def write_whole(path: str | Path, content: str | bytes, *, mode: int = 0o666) ->
             scratch.unlink()
         raise
     sync_folder(path.parent)
+
+
+def sweep(path: str | Path) -> None:
+    """Removes what killed processes left beside a file that they wrote; no other process may be writing it now."""
+    path = Path(path)
+    left = re.compile(rf"\.{re.escape(path.name[:_SHORT])}-[0-9a-f]{{16}}")
+    for other in path.parent.iterdir() if path.parent.is_dir() else ():
+        if left.fullmatch(other.name):
+            with suppress(OSError):
+                other.unlink()
 
 
 def sync_folder(folder: Path) -> None:

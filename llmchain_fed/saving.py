@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import shutil
-import tempfile
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +34,7 @@ from llmchain_fed.recipes import PromptData
 from llmchain_fed.saved_fields import ModelData
 from llmchain_fed.saved_model import CHANGES, FOLDERS
 from llmchain_fed.untrusted import Strict, checked, dump_yaml, read_yaml, shown
+from llmchain_fed.whole_folders import replaced
 
 RECIPE = "chain.yaml"
 _OURS = (CHANGES, *FOLDERS)
@@ -56,17 +57,17 @@ class ChainFile(Strict):
 
 
 def write(directory: Path, model: LocalModel, **parts: Any) -> None:
-    """Writes the whole directory or leaves what was there before.
+    """Writes the whole directory or leaves what was there before: there is no moment without a whole chain.
 
     Raises:
-        ChainFileError: The directory holds something else than a chain.
+        ChainFileError: The directory holds something else than a chain, or cannot be written.
     """
-    if directory.exists() and not _may_be_replaced(directory):
+    if directory.exists() and not may_be_replaced(directory):
         msg = (
             f"{str(directory)!r} holds something else than a chain, so it is not overwritten. Choose another directory."
         )
         raise ChainFileError(msg)
-    with _replaced(directory) as scratch, model.exclusive():
+    with _writable(directory), replaced(directory) as scratch, model.exclusive():
         data = saved_model.write(model, scratch)
         found = _check_files(scratch)
         files = {name: _digest(scratch / name) for name in found}
@@ -75,6 +76,25 @@ def write(directory: Path, model: LocalModel, **parts: Any) -> None:
         mode = (scratch / RECIPE).stat().st_mode & 0o666  # what the user's umask makes of a new file
         for name in found:
             (scratch / name).chmod(mode)  # safetensors writes 0600, which a web server's user could not read
+
+
+@contextmanager
+def _writable(directory: Path) -> Iterator[None]:
+    """What the disk refuses within is an error of our tree, in the words of the system."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors and tokenizers are written in Rust, whose errors say the number: "(os error 28)"
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and (found := re.search(r"\(os error (\d{1,4})\)", str(error))):
+            number = int(found[1])
+        if number is None:
+            raise
+        msg = (
+            f"the chain cannot be written to {shown(str(directory), 300)!r}: {os.strerror(number)}. What was there is "
+            "as it was. Make room there, or give this account the right to write, and save it again."
+        )
+        raise ChainFileError(msg) from error
 
 
 def check(**parts: Any) -> None:
@@ -103,8 +123,8 @@ def _version() -> str:
     return importlib.metadata.version("llmchain-fed")
 
 
-def _may_be_replaced(directory: Path) -> bool:
-    """An empty directory, or one with a chain and nothing of the user's beside it."""
+def may_be_replaced(directory: Path) -> bool:
+    """Whether a chain may take its place: it is empty, or holds a chain and nothing of the user's beside it."""
     if not directory.is_dir() or {p.name for p in directory.iterdir()} - {RECIPE, *_OURS}:
         return False
     try:
@@ -146,30 +166,6 @@ def _files(directory: Path) -> list[str]:
         elif path.is_file():
             found.append(name)
     return sorted(found)
-
-
-@contextmanager
-def _replaced(directory: Path) -> Iterator[Path]:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
-    try:
-        yield scratch
-        (probe := scratch / ".mode").mkdir()
-        scratch.chmod(probe.stat().st_mode & 0o777)  # what the user's umask makes of a new folder
-        probe.rmdir()
-        if directory.exists():
-            old = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-old-"))
-            directory.rename(old / directory.name)
-            try:
-                scratch.rename(directory)
-            except BaseException:
-                (old / directory.name).rename(directory)
-                raise
-            shutil.rmtree(old)
-        else:
-            scratch.rename(directory)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def read(directory: Path) -> ChainFile:

@@ -27,7 +27,7 @@ class Collab:
 
     def get_clients(self, names):
         def group(timeout, blocking):
-            def exchange(frame):
+            def exchange(frame, seconds):
                 answers = Answers((n, self.answer(n, frame)) for n in names if n != "b")
                 answers.failures = {"b": TimeoutError("it is gone")} if "b" in names else {}
                 return answers
@@ -76,7 +76,7 @@ def test_frames_go_there_and_back_and_a_failed_site_is_one_error(connect):
     (a, answer), (_, error), (_, unknown) = link.exchange(["a", "b", "c"], frame, 5.0)
     assert (a, answer) == ("a", frame)
     assert isinstance(error, TransportError)
-    assert str(error) == "it is gone"
+    assert str(error) == "its engine has been silent for 5 s."
     assert "was not connected when this job began" in str(unknown)
 
 
@@ -194,7 +194,7 @@ def test_an_interrupted_exchange_leaves_nothing_for_the_next(connect):
 
 def test_a_bridge_of_another_submission_is_told_to_stop(connect):
     link = connect(echo, run="old")
-    link.expect("new")
+    link.expect("new", alone=True)
     assert link.wait(1.5) is None
     _, thread, _ = connect.ends[0]
     thread.join(5)
@@ -207,7 +207,8 @@ def test_a_driver_that_goes_away_is_waited_for_from_then_on(connect, monkeypatch
     time.sleep(2.0)  # longer than it waits for a driver: the one it has counts
     assert link.exchange(["a"], b"x", 5.0) == [("a", b"x")]
     with link._changed:
-        link._drop()  # as when the driver is killed
+        (bridge,) = link._bridges.values()
+    link._forget(bridge)  # as when the driver is killed
     assert link.wait(5.0) == ["a", "b"]
     assert link.exchange(["a"], b"y", 5.0) == [("a", b"y")]
 

@@ -13,6 +13,8 @@ Python works in a notebook.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 
 from llmchain_fed.errors import LLMChainFedError
@@ -24,7 +26,9 @@ except ImportError:  # pragma: no cover (the tests install the extra)
     sys.exit("the command llmchain-fed needs typer: pip install 'llmchain-fed[nvflare]'")
 
 from llmchain_fed.cli import federating, provisioning, site, status
-from llmchain_fed.cli.console import FAILED, error_line
+from llmchain_fed.cli.console import FAILED, INTERRUPTED, TERMINATED, error_line, status_of
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
 
 app = typer.Typer(help="Federations of LangChain chains across organisations.", no_args_is_help=True)
 app.add_typer(provisioning.app, name="provision")
@@ -41,9 +45,19 @@ def _begin(context: typer.Context) -> None:
 
 
 def main() -> None:
-    """The console script: this package's errors are one line and exit status 2."""
+    """The console script: this package's errors, and the disk's, are one line and an exit status."""
     try:
         app()
     except LLMChainFedError as error:
         error_line(error)
+        sys.exit(status_of(error))
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        error_line(error)
         sys.exit(FAILED)
+    except SystemExit as end:
+        if end.code in (INTERRUPTED, TERMINATED):  # a thread that an engine left behind shall not hold it up
+            sys.stdout.flush()
+            os._exit(int(end.code))
+        raise

@@ -1,12 +1,14 @@
 """Console: lines for an operator's screen, and the exit statuses of commands.
 
-Knows stderr. Knows nothing of what is said.
+Knows stderr and which errors may pass. Knows nothing of what is said.
 """
 
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
+from llmchain_fed.errors import DeadlineError, QuorumError, TransportError
 from llmchain_fed.tracking.lines import stamped
 
 DONE = 0
@@ -31,6 +33,12 @@ def error_line(error: BaseException) -> None:
     _write(f"error: {type(error).__name__}: {error}")
 
 
+def status_of(error: BaseException) -> int:
+    """What a command ends with that an error ended."""
+    return AGAIN if isinstance(error, (QuorumError, TransportError, DeadlineError)) else FAILED
+
+
 def _write(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    with suppress(OSError):  # a log on a full disk, say: it costs a line, and not what the command is at
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()

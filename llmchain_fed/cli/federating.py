@@ -1,15 +1,19 @@
-"""The hub's loop as a command."""
+"""The hub's loop as a command: it goes on where it was, says so, and ends with a status that a supervisor can go by."""
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from llmchain_fed.cli.chains import load
-from llmchain_fed.errors import ConfigError
-from llmchain_fed.own_files import as_the_user_says
+from llmchain_fed.cli.console import FAILED, INCOMPLETE, error_line, say
+from llmchain_fed.errors import ContractError, ParticipantError, PolicyError, QuorumError, TransportError
+from llmchain_fed.stopping import Stopped, stopping
 
 
 def federate(
@@ -18,41 +22,143 @@ def federate(
         str, typer.Option(help="changed: a checkpoint goes on with other sites, or sites' data, than it had")
     ] = "same",
 ) -> None:
-    """Runs the rounds of a federation at the hub, and saves the trained chain and the history."""
-    from llmchain_fed.federated.averaging import FederatedAveraging
-    from llmchain_fed.federated.checkpoint import rounds
+    """Runs the rounds of a federation at the hub, and saves the trained chain and the history.
+
+    Started again it goes on after the last whole round; a federation that is finished says so. Exit status: 0 all as
+    asked; 2 it cannot be done as asked, mend what the line says; 3 the rounds are done, but a site was refused or
+    missing throughout; 4 out of reach or too few, the same command may succeed later; 130, 143 stopped.
+    """
+    options = f" --members {shlex.quote(members)}" if members != "same" else ""
+    again = f"llmchain-fed federate {shlex.quote(str(file))}{options}"
+    try:
+        with stopping(lambda: say(f"stopping; go on with `{again}`")):
+            _federate(file, members)
+    except Stopped as stopped:
+        raise typer.Exit(stopped.status) from None
+
+
+def _federate(file: Path, members: str) -> None:
     from llmchain_fed.federated.membership import checked_members
     from llmchain_fed.runtimes.federation_file import FederationFile
-    from llmchain_fed.runtimes.nvflare.transport import NVFlare
+    from llmchain_fed.runtimes.results import Results
+    from llmchain_fed.tracking.status_file import StatusFile
 
     chosen = checked_members(members)
     found = FederationFile.read(file)
-    hub = {key: getattr(found.hub, key) for key in ("socket", "patience", "recovery", "startup")}
-    with NVFlare(found.hub.admin, sites=found.hub.sites, **hub) as runtime:
+    assert found.checkpoint_dir is not None  # read() gives it a default
+    results = Results(found.out, found.checkpoint_dir)
+    with results.held():
+        if results.rounds >= found.rounds:
+            _finish(found, results)
+            return
+        results.check(start=found.chain)
+        about: dict[str, Any] = {
+            "federation": str(file),
+            "quorum": found.quorum,
+            "checkpoints": str(results.checkpoints),
+        }
+        with StatusFile(results.status, rounds=found.rounds, about=about) as status:
+            _run(found, results, chosen, status)
+
+
+def _finish(found: Any, results: Any) -> None:
+    """Of a federation whose rounds are done: makes sure that its results are there. No site is asked."""
+    if not results.is_whole(results.rounds):
+        results.check(start=found.chain)
         chain = load(found.chain)
-        options = found.loop_options()
-        if found.checkpoint_dir is not None and rounds(found.checkpoint_dir):
-            fed = FederatedAveraging.resume(found.checkpoint_dir, chain, runtime=runtime, members=chosen, **options)
-            typer.echo(f"going on after round {fed.round}")
-        else:
-            fed = FederatedAveraging(chain, runtime=runtime, checkpoint_dir=found.checkpoint_dir, **options)
-        _save(fed, chain, found.out)  # now rather than after hours: a folder that holds something else is refused
-        while fed.round < found.rounds:
-            fed.fit(rounds=1)
-            _save(fed, chain, found.out)
-        typer.echo(f"{fed.history}\n{fed.round} rounds, chain and history in {found.out}")
+        results.save(_begun(found, chain, _Away(found.hub.sites), results, "changed"), chain)
+    say(f"done: all {found.rounds} rounds; {_where(results)}. For more, raise `rounds`.")
 
 
-def _save(fed: Any, chain: Any, out: Path) -> None:
-    """The chain for whom the user lets read it; the history, which can quote held-out examples, for nobody else."""
+def _run(found: Any, results: Any, members: str, status: Any) -> None:
+    from llmchain_fed.runtimes.nvflare.transport import NVFlare
+
+    hub = {key: getattr(found.hub, key) for key in ("socket", "patience", "recovery", "startup")}
+
+    def waiting(text: str) -> None:
+        say(text)
+        status.note(text)
+
+    with NVFlare(found.hub.admin, sites=found.hub.sites, say=waiting, **hub) as runtime:
+        runtime.check()
+        chain = load(found.chain)
+        fed = _begun(found, chain, runtime, results, members, callbacks=[status])
+        say(f"going on after round {fed.round} of {found.rounds}" if fed.round else f"beginning: {found.rounds} rounds")
+        default = "" if "quorum" in found.model_fields_set else ", the default; `quorum:` sets another"
+        say(f"a round counts with {found.quorum} of {len(found.hub.sites)} sites (quorum{default})")
+        if fed.round and not results.is_whole(fed.round):
+            results.save(fed, chain)
+        with _lasting_causes(fed):
+            while fed.round < found.rounds:
+                fed.fit(rounds=1, of=found.rounds)
+                results.save(fed, chain)
+        typer.echo(f"{fed.history}")
+        missing = _missing(fed, found.hub.sites)
+        for name, reason in missing.items():
+            say(f"{name} has not taken part: {reason}")
+        say(f"done: {fed.round} rounds; {_where(results)}")
+    if missing:
+        raise typer.Exit(INCOMPLETE)
+
+
+def _begun(found: Any, chain: Any, runtime: Any, results: Any, members: Any, **more: Any) -> Any:
+    """The federation, where its newest checkpoint has it."""
+    from llmchain_fed.federated.averaging import FederatedAveraging
+
+    options = found.loop_options() | more
+    if results.rounds:
+        return FederatedAveraging.resume(results.checkpoints, chain, runtime=runtime, members=members, **options)
+    return FederatedAveraging(chain, runtime=runtime, checkpoint_dir=results.checkpoints, **options)
+
+
+def _where(results: Any) -> str:
+    return f"chain and history in {results.out}, checkpoints in {results.checkpoints}"
+
+
+@contextmanager
+def _lasting_causes(fed: Any) -> Iterator[None]:
+    """Too few sites because of what does not pass by itself is a status that no supervisor starts again after."""
     try:
-        with as_the_user_says():
-            out.mkdir(parents=True, exist_ok=True)
-            chain.save(out / "chain")
-        history = out / "history.json"
-        if history.exists():
-            history.chmod(0o600)  # of a run that was begun by an earlier version
-        fed.history.save(history)
-    except OSError as error:
-        msg = f"out: {out} cannot be written: {error}."
-        raise ConfigError(msg) from error
+        yield
+    except QuorumError as error:
+        out = [standing.error for standing in fed.attendance.standings.values() if standing.state == "out"]
+        if not out or not all(map(_lasts, out)):
+            raise
+        error_line(error)
+        raise typer.Exit(FAILED) from error
+
+
+def _lasts(error: Exception | None) -> bool:
+    from llmchain_fed.federated.resuming import OTHER_EXAMPLES
+
+    other = isinstance(error, ParticipantError) and OTHER_EXAMPLES in str(error)
+    return other or isinstance(error, (ContractError, PolicyError))
+
+
+def _missing(fed: Any, sites: Iterable[str]) -> dict[str, str]:
+    """Who never took part, or was never able to train when it was asked, and the first reason."""
+    never, trained = fed.attendance.never, {name for record in fed.history for name in record.trained}
+    found = {}
+    for name in sites:
+        records = [r.participants[name] for r in fed.history if name in r.participants]
+        untrained = name not in trained and any(record.status != "idle" for record in records)
+        if name in never or untrained:
+            reasons = [record.reason for record in records if record.reason]
+            found[name] = never.get(name) or (reasons[0] if reasons else "no reason is known")
+    return found
+
+
+class _Away:
+    """The sites of a federation that is finished: nobody is asked."""
+
+    def __init__(self, sites: Iterable[str]) -> None:
+        self._sites = list(sites)
+
+    def nodes(self) -> list[str]:
+        return list(self._sites)
+
+    def call(self, op: str, nodes: Iterable[str], *_: Any) -> Iterator[tuple[str, Exception]]:
+        yield from ((name, TransportError(f"{name!r} is not asked to {op}.")) for name in nodes)
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from llmchain_fed.errors import CheckpointError
 from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Name
+from llmchain_fed.stopping import whole
 from llmchain_fed.untrusted import Strict, checked, decoding, parse_json, read_file, read_safetensors_header, shown
 from llmchain_fed.untrusted.files import machine_memory
 
@@ -102,6 +103,7 @@ class _Manifest(Strict):
     about: Annotated[dict[str, Any], Field(max_length=100)]
 
 
+@whole()
 def write(directory: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
     """Adds a checkpoint; a process killed at any moment leaves the former ones, and this one whole or not.
 
@@ -151,7 +153,7 @@ def write(directory: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
                 former.rename(target)
         msg = (
             f"the checkpoint of round {checkpoint.round} cannot be written to {shown(str(directory), 300)}: "
-            f"{shown(str(error), 500)}. Former ones stay."
+            f"{shown(str(error), 500)}. Former ones stay. Make room there, or give this account the right to write."
         )
         raise CheckpointError(msg) from error
     return target

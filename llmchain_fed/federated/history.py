@@ -8,14 +8,16 @@ from __future__ import annotations
 import html
 import json
 import math
+import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmchain_fed.errors import ConfigError, LLMChainFedError, MissingExtraError
-from llmchain_fed.federated.history_data import HistoryData, checked_rounds
-from llmchain_fed.untrusted import checked, one_line, printable
+from llmchain_fed.federated.history_data import HistoryData, checked_rounds, rounds_in
+from llmchain_fed.own_files import write_whole
+from llmchain_fed.untrusted import checked, one_line, printable, shown
 from llmchain_fed.untrusted.text import DANGEROUS
 
 if TYPE_CHECKING:
@@ -203,8 +205,21 @@ class History:
         return DANGEROUS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # of which all lie below 2¹⁶
 
     def save(self, path: str | Path) -> None:
-        """Writes `to_json()` to a file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Writes `to_json()` to a file, whole or not at all; a history with more rounds is never replaced.
+
+        Raises:
+            ConfigError: The file holds a history with more rounds than this one.
+            OSError: It cannot be written; what was there is as it was.
+        """
+        path = Path(path)
+        if (there := rounds_in(path)) > len(self):
+            msg = (
+                f"{shown(str(path), 300)!r} holds a history of {there} rounds, this one has {len(self)}: it is not "
+                "replaced. Choose another file, or move that one away."
+            )
+            raise ConfigError(msg)
+        mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else 0o666
+        write_whole(path, self.to_json(), mode=mode)
 
     @classmethod
     def from_dict(

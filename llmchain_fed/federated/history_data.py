@@ -1,21 +1,23 @@
 """A history that is read back: which fields a record has, of which type and in which range.
 
-Knows plain data. Knows nothing of records as objects, of files or of rounds.
+Knows plain data, and how many rounds a file of it has. Knows nothing of records as objects.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, FailFast, Field
 
-from llmchain_fed.errors import LLMChainFedError
-from llmchain_fed.untrusted import Strict, checked, printable, shown
+from llmchain_fed.errors import ConfigError, LLMChainFedError
+from llmchain_fed.untrusted import Strict, checked, printable, read_file, read_json, shown
 
 _LONGEST_TEXT = 2**20  # characters
 _LONGEST_NAME = 2**16
+_LARGEST = 2**30  # bytes of a file
 MOST_PARTICIPANTS = 100_000
 _MOST = 10_000_000  # rounds of a history, or samples of a round: no file has room for more
 
@@ -117,3 +119,20 @@ def checked_rounds(
             for name, each in record.participants.items()
         }
         yield record, people
+
+
+def rounds_in(path: Path) -> int:
+    """How many rounds the history in a file has; 0 where there is none, or something else.
+
+    Raises:
+        ConfigError: It is so large that it is not looked at.
+    """
+    if not path.is_file():
+        return 0
+    data = read_file(path, most=_LARGEST, what="the history", error=ConfigError)
+    try:
+        found = read_json(data, most=_LARGEST, what="the history", error=ConfigError)
+    except ConfigError:
+        return 0
+    rounds = found.get("rounds")
+    return len(rounds) if isinstance(rounds, list) else 0

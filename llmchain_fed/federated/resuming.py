@@ -29,6 +29,7 @@ from llmchain_fed.federated.server_optimizers import ResumableServerOptimizer
 from llmchain_fed.federated.settings import Settings
 from llmchain_fed.untrusted import shown
 
+OTHER_EXAMPLES = "is not as it was"
 _UNTOLD = asdict(ParticipantRecord())
 _MEANING = {"base": "base weights", "adapter": "adapter", "prompt": "prompt", "tokenizer": "tokenizer"}
 
@@ -200,8 +201,8 @@ def _other_options(hub: Hub, found: Contents) -> dict[str, str]:
 
 def _changed(found: Contents) -> str:
     return (
-        f'FederatedAveraging.resume(…, round={found.round}, members="changed") goes on with the members, and the data, '
-        "of now."
+        f'FederatedAveraging.resume(…, round={found.round}, members="changed"), or llmchain-fed federate with '
+        "--members changed, goes on with the members, and the data, of now."
     )
 
 
@@ -296,7 +297,7 @@ def other_holdings(name: str, changes: Mapping[str, tuple[Any, Any]], found: Con
     """Why a participant that holds something else than at a checkpoint does not go on from it, and what to do."""
     said = "; ".join(f"{what}: {shown(then)} then, {now} now" for what, (then, now) in changes.items())
     return (
-        f"participant {shown(name)!r} is not as it was ({said}): the run would not be the one that was interrupted. "
+        f"participant {shown(name)!r} {OTHER_EXAMPLES} ({said}): the run would not be the one that was interrupted. "
         f"Give it the examples and options of then. {_changed(found)}"
     )
 

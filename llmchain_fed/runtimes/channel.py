@@ -151,10 +151,10 @@ class Channel:
             raise AuthenticationError(msg)
         self.send_bytes(_proof(key, b"listens", theirs, ours), until - time.monotonic())
 
-    def introduce(self, key: bytes) -> None:
-        """Shakes hands as the one who dials; see `admit`."""
-        until = time.monotonic() + HANDSHAKE
-        theirs = self.recv_bytes(_NONCE, HANDSHAKE)
+    def introduce(self, key: bytes, seconds: float = HANDSHAKE) -> None:
+        """Shakes hands as the one who dials, within so many seconds; see `admit`."""
+        until = time.monotonic() + seconds
+        theirs = self.recv_bytes(_NONCE, seconds)
         ours = secrets.token_bytes(_NONCE)
         self.send_bytes(ours + _proof(key, b"dials", theirs, ours), until - time.monotonic())
         proof = self.recv_bytes(_PROOF, until - time.monotonic())

@@ -46,8 +46,8 @@ class HubOptions(FrozenConfig):
     """seconds without a sign of life after which a site counts as absent"""
     recovery: float = Field(default=120.0, gt=0, le=_LONGEST)
     """seconds within which the engine must be back after it went away"""
-    startup: float = Field(default=60.0, gt=0, le=_LONGEST)
-    """seconds to wait for all sites before the first job"""
+    startup: float = Field(default=10.0, gt=0, le=_LONGEST)
+    """seconds to wait for all sites before the first job; six times as long while nobody is there at all"""
 
 
 class FederationFile(FrozenConfig):
@@ -61,7 +61,8 @@ class FederationFile(FrozenConfig):
     rounds: int = Field(default=3, ge=1, le=10**9)
     """in all: those that a checkpoint holds already count"""
     checkpoint_dir: Place | None = None
-    """where a checkpoint is written after each round, relative to the file; started again, the federation goes on"""
+    """where a checkpoint is written after each round, relative to the file; by default `checkpoints` in `out`. Started
+    again, the federation goes on"""
     keep_checkpoints: int | None = Field(default=3, ge=1)
     aggregation: Name = "fedavg"
     codec: Name | None = None
@@ -105,7 +106,7 @@ class FederationFile(FrozenConfig):
             hub=found.hub.replace(admin=here / found.hub.admin),
             out=here / found.out,
             chain=chain,
-            checkpoint_dir=here / found.checkpoint_dir if found.checkpoint_dir is not None else None,
+            checkpoint_dir=here / (found.checkpoint_dir or found.out / "checkpoints"),
         )
         make_aggregation(moved.aggregation)
         for choice in (moved.codec, moved.broadcast_codec):

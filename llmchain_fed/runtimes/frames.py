@@ -22,7 +22,7 @@ from typing import Any
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError, TransportError
-from llmchain_fed.runtimes.channel import Channel, Listener, which
+from llmchain_fed.runtimes.channel import HANDSHAKE, Channel, Listener, which
 
 SLICE = 16 * 2**20  # bytes: larger bodies travel in slices, so that no process on the way holds them whole
 INLINE = 2**18  # bytes: a shorter answer comes with the news that it is there
@@ -34,6 +34,10 @@ _LONGEST_PATH = 100  # characters: what a UNIX socket's address holds, less some
 _KEY = 32  # bytes
 _BEGINNING = 5.0  # seconds to wait for another process that begins to listen at the same path
 TRANSFER = 60.0  # seconds a frame may take through a socket, and its answer to come: a poll is held for less
+
+
+class SilentError(TransportError):
+    """Somebody listens there, and says nothing: a process that is stopped, or has no time."""
 
 
 def pack(head: Mapping[str, Any], body: bytes | memoryview = b"") -> bytes:
@@ -179,36 +183,40 @@ def _write_key(path: Path, key: bytes) -> tuple[int, int]:
     return made
 
 
-def dial(path: str | Path) -> Channel:
-    """A connection to whoever listens at `path`.
+def dial(path: str | Path, seconds: float = HANDSHAKE) -> Channel:
+    """A connection to whoever listens at `path`, within so many seconds.
 
     Raises:
+        SilentError: Somebody listens there, and does not answer.
         TransportError: Nobody does, or with another key, or somebody whom another account could have put there.
     """
     path = Path(path).absolute()
     for last in (False, True):
         try:
-            return _dial(path)
+            return _dial(path, seconds)
         except AuthenticationError as error:
             if last:
                 msg = f"nobody answers at {path} ({type(error).__name__}: {error})."
                 raise TransportError(msg) from error
             time.sleep(0.05)  # a peer that starts anew just now has put another key there
+        except (TimeoutError, BlockingIOError) as error:  # the latter where those who wait to be heard are too many
+            msg = f"the process that listens at {path} has been silent for {seconds:.0f} s."
+            raise SilentError(msg) from error
         except (OSError, EOFError, ValueError) as error:
             msg = f"nobody answers at {path} ({type(error).__name__}: {error})."
             raise TransportError(msg) from error
     raise AssertionError  # pragma: no cover (the second attempt returns or raises)
 
 
-def _dial(path: Path) -> Channel:
+def _dial(path: Path, seconds: float) -> Channel:
     key = _read_key(path)
     connected = socket.socket(socket.AF_UNIX)
     try:
-        connected.settimeout(TRANSFER)
+        connected.settimeout(seconds)
         connected.connect(str(path))
         channel = Channel(connected)
         channel.check_account()
-        channel.introduce(key)
+        channel.introduce(key, seconds)
     except BaseException:
         connected.close()
         raise
@@ -270,16 +278,21 @@ def _is_own_group(number: int) -> bool:
     return found.gr_name == name and set(found.gr_mem) <= {name}
 
 
-def ask(path: str | Path, frame: bytes) -> bytes:
-    """One frame there, one back.
+def ask(path: str | Path, frame: bytes, seconds: float = TRANSFER) -> bytes:
+    """One frame there, one back, within so many seconds.
 
     Raises:
+        SilentError: Somebody listens there, and does not answer in time.
         TransportError: Nobody answers, or the other side went away.
     """
-    with dial(path) as connection:
+    until = time.monotonic() + seconds
+    with dial(path, seconds) as connection:
         try:
-            connection.send_bytes(frame, TRANSFER)
-            return connection.recv_bytes(MAX_FRAME, TRANSFER)
+            connection.send_bytes(frame, max(until - time.monotonic(), 0.0))
+            return connection.recv_bytes(MAX_FRAME, max(until - time.monotonic(), 0.0))
+        except TimeoutError as error:
+            msg = f"the process at {path} has been silent for {seconds:.0f} s."
+            raise SilentError(msg) from error
         except (OSError, EOFError) as error:
             msg = f"the process at {path} went away ({type(error).__name__}: {error})."
             raise TransportError(msg) from error

@@ -125,6 +125,12 @@ class Order(untrusted.Strict):
     seconds: _Seconds
 
 
+class Allowed(untrusted.Strict):
+    """The hub's bridge to a site's: how long the peer may be silent. More than a day is believed of nobody."""
+
+    seconds: Annotated[float, Field(gt=0, le=86_400)]
+
+
 class Stop(untrusted.Strict):
     """The driver to the bridge: the job is over."""
 

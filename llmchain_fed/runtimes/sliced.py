@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from llmchain_fed.errors import DeadlineError, ParticipantError, TransportError
 from llmchain_fed.federated.runtime import Operation, Payload, payload_for
@@ -23,19 +24,42 @@ _LATE = 5.0  # seconds by which the last poll, or a farewell, may outlast the de
 _LONGEST = 86_400.0  # seconds a node may be at work where no deadline was set: nobody is waited for without end
 
 
+@dataclass
+class _Call:
+    """What is known of a call while it lasts."""
+
+    id: str
+    op: Operation
+    until: float | None
+    open: set[str]
+    """who has not answered and is not known to give no answer"""
+    totals: dict[str, int] = field(default_factory=dict)
+    """bytes of the answers that are there"""
+    small: dict[str, bytes] = field(default_factory=dict)
+    """answers that came with the news that they are there"""
+
+    def ends(self, name: str, why: Exception) -> Iterator[tuple[str, Exception]]:
+        """A node that gives no answer, told once."""
+        if name in self.open:
+            self.open.discard(name)
+            yield name, why
+
+
 class SlicedCalls:
     """Calls through an exchange of frames.
 
     Answers are fetched one node after the other, in the order of the nodes: until then they stay where they are, so
-    the hub's memory does not grow with the number of participants, and a rerun adds them in the same order.
+    the hub's memory does not grow with the number of participants, and a rerun adds them in the same order. That a node
+    gives no answer is told as soon as it is known, while the others still work.
 
     Args:
         exchange: Carries frames.
         patience: seconds without an answer after which a node counts as gone.
+        farewell: Carries what may as well be lost, and recovers nothing for that; `exchange` by default.
     """
 
-    def __init__(self, exchange: Exchange, patience: float) -> None:
-        self._exchange, self._patience = exchange, patience
+    def __init__(self, exchange: Exchange, patience: float, farewell: Exchange | None = None) -> None:
+        self._exchange, self._patience, self._farewell = exchange, patience, farewell or exchange
         self._sizes = AnswerSizes()
 
     def expect(self, num_bytes: int, op: Operation = "train") -> None:
@@ -48,123 +72,115 @@ class SlicedCalls:
         """As `Transport.call`; the deadline includes the way there and back.
 
         What is done by the deadline is fetched within `patience` seconds after it: a node that is late, or slow to hand
-        over its answer, makes nobody else late.
+        over its answer, makes nobody else late. Whoever ends the call before its end, as Ctrl-C does, ends what the
+        nodes do for it.
         """
         names = list(nodes)
         until = time.monotonic() + timeout if timeout is not None else None
-        call = secrets.token_hex(8)
-        answers: dict[str, bytes | Exception] = {}
-        totals: dict[str, int] = {}
+        call = _Call(secrets.token_hex(8), op, until, set(names))
         groups: dict[int, list[str]] = {}
         for name in names:
             groups.setdefault(id(payload_for(payload, name)), []).append(name)
-        for alike in groups.values():
-            self._send(call, op, alike, payload_for(payload, alike[0]), until, answers)
         most = {name: self._sizes.most(op, len(payload_for(payload, name))) for name in names}
-        self._wait(call, [n for n in names if n not in answers], until, answers, totals, most)
-        # of fetching alone: what becomes of the answers meanwhile is nobody's fault
-        left = max(until + self._patience - time.monotonic(), 0.0) if until is not None else None
-        waiting = sum(name not in answers for name in names)
-        for name in names:
-            answer = answers.pop(name, None)
-            if answer is None:
-                began = time.monotonic()
-                answer = self._fetch(call, name, totals[name], began + left / waiting if left is not None else None)
-                left = max(left - (time.monotonic() - began), 0.0) if left is not None else None
-                waiting -= 1
-            yield name, answer
-        self._drop(call, [n for n in names if n in totals])
+        try:
+            for alike in groups.values():
+                yield from self._send(call, alike, payload_for(payload, alike[0]))
+            yield from self._wait(call, [n for n in names if n in call.open], most)
+            # of fetching alone: what becomes of the answers meanwhile is nobody's fault
+            left = max(until + self._patience - time.monotonic(), 0.0) if until is not None else None
+            waiting = sum(name not in call.small for name in names if name in call.open)
+            for name in [n for n in names if n in call.open]:
+                answer: bytes | Exception
+                if name in call.small:
+                    answer = call.small.pop(name)
+                else:
+                    began = time.monotonic()
+                    answer = self._fetch(call, name, began + left / waiting if left is not None else None)
+                    left = max(left - (time.monotonic() - began), 0.0) if left is not None else None
+                    waiting -= 1
+                call.open.discard(name)
+                yield name, answer
+            open_still = set(call.totals)
+        except BaseException:
+            open_still = call.open | set(call.totals)
+            raise
+        finally:
+            self._drop(call, [n for n in names if n in open_still])
 
-    def _send(
-        self,
-        call: str,
-        op: Operation,
-        names: list[str],
-        payload: bytes,
-        until: float | None,
-        answers: dict[str, bytes | Exception],
-    ) -> None:
+    def _send(self, call: _Call, names: list[str], payload: bytes) -> Iterator[tuple[str, Exception]]:
+        """Sends a payload to those who are to get it; yields who did not take it, and why."""
         view, total = memoryview(payload), len(payload)
         for offset in range(0, max(total, 1), frames.SLICE):
-            left = [n for n in names if n not in answers]
-            if not left or _over(until):
+            left = [n for n in names if n in call.open]
+            if not left or _over(call.until):
                 return
             seconds = self._patience
-            if until is not None:  # a slow node shall not use up the time in which the others would work
+            if call.until is not None:  # a slow node shall not use up the time in which the others would work
                 slices = 1 + (total - offset) // frames.SLICE
-                seconds = min(seconds, max(1.0, (until - time.monotonic()) / 2 / slices))
-            head = {"do": "put", "call": call, "op": op, "offset": offset, "total": total}
+                seconds = min(seconds, max(1.0, (call.until - time.monotonic()) / 2 / slices))
+            head = {"do": "put", "call": call.id, "op": call.op, "offset": offset, "total": total}
             frame = frames.pack(head, view[offset : offset + frames.SLICE])
             whole = offset + frames.SLICE >= total
             for name, reply in self._exchange(left, frame, seconds):
                 found, _ = _read(reply)
                 if isinstance(found, Exception):
-                    answers[name] = found
+                    yield from call.ends(name, found)
                 elif found.state == "unknown" or (found.state == "receiving") is whole:
-                    answers[name] = _restarted(name)
+                    yield from call.ends(name, _restarted(name))
 
-    def _drop(self, call: str, names: list[str]) -> None:
+    def _drop(self, call: _Call, names: list[str]) -> None:
         """Lets sites forget a call, and give it up if they are still at it."""
         if names:
-            for _ in self._exchange(names, frames.pack({"do": "drop", "call": call}), min(self._patience, _LATE)):
+            for _ in self._farewell(names, frames.pack({"do": "drop", "call": call.id}), min(self._patience, _LATE)):
                 pass
 
-    def _wait(
-        self,
-        call: str,
-        names: list[str],
-        until: float | None,
-        answers: dict[str, bytes | Exception],
-        totals: dict[str, int],
-        most: Mapping[str, int],
-    ) -> None:
-        """Polls until every node's answer is there, or is not to be expected any more."""
+    def _wait(self, call: _Call, names: list[str], most: Mapping[str, int]) -> Iterator[tuple[str, Exception]]:
+        """Polls until every node's answer is there, or is not to be expected any more: those are yielded, with why."""
         working = names
-        given_up = until if until is not None else time.monotonic() + _LONGEST
+        given_up = call.until if call.until is not None else time.monotonic() + _LONGEST
         while working:
             asked = time.monotonic()
             left = given_up - asked
             if left <= 0:
                 self._drop(call, working)
-                late = "was not done by the deadline" if until is not None else f"was at work for {_LONGEST:g} s"
+                late = "was not done by the deadline" if call.until is not None else f"was at work for {_LONGEST:g} s"
                 for name in working:
-                    answers[name] = DeadlineError(f"{name!r} {late}; what it sends now is dropped.")
+                    yield from call.ends(name, DeadlineError(f"{name!r} {late}; what it sends now is dropped."))
                 return
             wait = min(_POLL, left)
-            frame = frames.pack({"do": "poll", "call": call, "wait": wait})
+            frame = frames.pack({"do": "poll", "call": call.id, "wait": wait})
             still = []
             seconds = wait + min(self._patience, max(left - wait, _LATE))
             for name, reply in self._exchange(working, frame, seconds):
                 head, body = _read(reply)
                 if isinstance(head, Exception):
-                    answers[name] = head
+                    yield from call.ends(name, head)
                 elif head.state == "working":
                     still.append(name)
                 elif head.state != "done" or head.total is None:
-                    answers[name] = _restarted(name)
+                    yield from call.ends(name, _restarted(name))
                 else:
-                    totals[name] = head.total  # also of one that is refused: it holds its answer until told to drop it
+                    call.totals[name] = head.total  # also of one that is refused: it holds it until told to drop it
                     if len(body) not in (0, head.total) or len(body) > frames.INLINE:
-                        answers[name] = TransportError(f"{name!r} sent {len(body):,} bytes that nobody asked for.")
+                        strange = f"{name!r} sent {len(body):,} bytes that nobody asked for."
+                        yield from call.ends(name, TransportError(strange))
                     elif head.total > most[name]:
-                        answers[name] = ParticipantError(
-                            f"{name!r} wants to answer with {head.total:,} bytes where at most {most[name]:,} make "
-                            "sense."
-                        )
+                        large = f"{head.total:,} bytes where at most {most[name]:,} make sense."
+                        yield from call.ends(name, ParticipantError(f"{name!r} wants to answer with {large}"))
                     elif len(body) == head.total:
-                        answers[name] = bytes(body)
+                        call.small[name] = bytes(body)
             # one that says at once that it is still at work, rather than when the time is over, is not asked at once
             if still and still == working:
                 time.sleep(max(wait - (time.monotonic() - asked), 0.0))
             working = still
 
-    def _fetch(self, call: str, name: str, total: int, until: float | None) -> bytes | Exception:
-        answer = bytearray()
+    def _fetch(self, call: _Call, name: str, until: float | None) -> bytes | Exception:
+        answer, total = bytearray(), call.totals[name]
         while len(answer) < total:
             left = until - time.monotonic() if until is not None else self._patience
             if left <= 0:
                 return DeadlineError(f"{name!r} was done in time, but its answer was not here by the deadline.")
-            frame = frames.pack({"do": "get", "call": call, "offset": len(answer)})
+            frame = frames.pack({"do": "get", "call": call.id, "offset": len(answer)})
             for _, reply in self._exchange([name], frame, min(self._patience, max(left, 1.0))):
                 head, body = _read(reply)
                 if isinstance(head, Exception):

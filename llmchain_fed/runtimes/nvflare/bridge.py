@@ -27,6 +27,9 @@ from llmchain_fed.runtimes.nvflare.job import SOCKET
 _REDIAL = 0.5  # seconds between attempts to reach the driver
 _LINGER = 600.0  # seconds a job waits for a driver that went away
 _SEND = 60.0  # seconds a frame may take to or from the driver
+_TICK = 0.5  # seconds between looks whether the driver went away while sites answer
+_SOONER = 2.0  # seconds by which a site's bridge answers before the hub gives the site up
+_DEAF = "its engine answers, its peer does not:"
 _HUB = "server"  # what the engine calls the hub; no site can have the name, see `kits`
 _EACH, _EVERY = 100, 1000  # refused calls of one caller that are written down each, and of those after them every …th
 _log = logging.getLogger(__name__)
@@ -52,11 +55,16 @@ class Site:
         self._notes: queue.Queue[bytes] | None = None
 
     @collab.publish  # type: ignore[untyped-decorator]  # nvflare has no types
-    def exchange(self, frame: bytes) -> bytes:
+    def exchange(self, frame: bytes, seconds: float = frames.TRANSFER) -> bytes:
         """One frame in, one frame out; that nobody answers at the socket is an answer too.
 
         Anybody but the hub is refused before a byte of the frame is looked at or handed on, and the peer is told who it
-        was, for its audit file. What goes wrong here is for this site's log: the hub learns no path of this machine.
+        was, for its audit file. What goes wrong here is for this site's log: the hub learns no path of this machine,
+        but which link broke, before its own patience ends.
+
+        Args:
+            frame: For the peer.
+            seconds: How long the peer may be silent.
         """
         try:
             caller = str(collab.caller)
@@ -64,13 +72,20 @@ class Site:
                 return self._refuse(caller, len(frame) if isinstance(frame, bytes) else 0)
             if not isinstance(frame, bytes) or len(frame) > frames.MAX_FRAME:
                 return _fault("TransportError", "what this site was sent is no frame.")
+            what = "the time that this site is given"
+            allowed = untrusted.checked(heads.Allowed, {"seconds": seconds}, what=what, error=TransportError).seconds
             path = os.environ.get(SOCKET, "")
             if not path:
-                return _fault("TransportError", "this site's engine was not told where its peer listens.")
-            return frames.ask(path, frames.pack({"do": "carry", "caller": caller}, frame))
+                return _fault("TransportError", f"{_DEAF} its engine was not told where the peer listens.")
+            return frames.ask(path, frames.pack({"do": "carry", "caller": caller}, frame), allowed)
+        except frames.SilentError as error:
+            _log.warning("no answer of the peer: %s", untrusted.printable(error))
+            return _fault("TransportError", f"its peer has been silent for {allowed:.0f} s.")
         except Exception as error:  # the engine would send the traceback
             _log.warning("no answer of the peer: %s", untrusted.printable(error))
-            return _fault("TransportError", "no peer answers at this site; the log of its engine says more.")
+            return _fault(
+                "TransportError", f"{_DEAF} nobody listens, or it went away; the site's engine.log says more."
+            )
 
     def _refuse(self, caller: str, size: int) -> bytes:
         """Sends a caller away; its name and count are written down by another thread, so that nobody waits for it."""
@@ -141,26 +156,68 @@ class Hub:
             order, frame = heads.one_of(told, heads.Order, heads.Stop, what="what the driver told the bridge")
             if not isinstance(order, heads.Order):
                 return
-            known = {name for name in order.nodes if name in sites}
+            known = [name for name in order.nodes if name in sites]
             for name in order.nodes:
                 if name not in sites:
-                    self._tell(driver, name, "it was not connected when this job began")
+                    self._tell(driver, name, "it is not connected to the hub: it was not when this job began.")
             if known:
-                asked = [name for name in order.nodes if name in known]
-                answers = collab.get_clients(asked)(timeout=order.seconds, blocking=False).exchange(bytes(frame))
-                for name, answer in answers:
-                    if name not in known:
-                        continue
-                    if isinstance(answer, bytes) and len(answer) <= frames.MAX_FRAME:
-                        driver.send_bytes(frames.pack({"node": name}, answer), _SEND)
-                    else:
-                        self._tell(driver, name, "its answer is no frame")
-                for name, error in answers.failures.items():
-                    if name in known:
-                        self._tell(driver, name, untrusted.printable(error, 300))
+                self._ask(driver, known, bytes(frame), order.seconds)
             driver.send_bytes(frames.pack({"do": "done"}), _SEND)
+
+    def _ask(self, driver: Channel, names: list[str], frame: bytes, seconds: float) -> None:
+        """Carries a frame to sites and tells the driver what each answers, as it comes.
+
+        Another thread waits for the sites: a driver that gave up, and dials anew to say so, is not kept waiting by a
+        site that is silent.
+
+        Raises:
+            EOFError, OSError: The driver went away.
+        """
+        told: queue.Queue[tuple[str, object] | None] = queue.Queue()
+        allowed = max(seconds - _SOONER, seconds / 2)
+        answers = collab.get_clients(names)(timeout=seconds, blocking=False).exchange(frame, allowed)
+
+        def wait() -> None:
+            try:
+                for name, answer in answers:
+                    told.put((name, answer))
+                for name, error in answers.failures.items():
+                    told.put((name, error))
+            except Exception as error:  # of the engine's: it stands for all who have not answered
+                _log.warning("the engine gave no answers: %s", untrusted.printable(error))
+            told.put(None)
+
+        threading.Thread(target=wait, daemon=True).start()
+        waited = set(names)
+        while True:
+            try:
+                found = told.get(timeout=_TICK)
+            except queue.Empty:
+                if driver.poll():
+                    msg = "the driver went away while sites were asked"
+                    raise EOFError(msg) from None
+                continue
+            if found is None:
+                return
+            name, answer = found
+            if name not in waited:
+                continue
+            waited.remove(name)
+            if isinstance(answer, Exception):
+                self._tell(driver, name, _which_link(answer, seconds))
+            elif isinstance(answer, bytes) and len(answer) <= frames.MAX_FRAME:
+                driver.send_bytes(frames.pack({"node": name}, answer), _SEND)
+            else:
+                self._tell(driver, name, "its answer is no frame")
 
     @staticmethod
     def _tell(driver: Channel, name: str, message: str) -> None:
         error = {"type": "TransportError", "message": message}
         driver.send_bytes(frames.pack({"node": name, "error": error}), _SEND)
+
+
+def _which_link(error: Exception, seconds: float) -> str:
+    """What a failed call says of a site: the engine's error holds the name of what was raised, here or there."""
+    if isinstance(error, TimeoutError) or getattr(error, "cause_type", None) == "TimeoutError":
+        return f"its engine has been silent for {seconds:.0f} s."
+    return f"it is not connected to the hub ({untrusted.printable(getattr(error, 'cause', error), 200)})."

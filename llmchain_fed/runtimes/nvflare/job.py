@@ -12,10 +12,11 @@ from pathlib import Path
 
 HUB = "llmchain_fed.runtimes.nvflare.bridge.Hub"
 SITE = "llmchain_fed.runtimes.nvflare.bridge.Site"
-CONTROLLER = "nvflare.collab.runtime.controller.CollabController"
+CONTROLLER = "llmchain_fed.runtimes.nvflare.controller.Controller"
 EXECUTOR = "nvflare.collab.runtime.executor.CollabExecutor"
 SOCKET = "LLMCHAIN_FED_SOCKET"
 """environment variable of a site's engine: where its peer listens; set by the site's operator"""
+_COMING = 12.0  # seconds a site has to come to a job that has begun; after that the others begin without it
 _THREADS = {"max_inbound_call_threads": 16, "max_outbound_call_threads": 100}
 
 
@@ -44,7 +45,13 @@ def write_job(folder: Path, *, name: str, sites: Sequence[str], socket: str, run
                 {
                     "id": "controller",
                     "path": CONTROLLER,
-                    "args": {"server_obj_id": "_server", "collab_obj_ids": [], "props": {}} | _THREADS,
+                    "args": {
+                        "server_obj_id": "_server",
+                        "collab_obj_ids": [],
+                        "props": {},
+                        "sync_task_timeout": _COMING,
+                    }
+                    | _THREADS,
                 }
             ],
             "components": [{"id": "_server", "path": HUB, "args": {"socket": socket, "run": run}}],

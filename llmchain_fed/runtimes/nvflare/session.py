@@ -18,7 +18,16 @@ from llmchain_fed.runtimes.nvflare import kits
 
 _T = TypeVar("_T")
 _SECONDS = 10.0  # for a connection or a command
+_REFUSALS = ("AuthenticationError", "AuthorizationError", "InvalidJobDefinition", "JobNotFound", "JobNotRunning")
 _LONGEST = 1000  # characters of what the engine says
+
+
+class _Quiet:
+    """In place of the module `traceback`."""
+
+    @staticmethod
+    def print_exc(*_args: Any, **_kwargs: Any) -> None:
+        """What failed is in the error that is raised."""
 
 
 class EngineSession:
@@ -44,10 +53,20 @@ class EngineSession:
         # The session prints progress to the screen and has no switch for it (NVFlare 2.9.0, fuel/hci/client/api.py).
         if hasattr(api, "_print_hci_message"):
             api._print_hci_message = lambda *_args, **_kwargs: None
+        # It prints the traceback of a server that is away, too.
+        if hasattr(api, "traceback"):
+            api.traceback = _Quiet()
+        if hasattr(api, "secure_log_traceback"):
+            api.secure_log_traceback = lambda *_args, **_kwargs: None
         # Its warnings about a server that is away reach whoever has set up logging, and not everyone's screen.
         logging.getLogger("nvflare").addHandler(logging.NullHandler())
         self._admin, self._lock = admin, threading.Lock()
         self._session: Any = None
+
+    @property
+    def port(self) -> int:
+        """The hub's."""
+        return kits.address(self._admin)[1]
 
     def connected(self) -> dict[str, float]:
         """Sites that the server knows → when it last heard of them, in seconds since the epoch.
@@ -100,8 +119,11 @@ class EngineSession:
             except Exception as error:  # the engine's errors have no common root
                 self._end()
                 host, port = kits.address(self._admin)
-                why = untrusted.printable(error, _LONGEST)
-                msg = f"the engine's server at {host}:{port} did not do it ({type(error).__name__}: {why})."
+                why = f"{type(error).__name__}: {untrusted.printable(error, _LONGEST)}"
+                if type(error).__name__ in _REFUSALS:
+                    msg = f"the hub's engine at {host}:{port} refused it ({why})."
+                else:
+                    msg = f"the hub's engine is out of reach: {host}:{port} did not answer ({why})."
                 raise TransportError(msg) from error
 
     def _end(self) -> None:

@@ -1,0 +1,67 @@
+"""Locks: of two processes that would write to one place, the second is refused. A lock dies with its process.
+
+Knows flock and process ids. Knows nothing of what is locked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmchain_fed.errors import ConfigError
+from llmchain_fed.untrusted import shown
+
+_LONGEST = 20  # digits of a process id
+
+
+@contextmanager
+def hold(path: str | Path, what: str, *, over_exec: bool = False) -> Iterator[None]:
+    """Within, no other process can hold the same; killed, a process holds nothing any more.
+
+    Args:
+        path: A file that is made for it, and stays; its folder must be there.
+        what: Is locked, for the message, such as "the folder 'out'".
+        over_exec: The lock outlives an exec, and is then held by whatever program this process becomes.
+
+    Raises:
+        ConfigError: Another process holds it, by its id; or there can be no lock.
+    """
+    import fcntl
+
+    path = Path(path)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except OSError as error:
+        raise _impossible(path, what, error) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.set_inheritable(descriptor, over_exec)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        except BlockingIOError:
+            msg = (
+                f"{what} is in use by {_holder(descriptor)}. Two at once would overwrite each other: wait until it "
+                "has ended, or stop it."
+            )
+            raise ConfigError(msg) from None
+        except OSError as error:
+            raise _impossible(path, what, error) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    found = os.pread(descriptor, _LONGEST + 1, 0).decode(errors="replace").strip()
+    return f"process {found}" if found.isdecimal() and len(found) <= _LONGEST else "another process"
+
+
+def _impossible(path: Path, what: str, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{what} cannot be locked: {shown(str(path), 300)}: {error.strerror or error}. Give this account the right to "
+        "write there, and room on the disk, or choose another place."
+    )

@@ -1,0 +1,135 @@
+"""Gathering: waits until the sites that can be in a job are connected, and says for whom it waits.
+
+Knows when the hub's engine last heard of each site, and what it thinks of them. Knows nothing of jobs. The engine lists
+a site for half a minute after it is gone, and a job with such a one begins late: those count that it heard just now.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from llmchain_fed.errors import TransportError
+from llmchain_fed.runtimes.nvflare import engine_state
+from llmchain_fed.runtimes.nvflare.session import EngineSession
+from llmchain_fed.runtimes.nvflare.sites import Sites
+
+_FRESH = 10.0  # seconds since the engine heard of a site that is there: it says so every four
+_NOBODY = 6.0  # times as long is waited while nobody is there to begin with
+_RETURN = 15.0  # seconds for the other sites once one has found a hub that was away: each tries every ten
+_LONELY = 45.0  # seconds for the first of them
+_LOOK = 0.5
+
+
+class _NobodyError(TransportError):
+    """The engine is there, and no site."""
+
+
+class Gathering:
+    """Who can be in a job.
+
+    Args:
+        session: To the engine's server.
+        sites: All.
+        startup: seconds to wait for those who are not connected; six times as long while nobody is.
+        say: Told for whom it waits.
+    """
+
+    def __init__(self, session: EngineSession, sites: Sites, *, startup: float, say: Callable[[str], object]) -> None:
+        self._session, self._sites, self._startup, self._say = session, sites, startup, say
+        self._told: dict[str, str] = {}
+        """site → the trouble that was said of it"""
+
+    def heard(self) -> dict[str, float]:
+        """When the engine last heard of the sites that are there, in seconds since the epoch.
+
+        Raises:
+            TransportError: It does not answer.
+        """
+        now = time.time()
+        return {name: last for name, last in self._session.connected().items() if now - last <= _FRESH}
+
+    def able(self, names: Sequence[str]) -> list[str]:
+        """Those of these sites that a job may be tried with: not those that refused one, or make trouble."""
+        state = engine_state.of_hub(self._session.port) if hasattr(engine_state, "of_hub") else None
+        able = []
+        for name in names:
+            seen = state.sites.get(name) if state is not None else None
+            trouble = seen.trouble if seen is not None else None
+            if trouble is not None:
+                self._sites.missed(name, trouble)
+                if self._told.get(name) != trouble:
+                    self._told[name] = trouble
+                    self._say(f"site {name}: {trouble}")
+            elif not self._sites.is_refused(name):
+                able.append(name)
+        return able
+
+    def wait(self) -> list[str]:
+        """The sites that are there: all, or those who came within the grace period.
+
+        Raises:
+            TransportError: Nobody came, or the engine does not answer.
+        """
+        began, told, answered = time.monotonic(), "", False
+        while True:
+            spent = time.monotonic() - began
+            here: list[str] = []
+            absent = self._sites.names
+            try:
+                heard = self.heard()
+                here, answered = self.able([name for name in self._sites.names if name in heard]), True
+                absent = [name for name in self._sites.names if name not in heard]
+                problem = f"none of the sites {', '.join(self._sites.names)} is connected to the hub."
+            except TransportError as error:
+                problem = str(error)
+            most = self._startup * (1.0 if here or not answered else _NOBODY)
+            if here and (not absent or spent >= most):
+                return here
+            if not absent:
+                msg = f"no site can be in a job: {'; '.join(f'{n}: {self._sites.why(n)}' for n in self._sites.names)}."
+                raise TransportError(msg)
+            if spent >= most:
+                raise TransportError(problem)
+            line = f"waiting for {', '.join(absent)}; " if answered else f"{problem} Waiting for it; "
+            end = "going on without them" if here else "giving up"
+            if line != told:
+                self._say(f"{line}{end} after {most - spent:.0f} s")
+                told = line
+            time.sleep(_LOOK)
+
+    def wait_again(self, names: Sequence[str], seconds: float, until: float) -> list[str]:
+        """Those of these sites that the engine has heard of since now, once it is there.
+
+        Args:
+            names: Which.
+            seconds: What the time was that they are given, for the message.
+            until: When it ends, as `time.monotonic` counts.
+
+        Raises:
+            TransportError: It was not back in time, or none of them was.
+        """
+        since, first, engine, told = time.time(), None, None, False
+        problem = f"none of {', '.join(names)} was connected to it again."
+        while True:
+            try:
+                heard, now = self.heard(), time.monotonic()
+                engine = engine or now
+                back = self.able([name for name in names if heard.get(name, 0.0) > since])
+                first = first or (now if back else None)
+                if back and (len(back) == len(names) or (first is not None and now - first > _RETURN)):
+                    return back
+                if not back and now - engine > _LONELY:
+                    msg = f"The hub's engine answers, and {problem}"
+                    raise _NobodyError(msg)
+            except _NobodyError:
+                raise
+            except TransportError as error:
+                problem = str(error)
+                if not told:
+                    self._say(f"{problem} Waiting for it; giving up after {max(until - time.monotonic(), 0):.0f} s")
+                    told = True
+            if time.monotonic() > until:
+                msg = f"The engine was not back within {seconds:g} s: {problem}"
+                raise TransportError(msg)
+            time.sleep(_LOOK)

@@ -1,0 +1,121 @@
+"""Results: the folders in which a federation leaves chain, history and checkpoints, and never less than before.
+
+Knows files, locks and counts of rounds. Knows nothing of how rounds are run.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmchain_fed import locks, own_files, saving, whole_folders
+from llmchain_fed.errors import ChainFileError, ConfigError
+from llmchain_fed.federated import checkpoint
+from llmchain_fed.federated.history_data import rounds_in
+from llmchain_fed.stopping import whole
+from llmchain_fed.tracking.status_file import FILE
+from llmchain_fed.untrusted import shown
+
+_LOCK = ".lock"
+
+
+class Results:
+    """What a federation leaves on the disk.
+
+    Args:
+        out: The folder for chain and history.
+        checkpoints: The folder for checkpoints, which may lie in it.
+    """
+
+    def __init__(self, out: Path, checkpoints: Path) -> None:
+        self.out, self.checkpoints = out, checkpoints
+        self.chain, self.history, self.status = out / "chain", out / "history.json", out / FILE
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within, no other process has these folders; what a killed one left half written is put right.
+
+        Raises:
+            ConfigError: Another process has them, or they cannot be made.
+        """
+        with self._writing(), own_files.as_the_user_says():
+            self.out.mkdir(parents=True, exist_ok=True)
+        with self._writing():
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            for folder in {self.out.resolve(): "out", self.checkpoints.resolve(): "checkpoint_dir"}:
+                stack.enter_context(locks.hold(folder / _LOCK, f"the folder {shown(str(folder), 300)!r}"))
+            whole_folders.put_right(self.chain)
+            own_files.sweep(self.history)
+            own_files.sweep(self.status)
+            yield
+
+    @property
+    def rounds(self) -> int:
+        """After how many rounds a federation would go on: those of the newest checkpoint."""
+        return max(checkpoint.rounds(self.checkpoints), default=0)
+
+    def is_whole(self, rounds: int) -> bool:
+        """Whether chain and history are there, of no fewer rounds."""
+        try:
+            return rounds_in(self.history) >= rounds and bool(saving.read(self.chain))
+        except ChainFileError:
+            return False
+
+    def check(self, *, start: str) -> None:
+        """Makes sure, before anything is loaded or trained, that the results to come can be left here.
+
+        Args:
+            start: The chain that the federation begins with.
+
+        Raises:
+            ConfigError: They cannot; or what is there would be replaced by less.
+        """
+        where, begun = shown(str(self.out), 300), self.rounds
+        with self._writing(), tempfile.TemporaryFile(dir=self.out) as file:
+            file.write(b"\0")
+            file.flush()
+        if (os.path.lexists(self.chain) and not saving.may_be_replaced(self.chain)) or (
+            os.path.lexists(self.history) and not self.history.is_file()
+        ):
+            msg = f"out: {where} holds something else than a federation's chain and history. Choose another folder."
+            raise ConfigError(msg)
+        there = rounds_in(self.history)
+        orphan = self.chain.exists() and not self.history.exists() and not begun and Path(start) != self.chain
+        if there > begun or (orphan and any(self.chain.iterdir())):
+            what = f"a history of {there} rounds" if there > begun else "a chain without its history"
+            kept = f"of {begun} rounds" if begun else "of none"
+            msg = (
+                f"out: {where} holds {what}, and {shown(str(self.checkpoints), 300)!r} a checkpoint {kept}: what is "
+                "there would be replaced by less. Bring the checkpoints back, move chain and history away, or choose "
+                "another `out`."
+            )
+            raise ConfigError(msg)
+
+    def save(self, fed: Any, chain: Any) -> None:
+        """The chain for whom the user lets read it; the history, which can quote held-out examples, for nobody else.
+
+        Raises:
+            ChainFileError, ConfigError: They cannot be written; what was there is as it was.
+        """
+        with whole(), self._writing():
+            with own_files.as_the_user_says():
+                chain.save(self.chain)
+            if self.history.exists():
+                self.history.chmod(0o600)  # of a run that was begun by an earlier version
+            fed.history.save(self.history)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            msg = (
+                f"out: {shown(str(self.out), 300)} cannot be written: {error.strerror or error}. What was there is as "
+                "it was. Make room there, or give this account the right to write, and start again."
+            )
+            raise ConfigError(msg) from error
