@@ -96,6 +96,7 @@ LAYERS = [
         "errors",
         "untrusted",
         "own_files",
+        "stopping",
         "_config",
         "control_tokens",
         "provenance",
