@@ -253,6 +253,7 @@ def certificate(kit, name, days):
     now = datetime.now(UTC)
     made = x509.CertificateBuilder(who, who, key.public_key(), 1, now - timedelta(days=400), now + timedelta(days=days))
     (kit / "startup").mkdir(parents=True)
+    (kit / "startup" / "fed_admin.json").write_text("{}")
     signed = made.sign(key, hashes.SHA256())
     (kit / "startup" / name).write_bytes(signed.public_bytes(serialization.Encoding.PEM))
 
@@ -331,7 +332,7 @@ class FakePeer:
 
 
 def test_a_peer_says_what_it_works_on(tmp_path, peers):
-    fake = peers(tmp_path / "a.sock", PEER | {"what a later version adds": 1})
+    fake = peers(tmp_path / "a.sock", PEER)
     code, text = command(tmp_path / "a.sock")
     assert code == FINE, text
     assert fake.asked == [{"do": "status"}]
@@ -349,16 +350,16 @@ def test_a_peer_says_what_it_works_on(tmp_path, peers):
 @pytest.mark.parametrize(
     ("answer", "wanted"),
     [
-        ({"error": {"type": "TransportError", "message": "unknown\nrequest"}}, r"it answers: unknown"),
-        ({"name": "alpha"}, "makes no sense: `started`"),
-        (PEER | {"trainings": "many"}, "makes no sense: `trainings`"),
+        ({"error": {"type": "TransportError", "message": "unknown\nrequest"}}, r"unknown\nrequest"),
+        ({"name": "alpha"}, "what a site says of itself makes no sense: `started`"),
+        (PEER | {"trainings": "many"}, "what a site says of itself makes no sense: `trainings`"),
     ],
 )
 def test_a_peer_that_answers_something_else(answer, wanted, tmp_path, peers):
     peers(tmp_path / "a.sock", answer)
     code, text = command(tmp_path / "a.sock")
     assert code == INCOMPLETE
-    assert f"! its peer does not answer: {wanted}" in text or wanted in text
+    assert f"! its peer does not answer: {wanted}" in text
 
 
 def test_a_peer_that_is_gone_and_one_that_is_stopped(tmp_path, monkeypatch):
