@@ -14,6 +14,7 @@ import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
+import typer
 from scripted import CUT, SHARES, TRAINING, federation
 from typer.testing import CliRunner
 
@@ -143,6 +144,18 @@ def test_what_it_ended_with_is_said(error, state, make_chain, tmp_path, monkeypa
     assert code == INCOMPLETE
     assert f"{state} after round 1 of 3" in text
     assert f"! it {state} with {type(error).__name__}" in text
+
+
+def test_a_command_that_ends_with_a_status_of_its_own_has_ended(make_chain, tmp_path):
+    status = StatusFile(tmp_path / "status.json", rounds=1)
+    fed, _ = federation(make_chain, {"hello": {"b": [CUT]}}, callbacks=[status])
+    with pytest.raises(typer.Exit), status:
+        fed.fit(1)
+        raise typer.Exit(3)
+    code, text = command(tmp_path)
+    assert code == INCOMPLETE
+    assert text.splitlines()[1].startswith("  ended after round 1 of 1; ")
+    assert text.splitlines()[-1] == "  ! b is out: the cable is out"
 
 
 def test_an_error_outside_a_fit_is_said_too(tmp_path):
