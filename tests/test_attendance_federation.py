@@ -20,7 +20,7 @@ from llmchain_fed.tracking.status_file import StatusFile
 
 pytestmark = pytest.mark.federation
 
-SOME_SECONDS = TRAINING.replace(epochs=100)  # a round that one can look at from outside
+SOME_SECONDS = TRAINING.replace(epochs=40)  # a round that one can look at from outside
 
 
 class Unequal(Federation):
