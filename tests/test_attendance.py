@@ -175,9 +175,12 @@ def test_one_that_is_late_is_told_once_is_not_out_and_is_asked_in_the_next_round
 
 
 def test_a_reason_of_another_kind_is_told_but_no_more_than_a_few(make_chain):
-    fed, _, watch = watched(make_chain, {"hello": {"b": [CUT, NOT_CONNECTED, MISMATCH, MISMATCH, CUT]}})
-    fed.fit(6)
+    fed, _, watch = watched(make_chain, {"hello": {"b": [CUT, NOT_CONNECTED, MISMATCH, MISMATCH, CUT, LATE]}})
+    fed.fit(7)
     assert watch.changes == ["b out", "b out", "b in"], "out of reach, then there with another model, then in"
+    fed, _, watch = watched(make_chain, {"hello": {"b": [MISMATCH, CUT]}})
+    fed.fit(3)
+    assert watch.changes == ["b out", "b in"], "its peer is started with the right model"
     attendance = Attendance()
     told = []
     attendance.listen(told.append)

@@ -436,7 +436,7 @@ def test_sockets_in_use_left_over_and_impossible(serve, tmp_path):
     with pytest.raises(ConfigError, match="is there and is no socket"):
         frames.listen(file)
     assert file.read_text() == "mine"
-    with pytest.raises(ConfigError, match="at most 100 characters"):
+    with pytest.raises(ConfigError, match="at most 100 bytes"):
         frames.listen(tmp_path / ("x" * 120))
     with pytest.raises(ConfigError, match="cannot listen at"):
         frames.listen(serve.folder / "none" / "a.sock")

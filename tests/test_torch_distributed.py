@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,14 @@ def by_hand(out, *options, seconds=100):
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
         command = [sys.executable, str(SCRIPT), str(out), *map(str, options)]
-        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        with (out / f"rank{rank}.log").open("wb") as log:
+            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     return ranks
+
+
+def lines(out, rank):
+    """Ours, of what a rank wrote."""
+    return [line for line in (out / f"rank{rank}.log").read_text().splitlines() if line.startswith("llmchain_fed: ")]
 
 
 def finished(ranks, out, seconds=60):
@@ -128,24 +135,72 @@ def test_a_rank_that_dies_is_named_on_rank_0(tmp_path):
     reports = finished(by_hand(tmp_path, "--misbehave", "die", "--lora"), tmp_path)
     kind, message = reports[0]["error"]
     assert kind == "FederationError"
-    assert "rank 2 ('d') is gone or was silent for 60 s" in message
-    assert "rank 2 ('d') is gone" in reports[1]["error"][1]
+    assert "rank 2 ('d') is gone: " in message
+    assert "rank 0, which leads, stopped: FederationError: rank 2 ('d') is gone" in reports[1]["error"][1]
     assert 2 not in reports
 
 
 @pytest.mark.federation
-def test_a_silent_rank_is_named_within_the_timeout(tmp_path):
+def test_the_others_end_also_where_one_waits_to_hand_over_its_answer(tmp_path):
+    """Rank 2 has trained and waits for rank 0, which will never take it: rank 1 is dead, and comes first."""
+    began = time.monotonic()
+    reports = finished(by_hand(tmp_path, "--misbehave", "die", "--by", 1, "--lora"), tmp_path)
+    assert "rank 1 ('b', 'c') is gone: " in reports[0]["error"][1]
+    assert "rank 0, which leads, stopped: FederationError: rank 1 ('b', 'c') is gone" in reports[2]["error"][1]
+    assert time.monotonic() - began < 45
+    assert not any("terminate called" in (tmp_path / f"rank{rank}.log").read_text() for rank in range(3))
+
+
+@pytest.mark.federation
+def test_a_rank_without_an_answer_is_named_within_the_timeout(tmp_path):
     ranks = by_hand(tmp_path, "--misbehave", "hang", "--lora", "--timeout", 8)
     try:
-        for rank in ranks[:2]:
-            rank.communicate(timeout=60)
-    finally:
         reports = finished(ranks[:2], tmp_path)
+    finally:
         ranks[2].kill()
         ranks[2].communicate()
-    assert "rank 2 ('d') is gone or was silent for 8 s" in reports[0]["error"][1]
-    # gloo closes every connection of a rank whose wait timed out, so rank 1 only learns that rank 0 is gone
-    assert "rank 0 ('a') is gone or gave up (its own error says why)" in reports[1]["error"][1]
+    assert "rank 2 ('d') was silent for 8 s, though its process runs" in reports[0]["error"][1]
+    assert "rank 2 ('d') was silent for 8 s, though its process runs" in reports[1]["error"][1]
+
+
+@pytest.mark.federation
+@pytest.mark.parametrize(("frozen", "group"), [(1, None), (0, None), (1, "file")])
+def test_a_frozen_rank_is_named_within_patience_by_all_others(frozen, group, tmp_path):
+    """Rank 0 keeps the store where no agent of torchrun's does: it is frozen then, too."""
+    own = ["--own-group", group] if group else []
+    ranks = by_hand(tmp_path, "--misbehave", "freeze", "--by", frozen, "--lora", "--patience", 3, *own)
+    others = [process for rank, process in enumerate(ranks) if rank != frozen]
+    try:
+        reports = finished(others, tmp_path, seconds=40)
+    finally:
+        ranks[frozen].kill()
+        ranks[frozen].communicate()
+    who, since = {0: "rank 0 ('a')", 1: "rank 1 ('b', 'c')"}[frozen], float((tmp_path / "frozen").read_text())
+    for rank in {0, 1, 2} - {frozen}:
+        kind, message = reports[rank]["error"]
+        assert kind == "FederationError"
+        assert f"{who} has given no sign of life for 3 s: frozen (stopped, swapping), or its machine is gone" in message
+        assert reports[rank]["ended"] - since < 3 + 5
+        assert [who in line for line in lines(tmp_path, rank)] == [True]
+    assert [process.returncode for process in others] == [0, 0]  # the script reports errors
+
+
+@pytest.mark.federation
+def test_a_rank_that_is_busy_for_longer_than_patience_is_not_named(tmp_path):
+    """Neither the leader nor a follower; both train for longer than that."""
+    options = ("--misbehave", "busy", "--by", 0, "--by", 2, "--lora", "--rounds", 1, "--patience", 3)
+    status, output, reports = torchrun(tmp_path, *options)
+    assert status == 0, output
+    assert not any("error" in report for report in reports.values())
+    assert "llmchain_fed: " not in output
+
+
+@pytest.mark.federation
+def test_a_rank_whose_script_fails_says_why_in_its_last_line_and_the_others_know(tmp_path):
+    reports = finished(by_hand(tmp_path, "--misbehave", "no-data", "--by", 1, "--lora"), tmp_path)
+    why = "FileNotFoundError: no such file: patients.jsonl"
+    assert lines(tmp_path, 1) == [f"llmchain_fed: rank 1 ended: {why}"]
+    assert f"rank 1 (no participants) ended: {why}" in reports[0]["error"][1]
 
 
 @pytest.mark.federation
@@ -208,8 +263,9 @@ def test_outside_torchrun_it_says_how_to_start(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match=r"RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not set: start .* torchrun"):
         TorchDistributed()
-    with pytest.raises(ConfigError, match="timeout is a positive number of seconds, got 0"):
-        TorchDistributed(timeout=0)
+    for wrong in ({"timeout": 0}, {"patience": 2}, {"patience": float("nan")}):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))} is .* seconds, got"):
+            TorchDistributed(**wrong)
 
 
 def test_errors_keep_their_type_between_ranks_and_lose_it_between_organisations():

@@ -120,22 +120,31 @@ def hashes(chain: LLMChain, mine: dict) -> dict:
     return {"global": chain.model.weights_hash, "personal": own}
 
 
-def misbehave(kind: str | None, rank: int) -> None:
-    """Makes rank 2's training fail in the way asked for."""
-    if kind is None or rank != 2:
+def misbehave(kind: str | None, rank: int, by: list[int], out: Path) -> None:
+    """Makes the training of these ranks fail in the way asked for."""
+    if kind is None or rank not in by:
         return
+    if kind == "no-data":
+        raise FileNotFoundError("no such file: patients.jsonl")
     inner = LocalPeer._train
 
     def die(self, header, state):
         if header["round"] == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             if kind == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if kind == "freeze":
+                (out / "frozen").write_text(repr(time.time()))
+                os.kill(os.getpid(), signal.SIGSTOP)
             if kind == "hang":
                 time.sleep(3600)
             if kind == "raise":
                 raise RuntimeError("out of memory")
         if kind == "slow":
             time.sleep(8.0)
+        if kind == "busy":  # in torch, as training is
+            until = time.monotonic() + 5.0 + 2 * rank
+            while time.monotonic() < until:
+                torch.ones(500, 500) @ torch.ones(500, 500)
         return inner(self, header, state)
 
     LocalPeer._train = die
@@ -148,6 +157,9 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--real", action="store_true", help="SmolLM2-135M-Instruct instead of a tiny model")
     parser.add_argument("--misbehave", default=None)
+    parser.add_argument("--by", type=int, action="append", help="a rank that misbehaves")
+    parser.add_argument("--own-group", choices=["env", "file"], help="the script makes the process group itself")
+    parser.add_argument("--patience", type=float, default=60.0)
     parser.add_argument("--timeout", type=float, default=60.0)
     parser.add_argument("--deadline", type=float, default=None)
     parser.add_argument("--quorum", type=int, default=1)
@@ -156,8 +168,11 @@ def main() -> None:
     parser.add_argument("--variants", action="store_true", help="every variant, with hashes only")
     parser.add_argument("--other-seed", action="store_true", help="rank 2 stands on other base weights")
     args = parser.parse_args()
-    runtime = TorchDistributed(timeout=args.timeout)
-    misbehave(args.misbehave, runtime.rank)
+    if args.own_group:
+        where = {"init_method": f"file://{args.out / 'store'}"} if args.own_group == "file" else {}
+        dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), **where)
+    runtime = TorchDistributed(timeout=args.timeout, patience=args.patience)
+    misbehave(args.misbehave, runtime.rank, args.by or [2], args.out)
     seed = 1 if args.other_seed and runtime.rank == 2 else 0
     chain = real_chain() if args.real else tiny_chain(args.kind, lora=args.lora, seed=seed)
     training = REAL_TRAINING if args.real else TRAINING
@@ -178,7 +193,7 @@ def main() -> None:
         report["round"], report["history"] = fed.round, json.loads(fed.history.to_json())
         report["reports"] = sorted(fed.data_reports)
     except Exception as error:
-        report["error"] = [type(error).__name__, str(error)]
+        report["error"], report["ended"] = [type(error).__name__, str(error)], time.time()
     report["answer"] = chain.invoke({"text": "save the page"})
     report["state"] = {name: tensor.tolist() for name, tensor in chain.model.trainable_state().items()}
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

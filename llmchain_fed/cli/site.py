@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from llmchain_fed.cli.chains import load
 from llmchain_fed.cli.console import say
 from llmchain_fed.errors import ConfigError
+from llmchain_fed.stopping import Stopped, stopping
+from llmchain_fed.untrusted import one_line
 
 policies = typer.Typer(help="What a site lets a hub ask of it.", no_args_is_help=True)
 
@@ -28,34 +30,89 @@ def peer(
     audit: Annotated[Path | None, typer.Option(help="a line per request; SOCKET.audit.jsonl by default")] = None,
     threads: Annotated[int | None, typer.Option(help="for torch; all cores by default")] = None,
 ) -> None:
-    """Answers the hub for one participant until it is stopped: the model is loaded once and stays."""
-    import torch
+    """Answers the hub for one participant until it is stopped: the model is loaded once and stays.
 
-    from llmchain_fed.federated.participant import Participant, hold_out
-    from llmchain_fed.federated.peer import LocalPeer
-    from llmchain_fed.federated.trainee import Trainee
-    from llmchain_fed.runtimes.policy import Audit, Policy
-    from llmchain_fed.runtimes.site import Site
-
-    name = name or data.stem
+    Says on stderr what happens. Exit status: 2 it cannot begin, mend what the line says; 130, 143 stopped.
+    """
     if hold_out_share is not None and (held_out is not None or not 0 < hold_out_share < 1):
         msg = f"--hold-out-share lies between 0 and 1 and goes without --held-out, got {hold_out_share}."
         raise ConfigError(msg)
-    rules = Policy.from_file(policy) if policy is not None else Policy()
+    if threads is not None and threads < 1:
+        msg = f"--threads is a count of at least 1, got {threads}."
+        raise ConfigError(msg)
+    own: dict[str, Any] = {
+        "name": name or data.stem,
+        "rank": rank,
+        "alpha": alpha,
+        "share": hold_out_share,
+        "threads": threads,
+    }
+    files: dict[str, Any] = {"data": data, "held_out": held_out, "policy": policy, "socket": socket}
     log = audit or socket.with_name(socket.name + ".audit.jsonl")
-    written = Audit(log)
+    try:
+        with stopping(lambda: say("stopping; start it again with the same command")):
+            _peer(chain, audit=log, **files, **own)
+    except Stopped as stopped:
+        raise typer.Exit(stopped.status) from None
+
+
+def _peer(
+    chain: str,
+    *,
+    name: str,
+    data: Path,
+    held_out: Path | None,
+    policy: Path | None,
+    audit: Path,
+    socket: Path,
+    rank: int | None,
+    alpha: float | None,
+    share: float | None,
+    threads: int | None,
+) -> None:
+    """What can be wrong is looked for first, the quick before the slow; then the model is loaded, and served."""
+    from llmchain_fed.federated.participant import Participant, hold_out
+    from llmchain_fed.runtimes import frames, site_warnings
+    from llmchain_fed.runtimes.policy import Audit, Policy
+
+    participant = Participant(name, data, held_out, rank=rank, alpha=alpha)
+    rules = Policy.from_file(policy) if policy is not None else Policy()
+    written = Audit(audit, say)
+    frames.listen(socket).close()  # what would be wrong with it after the model is loaded is wrong now
+    site_warnings.check_readable(data, "the training examples")
+    if held_out is not None:
+        site_warnings.check_readable(held_out, "the held-out examples")
+    for warning in [*site_warnings.of_files(data, held_out, policy), *site_warnings.of_policy(rules)]:
+        say(f"warning: {warning}")
+
+    import torch
+
+    from llmchain_fed.federated.peer import LocalPeer
+    from llmchain_fed.federated.trainee import Trainee
+    from llmchain_fed.runtimes.site import Site
+    from llmchain_fed.runtimes.site_log import SiteLog
+
     if threads is not None:
         torch.set_num_threads(threads)
     trainee = Trainee.of(load(chain))
-    participant = Participant(name, data, held_out, rank=rank, alpha=alpha)
-    if hold_out_share is not None:
-        participant = hold_out(participant, hold_out_share, trainee.prompt, seed=0)
+    if share is not None:
+        participant = hold_out(participant, share, trainee.prompt, seed=0)
     worker = LocalPeer(trainee, participant, None, samples=rules.samples)
     typer.echo(f"{name}: {worker.inspect()}")  # reads the examples now: a wrong path is not found out in round 1
-    contract = ", ".join(f"{key} {value[:12]}" for key, value in trainee.contract().items())
-    typer.echo(f"contract: {contract}\npolicy: {rules}\naudit: {log}\nlistening at {socket}")
+    for warning in site_warnings.of_examples(data, held_out, worker.data.overlap()):
+        say(f"warning: {warning}")
+    contract = trainee.contract()
+    short = ", ".join(f"{key} {value[:12]}" for key, value in contract.items())
+    typer.echo(f"contract: {short}\npolicy: {rules}\naudit: {audit}\nlistening at {socket}")
     sys.stdout.flush()
-    Site(worker, rules, written).serve(socket)
+    about = {
+        "name": one_line(name, 250),
+        "examples": worker.data.count(),
+        "held_out": worker.data.holds_out,
+        "audit": one_line(audit.absolute(), 4000),
+        "contract": contract,
+    }
+    Site(worker, rules, written, SiteLog(say, about)).serve(socket)
 
 
 @policies.command("explain")

@@ -183,8 +183,8 @@ class Attendance:
             found.error = why if isinstance(why, Exception) else None
         else:
             found.latest = reason if kind != _kind(found.reason or "") else found.latest
-            if kind in found.kinds or len(found.kinds) >= _KINDS:
-                return
+            if kind in found.kinds or kind in _ONE_KIND or len(found.kinds) >= _KINDS:
+                return  # one that is started anew to be mended is out of reach meanwhile: nobody need be told
             found.kinds.append(kind)
         self._tell(Change(name, "out", now, reason, was=was))
 

@@ -100,6 +100,11 @@ class LocalData:
             self._compared = train, held_out, overlap(train, held_out)
         return self._compared[2]
 
+    def count(self) -> int | None:
+        """Examples that are trained on; None of a DataLoader, whose batches are not counted."""
+        found = self.train()
+        return len(found) if isinstance(found, EncodedExamples) else None
+
     def first_held_out(self, count: int) -> list[Example | RawText]:
         """The first held-out examples that are neither empty nor too long."""
         model, prompt, longest = self._trainee.model, self._trainee.prompt, self._max_length

@@ -30,7 +30,7 @@ _MAX_HEAD = 2**17  # bytes
 MAX_ORDER = 2**22  # bytes of a head that names nodes: of some 100,000
 MAX_FRAME = SLICE + _MAX_HEAD + 4
 MAX_OUTER = MAX_FRAME + MAX_ORDER + 4  # a frame within a frame: between driver and bridge, bridge and peer
-_LONGEST_PATH = 100  # characters: what a UNIX socket's address holds, less some room
+_LONGEST_PATH = 100  # bytes: what a UNIX socket's address holds, less some room
 _KEY = 32  # bytes
 _BEGINNING = 5.0  # seconds to wait for another process that begins to listen at the same path
 TRANSFER = 60.0  # seconds a frame may take through a socket, and its answer to come: a poll is held for less
@@ -84,8 +84,8 @@ def listen(path: str | Path) -> Listener:
             listens there.
     """
     path = Path(path).absolute()
-    if len(str(path)) > _LONGEST_PATH:
-        msg = f"a socket's path has at most {_LONGEST_PATH} characters, {path} has {len(str(path))}. Use /run or /tmp."
+    if (size := len(os.fsencode(path))) > _LONGEST_PATH:
+        msg = f"a socket's path has at most {_LONGEST_PATH} bytes, {path} has {size}. Use /run or /tmp."
         raise ConfigError(msg)
     if problem := _open_to_others(path.parent):
         msg = f"cannot listen at {path}: {problem}. Use a folder that only this account can write to."
@@ -258,7 +258,7 @@ def _open_to_others(folder: Path) -> str | None:
             found = place.stat()
             if found.st_uid not in (os.geteuid(), 0):
                 return f"{place} belongs to another account"
-            writable = found.st_mode & 0o002 or (found.st_mode & 0o020 and not _is_own_group(found.st_gid))
+            writable = found.st_mode & 0o002 or (found.st_mode & 0o020 and not is_own_group(found.st_gid))
             if writable and not found.st_mode & stat.S_ISVTX:
                 return f"other accounts can write to {place}"
     except (OSError, RuntimeError):
@@ -266,7 +266,7 @@ def _open_to_others(folder: Path) -> str | None:
     return None
 
 
-def _is_own_group(number: int) -> bool:
+def is_own_group(number: int) -> bool:
     """Whether this is the group that has this account's name and nobody else in it, as many systems make one."""
     import grp
     import pwd

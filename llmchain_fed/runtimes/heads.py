@@ -63,6 +63,12 @@ class Drop(untrusted.Strict):
     call: _CallId
 
 
+class Status(untrusted.Strict):
+    """How does the site stand? Asked by a process of its own account; a hub may not."""
+
+    do: Literal["status"]
+
+
 class Carry(untrusted.Strict):
     """From a site's own bridge: the body is a frame of `caller`, as the engine authenticated it."""
 
@@ -87,7 +93,9 @@ _REQUESTS: dict[str, type[untrusted.Strict]] = {
     "get": Get,
     "drop": Drop,
     "refused": Refused,
+    "status": Status,
 }
+_OF_THIS_ACCOUNT = (Refused, Status)
 
 
 class Fault(untrusted.Strict):
@@ -103,6 +111,35 @@ class Reply(untrusted.Strict):
     state: Literal["here", "receiving", "waiting", "working", "done", "failed", "unknown", "noted"]
     total: Annotated[int, Field(ge=0)] | None = None
     """bytes of the answer, as it claims"""
+
+
+_Time = Annotated[float, Field(ge=0, lt=2**40)]
+"""seconds since the epoch"""
+_Many = Annotated[int, Field(ge=0, lt=2**48)]
+
+
+class PeerStatus(untrusted.Strict):
+    """How a site stands, for its operator."""
+
+    name: Name
+    started: _Time
+    examples: _Many | None
+    """that it trains on; None of a DataLoader"""
+    held_out: bool
+    trainings: _Many
+    """since it was started, and how many it does at most"""
+    max_rounds: _Many | None
+    op: Annotated[str, Field(max_length=64)] | None
+    """what is being worked on, of which round, since when"""
+    round: _Many | None
+    since: _Time | None
+    heard: _Time | None
+    """when a hub last asked anything"""
+    last_refusal: Annotated[str, Field(max_length=2000)] | None
+    audit: Annotated[str, Field(max_length=4096)] | None
+    contract: Annotated[
+        dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=128)]], Field(max_length=32)
+    ]
 
 
 class Failed(untrusted.Strict):
@@ -188,7 +225,7 @@ def request(frame: bytes) -> tuple[str | None, dict[str, Any], memoryview]:
         head, body = frames.read(body)
     do = head.get("do")
     kind = _REQUESTS.get(do) if isinstance(do, str) else None
-    if kind is None or (kind is Refused and caller is not None):
+    if kind is None or (kind in _OF_THIS_ACCOUNT and caller is not None):
         msg = f"unknown request {untrusted.shown(do, 40)!r}; a site answers ping, put, poll, get and drop."
         raise TransportError(msg)
     found = untrusted.checked(kind, head, what=f"the head of a {do}", error=TransportError)
@@ -204,3 +241,16 @@ def read_reply(frame: bytes | memoryview) -> tuple[Reply | Failed, memoryview]:
     head, body = frames.read(frame)
     kind: type[Reply] | type[Failed] = Failed if "error" in head else Reply
     return untrusted.checked(kind, head, what="what a site answered", error=TransportError), body
+
+
+def read_status(frame: bytes | memoryview) -> PeerStatus:
+    """How a site says that it stands.
+
+    Raises:
+        TransportError: It is no such answer; what it failed for is its message.
+    """
+    head, _ = frames.read(frame)
+    if "error" in head:
+        failed = untrusted.checked(Failed, head, what="what a site answered", error=TransportError)
+        raise TransportError(untrusted.one_line(failed.error.message, 500))
+    return untrusted.checked(PeerStatus, head, what="what a site says of itself", error=TransportError)

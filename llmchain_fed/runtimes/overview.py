@@ -12,13 +12,11 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import ConfigDict, Field
+from typing import Any, Literal
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError, LLMChainFedError, TransportError
-from llmchain_fed.runtimes import frames
+from llmchain_fed.runtimes import frames, heads
 from llmchain_fed.tracking import status_file
 from llmchain_fed.tracking.lines import clock, reason_of, span
 from llmchain_fed.untrusted import one_line
@@ -27,7 +25,6 @@ Kind = Literal["federation", "kit", "peer"]
 _ANSWER = 5.0  # seconds for a peer to answer
 _WARNING = 30.0  # days before a certificate's end from which on that is a problem
 _SHORT = 300  # characters of a reason
-_Text = Annotated[str, Field(max_length=4096)]
 _DOING = {"hello": "to take part", "train": "to train", "evaluate": "to evaluate", "personal_state": "for its state"}
 _VERBS = {
     "starting": "starting",
@@ -52,26 +49,6 @@ class Report:
     """why not all is fine; nothing where it is"""
     data: dict[str, Any] = field(default_factory=dict)
     """all of it as plain data"""
-
-
-class PeerStatus(untrusted.Strict):
-    """What a peer answers when it is asked how it stands; what a later version adds is left alone."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    name: _Text
-    started: float
-    examples: int | None = None
-    held_out: bool = False
-    trainings: int = 0
-    max_rounds: int | None = None
-    op: _Text | None = None
-    round: int | None = None
-    since: float | None = None
-    heard: float | None = None
-    last_refusal: _Text | None = None
-    audit: _Text | None = None
-    contract: dict[_Text, Any] = Field(default_factory=dict, max_length=100)
 
 
 def look(where: str | Path) -> Report:
@@ -216,11 +193,13 @@ def _kit(path: Path) -> Report:
 
 def _certificate(report: Report, kit: Path, ends: float | None) -> None:
     """How long a kit's certificate can be used."""
+    from llmchain_fed.runtimes.nvflare import certificates
+
     if ends is not None:
         days = (ends - time.time()) / 86_400
     else:
         try:
-            days = _days_left(kit)
+            days = certificates.days_left(kit)
         except (LLMChainFedError, ImportError) as error:
             report.problems.append(f"the certificate of {kit.name}: {one_line(error, _SHORT)}")
             return
@@ -229,25 +208,6 @@ def _certificate(report: Report, kit: Path, ends: float | None) -> None:
     if days < _WARNING:
         left = f"ends in {days:.0f} days" if days > 0 else f"ended {-days:.0f} days ago"
         report.problems.append(f"the certificate of {kit.name} {left}: renew it")
-
-
-def _days_left(kit: Path) -> float:
-    """Until a kit's certificate ends.
-
-    Raises:
-        ConfigError: It has none that can be read.
-    """
-    from cryptography import x509
-
-    for name in ("server.crt", "client.crt"):
-        if (kit / "startup" / name).is_file():
-            what = "the certificate"
-            data = untrusted.read_file(kit / "startup" / name, most=2**20, what=what, error=ConfigError)
-            with untrusted.decoding(what, ConfigError):
-                ends = x509.load_pem_x509_certificate(data).not_valid_after_utc
-            return (ends.timestamp() - time.time()) / 86_400
-    msg = f"{kit} has none in startup/: it is no kit."
-    raise ConfigError(msg)
 
 
 # --- a peer ---------------------------------------------------------------------------------------------------------
@@ -278,7 +238,7 @@ def _peer(path: Path) -> Report:
     return report
 
 
-def _asked(path: Path) -> PeerStatus:
+def _asked(path: Path) -> heads.PeerStatus:
     """What a peer says of itself.
 
     Raises:
@@ -301,11 +261,7 @@ def _asked(path: Path) -> PeerStatus:
     (answer,) = answers
     if isinstance(answer, Exception):
         raise answer if isinstance(answer, TransportError) else TransportError(f"{type(answer).__name__}: {answer}")
-    head, _ = frames.read(answer)
-    if isinstance(head.get("error"), dict):
-        msg = f"it answers: {untrusted.shown(head['error'].get('message'), _SHORT)}"
-        raise TransportError(msg)
-    return untrusted.checked(PeerStatus, head, what="what the peer says of itself", error=TransportError)
+    return heads.read_status(answer)
 
 
 def _disk(report: Report, folder: Path) -> None:

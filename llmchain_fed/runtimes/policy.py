@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import stat
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -102,11 +105,16 @@ class Policy(Limits):
 
     def told(self, error: BaseException) -> dict[str, str]:
         """What of an error may leave: its type, and its message where that can quote no example or may."""
-        leaves = self.error_messages or isinstance(error, _HARMLESS)
+        leaves = self.error_messages or is_harmless(error)
         message = (
             printable(error, _LONGEST) if leaves else "the site keeps the message to itself; its audit file has it"
         )
         return {"type": type(error).__name__, "message": message}
+
+
+def is_harmless(error: BaseException) -> bool:
+    """Whether an error's message can quote no example."""
+    return isinstance(error, _HARMLESS)
 
 
 class Audit:
@@ -114,19 +122,23 @@ class Audit:
 
     Args:
         path: The file; made for this account alone. None keeps no audit.
+        say: Tells the operator that it cannot be written, once, and that it can be again.
 
     Raises:
         ConfigError: It cannot be written.
     """
 
-    def __init__(self, path: str | Path | None) -> None:
+    def __init__(self, path: str | Path | None, say: Callable[[str], None] = lambda _: None) -> None:
         self._path = Path(path) if path is not None else None
-        self._lock = threading.Lock()
+        self._lock, self._say = threading.Lock(), say
+        self._broken = False
         if self._path is not None:
             try:
                 os.close(self._open())
             except (OSError, ValueError) as error:
-                msg = f"the audit file {shown(str(self._path), 300)} cannot be written: {error}."
+                where, folder = shown(str(self._path), 300), self._path.absolute().parent
+                remedy = "" if folder.is_dir() else f" Make its folder first: mkdir -p {shlex.quote(str(folder))}"
+                msg = f"the audit file {where} cannot be written: {_said(error)}.{shown(remedy, 400)}"
                 raise ConfigError(msg) from error
 
     def write(self, **entry: Any) -> None:
@@ -139,14 +151,36 @@ class Audit:
             return
         kept = {name: _bounded(value) for name, value in entry.items()}
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds")} | kept)
+        with self._lock:
+            try:
+                self._append(f"{line}\n".encode())
+            except OSError as error:
+                why = f"the audit file cannot be written: {_said(error)}"
+                if not self._broken:
+                    self._say(f"{why}: nothing is answered until it can")
+                self._broken = True
+                msg = f"{why}, and without it nothing is answered."
+                raise PolicyError(msg) from error
+            if self._broken:
+                self._say("the audit file can be written again")
+            self._broken = False
+
+    def _append(self, line: bytes) -> None:
+        """All of a line or nothing of it: what a full disk has cut would make the next one unreadable, too."""
+        descriptor = self._open()
         try:
-            with self._lock, os.fdopen(self._open(), "a", encoding="utf-8") as file:
-                file.write(line + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            msg = f"the audit file cannot be written ({type(error).__name__}), and without it nothing is answered."
-            raise PolicyError(msg) from error
+            size = os.fstat(descriptor).st_size
+            try:
+                left = memoryview(line)
+                while left:
+                    left = left[os.write(descriptor, left) :]
+                os.fsync(descriptor)
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(descriptor, size)
+                raise
+        finally:
+            os.close(descriptor)
 
     def _open(self) -> int:
         """A descriptor to append with. Made anew each time, so that a file moved away by log rotation stays whole."""
@@ -164,6 +198,13 @@ class Audit:
             os.close(descriptor)
             raise
         return descriptor
+
+
+def _said(error: OSError | ValueError) -> str:
+    """The system's words, which name no path, and its number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.strerror} ({error.errno})"
+    return shown(str(error), 200)
 
 
 def _bounded(value: Any) -> Any:

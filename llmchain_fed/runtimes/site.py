@@ -16,16 +16,19 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from llmchain_fed import untrusted
-from llmchain_fed.errors import ConfigError, PolicyError, TransportError
+from llmchain_fed.errors import ConfigError, LLMChainFedError, PolicyError, TransportError
+from llmchain_fed.federated import messages
 from llmchain_fed.federated.limits import Limits
 from llmchain_fed.federated.runtime import Peer
 from llmchain_fed.runtimes import failures, frames, heads
 from llmchain_fed.runtimes.channel import Channel
 from llmchain_fed.runtimes.policy import Audit, Policy
+from llmchain_fed.runtimes.site_log import NOBODY, SiteLog
 
 _LONGEST_WAIT = 30.0  # seconds a poll may block
 _EACH = 100  # malformed frames that have a line each in the audit file
 _LONGEST_HEADER = 2**22  # bytes that are read for the audit file's sake
+_CLOSING = 6.0  # seconds in which running work has come to its next step; whoever stopped the process waits for ten
 
 
 class LongPeer(Peer, Protocol):
@@ -61,6 +64,7 @@ class _Call:
     """receiving, waiting, working, done or failed"""
     answer: bytes = b""
     error: dict[str, str] | None = None
+    given_up: bool = False
 
     def take(self) -> bytes:
         """The payload, which this then no longer holds: of full weights one copy less while they are trained."""
@@ -79,10 +83,13 @@ class Site:
         peer: Does the work.
         policy: What it may be asked.
         audit: Where every request is written down, when it begins and when it ends.
+        log: What its operator is told.
     """
 
-    def __init__(self, peer: LongPeer, policy: Policy, audit: Audit) -> None:
+    def __init__(self, peer: LongPeer, policy: Policy, audit: Audit, log: SiteLog | None = None) -> None:
         self._peer, self._policy, self._audit = peer, policy, audit
+        self._log = log or SiteLog(lambda _: None, NOBODY)
+        self._closing = False
         self._call: _Call | None = None
         self._former: deque[str] = deque(maxlen=256)
         self._unreadable = itertools.count(1)
@@ -96,9 +103,13 @@ class Site:
         """One frame in, one frame out; never raises."""
         try:
             caller, head, body = heads.request(frame)
+            if caller is not None:
+                self._log.heard()
             match head["do"]:
                 case "ping":
                     return frames.pack({"state": "here"})
+                case "status":
+                    return frames.pack(self._log.status(self._trainings, self._policy.max_rounds))
                 case "refused":
                     return self._refused(head)
                 case "put":
@@ -161,8 +172,12 @@ class Site:
         try:
             self._policy.check(op, total, self._trainings)
         except PolicyError as error:
+            self._log.refused(error)
             self._audit.write(op=op[:40], bytes_in=total, caller=caller, status="refused", error=str(error))
             raise
+        if self._closing:
+            msg = "this site's peer is being stopped."
+            raise TransportError(msg)
         self._end()
         self._call = _Call(name, op, total, caller=caller)
 
@@ -176,6 +191,7 @@ class Site:
                     self._audit.write(**entry, status="abandoned", error="its payload did not come to its end")
             self._call.payload = bytearray()
             if self._call.state == "working":
+                self._call.given_up = True
                 self._peer.give_up()
             self._call = None
             self._changed.notify_all()
@@ -220,6 +236,8 @@ class Site:
                 self._changed.wait_for(lambda: self._call is not None and self._call.state == "waiting")
                 call = self._call
                 assert call is not None
+                if self._closing:
+                    return
                 call.state = "working"
                 self._peer.take_up()  # under the lock: who replaces or drops this call comes after
                 self._trainings += call.op == "train"  # also where it is given up: what it was asked, it was asked
@@ -235,28 +253,50 @@ class Site:
 
     def _answer_to(self, call: _Call) -> bytes:
         """What the peer answers; begun and ended in the audit file, or not at all."""
-        entry = {"op": call.op, "bytes_in": len(call.payload), "caller": call.caller} | _asked(call.op, call.payload)
+        asked = _asked(call.op, call.payload)
+        entry = {"op": call.op, "bytes_in": len(call.payload), "caller": call.caller} | asked
         self._audit.write(**entry, status="began")
+        self._log.began(call.op, asked)
         began = time.monotonic()
+        answer, raised = b"", None
         try:
             answer = self._peer.handle(call.op, call.take())  # type: ignore[arg-type]
         except BaseException as error:
-            spent = round(time.monotonic() - began, 3)
-            status = "refused" if isinstance(error, PolicyError) else "failed"
-            self._audit.write(**entry, seconds=spent, status=status, error=f"{type(error).__name__}: {error}")
-            raise
+            raised = error
         spent = round(time.monotonic() - began, 3)
+        self._log.ended(call.op, asked, spent, call.given_up, raised)
+        if raised is not None:
+            status = "refused" if isinstance(raised, PolicyError) else "failed"
+            self._audit.write(**entry, seconds=spent, status=status, error=f"{type(raised).__name__}: {raised}")
+            raise raised
         self._audit.write(**entry, bytes_out=len(answer), seconds=spent, status="answered")
         return answer
 
+    # --- as long as the process lives -------------------------------------------------------------------------------
+
     def serve(self, socket: str | Path) -> None:
-        """Listens at `socket` until the process ends.
+        """Listens at `socket` until the process ends, or whatever is raised here ends it; then gives up what runs.
 
         Raises:
             ConfigError: See `frames.listen`.
         """
-        with frames.listen(socket) as listener:
-            listener.serve(self._converse)
+        try:
+            with frames.listen(socket) as listener:
+                listener.serve(self._converse)
+        finally:
+            self.close()
+
+    def close(self, seconds: float = _CLOSING) -> None:
+        """Gives up what is worked on and begins nothing more; returns once that is written down, or after so long."""
+        with self._changed:
+            self._closing, call = True, self._call
+            self._end()
+            if call is None or call.state not in ("waiting", "working"):
+                return
+            if call.state == "working" and self._changed.wait_for(lambda: call.state != "working", timeout=seconds):
+                return
+        with suppress(PolicyError):
+            self._audit.write(op=call.op, caller=call.caller, status="abandoned", error="this peer was stopped")
 
     def _converse(self, channel: Channel) -> None:
         with channel, suppress(OSError, EOFError):
@@ -264,12 +304,15 @@ class Site:
 
 
 def _asked(op: str, payload: bytearray) -> dict[str, Any]:
-    """Which round, for the audit file; of a payload that may be anything."""
-    size = int.from_bytes(payload[:8], "little")
-    if op not in ("train", "evaluate") or not len(payload) - size >= 8 or size > _LONGEST_HEADER:
-        return {}
-    limits: Any = {"most": _LONGEST_HEADER, "what": "the message", "error": TransportError}
-    with suppress(TransportError, KeyError, TypeError):
+    """Which round, or which federation greets by which rule; of a payload that may be anything."""
+    with suppress(LLMChainFedError, KeyError, TypeError):
+        if op == "hello":
+            hello = messages.checked_hello(messages.read_hello(bytes(payload)))
+            return {"federation": hello.federation, "rule": hello.aggregation}
+        size = int.from_bytes(payload[:8], "little")
+        if op not in ("train", "evaluate") or not len(payload) - size >= 8 or size > _LONGEST_HEADER:
+            return {}
+        limits: Any = {"most": _LONGEST_HEADER, "what": "the message", "error": TransportError}
         header = untrusted.read_json(payload[8 : 8 + size], **limits)["__metadata__"]["llmchain_fed"]
         number = untrusted.read_json(header, **limits).get("round")
         return {"round": number + 1} if type(number) is int else {}
@@ -289,3 +332,12 @@ def check_socket(path: str | Path) -> None:
         raise ConfigError(msg) from error
     if isinstance(reply, heads.Failed):
         raise ConfigError(str(failures.from_site(reply.error.model_dump())))
+
+
+def ask_status(path: str | Path) -> heads.PeerStatus:
+    """How the peer that answers at `path` says that it stands.
+
+    Raises:
+        TransportError: Nobody answers, or what answers is no peer.
+    """
+    return heads.read_status(frames.ask(path, frames.pack({"do": "status"})))

@@ -6,10 +6,8 @@ authenticated: whoever reaches the master port takes part. Across organisations 
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,11 +20,14 @@ from torch import Tensor
 
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, FederationError
 from llmchain_fed.federated.runtime import InProcess, Operation, Payload, Peer, payload_for
-from llmchain_fed.runtimes import failures, ranks
+from llmchain_fed.runtimes import failures, process_group, ranks
 from llmchain_fed.runtimes.answer_sizes import AnswerSizes
+from llmchain_fed.runtimes.heartbeat import Aside
+from llmchain_fed.runtimes.process_group import LEADER
 from llmchain_fed.untrusted import Strict, machine_memory, shown
 
-_LEADER = 0
+_SLICE = 0.5  # seconds between looks at heartbeats
+_OUTCOME = 2.0  # seconds a rank may take to take, from a leader that goes down, what the rounds so far have brought
 _HeadT = TypeVar("_HeadT", bound=Strict)
 
 
@@ -38,13 +39,17 @@ class TorchDistributed:
     several participants or none. Messages are JSON and update bytes, point to point over gloo, also where there are
     GPUs; answers are taken in the order of ranks, so that a rerun gives the same weights bit for bit.
 
-    A rank answers once all its participants are done. One that dies, or is silent for `timeout`, ends the job with an
-    error that names it and its participants; `torchrun --max-restarts` starts all anew. So does one whose message makes
-    no sense, or is larger than any answer to what it was asked, before memory is taken for it. Make this object before
-    the model is loaded: it picks each rank's GPU.
+    A rank answers once all its participants are done. One that dies, is frozen (its heartbeat, which goes on while it
+    trains, is not seen for `patience`) or has no answer for `timeout` ends the job with an error that names it and its
+    participants, and with a line on stderr at once; `torchrun --max-restarts` starts all anew. So does one whose
+    message makes no sense, or is larger than any answer to what it was asked, before memory is taken for it. Make this
+    object before the model is loaded: it picks each rank's GPU.
 
     Args:
-        timeout: seconds a rank may be silent, which must be more than all its participants take for a round together.
+        timeout: seconds a rank may work on an answer, which must be more than all its participants take for a round
+            together.
+        patience: seconds without a sign of life of a rank's process after which it counts as frozen or gone. In a
+            process group that somebody else made, of a kind that has no store, nobody is watched, and a line says so.
         threads: For torch, per rank. None: this machine's cores divided by its ranks, so that ranks do not fight
             for them.
 
@@ -53,15 +58,18 @@ class TorchDistributed:
         FederationError: The ranks do not find each other within `timeout`.
     """
 
-    def __init__(self, *, timeout: float = 1800.0, threads: int | None = None) -> None:
-        if not timeout > 0:
-            msg = f"timeout is a positive number of seconds, got {timeout!r}."
-            raise ConfigError(msg)
-        self._timeout = timedelta(seconds=timeout)
-        self._group = _join_group(self._timeout)
+    def __init__(self, *, timeout: float = 1800.0, patience: float = 60.0, threads: int | None = None) -> None:
+        for name, least, given in (("timeout", 0, timeout), ("patience", 2, patience)):
+            if not given > least:
+                of = f"more than {least} seconds" if least else "a positive number of seconds"
+                msg = f"{name} is {of}, got {given!r}."
+                raise ConfigError(msg)
+        self._timeout, self._patience = timeout, patience
+        group = process_group.join(timedelta(seconds=timeout))
+        self._group, self._heartbeat, self._host = group.messages, group.heartbeat, group.host
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-        torch.set_num_threads(threads or max(1, _cores() // ranks_here))
+        torch.set_num_threads(threads or max(1, process_group.cores() // ranks_here))
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.rank)) % torch.cuda.device_count())
         self._local = InProcess({})
@@ -80,7 +88,7 @@ class TorchDistributed:
     @property
     def leads(self) -> bool:
         """Whether this is rank 0."""
-        return self.rank == _LEADER
+        return self.rank == LEADER
 
     def host(self, peers: Mapping[str, Peer]) -> None:
         """Lets this rank's participants join; every rank calls it once, with its own or with none.
@@ -97,7 +105,7 @@ class TorchDistributed:
             raise ConfigError(msg)
         self._hosted, self._local = True, InProcess(peers)
         if self.leads:
-            homes: list[tuple[str, int]] = [(name, _LEADER) for name in peers]
+            homes: list[tuple[str, int]] = [(name, LEADER) for name in peers]
             for rank in self._others():
                 joining, _ = self._receive(rank, ranks.Joining, most=0)
                 homes += [(name, rank) for name in joining.names]
@@ -107,8 +115,8 @@ class TorchDistributed:
                 told = {"names": names, "ranks": [home for _, home in homes], "twice": twice}
                 self._send(rank, told, _tensor(b""))
         else:
-            self._send(_LEADER, {"names": list(peers)}, _tensor(b""))
-            found, _ = self._receive(_LEADER, ranks.Homes, most=0)
+            self._send(LEADER, {"names": list(peers)}, _tensor(b""))
+            found, _ = self._receive(LEADER, ranks.Homes, most=0)
             homes, twice = list(zip(found.names, found.ranks, strict=True)), found.twice
         if twice:
             both = [rank for name, rank in homes if name == twice[0]]
@@ -145,7 +153,7 @@ class TorchDistributed:
                 msg = f"there is no participant {node!r}. Known: {', '.join(self._homes)}."
                 raise FederationError(msg)
             wanted.setdefault(self._homes[node], []).append(node)
-        mine = wanted.pop(_LEADER, [])
+        mine = wanted.pop(LEADER, [])
         for rank, names in wanted.items():
             parts, which = ranks.distinct(payload, names)
             head = {"op": op, "nodes": names, "timeout": timeout, "which": which, "sizes": [len(p) for p in parts]}
@@ -171,26 +179,24 @@ class TorchDistributed:
         """
         self._check_usable()
         while True:
-            head, body = self._receive(_LEADER, ranks.Task, ranks.Ended, most=machine_memory())
+            head, body = self._receive(LEADER, ranks.Task, ranks.Ended, most=machine_memory())
             if not isinstance(head, ranks.Task):
                 assert isinstance(head, ranks.Ended)
                 adopt(body)
                 if head.error is not None:
-                    msg = f"rank {_LEADER}, which leads, stopped: {failures.said(head.error.model_dump())}"
-                    raise FederationError(msg)
+                    raise self._told(failures.said(head.error.model_dump()))
                 return
             # all first, then the answers: a send waits until rank 0 comes round to this rank
-            with self._making_sense(_LEADER):
+            with self._making_sense(LEADER):
                 given = ranks.by_node(body, head, self._local.peers)
             del body
             op: Any = head.op  # any that the peers know
             answers = [answer for _, answer in self._local.call(op, head.nodes, given, head.timeout)]
             del given
             for answer in answers:
-                if isinstance(answer, Exception):
-                    self._send(_LEADER, {"error": failures.to_plain(answer)}, _tensor(b""))
-                else:
-                    self._send(_LEADER, {"error": None}, _tensor(answer))
+                error, body = (failures.to_plain(answer), b"") if isinstance(answer, Exception) else (None, answer)
+                if not self._send(LEADER, {"error": error}, _tensor(body)):
+                    break  # nobody takes it any more: what comes next is how the loop ended
 
     def publish(self, outcome: bytes, error: BaseException | None = None) -> None:
         """Ends the other ranks' `follow`, on rank 0; those that cannot be reached after an error are left out."""
@@ -200,14 +206,14 @@ class TorchDistributed:
             if rank in self._torn:
                 continue
             try:
-                self._send(rank, head, body)
+                self._send(rank, head, body, seconds=_OUTCOME if self._broken is not None else None)
             except FederationError:
                 if error is None:
                     raise
 
     def close(self) -> None:
         """Leaves the process group, if this object made it."""
-        _leave_group()
+        process_group.leave()
 
     # --- messages ---------------------------------------------------------------------------------------------------
 
@@ -215,14 +221,16 @@ class TorchDistributed:
         head, body = self._receive(rank, ranks.Ended, most=most)
         return body if head.error is None else failures.from_same_script(head.error.model_dump())
 
-    def _send(self, rank: int, head: Mapping[str, Any], body: Tensor) -> None:
-        """Two sizes, the JSON head, the body."""
+    def _send(self, rank: int, head: Mapping[str, Any], body: Tensor, seconds: float | None = None) -> bool:
+        """Two sizes, the JSON head, the body; False where the leader has stopped before it took them."""
         text = json.dumps(head).encode()
         try:
-            dist.send(torch.tensor([len(text), body.numel()]), rank, group=self._group)
-            dist.send(_tensor(text), rank, group=self._group)
-            if body.numel():
-                dist.send(body, rank, group=self._group)
+            sizes = torch.tensor([len(text), body.numel()])
+            parts = [part for part in (sizes, _tensor(text), body) if part.numel()]
+            send = lambda: [dist.send(part, rank, group=self._group) for part in parts]  # noqa: E731
+            return self._watched(rank, send, seconds, sends=True)
+        except FederationError:
+            raise
         except RuntimeError as error:
             raise self._lost(rank, error) from error
         except BaseException as error:  # half a message is out: what follows would be taken for its rest
@@ -256,27 +264,77 @@ class TorchDistributed:
         try:
             yield
         except FederationError as error:
-            raise self._lost(rank, error, "sent what makes no sense") from error
+            raise self._lost(rank, f"sent what makes no sense: {shown(str(error), 300)}") from error
 
     def _fill(self, tensor: Tensor, rank: int) -> Tensor:
-        # Rank 0 may wait for each of the others in turn, so they must be more patient with it than it is with them.
-        patience = self._timeout if self.leads else self._timeout * (self.world_size + 1)
         if tensor.numel():
             work = dist.irecv(tensor, rank, group=self._group)
             if work is not None:  # None for ranks outside the group, of which there are none
-                work.wait(patience)
+                self._watched(rank, work.wait)
         return tensor
 
-    def _lost(self, rank: int, error: BaseException, what: str | None = None) -> FederationError:
-        names = ", ".join(repr(shown(name)) for name, home in self._homes.items() if home == rank)[:300]
-        if what is None:
-            silent = f"was silent for {self._timeout.total_seconds():g} s"
-            what = f"is gone or {silent if self.leads else 'gave up (its own error says why)'}"
-        self._torn.add(rank)
-        self._broken = (
-            f"rank {rank} ({names or 'no participants'}) {what}: {shown(str(error), 300)}. "
-            "The group cannot go on without it: look at that rank's own output, or start with torchrun --max-restarts."
+    def _watched(
+        self, rank: int, wait: Callable[[], Any], seconds: float | None = None, *, sends: bool = False
+    ) -> bool:
+        """Waits for one message from or to a rank, as long as it shows signs of life; False where it is not taken.
+
+        Raises:
+            FederationError: It shows none, has taken too long, or leads and has stopped.
+        """
+        # Rank 0 may wait for each of the others in turn, so they must be more patient with it than it is with them.
+        most = seconds or (self._timeout if self.leads else self._timeout * (self.world_size + 1))
+        message, waited, alive = Aside(wait), 0.0, self._heartbeat
+        while not message.over(_SLICE):
+            waited += _SLICE  # not by the clock: a process that was stopped itself has not waited
+            if alive is not None and max(alive.silent(rank), alive.unanswered) > self._patience:
+                raise self._frozen(rank)
+            if alive is not None and alive.stopped is not None and not self.leads:
+                why, ago = alive.stopped
+                if sends:
+                    return False
+                if ago > 2 * _OUTCOME:
+                    raise self._told(why)
+            if waited > most:
+                raise self._lost(rank, f"was silent for {most:g} s, though its process runs")
+        message.result()
+        return True
+
+    def _frozen(self, rank: int) -> FederationError:
+        """A rank whose heart does not beat, or who keeps the store that would tell."""
+        assert self._heartbeat is not None
+        silent = (
+            f"has given no sign of life for {self._patience:g} s: frozen (stopped, swapping), or its machine is gone"
         )
+        if self._heartbeat.unanswered > self._patience and self._host != f"rank {LEADER}":
+            return self._over(f"{self._host}, which keeps what the ranks share, {silent}")
+        return self._lost(rank if self.leads else LEADER, f"{silent}; its process is not answering")
+
+    def _lost(self, rank: int, what: str | BaseException) -> FederationError:
+        """A rank that cannot be gone on with: what it does, or the error of whatever was done with it."""
+        if isinstance(what, BaseException):
+            word = self._heartbeat.word_of(rank) if self._heartbeat is not None else None
+            gone = "is gone" if self.leads else "is gone or gave up (its own error says why)"
+            what = f"{gone}: {shown(str(what), 300)}" if word is None else f"ended: {word}"
+        names = ", ".join(repr(shown(name)) for name, home in self._homes.items() if home == rank)[:300]
+        self._torn.add(rank)
+        return self._over(f"rank {rank} ({names or 'no participants'}) {what}")
+
+    def _told(self, why: str) -> FederationError:
+        """How the loop ended, in the leader's words."""
+        found = f"rank {LEADER}, which leads, stopped: {why}"
+        process_group.say(found)
+        return FederationError(found)
+
+    def _over(self, why: str) -> FederationError:
+        """The group's end: said at once, to the other ranks too, which may be in whatever they do."""
+        if self._broken is None:
+            self._broken = (
+                f"{why}. The group cannot go on without it: look at that rank's own output, or start with "
+                "torchrun --max-restarts."
+            )
+            process_group.say(self._broken)
+            if self.leads and self._heartbeat is not None:
+                self._heartbeat.stop(f"FederationError: {self._broken}")
         return FederationError(self._broken)
 
     def _check_usable(self) -> None:
@@ -284,64 +342,9 @@ class TorchDistributed:
             raise FederationError(self._broken)
 
     def _others(self) -> range:
-        return range(_LEADER + 1, self.world_size)
+        return range(LEADER + 1, self.world_size)
 
 
 def _tensor(data: bytes) -> Tensor:
     """Bytes as a uint8 tensor, shape (n,)."""
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-
-
-def _join_group(timeout: timedelta) -> Any:
-    """The group that carries messages: the process group there is, or one that is made now."""
-    if dist.is_initialized():
-        return dist.new_group(backend="gloo", timeout=timeout * (dist.get_world_size() + 1))  # the maker's to leave
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        msg = (
-            f"{', '.join(missing)} are not set: start the script with torchrun --nproc-per-node 3 script.py, or leave "
-            "runtime out to run all participants in this process."
-        )
-        raise ConfigError(msg)
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    try:
-        store: Any = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            world,
-            is_master=not by_agent and rank == _LEADER,
-            timeout=timeout,
-        )
-        # The agent's store outlives a restart and still holds the dead ranks' addresses, which the new ones would
-        # dial; with keys of its own each attempt finds only itself. The count is each agent's own, so over several
-        # machines this holds when all of them restart. https://github.com/pytorch/pytorch/issues/135712
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"llmchain_fed/{attempt}", store)  # type: ignore[attr-defined]
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        patience = timeout * (world + 1)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
-    except (RuntimeError, ValueError) as error:
-        msg = f"rank {rank} of {world} found no others within {timeout.total_seconds():g} s: {error}"
-        raise FederationError(msg) from error
-    global _ours
-    _ours = True
-    atexit.register(_leave_group)
-    return dist.new_group(backend="gloo", timeout=patience) if torch.cuda.is_available() else dist.group.WORLD
-
-
-_ours = False  # whether the process group was made here
-
-
-def _cores() -> int:
-    """Cores this process may use; macOS cannot say which."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _leave_group() -> None:
-    global _ours
-    if _ours and dist.is_initialized():
-        _ours = False
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dist.destroy_process_group()

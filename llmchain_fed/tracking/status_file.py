@@ -141,7 +141,7 @@ class StatusFile(Callback):
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._phase in ("failed", "stopped"):
             self._end(self._phase)
-        elif error is not None:
+        elif error is not None and not (self._phase == "ended" and _is_exit(error)):
             self._end_with(error)
         else:
             self._end("ended")
@@ -300,6 +300,11 @@ def is_running(pid: int, started: float) -> bool:
         return False
     except psutil.AccessDenied:
         return True
+
+
+def _is_exit(error: BaseException) -> bool:
+    """Whether a command ends with this on purpose: typer's own exit is an error with a status."""
+    return isinstance(error, SystemExit) or hasattr(error, "exit_code")
 
 
 def _free(folder: Path) -> int | None:

@@ -364,12 +364,10 @@ def rank_0(sent, leads=True):
     found = object.__new__(TorchDistributed)
     found.rank, found.world_size = (0, 2) if leads else (1, 2)
     found._homes, found._broken, found._torn, found._hosted = {"x": 1}, None, set(), False
-    from datetime import timedelta
-
     from llmchain_fed.federated.runtime import InProcess
     from llmchain_fed.runtimes.answer_sizes import AnswerSizes
 
-    found._timeout, found._local, found._sizes = timedelta(seconds=5), InProcess({}), AnswerSizes()
+    found._heartbeat, found._local, found._sizes = None, InProcess({}), AnswerSizes()
     tensors = iter(sent)
 
     def fill(tensor, rank):

@@ -1,0 +1,150 @@
+"""Heartbeat: each rank of a job shows every second that its process runs, and sees for how long another's has not.
+
+Knows a job's key-value store and for how long this process itself was awake. Knows nothing of messages or participants,
+nor of what a rank does: one that trains for an hour is busy, not silent, because its heartbeat has a thread of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any, ClassVar, Generic, TypeVar
+
+from llmchain_fed.untrusted import one_line
+
+EVERY = 1.0  # seconds between two signs of life
+_TICK = 0.25  # seconds
+_LONGEST_TICK = 1.0  # seconds: a process that was stopped itself did not see who else was silent meanwhile
+_ASKING = 2.0  # seconds to say something to the store, or to read it
+_MOST_TEXT = 2000  # characters
+_T = TypeVar("_T")
+
+
+class Aside(Generic[_T]):
+    """A call that blocks, in a thread of its own: who waits for it can look around, and can stop waiting.
+
+    The call itself cannot be stopped. One that is left behind must have come to its end before the interpreter has:
+    there, whatever a library in C++ returns from ends the whole process ("terminate called"); see `left_behind`.
+    """
+
+    _running: ClassVar[set[threading.Thread]] = set()
+
+    def __init__(self, call: Callable[[], _T]) -> None:
+        self._call, self._over = call, threading.Event()
+        self._found: _T | None = None
+        self._error: BaseException | None = None
+        threading.Thread(target=self._run, name="aside", daemon=True).start()
+
+    @classmethod
+    def left_behind(cls) -> list[threading.Thread]:
+        """Those that still run."""
+        return [thread for thread in list(cls._running) if thread.is_alive()]
+
+    def _run(self) -> None:
+        self._running.add(threading.current_thread())
+        try:
+            self._found = self._call()
+        except BaseException as error:  # raised where it is waited for
+            self._error = error
+        self._running.discard(threading.current_thread())
+        self._over.set()
+
+    def over(self, seconds: float) -> bool:
+        """Whether it has ended, after so many seconds at most."""
+        return self._over.wait(seconds)
+
+    def result(self) -> _T:
+        """What it returned; what it raised is raised."""
+        if self._error is not None:
+            raise self._error
+        return self._found  # type: ignore[return-value]
+
+
+class Heartbeat:
+    """Beats in the store, and watches others beat.
+
+    All times are seconds during which this process was awake: one that was stopped for an hour, with its machine
+    perhaps, gives the others time to be heard again before it calls anybody silent.
+
+    Args:
+        store: A connection of its own: another's may be in a wait that takes long.
+        rank: This one.
+        watched: The ranks to look at.
+        gone: Whether the store's host has gone, as at a job's end: to ask it then makes torch write a traceback.
+    """
+
+    def __init__(self, store: Any, rank: int, watched: Iterable[int], gone: Callable[[], bool] = lambda: False) -> None:
+        self._store, self._rank, self._gone = store, rank, gone
+        self._awake, self._answered = 0.0, 0.0
+        self._beats: dict[int, int] = {}
+        self._seen = dict.fromkeys(watched, 0.0)
+        self._stopped: tuple[str, float] | None = None
+        self._closed = threading.Event()
+        threading.Thread(target=self._tick, name="awake", daemon=True).start()
+        self._beating = Aside(self._beat)
+
+    def silent(self, rank: int) -> float:
+        """For how many seconds a rank has given no sign of life; 0 for one that is not watched, or no longer."""
+        return self._awake - self._seen[rank] if rank in self._seen and not self._closed.is_set() else 0.0
+
+    @property
+    def unanswered(self) -> float:
+        """For how many seconds the store has not answered."""
+        return 0.0 if self._closed.is_set() else self._awake - self._answered
+
+    @property
+    def stopped(self) -> tuple[str, float] | None:
+        """Why the leader said that the job is over, and how many seconds ago this was read; None while it goes on."""
+        return None if self._stopped is None else (self._stopped[0], self._awake - self._stopped[1])
+
+    def stop(self, why: str) -> None:
+        """Says to all ranks that the job is over; where the store does not take it, they find out by themselves."""
+        self._ask(lambda: self._store.set("stopped", why[:_MOST_TEXT]))
+
+    def leave_word(self, why: str) -> None:
+        """Says why this rank ends, for who misses it."""
+        self._ask(lambda: self._store.set(f"word/{self._rank}", why[:_MOST_TEXT]))
+
+    def word_of(self, rank: int) -> str | None:
+        """Why a rank ended, if it could say so."""
+        return self._ask(lambda: self._read(f"word/{rank}"))
+
+    def close(self) -> None:
+        """Beats and watches no more."""
+        self._closed.set()
+        self._beating.over(_ASKING / 4)
+
+    def _tick(self) -> None:
+        last = time.monotonic()
+        while not self._closed.wait(_TICK):
+            now = time.monotonic()
+            self._awake += min(now - last, _LONGEST_TICK)
+            last = now
+
+    def _beat(self) -> None:
+        with suppress(Exception):  # the store is gone: at the end of a job, or with its host, whom its connections name
+            while not self._closed.is_set() and not self._gone():
+                self._store.add(f"beat/{self._rank}", 1)
+                for rank in self._seen:
+                    found = self._store.add(f"beat/{rank}", 0)
+                    if found != self._beats.get(rank):
+                        self._beats[rank], self._seen[rank] = found, self._awake
+                if self._stopped is None and (why := self._read("stopped")) is not None:
+                    self._stopped = why, self._awake
+                self._answered = self._awake
+                self._closed.wait(EVERY)
+        self._closed.set()
+
+    def _read(self, key: str) -> str | None:
+        """A key's value, if there is one; never waits for it."""
+        return one_line(self._store.get(key).decode(errors="replace"), _MOST_TEXT) if self._store.check([key]) else None
+
+    def _ask(self, call: Callable[[], _T]) -> _T | None:
+        if self._closed.is_set() or self._gone():
+            return None
+        with suppress(Exception):
+            asked = Aside(call)
+            return asked.result() if asked.over(_ASKING) else None
+        return None
