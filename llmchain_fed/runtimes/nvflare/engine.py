@@ -226,5 +226,5 @@ def wait_for_hub(kit: Path, seconds: float = 60.0) -> None:
         with suppress(OSError), socket.create_connection(kits.address(kit), timeout=1):
             return
         time.sleep(0.2)
-    msg = f"no hub answers at {':'.join(map(str, kits.address(kit)))} within {seconds:g} s: see engine.log in its kit."
+    msg = f"no hub answers at {':'.join(map(str, kits.address(kit)))} within {seconds:g} s: see nvflare.log in its kit."
     raise ConfigError(msg)
