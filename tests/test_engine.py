@@ -474,6 +474,14 @@ def keep(monkeypatch):
     return run
 
 
+def test_a_site_without_its_socket_is_told_before_anything_is_waited_for(kit):
+    with pytest.raises(ConfigError, match="needs the socket at which its peer listens"):
+        Keeper(kit, say=print).run()
+    assert engine_state.read(kit) is None
+    with pytest.raises(ConfigError, match="leave --authority out at a site"):
+        Keeper(kit, socket=kit / "s", authority=kit, say=print).run()
+
+
 def test_a_site_that_the_hub_turns_away_for_its_key_ends_with_its_fingerprint(kit, keep):
     status, lines, state = keep(kit, [{"kind": "turned away", "code": news.OTHER_KEY}])
     assert status == 2

@@ -29,6 +29,7 @@ from llmchain_fed.runtimes.nvflare.keeping.guard import Guard, elsewhere
 _EVERY = 2.0  # seconds between two reports
 _AGAIN = 10.0  # seconds between two looks at who is connected, for who may no longer be
 _WAITING = 200  # lines that the parent has not read
+_REFUSED = "llmchain_fed_refused"  # property of a handshake: why the hub does not let a site in
 _INSTANCE = "llmchain_fed_process"  # property of a handshake: which process it is, of those that have one certificate
 
 
@@ -78,14 +79,13 @@ class Door:
         self._lock = threading.RLock()
         self._managers: list[Any] = []
         self._named: Any = None
-        self._closed: Any = None
 
     def install(self) -> None:
-        """Takes the place of the manager's three methods; NVFlare has no hook before a former connection is closed."""
+        """Takes the place of two of the manager's methods; NVFlare has no hook before a former connection is closed."""
         from nvflare.fuel.f3.sfm.conn_manager import ConnManager
 
         door, made = self, ConnManager.__init__
-        self._named, self._closed = ConnManager.update_endpoint, ConnManager.close_connection
+        self._named = ConnManager.update_endpoint
 
         def init(manager: Any, local_endpoint: Any, *arguments: Any, **named: Any) -> None:
             local_endpoint.set_prop(_INSTANCE, uuid.uuid4().hex)
@@ -94,10 +94,12 @@ class Door:
 
         ConnManager.__init__ = init
         ConnManager.update_endpoint = lambda manager, connection, data: door.named(manager, connection, data)
-        ConnManager.close_connection = lambda manager, connection: door.closed(manager, connection)
 
     def named(self, manager: Any, connection: Any, data: dict[str, Any]) -> None:
         """A connection said whose it is; NVFlare holds that against its certificate afterwards."""
+        if self._guard is None and data.get(_REFUSED) in (news.ELSEWHERE, news.OTHER_KEY, news.NOT_ALLOWED):
+            self._wire.tell(news.TurnedAway(code=data[_REFUSED]))
+            return
         if self._guard is None or not _of_site(connection):
             self._named(manager, connection, data)
             return
@@ -143,17 +145,14 @@ class Door:
         return (news.OTHER_KEY if refusal.startswith("another key") else news.NOT_ALLOWED), refusal
 
     def _turn_away(self, connection: Any, code: int, says: str) -> None:
-        conn = connection.conn
-        conn.aio_context.run_coro(conn.websocket.close(code=code))  # its own `close` would say that all is well
+        """Tells the site in a further handshake, which is how engines say something of themselves, and hangs up."""
+        from nvflare.fuel.f3.sfm.constants import HandshakeKeys, Types
+
+        told = {HandshakeKeys.ENDPOINT_NAME: news.HUB, HandshakeKeys.TIMESTAMP: time.time(), _REFUSED: code}
+        connection.send_dict(Types.READY, 1, told)
+        connection.conn.close()
         name, says = untrusted.printable(_holder(connection), 200), untrusted.printable(says, 1900)
         self._wire.tell(news.Refused(name=name, code=code, address=_address(connection), says=says))
-
-    def closed(self, manager: Any, connection: Any) -> None:
-        """A connection is closed; at a site it may be the hub that closed it, and said why."""
-        code = getattr(getattr(connection, "websocket", None), "close_code", None)
-        if self._guard is None and code in (news.ELSEWHERE, news.OTHER_KEY, news.NOT_ALLOWED):
-            self._wire.tell(news.TurnedAway(code=code))
-        self._closed(manager, connection)
 
     def report(self) -> None:
         """Tells again and again who is there, and puts out who may no longer be."""

@@ -71,6 +71,7 @@ class Keeper:
         Raises:
             ConfigError: See `engine.check`; another process has the kit.
         """
+        engine.needs_socket(self._kit, self._socket)
         engine.check_folder(self._kit)
         with locks.hold(self._kit / engine.LOCK, f"the kit {self._kit.name}"), self._signals():
             engine.check(self._kit, reach=False)
