@@ -9,6 +9,7 @@ seconds. Nothing here outlives the parent: its end closes the wire.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import queue
 import runpy
@@ -26,6 +27,7 @@ from llmchain_fed import untrusted
 from llmchain_fed.runtimes.nvflare.keeping import news
 from llmchain_fed.runtimes.nvflare.keeping.guard import Guard, elsewhere
 
+_log = logging.getLogger(__name__)
 _EVERY = 2.0  # seconds between two reports
 _AGAIN = 10.0  # seconds between two looks at who is connected, for who may no longer be
 _WAITING = 200  # lines that the parent has not read
@@ -159,10 +161,13 @@ class Door:
         looked = time.monotonic()
         while True:
             time.sleep(_EVERY)
-            self._wire.tell(news.Peers(peers=self._peers()))
-            if self._guard is not None and time.monotonic() - looked >= _AGAIN:
-                looked = time.monotonic()
-                self._put_out()
+            try:
+                self._wire.tell(news.Peers(peers=self._peers()))
+                if self._guard is not None and time.monotonic() - looked >= _AGAIN:
+                    looked = time.monotonic()
+                    self._put_out()
+            except Exception as error:  # of a connection that is being closed just now: the next look is another
+                _log.warning("who is connected could not be seen: %s", untrusted.printable(error, 300))
 
     def _peers(self) -> dict[str, news.Peer]:
         return {
