@@ -1,4 +1,4 @@
-"""What an operator is told by an engine: before it starts, while it runs, and what it leaves behind. No NVFlare process.
+"""What an operator is told by an engine: before it starts, while it runs, what it leaves behind. No NVFlare process.
 
 Belongs here: the parts, against small servers and reports made up here. Does not: real hubs and sites
 (test_engine_federation), certificates (test_certificates).
@@ -21,7 +21,6 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.x509.oid import NameOID
 from federation_processes import free_port
 
 from llmchain_fed.errors import ConfigError
@@ -63,9 +62,9 @@ def point(kit, host, port):
 
 
 @contextmanager
-def listening(answer=None, *, backlog=5):
+def listening(answer):
     """A port at which `answer(connection)` says what it says."""
-    with socket.create_server(("127.0.0.1", 0), backlog=backlog) as server:
+    with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve():
             while True:
@@ -79,8 +78,7 @@ def listening(answer=None, *, backlog=5):
                     except OSError:
                         continue
 
-        if answer is not None:
-            threading.Thread(target=serve, daemon=True).start()
+        threading.Thread(target=serve, daemon=True).start()
         yield server.getsockname()[1]
 
 
@@ -135,16 +133,9 @@ def test_a_port_at_which_nobody_listens(kit):
 
 def test_a_firewall_that_drops_packets(kit, monkeypatch):
     monkeypatch.setattr(reaching, "SECONDS", 0.3)
-    with listening(backlog=0) as port:
-        filling = [socket.socket() for _ in range(4)]
-        for held in filling:
-            held.setblocking(False)
-            held.connect_ex(("127.0.0.1", port))
-        monkeypatch.setattr(socket.socket, "connect", _no_answer)
-        point(kit, "127.0.0.1", port)
-        assert reaching.hindrance(kit).says == f"no answer from 127.0.0.1:{port} within 0.3 s (a firewall?)"
-        for held in filling:
-            held.close()
+    monkeypatch.setattr(socket.socket, "connect", _no_answer)
+    point(kit, "127.0.0.1", 8002)
+    assert reaching.hindrance(kit).says == "no answer from 127.0.0.1:8002 within 0.3 s (a firewall?)"
 
 
 def _no_answer(self, address):
@@ -483,6 +474,14 @@ def keep(monkeypatch):
     return run
 
 
+def test_a_site_without_its_socket_is_told_before_anything_is_waited_for(kit):
+    with pytest.raises(ConfigError, match="needs the socket at which its peer listens"):
+        Keeper(kit, say=print).run()
+    assert engine_state.read(kit) is None
+    with pytest.raises(ConfigError, match="leave --authority out at a site"):
+        Keeper(kit, socket=kit / "s", authority=kit, say=print).run()
+
+
 def test_a_site_that_the_hub_turns_away_for_its_key_ends_with_its_fingerprint(kit, keep):
     status, lines, state = keep(kit, [{"kind": "turned away", "code": news.OTHER_KEY}])
     assert status == 2
@@ -535,7 +534,7 @@ def test_a_parent_that_is_killed_takes_nvflares_process_with_it(kit):
         "import socket, subprocess, sys, os\n"
         "ours, theirs = socket.socketpair()\n"
         "runs = 'import threading, time; from llmchain_fed.runtimes.nvflare.keeping.child import Wire;'\n"
-        "runs += f'wire = Wire({theirs.fileno()}); threading.Thread(target=wire.end_with_parent).start(); time.sleep(60)'\n"
+        "runs += f'threading.Thread(target=Wire({theirs.fileno()}).end_with_parent).start(); time.sleep(60)'\n"
         "child = subprocess.Popen([sys.executable, '-c', runs], pass_fds=[theirs.fileno()])\n"
         "theirs.close(); print(child.pid, flush=True); child.wait()\n"
     )

@@ -88,7 +88,7 @@ def test_one_name_is_one_key_and_one_place(made, start, tmp_path):
     print(f"\na hub that came: connected after {time.monotonic() - began:.1f} s")
 
     # the same kit a second time, as the operator types it
-    command, variables = engine.command_of(a, a / "peer.sock")
+    command, _ = engine.command_of(a, a / "peer.sock")
     second = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     assert second.returncode == 2
     assert len(second.stderr.splitlines()) == 1

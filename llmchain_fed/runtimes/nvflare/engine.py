@@ -136,7 +136,7 @@ def command_of(
     Raises:
         ConfigError: A site without a socket.
     """
-    _needs_socket(kit, socket)
+    needs_socket(kit, socket)
     command = [sys.executable, "-m", "llmchain_fed.cli", "engine", str(kit)]
     command += ["--socket", str(socket)] if socket is not None else []
     command += ["--authority", str(authority)] if authority is not None else []
@@ -157,7 +157,7 @@ def nvflare_command(
     Raises:
         ConfigError: A site without a socket.
     """
-    _needs_socket(kit, socket)
+    needs_socket(kit, socket)
     hub = kits.is_hub(kit)
     settings = ["secure_train=true", "config_folder=config"]
     variables = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"} | _SAFE
@@ -173,7 +173,12 @@ def nvflare_command(
     return [*ours, registry, _MODULES[hub], "-m", str(kit), "-s", configuration, "--set", *settings], variables
 
 
-def _needs_socket(kit: Path, socket: Path | None) -> None:
+def needs_socket(kit: Path, socket: Path | None) -> None:
+    """Raises where it is missing.
+
+    Raises:
+        ConfigError: A site without a socket.
+    """
     if socket is None and not kits.is_hub(kit):
         msg = f"a site's engine needs the socket at which its peer listens: start {kit.name} with its socket."
         raise ConfigError(msg)
@@ -226,5 +231,5 @@ def wait_for_hub(kit: Path, seconds: float = 60.0) -> None:
         with suppress(OSError), socket.create_connection(kits.address(kit), timeout=1):
             return
         time.sleep(0.2)
-    msg = f"no hub answers at {':'.join(map(str, kits.address(kit)))} within {seconds:g} s: see engine.log in its kit."
+    msg = f"no hub answers at {':'.join(map(str, kits.address(kit)))} within {seconds:g} s: see nvflare.log in its kit."
     raise ConfigError(msg)

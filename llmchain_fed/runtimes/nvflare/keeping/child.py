@@ -9,7 +9,9 @@ seconds. Nothing here outlives the parent: its end closes the wire.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import queue
 import runpy
 import socket
 import sys
@@ -25,23 +27,33 @@ from llmchain_fed import untrusted
 from llmchain_fed.runtimes.nvflare.keeping import news
 from llmchain_fed.runtimes.nvflare.keeping.guard import Guard, elsewhere
 
+_log = logging.getLogger(__name__)
 _EVERY = 2.0  # seconds between two reports
 _AGAIN = 10.0  # seconds between two looks at who is connected, for who may no longer be
+_WAITING = 200  # lines that the parent has not read
+_REFUSED = "llmchain_fed_refused"  # property of a handshake: why the hub does not let a site in
 _INSTANCE = "llmchain_fed_process"  # property of a handshake: which process it is, of those that have one certificate
 
 
 class Wire:
-    """To the parent: lines one way, and the other way only its end."""
+    """To the parent: lines one way, and the other way only its end. A parent that does not read holds up nobody."""
 
     def __init__(self, descriptor: int) -> None:
         os.set_inheritable(descriptor, False)  # noqa: FBT003 (else the processes of jobs keep it open)
-        self._socket, self._lock = socket.socket(fileno=descriptor), threading.Lock()
+        self._socket = socket.socket(fileno=descriptor)
         self._socket.settimeout(None)
+        self._lines: queue.Queue[bytes] = queue.Queue(maxsize=_WAITING)
+        threading.Thread(target=self._write, daemon=True).start()
 
     def tell(self, what: news.Peers | news.Refused | news.TurnedAway) -> None:
-        """Tells the parent."""
-        with self._lock, suppress(OSError):  # its end is noticed elsewhere
-            self._socket.sendall(what.model_dump_json().encode() + b"\n")
+        """Tells the parent, soon."""
+        with suppress(queue.Full):
+            self._lines.put_nowait(what.model_dump_json().encode() + b"\n")
+
+    def _write(self) -> None:
+        with suppress(OSError):  # the parent's end is noticed elsewhere
+            while True:
+                self._socket.sendall(self._lines.get())
 
     def end_with_parent(self) -> None:
         """Waits for the parent's end, and ends this process and those of its jobs."""
@@ -69,14 +81,13 @@ class Door:
         self._lock = threading.RLock()
         self._managers: list[Any] = []
         self._named: Any = None
-        self._closed: Any = None
 
     def install(self) -> None:
-        """Takes the place of the manager's three methods; NVFlare has no hook before a former connection is closed."""
+        """Takes the place of two of the manager's methods; NVFlare has no hook before a former connection is closed."""
         from nvflare.fuel.f3.sfm.conn_manager import ConnManager
 
         door, made = self, ConnManager.__init__
-        self._named, self._closed = ConnManager.update_endpoint, ConnManager.close_connection
+        self._named = ConnManager.update_endpoint
 
         def init(manager: Any, local_endpoint: Any, *arguments: Any, **named: Any) -> None:
             local_endpoint.set_prop(_INSTANCE, uuid.uuid4().hex)
@@ -85,10 +96,12 @@ class Door:
 
         ConnManager.__init__ = init
         ConnManager.update_endpoint = lambda manager, connection, data: door.named(manager, connection, data)
-        ConnManager.close_connection = lambda manager, connection: door.closed(manager, connection)
 
     def named(self, manager: Any, connection: Any, data: dict[str, Any]) -> None:
         """A connection said whose it is; NVFlare holds that against its certificate afterwards."""
+        if self._guard is None and data.get(_REFUSED) in (news.ELSEWHERE, news.OTHER_KEY, news.NOT_ALLOWED):
+            self._wire.tell(news.TurnedAway(code=data[_REFUSED]))
+            return
         if self._guard is None or not _of_site(connection):
             self._named(manager, connection, data)
             return
@@ -97,84 +110,86 @@ class Door:
 
         whole = str(FQCN.normalize(str(data.get("endpoint_name"))))
         with self._lock:
-            # first NVFlare's own rule, that the name is the certificate's: nobody gets another's name into the list
-            peer = str(connection.conn.get_conn_properties().get("peer_cn"))
-            manager.identity_resolver.require_match(whole, peer, f"connection {connection.get_name()}")
-            refusal = None if _exempt(whole) else self._refusal(manager, connection, whole, data)
+            try:  # first NVFlare's own rule, that the name is the certificate's: nobody gets another's into the list
+                manager.identity_resolver.require_match(whole, _holder(connection), connection.get_name())
+            except ValueError:
+                self._named(manager, connection, data)  # refuses it
+                return
+            refusal = self._refusal(manager, connection, whole, data)
             if refusal is None:
                 self._named(manager, connection, data)
                 return
-            self._turn_away(connection, whole, *refusal)
+            self._turn_away(connection, *refusal)
             raise CommError(CommError.ERROR, f"{whole} was not let in: {refusal[1]}")
 
     def _refusal(self, manager: Any, connection: Any, whole: str, data: dict[str, Any]) -> tuple[int, str] | None:
-        name, address = whole.split(".")[0], _address(connection)
-        unknown = self._unknown(name, _fingerprint(connection))
+        unknown = self._unknown(whole, connection)
         if unknown is not None:
             return unknown
         there = [c for c in _connections(manager, whole) if c is not connection]
-        if not there or "." in whole:  # the processes of jobs come and go with their engine
+        if not there or not _is_engine(whole):  # the processes of jobs come and go with their engine
             return None
         former = manager.sfm_endpoints[whole].endpoint.get_prop(_INSTANCE)
         if not elsewhere(former, data.get(_INSTANCE), _silent(there[0])):
             return None
         return news.ELSEWHERE, (
-            f"is seen from two places: {_address(there[0])}, which stays, and {address}, which was refused: its kit "
-            "was copied, or its engine started twice. Ask its operator to stop one of them"
+            f"is seen from two places: {_address(there[0])}, which stays, and {_address(connection)}, which was "
+            "refused: its kit was copied, or its engine started twice. Ask its operator to stop one of them"
         )
 
-    def _unknown(self, name: str, fingerprint: str) -> tuple[int, str] | None:
-        refusal = self._guard.refusal(name, fingerprint) if self._guard is not None else None
+    def _unknown(self, whole: str, connection: Any) -> tuple[int, str] | None:
+        """Whether the certificate may not come under its name; the hub's own processes have the hub's."""
+        if self._guard is None or whole.split(".")[0] == news.HUB:
+            return None
+        refusal = self._guard.refusal(_holder(connection), _fingerprint(connection), admin=_is_admin(whole))
         if refusal is None:
             return None
         return (news.OTHER_KEY if refusal.startswith("another key") else news.NOT_ALLOWED), refusal
 
-    def _turn_away(self, connection: Any, whole: str, code: int, says: str) -> None:
-        conn = connection.conn
-        conn.aio_context.run_coro(conn.websocket.close(code=code))  # its own `close` would say that all is well
-        name = untrusted.printable(whole.split(".")[0], 200)
-        says = untrusted.printable(says, 1900)
-        self._wire.tell(news.Refused(name=name, code=code, address=_address(connection), says=says))
+    def _turn_away(self, connection: Any, code: int, says: str) -> None:
+        """Tells the site in a further handshake, which is how engines say something of themselves, and hangs up."""
+        from nvflare.fuel.f3.sfm.constants import HandshakeKeys, Types
 
-    def closed(self, manager: Any, connection: Any) -> None:
-        """A connection is closed; at a site it may be the hub that closed it, and said why."""
-        code = getattr(getattr(connection, "websocket", None), "close_code", None)
-        if self._guard is None and code in (news.ELSEWHERE, news.OTHER_KEY, news.NOT_ALLOWED):
-            self._wire.tell(news.TurnedAway(code=code))
-        self._closed(manager, connection)
+        told = {HandshakeKeys.ENDPOINT_NAME: news.HUB, HandshakeKeys.TIMESTAMP: time.time(), _REFUSED: code}
+        connection.send_dict(Types.READY, 1, told)
+        connection.conn.close()
+        name, says = untrusted.printable(_holder(connection), 200), untrusted.printable(says, 1900)
+        self._wire.tell(news.Refused(name=name, code=code, address=_address(connection), says=says))
 
     def report(self) -> None:
         """Tells again and again who is there, and puts out who may no longer be."""
         looked = time.monotonic()
         while True:
             time.sleep(_EVERY)
-            self._wire.tell(news.Peers(peers=self._peers()))
-            if self._guard is not None and time.monotonic() - looked >= _AGAIN:
-                looked = time.monotonic()
-                self._put_out()
+            try:
+                self._wire.tell(news.Peers(peers=self._peers()))
+                if self._guard is not None and time.monotonic() - looked >= _AGAIN:
+                    looked = time.monotonic()
+                    self._put_out()
+            except Exception as error:  # of a connection that is being closed just now: the next look is another
+                _log.warning("who is connected could not be seen: %s", untrusted.printable(error, 300))
 
     def _peers(self) -> dict[str, news.Peer]:
-        found = {}
-        for _, name, connection in self._there():
-            at_site = self._guard is None
-            if "." not in name and not _exempt(name) if not at_site else name == news.HUB:
-                found[untrusted.printable(name, 200)] = news.Peer(
-                    address=_address(connection), fingerprint=_fingerprint(connection), silent=_silent(connection)
-                )
-        return found
+        return {
+            untrusted.printable(name, 200): news.Peer(
+                address=_address(connection), fingerprint=_fingerprint(connection), silent=_silent(connection)
+            )
+            for name, connection in self._there()
+            if (name == news.HUB if self._guard is None else _of_site(connection) and _is_engine(name))
+        }
 
     def _put_out(self) -> None:
-        for _, name, connection in self._there():
-            if _of_site(connection) and not _exempt(name):
-                unknown = self._unknown(name.split(".")[0], _fingerprint(connection))
+        for name, connection in self._there():
+            if _of_site(connection):
+                unknown = self._unknown(name, connection)
                 if unknown is not None:
-                    self._turn_away(connection, name, *unknown)
+                    self._turn_away(connection, *unknown)
 
-    def _there(self) -> Iterator[tuple[Any, str, Any]]:
+    def _there(self) -> Iterator[tuple[str, Any]]:
         for manager in list(self._managers):
             for name in list(manager.sfm_endpoints):
                 for connection in _connections(manager, name):
-                    yield manager, name, connection
+                    yield name, connection
 
 
 def _connections(manager: Any, name: str) -> list[Any]:
@@ -191,11 +206,21 @@ def _of_site(connection: Any) -> bool:
     return bool(connector.mode == Mode.PASSIVE and is_mtls_connection(connector.params))
 
 
-def _exempt(name: str) -> bool:
-    """The hub's own processes, and administrators: their commands come under names that they make up each time."""
+def _is_admin(name: str) -> bool:
+    """Whether it is an administrator's: their sessions come under names that they make up each time."""
     from nvflare.fuel.utils.admin_name_utils import is_valid_admin_client_name
 
-    return name.split(".")[0] == news.HUB or bool(is_valid_admin_client_name(name))
+    return bool(is_valid_admin_client_name(name))
+
+
+def _is_engine(name: str) -> bool:
+    """Whether it is a site's engine, rather than a process of a job, the hub's or an administrator's."""
+    return "." not in name and name != news.HUB and not _is_admin(name)
+
+
+def _holder(connection: Any) -> str:
+    """The name in the certificate."""
+    return str(connection.conn.get_conn_properties().get("peer_cn", ""))
 
 
 def _fingerprint(connection: Any) -> str:

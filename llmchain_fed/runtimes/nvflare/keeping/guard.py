@@ -62,10 +62,18 @@ class Guard:
 
             registry.read(authority)
 
-    def refusal(self, name: str, fingerprint: str) -> str | None:
-        """Why this certificate may not come under this name, with what the hub's operator does; None where it may."""
+    def refusal(self, name: str, fingerprint: str, *, admin: bool = False) -> str | None:
+        """Why this certificate may not come under this name, with what the hub's operator does; None where it may.
+
+        Args:
+            name: In the certificate.
+            fingerprint: The certificate's.
+            admin: Whether it is an administrator's, whose kits are made at the hub: only a registry tells them apart.
+        """
         with self._lock:
-            return self._by_registry(name, fingerprint) if self._authority else self._by_memory(name, fingerprint)
+            if self._authority is not None:
+                return self._by_registry(name, fingerprint)
+            return None if admin else self._by_memory(name, fingerprint)
 
     def _by_registry(self, name: str, fingerprint: str) -> str | None:
         from llmchain_fed.runtimes.nvflare import registry

@@ -25,6 +25,7 @@ from llmchain_fed.own_files import write_whole
 from llmchain_fed.runtimes.nvflare import certificates, engine, engine_state, kits
 from llmchain_fed.runtimes.nvflare.keeping import job_folders, logs, news, reaching
 from llmchain_fed.runtimes.nvflare.keeping.diary import Diary
+from llmchain_fed.runtimes.nvflare.keeping.guard import Guard
 from llmchain_fed.runtimes.nvflare.keeping.standing import HubLink, Sites
 
 LASTING, AGAIN = 2, 4
@@ -70,6 +71,7 @@ class Keeper:
         Raises:
             ConfigError: See `engine.check`; another process has the kit.
         """
+        engine.needs_socket(self._kit, self._socket)
         engine.check_folder(self._kit)
         with locks.hold(self._kit / engine.LOCK, f"the kit {self._kit.name}"), self._signals():
             engine.check(self._kit, reach=False)
@@ -109,6 +111,11 @@ class Keeper:
     # --- before it runs ---------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
+        if self._hub:
+            Guard(self._kit, self._authority)  # reads its list: a spoilt one is told now, in a line
+        elif self._authority is not None:
+            msg = "the authority's folder is of use to the hub's engine alone: leave --authority out at a site."
+            raise ConfigError(msg)
         try:
             logs.configure(self._kit)
             if self._hub:
@@ -309,7 +316,10 @@ class Keeper:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        former = {number: signal.signal(number, told) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        wanted = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            wanted.append(signal.SIGHUP)
+        former = {number: signal.signal(number, told) for number in wanted}
         try:
             yield
         finally:

@@ -19,6 +19,7 @@ from llmchain_fed.own_files import write_whole
 FILE = "nvflare.log"
 """in the kit"""
 BOUND = 2**20  # bytes, after which it becomes FILE.1, and that FILE.2
+_AUDIT = "audit.log"  # NVFlare's own, of what administrators' sessions ask
 _KEPT = 2
 _LAST = 2**16  # bytes from its end in which the last error is looked for
 _PER_CALL = (
@@ -64,17 +65,22 @@ def open_file(kit: Path) -> int:
 
 
 def bound(kit: Path, most: int = BOUND) -> None:
-    """Moves what is in the file to another, when it is large: by copying, as processes have it open."""
-    path = kit / FILE
-    with suppress(OSError):  # a full disk: the next time
-        if path.stat().st_size <= most:
-            return
-        for number in range(_KEPT, 0, -1):
-            former = path.with_name(f"{FILE}.{number - 1}") if number > 1 else path
-            if former.exists():
-                shutil.copyfile(former, path.with_name(f"{FILE}.{number}"))
-                path.with_name(f"{FILE}.{number}").chmod(0o600)
-        os.truncate(path, 0)
+    """Moves what is in the logs to others, when it is large: by copying, as processes have them open."""
+    for path in (kit / FILE, kit / _AUDIT):
+        with suppress(OSError):  # a full disk: the next time
+            if path.stat().st_size > most:
+                _shift(path)
+
+
+def _shift(path: Path) -> None:
+    """FILE.1 becomes FILE.2, FILE becomes FILE.1."""
+    for number in range(_KEPT, 0, -1):
+        former = path.with_name(f"{path.name}.{number - 1}") if number > 1 else path
+        if former.exists():
+            later = path.with_name(f"{path.name}.{number}")
+            shutil.copyfile(former, later)
+            later.chmod(0o600)
+    os.truncate(path, 0)
 
 
 def last_error(kit: Path) -> str:

@@ -12,8 +12,8 @@ from pydantic import Field
 from llmchain_fed import untrusted
 from llmchain_fed.errors import TransportError
 
-ELSEWHERE, OTHER_KEY, NOT_ALLOWED = 4001, 4002, 4003
-"""codes with which the hub closes a site's connection: WebSocket leaves 4000–4999 to applications (RFC 6455, 7.4.2)"""
+ELSEWHERE, OTHER_KEY, NOT_ALLOWED = 1, 2, 3
+"""why the hub does not let a site in, as it tells that site"""
 HUB = "server"
 """what the engine calls the hub"""
 LONGEST = 2**20  # bytes of a line
@@ -48,7 +48,7 @@ class Refused(untrusted.Strict):
 
 
 class TurnedAway(untrusted.Strict):
-    """At a site: the hub closed the connection, and why."""
+    """At a site: the hub does not let it in, and why."""
 
     kind: Literal["turned away"] = "turned away"
     code: int

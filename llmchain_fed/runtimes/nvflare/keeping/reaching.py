@@ -158,8 +158,8 @@ def _unverified(error: ssl.SSLCertVerificationError, address: tuple[str, int], w
     if error.verify_code in _ISSUED_ELSEWHERE:
         return Hindrance(
             f"what answers at {where} is not this federation's hub: its certificate was signed by another authority"
-            f"{_issuer(address)}; TLS interception by a firewall looks like that. Have {where} excepted from it, or get "
-            "a kit of this hub's authority",
+            f"{_issuer(address)}; TLS interception by a firewall looks like that. Have {where} excepted from it, or "
+            "get a kit of this hub's authority",
             lasting=True,
         )
     return Hindrance(f"the certificate of {where} cannot be verified ({untrusted.one_line(error.verify_message)})")
