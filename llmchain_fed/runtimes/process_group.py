@@ -145,11 +145,18 @@ def _beating() -> Heartbeat | None:
     """A heartbeat in the default store, if there is one whose connection can be doubled."""
     rank = dist.get_rank()
     before = _sockets()
-    try:  # torch has no public name for it
-        store = dist.PrefixStore("llmchain_fed", dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
+    try:
+        store = dist.distributed_c10d._get_default_store()  # it has no public name
+        whole = store
+        while isinstance(whole, dist.PrefixStore):  # type: ignore[attr-defined]
+            whole = whole.underlying_store
+        if isinstance(whole, dist.FileStore):  # type: ignore[attr-defined]
+            msg = "a FileStore, whose lock a frozen rank may hold"
+            raise TypeError(msg)
+        store = dist.PrefixStore("llmchain_fed", store.clone())  # type: ignore[attr-defined]
     except Exception as error:
         if rank == LEADER:
-            say(f"this process group has no store to share ({type(error).__name__}): a frozen rank will not be named")
+            say(f"this process group has no store to watch its ranks by ({error}): a frozen rank will not be named")
         return None
     own = _sockets() - before
     others = range(LEADER + 1, dist.get_world_size()) if rank == LEADER else (LEADER,)
