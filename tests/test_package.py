@@ -96,6 +96,8 @@ LAYERS = [
         "errors",
         "untrusted",
         "own_files",
+        "whole_folders",
+        "locks",
         "stopping",
         "_config",
         "control_tokens",

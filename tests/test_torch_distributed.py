@@ -10,7 +10,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -58,7 +57,7 @@ def lines(out, rank):
     return [line for line in (out / f"rank{rank}.log").read_text().splitlines() if line.startswith("llmchain_fed: ")]
 
 
-def finished(ranks, out, seconds=60):
+def finished(ranks, out, seconds=120):
     try:
         for rank in ranks:
             rank.communicate(timeout=seconds)
@@ -145,11 +144,10 @@ def test_a_rank_that_dies_is_named_on_rank_0(tmp_path):
 @pytest.mark.federation
 def test_the_others_end_also_where_one_waits_to_hand_over_its_answer(tmp_path):
     """Rank 2 has trained and waits for rank 0, which will never take it: rank 1 is dead, and comes first."""
-    began = time.monotonic()
     reports = finished(by_hand(tmp_path, "--misbehave", "die", "--by", 1, "--lora"), tmp_path)
     assert "rank 1 ('b', 'c') is gone: " in reports[0]["error"][1]
     assert "rank 0, which leads, stopped: FederationError: rank 1 ('b', 'c') is gone" in reports[2]["error"][1]
-    assert time.monotonic() - began < 45
+    assert abs(reports[2]["ended"] - reports[0]["ended"]) < 20, "the timeout is 60 s"
     assert not any("terminate called" in (tmp_path / f"rank{rank}.log").read_text() for rank in range(3))
 
 
@@ -173,7 +171,7 @@ def test_a_frozen_rank_is_named_within_patience_by_all_others(frozen, group, tmp
     ranks = by_hand(tmp_path, "--misbehave", "freeze", "--by", frozen, "--lora", "--patience", 3, *own)
     others = [process for rank, process in enumerate(ranks) if rank != frozen]
     try:
-        reports = finished(others, tmp_path, seconds=40)
+        reports = finished(others, tmp_path, seconds=120)
     finally:
         ranks[frozen].kill()
         ranks[frozen].communicate()
@@ -204,7 +202,7 @@ def test_who_cannot_be_watched_is_said(tmp_path, capfd):
 @pytest.mark.federation
 def test_a_rank_that_is_busy_for_longer_than_patience_is_not_named(tmp_path):
     """Neither the leader nor a follower; both train for longer than that."""
-    options = ("--misbehave", "busy", "--by", 0, "--by", 2, "--lora", "--rounds", 1, "--patience", 3)
+    options = ("--misbehave", "busy", "--by", 0, "--by", 2, "--lora", "--rounds", 1, "--patience", 4)
     status, output, reports = torchrun(tmp_path, *options)
     assert status == 0, output
     assert not any("error" in report for report in reports.values())

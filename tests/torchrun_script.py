@@ -142,7 +142,7 @@ def misbehave(kind: str | None, rank: int, by: list[int], out: Path) -> None:
         if kind == "slow":
             time.sleep(8.0)
         if kind == "busy":  # in torch, as training is
-            until = time.monotonic() + 5.0 + 2 * rank
+            until = time.monotonic() + 6.0 + 2 * rank
             while time.monotonic() < until:
                 torch.ones(500, 500) @ torch.ones(500, 500)
         return inner(self, header, state)
