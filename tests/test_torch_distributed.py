@@ -182,6 +182,7 @@ def test_a_frozen_rank_is_named_within_patience_by_all_others(frozen, group, tmp
         assert f"{who} has given no sign of life for 3 s: frozen (stopped, swapping), or its machine is gone" in message
         assert reports[rank]["ended"] - since < 3 + 5
         assert [who in line for line in lines(tmp_path, rank)] == [True]
+        assert "Exception raised from" not in (tmp_path / f"rank{rank}.log").read_text()
     assert [process.returncode for process in others] == [0, 0]  # the script reports errors
 
 
@@ -297,6 +298,20 @@ def test_a_port_in_use_and_ranks_that_do_not_come_are_said(monkeypatch, capfd):
     with pytest.raises(FederationError, match=r"rank 0 of 2 found no others at 127.0.0.1:\d+ within 1 s"):
         TorchDistributed(timeout=1)
     assert "llmchain_fed: rank 0 of 2 waits for the others at 127.0.0.1:" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("[/a/gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:160. This is typically caused by a remote worker "
+         "crashing. GLHF!", "Connection closed by peer [127.0.0.1]:160"),
+        ("[/a/gloo/pair.cc:553] Read timeout [10.0.0.1]:1", "Read timeout [10.0.0.1]:1"),
+        ("no such \x1b store", "no such \\x1b store"),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_gloo_is_quoted_without_its_source(said, wanted):
+    assert process_group.words(RuntimeError(said)) == wanted
 
 
 def test_errors_keep_their_type_between_ranks_and_lose_it_between_organisations():

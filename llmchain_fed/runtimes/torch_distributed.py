@@ -313,7 +313,7 @@ class TorchDistributed:
         if isinstance(what, BaseException):
             word = self._heartbeat.word_of(rank) if self._heartbeat is not None else None
             gone = "is gone" if self.leads else "is gone or gave up (its own error says why)"
-            what = f"{gone}: {shown(str(what), 300)}" if word is None else f"ended: {word}"
+            what = f"{gone}: {process_group.words(what)}" if word is None else f"ended: {word}"
         names = ", ".join(repr(shown(name)) for name, home in self._homes.items() if home == rank)[:300]
         self._torn.add(rank)
         return self._over(f"rank {rank} ({names or 'no participants'}) {what}")
