@@ -61,8 +61,8 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded_the_first_thing_first(
         "rank": (0, "rank is a count of at least 1"),
         "policy": (policy, "did you mean `max_rounds`"),
         "audit": (missing, rf"No such file or directory \(2\)\. Make its folder first: mkdir -p '{folder}'"),
-        "socket": (missing, "cannot listen at .*No such file or directory"),
-        "data": (missing, "the training examples .* cannot be read: No such file or directory"),
+        "socket": (missing.with_name("z"), "cannot listen at .*No such file or directory"),
+        "data": (missing.with_name("y"), "the training examples .* cannot be read: No such file or directory"),
     }
     given = {key: value for key, (value, _) in wrong.items()}
     given["audit"] = missing
@@ -75,6 +75,15 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded_the_first_thing_first(
             del given[key]
     with pytest.raises(DataError, match=r"the held-out examples .* cannot be read: Is a directory"):
         raise begin(held_out=tmp_path)
+
+
+def test_nothing_is_written_to_a_file_that_is_read(begin, tmp_path):
+    for option in ("audit", "socket"):
+        with pytest.raises(ConfigError, match=f"--{option} and --data both name "):
+            raise begin(**{option: tmp_path / "pairs.jsonl"})
+    with pytest.raises(ConfigError, match="--socket and --audit both name "):
+        raise begin(audit=tmp_path / "a.sock")
+    assert (tmp_path / "pairs.jsonl").read_text().count("\n") == 3
 
 
 def test_sockets_of_any_name_and_none_that_cannot_be(begin, tmp_path):
@@ -123,6 +132,9 @@ def test_files_that_others_can_read_text_that_may_leave_and_examples_on_both_sid
     ]
     tmp_path.chmod(0o700)
     assert site_warnings.of_files(data, held_out, policy) == []
+    assert site_warnings.of_name("klinik-1_a") == []
+    (found,) = site_warnings.of_name("Klinik 1")
+    assert found.startswith("'Klinik 1' is no name that a certificate can have (letters, digits, - and _, at most 64)")
     assert site_warnings.of_policy(Policy()) == []
     assert [w.split()[-1] for w in site_warnings.of_policy(Policy(samples=2, error_messages=True))] == [
         "(samples)", "(error_messages)",
@@ -349,7 +361,8 @@ def test_a_peer_that_is_told_to_stop_in_a_training_says_so_writes_it_down_and_go
     finally:
         process.kill()
     said = (folder / "first.log").read_text().splitlines()
-    warned, greets, begins, stopping, given_up = (line for line in said if line.startswith("20"))
+    warned, greets, begins, *ends = (line for line in said if line.startswith("20"))
+    given_up, stopping = sorted(ends, key=lambda line: "stopping" in line)
     assert "warning: the held-out file is the training file" in warned
     assert "hub greets: federation " in greets
     assert begins.endswith("training begins: round 1")

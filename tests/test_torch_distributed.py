@@ -7,18 +7,19 @@ import functools
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from federation_processes import free_port
 from torchrun_script import SHARES, federate, tiny_chain
 
-from llmchain_fed import ConfigError, TorchDistributed
-from llmchain_fed.runtimes import failures
+from llmchain_fed import ConfigError, FederationError, TorchDistributed
+from llmchain_fed.runtimes import failures, process_group
 
 SCRIPT = Path(__file__).with_name("torchrun_script.py")
 
@@ -56,7 +57,7 @@ def lines(out, rank):
     return [line for line in (out / f"rank{rank}.log").read_text().splitlines() if line.startswith("llmchain_fed: ")]
 
 
-def finished(ranks, out, seconds=60):
+def finished(ranks, out, seconds=120):
     try:
         for rank in ranks:
             rank.communicate(timeout=seconds)
@@ -143,11 +144,10 @@ def test_a_rank_that_dies_is_named_on_rank_0(tmp_path):
 @pytest.mark.federation
 def test_the_others_end_also_where_one_waits_to_hand_over_its_answer(tmp_path):
     """Rank 2 has trained and waits for rank 0, which will never take it: rank 1 is dead, and comes first."""
-    began = time.monotonic()
     reports = finished(by_hand(tmp_path, "--misbehave", "die", "--by", 1, "--lora"), tmp_path)
     assert "rank 1 ('b', 'c') is gone: " in reports[0]["error"][1]
     assert "rank 0, which leads, stopped: FederationError: rank 1 ('b', 'c') is gone" in reports[2]["error"][1]
-    assert time.monotonic() - began < 45
+    assert abs(reports[2]["ended"] - reports[0]["ended"]) < 20, "the timeout is 60 s"
     assert not any("terminate called" in (tmp_path / f"rank{rank}.log").read_text() for rank in range(3))
 
 
@@ -164,14 +164,14 @@ def test_a_rank_without_an_answer_is_named_within_the_timeout(tmp_path):
 
 
 @pytest.mark.federation
-@pytest.mark.parametrize(("frozen", "group"), [(1, None), (0, None), (1, "file")])
+@pytest.mark.parametrize(("frozen", "group"), [(1, None), (0, None), (1, "own")])
 def test_a_frozen_rank_is_named_within_patience_by_all_others(frozen, group, tmp_path):
     """Rank 0 keeps the store where no agent of torchrun's does: it is frozen then, too."""
-    own = ["--own-group", group] if group else []
+    own = ["--own-group"] if group else []
     ranks = by_hand(tmp_path, "--misbehave", "freeze", "--by", frozen, "--lora", "--patience", 3, *own)
     others = [process for rank, process in enumerate(ranks) if rank != frozen]
     try:
-        reports = finished(others, tmp_path, seconds=40)
+        reports = finished(others, tmp_path, seconds=120)
     finally:
         ranks[frozen].kill()
         ranks[frozen].communicate()
@@ -182,13 +182,28 @@ def test_a_frozen_rank_is_named_within_patience_by_all_others(frozen, group, tmp
         assert f"{who} has given no sign of life for 3 s: frozen (stopped, swapping), or its machine is gone" in message
         assert reports[rank]["ended"] - since < 3 + 5
         assert [who in line for line in lines(tmp_path, rank)] == [True]
+        assert "Exception raised from" not in (tmp_path / f"rank{rank}.log").read_text()
     assert [process.returncode for process in others] == [0, 0]  # the script reports errors
+
+
+def test_who_cannot_be_watched_is_said(tmp_path, capfd):
+    """In a group of the user's whose store is a file: a rank that is frozen while it holds the lock holds up all."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        runtime = TorchDistributed(threads=torch.get_num_threads())
+        runtime.host({})
+        runtime.close()
+        assert dist.is_initialized(), "it is its maker's to leave"
+    finally:
+        dist.destroy_process_group()
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("llmchain_fed: "))
+    assert "no store to watch its ranks by (a FileStore, whose lock a frozen rank may hold)" in line
 
 
 @pytest.mark.federation
 def test_a_rank_that_is_busy_for_longer_than_patience_is_not_named(tmp_path):
     """Neither the leader nor a follower; both train for longer than that."""
-    options = ("--misbehave", "busy", "--by", 0, "--by", 2, "--lora", "--rounds", 1, "--patience", 3)
+    options = ("--misbehave", "busy", "--by", 0, "--by", 2, "--lora", "--rounds", 1, "--patience", 4)
     status, output, reports = torchrun(tmp_path, *options)
     assert status == 0, output
     assert not any("error" in report for report in reports.values())
@@ -266,6 +281,37 @@ def test_outside_torchrun_it_says_how_to_start(monkeypatch):
     for wrong in ({"timeout": 0}, {"patience": 2}, {"patience": float("nan")}):
         with pytest.raises(ConfigError, match=f"{next(iter(wrong))} is .* seconds, got"):
             TorchDistributed(**wrong)
+
+
+def test_a_port_in_use_and_ranks_that_do_not_come_are_said(monkeypatch, capfd):
+    monkeypatch.setattr(process_group, "_WORD_AFTER", 0.3)
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.bind(("::", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        places = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name, value in places.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match=f"port {port} is in use on this machine.*--master-port"):
+            TorchDistributed(timeout=5)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    with pytest.raises(FederationError, match=r"rank 0 of 2 found no others at 127.0.0.1:\d+ within 1 s"):
+        TorchDistributed(timeout=1)
+    assert "llmchain_fed: rank 0 of 2 waits for the others at 127.0.0.1:" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("[/a/gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:160. This is typically caused by a remote worker "
+         "crashing. GLHF!", "Connection closed by peer [127.0.0.1]:160"),
+        ("[/a/gloo/pair.cc:553] Read timeout [10.0.0.1]:1", "Read timeout [10.0.0.1]:1"),
+        ("no such \x1b store", "no such \\x1b store"),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_gloo_is_quoted_without_its_source(said, wanted):
+    assert process_group.words(RuntimeError(said)) == wanted
 
 
 def test_errors_keep_their_type_between_ranks_and_lose_it_between_organisations():

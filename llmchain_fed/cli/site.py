@@ -76,13 +76,15 @@ def _peer(
     from llmchain_fed.runtimes.policy import Audit, Policy
 
     participant = Participant(name, data, held_out, rank=rank, alpha=alpha)
+    site_warnings.check_apart({"--audit": audit, "--socket": socket}, {"--data": data, "--held-out": held_out})
     rules = Policy.from_file(policy) if policy is not None else Policy()
     written = Audit(audit, say)
     frames.listen(socket).close()  # what would be wrong with it after the model is loaded is wrong now
     site_warnings.check_readable(data, "the training examples")
     if held_out is not None:
         site_warnings.check_readable(held_out, "the held-out examples")
-    for warning in [*site_warnings.of_files(data, held_out, policy), *site_warnings.of_policy(rules)]:
+    open_to_others, may_leave = site_warnings.of_files(data, held_out, policy), site_warnings.of_policy(rules)
+    for warning in (*site_warnings.of_name(name), *open_to_others, *may_leave):
         say(f"warning: {warning}")
 
     import torch

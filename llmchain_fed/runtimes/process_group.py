@@ -11,6 +11,7 @@ import socket
 import stat
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,7 +31,7 @@ _WORD_AFTER = 10.0  # seconds of waiting for the others before a line says so
 _ours = False  # whether the process group was made here
 _heartbeat: tuple[Any, Heartbeat | None] = (None, None)  # of which process group
 _said: list[str] = []
-_connections: set[tuple[int, int]] = set()  # descriptor and inode
+_connections: set[tuple[int, int]] = set()  # of gloo, by descriptor and inode
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ def say(text: str) -> None:
         sys.stderr.flush()
 
 
+def words(error: BaseException) -> str:
+    """What gloo says, without its source file and its advice."""
+    found = str(error).split("This is typically caused")[0]
+    return shown(found.rpartition(".cc:")[2].partition("] ")[2].strip(" .") or found, 300)
+
+
 def join(timeout: timedelta) -> Group:
     """The group that carries messages: of the process group there is, or of one that is made now.
 
@@ -65,6 +72,7 @@ def join(timeout: timedelta) -> Group:
         messages = dist.new_group(backend="gloo", timeout=patience)  # the maker's to leave
     else:
         store, rank, world = _store(timeout)
+        sockets = _sockets()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         patience = timeout * (world + 1)
         with _finding(rank, world, timeout):
@@ -73,12 +81,11 @@ def join(timeout: timedelta) -> Group:
         _ours = True
         cpu = not torch.cuda.is_available()
         messages = dist.group.WORLD if cpu else dist.new_group(backend="gloo", timeout=patience)
-    heartbeat = _watch()
     _connections.update(_sockets() - sockets)
     atexit.unregister(_end)
     atexit.register(_end)
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Group(messages, heartbeat, "torchrun's agent" if by_agent else f"rank {LEADER}")
+    return Group(messages, _watch(), "torchrun's agent" if by_agent else f"rank {LEADER}")
 
 
 def _store(timeout: timedelta) -> tuple[Any, int, int]:
@@ -145,11 +152,18 @@ def _beating() -> Heartbeat | None:
     """A heartbeat in the default store, if there is one whose connection can be doubled."""
     rank = dist.get_rank()
     before = _sockets()
-    try:  # torch has no public name for it
-        store = dist.PrefixStore("llmchain_fed", dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
+    try:
+        store = dist.distributed_c10d._get_default_store()  # it has no public name
+        whole = store
+        while isinstance(whole, dist.PrefixStore):  # type: ignore[attr-defined]
+            whole = whole.underlying_store
+        if isinstance(whole, dist.FileStore):  # type: ignore[attr-defined]
+            msg = "a FileStore, whose lock a frozen rank may hold"
+            raise TypeError(msg)
+        store = dist.PrefixStore("llmchain_fed", store.clone())  # type: ignore[attr-defined]
     except Exception as error:
         if rank == LEADER:
-            say(f"this process group has no store to share ({type(error).__name__}): a frozen rank will not be named")
+            say(f"this process group has no store to watch its ranks by ({error}): a frozen rank will not be named")
         return None
     own = _sockets() - before
     others = range(LEADER + 1, dist.get_world_size()) if rank == LEADER else (LEADER,)
@@ -188,8 +202,9 @@ def _hang_up() -> None:
         with connection, suppress(OSError):
             connection.getpeername()  # one that listens stays: gloo's thread that accepts would end the process
             connection.shutdown(socket.SHUT_RDWR)
+    until = time.monotonic() + 1.0
     for thread in Aside.left_behind():
-        thread.join(1.0)
+        thread.join(max(until - time.monotonic(), 0.0))
 
 
 def _open(descriptors: set[tuple[int, int]]) -> Iterator[socket.socket]:

@@ -264,7 +264,7 @@ class Site:
         except BaseException as error:
             raised = error
         spent = round(time.monotonic() - began, 3)
-        self._log.ended(call.op, asked, spent, call.given_up, raised)
+        self._log.ended(call.op, asked, spent, raised, given_up=call.given_up)
         if raised is not None:
             status = "refused" if isinstance(raised, PolicyError) else "failed"
             self._audit.write(**entry, seconds=spent, status=status, error=f"{type(raised).__name__}: {raised}")

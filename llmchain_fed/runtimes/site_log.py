@@ -56,7 +56,9 @@ class SiteLog:
         if op == "train":
             self._say(f"training begins{_round(asked)}")
 
-    def ended(self, op: str, asked: Mapping[str, Any], seconds: float, given_up: bool, error: Any = None) -> None:  # noqa: FBT001
+    def ended(
+        self, op: str, asked: Mapping[str, Any], seconds: float, error: BaseException | None, *, given_up: bool
+    ) -> None:
         """It was answered, failed, or nobody waited for it any more."""
         self._working = None, None, None
         what = "training" if op == "train" else op

@@ -6,15 +6,36 @@ Knows files' modes, a policy and counts. Knows nothing of models or of who is to
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
-from llmchain_fed.errors import DataError
+from llmchain_fed.errors import ConfigError, DataError
 from llmchain_fed.federated.overlap import Overlap
 from llmchain_fed.runtimes.frames import is_own_group
 from llmchain_fed.runtimes.policy import Policy
 from llmchain_fed.untrusted import shown
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def check_apart(written: Mapping[str, Path], read: Mapping[str, Path | None]) -> None:
+    """Makes sure that nothing is written to a file that is read, or that is written for something else.
+
+    Args:
+        written: Option → where it writes.
+        read: Option → what it reads.
+
+    Raises:
+        ConfigError: Two options name one file.
+    """
+    places: dict[Path, str] = {path.resolve(): option for option, path in read.items() if path is not None}
+    for option, path in written.items():
+        if (other := places.setdefault(path.resolve(), option)) != option:
+            msg = f"{option} and {other} both name {shown(str(path), 300)}. Give each a path of its own."
+            raise ConfigError(msg)
 
 
 def check_readable(path: Path, what: str) -> None:
@@ -32,6 +53,14 @@ def check_readable(path: Path, what: str) -> None:
     except OSError as error:
         msg = f"{what} {shown(str(path), 300)} cannot be read: {error.strerror or error}."
         raise DataError(msg) from error
+
+
+def of_name(name: str) -> list[str]:
+    """A name that no site's certificate can have, and by which no hub will know it."""
+    if _NAME.fullmatch(name):
+        return []
+    rule = "letters, digits, - and _, at most 64"
+    return [f"{shown(name)!r} is no name that a certificate can have ({rule}): say --name, as in this site's kit"]
 
 
 def of_files(data: Path, held_out: Path | None, policy: Path | None) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +28,8 @@ from llmchain_fed.runtimes.process_group import LEADER
 from llmchain_fed.untrusted import Strict, machine_memory, shown
 
 _SLICE = 0.5  # seconds between looks at heartbeats
-_OUTCOME = 2.0  # seconds a rank may take to take, from a leader that goes down, what the rounds so far have brought
+# seconds in which a leader that goes down hands out what the rounds so far have brought, to one rank and to all
+_OUTCOME, _OUTCOMES = 1.0, 2.0
 _HeadT = TypeVar("_HeadT", bound=Strict)
 
 
@@ -46,10 +48,9 @@ class TorchDistributed:
     object before the model is loaded: it picks each rank's GPU.
 
     Args:
-        timeout: seconds a rank may work on an answer, which must be more than all its participants take for a round
-            together.
-        patience: seconds without a sign of life of a rank's process after which it counts as frozen or gone. In a
-            process group that somebody else made, of a kind that has no store, nobody is watched, and a line says so.
+        timeout: seconds a rank may work on an answer: more than all its participants take for a round together.
+        patience: seconds without a sign of life of a rank's process after which it counts as frozen or gone; in a
+            process group of yours that has no store to see them in, a line says that nobody is watched.
         threads: For torch, per rank. None: this machine's cores divided by its ranks, so that ranks do not fight
             for them.
 
@@ -201,12 +202,13 @@ class TorchDistributed:
     def publish(self, outcome: bytes, error: BaseException | None = None) -> None:
         """Ends the other ranks' `follow`, on rank 0; those that cannot be reached after an error are left out."""
         head = {"error": failures.to_plain(error) if error is not None else None}
-        body = _tensor(outcome)
+        body, until = _tensor(outcome), time.monotonic() + _OUTCOMES
         for rank in self._others():
-            if rank in self._torn:
+            broken = self._broken is not None  # then some are at work, and are told by their heartbeat
+            if rank in self._torn or (broken and time.monotonic() > until):
                 continue
             try:
-                self._send(rank, head, body, seconds=_OUTCOME if self._broken is not None else None)
+                self._send(rank, head, body, seconds=_OUTCOME if broken else 0.0)
             except FederationError:
                 if error is None:
                     raise
@@ -221,25 +223,18 @@ class TorchDistributed:
         head, body = self._receive(rank, ranks.Ended, most=most)
         return body if head.error is None else failures.from_same_script(head.error.model_dump())
 
-    def _send(self, rank: int, head: Mapping[str, Any], body: Tensor, seconds: float | None = None) -> bool:
+    def _send(self, rank: int, head: Mapping[str, Any], body: Tensor, seconds: float = 0.0) -> bool:
         """Two sizes, the JSON head, the body; False where the leader has stopped before it took them."""
         text = json.dumps(head).encode()
-        try:
+        with self._whole(rank):
             sizes = torch.tensor([len(text), body.numel()])
             parts = [part for part in (sizes, _tensor(text), body) if part.numel()]
-            send = lambda: [dist.send(part, rank, group=self._group) for part in parts]  # noqa: E731
-            return self._watched(rank, send, seconds, sends=True)
-        except FederationError:
-            raise
-        except RuntimeError as error:
-            raise self._lost(rank, error) from error
-        except BaseException as error:  # half a message is out: what follows would be taken for its rest
-            self._lost(rank, error)
-            raise
+            group = self._group
+            return self._watched(rank, lambda: [dist.send(p, rank, group=group) for p in parts], seconds, sends=True)
 
     def _receive(self, rank: int, *kinds: type[_HeadT], most: int) -> tuple[_HeadT, bytes]:
         """A message of one of these kinds, whose body has at most so many bytes."""
-        try:
+        with self._whole(rank):
             sizes = self._fill(torch.empty(2, dtype=torch.int64), rank).tolist()
             with self._making_sense(rank):
                 for size, limit, what in zip(sizes, (ranks.MAX_HEAD, most), ("head", "body"), strict=True):
@@ -247,16 +242,22 @@ class TorchDistributed:
                         msg = f"a {what} of {size:,} bytes was announced where at most {limit:,} make sense."
                         raise FederationError(msg)
             text, body = (self._fill(torch.empty(size, dtype=torch.uint8), rank) for size in sizes)
+        with self._making_sense(rank):
+            head = ranks.read_head(text.numpy().tobytes(), kinds, "its head")
+        return head, body.numpy().tobytes()
+
+    @contextmanager
+    def _whole(self, rank: int) -> Iterator[None]:
+        """A message to or from a rank, whole or the group's end: what follows would be taken for its rest."""
+        try:
+            yield
         except FederationError:
             raise
         except RuntimeError as error:
             raise self._lost(rank, error) from error
         except BaseException as error:
-            self._lost(rank, error)
+            self._lost(rank, f"was left in the middle of a message ({type(error).__name__})")
             raise
-        with self._making_sense(rank):
-            head = ranks.read_head(text.numpy().tobytes(), kinds, "its head")
-        return head, body.numpy().tobytes()
 
     @contextmanager
     def _making_sense(self, rank: int) -> Iterator[None]:
@@ -269,13 +270,11 @@ class TorchDistributed:
     def _fill(self, tensor: Tensor, rank: int) -> Tensor:
         if tensor.numel():
             work = dist.irecv(tensor, rank, group=self._group)
-            if work is not None:  # None for ranks outside the group, of which there are none
-                self._watched(rank, work.wait)
+            assert work is not None  # it is for ranks outside the group, of which there are none
+            self._watched(rank, work.wait)
         return tensor
 
-    def _watched(
-        self, rank: int, wait: Callable[[], Any], seconds: float | None = None, *, sends: bool = False
-    ) -> bool:
+    def _watched(self, rank: int, wait: Callable[[], Any], seconds: float = 0.0, *, sends: bool = False) -> bool:
         """Waits for one message from or to a rank, as long as it shows signs of life; False where it is not taken.
 
         Raises:
@@ -292,7 +291,7 @@ class TorchDistributed:
                 why, ago = alive.stopped
                 if sends:
                     return False
-                if ago > 2 * _OUTCOME:
+                if ago > _OUTCOMES + _SLICE:
                     raise self._told(why)
             if waited > most:
                 raise self._lost(rank, f"was silent for {most:g} s, though its process runs")
@@ -314,7 +313,7 @@ class TorchDistributed:
         if isinstance(what, BaseException):
             word = self._heartbeat.word_of(rank) if self._heartbeat is not None else None
             gone = "is gone" if self.leads else "is gone or gave up (its own error says why)"
-            what = f"{gone}: {shown(str(what), 300)}" if word is None else f"ended: {word}"
+            what = f"{gone}: {process_group.words(what)}" if word is None else f"ended: {word}"
         names = ", ".join(repr(shown(name)) for name, home in self._homes.items() if home == rank)[:300]
         self._torn.add(rank)
         return self._over(f"rank {rank} ({names or 'no participants'}) {what}")

@@ -25,6 +25,7 @@ from llmchain_fed.runtimes import failures, frames, heads, ranks, sliced
 from llmchain_fed.runtimes.nvflare.link import Link
 from llmchain_fed.runtimes.policy import Audit, Policy
 from llmchain_fed.runtimes.site import Site
+from llmchain_fed.runtimes.site_log import NOBODY, SiteLog
 from llmchain_fed.runtimes.torch_distributed import TorchDistributed
 
 MB = 2**20
@@ -154,6 +155,23 @@ def test_a_note_of_the_bridge_and_a_callers_name_are_printable_in_the_audit_file
     assert reply.state == "noted"
     (line,) = [json.loads(text) for text in (tmp_path / "audit.jsonl").read_text().splitlines()]
     assert (line["status"], line["caller"], line["bytes_in"]) == ("refused", "\\x1b[2J\\u202eb", 7)
+
+
+def test_a_hub_cannot_ask_how_a_site_stands(tmp_path):
+    """Its name, paths, refusals and counts are its operator's: what comes through the bridge never reaches them."""
+    about = NOBODY | {"name": "St-Josef", "audit": "/srv/secret", "contract": {"base": "1e1c"}}
+    of = Site(Echo(), Policy(), Audit(tmp_path / "audit.jsonl"), SiteLog(lambda _: None, about))
+    asked = frames.pack({"do": "status"})
+    assert heads.read_status(of.answer(asked)).name == "St-Josef"
+    for count, caller in enumerate(("server", "b", "St-Josef"), 1):
+        carry = {"do": "carry", "caller": caller}
+        for frame in (frames.pack(carry, asked), frames.pack(carry, frames.pack(carry, asked))):
+            answer = of.answer(frame)
+            head, body = frames.read(answer)
+            assert (list(head), head["error"]["type"], bytes(body)) == (["error"], "TransportError", b"")
+            assert not any(text in answer for text in (b"Josef", b"secret", b"1e1c"))
+        lines = [json.loads(text) for text in (tmp_path / "audit.jsonl").read_text().splitlines()]
+        assert [line["status"] for line in lines] == ["malformed"] * (2 * count)
 
 
 # --- the hub --------------------------------------------------------------------------------------------------------
