@@ -74,7 +74,7 @@ class Gathering:
         Raises:
             TransportError: Nobody came, or the engine does not answer.
         """
-        began, told, answered = time.monotonic(), "", False
+        began, told, answered, first = time.monotonic(), "", False, None
         while True:
             here: list[str] = []
             absent = self._sites.names
@@ -85,7 +85,9 @@ class Gathering:
                 problem = f"none of the sites {', '.join(self._sites.names)} is connected to the hub."
             except TransportError as error:
                 problem = str(error)
-            spent = time.monotonic() - began
+            now = time.monotonic()
+            first = first or (now if here else None)  # the grace is theirs who come after the first
+            spent = now - (first if first is not None and here else began)
             most = self._startup * (1.0 if here or not answered else _NOBODY)
             if here and (not absent or spent >= most):
                 return here
