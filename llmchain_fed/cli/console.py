@@ -16,7 +16,7 @@ DONE = 0
 FAILED = 2
 """it cannot be done as asked: mend what the line says; starting it again without that ends the same"""
 INCOMPLETE = 3
-"""the rounds are done, but a site was refused, or missing throughout"""
+"""a site was refused, or missing throughout; of the others the rounds are done, if they are enough"""
 AGAIN = 4
 """out of reach or too few: the same command may succeed later, and goes on where this one was"""
 INTERRUPTED, TERMINATED = 130, 143

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from llmchain_fed.cli.chains import load
-from llmchain_fed.cli.console import FAILED, INCOMPLETE, error_line, say
+from llmchain_fed.cli.console import INCOMPLETE, error_line, say
 from llmchain_fed.errors import ContractError, ParticipantError, PolicyError, QuorumError, TransportError
 from llmchain_fed.stopping import Stopped, stopping
 
@@ -125,7 +125,7 @@ def _lasting_causes(fed: Any) -> Iterator[None]:
         if not out or not all(map(_lasts, out)):
             raise
         error_line(error)
-        raise typer.Exit(FAILED) from error
+        raise typer.Exit(INCOMPLETE) from error
 
 
 def _lasts(error: Exception | None) -> bool:
