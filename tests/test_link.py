@@ -80,6 +80,28 @@ def test_frames_go_there_and_back_and_a_failed_site_is_one_error(connect):
     assert "it was not when this job began" in str(unknown)
 
 
+def test_a_site_that_offers_another_bridge_is_its_own_trouble(connect):
+    """The engine refuses the call to all of a group where one of it takes other arguments."""
+    link = connect(echo)
+    (_, _, collab) = connect.ends[0]
+    inner = collab.get_clients
+
+    def get_clients(names):
+        def group(timeout, blocking):
+            if "b" in names:
+                msg = "function 'exchange' only supports 1 args"
+                raise RuntimeError(msg)
+            return inner(names)(timeout, blocking)
+
+        return group
+
+    collab.get_clients = get_clients
+    (_, answer), (_, error) = link.exchange(["a", "b"], b"x", 5.0)
+    assert answer == b"x"
+    assert str(error) == "it offers another bridge than the hub asks: both need one version of llmchain-fed."
+    assert link.exchange(["a"], b"y", 5.0) == [("a", b"y")], "the job goes on"
+
+
 class Peer:
     """Listens where a site's bridge asks, and keeps what it is asked."""
 

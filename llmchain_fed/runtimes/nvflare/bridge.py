@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from typing import Any
 
 from nvflare.collab import collab
 
@@ -174,10 +175,9 @@ class Hub:
             EOFError, OSError: The driver went away.
         """
         told: queue.Queue[tuple[str, object] | None] = queue.Queue()
-        allowed = max(seconds - _SOONER, seconds / 2)
-        answers = collab.get_clients(names)(timeout=seconds, blocking=False).exchange(frame, allowed)
+        calls, strange = _call(names, frame, seconds)
 
-        def wait() -> None:
+        def wait(answers: Any) -> None:
             try:
                 for name, answer in answers:
                     told.put((name, answer))
@@ -187,9 +187,15 @@ class Hub:
                 _log.warning("the engine gave no answers: %s", untrusted.printable(error))
             told.put(None)
 
-        threading.Thread(target=wait, daemon=True).start()
-        waited = set(names)
-        while True:
+        for name in strange:
+            self._tell(
+                driver, name, "it offers another bridge than the hub asks: both need one version of llmchain-fed."
+            )
+        for answers in calls:
+            threading.Thread(target=wait, args=(answers,), daemon=True).start()
+        open_calls = len(calls)
+        waited = set(names) - set(strange)
+        while open_calls:
             try:
                 found = told.get(timeout=_TICK)
             except queue.Empty:
@@ -198,7 +204,8 @@ class Hub:
                     raise EOFError(msg) from None
                 continue
             if found is None:
-                return
+                open_calls -= 1
+                continue
             name, answer = found
             if name not in waited:
                 continue
@@ -214,6 +221,30 @@ class Hub:
     def _tell(driver: Channel, name: str, message: str) -> None:
         error = {"type": "TransportError", "message": message}
         driver.send_bytes(frames.pack({"node": name, "error": error}), _SEND)
+
+
+def _call(names: list[str], frame: bytes, seconds: float) -> tuple[list[Any], list[str]]:
+    """Begins a call to sites; what will hold their answers, and who cannot be called.
+
+    The engine refuses a call to all of them where one of them says that its bridge takes other arguments: that is this
+    site's own trouble.
+    """
+
+    def begin(asked: list[str]) -> Any:
+        allowed = max(seconds - _SOONER, seconds / 2)
+        return collab.get_clients(asked)(timeout=seconds, blocking=False).exchange(frame, allowed)
+
+    try:
+        return [begin(names)], []
+    except Exception as error:
+        _log.warning("not all sites can be called: %s", untrusted.printable(error))
+    calls, strange = [], []
+    for name in names:
+        try:
+            calls.append(begin([name]))
+        except Exception:
+            strange.append(name)
+    return calls, strange
 
 
 def _which_link(error: Exception, seconds: float) -> str:

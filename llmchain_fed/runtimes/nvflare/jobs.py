@@ -260,6 +260,8 @@ class Jobs:
             self._say(f"site {job.sites[0]} refused the job ({status})")
         else:
             self._say(f"the engine ended the job with {', '.join(job.sites)} before it ran ({status}): trying each")
+            for name in job.sites:
+                self._sites.missed(name, why)  # until its own job begins, or is ended
             step = -(-len(job.sites) // _PARTS)
             parts = [job.sites[at : at + step] for at in range(0, len(job.sites), step)]
             self._starting += [self._submit(part) for part in parts]

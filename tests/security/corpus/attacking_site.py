@@ -45,11 +45,11 @@ def attack(call):
 
 
 @collab.publish
-def exchange(self, frame: bytes) -> bytes:
+def exchange(self, frame: bytes, seconds: float = 60.0) -> bytes:
     head, _ = frames.read(frame)
     if head.get("op") == "train" and once.acquire(blocking=False):
         attack(head["call"])  # while the hub lets both train
-    return honest(self, frame)
+    return honest(self, frame, seconds)
 
 
 bridge.Site.exchange = exchange
