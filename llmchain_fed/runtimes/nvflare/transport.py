@@ -99,8 +99,8 @@ class NVFlare:
     def __enter__(self) -> NVFlare:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self.close(over=kind is None)
 
     def check(self) -> None:
         """Makes sure that the administrator's kit can be used and that the hub's engine answers; within ten seconds.
@@ -163,10 +163,16 @@ class NVFlare:
                 self._sites.missed(name, str(answer))
             yield name, answer
 
-    def close(self) -> None:
-        """Tells the peers that the federation is over, ends the jobs, and closes session and socket; for good."""
-        with suppress(TimeoutError):
-            within(_PEERS, self._tell_peers)
+    def close(self, *, over: bool = True) -> None:
+        """Ends the jobs and closes session and socket; for good.
+
+        Args:
+            over: Whether the federation is, which peers are told: they forget where they stand. One that was stopped,
+                or failed, may go on: a `with` block that ends by an error says nothing of the kind.
+        """
+        if over:
+            with suppress(TimeoutError):
+                within(_PEERS, self._tell_peers)
         with suppress(TimeoutError):
             within(_JOBS, self._jobs.close)
         with suppress(TimeoutError):
