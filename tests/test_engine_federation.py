@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from federation_processes import free_port
 
+from llmchain_fed import NVFlare
 from llmchain_fed.runtimes.nvflare import engine, engine_state, kits, registry
 
 pytestmark = pytest.mark.federation
@@ -116,6 +117,15 @@ def test_one_name_is_one_key_and_one_place(made, start, tmp_path):
     assert state.sites["b"].fingerprint == marks[0]
     screen = (hub / "engine.log").read_text()
     assert "is out" not in screen, "neither the copy nor the stranger has put the first one out"
+
+    # and a federation that begins meanwhile takes both in: no peer is there, which only their engines can tell
+    said = []
+    with NVFlare(
+        made["admin"], sites=["a", "b"], socket=tmp_path / "hub.sock", startup=5.0, say=said.append
+    ) as runtime:
+        found = dict(runtime.call("hello", ["a", "b"], b"{}"))
+    assert ["its engine answers, its peer does not" in str(found[name]) for name in ("a", "b")] == [True, True], found
+    assert any(line.startswith("site a: is seen from two places") for line in said)
 
     # the first one ends: the copy, which waited, takes its place
     stopping = time.monotonic()
