@@ -266,7 +266,7 @@ class Keeper:
         return LASTING
 
     def _died(self, status: int) -> int:
-        error = logs.last_error(self._kit, self._logged)
+        error = logs.last_error(self._kit, self._logged) if status >= 0 else ""  # a signal is nobody's error
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         self._diary.tell(
             "ended", f"NVFlare's process ended {how}{': ' + error if error else ''} (see {self._kit / logs.FILE})"
