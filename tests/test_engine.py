@@ -16,6 +16,7 @@ import time
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cryptography import x509
@@ -25,7 +26,7 @@ from federation_processes import free_port
 
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.runtimes.nvflare import engine, engine_state, kits
-from llmchain_fed.runtimes.nvflare.keeping import job_folders, keeper, logs, news, reaching
+from llmchain_fed.runtimes.nvflare.keeping import child, diary, job_folders, keeper, logs, news, reaching
 from llmchain_fed.runtimes.nvflare.keeping.guard import Guard, elsewhere
 from llmchain_fed.runtimes.nvflare.keeping.keeper import Keeper
 from llmchain_fed.runtimes.nvflare.keeping.standing import HubLink, Sites
@@ -195,6 +196,55 @@ def test_the_hub_itself_is_no_hindrance_and_a_kit_of_another_authority_is(made, 
         assert found.lasting
 
 
+def test_a_kit_that_cannot_be_read_is_told_and_so_is_what_nobody_thought_of(kit, monkeypatch):
+    monkeypatch.setattr(reaching, "_EXCHANGED", 0.01)
+    (kit / "startup" / "client.key").unlink()
+    with listening(lambda connection: connection.recv(1)) as port:
+        point(kit, "127.0.0.1", port)
+        found = reaching.hindrance(kit)
+        assert found == reaching.Hindrance(f"the kit {kit} cannot be used (No such file or directory)", lasting=True)
+        with pytest.raises(ConfigError, match="cannot be used"):
+            Keeper(kit, socket=kit / "s", say=print)._wait_for_hub()
+    (kit / "startup" / "fed_client.json").unlink()
+    began = time.monotonic()
+    assert reaching.look(kit, is_stopped=lambda: False).lasting
+    monkeypatch.setattr(reaching, "hindrance", lambda _: 1 / 0)
+    assert reaching.look(kit, is_stopped=lambda: False) == reaching.Hindrance("division by zero")
+    assert time.monotonic() - began < 5
+    assert not reaching.look(kit, is_stopped=lambda: True).lasting
+
+
+def test_whoever_can_mend_it_is_told_how(made, tmp_path):
+    expired = SimpleNamespace(verify_code=10)
+    at_hub, at_site = (reaching._unverified(expired, ("h", 1), "h:1", at_hub=at_hub) for at_hub in (True, False))
+    assert at_hub.lasting
+    assert "renew that of its kit" in at_hub.says
+    assert not at_site.lasting
+    assert "the hub's operator renews it" in at_site.says
+    admin = shutil.copytree(made["admin"], tmp_path / "admin")
+    startup = made["hub"] / "startup"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(startup / "server.crt", startup / "server.key")
+    context.load_verify_locations(startup / "rootCA.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+
+    def answer(connection):
+        with context.wrap_socket(connection, server_side=True) as secure:
+            secure.recv(1)
+
+    with listening(answer) as port:
+        config = json.loads((admin / "startup" / "fed_admin.json").read_text())
+        config["admin"] |= {"host": "127.0.0.1", "port": port}
+        (admin / "startup" / "fed_admin.json").write_text(json.dumps(config))
+        stranger = certificate(tmp_path)
+        for name in ("client.crt", "client.key"):
+            shutil.copy(stranger, admin / "startup" / name)
+        found = reaching.hindrance(admin)
+    assert found.lasting
+    assert "does not accept the administrator's certificate" in found.says
+    assert "site" not in found.says
+
+
 def test_a_proxy_that_is_set_is_named_as_not_used(kit):
     assert reaching.proxy_ignored(kit, {}) is None
     told = reaching.proxy_ignored(kit, {"HTTPS_PROXY": "http://user:secret@proxy:3128"})
@@ -241,7 +291,8 @@ def test_the_first_key_of_a_name_is_remembered_and_another_refused_also_by_the_n
     assert guard.refusal("alpha", ONE) is None
     assert guard.refusal("beta", OTHER) is None
     for again in (guard, Guard(tmp_path)):
-        told = again.refusal("alpha", OTHER)
+        code, told = again.refusal("alpha", OTHER)
+        assert code == news.OTHER_KEY
         assert told.startswith("another key came under its name: known since 1970-01-02 is " + ONE)
         assert OTHER in told
         assert f"take alpha out of {tmp_path / 'known_sites.json'}" in told
@@ -262,28 +313,204 @@ def test_a_list_that_is_none_of_ours_stops_the_start_and_not_a_running_hub(tmp_p
         Guard(tmp_path)
 
 
-def test_with_an_authority_its_registry_decides(tmp_path):
+@pytest.mark.parametrize("how", ["cannot be looked at", "kit away"])
+def test_a_list_that_is_away_for_a_moment_is_remembered(how, tmp_path, monkeypatch):
+    (tmp_path / "hub").mkdir()
+    guard = Guard(tmp_path / "hub")
+    assert guard.refusal("alpha", ONE) is None
+    stat = Path.stat
+
+    def denied(path, **options):
+        if path.name == "known_sites.json":
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **options)
+
+    if how == "kit away":
+        (tmp_path / "hub").rename(tmp_path / "away")
+    else:
+        monkeypatch.setattr(Path, "stat", denied)
+        with pytest.raises(ConfigError, match="Permission denied"):
+            Guard(tmp_path / "hub")
+    assert guard.refusal("alpha", OTHER).code == news.OTHER_KEY
+    assert guard.refusal("alpha", ONE) is None
+    assert guard.refusal("beta", ONE) is None, "who is new meanwhile is remembered as well"
+    assert guard.refusal("beta", OTHER).code == news.OTHER_KEY
+
+
+@pytest.fixture
+def authority(tmp_path):
+    """An authority's folder, and a function that writes who was approved and who revoked into its registry."""
     from llmchain_fed.runtimes.nvflare import registry
 
-    authority = tmp_path / "authority"
-    (authority / "ca").mkdir(parents=True)
-    guard = Guard(tmp_path, authority)
-    assert "has no certificate for the name alpha" in guard.refusal("alpha", ONE)
-    entry = {
-        "name": "alpha", "role": "site", "organisation": "A", "certificate": ONE, "public_key": ONE,
-        "approved": registry.now(), "by": "me", "until": registry.now(),
-    }  # fmt: skip
-    registry.write(authority, registry.Registry(certificates=[registry.Certificate(**entry)]))
+    folder = tmp_path / "authority"
+    (folder / "ca").mkdir(parents=True)
+
+    def write(*approved, revoked=()):
+        common = {"role": "site", "organisation": "A", "approved": registry.now(), "by": "me", "until": registry.now()}
+        found = [
+            registry.Certificate(
+                name=name,
+                certificate=mark,
+                public_key=mark,
+                revoked=registry.now() if name in revoked else None,
+                **common,
+            )
+            for name, mark in approved
+        ]
+        registry.write(folder, registry.Registry(certificates=found))
+
+    return folder, write
+
+
+def test_with_an_authority_its_registry_decides(authority, tmp_path):
+    folder, write = authority
+    write()
+    guard = Guard(tmp_path, folder)
+    assert "has no certificate for the name alpha" in guard.refusal("alpha", ONE).says
+    write(("alpha", ONE))
     assert guard.refusal("alpha", ONE) is None
-    assert "another one was presented" in guard.refusal("alpha", OTHER)
-    gone = registry.Certificate(**entry, revoked=registry.now())
-    registry.write(authority, registry.Registry(certificates=[gone]))
-    assert "was revoked at" in guard.refusal("alpha", ONE)
-    (authority / "names.json").write_text("{")
-    assert "registry cannot be read" in guard.refusal("alpha", ONE)
+    assert "another one was presented" in guard.refusal("alpha", OTHER).says
+    write(("alpha", ONE), revoked=["alpha"])
+    assert guard.refusal("alpha", ONE).code == news.NOT_ALLOWED
+    assert "was revoked at" in guard.refusal("alpha", ONE).says
     assert not (tmp_path / "known_sites.json").exists()
     with pytest.raises(ConfigError, match="is no authority's folder"):
         Guard(tmp_path, tmp_path / "nowhere")
+
+
+def away(folder):
+    folder.rename(folder.with_name("elsewhere"))
+
+
+def unreadable(folder):
+    (folder / "names.json").unlink()
+    (folder / "names.json").mkdir()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        away,
+        unreadable,
+        lambda folder: (folder / "names.json").unlink(),
+        lambda folder: (folder / "names.json").write_text("{"),
+        lambda folder: (folder / "names.json").write_text('{"format": 1, "certificates": []}'),
+    ],
+    ids=["away", "unreadable", "gone", "garbage", "empty"],
+)
+def test_a_registry_that_cannot_be_read_for_a_moment_ends_nobody(spoil, authority, tmp_path, at_the_door):
+    folder, write = authority
+    write(("alpha", ONE), ("beta", OTHER), revoked=["beta"])
+    guard = Guard(tmp_path, folder)
+    door, come, told = at_the_door(guard)
+    assert come("alpha", mark=ONE) == "in"
+    former = (folder / "names.json").read_bytes()
+    spoil(folder)
+    for _ in range(2):
+        door._look_at_registry(guard)
+        door._put_out()
+    (notice,) = told
+    assert "registry cannot be read" in notice.says or "names.json" in notice.says
+    assert come("alpha", mark=ONE) == "in", "known before"
+    assert guard.refusal("beta", OTHER).code == news.NOT_ALLOWED, "taken back before"
+    assert come("gamma", mark=ONE) == news.LATER
+    assert "cannot be looked up" in told[-1].says
+    if not folder.exists():
+        folder.with_name("elsewhere").rename(folder)
+    if (folder / "names.json").is_dir():
+        (folder / "names.json").rmdir()
+    (folder / "names.json").write_bytes(former)
+    door._look_at_registry(guard)
+    assert told[-1].says == "the authority's registry can be read again"
+    assert come("gamma", mark=ONE) == news.NOT_ALLOWED
+
+
+class Connection:
+    """As NVFlare's, from a certificate of this name."""
+
+    last_activity = 0.0
+
+    def __init__(self, holder, mark, mode, scheme):
+        self.sent, self.conn = {}, self
+        self.connector = SimpleNamespace(mode=mode, params={"scheme": scheme, "secure": scheme == "wss"})
+        self.websocket = SimpleNamespace(get_extra_info=lambda _: None)
+        self.holder, self.mark = holder, mark
+
+    def get_conn_properties(self):
+        return {"peer_cn": self.holder, "peer_addr": "10.0.0.1:1"}
+
+    def get_name(self):
+        return "CN1"
+
+    def send_dict(self, kind, stream, data):
+        self.sent = data
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def at_the_door(monkeypatch):
+    """(the door, `come(holder, …)`: what becomes of a connection, what the parent is told)."""
+    from nvflare.fuel.f3.cellnet.identity import CellIdentityResolver
+    from nvflare.fuel.f3.comm_error import CommError
+    from nvflare.fuel.f3.drivers.connector_info import Mode
+
+    monkeypatch.setattr(child, "_fingerprint", lambda connection: connection.mark)
+
+    def open_it(guard, identity="server"):
+        told = []
+        door = child.Door(SimpleNamespace(tell=told.append), guard)
+        resolver = CellIdentityResolver(identity, prefix_identity_map={"server": "hub.example"})
+        manager = SimpleNamespace(sfm_endpoints={}, identity_resolver=resolver)
+        door._managers.append(manager)
+
+        def named(_, connection, data):
+            endpoint = SimpleNamespace(endpoint=None, connections=[connection])
+            manager.sfm_endpoints[data["endpoint_name"]] = endpoint
+
+        door._named = named
+
+        def come(holder, *, name=None, mark=ONE, mode=Mode.PASSIVE, scheme="wss", **data):
+            connection = Connection(holder, mark, mode, scheme)
+            manager.sfm_endpoints.clear()
+            try:
+                door.named(manager, connection, {"endpoint_name": name or holder, **data})
+            except CommError:
+                return connection.sent["llmchain_fed_refused"]
+            return "in" if manager.sfm_endpoints else "told"
+
+        return door, come, told
+
+    return open_it
+
+
+def test_a_site_believes_only_its_hub_that_it_is_turned_away(at_the_door):
+    from nvflare.fuel.f3.drivers.connector_info import Mode
+
+    _, come, told = at_the_door(None, "a")
+    refused = {"llmchain_fed_refused": news.NOT_ALLOWED, "name": "server"}
+    assert come("hub.example", mode=Mode.ACTIVE, **refused) == "told"
+    assert told == [news.TurnedAway(code=news.NOT_ALLOWED)]
+    for why, other in {
+        "who dialled this engine": {"mode": Mode.PASSIVE},
+        "a process of this machine": {"mode": Mode.PASSIVE, "scheme": "tcp"},
+        "without TLS": {"mode": Mode.ACTIVE, "scheme": "tcp"},
+    }.items():
+        assert come("hub.example", **other, **refused) == "in", why
+    assert come("b", mode=Mode.ACTIVE, **refused) == "in", "another site at the hub's address"
+    assert len(told) == 1
+
+
+def test_a_name_of_an_administrators_session_lets_nobody_past_the_list(tmp_path, at_the_door):
+    session = "_admin_2f3d1a52-7d0c-4a6e-9a3b-0c1d2e3f4a5b"
+    _, come, told = at_the_door(Guard(tmp_path))
+    assert come("beta", mark=ONE) == "in"
+    assert come("admin@hub.org", name=session, mark=OTHER) == "in"
+    assert come("beta", mark=OTHER) == news.OTHER_KEY
+    for mark in (ONE, OTHER):
+        assert come("beta", name=session, mark=mark) == news.NOT_ALLOWED
+    assert "came as an administrator" in told[-1].says
 
 
 def test_who_has_a_name_keeps_it_as_long_as_it_is_heard():
@@ -346,6 +573,22 @@ def test_a_refused_site_is_one_line_and_its_trouble_stands_until_it_is_over():
     assert sites.refused(refused) == ["site a is seen from two places: …"]
 
 
+def test_a_site_that_left_or_was_revoked_is_not_told_of_for_ever():
+    clock = Clock()
+    sites = Sites(clock)
+    sites.heard({"left": peer(), "revoked": peer(), "stays": peer()})
+    sites.refused(news.Refused(name="revoked", code=news.NOT_ALLOWED, address="10.0.0.2:1", says="was revoked"))
+    sites.refused(news.Refused(name="never", code=news.LATER, address="10.0.0.2:1", says="was not known"))
+    sites.heard({"stays": peer()})
+    assert set(sites.seen) == {"left", "revoked", "stays", "never"}
+    clock.time += 200
+    sites.heard({"stays": peer()})
+    assert set(sites.seen) == {"left", "stays"}
+    clock.time += 86_400
+    sites.heard({"stays": peer()})
+    assert set(sites.seen) == {"stays"}
+
+
 def test_a_lost_connection_and_its_return_are_told_with_their_times():
     clock = Clock()
     link = HubLink("hub:8002", clock)
@@ -385,6 +628,25 @@ def test_folders_of_ended_jobs_go_but_the_newest_and_the_running_stay(tmp_path):
     assert all(path.exists() for path in kept)
     assert [path.exists() for path in done] == [False, False, False, True, True]
     assert (tmp_path / "startup").is_dir()
+
+
+def test_a_folder_whose_job_may_not_have_begun_stays(tmp_path):
+    ours = [job(tmp_path, number) for number in range(1, 4)]
+    os.utime(ours[0])
+    job_folders.remove_ended(tmp_path, kept=0)
+    assert [path.exists() for path in ours] == [True, False, False]
+
+
+def test_the_log_has_its_bound_on_a_full_disk_too(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    for part in range(2):
+        (tmp_path / "nvflare.log").write_text(f"part {part} " * 200)
+        assert logs.bound(tmp_path, most=1000)
+        assert logs.size(tmp_path) == 0
+    assert not logs.bound(tmp_path, most=1000)
 
 
 def test_the_log_has_a_bound_while_processes_write_to_it(tmp_path):
@@ -435,13 +697,15 @@ def test_the_hubs_state_is_found_from_its_port(hub, tmp_path, monkeypatch):
 # --- the parent, with a process in NVFlare's place -------------------------------------------------------------------
 
 CHILD = """
-import json, socket, sys, threading, time
+import json, os, socket, sys, threading, time
 wire = socket.socket(fileno=int(sys.argv[1]))
 for line in json.loads(sys.argv[2]):
     if isinstance(line, dict):
         wire.sendall(json.dumps(line).encode() + b"\\n")
     elif isinstance(line, str):
         print(line, flush=True)
+    elif line < 0:
+        os.kill(os.getpid(), -line)
     else:
         sys.exit(line)
     time.sleep(0.4)
@@ -454,12 +718,14 @@ wire.recv(1)
 def keep(monkeypatch):
     """A keeper's lines and status, where NVFlare's process does what it is told."""
 
-    def run(kit, script, *, stop_after=None):
+    def run(kit, script, *, stop_after=None, way=()):
+        way = iter(way)
+
         def nvflare(kit, socket, wire, authority=None):
             return [sys.executable, "-c", CHILD, str(wire), json.dumps(script)], {}
 
         monkeypatch.setattr(engine, "nvflare_command", nvflare)
-        monkeypatch.setattr(reaching, "hindrance", lambda kit: None)
+        monkeypatch.setattr(reaching, "hindrance", lambda kit: next(way, None))
         monkeypatch.setattr(keeper, "_OUT", 0.1)
         lines = []
 
@@ -468,7 +734,7 @@ def keep(monkeypatch):
             if stop_after is not None and stop_after in text:
                 found._signal = 15
 
-        found = Keeper(kit, socket=Path("/nowhere"), say=say)
+        found = Keeper(kit, socket=None if kits.is_hub(kit) else Path("/nowhere"), say=say)
         return found.run(), lines, engine_state.read(kit)
 
     return run
@@ -509,6 +775,58 @@ def test_a_name_in_use_elsewhere_is_told_once_and_tried_again(kit, keep):
     assert status == 143
     assert [line for line in lines if "in use from another place" in line] == [lines[1]]
     assert lines[-1].startswith("stopping")
+
+
+def test_that_a_name_is_in_use_is_told_again_after_a_minute_and_after_a_connection(kit, monkeypatch):
+    lines, now = [], [1000.0]
+    found = Keeper(kit, socket=Path("/nowhere"), say=lines.append)
+    monkeypatch.setattr(diary.time, "monotonic", lambda: now[0])
+    for _ in range(21):
+        assert found._turned_away(news.ELSEWHERE) == keeper._NOT_NOW
+        now[0] += 35.0
+    assert len(lines) == 11, "every second refusal is a minute later"
+    assert found._turned
+    found._take(news.Peers(peers={news.HUB: peer()}))
+    assert not found._turned, "its next start is told again"
+    found._turned_away(news.ELSEWHERE)
+    assert ["in use" in line for line in lines[-3:]] == [True, False, True]
+
+
+def test_a_site_that_gets_no_further_says_why_again_and_begins_anew(kit, keep, monkeypatch):
+    for module, name, value in ((keeper, "_LOOK", 0.3), (keeper, "_HALF_MADE", 2.5), (diary, "_SAY_AGAIN", 1.0)):
+        monkeypatch.setattr(module, name, value)
+    refused, silent = reaching.Hindrance("nobody listens"), reaching.Hindrance("no answer")
+    way = [None, refused, silent, silent]
+    _, lines, _ = keep(kit, [], stop_after="its engine is up", way=way[:1])
+    starts = []
+
+    def anew(self, original=Keeper._start):
+        starts.append(1)
+        original(self)
+        self._signal = 15 if len(starts) > 1 else 0
+
+    monkeypatch.setattr(Keeper, "_start", anew)
+    status, lines, _ = keep(kit, [], way=way)
+    assert status == 143
+    told = [
+        line.split(": ", 1)[1].partition(";")[0] for line in lines if line.startswith("not connected to the hub at")
+    ]
+    assert told[:2] == ["nobody listens", "no answer"]
+    assert told[2].startswith("its port answers in TLS, and the engine gets no further")
+    assert len(starts) == 2
+
+
+@pytest.mark.parametrize("where", ["hub", "site"])
+def test_an_engine_whose_nvflare_is_killed_says_so_and_is_to_be_started_again(
+    where, hub, kit, keep, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    folder = hub if where == "hub" else kit
+    (folder / "nvflare.log").write_text("2026-01-01 ERROR x of last week\n")
+    status, lines, state = keep(folder, [-9])
+    assert status == 4
+    assert lines[-1] == f"NVFlare's process ended by signal 9 (see {folder / 'nvflare.log'})"
+    assert state.state == "ended"
 
 
 def test_what_nvflare_died_of_is_one_line_and_its_status_says_whether_to_start_again(kit, keep):

@@ -9,12 +9,14 @@ import subprocess
 import time
 from datetime import UTC, datetime, timedelta
 
+import psutil
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from federation_processes import free_port
 
+from llmchain_fed import NVFlare
 from llmchain_fed.runtimes.nvflare import engine, engine_state, kits, registry
 
 pytestmark = pytest.mark.federation
@@ -117,6 +119,15 @@ def test_one_name_is_one_key_and_one_place(made, start, tmp_path):
     screen = (hub / "engine.log").read_text()
     assert "is out" not in screen, "neither the copy nor the stranger has put the first one out"
 
+    # and a federation that begins meanwhile takes both in: no peer is there, which only their engines can tell
+    said = []
+    with NVFlare(
+        made["admin"], sites=["a", "b"], socket=tmp_path / "hub.sock", startup=5.0, say=said.append
+    ) as runtime:
+        found = dict(runtime.call("hello", ["a", "b"], b"{}"))
+    assert ["its engine answers, its peer does not" in str(found[name]) for name in ("a", "b")] == [True, True], found
+    assert any(line.startswith("site a: is seen from two places") for line in said)
+
     # the first one ends: the copy, which waited, takes its place
     stopping = time.monotonic()
     first.terminate()
@@ -143,10 +154,19 @@ def test_a_revoked_site_is_put_out_and_cannot_come_back(made, start, tmp_path):
         "approved": registry.now(), "by": "me", "until": registry.now(),
     }  # fmt: skip
     registry.write(authority, registry.Registry(certificates=[registry.Certificate(**entry)]))
-    start(hub, authority=authority)
+    at_hub = start(hub, authority=authority)
     engine.wait_for_hub(b)
     site = start(b)
     wait_for(hub, "site b is connected")
+
+    # the authority's folder is away for a moment, as for a back-up: nobody is put out for it
+    authority.rename(tmp_path / "off-line")
+    wait_for(hub, "the authority's registry cannot be read", 30)
+    (tmp_path / "off-line").rename(authority)
+    wait_for(hub, "the authority's registry can be read again", 30)
+    assert site.poll() is None
+    assert "is out" not in (hub / "engine.log").read_text()
+
     revoked = registry.Certificate(**entry, revoked=registry.now(), why="laptop stolen")
     registry.write(authority, registry.Registry(certificates=[revoked]))
     began = time.monotonic()
@@ -156,3 +176,9 @@ def test_a_revoked_site_is_put_out_and_cannot_come_back(made, start, tmp_path):
     assert "the hub does not let this certificate in: it was revoked" in (b / "engine.log").read_text()
     again = start(b)
     assert again.wait(timeout=30) == 2
+
+    # NVFlare's process alone is killed: its supervisor is to start the engine again
+    (nvflare,) = psutil.Process(at_hub.pid).children()
+    nvflare.kill()
+    assert at_hub.wait(timeout=20) == 4
+    assert "NVFlare's process ended by signal 9 (see " in (hub / "engine.log").read_text()

@@ -19,6 +19,7 @@ from llmchain_fed.errors import ConfigError, TransportError
 from llmchain_fed.runtimes import frames
 from llmchain_fed.runtimes.nvflare import bridge as bridges
 from llmchain_fed.runtimes.nvflare import certificates, gathering, job, jobs, transport
+from llmchain_fed.runtimes.nvflare.engine_state import SeenSite
 from llmchain_fed.runtimes.nvflare.keeping.reaching import Hindrance
 from llmchain_fed.runtimes.nvflare.sites import Sites
 from llmchain_fed.runtimes.policy import Audit, Policy
@@ -365,17 +366,48 @@ def test_a_site_that_ends_the_job_is_found_by_name_and_the_others_work(start, qu
     assert len(engine.jobs) == 5, "it is left alone for a while"
 
 
-def test_what_the_hubs_engine_knows_of_a_site_keeps_it_out_and_is_said(start, quick, tmp_path, monkeypatch):
-    trouble = "it is seen from two places"
-    states = {"d": SimpleNamespace(trouble=trouble)}
-    monkeypatch.setattr(gathering.engine_state, "of_hub", lambda _: SimpleNamespace(sites=states), raising=False)
+@pytest.fixture
+def seen(monkeypatch):
+    """What the hub's engine wrote down of sites, to be changed."""
+    from llmchain_fed.runtimes.nvflare.engine_state import EngineState
+
+    state = EngineState(name="server", pid=1, started=1.0, written=1.0, state="running", says="", hub="localhost:1")
+    monkeypatch.setattr(gathering.engine_state, "of_hub", lambda _: state)
+    return state.sites
+
+
+def test_whoever_is_turned_away_under_a_name_takes_nothing_from_its_holder(start, quick, tmp_path, seen):
+    troubles = {"c": "another key came under its name", "d": "is seen from two places"}
+    seen |= {name: SeenSite(connected=True, since=1.0, trouble=trouble) for name, trouble in troubles.items()}
     engine = Engine(tmp_path)
+    runtime, said = start(engine)
+    assert ask(runtime) == dict.fromkeys("abcd", b"x")
+    assert engine.jobs == [["a", "b", "c", "d"]]
+    assert [said.count(f"site {name}: {trouble}") for name, trouble in troubles.items()] == [1, 1]
+
+
+def test_why_a_site_cannot_come_is_said_where_the_hubs_engine_knows_it(start, quick, tmp_path, seen):
+    trouble = "another key came under its name"
+    seen["d"] = SeenSite(trouble=trouble)
+    engine = Engine(tmp_path, d="away")
     runtime, said = start(engine)
     assert trouble in ask(runtime)["d"]
     assert engine.jobs == [["a", "b", "c"]]
     assert f"site d: {trouble}" in said
-    states.clear()
+    seen.clear()
+    engine.ill.clear()
+    time.sleep(0.01)
     assert ask(runtime)["d"] == b"x"
+
+
+def test_while_nobody_is_there_each_has_its_own_reason(start, quick, tmp_path, seen):
+    seen["b"] = SeenSite(trouble="another key came under its name")
+    engine = Engine(tmp_path, "ab", a="away", b="away")
+    runtime, said = start(engine, startup=0.1)
+    found = ask(runtime, "ab")
+    for why in found.values():
+        assert "a: it is not connected to the hub; b: another key came under its name" in why
+    assert any("waiting for a, b; giving up after" in line for line in said)
 
 
 def test_a_job_whose_process_at_the_hub_is_gone_is_replaced_within_the_call(start, quick, tmp_path):

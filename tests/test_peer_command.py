@@ -24,8 +24,9 @@ from llmchain_fed.cli import site as commands
 from llmchain_fed.errors import DataError, PolicyError, QuorumError, TransportError
 from llmchain_fed.federated.overlap import Overlap
 from llmchain_fed.runtimes import frames, heads, site_warnings
+from llmchain_fed.runtimes.overview import ask_status
 from llmchain_fed.runtimes.policy import Audit, Policy
-from llmchain_fed.runtimes.site import Site, ask_status, check_socket
+from llmchain_fed.runtimes.site import Site, check_socket
 from llmchain_fed.runtimes.site_log import SiteLog
 
 SLOW = TRAINING.replace(epochs=None, max_steps=9_000)

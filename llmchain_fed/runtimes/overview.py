@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import stat
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,6 @@ from llmchain_fed.untrusted import one_line
 
 Kind = Literal["federation", "kit", "peer"]
 _ANSWER = 5.0  # seconds for a peer to answer
-_WARNING = 30.0  # days before a certificate's end from which on that is a problem
 _SHORT = 300  # characters of a reason
 _DOING = {"hello": "to take part", "train": "to train", "evaluate": "to evaluate", "personal_state": "for its state"}
 _VERBS = {
@@ -205,7 +203,7 @@ def _certificate(report: Report, kit: Path, ends: float | None) -> None:
             return
     report.data["certificate_days_left"] = round(days, 1)
     report.lines.append(f"certificate of {kit.name}: {days:,.0f} days left")
-    if days < _WARNING:
+    if days < certificates.SOON.days:
         left = f"ends in {days:.0f} days" if days > 0 else f"ended {-days:.0f} days ago"
         report.problems.append(f"the certificate of {kit.name} {left}: renew it")
 
@@ -216,7 +214,7 @@ def _certificate(report: Report, kit: Path, ends: float | None) -> None:
 def _peer(path: Path) -> Report:
     report, now = Report("peer", str(path)), time.time()
     try:
-        found = _asked(path)
+        found = ask_status(path)
     except TransportError as error:
         report.problems.append(f"its peer does not answer: {one_line(error, _SHORT)}")
         return report
@@ -238,30 +236,17 @@ def _peer(path: Path) -> Report:
     return report
 
 
-def _asked(path: Path) -> heads.PeerStatus:
-    """What a peer says of itself.
+def ask_status(path: str | Path) -> heads.PeerStatus:
+    """What the peer that listens at a socket says of itself.
 
     Raises:
         TransportError: It does not answer in time, or what it answers is none of this.
     """
-    answers: list[bytes | Exception] = []
-
-    def ask() -> None:
-        try:
-            answers.append(frames.ask(path, frames.pack({"do": "status"})))
-        except Exception as error:  # raised in the thread that waits
-            answers.append(error)
-
-    asking = threading.Thread(target=ask, daemon=True)  # one that is stopped accepts a call, and then is silent
-    asking.start()
-    asking.join(_ANSWER)
-    if not answers:
+    try:
+        return heads.read_status(frames.ask(path, frames.pack({"do": "status"}), _ANSWER))
+    except frames.SilentError as error:
         msg = f"it has been silent for {_ANSWER:g} s: it is stopped, or its machine is overloaded."
-        raise TransportError(msg)
-    (answer,) = answers
-    if isinstance(answer, Exception):
-        raise answer if isinstance(answer, TransportError) else TransportError(f"{type(answer).__name__}: {answer}")
-    return heads.read_status(answer)
+        raise TransportError(msg) from error
 
 
 def _disk(report: Report, folder: Path) -> None:

@@ -332,12 +332,3 @@ def check_socket(path: str | Path) -> None:
         raise ConfigError(msg) from error
     if isinstance(reply, heads.Failed):
         raise ConfigError(str(failures.from_site(reply.error.model_dump())))
-
-
-def ask_status(path: str | Path) -> heads.PeerStatus:
-    """How the peer that answers at `path` says that it stands.
-
-    Raises:
-        TransportError: Nobody answers, or what answers is no peer.
-    """
-    return heads.read_status(frames.ask(path, frames.pack({"do": "status"})))

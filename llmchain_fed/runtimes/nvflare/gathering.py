@@ -51,7 +51,11 @@ class Gathering:
         return {name: last for name, last in self._session.connected().items() if now - last <= _FRESH}
 
     def able(self, names: Sequence[str]) -> list[str]:
-        """Those of these sites that a job may be tried with: not those that refused one, or make trouble."""
+        """Those of these sites that a job may be tried with: not those that refused one.
+
+        The hub's engine knows a name's trouble: it turned somebody away who came under it. That is said; whoever holds
+        the name and is connected is well, and stays in.
+        """
         state = None
         with suppress(ConfigError):  # what it wrote is read for a better word alone
             state = engine_state.of_hub(self._session.port)
@@ -59,11 +63,13 @@ class Gathering:
         for name in names:
             seen = state.sites.get(name) if state is not None else None
             trouble = seen.trouble if seen is not None else None
-            if trouble is not None:
+            if trouble is None:
+                self._told.pop(name, None)
+            elif self._told.get(name) != trouble:
+                self._told[name] = trouble
+                self._say(f"site {name}: {trouble}")
+            if trouble is not None and seen is not None and not seen.connected:
                 self._sites.missed(name, trouble)
-                if self._told.get(name) != trouble:
-                    self._told[name] = trouble
-                    self._say(f"site {name}: {trouble}")
             elif not self._sites.is_refused(name):
                 able.append(name)
         return able
@@ -80,9 +86,11 @@ class Gathering:
             absent = self._sites.names
             try:
                 heard = self.heard()
-                here, answered = self.able([name for name in self._sites.names if name in heard]), True
-                absent = [name for name in self._sites.names if name not in heard]
-                problem = f"none of the sites {', '.join(self._sites.names)} is connected to the hub."
+                here, answered = [name for name in self.able(self._sites.names) if name in heard], True
+                absent = [name for name in self._sites.names if name not in here and not self._sites.is_refused(name)]
+                problem = (
+                    f"no site can be in a job: {'; '.join(f'{n}: {self._sites.why(n)}' for n in self._sites.names)}."
+                )
             except TransportError as error:
                 problem = str(error)
             now = time.monotonic()
@@ -91,10 +99,7 @@ class Gathering:
             most = self._startup * (1.0 if here or not answered else _NOBODY)
             if here and (not absent or spent >= most):
                 return here
-            if not absent:
-                msg = f"no site can be in a job: {'; '.join(f'{n}: {self._sites.why(n)}' for n in self._sites.names)}."
-                raise TransportError(msg)
-            if spent >= most:
+            if not absent or spent >= most:
                 raise TransportError(problem)
             line = f"waiting for {', '.join(absent)}; " if answered else f"{problem} Waiting for it; "
             end = "going on without them" if here else "giving up"

@@ -25,13 +25,14 @@ from typing import Any
 
 from llmchain_fed import untrusted
 from llmchain_fed.runtimes.nvflare.keeping import news
-from llmchain_fed.runtimes.nvflare.keeping.guard import Guard, elsewhere
+from llmchain_fed.runtimes.nvflare.keeping.guard import Guard, Refusal, elsewhere
 
 _log = logging.getLogger(__name__)
 _EVERY = 2.0  # seconds between two reports
 _AGAIN = 10.0  # seconds between two looks at who is connected, for who may no longer be
 _WAITING = 200  # lines that the parent has not read
 _REFUSED = "llmchain_fed_refused"  # property of a handshake: why the hub does not let a site in
+_CODES = (news.ELSEWHERE, news.OTHER_KEY, news.NOT_ALLOWED, news.LATER)
 _INSTANCE = "llmchain_fed_process"  # property of a handshake: which process it is, of those that have one certificate
 
 
@@ -45,7 +46,7 @@ class Wire:
         self._lines: queue.Queue[bytes] = queue.Queue(maxsize=_WAITING)
         threading.Thread(target=self._write, daemon=True).start()
 
-    def tell(self, what: news.Peers | news.Refused | news.TurnedAway) -> None:
+    def tell(self, what: news.News) -> None:
         """Tells the parent, soon."""
         with suppress(queue.Full):
             self._lines.put_nowait(what.model_dump_json().encode() + b"\n")
@@ -81,6 +82,8 @@ class Door:
         self._lock = threading.RLock()
         self._managers: list[Any] = []
         self._named: Any = None
+        self._in_trouble = False
+        """whether the parent was told that the registry cannot be read"""
 
     def install(self) -> None:
         """Takes the place of two of the manager's methods; NVFlare has no hook before a former connection is closed."""
@@ -99,7 +102,7 @@ class Door:
 
     def named(self, manager: Any, connection: Any, data: dict[str, Any]) -> None:
         """A connection said whose it is; NVFlare holds that against its certificate afterwards."""
-        if self._guard is None and data.get(_REFUSED) in (news.ELSEWHERE, news.OTHER_KEY, news.NOT_ALLOWED):
+        if self._guard is None and data.get(_REFUSED) in _CODES and _is_hub(manager, connection):
             self._wire.tell(news.TurnedAway(code=data[_REFUSED]))
             return
         if self._guard is None or not _of_site(connection):
@@ -119,10 +122,10 @@ class Door:
             if refusal is None:
                 self._named(manager, connection, data)
                 return
-            self._turn_away(connection, *refusal)
-            raise CommError(CommError.ERROR, f"{whole} was not let in: {refusal[1]}")
+            self._turn_away(connection, refusal)
+            raise CommError(CommError.ERROR, f"{whole} was not let in: {refusal.says}")
 
-    def _refusal(self, manager: Any, connection: Any, whole: str, data: dict[str, Any]) -> tuple[int, str] | None:
+    def _refusal(self, manager: Any, connection: Any, whole: str, data: dict[str, Any]) -> Refusal | None:
         unknown = self._unknown(whole, connection)
         if unknown is not None:
             return unknown
@@ -132,29 +135,30 @@ class Door:
         former = manager.sfm_endpoints[whole].endpoint.get_prop(_INSTANCE)
         if not elsewhere(former, data.get(_INSTANCE), _silent(there[0])):
             return None
-        return news.ELSEWHERE, (
+        return Refusal(
+            news.ELSEWHERE,
             f"is seen from two places: {_address(there[0])}, which stays, and {_address(connection)}, which was "
-            "refused: its kit was copied, or its engine started twice. Ask its operator to stop one of them"
+            "refused: its kit was copied, or its engine started twice. Ask its operator to stop one of them",
         )
 
-    def _unknown(self, whole: str, connection: Any) -> tuple[int, str] | None:
+    def _unknown(self, whole: str, connection: Any) -> Refusal | None:
         """Whether the certificate may not come under its name; the hub's own processes have the hub's."""
         if self._guard is None or whole.split(".")[0] == news.HUB:
             return None
-        refusal = self._guard.refusal(_holder(connection), _fingerprint(connection), admin=_is_admin(whole))
-        if refusal is None:
-            return None
-        return (news.OTHER_KEY if refusal.startswith("another key") else news.NOT_ALLOWED), refusal
+        holder, session = _holder(connection), _is_admin(whole)
+        if session and "@" not in holder:  # a session's name is made up: NVFlare takes it with any certificate
+            return Refusal(news.NOT_ALLOWED, "came as an administrator, with a site's certificate")
+        return self._guard.refusal(holder, _fingerprint(connection), admin=session)
 
-    def _turn_away(self, connection: Any, code: int, says: str) -> None:
+    def _turn_away(self, connection: Any, refusal: Refusal) -> None:
         """Tells the site in a further handshake, which is how engines say something of themselves, and hangs up."""
         from nvflare.fuel.f3.sfm.constants import HandshakeKeys, Types
 
-        told = {HandshakeKeys.ENDPOINT_NAME: news.HUB, HandshakeKeys.TIMESTAMP: time.time(), _REFUSED: code}
+        told = {HandshakeKeys.ENDPOINT_NAME: news.HUB, HandshakeKeys.TIMESTAMP: time.time(), _REFUSED: refusal.code}
         connection.send_dict(Types.READY, 1, told)
         connection.conn.close()
-        name, says = untrusted.printable(_holder(connection), 200), untrusted.printable(says, 1900)
-        self._wire.tell(news.Refused(name=name, code=code, address=_address(connection), says=says))
+        name, says = untrusted.printable(_holder(connection), 200), untrusted.printable(refusal.says, 1900)
+        self._wire.tell(news.Refused(name=name, code=refusal.code, address=_address(connection), says=says))
 
     def report(self) -> None:
         """Tells again and again who is there, and puts out who may no longer be."""
@@ -165,6 +169,7 @@ class Door:
                 self._wire.tell(news.Peers(peers=self._peers()))
                 if self._guard is not None and time.monotonic() - looked >= _AGAIN:
                     looked = time.monotonic()
+                    self._look_at_registry(self._guard)
                     self._put_out()
             except Exception as error:  # of a connection that is being closed just now: the next look is another
                 _log.warning("who is connected could not be seen: %s", untrusted.printable(error, 300))
@@ -178,12 +183,24 @@ class Door:
             if (name == news.HUB if self._guard is None else _of_site(connection) and _is_engine(name))
         }
 
+    def _look_at_registry(self, guard: Guard) -> None:
+        trouble = guard.trouble()
+        if self._in_trouble == (trouble is not None):
+            return
+        self._in_trouble = trouble is not None
+        says = (
+            "the authority's registry can be read again"
+            if trouble is None
+            else f"{untrusted.printable(trouble, 1500)} Until it can, who was in it stays and comes back, others wait"
+        )
+        self._wire.tell(news.Notice(says=says))
+
     def _put_out(self) -> None:
         for name, connection in self._there():
             if _of_site(connection):
                 unknown = self._unknown(name, connection)
-                if unknown is not None:
-                    self._turn_away(connection, *unknown)
+                if unknown is not None and unknown.code != news.LATER:
+                    self._turn_away(connection, unknown)
 
     def _there(self) -> Iterator[tuple[str, Any]]:
         for manager in list(self._managers):
@@ -204,6 +221,21 @@ def _of_site(connection: Any) -> bool:
 
     connector = connection.conn.connector
     return bool(connector.mode == Mode.PASSIVE and is_mtls_connection(connector.params))
+
+
+def _is_hub(manager: Any, connection: Any) -> bool:
+    """At a site: whether this engine dialled it, and its certificate is the hub's; anybody may dial this engine."""
+    from nvflare.fuel.f3.cellnet.identity import is_mtls_connection
+    from nvflare.fuel.f3.drivers.connector_info import Mode
+
+    connector = connection.conn.connector
+    if connector.mode != Mode.ACTIVE or not is_mtls_connection(connector.params):
+        return False
+    try:
+        manager.identity_resolver.require_match(news.HUB, _holder(connection), connection.get_name())
+    except ValueError:
+        return False
+    return True
 
 
 def _is_admin(name: str) -> bool:

@@ -14,6 +14,7 @@ from typing import Literal
 from llmchain_fed.runtimes.nvflare import engine_state
 from llmchain_fed.runtimes.nvflare.keeping.standing import HubLink, Sites
 
+_SAY_AGAIN = 60.0  # seconds after which it is said again for what it waits
 State = Literal["starting", "waiting", "running", "stopping", "ended"]
 
 
@@ -37,11 +38,21 @@ class Diary:
         """seconds since the epoch"""
         self._kit, self._name, self._hub, self._say, self._sites, self._link = kit, name, hub, say, sites, link
         self._started, self._says, self._unwritten = time.time(), "starts", False
+        self._repeated: tuple[str, float] = ("", 0.0)
+        """what `repeat` said last, and when"""
 
     def tell(self, state: State, says: str) -> None:
         """Says it, and writes it down."""
+        self._repeated = ("", 0.0)
         self._say(says)
         self.write(state, says)
+
+    def repeat(self, state: State, says: str) -> None:
+        """Tells what lasts: once a minute, and when something else was told meanwhile."""
+        last, at = self._repeated
+        if says != last or time.monotonic() - at >= _SAY_AGAIN:
+            self.tell(state, says)
+            self._repeated = (says, time.monotonic())
 
     def write(self, state: State | None = None, says: str | None = None) -> None:
         """Writes down what is so now; that it cannot be written is said once, and stops nothing."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 KEPT = 3
 """of ended jobs"""
+_YOUNG = 600.0  # seconds in which a folder may be of a job whose process is not there yet
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _LARGEST = 2**20  # bytes of a job's description
 _STORES = ("storage/jobs", "storage/snapshots")
@@ -31,7 +33,8 @@ def remove_ended(kit: Path, running: Iterable[str] = (), *, kept: int = KEPT) ->
     busy = " ".join(running)
     gone: list[str] = []
     for folder in (kit, *(kit / store for store in _STORES)):
-        ended = [job for job in _jobs(folder) if job.name not in busy and _has_ended(job)]
+        old = [job for job in _jobs(folder) if time.time() - _when(job) > _YOUNG]
+        ended = [job for job in old if job.name not in busy and _has_ended(job)]
         for job in sorted(ended, key=_when, reverse=True)[kept:]:
             shutil.rmtree(job, ignore_errors=True)
             if not job.exists() and job.name not in gone:

@@ -7,7 +7,6 @@ screens: each line goes to whoever was given. It stays small: no torch, and NVFl
 from __future__ import annotations
 
 import os
-import queue
 import selectors
 import signal
 import socket as sockets
@@ -26,13 +25,14 @@ from llmchain_fed.runtimes.nvflare import certificates, engine, engine_state, ki
 from llmchain_fed.runtimes.nvflare.keeping import job_folders, logs, news, reaching
 from llmchain_fed.runtimes.nvflare.keeping.diary import Diary
 from llmchain_fed.runtimes.nvflare.keeping.guard import Guard
-from llmchain_fed.runtimes.nvflare.keeping.standing import HubLink, Sites
+from llmchain_fed.runtimes.nvflare.keeping.standing import TURNED_AWAY, HubLink, Sites
 
 LASTING, AGAIN = 2, 4
 """statuses with which it ends by itself: mend what the line says, or start it again"""
 _TICK, _WRITE, _HOUR, _DAY = 0.3, 10.0, 3600.0, 86_400.0  # seconds
-_SAY_AGAIN = 60.0  # seconds after which it is said again for what it waits
 _PROBE = 3.0  # seconds between two attempts to reach the hub
+_LOOK = 20.0  # seconds between two looks why a site's engine, which tries by itself, is not connected
+_HALF_MADE = 90.0  # seconds after which one that was never connected is started anew
 _PATIENCE = 6.0  # seconds for children to end
 _OUT = 25.0  # seconds after which a site whose name is in use tries again
 _NOT_NOW = -1
@@ -64,6 +64,10 @@ class Keeper:
         self._wire: sockets.socket | None = None
         self._heard = b""
         self._next: dict[str, float] = {}
+        self._logged = 0
+        """byte of the log at which NVFlare's process began to write"""
+        self._was_in = self._turned = self._open = False
+        """whether NVFlare's process was connected; the hub turned its former one away; the way to the hub was open"""
 
     def run(self) -> int:
         """The status of the command: 130 or 143 once it was told to stop, `LASTING` or `AGAIN` if it cannot go on.
@@ -94,7 +98,8 @@ class Keeper:
     def _once(self) -> int | None:
         """From the wait for the hub to the end of NVFlare's process; None for another time, or if it was stopped.
 
-        One that is not let in is ended: NVFlare would be half made if it had to wait for longer than 30 seconds.
+        One that is not let in, or does not get through, is ended: NVFlare is half made if it has to wait for longer
+        than 30 seconds.
         """
         if not self._hub:
             self._wait_for_hub()
@@ -138,28 +143,17 @@ class Keeper:
             self._say(f"warning: {warning}")
 
     def _wait_for_hub(self) -> None:
-        said, until = "", 0.0
         while not self._signal:
             found = self._probe()
             if found is None:
                 return
             if found.lasting:
                 raise ConfigError(found.says + ".")
-            if found.says != said or time.monotonic() >= until:
-                said, until = found.says, time.monotonic() + _SAY_AGAIN
-                self._diary.tell("waiting", f"{found.says}; waiting")
+            self._diary.repeat("waiting", f"{found.says}; waiting")
             self._sleep(_PROBE)
 
     def _probe(self) -> reaching.Hindrance | None:
-        """Whether the hub can be reached, by a thread, so that a signal need not wait for it."""
-        found: queue.SimpleQueue[reaching.Hindrance | None] = queue.SimpleQueue()
-        threading.Thread(target=lambda: found.put(reaching.hindrance(self._kit)), daemon=True).start()
-        for _ in range(int(15 / _TICK)):
-            if self._signal:
-                break
-            with suppress(queue.Empty):
-                return found.get(timeout=_TICK)
-        return reaching.Hindrance(f"{self._where} did not answer within 15 s")
+        return reaching.look(self._kit, is_stopped=lambda: bool(self._signal))
 
     def _sleep(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -170,6 +164,8 @@ class Keeper:
         ours, theirs = sockets.socketpair()
         command, variables = engine.nvflare_command(self._kit, self._socket, theirs.fileno(), self._authority)
         output = logs.open_file(self._kit)
+        self._logged, self._was_in, self._open = logs.size(self._kit), False, False
+        self._next |= {"look": time.monotonic() + _LOOK, "anew": time.monotonic() + _HALF_MADE}
         try:
             self._child = subprocess.Popen(  # noqa: S603 (this interpreter, no shell)
                 command, cwd=self._kit, env=os.environ | variables, stdin=subprocess.DEVNULL, stdout=output,
@@ -180,10 +176,8 @@ class Keeper:
             theirs.close()
         ours.settimeout(0)
         self._wire = ours
-        if "elsewhere" not in self._next:
-            ready = (
-                f"the hub's engine is up at port {self._where.rsplit(':', 1)[1]}" if self._hub else "its engine is up"
-            )
+        if not self._turned:
+            ready = f"the hub's engine is up at port {kits.address(self._kit)[1]}" if self._hub else "its engine is up"
             self._diary.tell("running", f"{ready} (process {self._child.pid}); its log is {self._kit / logs.FILE}")
 
     # --- while it runs ----------------------------------------------------------------------------------------------
@@ -204,7 +198,20 @@ class Keeper:
                     self._sleep(_TICK)  # who ends all processes at once ends this one as well
                     return None if self._signal else self._died(child.returncode)
                 self._regularly()
+                if not self._hub and not self._link.connected and time.monotonic() >= self._next["look"]:
+                    self._look()
+                    if not self._was_in and time.monotonic() >= self._next["anew"]:
+                        return _NOT_NOW
         return None
+
+    def _look(self) -> None:
+        """Says why there is no connection to the hub; NVFlare by itself tries for ever, without a word."""
+        found = self._probe()
+        self._next["look"] = time.monotonic() + _LOOK
+        why = found.says if found is not None else f"{reaching.NO_FURTHER} See {self._kit / logs.FILE}"
+        was_open, self._open = self._open, found is None
+        if not self._signal and (was_open or not self._open):  # a way that has just opened is tried in a moment
+            self._diary.repeat("running", f"not connected to the hub at {self._where}: {why}; trying again")
 
     def _hear(self, wire: sockets.socket) -> int | None:
         try:
@@ -225,18 +232,23 @@ class Keeper:
                     return status
         return None
 
-    def _take(self, told: news.Peers | news.Refused | news.TurnedAway) -> int | None:
+    def _take(self, told: news.News) -> int | None:
         if isinstance(told, news.TurnedAway):
             return self._turned_away(told.code)
         lines = []
-        if isinstance(told, news.Refused):
+        if isinstance(told, news.Notice):
+            lines = [told.says]
+        elif isinstance(told, news.Refused):
             lines = self._sites.refused(told)
         elif self._hub:
             lines = self._sites.heard(told.peers)
         else:
             line = self._link.heard(told.peers)
             lines = [line] if line else []
-            if line and not self._link.connected:
+            if self._link.connected:
+                self._was_in, self._turned, self._open = True, False, False
+            elif line:
+                self._next["look"] = time.monotonic() + _LOOK
                 found = self._probe()
                 lines = [f"{line}: {found.says if found else 'the hub answers again'}; NVFlare tries again"]
         for line in lines:
@@ -244,26 +256,17 @@ class Keeper:
         return None
 
     def _turned_away(self, code: int) -> int | None:
-        mark = kits.fingerprint(self._kit / "startup" / "client.crt")
-        if code == news.ELSEWHERE:
-            if time.monotonic() >= self._next.get("elsewhere", 0.0):
-                self._diary.tell(
-                    "waiting",
-                    f"this site's name is in use from another place: the kit {self._name} was copied, or its engine "
-                    "runs on another machine as well. Stop one of them; waiting",
-                )
-            self._next["elsewhere"] = time.monotonic() + _SAY_AGAIN
+        why = TURNED_AWAY.get(code, TURNED_AWAY[news.NOT_ALLOWED]).format(name=self._name)
+        if code in (news.ELSEWHERE, news.LATER):
+            self._turned = True
+            self._diary.repeat("waiting", f"{why}; waiting")
             return _NOT_NOW
-        why = (
-            f"the hub knows another key under the name {self._name} and does not let this one in"
-            if code == news.OTHER_KEY
-            else "the hub does not let this certificate in: it was revoked, replaced, or never in its list"
-        )
+        mark = kits.fingerprint(self._kit / "startup" / "client.crt")
         self._diary.tell("ended", f"{why}. Tell the hub's operator this kit's fingerprint, by telephone: {mark}")
         return LASTING
 
     def _died(self, status: int) -> int:
-        error = logs.last_error(self._kit)
+        error = logs.last_error(self._kit, self._logged) if status >= 0 else ""  # a signal is nobody's error
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         self._diary.tell(
             "ended", f"NVFlare's process ended {how}{': ' + error if error else ''} (see {self._kit / logs.FILE})"
@@ -276,7 +279,8 @@ class Keeper:
             self._next["write"] = now + _WRITE
             self._tree = self._members()
             self._diary.write()
-            logs.bound(self._kit)
+            if logs.bound(self._kit):
+                self._logged = 0
         if now >= self._next.get("tidy", 0.0):
             self._tidy()
         if now >= self._next.get("warn", 0.0):

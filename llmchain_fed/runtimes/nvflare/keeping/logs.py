@@ -64,29 +64,49 @@ def open_file(kit: Path) -> int:
     return os.open(kit / FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o600)
 
 
-def bound(kit: Path, most: int = BOUND) -> None:
-    """Moves what is in the logs to others, when it is large: by copying, as processes have them open."""
+def size(kit: Path) -> int:
+    """Bytes that are in the file now."""
+    with suppress(OSError):
+        return (kit / FILE).stat().st_size
+    return 0
+
+
+def bound(kit: Path, most: int = BOUND) -> bool:
+    """Moves what is in the logs to others, when it is large; whether `FILE` was emptied by that."""
+    emptied = False
     for path in (kit / FILE, kit / _AUDIT):
-        with suppress(OSError):  # a full disk: the next time
+        with suppress(OSError):  # it is not there, or none of ours
             if path.stat().st_size > most:
                 _shift(path)
+                emptied = emptied or path.name == FILE
+    return emptied
 
 
 def _shift(path: Path) -> None:
-    """FILE.1 becomes FILE.2, FILE becomes FILE.1."""
-    for number in range(_KEPT, 0, -1):
-        former = path.with_name(f"{path.name}.{number - 1}") if number > 1 else path
-        if former.exists():
-            later = path.with_name(f"{path.name}.{number}")
-            shutil.copyfile(former, later)
-            later.chmod(0o600)
+    """FILE.1 becomes FILE.2, and FILE is copied to FILE.1 and emptied, as processes have it open.
+
+    It is emptied also where there is no room for the copy: a full disk gets no emptier by a log that grows.
+    """
+    first = path.with_name(f"{path.name}.1")
+    with suppress(OSError):
+        for number in range(_KEPT, 1, -1):
+            former = path.with_name(f"{path.name}.{number - 1}")
+            if former.exists():
+                former.replace(path.with_name(f"{path.name}.{number}"))
+        shutil.copyfile(path, first)
+        first.chmod(0o600)
     os.truncate(path, 0)
 
 
-def last_error(kit: Path) -> str:
-    """The last line that tells of an error; empty if there is none."""
+def last_error(kit: Path, since: int = 0) -> str:
+    """The last line that tells of an error; empty if there is none.
+
+    Args:
+        kit: Whose.
+        since: byte of the file at which to begin: what stands before it is another process's.
+    """
     with suppress(OSError), (kit / FILE).open("rb") as file:
-        file.seek(max(os.fstat(file.fileno()).st_size - _LAST, 0))
+        file.seek(max(os.fstat(file.fileno()).st_size - _LAST, since))
         lines = file.read(_LAST).decode(errors="replace").splitlines()
         told = [line for line in lines if " ERROR " in line or "Error: " in line or " CRITICAL " in line]
         return untrusted.one_line(told[-1], 500) if told else ""

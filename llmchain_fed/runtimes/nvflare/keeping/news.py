@@ -12,7 +12,7 @@ from pydantic import Field
 from llmchain_fed import untrusted
 from llmchain_fed.errors import TransportError
 
-ELSEWHERE, OTHER_KEY, NOT_ALLOWED = 1, 2, 3
+ELSEWHERE, OTHER_KEY, NOT_ALLOWED, LATER = 1, 2, 3, 4
 """why the hub does not let a site in, as it tells that site"""
 HUB = "server"
 """what the engine calls the hub"""
@@ -54,7 +54,18 @@ class TurnedAway(untrusted.Strict):
     code: int
 
 
-def read(line: bytes) -> Peers | Refused | TurnedAway:
+class Notice(untrusted.Strict):
+    """At the hub: what its operator should know, in a sentence."""
+
+    kind: Literal["notice"] = "notice"
+    says: _Text
+
+
+News = Peers | Refused | TurnedAway | Notice
+_KINDS: dict[str, type[News]] = {"refused": Refused, "turned away": TurnedAway, "notice": Notice}
+
+
+def read(line: bytes) -> News:
     """A line.
 
     Raises:
@@ -62,8 +73,5 @@ def read(line: bytes) -> Peers | Refused | TurnedAway:
     """
     what = "what the engine's process told"
     found = untrusted.read_json(line, most=LONGEST, what=what, error=TransportError)
-    if found.get("kind") == "refused":
-        return untrusted.checked(Refused, found, what=what, error=TransportError)
-    if found.get("kind") == "turned away":
-        return untrusted.checked(TurnedAway, found, what=what, error=TransportError)
-    return untrusted.checked(Peers, found, what=what, error=TransportError)
+    kind = _KINDS.get(str(found.get("kind")), Peers) if isinstance(found, dict) else Peers
+    return untrusted.checked(kind, found, what=what, error=TransportError)

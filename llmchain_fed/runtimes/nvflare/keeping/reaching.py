@@ -6,23 +6,29 @@ Knows DNS, TCP, TLS and a kit's certificates. Knows nothing of engines; whether 
 from __future__ import annotations
 
 import os
+import queue
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmchain_fed import untrusted
+from llmchain_fed.errors import ConfigError
 from llmchain_fed.runtimes.nvflare import kits
 
+NO_FURTHER = "its port answers in TLS, and the engine gets no further: does a proxy or firewall hold back websockets?"
+"""where there is no hindrance, and no connection either"""
 SECONDS = 4.0  # for a name, and again for a connection: together with TLS it stays below ten
 _TLS = 1.5  # seconds for a handshake, and again for whose certificate it was
 _ISSUED_ELSEWHERE = (18, 19, 20, 21, 24, 7)  # OpenSSL's verify codes: another authority signed it
 _NOT_YET, _EXPIRED = 9, 10
+_ALL, _TICK = 15.0, 0.3  # seconds for all of it, and between two looks whether to go on
+_EXCHANGED = 0.5  # seconds in which a kit's files may be exchanged by others
 _PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 
@@ -36,11 +42,18 @@ class Hindrance:
     """it stays until somebody mends it here: to wait is of no use"""
 
 
+class _KitError(Exception):
+    """Certificates or key of the kit cannot be read."""
+
+
 def hindrance(kit: Path) -> Hindrance | None:
     """Does what the site's engine does first: name, connection, TLS with the kit's certificate; None where all works.
 
+    Args:
+        kit: A site's, or the administrator's: who of the two reads this can mend different things.
+
     Raises:
-        ConfigError: It is no site's kit.
+        ConfigError: It is no such kit.
     """
     host, port = kits.address(kit)
     where = f"{host}:{port}"
@@ -59,7 +72,33 @@ def hindrance(kit: Path) -> Hindrance | None:
     except OSError as error:
         return Hindrance(f"{where} cannot be reached ({_words(error)})")
     with plain:
-        return _shake_hands(kit, plain, where)
+        try:
+            return _shake_hands(kit, plain, where)
+        except _KitError as error:
+            return Hindrance(f"the kit {kit} cannot be used ({error})", lasting=True)
+
+
+def look(kit: Path, *, is_stopped: Callable[[], bool]) -> Hindrance | None:
+    """As `hindrance`, by a thread, so that whoever is told to stop need not wait for it; what it raises is one as well.
+
+    Args:
+        kit: See there.
+        is_stopped: Whether to wait no longer.
+    """
+    found: queue.SimpleQueue[Hindrance | None] = queue.SimpleQueue()
+
+    def try_it() -> None:
+        try:
+            found.put(hindrance(kit))
+        except Exception as error:  # else it would be told as an answer that never came
+            found.put(Hindrance(_words(error).rstrip("."), lasting=isinstance(error, ConfigError)))
+
+    threading.Thread(target=try_it, daemon=True).start()
+    until = time.monotonic() + _ALL
+    while not is_stopped() and time.monotonic() < until:
+        with suppress(queue.Empty):
+            return found.get(timeout=_TICK)
+    return Hindrance(f"the hub did not answer within {_ALL:g} s")
 
 
 def proxy_ignored(kit: Path, environment: Mapping[str, str] = os.environ) -> str | None:
@@ -114,29 +153,56 @@ def _connect(addresses: list[Any]) -> socket.socket:
     raise last
 
 
-def _shake_hands(kit: Path, plain: socket.socket, where: str) -> Hindrance | None:
+def _context(kit: Path) -> ssl.SSLContext:
+    """For TLS as the engine does it.
+
+    Raises:
+        _KitError: The kit's certificates or key cannot be read.
+    """
     startup = kit / "startup"
-    context = ssl.create_default_context(cafile=str(startup / "rootCA.pem"))
-    context.check_hostname = False  # the engine pins the authority and the identity, not the address
-    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    context.load_cert_chain(startup / "client.crt", startup / "client.key")
-    plain.settimeout(_TLS)
-    address = plain.getpeername()[:2]
     try:
+        context = ssl.create_default_context(cafile=str(startup / "rootCA.pem"))
+        context.check_hostname = False  # the engine pins the authority and the identity, not the address
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        context.load_cert_chain(startup / "client.crt", startup / "client.key", password=lambda: "")
+    except OSError as error:  # of which ssl's are
+        raise _KitError(_words(error)) from error
+    return context
+
+
+def _shake_hands(kit: Path, plain: socket.socket, where: str) -> Hindrance | None:
+    """TLS over a connection.
+
+    Raises:
+        _KitError: The kit's certificates or key cannot be read.
+    """
+    try:
+        context = _context(kit)
+    except _KitError:
+        time.sleep(_EXCHANGED)
+        context = _context(kit)
+    try:
+        plain.settimeout(_TLS)
+        address = plain.getpeername()[:2]
         with context.wrap_socket(plain) as secure:
             secure.settimeout(0.3)
             with suppress(TimeoutError):  # TLS 1.3: a refusal of our certificate comes with the first read
                 secure.recv(1)
     except ssl.SSLCertVerificationError as error:
-        return _unverified(error, address, where)
+        return _unverified(error, address, where, at_hub=kits.is_admin(kit))
     except TimeoutError:
         return Hindrance(f"{where} takes connections but does not answer in TLS within {_TLS:g} s")
     except ssl.SSLError as error:
         reason = error.reason or str(error)
         if "ALERT" in reason:
+            whose, remedy = (
+                ("the administrator's", f"use a kit of the hub's authority in place of {kit}")
+                if kits.is_admin(kit)
+                else ("this site's", "ask its operator")
+            )
             return Hindrance(
-                f"the hub at {where} does not accept this site's certificate ({reason}): ask its operator whether the "
-                "authority was made anew, and whether its clock is right",
+                f"the hub at {where} does not accept {whose} certificate ({reason}): {remedy}; was the authority made "
+                "anew, and is the hub's clock right?",
                 lasting=True,
             )
         if reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "UNEXPECTED_MESSAGE"):
@@ -147,11 +213,15 @@ def _shake_hands(kit: Path, plain: socket.socket, where: str) -> Hindrance | Non
     return None
 
 
-def _unverified(error: ssl.SSLCertVerificationError, address: tuple[str, int], where: str) -> Hindrance:
+def _unverified(
+    error: ssl.SSLCertVerificationError, address: tuple[str, int], where: str, *, at_hub: bool
+) -> Hindrance:
     if error.verify_code == _EXPIRED:
+        who = "renew that of its kit, and start its engine again" if at_hub else "the hub's operator renews it"
         return Hindrance(
-            f"the certificate of the hub at {where} has expired by this machine's clock: the hub's operator renews it, "
-            "unless this clock is wrong"
+            f"the certificate of the hub at {where} has expired by this machine's clock: {who}, unless this clock is "
+            "wrong",
+            lasting=at_hub,  # a site waits for it; whoever can mend it is to be told
         )
     if error.verify_code == _NOT_YET:
         return Hindrance(f"the certificate of the hub at {where} is not valid yet: this machine's clock is behind")

@@ -14,6 +14,15 @@ from llmchain_fed.runtimes.nvflare.keeping import news
 SILENT = 15.0  # seconds: a site's engine is heard every four
 _FORGIVEN = 150.0  # seconds after its last refusal in which a trouble stands; NVFlare tries again every ten
 _MOST = 10_000  # names
+TURNED_AWAY = {
+    news.ELSEWHERE: "this site's name is in use from another place: the kit {name} was copied, or its engine runs on "
+    "another machine as well. Stop one of them",
+    news.OTHER_KEY: "the hub knows another key under the name {name} and does not let this one in",
+    news.NOT_ALLOWED: "the hub does not let this certificate in: it was revoked, replaced, or never in its list",
+    news.LATER: "the hub cannot look up now whether this certificate may come: its operator sees why",
+}
+"""what a site's operator is told when the hub does not let it in"""
+_DAY = 86_400.0  # seconds a site is out after which it is no longer told of
 
 
 class Sites:
@@ -51,6 +60,7 @@ class Sites:
                 lines.append(f"site {name} is out: {why}")
                 self.seen[name] = site.model_copy(update={"connected": False, "since": now})
         self._forgive(now)
+        self._forget(now)
         return lines
 
     def refused(self, told: news.Refused) -> list[str]:
@@ -65,10 +75,19 @@ class Sites:
         return [f"site {told.name}{' ' if told.code == news.ELSEWHERE else ': '}{told.says}"]
 
     def _forgive(self, now: float) -> None:
-        for name, (last, _) in list(self._refused.items()):
+        for name, (last, code) in list(self._refused.items()):
             if now - last >= _FORGIVEN:
                 del self._refused[name]
-                self.seen[name] = self.seen[name].model_copy(update={"trouble": None})
+                site = self.seen[name].model_copy(update={"trouble": None})
+                self.seen[name] = site
+                if not site.connected and (site.since is None or code == news.NOT_ALLOWED):
+                    del self.seen[name]  # it was never in, or is so no more
+
+    def _forget(self, now: float) -> None:
+        """A site that left for good is nobody's problem for ever."""
+        for name, site in list(self.seen.items()):
+            if not site.connected and name not in self._refused and now - (site.since or 0.0) >= _DAY:
+                del self.seen[name]
 
 
 class HubLink:
