@@ -78,7 +78,7 @@ class Link:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._listener = path, frames.listen(path)
+        self._listener = frames.listen(path)
         self._expected: set[str] | None = None
         """submissions whose bridges are talked to; None: whichever, as those of a driver that was killed"""
         self._bridges: dict[str, _Bridge] = {}
@@ -121,7 +121,7 @@ class Link:
             Of each node its answer, or why there is none; a `JobLostError` where its job's bridge went away.
 
         Raises:
-            JobLostError: There is no bridge, or all went away.
+            JobLostError: There is no bridge.
         """
         with self._changed:
             bridges, former = list(self._bridges.values()), set(self._former)
@@ -138,7 +138,6 @@ class Link:
                 answers[node] = TransportError("it is not connected to the hub: it was not when this job began.")
             else:
                 routes.setdefault(bridge, []).append(node)
-        lost: list[JobLostError] = []
 
         def carry(bridge: _Bridge, asked: list[str]) -> None:
             nobody = TransportError("the engine gave no answer for it.")
@@ -147,7 +146,6 @@ class Link:
                 answers.update({node: found.get(node, nobody) for node in asked})
             except JobLostError as error:
                 self._forget(bridge)
-                lost.append(error)
                 answers.update(dict.fromkeys(asked, error))
 
         try:
@@ -157,8 +155,6 @@ class Link:
             for bridge in routes:
                 self._forget(bridge)
             raise
-        if lost and len(lost) == len(routes):
-            raise lost[0]
         return [(node, answers[node]) for node in nodes]
 
     def release(self) -> None:
