@@ -24,7 +24,7 @@ import typer
 from supervisor import PROGRAM, UNITS, Unit
 from tiny import PAIRS
 
-from llmchain_fed import FederatedAveraging, History, LLMChain, locks, whole_folders
+from llmchain_fed import FederatedAveraging, History, LLMChain, locks, own_files, stopping, whole_folders
 from llmchain_fed.cli import console, federating
 from llmchain_fed.errors import (
     ChainFileError,
@@ -348,6 +348,34 @@ def test_a_signal_stops_with_a_line_and_the_same_command_goes_on(place, finished
         assert chain_and_history(place.out) == chain_and_history(finished.out)
 
 
+def stop_while(writes, folder):
+    """How a process ends that is told to stop while it writes for so many seconds, and what it left."""
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom llmchain_fed import stopping\n"
+        "stopping.SECONDS, stopping.LONGEST = 0.5, 2.0\n"
+        "try:\n"
+        " with stopping.stopping(lambda: None):\n"
+        "  with stopping.whole():\n"
+        "   print(1, flush=True)\n"
+        f"   for _ in range({int(writes * 20)}): time.sleep(0.05)\n"
+        "   Path(sys.argv[1]).touch()\n"
+        "  time.sleep(60)\n"
+        "except stopping.Stopped: sys.exit(7)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, folder / "written"], stdout=subprocess.PIPE)
+    assert process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    with process:
+        return process.wait(20), (folder / "written").exists()
+
+
+def test_what_is_being_written_is_written_to_its_end_within_the_supervisors_patience(tmp_path):
+    assert stopping.SECONDS < stopping.LONGEST < float(Unit("llmchain-fed-peer@.service", "x", {}).options["TimeoutStopSec"])
+    assert stop_while(1.2, tmp_path) == (7, True), "longer than what is otherwise cut off"
+    (tmp_path / "written").unlink()
+    assert stop_while(30.0, tmp_path) == (143, False)
+
+
 def test_a_library_that_does_not_come_back_is_cut_off(place, nursery):
     pid = place.at("load", "deaf", seconds=0.5)
     began = time.monotonic()
@@ -590,6 +618,43 @@ def test_what_another_process_is_writing_is_not_swept(tmp_path):
         assert (tmp_path / "chain" / "file").read_text() == "2"
     assert (tmp_path / "chain" / "file").read_text() == "1"
     assert [p.name for p in tmp_path.iterdir()] == ["chain"]
+
+
+def test_links_and_rights_that_a_user_gave_stay(make_chain, tmp_path):
+    """The chain on a large disk, for a group to read; whatever rounds come after."""
+    chain, disk, out = make_chain(lora=True), tmp_path / "disk", tmp_path / "out"
+    (disk / "chains").mkdir(parents=True)
+    out.mkdir()
+    (out / "chain").symlink_to("../disk/chains/mine")
+    (out / "history.json").symlink_to("../disk/history.json")
+    chain.save(out / "chain")
+    history(1).save(out / "history.json")
+    made = disk / "chains" / "mine"
+    made.chmod(0o2750)
+    (made / "chain.yaml").chmod(0o640)
+    (disk / "history.json").chmod(0o640)
+    chain.save(out / "chain")
+    history(2).save(out / "history.json")
+    assert (os.readlink(out / "chain"), os.readlink(out / "history.json")) == (
+        "../disk/chains/mine", "../disk/history.json",
+    )  # fmt: skip
+    modes = [p.stat().st_mode & 0o7777 for p in (made, made / "chain.yaml", disk / "history.json")]
+    assert list(map(oct, modes)) == ["0o2750", "0o640", "0o640"]
+    assert len(json.loads((disk / "history.json").read_text())["rounds"]) == 2
+    assert {p.name for p in (disk / "chains").iterdir()} == {"mine"}
+    assert {p.name for p in out.iterdir()} == {"chain", "history.json"}
+    LLMChain.load(out / "chain")
+
+
+def test_another_accounts_link_is_not_followed(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("only root can make another's link")
+    (tmp_path / "precious").write_text("x")
+    (tmp_path / "history.json").symlink_to("precious")
+    os.lchown(tmp_path / "history.json", 12345, 12345)
+    own_files.write_whole(tmp_path / "history.json", "mine")
+    assert (tmp_path / "precious").read_text() == "x"
+    assert (tmp_path / "history.json").read_text() == "mine"
 
 
 # --- histories and locks --------------------------------------------------------------------------------------------
