@@ -15,7 +15,7 @@ from llmchain_fed.errors import TransportError
 from llmchain_fed.runtimes import frames, heads
 from llmchain_fed.runtimes.nvflare import bridge as bridges
 from llmchain_fed.runtimes.nvflare import job
-from llmchain_fed.runtimes.nvflare.link import JobLostError, Link
+from llmchain_fed.runtimes.nvflare.link import JobLostError, Link, UnreachedError
 
 
 class Collab:
@@ -125,7 +125,7 @@ def test_a_call_that_cannot_be_begun_is_told_by_its_own_reason(connect, raised, 
 
     collab.get_clients = get_clients
     (_, answer), (_, error) = link.exchange(["a", "b"], b"x", 5.0)
-    assert (answer, type(error)) == (b"x", TransportError)
+    assert (answer, type(error)) == (b"x", UnreachedError)
     assert wanted.replace("_fed", "-fed") in str(error).replace("_fed", "-fed")
 
 
@@ -150,7 +150,7 @@ def test_where_all_jobs_are_lost_who_was_in_none_is_told_so(connect):
     bridge.channel.close()
     (_, lost), (_, never) = link.exchange(["a", "z"], b"x", 1.0)
     assert isinstance(lost, JobLostError)
-    assert type(never) is TransportError, "nobody waits for a job with it"
+    assert type(never) is UnreachedError, "nobody waits for a job with it"
 
 
 class Peer:

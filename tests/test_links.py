@@ -108,7 +108,6 @@ class Engine:
                 return
             time.sleep(0.05)
 
-
     def dies(self, driver):
         """Takes orders until one is deadly, or it is told to stop."""
         while True:
@@ -342,6 +341,16 @@ def test_what_is_found_later_does_not_replace_what_happened():
     sites.met("a")
     assert sites.there() == ["a"]
     assert sites.why("a") == "it is not connected to the hub"
+
+
+def test_a_sites_own_words_do_not_decide_whether_it_is_asked_again():
+    sites, now = Sites(["a", "b"]), time.time()
+    for name, unreached in (("a", False), ("b", True)):
+        sites.met(name)
+        sites.missed(name, "it is not connected, its engine has been silent", unreached=unreached)
+    assert sites.is_worth_asking("a", now - 5)
+    assert not sites.is_worth_asking("b", now - 5)
+    assert sites.is_worth_asking("b", now + 5)
 
 
 # --- jobs -----------------------------------------------------------------------------------------------------------

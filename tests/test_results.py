@@ -39,7 +39,10 @@ from llmchain_fed.errors import (
 )
 from llmchain_fed.federated.attendance import Attendance
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
+from llmchain_fed.federated.resuming import OtherExamplesError
+from llmchain_fed.runtimes import failures
 from llmchain_fed.runtimes.federation_file import FederationFile
+from llmchain_fed.runtimes.policy import AuditError
 
 FILE = """
 chain: start
@@ -202,6 +205,52 @@ def test_a_finished_federation_that_its_supervisor_starts_again_stays_as_it_is(d
     done.write(rounds=1)  # fewer than there are
     assert done.run(engine=False)[0] == 0
     assert digest(done.out) == {k.removeprefix("out/"): v for k, v in before.items() if k.startswith("out/")}
+
+
+@pytest.mark.parametrize(
+    ("former", "now", "named"),
+    [
+        ("max_steps: 1", "max_steps: 2", "training: "),
+        ("retries: 0", "aggregation: fedit", "aggregation: 'fedavg' there, 'fedit' here"),
+        ("[a, b]", "[a, c]", "sites: a, b there, a, c here"),
+        ("chain: start", "chain: other", "chain: "),
+        ("chain: start", "chain: translation", "chain: translation is not the one that it began with"),
+    ],
+)
+def test_the_rounds_of_another_federation_are_not_taken_for_this_ones(done, former, now, named):
+    from forked_federate import make_chain
+
+    make_chain(1).save(done.folder / "other")
+    text = done.file.read_text()
+    assert former in text
+    done.file.write_text(text.replace(former, now))
+    before = digest(done.out)
+    status, said = done.run(engine=False)
+    assert (status, len(said.splitlines())) == (2, 1), said
+    assert "holds the rounds of another federation (" in said
+    assert named in said
+    assert "Choose another `out`" in said
+    assert digest(done.out) == before
+    assert not federate_unit(done).starts_again(status)
+
+
+def test_what_may_change_of_a_finished_federation_does_not_make_it_another(done):
+    """A quorum, a deadline; the start chain's folder moved away; sites, if that is said."""
+    done.file.write_text(done.file.read_text().replace("retries: 0", "quorum: 2\ndeadline: 60"))
+    assert done.run(engine=False)[0] == 0
+    shutil.rmtree(done.folder / "start")
+    assert done.run(engine=False)[0] == 0
+    done.file.write_text(done.file.read_text().replace("[a, b]", "[a, b, c]"))
+    assert done.run(engine=False)[0] == 2
+    assert done._nursery.run("federate", done.file, "--members", "changed", engine=False)[0] == 0
+    (done.out / "start.json").write_text("{")
+    assert done._nursery.run("federate", done.file, "--members", "changed", engine=False)[0] == 0
+
+
+def test_a_log_on_a_full_disk_costs_no_status(place):
+    place.write(rounds=1)
+    assert place._nursery.run("federate", place.file, streams="/dev/full")[0] == 0
+    assert len(json.loads((place.out / "history.json").read_text())["rounds"]) == 1
 
 
 @pytest.mark.parametrize("lost", ["chain", "history.json", "shorter"])
@@ -370,7 +419,11 @@ def stop_while(writes, folder):
 
 
 def test_what_is_being_written_is_written_to_its_end_within_the_supervisors_patience(tmp_path):
-    assert stopping.SECONDS < stopping.LONGEST < float(Unit("llmchain-fed-peer@.service", "x", {}).options["TimeoutStopSec"])
+    assert (
+        stopping.SECONDS
+        < stopping.LONGEST
+        < float(Unit("llmchain-fed-peer@.service", "x", {}).options["TimeoutStopSec"])
+    )
     assert stop_while(1.2, tmp_path) == (7, True), "longer than what is otherwise cut off"
     (tmp_path / "written").unlink()
     assert stop_while(30.0, tmp_path) == (143, False)
@@ -416,7 +469,8 @@ def federation(records, **out):
     return SimpleNamespace(attendance=attendance, history=History(rounds))
 
 
-OTHER = ParticipantError("participant 'b' is not as it was (examples: 5 then, 6 now): …")
+OTHER = OtherExamplesError("participant 'b' is not as it was (examples: 5 then, 6 now): …")
+FULL = failures.from_site(failures.to_plain(AuditError("the audit file cannot be written: No space left (28)")))
 
 
 @pytest.mark.parametrize(
@@ -426,12 +480,20 @@ OTHER = ParticipantError("participant 'b' is not as it was (examples: 5 then, 6 
         ({"a": PolicyError("x"), "b": OTHER}, True),
         ({"a": PolicyError("x"), "b": TransportError("x")}, False),
         ({"b": ParticipantError("out of memory")}, False),
+        ({"b": ParticipantError("a site's words: it is not as it was")}, False),
+        ({"a": PolicyError("x"), "b": FULL}, False),
         ({}, False),
     ],
 )
-def test_too_few_by_lasting_causes_alone_is_not_tried_again(out, lasts):
-    with pytest.raises(typer.Exit if lasts else QuorumError), federating._lasting_causes(federation([], **out)):
+def test_too_few_by_lasting_causes_alone_is_not_tried_again(out, lasts, capsys):
+    fed = federation([], **out)
+    fed.round = 1
+    with pytest.raises(typer.Exit if lasts else QuorumError), federating._lasting_causes(fed, 100, "chain in x"):
         raise QuorumError
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(" not done: ")[2] for line in said[-1:]] == (
+        ["1 of 100 rounds; chain in x"] if lasts else []
+    )
 
 
 def test_who_is_missing_throughout_has_its_first_reason():

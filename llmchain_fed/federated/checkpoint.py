@@ -217,6 +217,20 @@ def read(directory: Path, number: int | None = None, limits: FileSizes | None = 
         raise _damaged(folder, "it does not fit into memory", others) from None
 
 
+def about(directory: Path) -> Mapping[str, Any]:
+    """All that is JSON of the newest checkpoint; its tensors are not looked at.
+
+    Raises:
+        CheckpointError: There is none, or its manifest is damaged.
+    """
+    folders = _folders(directory)
+    if not folders:
+        msg = f"there is no checkpoint in {shown(str(directory), 300)!r}."
+        raise CheckpointError(msg)
+    newest = max(folders)
+    return _manifest(folders[newest], newest, tuple(sorted(folders.keys() - {newest}))).about
+
+
 def _read(folder: Path, number: int, others: tuple[int, ...], limits: FileSizes) -> Checkpoint:
     content = _manifest(folder, number, others)
     if (folder / _PEOPLE).is_symlink():

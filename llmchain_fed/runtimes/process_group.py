@@ -170,7 +170,9 @@ def _beating() -> Heartbeat | None:
     others = range(LEADER + 1, dist.get_world_size()) if rank == LEADER else (LEADER,)
 
     def failed(error: Exception) -> None:
-        say(f"rank {rank} can watch the others no more ({type(error).__name__}: {shown(str(error), 300)}): {_UNWATCHED}")
+        say(
+            f"rank {rank} can watch the others no more ({type(error).__name__}: {shown(str(error), 300)}): {_UNWATCHED}"
+        )
 
     return Heartbeat(store, rank, others, gone=lambda: _closed(own), failed=failed)
 

@@ -19,7 +19,7 @@ from llmchain_fed.errors import TransportError
 from llmchain_fed.runtimes import failures, frames, heads
 from llmchain_fed.runtimes.nvflare.gathering import Gathering
 from llmchain_fed.runtimes.nvflare.job import write_job
-from llmchain_fed.runtimes.nvflare.link import JobLostError, Link
+from llmchain_fed.runtimes.nvflare.link import JobLostError, Link, UnreachedError
 from llmchain_fed.runtimes.nvflare.session import EngineSession
 from llmchain_fed.runtimes.nvflare.sites import Sites
 
@@ -128,7 +128,7 @@ class Jobs:
                 try:
                     if losses >= _LOSSES or time.monotonic() > until:
                         msg = f"It was lost {losses} times in a row; the hub's engine.log says what ends its process."
-                        raise TransportError(msg)  # noqa: TRY301 (as what waiting for it may raise)
+                        raise TransportError(msg)
                     self._recover(left, until)
                 except TransportError as hopeless:
                     found |= {node: TransportError(f"{reply} {hopeless}") for node, reply in lost}
@@ -183,7 +183,7 @@ class Jobs:
             if isinstance(reply, JobLostError):
                 unreached.append(name)
             elif isinstance(reply, Exception):
-                self._sites.missed(name, str(reply))
+                self._sites.missed(name, str(reply), unreached=isinstance(reply, UnreachedError))
                 unreached.append(name)
             elif (why := _trouble(reply)) is not None:
                 self._sites.missed(name, why)

@@ -26,6 +26,10 @@ class JobLostError(TransportError):
     """The job that a site was in has ended, or its process at the hub is gone: the site itself may be well."""
 
 
+class UnreachedError(TransportError):
+    """The hub's own engine says that it did not reach a site: what the site itself answers is never one."""
+
+
 class _Bridge:
     """The connection to one job's bridge."""
 
@@ -55,7 +59,8 @@ class _Bridge:
                         msg = f"it answers for {untrusted.shown(head.node)}, who was not asked or has answered"
                         raise TransportError(msg)
                     error = head.error
-                    answers[head.node] = failures.from_site(error.model_dump()) if error is not None else bytes(body)
+                    told_by_hub = UnreachedError(failures.from_site(error.model_dump())) if error is not None else None
+                    answers[head.node] = told_by_hub or bytes(body)
             except (OSError, EOFError, TransportError) as lost:
                 msg = f"the job's bridge went away ({type(lost).__name__}: {lost})."
                 raise JobLostError(msg) from lost
@@ -135,7 +140,7 @@ class Link:
             if bridge is None and node in former:
                 answers[node] = JobLostError("the job's bridge is not connected.")
             elif bridge is None:
-                answers[node] = TransportError("it is not connected to the hub: it was not when this job began.")
+                answers[node] = UnreachedError("it is not connected to the hub: it was not when this job began.")
             else:
                 routes.setdefault(bridge, []).append(node)
 
