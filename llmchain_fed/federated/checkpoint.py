@@ -218,17 +218,9 @@ def read(directory: Path, number: int | None = None, limits: FileSizes | None = 
 
 
 def about(directory: Path) -> Mapping[str, Any]:
-    """All that is JSON of the newest checkpoint; its tensors are not looked at.
-
-    Raises:
-        CheckpointError: There is none, or its manifest is damaged.
-    """
-    folders = _folders(directory)
-    if not folders:
-        msg = f"there is no checkpoint in {shown(str(directory), 300)!r}."
-        raise CheckpointError(msg)
-    newest = max(folders)
-    return _manifest(folders[newest], newest, tuple(sorted(folders.keys() - {newest}))).about
+    """All that is JSON of the newest checkpoint, of which there is one; `CheckpointError` if its manifest is damaged."""
+    newest, folder = max(_folders(directory).items())
+    return _manifest(folder, newest, tuple(n for n in rounds(directory) if n != newest)).about
 
 
 def _read(folder: Path, number: int, others: tuple[int, ...], limits: FileSizes) -> Checkpoint:

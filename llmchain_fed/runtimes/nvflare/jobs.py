@@ -113,9 +113,8 @@ class Jobs:
 
         That ends after `recovery` seconds, or after a few jobs: what is lost again each time would be so for ever.
         """
-        until = time.monotonic() + self._recovery
+        until, left, losses = time.monotonic() + self._recovery, list(nodes), 0
         found: dict[str, bytes | Exception] = {}
-        left, losses = list(nodes), 0
         while left:
             try:
                 replies = self._open().exchange(left, frame, seconds)
@@ -258,7 +257,7 @@ class Jobs:
 
     def _who_is_in(self, sites: Sequence[str]) -> str:
         """A job that runs: with whom, and with whom not, though the engine has them in it."""
-        there = [name for name in sites if name in self._sites.there()]
+        there = [name for name in self._sites.there() if name in sites]
         others = [f"{name}: {self._sites.why(name)}" for name in sites if name not in there]
         return f"a job runs, with {', '.join(there) or 'nobody'}" + (f"; not {'; '.join(others)}" if others else "")
 
