@@ -218,7 +218,7 @@ def read(directory: Path, number: int | None = None, limits: FileSizes | None = 
 
 
 def about(directory: Path) -> Mapping[str, Any]:
-    """All that is JSON of the newest checkpoint, of which there is one; `CheckpointError` if its manifest is damaged."""
+    """All JSON of the newest checkpoint, of which there is one; `CheckpointError` if the manifest is damaged."""
     newest, folder = max(_folders(directory).items())
     return _manifest(folder, newest, tuple(n for n in rounds(directory) if n != newest)).about
 
