@@ -17,13 +17,12 @@ _LONGEST = 20  # digits of a process id
 
 
 @contextmanager
-def hold(path: str | Path, what: str, *, over_exec: bool = False) -> Iterator[None]:
+def hold(path: str | Path, what: str) -> Iterator[None]:
     """Within, no other process can hold the same; killed, a process holds nothing any more.
 
     Args:
         path: A file that is made for it, and stays; its folder must be there.
         what: Is locked, for the message, such as "the folder 'out'".
-        over_exec: The lock outlives an exec, and is then held by whatever program this process becomes.
 
     Raises:
         ConfigError: Another process holds it, by its id; or there can be no lock.
@@ -39,7 +38,6 @@ def hold(path: str | Path, what: str, *, over_exec: bool = False) -> Iterator[No
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.set_inheritable(descriptor, over_exec)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         except BlockingIOError:

@@ -45,14 +45,14 @@ def write_whole(path: str | Path, content: str | bytes, *, mode: int = 0o666) ->
     """Writes a file that takes the former one's place only when it is on the disk; else the former one stays.
 
     Args:
-        path: Which; its folder must be there.
+        path: Which; its folder must be there. A link of this account's stays, and what it leads to is replaced.
         content: All of it; a text is written as UTF-8.
         mode: Permissions, of which the umask takes its part: 0o600 is for this account alone.
 
     Raises:
         OSError: It cannot be written; nothing has changed.
     """
-    path = Path(path)
+    path = behind(Path(path))
     scratch = path.with_name(f".{path.name[:_SHORT]}-{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     try:
@@ -70,12 +70,21 @@ def write_whole(path: str | Path, content: str | bytes, *, mode: int = 0o666) ->
 
 def sweep(path: str | Path) -> None:
     """Removes what killed processes left beside a file that they wrote; no other process may be writing it now."""
-    path = Path(path)
+    path = behind(Path(path))
     left = re.compile(rf"\.{re.escape(path.name[:_SHORT])}-[0-9a-f]{{16}}")
     for other in path.parent.iterdir() if path.parent.is_dir() else ():
         if left.fullmatch(other.name):
             with suppress(OSError):
                 other.unlink()
+
+
+def behind(path: Path) -> Path:
+    """What is to be replaced: where a link leads that this account made. One that is another's is replaced itself."""
+    path = path.absolute()
+    with suppress(OSError):
+        if path.is_symlink() and path.lstat().st_uid == os.geteuid():
+            return path.resolve()
+    return path
 
 
 def sync_folder(folder: Path) -> None:

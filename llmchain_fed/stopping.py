@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SECONDS = 8.0  # for all that is to be told and closed; whatever hangs then is cut off
+LONGEST = 15.0  # and with what is being written before: a supervisor kills after 20
+_TICK = 0.1
 
 
 class Stopped(KeyboardInterrupt):
@@ -68,7 +71,7 @@ def stopping(say: Callable[[], object]) -> Iterator[None]:
     read, write = os.pipe()
     os.set_blocking(write, False)
     over = threading.Event()
-    watch = threading.Thread(target=_watch, args=(read, say, over), name="stopping", daemon=True)
+    watch = threading.Thread(target=_watch, args=(read, say, over, ours), name="stopping", daemon=True)
     watch.start()
     former_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     heard = [number for number in _SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]  # nohup's stay
@@ -89,7 +92,11 @@ def stopping(say: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def whole() -> Iterator[None]:
-    """What is written within is written to its end: a signal to stop counts once it is done."""
+    """What is written within is written to its end: a signal to stop counts once it is done.
+
+    What takes longer than `LONGEST` after the signal is cut off: a supervisor would kill it soon after. Files that are
+    written whole are then the former ones, and the round is done again.
+    """
     state = _state if threading.current_thread() is threading.main_thread() else None
     if state is None:
         yield
@@ -103,16 +110,22 @@ def whole() -> Iterator[None]:
             state.raise_once()
 
 
-def _watch(read: int, say: Callable[[], object], over: threading.Event) -> None:
+def _watch(read: int, say: Callable[[], object], over: threading.Event, state: _State) -> None:
     while found := os.read(read, 1):
         if found[0] in _SIGNALS:
-            end = threading.Timer(
-                SECONDS, os._exit, [128 + found[0]]
-            )  # before it is said: a full pipe may hold that up
-            end.daemon = True
-            end.start()
+            # before it is said: a full pipe may hold that up
+            threading.Thread(target=_cut_off, args=(128 + found[0], over, state), name="the end", daemon=True).start()
             with suppress(Exception):
                 say()
             over.wait()
-            end.cancel()
             return
+
+
+def _cut_off(status: int, over: threading.Event, state: _State) -> None:
+    """Ends the process that has not ended by itself: so long after the signal, or after what was written to its end."""
+    began = idle = time.monotonic()
+    while not over.wait(_TICK):
+        now = time.monotonic()
+        idle = now if state.writing else idle
+        if now - idle > SECONDS or now - began > LONGEST:
+            os._exit(status)

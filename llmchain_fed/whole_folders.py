@@ -15,11 +15,12 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from llmchain_fed.own_files import sync_folder
+from llmchain_fed.own_files import behind, sync_folder
 
 _NEW, _OLD = "new", "old"
 _SHORT = 50  # characters of a name: the longest that a file system takes has 255 bytes
@@ -30,16 +31,18 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 def replaced(directory: Path) -> Iterator[Path]:
     """Gives a folder to fill, which takes the place of `directory` once it is on the disk.
 
-    What a killed process left of an earlier attempt is put right first.
+    A link stays, and what it leads to is replaced; folder and files are for whom those in their place were. What a
+    killed process left of an earlier attempt is put right first.
 
     Raises:
         OSError: It cannot be written. What was there is as it was, then and after whatever else is raised within.
     """
-    directory = directory.absolute()
+    directory = behind(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     put_right(directory)
     with _beside(directory, _NEW) as scratch:
         yield scratch
+        _as_open_as(directory, scratch)
         _sync(scratch)
         if not os.path.lexists(directory):
             scratch.rename(directory)
@@ -50,7 +53,7 @@ def replaced(directory: Path) -> Iterator[Path]:
 
 def put_right(directory: Path) -> None:
     """Brings the former folder back where a process was killed between two renames, and removes what others left."""
-    directory = directory.absolute()
+    directory = behind(directory)
     named = re.compile(rf"\.{re.escape(directory.name[:_SHORT])}-({_NEW}|{_OLD})-[0-9a-f]{{16}}")
     for path in sorted(directory.parent.iterdir()) if directory.parent.is_dir() else ():
         kind = found[1] if (found := named.fullmatch(path.name)) else None
@@ -112,6 +115,21 @@ def _swap(scratch: Path, directory: Path) -> None:
         except BaseException:
             former.rename(directory)
             raise
+
+
+def _as_open_as(former: Path, new: Path) -> None:
+    """Gives a folder, and what is in it, the group and the rights of what it will replace: a user may have set them."""
+    if former.is_symlink() or not former.is_dir():
+        return
+    for path in (new, *new.rglob("*")):
+        with suppress(FileNotFoundError):  # the former one had no such file
+            was, found = (former / path.relative_to(new)).lstat(), path.lstat()
+            if stat.S_IFMT(was.st_mode) != stat.S_IFMT(found.st_mode) or path.is_symlink():
+                continue
+            if was.st_gid != found.st_gid:
+                with suppress(PermissionError):  # this account is not in that group: it was another's to give
+                    os.chown(path, -1, was.st_gid)
+            path.chmod(stat.S_IMODE(was.st_mode))
 
 
 def _remove(path: Path) -> None:

@@ -82,7 +82,19 @@ def no_engine(*_, **__):
     raise AssertionError("the hub was asked")
 
 
-def child(*, log, arguments=(), do=None, out=None, sites="ab", engine=True, seconds=None, save=None, exchange=True):
+def child(
+    *,
+    log,
+    arguments=(),
+    do=None,
+    out=None,
+    sites="ab",
+    engine=True,
+    seconds=None,
+    save=None,
+    exchange=True,
+    streams=None,
+):
     """One attempt, in a process of its own; does not return.
 
     Args:
@@ -93,9 +105,11 @@ def child(*, log, arguments=(), do=None, out=None, sites="ab", engine=True, seco
         seconds: In the place of `stopping.SECONDS`.
         save: Instead of all that, saves two chains in turn to this folder for ever; a byte in this file for each.
         exchange: Whether the system can exchange two folders.
+        streams: Where it writes to, if not to the log.
     """
     status = 70
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    Path(log).touch()
+    descriptor = os.open(streams or log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     try:

@@ -48,6 +48,25 @@ def test_a_rank_is_silent_from_its_last_beat_on_and_one_that_is_not_watched_neve
     assert leader.unanswered < 0.4
 
 
+def test_a_store_that_fails_is_said_once_and_not_at_a_jobs_end(beating):
+    store, said, gone = dist.HashStore(), [], [False]
+    failing = []
+
+    class Failing:
+        def __getattr__(self, name):
+            if failing:
+                raise dist.DistNetworkError("reset")
+            return getattr(store, name)
+
+    leader = beating(Failing(), 0, [1], failed=said.append)
+    other = beating(Failing(), 1, [0], gone=lambda: gone[0], failed=said.append)
+    gone[0] = True
+    failing.append(True)
+    assert until(lambda: leader._closed.is_set() and other._closed.is_set())
+    assert list(map(str, said)) == ["reset"]
+    assert leader.silent(1) == 0, "nobody is watched from now on"
+
+
 def test_the_store_does_not_grow_with_time(beating):
     store = dist.HashStore()
     beating(store, 0, [1])

@@ -15,7 +15,7 @@ from llmchain_fed.errors import TransportError
 from llmchain_fed.runtimes import frames, heads
 from llmchain_fed.runtimes.nvflare import bridge as bridges
 from llmchain_fed.runtimes.nvflare import job
-from llmchain_fed.runtimes.nvflare.link import Link
+from llmchain_fed.runtimes.nvflare.link import JobLostError, Link, UnreachedError
 
 
 class Collab:
@@ -49,8 +49,9 @@ def connect(tmp_path_factory, monkeypatch):
     def start(answer, run="r"):
         collab = Collab(answer)
         monkeypatch.setattr(bridges, "collab", collab)
-        link = Link(tmp_path_factory.mktemp("l") / "hub.sock")
-        hub = bridges.Hub(str(link._path), run)
+        start.path = tmp_path_factory.mktemp("l") / "hub.sock"
+        link = Link(start.path)
+        hub = bridges.Hub(str(start.path), run)
         thread = threading.Thread(target=bridges.Hub.run, args=(hub,), daemon=True)
         thread.start()
         assert link.wait(5.0) == ["a", "b"]
@@ -100,6 +101,56 @@ def test_a_site_that_offers_another_bridge_is_its_own_trouble(connect):
     assert answer == b"x"
     assert str(error) == "it offers another bridge than the hub asks: both need one version of llmchain-fed."
     assert link.exchange(["a"], b"y", 5.0) == [("a", b"y")], "the job goes on"
+
+
+@pytest.mark.parametrize(
+    ("raised", "wanted"),
+    [
+        (TypeError("takes 1 positional arguments but 2 were given"), "both need one version of llmchain_fed"),
+        (RuntimeError("target a does not have method 'exchange'"), "both need one version of llmchain_fed"),
+        (RuntimeError("app server has no client 'b'"), "it is not connected to the hub (app server has no client 'b')"),
+        (OSError("cell is closed"), "it is not connected to the hub (cell is closed)"),
+        (TimeoutError(), "its engine has been silent for 5 s"),
+    ],
+)
+def test_a_call_that_cannot_be_begun_is_told_by_its_own_reason(connect, raised, wanted):
+    link = connect(echo)
+    (_, _, collab) = connect.ends[0]
+    inner = collab.get_clients
+
+    def get_clients(names):
+        if "b" in names:
+            raise raised
+        return inner(names)
+
+    collab.get_clients = get_clients
+    (_, answer), (_, error) = link.exchange(["a", "b"], b"x", 5.0)
+    assert (answer, type(error)) == (b"x", UnreachedError)
+    assert wanted.replace("_fed", "-fed") in str(error).replace("_fed", "-fed")
+
+
+def test_a_job_that_is_ended_while_sites_are_asked_is_no_sites_trouble(connect):
+    link = connect(echo)
+    (_, _, collab) = connect.ends[0]
+
+    def get_clients(names):
+        collab.is_aborted = True
+        msg = "run is aborted"
+        raise RuntimeError(msg)
+
+    collab.get_clients = get_clients
+    found = link.exchange(["a", "b"], b"x", 5.0)
+    assert [type(error) for _, error in found] == [JobLostError] * 2, "another job is begun for them"
+
+
+def test_where_all_jobs_are_lost_who_was_in_none_is_told_so(connect):
+    link = connect(lambda name, frame: (_ for _ in ()).throw(EOFError))
+    with link._changed:
+        (bridge,) = link._bridges.values()
+    bridge.channel.close()
+    (_, lost), (_, never) = link.exchange(["a", "z"], b"x", 1.0)
+    assert isinstance(lost, JobLostError)
+    assert type(never) is UnreachedError, "nobody waits for a job with it"
 
 
 class Peer:
@@ -238,6 +289,6 @@ def test_a_driver_that_goes_away_is_waited_for_from_then_on(connect, monkeypatch
 def test_strangers_at_the_socket_are_ignored(connect):
     link = connect(echo)
     for greeting in (b"", b"x", frames.pack({"run": "r"}), frames.pack({"run": "r", "sites": 3})):
-        with frames.dial(link._path) as stranger:
+        with frames.dial(connect.path) as stranger:
             stranger.send_bytes(greeting)
     assert link.exchange(["a"], b"x", 5.0) == [("a", b"x")]

@@ -56,6 +56,8 @@ class Engine:
 
     def __init__(self, folder, names="abcd", seconds=0.0, **ill):
         self.ill, self.begin, self.jobs, self.down = ill, 0.05, [], False
+        self.lost, self.deadly = 0, None
+        """how often a job's process at the hub was lost; by a frame with this in it"""
         self.peers = {name: Echo(seconds) for name in names}
         self.sites = {n: Site(p, OPEN, Audit(folder / f"{n}.jsonl")) for n, p in self.peers.items()}
         self.over = set()
@@ -98,10 +100,29 @@ class Engine:
             with suppress(TransportError, OSError, EOFError), frames.dial(path) as driver:
                 driver.send_bytes(frames.pack({"run": run, "sites": names}))
                 LOCAL.collab = collab
+                if self.deadly is not None:
+                    if self.dies(driver):
+                        continue
+                    return
                 hub._serve(driver, set(names))
                 self.over.add(number)
                 return
             time.sleep(0.05)
+
+    def dies(self, driver):
+        """Takes orders until one is deadly, or it is told to stop."""
+        while True:
+            order = driver.recv_bytes(frames.MAX_OUTER, 60.0)
+            head, frame = frames.read(order)
+            if self.deadly in bytes(frame):
+                self.lost += 1
+                time.sleep(0.05)
+                return True
+            if "nodes" not in head:
+                return False
+            for name in head["nodes"]:
+                driver.send_bytes(frames.pack({"node": name}, self.sites[name].answer(bytes(frame))))
+            driver.send_bytes(frames.pack({"do": "done"}))
 
 
 LOCAL = threading.local()
@@ -323,6 +344,16 @@ def test_what_is_found_later_does_not_replace_what_happened():
     assert sites.why("a") == "it is not connected to the hub"
 
 
+def test_a_sites_own_words_do_not_decide_whether_it_is_asked_again():
+    sites, now = Sites(["a", "b"]), time.time()
+    for name, unreached in (("a", False), ("b", True)):
+        sites.met(name)
+        sites.missed(name, "it is not connected, its engine has been silent", unreached=unreached)
+    assert sites.is_worth_asking("a", now - 5)
+    assert not sites.is_worth_asking("b", now - 5)
+    assert sites.is_worth_asking("b", now + 5)
+
+
 # --- jobs -----------------------------------------------------------------------------------------------------------
 
 
@@ -420,6 +451,34 @@ def test_a_job_whose_process_at_the_hub_is_gone_is_replaced_within_the_call(star
     bridge.channel.close()
     assert ask(runtime, op="train") == dict.fromkeys("abcd", b"x")
     assert any("job" in line and "another one begins" in line for line in said) or len(engine.jobs) == 2
+
+
+def test_a_job_that_is_lost_again_with_each_frame_is_given_up(start, quick, tmp_path):
+    engine = Engine(tmp_path)
+    engine.deadly = b"put"
+    runtime, _ = start(engine, recovery=60.0)
+    began = time.monotonic()
+    found = ask(runtime, op="train")
+    assert all("It was lost 4 times in a row" in why for why in found.values()), found
+    assert engine.lost == 4
+    assert time.monotonic() - began < 15
+
+
+def test_a_job_that_is_lost_again_is_not_tried_for_longer_than_recovery(start, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "_LOSSES", 10**6)
+    engine = Engine(tmp_path)
+    engine.deadly = b"put"
+    runtime, _ = start(engine, recovery=1.0)
+    began = time.monotonic()
+    assert "times in a row" in ask(runtime, op="train")["a"]
+    assert time.monotonic() - began < 8
+    assert engine.lost > 1
+
+
+def test_a_job_is_said_to_run_with_those_who_answer_in_it(start, quick, tmp_path):
+    runtime, said = start(Engine(tmp_path, d="no peer"))
+    ask(runtime)
+    assert said[-1].startswith("a job runs, with a, b, c; not d: its engine answers, its peer does not")
 
 
 def test_an_engine_that_is_out_of_reach_is_one_error_and_said(start, quick, tmp_path):

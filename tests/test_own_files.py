@@ -78,7 +78,7 @@ def federate(make_chain, tmp_path, monkeypatch):
 def test_a_federations_files(umask, federate, tmp_path):
     federate()
     out, kept = modes(tmp_path / "out"), modes(tmp_path / "kept")
-    assert {out.pop(name) for name in ("history.json", "status.json", ".lock")} == {0o600}
+    assert {out.pop(name) for name in ("history.json", "status.json", "start.json", ".lock")} == {0o600}
     assert out["chain/chain.yaml"]
     assert {name: oct(mode) for name, mode in out.items() if mode & 0o044 != 0o044} == {}, "for who may read it"
     assert out["."] == 0o777 & ~umask

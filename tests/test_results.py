@@ -24,7 +24,7 @@ import typer
 from supervisor import PROGRAM, UNITS, Unit
 from tiny import PAIRS
 
-from llmchain_fed import FederatedAveraging, History, LLMChain, locks, whole_folders
+from llmchain_fed import FederatedAveraging, History, LLMChain, locks, own_files, stopping, whole_folders
 from llmchain_fed.cli import console, federating
 from llmchain_fed.errors import (
     ChainFileError,
@@ -39,7 +39,10 @@ from llmchain_fed.errors import (
 )
 from llmchain_fed.federated.attendance import Attendance
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
+from llmchain_fed.federated.resuming import OtherExamplesError
+from llmchain_fed.runtimes import failures
 from llmchain_fed.runtimes.federation_file import FederationFile
+from llmchain_fed.runtimes.policy import AuditError
 
 FILE = """
 chain: start
@@ -204,6 +207,52 @@ def test_a_finished_federation_that_its_supervisor_starts_again_stays_as_it_is(d
     assert digest(done.out) == {k.removeprefix("out/"): v for k, v in before.items() if k.startswith("out/")}
 
 
+@pytest.mark.parametrize(
+    ("former", "now", "named"),
+    [
+        ("max_steps: 1", "max_steps: 2", "training: "),
+        ("retries: 0", "aggregation: fedit", "aggregation: 'fedavg' there, 'fedit' here"),
+        ("[a, b]", "[a, c]", "sites: a, b there, a, c here"),
+        ("chain: start", "chain: other", "chain: "),
+        ("chain: start", "chain: translation", "chain: translation is not the one that it began with"),
+    ],
+)
+def test_the_rounds_of_another_federation_are_not_taken_for_this_ones(done, former, now, named):
+    from forked_federate import make_chain
+
+    make_chain(1).save(done.folder / "other")
+    text = done.file.read_text()
+    assert former in text
+    done.file.write_text(text.replace(former, now))
+    before = digest(done.out)
+    status, said = done.run(engine=False)
+    assert (status, len(said.splitlines())) == (2, 1), said
+    assert "holds the rounds of another federation (" in said
+    assert named in said
+    assert "Choose another `out`" in said
+    assert digest(done.out) == before
+    assert not federate_unit(done).starts_again(status)
+
+
+def test_what_may_change_of_a_finished_federation_does_not_make_it_another(done):
+    """A quorum, a deadline; the start chain's folder moved away; sites, if that is said."""
+    done.file.write_text(done.file.read_text().replace("retries: 0", "quorum: 2\ndeadline: 60"))
+    assert done.run(engine=False)[0] == 0
+    shutil.rmtree(done.folder / "start")
+    assert done.run(engine=False)[0] == 0
+    done.file.write_text(done.file.read_text().replace("[a, b]", "[a, b, c]"))
+    assert done.run(engine=False)[0] == 2
+    assert done._nursery.run("federate", done.file, "--members", "changed", engine=False)[0] == 0
+    (done.out / "start.json").write_text("{")
+    assert done._nursery.run("federate", done.file, "--members", "changed", engine=False)[0] == 0
+
+
+def test_a_log_on_a_full_disk_costs_no_status(place):
+    place.write(rounds=1)
+    assert place._nursery.run("federate", place.file, streams="/dev/full")[0] == 0
+    assert len(json.loads((place.out / "history.json").read_text())["rounds"]) == 1
+
+
 @pytest.mark.parametrize("lost", ["chain", "history.json", "shorter"])
 def test_results_that_are_gone_or_behind_are_written_from_the_checkpoint(done, lost):
     before = digest(done.out)
@@ -348,6 +397,38 @@ def test_a_signal_stops_with_a_line_and_the_same_command_goes_on(place, finished
         assert chain_and_history(place.out) == chain_and_history(finished.out)
 
 
+def stop_while(writes, folder):
+    """How a process ends that is told to stop while it writes for so many seconds, and what it left."""
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom llmchain_fed import stopping\n"
+        "stopping.SECONDS, stopping.LONGEST = 0.5, 2.0\n"
+        "try:\n"
+        " with stopping.stopping(lambda: None):\n"
+        "  with stopping.whole():\n"
+        "   print(1, flush=True)\n"
+        f"   for _ in range({int(writes * 20)}): time.sleep(0.05)\n"
+        "   Path(sys.argv[1]).touch()\n"
+        "  time.sleep(60)\n"
+        "except stopping.Stopped: sys.exit(7)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, folder / "written"], stdout=subprocess.PIPE)
+    assert process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    with process:
+        return process.wait(20), (folder / "written").exists()
+
+
+def test_what_is_being_written_is_written_to_its_end_within_the_supervisors_patience(tmp_path):
+    assert (
+        stopping.SECONDS
+        < stopping.LONGEST
+        < float(Unit("llmchain-fed-peer@.service", "x", {}).options["TimeoutStopSec"])
+    )
+    assert stop_while(1.2, tmp_path) == (7, True), "longer than what is otherwise cut off"
+    (tmp_path / "written").unlink()
+    assert stop_while(30.0, tmp_path) == (143, False)
+
+
 def test_a_library_that_does_not_come_back_is_cut_off(place, nursery):
     pid = place.at("load", "deaf", seconds=0.5)
     began = time.monotonic()
@@ -366,7 +447,7 @@ def test_a_library_that_does_not_come_back_is_cut_off(place, nursery):
         ("ContractError", 1, 3, "b has not taken part: ContractError: b is out"),
         ("TransportError", 1, 3, "b has not taken part: TransportError: b is out"),
         ("TransportError", 2, 4, "error: QuorumError"),
-        ("ContractError", 2, 2, "error: QuorumError"),
+        ("ContractError", 2, 3, "not done: 0 of 1 rounds"),
     ],
 )
 def test_the_status_says_whether_the_same_command_may_succeed_later(place, kind, quorum, status, says):
@@ -388,7 +469,8 @@ def federation(records, **out):
     return SimpleNamespace(attendance=attendance, history=History(rounds))
 
 
-OTHER = ParticipantError("participant 'b' is not as it was (examples: 5 then, 6 now): …")
+OTHER = OtherExamplesError("participant 'b' is not as it was (examples: 5 then, 6 now): …")
+FULL = failures.from_site(failures.to_plain(AuditError("the audit file cannot be written: No space left (28)")))
 
 
 @pytest.mark.parametrize(
@@ -398,12 +480,20 @@ OTHER = ParticipantError("participant 'b' is not as it was (examples: 5 then, 6 
         ({"a": PolicyError("x"), "b": OTHER}, True),
         ({"a": PolicyError("x"), "b": TransportError("x")}, False),
         ({"b": ParticipantError("out of memory")}, False),
+        ({"b": ParticipantError("a site's words: it is not as it was")}, False),
+        ({"a": PolicyError("x"), "b": FULL}, False),
         ({}, False),
     ],
 )
-def test_too_few_by_lasting_causes_alone_is_not_tried_again(out, lasts):
-    with pytest.raises(typer.Exit if lasts else QuorumError), federating._lasting_causes(federation([], **out)):
+def test_too_few_by_lasting_causes_alone_is_not_tried_again(out, lasts, capsys):
+    fed = federation([], **out)
+    fed.round = 1
+    with pytest.raises(typer.Exit if lasts else QuorumError), federating._lasting_causes(fed, 100, "chain in x"):
         raise QuorumError
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(" not done: ")[2] for line in said[-1:]] == (
+        ["1 of 100 rounds; chain in x"] if lasts else []
+    )
 
 
 def test_who_is_missing_throughout_has_its_first_reason():
@@ -590,6 +680,43 @@ def test_what_another_process_is_writing_is_not_swept(tmp_path):
         assert (tmp_path / "chain" / "file").read_text() == "2"
     assert (tmp_path / "chain" / "file").read_text() == "1"
     assert [p.name for p in tmp_path.iterdir()] == ["chain"]
+
+
+def test_links_and_rights_that_a_user_gave_stay(make_chain, tmp_path):
+    """The chain on a large disk, for a group to read; whatever rounds come after."""
+    chain, disk, out = make_chain(lora=True), tmp_path / "disk", tmp_path / "out"
+    (disk / "chains").mkdir(parents=True)
+    out.mkdir()
+    (out / "chain").symlink_to("../disk/chains/mine")
+    (out / "history.json").symlink_to("../disk/history.json")
+    chain.save(out / "chain")
+    history(1).save(out / "history.json")
+    made = disk / "chains" / "mine"
+    made.chmod(0o2750)
+    (made / "chain.yaml").chmod(0o640)
+    (disk / "history.json").chmod(0o640)
+    chain.save(out / "chain")
+    history(2).save(out / "history.json")
+    assert (os.readlink(out / "chain"), os.readlink(out / "history.json")) == (
+        "../disk/chains/mine", "../disk/history.json",
+    )  # fmt: skip
+    modes = [p.stat().st_mode & 0o7777 for p in (made, made / "chain.yaml", disk / "history.json")]
+    assert list(map(oct, modes)) == ["0o2750", "0o640", "0o640"]
+    assert len(json.loads((disk / "history.json").read_text())["rounds"]) == 2
+    assert {p.name for p in (disk / "chains").iterdir()} == {"mine"}
+    assert {p.name for p in out.iterdir()} == {"chain", "history.json"}
+    LLMChain.load(out / "chain")
+
+
+def test_another_accounts_link_is_not_followed(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("only root can make another's link")
+    (tmp_path / "precious").write_text("x")
+    (tmp_path / "history.json").symlink_to("precious")
+    os.lchown(tmp_path / "history.json", 12345, 12345)
+    own_files.write_whole(tmp_path / "history.json", "mine")
+    assert (tmp_path / "precious").read_text() == "x"
+    assert (tmp_path / "history.json").read_text() == "mine"
 
 
 # --- histories and locks --------------------------------------------------------------------------------------------

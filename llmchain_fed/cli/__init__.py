@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from contextlib import suppress
 
 from llmchain_fed.errors import LLMChainFedError
 from llmchain_fed.own_files import for_this_account_alone
@@ -58,6 +59,7 @@ def main() -> None:
         sys.exit(FAILED)
     except SystemExit as end:
         if end.code in (INTERRUPTED, TERMINATED):  # a thread that an engine left behind shall not hold it up
-            sys.stdout.flush()
+            with suppress(OSError, ValueError):  # a pipe that nobody reads, a full disk: it is a stop all the same
+                sys.stdout.flush()
             os._exit(int(end.code))
         raise

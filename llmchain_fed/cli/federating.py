@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,8 +13,11 @@ import typer
 
 from llmchain_fed.cli.chains import load
 from llmchain_fed.cli.console import INCOMPLETE, error_line, say
-from llmchain_fed.errors import ContractError, ParticipantError, PolicyError, QuorumError, TransportError
+from llmchain_fed.errors import ContractError, PolicyError, QuorumError, TransportError
 from llmchain_fed.stopping import Stopped, stopping
+from llmchain_fed.tracking.stderr import show
+
+_WAITS = re.compile(r"\b[Ww]aiting for |\bthe others wait ")  # of what a transport says: the rest has happened
 
 
 def federate(
@@ -25,8 +29,9 @@ def federate(
     """Runs the rounds of a federation at the hub, and saves the trained chain and the history.
 
     Started again it goes on after the last whole round; a federation that is finished says so. Exit status: 0 all as
-    asked; 2 it cannot be done as asked, mend what the line says; 3 the rounds are done, but a site was refused or
-    missing throughout; 4 out of reach or too few, the same command may succeed later; 130, 143 stopped.
+    asked; 2 it cannot be done as asked, mend what the line says; 3 a site was refused or missing throughout: the last
+    line says whether the rounds are done all the same, or too few sites are left for them; 4 out of reach or too few,
+    the same command may succeed later; 130, 143 stopped.
     """
     options = f" --members {shlex.quote(members)}" if members != "same" else ""
     again = f"llmchain-fed federate {shlex.quote(str(file))}{options}"
@@ -49,9 +54,11 @@ def _federate(file: Path, members: str) -> None:
     results = Results(found.out, found.checkpoint_dir)
     with results.held():
         if results.rounds >= found.rounds:
+            results.check_finished(found, members)
             _finish(found, results)
             return
         results.check(start=found.chain)
+        results.begin(found.chain)
         about: dict[str, Any] = {
             "federation": str(file),
             "quorum": found.quorum,
@@ -75,11 +82,11 @@ def _run(found: Any, results: Any, members: str, status: Any) -> None:
 
     hub = {key: getattr(found.hub, key) for key in ("socket", "patience", "recovery", "startup")}
 
-    def waiting(text: str) -> None:
+    def told(text: str) -> None:
         say(text)
-        status.note(text)
+        status.note(text if _WAITS.search(text) else None)
 
-    with NVFlare(found.hub.admin, sites=found.hub.sites, say=waiting, **hub) as runtime:
+    with NVFlare(found.hub.admin, sites=found.hub.sites, say=told, **hub) as runtime:
         runtime.check()
         chain = load(found.chain)
         fed = _begun(found, chain, runtime, results, members, callbacks=[status])
@@ -88,11 +95,11 @@ def _run(found: Any, results: Any, members: str, status: Any) -> None:
         say(f"a round counts with {found.quorum} of {len(found.hub.sites)} sites (quorum{default})")
         if fed.round and not results.is_whole(fed.round):
             results.save(fed, chain)
-        with _lasting_causes(fed):
+        with _lasting_causes(fed, found.rounds, _where(results)):
             while fed.round < found.rounds:
                 fed.fit(rounds=1, of=found.rounds)
                 results.save(fed, chain)
-        typer.echo(f"{fed.history}")
+        show(f"{fed.history}")
         missing = _missing(fed, found.hub.sites)
         for name, reason in missing.items():
             say(f"{name} has not taken part: {reason}")
@@ -116,7 +123,7 @@ def _where(results: Any) -> str:
 
 
 @contextmanager
-def _lasting_causes(fed: Any) -> Iterator[None]:
+def _lasting_causes(fed: Any, rounds: int, where: str) -> Iterator[None]:
     """Too few sites because of what does not pass by itself is a status that no supervisor starts again after."""
     try:
         yield
@@ -125,14 +132,14 @@ def _lasting_causes(fed: Any) -> Iterator[None]:
         if not out or not all(map(_lasts, out)):
             raise
         error_line(error)
+        say(f"not done: {fed.round} of {rounds} rounds" + (f"; {where}" if fed.round else ""))
         raise typer.Exit(INCOMPLETE) from error
 
 
 def _lasts(error: Exception | None) -> bool:
-    from llmchain_fed.federated.resuming import OTHER_EXAMPLES
+    from llmchain_fed.federated.resuming import OtherExamplesError
 
-    other = isinstance(error, ParticipantError) and OTHER_EXAMPLES in str(error)
-    return other or isinstance(error, (ContractError, PolicyError))
+    return isinstance(error, (OtherExamplesError, ContractError, PolicyError))
 
 
 def _missing(fed: Any, sites: Iterable[str]) -> dict[str, str]:

@@ -56,7 +56,7 @@ class Standing:
     asked: str | None = None
     """the operation whose answer is waited for"""
     took_part: bool = False
-    """whether an update of it was ever used"""
+    """whether an update of it was ever accepted, be it for a round that then had too few"""
     lasting: bool = False
     """whether only an update that is used ends this absence: its greetings are fine, its trainings are not"""
     proven: bool = True
@@ -150,7 +150,7 @@ class Attendance:
             self._in(name)
 
     def worked(self, name: str) -> None:
-        """An update of it is used."""
+        """An update of it is accepted."""
         found = self._of(name)
         found.took_part, found.proven, found.lasting, found.doubtful = True, True, False, False
         if found.state != "in":
@@ -214,7 +214,7 @@ class Attendance:
 
     @property
     def never(self) -> dict[str, str]:
-        """Of whom no update was ever used, and why; those who were not asked for one yet are not among them."""
+        """Of whom no update was ever accepted, and why; those who were not asked for one yet are not among them."""
         found = {name: s for name, s in self.standings.items() if not s.took_part}
         return {name: s.reason or "" for name, s in found.items() if s.state in ("out", "late")}
 

@@ -217,6 +217,12 @@ def read(directory: Path, number: int | None = None, limits: FileSizes | None = 
         raise _damaged(folder, "it does not fit into memory", others) from None
 
 
+def about(directory: Path) -> Mapping[str, Any]:
+    """All JSON of the newest checkpoint, of which there is one; `CheckpointError` if the manifest is damaged."""
+    newest, folder = max(_folders(directory).items())
+    return _manifest(folder, newest, tuple(n for n in rounds(directory) if n != newest)).about
+
+
 def _read(folder: Path, number: int, others: tuple[int, ...], limits: FileSizes) -> Checkpoint:
     content = _manifest(folder, number, others)
     if (folder / _PEOPLE).is_symlink():

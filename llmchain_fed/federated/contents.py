@@ -80,6 +80,10 @@ class _NamedOptimizer(Strict):
     options: _Code
 
 
+class _Participants(Strict):
+    names: Annotated[list[Name], FailFast(), Field(max_length=MOST_PARTICIPANTS)]
+
+
 class _About(Strict):
     """All that a manifest says beside names of files, its parts as they were found."""
 
@@ -151,6 +155,18 @@ class Contents:
             about.members_changed,
             about.server_optimizer,
         )
+
+
+def identity(about: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """The options that decide how a federation goes on, and who takes part, of a checkpoint of which no more is read.
+
+    Raises:
+        CheckpointError: A field is unknown or missing, of another type or out of range.
+    """
+    checked(Decisive, about.get("decisive"), what=f"{MANIFEST}, `about.decisive`,", error=CheckpointError)
+    names = {"names": about.get("participants")}
+    found = checked(_Participants, names, what=f"{MANIFEST}, `about.participants`,", error=CheckpointError)
+    return about["decisive"], found.names
 
 
 def _part(found: Checkpoint, model: type[PartT], part: Any, name: str) -> PartT:

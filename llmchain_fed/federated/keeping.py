@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llmchain_fed.errors import CheckpointError, ConfigError, ParticipantError, UnsupportedModelError
+from llmchain_fed.errors import CheckpointError, ConfigError, UnsupportedModelError
 from llmchain_fed.federated import checkpoint, fitting, membership, resuming, server_optimizers
 from llmchain_fed.federated.aggregation import AGGREGATIONS
 from llmchain_fed.federated.contents import Contents
@@ -254,7 +254,7 @@ class Keeping:
             return  # `_compare` says of the first what is to be done
         for name in others:
             why = resuming.other_holdings(name, others[name], self._found)
-            self._hub.roster.leave(name, ParticipantError(why))
+            self._hub.roster.leave(name, resuming.OtherExamplesError(why))
 
     def _compare(self, hellos: Mapping[str, Hello]) -> None:
         """Refuses, or takes note of, what participants hold that is not what they held."""

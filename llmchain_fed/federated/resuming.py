@@ -29,9 +29,12 @@ from llmchain_fed.federated.server_optimizers import ResumableServerOptimizer
 from llmchain_fed.federated.settings import Settings
 from llmchain_fed.untrusted import shown
 
-OTHER_EXAMPLES = "is not as it was"
 _UNTOLD = asdict(ParticipantRecord())
 _MEANING = {"base": "base weights", "adapter": "adapter", "prompt": "prompt", "tokenizer": "tokenizer"}
+
+
+class OtherExamplesError(ParticipantError):
+    """A participant holds something else than when the federation was interrupted."""
 
 
 def decisive(settings: Settings) -> dict[str, Any]:
@@ -297,7 +300,7 @@ def other_holdings(name: str, changes: Mapping[str, tuple[Any, Any]], found: Con
     """Why a participant that holds something else than at a checkpoint does not go on from it, and what to do."""
     said = "; ".join(f"{what}: {shown(then)} then, {now} now" for what, (then, now) in changes.items())
     return (
-        f"participant {shown(name)!r} {OTHER_EXAMPLES} ({said}): the run would not be the one that was interrupted. "
+        f"participant {shown(name)!r} is not as it was ({said}): the run would not be the one that was interrupted. "
         f"Give it the examples and options of then. {_changed(found)}"
     )
 

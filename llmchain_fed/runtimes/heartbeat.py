@@ -73,10 +73,18 @@ class Heartbeat:
         rank: This one.
         watched: The ranks to look at.
         gone: Whether the store's host has gone, as at a job's end: to ask it then makes torch write a traceback.
+        failed: Told of the store's error, if there is one though its host is there: nobody is watched from then on.
     """
 
-    def __init__(self, store: Any, rank: int, watched: Iterable[int], gone: Callable[[], bool] = lambda: False) -> None:
-        self._store, self._rank, self._gone = store, rank, gone
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        watched: Iterable[int],
+        gone: Callable[[], bool] = lambda: False,
+        failed: Callable[[Exception], object] = lambda _: None,
+    ) -> None:
+        self._store, self._rank, self._gone, self._failed = store, rank, gone, failed
         self._awake, self._answered = 0.0, 0.0
         self._beats: dict[int, int] = {}
         self._seen = dict.fromkeys(watched, 0.0)
@@ -124,18 +132,26 @@ class Heartbeat:
             last = now
 
     def _beat(self) -> None:
-        with suppress(Exception):  # the store is gone: at the end of a job, or with its host, whom its connections name
+        try:
             while not self._closed.is_set() and not self._gone():
-                self._store.add(f"beat/{self._rank}", 1)
-                for rank in self._seen:
-                    found = self._store.add(f"beat/{rank}", 0)
-                    if found != self._beats.get(rank):
-                        self._beats[rank], self._seen[rank] = found, self._awake
-                if self._stopped is None and (why := self._read("stopped")) is not None:
-                    self._stopped = why, self._awake
-                self._answered = self._awake
+                self._look()
                 self._closed.wait(EVERY)
+        except Exception as error:
+            # at the end of a job the store goes, or its host does, whom its connections name
+            if not self._closed.is_set() and not self._gone():
+                self._failed(error)
         self._closed.set()
+
+    def _look(self) -> None:
+        """Beats once, and sees who else has."""
+        self._store.add(f"beat/{self._rank}", 1)
+        for rank in self._seen:
+            found = self._store.add(f"beat/{rank}", 0)
+            if found != self._beats.get(rank):
+                self._beats[rank], self._seen[rank] = found, self._awake
+        if self._stopped is None and (why := self._read("stopped")) is not None:
+            self._stopped = why, self._awake
+        self._answered = self._awake
 
     def _read(self, key: str) -> str | None:
         """A key's value, if there is one; never waits for it."""

@@ -117,6 +117,10 @@ def is_harmless(error: BaseException) -> bool:
     return isinstance(error, _HARMLESS)
 
 
+class AuditError(PolicyError):
+    """A request is not answered because it cannot be written down: this passes, and is no decision of the site's."""
+
+
 class Audit:
     """Appends one JSON line per request to a file: when, what, how large, how it ended.
 
@@ -145,7 +149,7 @@ class Audit:
         """Writes one line, and it is on the disk before this returns.
 
         Raises:
-            PolicyError: It cannot be written: what is not written down is not answered.
+            AuditError: It cannot be written: what is not written down is not answered.
         """
         if self._path is None:
             return
@@ -160,7 +164,7 @@ class Audit:
                     self._say(f"{why}: nothing is answered until it can")
                 self._broken = True
                 msg = f"{why}, and without it nothing is answered."
-                raise PolicyError(msg) from error
+                raise AuditError(msg) from error
             if self._broken:
                 self._say("the audit file can be written again")
             self._broken = False

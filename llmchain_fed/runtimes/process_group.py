@@ -24,10 +24,12 @@ import torch.distributed as dist
 
 from llmchain_fed.errors import ConfigError, FederationError
 from llmchain_fed.runtimes.heartbeat import Aside, Heartbeat
+from llmchain_fed.tracking import stderr
 from llmchain_fed.untrusted import one_line, shown
 
 LEADER = 0
 _WORD_AFTER = 10.0  # seconds of waiting for the others before a line says so
+_UNWATCHED = "a frozen rank will not be named, and costs `timeout`"
 _ours = False  # whether the process group was made here
 _heartbeat: tuple[Any, Heartbeat | None] = (None, None)  # of which process group
 _said: list[str] = []
@@ -49,8 +51,7 @@ def say(text: str) -> None:
     """One line on stderr, once: in the tracebacks of several ranks it would be buried."""
     if text not in _said:
         _said.append(text)
-        sys.stderr.write(f"llmchain_fed: {one_line(text)}\n")
-        sys.stderr.flush()
+        stderr.write(f"llmchain_fed: {one_line(text)}")
 
 
 def words(error: BaseException) -> str:
@@ -163,11 +164,17 @@ def _beating() -> Heartbeat | None:
         store = dist.PrefixStore("llmchain_fed", store.clone())  # type: ignore[attr-defined]
     except Exception as error:
         if rank == LEADER:
-            say(f"this process group has no store to watch its ranks by ({error}): a frozen rank will not be named")
+            say(f"this process group has no store to watch its ranks by ({error}): {_UNWATCHED}")
         return None
     own = _sockets() - before
     others = range(LEADER + 1, dist.get_world_size()) if rank == LEADER else (LEADER,)
-    return Heartbeat(store, rank, others, gone=lambda: _closed(own))
+
+    def failed(error: Exception) -> None:
+        say(
+            f"rank {rank} can watch the others no more ({type(error).__name__}: {shown(str(error), 300)}): {_UNWATCHED}"
+        )
+
+    return Heartbeat(store, rank, others, gone=lambda: _closed(own), failed=failed)
 
 
 def leave() -> None:
@@ -220,7 +227,10 @@ def _closed(descriptors: set[tuple[int, int]]) -> bool:
     found = False
     for connection in _open(descriptors):
         with connection, suppress(OSError):
-            found |= connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+            try:
+                found |= connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+            except ConnectionError:  # reset, because it was killed
+                found = True
     return found
 
 

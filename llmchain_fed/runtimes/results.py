@@ -16,11 +16,14 @@ from llmchain_fed import locks, own_files, saving, whole_folders
 from llmchain_fed.errors import ChainFileError, ConfigError
 from llmchain_fed.federated import checkpoint
 from llmchain_fed.federated.history_data import rounds_in
+from llmchain_fed.runtimes import finished
+from llmchain_fed.runtimes.federation_file import FederationFile
 from llmchain_fed.stopping import whole
 from llmchain_fed.tracking.status_file import FILE
 from llmchain_fed.untrusted import shown
 
 _LOCK = ".lock"
+_START = "start.json"  # which chain it began with
 
 
 class Results:
@@ -34,6 +37,7 @@ class Results:
     def __init__(self, out: Path, checkpoints: Path) -> None:
         self.out, self.checkpoints = out, checkpoints
         self.chain, self.history, self.status = out / "chain", out / "history.json", out / FILE
+        self.start = out / _START
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -52,6 +56,7 @@ class Results:
             whole_folders.put_right(self.chain)
             own_files.sweep(self.history)
             own_files.sweep(self.status)
+            own_files.sweep(self.start)
             yield
 
     @property
@@ -65,6 +70,24 @@ class Results:
             return rounds_in(self.history) >= rounds and bool(saving.read(self.chain))
         except ChainFileError:
             return False
+
+    def check_finished(self, file: FederationFile, members: str) -> None:
+        """Makes sure that the rounds that are here are of this federation, and not of another that had this folder.
+
+        Raises:
+            CheckpointError, ConfigError: See `finished.check`.
+        """
+        finished.check(file, self.checkpoints, self.start, members=members)
+
+    def begin(self, chain: str) -> None:
+        """Takes down which chain the federation begins with, unless that is the one that it leaves here.
+
+        Raises:
+            ConfigError: It cannot be written.
+        """
+        if not self.rounds and Path(chain) != self.chain:
+            with _writing(self.out):
+                finished.note(self.start, finished.chain_of(chain))
 
     def check(self, *, start: str) -> None:
         """Makes sure, before anything is loaded or trained, that the results to come can be left here.

@@ -5,6 +5,7 @@ Knows rich. Knows nothing of how rounds come about.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import IO, TYPE_CHECKING
 
 from llmchain_fed.errors import MissingExtraError
@@ -68,18 +69,22 @@ class ConsoleTable(Callback):
 
     def on_fit_end(self, history: History) -> None:
         """Prints the table, earlier fits' rounds included."""
-        self._console.print(_table(history))
+        self._show(_table(history))
         if history.stopped_early:
             self._print(f"stopped early: {history.stopped_early}")
 
     def on_error(self, error: BaseException) -> None:
         """Prints the table of the completed rounds, and the error."""
         if self._history is not None:
-            self._console.print(_table(self._history))
+            self._show(_table(self._history))
         self._print(f"ended by {type(error).__name__}: {error}")
 
     def _print(self, line: str) -> None:
-        self._console.print(printable(line, _LONGEST), markup=False, highlight=False, emoji=False, soft_wrap=True)
+        self._show(printable(line, _LONGEST), markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    def _show(self, what: Table | str, **how: bool) -> None:
+        with suppress(OSError):  # a full disk, or a pipe that nobody reads any more, is no reason to end a round
+            self._console.print(what, **how)  # type: ignore[arg-type]
 
 
 def _table(history: History) -> Table:

@@ -22,6 +22,7 @@ _NAMES = 20  # names that are listed
 _WORDS = {
     "ContractError": "refused: ",
     "DeadlineError": "",
+    "OtherExamplesError": "",
     "ParticipantError": "",
     "PolicyError": "",
     "TransportError": "",

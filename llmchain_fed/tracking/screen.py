@@ -6,11 +6,12 @@ Knows tqdm and stderr. Knows nothing of how rounds come about.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from llmchain_fed.tracking import lines
+from llmchain_fed.tracking import lines, stderr
 from llmchain_fed.tracking.callback import Callback, RunInfo
 from llmchain_fed.untrusted import one_line
 
@@ -45,14 +46,15 @@ class Screen(Callback):
             self._say(f"asking {lines.names_of(list(run.participants))} to take part")
         end = run.start_round + run.rounds
         self._total = max(run.total or 0, end)
-        self._bar = tqdm(
-            desc="federating",
-            total=self._total,
-            initial=run.start_round,
-            unit="round",
-            leave=end >= self._total,
-            disable=not _shows_a_bar(),
-        )
+        with suppress(OSError):  # as with lines: a terminal that has gone ends no federation
+            self._bar = tqdm(
+                desc="federating",
+                total=self._total,
+                initial=run.start_round,
+                unit="round",
+                leave=end >= self._total,
+                disable=not _shows_a_bar(),
+            )
 
     def on_attendance(self, change: Change) -> None:
         """One line, but for those who come before the first round: they are listed when it begins."""
@@ -71,7 +73,8 @@ class Screen(Callback):
         """The round's line."""
         self._say(record.line(max(self._total, record.round)))
         if self._bar is not None:
-            self._bar.update()
+            with suppress(OSError):
+                self._bar.update()
 
     def on_fit_end(self, history: History) -> None:
         """The bar stays, or makes room for the next fit's."""
@@ -95,15 +98,17 @@ class Screen(Callback):
             return
         waiting = self._attendance.waiting_for
         doing = _DOING.get(next(iter(waiting.values()), ""), "")
-        self._bar.set_postfix_str(one_line(f"{doing}: {', '.join(waiting)}" if waiting else "", _POSTFIX))
+        with suppress(OSError):
+            self._bar.set_postfix_str(one_line(f"{doing}: {', '.join(waiting)}" if waiting else "", _POSTFIX))
 
     def _say(self, text: str, at: float | None = None) -> None:
-        tqdm.write(lines.stamped(text, at), file=sys.stderr)
+        stderr.write(lines.stamped(text, at))
 
     def _close(self) -> None:
         bar, self._bar = self._bar, None
         if bar is not None:
-            bar.close()
+            with suppress(OSError):
+                bar.close()
 
 
 def _in_notebook() -> bool:

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from pydantic import Field
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.own_files import write_whole
+from llmchain_fed.tracking import stderr
 from llmchain_fed.tracking.callback import Callback, RunInfo
 from llmchain_fed.tracking.lines import stamped
 
@@ -56,7 +56,7 @@ class Standing(untrusted.Strict):
     latest: _Text | None = None
     """and said last, where that is of another kind"""
     took_part: bool = False
-    """whether an update of it was ever used"""
+    """whether an update of it was ever accepted"""
 
 
 class Status(untrusted.Strict):
@@ -235,7 +235,7 @@ class StatusFile(Callback):
             except OSError as error:
                 if not self._failing:
                     text = f"{self.path} cannot be written ({error}): `llmchain-fed status` does not see what follows"
-                    sys.stderr.write(stamped(text) + "\n")
+                    stderr.write(stamped(text))
                 self._failing = True
 
     def _plain(self) -> dict[str, Any]:

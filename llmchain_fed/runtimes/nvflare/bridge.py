@@ -31,6 +31,8 @@ _SEND = 60.0  # seconds a frame may take to or from the driver
 _TICK = 0.5  # seconds between looks whether the driver went away while sites answer
 _SOONER = 2.0  # seconds by which a site's bridge answers before the hub gives the site up
 _DEAF = "its engine answers, its peer does not:"
+_OTHER_BRIDGE = "it offers another bridge than the hub asks: both need one version of llmchain-fed."
+_CALL = "exchange"  # the only function of a site that the hub calls
 _HUB = "server"  # what the engine calls the hub; no site can have the name, see `kits`
 _EACH, _EVERY = 100, 1000  # refused calls of one caller that are written down each, and of those after them every …th
 _log = logging.getLogger(__name__)
@@ -173,9 +175,10 @@ class Hub:
 
         Raises:
             EOFError, OSError: The driver went away.
+            TransportError: The job was ended.
         """
         told: queue.Queue[tuple[str, object] | None] = queue.Queue()
-        calls, strange = _call(names, frame, seconds)
+        calls, troubles = _call(names, frame, seconds)
 
         def wait(answers: Any) -> None:
             try:
@@ -187,14 +190,12 @@ class Hub:
                 _log.warning("the engine gave no answers: %s", untrusted.printable(error))
             told.put(None)
 
-        for name in strange:
-            self._tell(
-                driver, name, "it offers another bridge than the hub asks: both need one version of llmchain-fed."
-            )
+        for name, trouble in troubles.items():
+            self._tell(driver, name, trouble)
         for answers in calls:
             threading.Thread(target=wait, args=(answers,), daemon=True).start()
         open_calls = len(calls)
-        waited = set(names) - set(strange)
+        waited = set(names) - troubles.keys()
         while open_calls:
             try:
                 found = told.get(timeout=_TICK)
@@ -223,11 +224,14 @@ class Hub:
         driver.send_bytes(frames.pack({"node": name, "error": error}), _SEND)
 
 
-def _call(names: list[str], frame: bytes, seconds: float) -> tuple[list[Any], list[str]]:
-    """Begins a call to sites; what will hold their answers, and who cannot be called.
+def _call(names: list[str], frame: bytes, seconds: float) -> tuple[list[Any], dict[str, str]]:
+    """Begins a call to sites; what will hold their answers, and who cannot be called, with why.
 
     The engine refuses a call to all of them where one of them says that its bridge takes other arguments: that is this
     site's own trouble.
+
+    Raises:
+        TransportError: The job was ended meanwhile: that is no site's trouble.
     """
 
     def begin(asked: list[str]) -> Any:
@@ -235,16 +239,29 @@ def _call(names: list[str], frame: bytes, seconds: float) -> tuple[list[Any], li
         return collab.get_clients(asked)(timeout=seconds, blocking=False).exchange(frame, allowed)
 
     try:
-        return [begin(names)], []
+        return [begin(names)], {}
     except Exception as error:
         _log.warning("not all sites can be called: %s", untrusted.printable(error))
-    calls, strange = [], []
+    calls, troubles = [], {}
     for name in names:
+        if collab.is_aborted:
+            msg = "the job was ended while sites were asked"
+            raise TransportError(msg)
         try:
             calls.append(begin([name]))
-        except Exception:
-            strange.append(name)
-    return calls, strange
+        except Exception as error:
+            troubles[name] = _OTHER_BRIDGE if _is_of_another_bridge(error) else _which_link(error, seconds)
+    return calls, troubles
+
+
+def _is_of_another_bridge(error: Exception) -> bool:
+    """Whether a call was not begun because the site says that its bridge takes other arguments.
+
+    The engine has no class for it (NVFlare 2.9.0, collab/api/call_utils.py and proxy.py): a TypeError where it bound
+    the arguments, a RuntimeError that quotes the function's name where it compared them.
+    """
+    cause = getattr(error, "cause", error)
+    return isinstance(cause, TypeError) or (isinstance(cause, RuntimeError) and f"'{_CALL}'" in str(cause))
 
 
 def _which_link(error: Exception, seconds: float) -> str:

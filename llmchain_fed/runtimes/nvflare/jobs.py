@@ -19,7 +19,7 @@ from llmchain_fed.errors import TransportError
 from llmchain_fed.runtimes import failures, frames, heads
 from llmchain_fed.runtimes.nvflare.gathering import Gathering
 from llmchain_fed.runtimes.nvflare.job import write_job
-from llmchain_fed.runtimes.nvflare.link import JobLostError, Link
+from llmchain_fed.runtimes.nvflare.link import JobLostError, Link, UnreachedError
 from llmchain_fed.runtimes.nvflare.session import EngineSession
 from llmchain_fed.runtimes.nvflare.sites import Sites
 
@@ -34,6 +34,7 @@ _PROBE = 4.0  # seconds a site may take to say that it is there
 _KNOWN = 1.0  # the same, for one that was silent when it was asked last: it costs that much a round
 _PARTS = 8  # jobs at a time in search of the site that ends them
 _FAREWELL = 2.5  # seconds for what may as well be lost
+_LOSSES = 4  # times in a row that a job may be lost with one frame: then it is the frame, or the hub, and not bad luck
 
 
 @dataclass
@@ -108,10 +109,12 @@ class Jobs:
         self._bring_back([n for n in back if n in heard and (n not in inside or n in unreached)])
 
     def exchange(self, nodes: Sequence[str], frame: bytes, seconds: float) -> list[tuple[str, bytes | Exception]]:
-        """One frame to several sites, through whichever jobs there are; a job that went away is replaced."""
-        until = time.monotonic() + self._recovery
+        """One frame to several sites, through whichever jobs there are; a job that went away is replaced.
+
+        That ends after `recovery` seconds, or after a few jobs: what is lost again each time would be so for ever.
+        """
+        until, left, losses = time.monotonic() + self._recovery, list(nodes), 0
         found: dict[str, bytes | Exception] = {}
-        left = list(nodes)
         while left:
             try:
                 replies = self._open().exchange(left, frame, seconds)
@@ -119,9 +122,12 @@ class Jobs:
                 replies = [(node, error) for node in left]
             found |= dict(replies)
             lost = [(node, reply) for node, reply in replies if isinstance(reply, JobLostError)]
-            left = [node for node, _ in lost]
+            left, losses = [node for node, _ in lost], losses + 1
             if left:
                 try:
+                    if losses >= _LOSSES or time.monotonic() > until:
+                        msg = f"It was lost {losses} times in a row; the hub's engine.log says what ends its process."
+                        raise TransportError(msg)
                     self._recover(left, until)
                 except TransportError as hopeless:
                     found |= {node: TransportError(f"{reply} {hopeless}") for node, reply in lost}
@@ -176,7 +182,7 @@ class Jobs:
             if isinstance(reply, JobLostError):
                 unreached.append(name)
             elif isinstance(reply, Exception):
-                self._sites.missed(name, str(reply))
+                self._sites.missed(name, str(reply), unreached=isinstance(reply, UnreachedError))
                 unreached.append(name)
             elif (why := _trouble(reply)) is not None:
                 self._sites.missed(name, why)
@@ -233,8 +239,8 @@ class Jobs:
                 self._starting.remove(job)
                 replaced = [run for run, former in self._running.items() if set(former.sites) <= set(inside)]
                 self._running = {run: j for run, j in self._running.items() if run not in replaced} | {job.run: job}
-                self._say(f"a job runs, with {', '.join(inside)}")
                 self._probe(job.sites)
+                self._say(self._who_is_in(inside))
                 continue
             ended = None
             with suppress(TransportError):
@@ -248,6 +254,12 @@ class Jobs:
                 self._end(job)
                 self._say(f"the job for {', '.join(job.sites)} did not begin within {_JOB_START:g} s")
         return said
+
+    def _who_is_in(self, sites: Sequence[str]) -> str:
+        """A job that runs: with whom, and with whom not, though the engine has them in it."""
+        there = [name for name in self._sites.there() if name in sites]
+        others = [f"{name}: {self._sites.why(name)}" for name in sites if name not in there]
+        return f"a job runs, with {', '.join(there) or 'nobody'}" + (f"; not {'; '.join(others)}" if others else "")
 
     def _ended(self, job: _Job, status: str) -> str:
         """A job that the engine ended before it ran: its site refused it, or one of them did, which is looked for."""

@@ -26,6 +26,10 @@ class JobLostError(TransportError):
     """The job that a site was in has ended, or its process at the hub is gone: the site itself may be well."""
 
 
+class UnreachedError(TransportError):
+    """The hub's own engine says that it did not reach a site: what the site itself answers is never one."""
+
+
 class _Bridge:
     """The connection to one job's bridge."""
 
@@ -55,7 +59,8 @@ class _Bridge:
                         msg = f"it answers for {untrusted.shown(head.node)}, who was not asked or has answered"
                         raise TransportError(msg)
                     error = head.error
-                    answers[head.node] = failures.from_site(error.model_dump()) if error is not None else bytes(body)
+                    told_by_hub = UnreachedError(failures.from_site(error.model_dump())) if error is not None else None
+                    answers[head.node] = told_by_hub or bytes(body)
             except (OSError, EOFError, TransportError) as lost:
                 msg = f"the job's bridge went away ({type(lost).__name__}: {lost})."
                 raise JobLostError(msg) from lost
@@ -78,7 +83,7 @@ class Link:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._listener = path, frames.listen(path)
+        self._listener = frames.listen(path)
         self._expected: set[str] | None = None
         """submissions whose bridges are talked to; None: whichever, as those of a driver that was killed"""
         self._bridges: dict[str, _Bridge] = {}
@@ -121,7 +126,7 @@ class Link:
             Of each node its answer, or why there is none; a `JobLostError` where its job's bridge went away.
 
         Raises:
-            JobLostError: There is no bridge, or all went away.
+            JobLostError: There is no bridge.
         """
         with self._changed:
             bridges, former = list(self._bridges.values()), set(self._former)
@@ -135,10 +140,9 @@ class Link:
             if bridge is None and node in former:
                 answers[node] = JobLostError("the job's bridge is not connected.")
             elif bridge is None:
-                answers[node] = TransportError("it is not connected to the hub: it was not when this job began.")
+                answers[node] = UnreachedError("it is not connected to the hub: it was not when this job began.")
             else:
                 routes.setdefault(bridge, []).append(node)
-        lost: list[JobLostError] = []
 
         def carry(bridge: _Bridge, asked: list[str]) -> None:
             nobody = TransportError("the engine gave no answer for it.")
@@ -147,7 +151,6 @@ class Link:
                 answers.update({node: found.get(node, nobody) for node in asked})
             except JobLostError as error:
                 self._forget(bridge)
-                lost.append(error)
                 answers.update(dict.fromkeys(asked, error))
 
         try:
@@ -157,8 +160,6 @@ class Link:
             for bridge in routes:
                 self._forget(bridge)
             raise
-        if lost and len(lost) == len(routes):
-            raise lost[0]
         return [(node, answers[node]) for node in nodes]
 
     def release(self) -> None:

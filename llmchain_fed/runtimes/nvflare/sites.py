@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _REFUSED = 600.0  # seconds before a site that refused a job is asked to take one again
-_BEYOND = ("it is not connected", "its engine has been silent")  # what the hub says of what it cannot see behind
 _UNKNOWN = "it is not connected to the hub"
 
 
@@ -26,6 +25,8 @@ class _Out:
     now: str
     last: float
     """when it was last found missing"""
+    unreached: bool
+    """whether it is the hub's engine that does not reach it, as it last was"""
 
 
 class Sites:
@@ -51,12 +52,18 @@ class Sites:
         self._out.pop(name, None)
         self._refused.pop(name, None)
 
-    def missed(self, name: str, why: str) -> None:
-        """It does not."""
+    def missed(self, name: str, why: str, *, unreached: bool = False) -> None:
+        """It does not.
+
+        Args:
+            name: Which.
+            why: For people; it may be the site's own text, and decides nothing.
+            unreached: Whether that is what the hub's engine says, which cannot see what is behind it.
+        """
         now, why = time.time(), why.rstrip(".")
         self._in.discard(name)
-        found = self._out.setdefault(name, _Out(now, why, why, now))
-        found.now, found.last = why, now
+        found = self._out.setdefault(name, _Out(now, why, why, now, unreached))
+        found.now, found.last, found.unreached = why, now, unreached
 
     def left(self, names: Sequence[str]) -> None:
         """Their job has ended: nothing is known of them until they are met in another."""
@@ -82,10 +89,13 @@ class Sites:
         if out is None or heard is None:
             return heard is not None
         # a peer can be back without a sign that the hub sees; a machine that is, is heard of
-        return heard > out.last or not out.now.startswith(_BEYOND)
+        return heard > out.last or not out.unreached
 
     def is_silent(self, name: str) -> bool:
-        """Whether its peer, or engine, was there and did not answer when it was asked last."""
+        """Whether its peer, or engine, was there and did not answer when it was asked last; its own word is enough.
+
+        Of such a one no more is awaited than of one that says so: a shorter sign of life.
+        """
         return name in self._out and "silent" in self._out[name].now
 
     def why(self, name: str) -> str:

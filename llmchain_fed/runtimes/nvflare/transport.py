@@ -20,6 +20,7 @@ from llmchain_fed.federated.runtime import Operation, Payload
 from llmchain_fed.runtimes.nvflare import certificates
 from llmchain_fed.runtimes.nvflare.jobs import Jobs
 from llmchain_fed.runtimes.nvflare.keeping.reaching import hindrance
+from llmchain_fed.runtimes.nvflare.link import UnreachedError
 from llmchain_fed.runtimes.nvflare.names import check_name
 from llmchain_fed.runtimes.nvflare.session import EngineSession
 from llmchain_fed.runtimes.nvflare.sites import Sites
@@ -160,7 +161,8 @@ class NVFlare:
         left = max(timeout - (time.monotonic() - started), 0.0) if timeout is not None else None
         for name, answer in self._calls.call(op, there, payload, left):
             if isinstance(answer, TransportError):
-                self._sites.missed(name, str(answer))
+                self._sites.missed(name, str(answer), unreached=isinstance(answer, UnreachedError))
+                answer = TransportError(str(answer))  # which kind it is, nobody else need know
             yield name, answer
 
     def close(self, *, over: bool = True) -> None:
