@@ -267,6 +267,7 @@ def test_with_an_authority_its_registry_decides(tmp_path):
 
     authority = tmp_path / "authority"
     (authority / "ca").mkdir(parents=True)
+    registry.write(authority, registry.Registry())
     guard = Guard(tmp_path, authority)
     assert "has no certificate for the name alpha" in guard.refusal("alpha", ONE)
     entry = {

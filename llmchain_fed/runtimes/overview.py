@@ -23,7 +23,6 @@ from llmchain_fed.untrusted import one_line
 
 Kind = Literal["federation", "kit", "peer"]
 _ANSWER = 5.0  # seconds for a peer to answer
-_WARNING = 30.0  # days before a certificate's end from which on that is a problem
 _SHORT = 300  # characters of a reason
 _DOING = {"hello": "to take part", "train": "to train", "evaluate": "to evaluate", "personal_state": "for its state"}
 _VERBS = {
@@ -205,7 +204,7 @@ def _certificate(report: Report, kit: Path, ends: float | None) -> None:
             return
     report.data["certificate_days_left"] = round(days, 1)
     report.lines.append(f"certificate of {kit.name}: {days:,.0f} days left")
-    if days < _WARNING:
+    if days < certificates.SOON.days:
         left = f"ends in {days:.0f} days" if days > 0 else f"ended {-days:.0f} days ago"
         report.problems.append(f"the certificate of {kit.name} {left}: renew it")
 
