@@ -302,7 +302,7 @@ def standing_in(world):
 
 
 def renewing(folder):
-    """As after `renew`: another folder's request waits, and is answered by what is in mail/; the kit has its own key."""
+    """As after `renew`: another key than the kit's waits, and is answered by what is in mail/."""
     site = folder / "site"
     key, startup = rsa.generate_private_key(public_exponent=65537, key_size=2048), site / KIT / "startup"
     kind = serialization.PrivateFormat.TraditionalOpenSSL
@@ -427,6 +427,7 @@ def test_a_renewal_that_is_killed_at_any_step_is_finished_by_the_same_command(
 ):
     """The engine can start at every moment where the system exchanges folders; no key is ever lost on any."""
     monkeypatch.setattr(tool, "run", standing_in(world))
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # most of the time, and no matter to a process that is killed
     if not exchanges:
         monkeypatch.setattr(whole_folders, "_exchanged", lambda *_: False)
     renewing(folder)
@@ -453,6 +454,33 @@ def test_a_renewal_that_is_killed_at_any_step_is_finished_by_the_same_command(
         assert sorted(p.name for p in (site / KIT).iterdir()) == sorted(p.name for p in (untouched / KIT).iterdir())
     assert step > (5 if exchanges else 9)
     assert len(kits_seen) == (2 if exchanges else 0)
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "package a renewal"])
+def test_a_command_that_is_killed_at_any_step_can_be_given_again_or_says_what_to_do(
+    name, world, folder, tmp_path, run, monkeypatch
+):
+    monkeypatch.setattr(tool, "run", standing_in(world))
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.chdir(tmp_path)
+    prepare, arguments = COMMANDS[name]
+    if prepare is not None:
+        prepare(folder)
+    full, untouched = [trusted(folder) if part == "TRUSTED" else part for part in arguments], tmp_path / "untouched"
+    folder.rename(untouched)
+    for step in range(1, 30):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(untouched, folder)
+        os.chdir(folder)
+        if not killed_at(step, lambda: run(*full)):
+            break
+        status, said = run(*full)
+        assert status == 0 or re.search("say --replace|choose a fresh folder", said), said
+        if status == 0:
+            assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
+        elif name in ("approve", "replace"):
+            assert run(*full[:4], "--replace")[0] == 0
+    assert step > 1
 
 
 def test_what_a_killed_command_left_is_removed_by_the_next_and_what_another_is_at_is_not(folder, run, monkeypatch):
