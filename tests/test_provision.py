@@ -922,7 +922,7 @@ def test_kits_whose_keys_stayed_with_their_sites_connect_also_after_a_renewal(tm
     for kit in (hubs, admins, site):
         certificates.check(kit)
     assert str(hubs / "storage") in (hubs / "local" / "resources.json").read_text()
-    running = {"hub": engine.start(hubs)}
+    running = {"hub": engine.start(hubs, authority=hub)}  # which is told of the new key
     try:
         engine.wait_for_hub(admins)
         session = EngineSession(admins)
