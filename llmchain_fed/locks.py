@@ -53,6 +53,32 @@ def hold(path: str | Path, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def hold_folder(folder: Path, what: str) -> Iterator[None]:
+    """The same for a folder that is there, in which no file is made for it, so that nobody learns who holds it.
+
+    Raises:
+        ConfigError: Another process holds it; or there can be no lock.
+    """
+    import fcntl
+
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _impossible(folder, what, error) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            msg = f"{what} is in use by another process. Nothing was changed; wait until it has ended, or stop it."
+            raise ConfigError(msg) from None
+        except OSError as error:
+            raise _impossible(folder, what, error) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _holder(descriptor: int) -> str:
     found = os.pread(descriptor, _LONGEST + 1, 0).decode(errors="replace").strip()
     return f"process {found}" if found.isdecimal() and len(found) <= _LONGEST else "another process"

@@ -66,6 +66,26 @@ def put_right(directory: Path) -> None:
                 _remove(path)
 
 
+def exchange(one: Path, other: Path) -> None:
+    """Gives each of two folders of one file system the other's name: both at once where this system can.
+
+    Raises:
+        OSError: It cannot be; each has its own name still.
+    """
+    if _exchanged(one, other):
+        return
+    aside = one.with_name(f".{one.name[:_SHORT]}-{_OLD}-{secrets.token_hex(8)}")
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, target in ((other, aside), (one, other), (aside, one)):
+            source.rename(target)
+            done.append((source, target))
+    except BaseException:
+        for source, target in reversed(done):
+            target.rename(source)
+        raise
+
+
 @contextmanager
 def _beside(directory: Path, kind: str) -> Iterator[Path]:
     """An empty folder that no other process removes, and that is gone afterwards."""

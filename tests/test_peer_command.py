@@ -135,7 +135,10 @@ def test_files_that_others_can_read_text_that_may_leave_and_examples_on_both_sid
     assert site_warnings.of_files(data, held_out, policy) == []
     assert site_warnings.of_name("klinik-1_a") == []
     (found,) = site_warnings.of_name("Klinik 1")
-    assert found.startswith("'Klinik 1' is no name that a certificate can have (letters, digits, - and _, at most 64)")
+    assert found.startswith("'Klinik 1' is no name for a site: 1 to 64 of A-Z a-z 0-9 _ -")
+    assert found.endswith(
+        "For example: Klinik-1. The hub knows this site by its certificate's name: say --name, as in its kit"
+    )
     assert site_warnings.of_policy(Policy()) == []
     assert [w.split()[-1] for w in site_warnings.of_policy(Policy(samples=2, error_messages=True))] == [
         "(samples)", "(error_messages)",

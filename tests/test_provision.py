@@ -26,8 +26,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from llmchain_fed import ConfigError, NVFlare, cli
-from llmchain_fed.runtimes.nvflare import certificates, engine, kits, names, registry
+from llmchain_fed import ConfigError, NVFlare, cli, whole_folders
+from llmchain_fed.runtimes import names, site_warnings
+from llmchain_fed.runtimes.federation_file import FederationFile
+from llmchain_fed.runtimes.nvflare import certificates, engine, kits, registry
 from llmchain_fed.runtimes.nvflare.provisioning import authority, own_kit, scratch, sent, tool
 
 ODD_FOLDER = "Klinikum Süd – IT (β) " + "x" * 90
@@ -170,6 +172,15 @@ def half_an_authority(folder):
     shutil.rmtree(folder / "hub" / "ca")
 
 
+def half_a_start(folder):
+    shutil.rmtree(folder / "hub" / "ca")
+    (folder / "hub" / "profile.yaml").unlink()
+
+
+def lost_registry(folder):
+    (folder / "hub" / "names.json").unlink()
+
+
 def a_file(folder):
     (folder / "file").write_text("mine")
 
@@ -212,7 +223,13 @@ REFUSALS = [
     (None, (*START, "other.example.org"), "hub.example.org:8002 is in .*hub already. Nothing was changed"),
     (None, (*START, "hub.example.org", "--port", "8003"), "for a hub at hub.example.org:8003 choose a fresh folder"),
     (None, (*START, "hub.example.org"), "nothing to do. Its fingerprint, for the sites by telephone: SHA256:"),
-    (half_an_authority, (*START, "hub.example.org"), r"not both profile\.yaml and ca/"),
+    (half_an_authority, (*START, "hub.example.org"), r"not all of profile\.yaml, names\.json and ca/"),
+    (half_a_start, (*START, "hub.example.org"), "or choose a fresh folder"),
+    (lost_registry, (*START, "hub.example.org"), r"not all of profile\.yaml, names\.json and ca/"),
+    (lost_registry, (*APPROVE, "hub", "--yes"), r"names\.json is missing: .*Put it back from a back-up"),
+    (lost_registry, (*APPROVE, "hub", "--yes", "--replace"), r"names\.json is missing"),
+    (lost_registry, ("revoke", "alpha", "hub"), r"names\.json is missing"),
+    (lost_registry, ("names", "hub"), r"names\.json is missing"),
     (a_file, ("start", "file", "--host", "h"), "cannot be written or read .Not a directory"),
     (a_file, ("start", "file/in/it", "--host", "h"), "Not a directory"),
     (None, ("request", "alpha", "site"), "holds the kit of alpha already.*For a new key: llmchain-fed provision renew"),
@@ -285,8 +302,15 @@ def standing_in(world):
 
 
 def renewing(folder):
-    """As after `renew`: another folder's request waits, and is answered by what is in mail/."""
-    shutil.copytree(folder / "fresh_site" / "request", folder / "site" / "renewal" / "request")
+    """As after `renew`: another key than the kit's waits, and is answered by what is in mail/."""
+    site = folder / "site"
+    key, startup = rsa.generate_private_key(public_exponent=65537, key_size=2048), site / KIT / "startup"
+    kind = serialization.PrivateFormat.TraditionalOpenSSL
+    pem = key.private_bytes(serialization.Encoding.PEM, kind, serialization.NoEncryption())
+    for path in (startup / "client.key", site / "request" / "alpha.key"):
+        path.write_bytes(pem)
+    dated(folder, site / KIT, timedelta(hours=-1), timedelta(days=20), key=key.public_key())
+    shutil.copytree(folder / "fresh_site" / "request", site / "renewal" / "request")
 
 
 def nobody_was_approved(folder):
@@ -372,6 +396,114 @@ def test_a_disk_that_refuses_any_one_step_leaves_no_trace(command, world, monkey
     assert after != before
 
 
+def killed_at(step, command):
+    """Whether a command, run in a child, came to this rename, before which the child kills itself."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    count = 0
+
+    def counted(way):
+        def move(*arguments):
+            nonlocal count
+            count += 1
+            if count == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return way(*arguments)
+
+        return move
+
+    os.rename, os.replace = counted(os.rename), counted(os.replace)
+    whole_folders._exchanged = counted(whole_folders._exchanged)
+    try:
+        command()
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.parametrize("exchanges", [True, False], ids=["exchanges", "only renames"])
+def test_a_renewal_that_is_killed_at_any_step_is_finished_by_the_same_command(
+    exchanges, world, folder, tmp_path, run, monkeypatch
+):
+    """The engine can start at every moment where the system exchanges folders; no key is ever lost on any."""
+    monkeypatch.setattr(tool, "run", standing_in(world))
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # most of the time, and no matter to a process that is killed
+    if not exchanges:
+        monkeypatch.setattr(whole_folders, "_exchanged", lambda *_: False)
+    renewing(folder)
+    site, untouched = folder / "site", tmp_path / "untouched"
+    shutil.copytree(site, untouched)
+    former = digest(site / KIT / "startup"), digest(site / "request")
+    package = ("package", folder / "mail" / "alpha.signed.zip", site, "--fingerprint", trusted(folder))
+    kits_seen = set()
+    for step in range(1, 30):
+        shutil.rmtree(site)
+        shutil.copytree(untouched, site)
+        if not killed_at(step, lambda: run(*package)):
+            break
+        if exchanges:
+            certificates.check(site / KIT)
+            kits_seen.add((site / KIT / "startup" / "client.key").read_bytes())
+        assert run(*package)[0] == 0
+        certificates.check(site / KIT)
+        assert digest(site / "request") == digest(folder / "fresh_site" / "request")
+        assert (site / KIT / "startup" / "client.key").read_bytes() == (site / "request" / "alpha.key").read_bytes()
+        (kept,) = site.glob("former-*")
+        assert (digest(kept / "startup"), digest(kept / "request")) == former
+        assert sorted(p.name for p in site.iterdir()) == [kept.name, "request", "ws"]  # no scratch, with a key in it
+        assert sorted(p.name for p in (site / KIT).iterdir()) == sorted(p.name for p in (untouched / KIT).iterdir())
+    assert step > (5 if exchanges else 9)
+    assert len(kits_seen) == (2 if exchanges else 0)
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "package a renewal"])
+def test_a_command_that_is_killed_at_any_step_can_be_given_again_or_says_what_to_do(
+    name, world, folder, tmp_path, run, monkeypatch
+):
+    monkeypatch.setattr(tool, "run", standing_in(world))
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.chdir(tmp_path)
+    prepare, arguments = COMMANDS[name]
+    if prepare is not None:
+        prepare(folder)
+    full, untouched = [trusted(folder) if part == "TRUSTED" else part for part in arguments], tmp_path / "untouched"
+    folder.rename(untouched)
+    for step in range(1, 30):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(untouched, folder)
+        os.chdir(folder)
+        if not killed_at(step, lambda: run(*full)):
+            break
+        status, said = run(*full)
+        assert status == 0 or re.search("say --replace|choose a fresh folder", said), said
+        if status == 0:
+            assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
+        elif name in ("approve", "replace"):
+            assert run(*full[:4], "--replace")[0] == 0
+    assert step > 1
+
+
+def test_what_a_killed_command_left_is_removed_by_the_next_and_what_another_is_at_is_not(folder, run, monkeypatch):
+    site = folder / "fresh_site"
+    package = ("package", folder / "mail" / "alpha.signed.zip", site, "--fingerprint", trusted(folder))
+
+    def dies(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    engine_run, tool.run = tool.run, dies
+    try:
+        assert killed_at(0, lambda: run(*package))
+    finally:
+        tool.run = engine_run
+    (left,) = site.glob(".unfinished-*")
+    assert (left / "request" / "alpha.key").is_file()
+    with scratch.scratch(site) as other:
+        assert not left.exists()
+        refused(run, *package[:-1], WRONG)
+        assert other.is_dir()
+    assert sorted(p.name for p in site.iterdir()) == ["request"]
+
+
 def test_a_folder_that_cannot_be_written_and_a_disk_that_is_full(tmp_path, run, monkeypatch):
     """By the real engine: no file may grow beyond 700 bytes, which its key does not fit into."""
     before = digest(tmp_path)
@@ -393,21 +525,27 @@ def test_a_folder_that_cannot_be_written_and_a_disk_that_is_full(tmp_path, run, 
     assert digest(tmp_path) == before
 
 
-def test_a_command_that_is_ended_clears_away_what_it_had_begun(tmp_path):
+@pytest.mark.parametrize(("number", "ended"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_command_that_is_ended_clears_away_what_it_had_begun(number, ended, tmp_path):
     before = digest(tmp_path)
     code = (
         "import sys; from llmchain_fed.runtimes.nvflare.provisioning import tool; from llmchain_fed import cli; "
         "tool.program = lambda: [sys.executable, '-S', '-c', 'import time; print(1); time.sleep(60)']; cli.main()"
     )
     arguments = ["provision", "start", str(tmp_path / "hub"), "--host", "h"]
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     until = time.monotonic() + 60
     while not list((tmp_path / "hub").glob(".unfinished-*/profile.yaml")):
         assert time.monotonic() < until
         time.sleep(0.02)
     time.sleep(0.3)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
+    process.send_signal(number)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == ended
+    assert "stopping; what was begun is cleared away" in said
+    assert "Traceback" not in said
     assert digest(tmp_path) == before
 
 
@@ -520,8 +658,8 @@ def test_two_approvals_at_a_time(folder, run):
     before = digest(folder)
     with registry.alone(folder / "hub"):
         said = refused(run, "approve", folder / "mail" / "alpha.request.zip", folder / "hub", "--yes", "--replace")
-        assert "another command is changing the authority" in said
-        assert "another command is changing" in refused(run, "revoke", "alpha", folder / "hub")
+        assert f"the authority in {folder / 'hub'} is in use by another process. Nothing was changed" in said
+        assert "is in use by another process" in refused(run, "revoke", "alpha", folder / "hub")
     assert digest(folder) == before
 
 
@@ -574,6 +712,25 @@ def test_a_name_that_cannot_be_had_is_refused_where_it_is_asked_for(name, tmp_pa
         with pytest.raises(ConfigError, match="is no name for a site"):
             attempt()
     assert not any(tmp_path.iterdir())
+
+
+def test_the_same_rule_holds_in_a_federations_file_and_for_a_peer(tmp_path):
+    for name in ["-a", *NO_NAMES]:
+        (warning,) = site_warnings.of_name(name)
+        assert "is no name for a site" in warning
+        file = tmp_path / "federation.yaml"
+        file.write_text(
+            json.dumps({"chain": "translate", "out": "out", "hub": {"admin": "admin", "sites": ["a", name]}})
+        )
+        with pytest.raises(ConfigError, match="is no name for a site" if name else "sites"):
+            FederationFile.read(file)
+    assert site_warnings.of_name("klinik-1_a") == []
+
+
+def test_the_rule_needs_neither_torch_nor_the_engine():
+    code = "import sys, llmchain_fed.runtimes.names; print([m for m in ('torch', 'nvflare') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_name_that_is_near_is_proposed():
@@ -635,7 +792,7 @@ def test_names_of_hub_and_administrator(name, role, why, tmp_path, run):
 # --- dates and modes --------------------------------------------------------------------------------------------------
 
 
-def dated(world, kit, begin, end, *, of="client"):
+def dated(world, kit, begin, end, *, of="client", key=None):
     """Puts a certificate with these dates, counted from now, in a kit; of="rootCA" changes the authority's own."""
     path = kit / "startup" / ("rootCA.pem" if of == "rootCA" else f"{of}.crt")
     former = x509.load_pem_x509_certificate(path.read_bytes())
@@ -643,7 +800,7 @@ def dated(world, kit, begin, end, *, of="client"):
     now = datetime.now(UTC)
     builder = (
         x509.CertificateBuilder()
-        .subject_name(former.subject).issuer_name(former.issuer).public_key(former.public_key())
+        .subject_name(former.subject).issuer_name(former.issuer).public_key(key or former.public_key())
         .serial_number(x509.random_serial_number()).not_valid_before(now + begin).not_valid_after(now + end)
     )  # fmt: skip
     for extension in former.extensions:
@@ -765,7 +922,7 @@ def test_kits_whose_keys_stayed_with_their_sites_connect_also_after_a_renewal(tm
     for kit in (hubs, admins, site):
         certificates.check(kit)
     assert str(hubs / "storage") in (hubs / "local" / "resources.json").read_text()
-    running = {"hub": engine.start(hubs)}
+    running = {"hub": engine.start(hubs, authority=hub)}  # which is told of the new key
     try:
         engine.wait_for_hub(admins)
         session = EngineSession(admins)

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from llmchain_fed.cli.console import TERMINATED, say
+from llmchain_fed.cli.console import say
 from llmchain_fed.errors import ConfigError
+from llmchain_fed.stopping import Stopped, stopping
 from llmchain_fed.untrusted import one_line
 
 if TYPE_CHECKING:
-    from llmchain_fed.runtimes.nvflare.names import Role
+    from llmchain_fed.runtimes.names import Role
     from llmchain_fed.runtimes.nvflare.provisioning.sent import Asked
     from llmchain_fed.runtimes.nvflare.registry import Certificate
 
-app = typer.Typer(help="Certificates and kits. Keys stay with their site.", no_args_is_help=True)
+
+class _Commands(TyperGroup):
+    """Each of them ends in order when it is told to stop: what it had begun is cleared away."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with stopping(lambda: say("stopping; what was begun is cleared away, and the same command begins anew")):
+                return super().invoke(ctx)
+        except Stopped as stopped:
+            raise typer.Exit(stopped.status) from None
+
+
+app = typer.Typer(help="Certificates and kits. Keys stay with their site.", no_args_is_help=True, cls=_Commands)
 _Authority = Annotated[Path, typer.Argument(help="the folder of `provision start`")]
 _NAMES = "a site's name (A-Z a-z 0-9 _ -); with --role the hub's host name, or an administrator's, as a mail address"
-
-
-@app.callback()
-def _begin(context: typer.Context) -> None:
-    context.with_resource(_ended_in_order())
 
 
 @app.command("start")
@@ -151,16 +157,6 @@ def names(authority: _Authority) -> None:
             f"    approved {each.approved} by {each.by}, valid until {each.until}\n"
             f"    key {by_telephone(each.public_key)}\n    certificate {each.certificate}"
         )
-
-
-@contextmanager
-def _ended_in_order() -> Iterator[None]:
-    """Within, SIGTERM ends a command as Ctrl-C does: what it had begun is cleared away."""
-    former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
 
 
 def _role(text: str) -> Role:

@@ -17,6 +17,7 @@ from llmchain_fed.federated.codecs import make_codec
 from llmchain_fed.federated.personal import Ditto
 from llmchain_fed.federated.server_optimizers import ServerOptimizer, from_settings
 from llmchain_fed.federated.weight_share import Share
+from llmchain_fed.runtimes.names import check_name
 from llmchain_fed.training import TrainingConfig
 from llmchain_fed.untrusted import decoding, shown
 
@@ -101,6 +102,8 @@ class FederationFile(FrozenConfig):
             if isinstance(options.get(name), dict):
                 options[name] = kind(**options[name])
         found = cls(**options)
+        for site in found.hub.sites:
+            check_name(site)
         chain = str(here / found.chain) if (here / found.chain / "chain.yaml").is_file() else found.chain
         moved: FederationFile = found.replace(
             hub=found.hub.replace(admin=here / found.hub.admin),

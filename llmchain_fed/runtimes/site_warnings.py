@@ -6,7 +6,6 @@ Knows files' modes, a policy and counts. Knows nothing of models or of who is to
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import stat
 from collections.abc import Mapping
@@ -14,11 +13,10 @@ from pathlib import Path
 
 from llmchain_fed.errors import ConfigError, DataError
 from llmchain_fed.federated.overlap import Overlap
+from llmchain_fed.runtimes import names
 from llmchain_fed.runtimes.frames import is_own_group
 from llmchain_fed.runtimes.policy import Policy
 from llmchain_fed.untrusted import shown
-
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def check_apart(written: Mapping[str, Path], read: Mapping[str, Path | None]) -> None:
@@ -57,10 +55,13 @@ def check_readable(path: Path, what: str) -> None:
 
 def of_name(name: str) -> list[str]:
     """A name that no site's certificate can have, and by which no hub will know it."""
-    if _NAME.fullmatch(name):
-        return []
-    rule = "letters, digits, - and _, at most 64"
-    return [f"{shown(name)!r} is no name that a certificate can have ({rule}): say --name, as in this site's kit"]
+    try:
+        names.check_name(name)
+    except ConfigError as error:
+        return [
+            f"{str(error).rstrip('.')}. The hub knows this site by its certificate's name: say --name, as in its kit"
+        ]
+    return []
 
 
 def of_files(data: Path, held_out: Path | None, policy: Path | None) -> list[str]:

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from llmchain_fed import NVFlare, untrusted
 from llmchain_fed.errors import ConfigError, LLMChainFedError
-from llmchain_fed.runtimes.nvflare import engine, kits, names, registry
+from llmchain_fed.runtimes import names
+from llmchain_fed.runtimes.nvflare import engine, kits, registry
 from llmchain_fed.runtimes.nvflare.provisioning import authority, own_kit, tool
 
 
@@ -76,6 +77,7 @@ def hub(tmp_path):
     folder = tmp_path / "hub"
     (folder / "ca").mkdir(parents=True)
     (folder / "profile.yaml").write_text("server: {host: hub1}\n")
+    registry.write(folder, registry.Registry())
     return folder
 
 
@@ -202,6 +204,7 @@ def test_requests_of_any_kind_are_refused_with_one_error():
         path, hub = Path(folder) / "org-a.request.zip", Path(folder) / "hub"
         (hub / "ca").mkdir(parents=True)
         (hub / "profile.yaml").write_text("server: {host: hub1}\n")
+        registry.write(hub, registry.Registry())
 
         def refused(data):
             path.write_bytes(data)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.runtimes.nvflare import kits
-from llmchain_fed.runtimes.nvflare.provisioning import own_kit
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
@@ -157,7 +156,7 @@ def _check_dates(what: str, certificate: Certificate, now: datetime, remedy: str
 
 def _renew(kit: Path) -> str:
     """How a kit gets another certificate."""
-    home = own_kit.home_of(kit)
+    home = kits.home_of(kit)
     folder = shlex.quote(str(home)) if home else "FOLDER (that of its `provision request`)"
     return (
         f"llmchain-fed provision renew {folder}, send the request to the hub, which approves it with --replace, and "

@@ -20,13 +20,17 @@ import yaml
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.own_files import write_whole
-from llmchain_fed.runtimes.nvflare import names
+from llmchain_fed.runtimes import names
 from llmchain_fed.runtimes.nvflare.job import CONTROLLER, EXECUTOR, HUB, SITE
 from llmchain_fed.runtimes.nvflare.provisioning import tool
 from llmchain_fed.runtimes.nvflare.provisioning.scratch import place, scratch
 
 ADMIN = "admin@hub.org"
+REQUEST = "request"
+"""folder of one's own key and request, beside the folder of the kit"""
 _WORKSPACE = "ws"
+KITS = Path(_WORKSPACE, "fed", "prod_00")
+"""where the engine's own commands put kits"""
 _LARGEST = 2**20  # bytes of any file of a kit
 _ALLOWED = dict.fromkeys(("submit_job", "manage_job", "download_job", "view"), "any")
 _FORBIDDEN = dict.fromkeys(("clone_job", "operate", "shell_commands", "byoc", "server-predeployed-flwr"), "none")
@@ -80,6 +84,15 @@ def address(kit: Path) -> tuple[str, int]:
             msg = f"{kit} names port {port}."
             raise ConfigError(msg)
     return host, port
+
+
+def home_of(kit: Path) -> Path | None:
+    """The folder of `provision request` that a kit lies in; None where it was copied elsewhere, or is none."""
+    kit = kit.absolute()
+    if len(kit.parents) <= len(KITS.parts):
+        return None
+    home = kit.parents[len(KITS.parts)]
+    return home if kit == home / KITS / kit.name and (home / REQUEST).is_dir() else None
 
 
 def _read(kit: Path, name: str, folder: str = "startup") -> dict[str, Any]:
@@ -181,7 +194,7 @@ def provision_here(folder: Path, *, sites: Iterable[str], port: int, host: str =
         project = unfinished / "project.yml"
         write_whole(project, yaml.safe_dump(_project(wanted, host, port), sort_keys=False), mode=0o600)
         tool.run("provision", "-p", project, "-w", unfinished / _WORKSPACE, "--force", within=unfinished)
-        made, there = unfinished / _WORKSPACE / "fed" / "prod_00", folder / _WORKSPACE / "fed" / "prod_00"
+        made, there = unfinished / KITS, folder / KITS
         for name in (host, ADMIN, *wanted):
             configure(made / name, at=there / name)
         place([(unfinished / name, folder / name) for name in (_WORKSPACE, "project.yml")])

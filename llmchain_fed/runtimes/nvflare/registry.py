@@ -6,7 +6,6 @@ connected now: whoever accepts a site asks `allowed`.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -17,9 +16,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from llmchain_fed import untrusted
+from llmchain_fed import locks, untrusted
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.own_files import write_whole
+from llmchain_fed.own_files import sweep, write_whole
 
 FILE = "names.json"
 _LARGEST = 2**24  # bytes: some 20,000 certificates
@@ -91,16 +90,20 @@ class Registry(untrusted.Strict):
 
 
 def read(authority: Path) -> Registry:
-    """What an authority signed so far; empty where it signed nothing.
+    """What an authority signed so far.
 
     Raises:
-        ConfigError: The file is none of ours: then nobody can be told from a stranger.
+        ConfigError: The file is lost, or none of ours: then nobody can be told from a stranger.
     """
     path = authority / FILE
-    if not path.is_file() and not path.is_symlink():
-        if (authority / "ca").is_dir():
-            return Registry()
-        msg = f"{authority} is no authority's folder: it has no ca/. Give the folder of `provision start`."
+    if not os.path.lexists(path):
+        if not (authority / "ca").is_dir():
+            msg = f"{authority} is no authority's folder: it has no ca/. Give the folder of `provision start`."
+        else:
+            msg = (
+                f"{path} is missing: without it nobody knows which names were given, and to which keys. Put it back "
+                "from a back-up; if there is none, begin a new authority in a fresh folder."
+            )
         raise ConfigError(msg)
     what = f"{FILE} of the authority in {authority}"
     data = untrusted.read_file(path, most=_LARGEST, what=what, error=ConfigError)
@@ -117,39 +120,19 @@ def write(authority: Path, registry: Registry) -> None:
     write_whole(authority / FILE, registry.model_dump_json(indent=1) + "\n", mode=0o600)
 
 
-def put_back(authority: Path, former: Registry) -> None:
-    """The registry as it was before a command that failed: the first one of an authority had none.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    if former.certificates:
-        write(authority, former)
-    else:
-        (authority / FILE).unlink()
-
-
 @contextmanager
 def alone(authority: Path) -> Iterator[None]:
     """Within, no other command changes this authority: of two that approve one name the second sees the first.
 
     Raises:
-        ConfigError: Another command is at work there, or the folder cannot be opened.
+        ConfigError: Another command is at work there, or it is no folder.
     """
-    try:
-        descriptor = os.open(authority, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        msg = f"{authority} is no authority's folder ({error.strerror}). Give the folder of `provision start`."
-        raise ConfigError(msg) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            msg = f"another command is changing the authority in {authority}. Nothing was changed; try again."
-            raise ConfigError(msg) from error
+    if not authority.is_dir():
+        msg = f"{authority} is no authority's folder. Give the folder of `provision start`."
+        raise ConfigError(msg)
+    with locks.hold_folder(authority, f"the authority in {authority}"):
+        sweep(authority / FILE)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def now() -> str:

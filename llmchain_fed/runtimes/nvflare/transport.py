@@ -17,11 +17,11 @@ from typing import Any
 
 from llmchain_fed.errors import ConfigError, FederationError, TransportError
 from llmchain_fed.federated.runtime import Operation, Payload
+from llmchain_fed.runtimes.names import check_name
 from llmchain_fed.runtimes.nvflare import certificates
 from llmchain_fed.runtimes.nvflare.jobs import Jobs
 from llmchain_fed.runtimes.nvflare.keeping.reaching import hindrance
 from llmchain_fed.runtimes.nvflare.link import UnreachedError
-from llmchain_fed.runtimes.nvflare.names import check_name
 from llmchain_fed.runtimes.nvflare.session import EngineSession
 from llmchain_fed.runtimes.nvflare.sites import Sites
 from llmchain_fed.runtimes.nvflare.within import within

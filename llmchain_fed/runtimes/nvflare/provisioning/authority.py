@@ -20,12 +20,14 @@ import yaml
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.own_files import write_whole
-from llmchain_fed.runtimes.nvflare import certificates, kits, names, registry
-from llmchain_fed.runtimes.nvflare.names import Role
+from llmchain_fed.runtimes import names
+from llmchain_fed.runtimes.names import Role
+from llmchain_fed.runtimes.nvflare import certificates, kits, registry
 from llmchain_fed.runtimes.nvflare.provisioning import sent, tool
 from llmchain_fed.runtimes.nvflare.provisioning.scratch import place, said, scratch
 from llmchain_fed.runtimes.nvflare.provisioning.sent import Asked
 from llmchain_fed.runtimes.nvflare.registry import Certificate, Registry
+from llmchain_fed.stopping import whole
 
 _CA, _PROFILE = "ca", "profile.yaml"
 
@@ -49,7 +51,9 @@ def start(folder: Path, *, host: str, port: int) -> str:
         tool.run("cert", "init", "--profile", unfinished / _PROFILE, "-o", unfinished / _CA, within=unfinished)
         _tell_where(unfinished / _CA / "ca.json", folder / _PROFILE)
         trusted = kits.fingerprint(unfinished / _CA / "rootCA.pem")
-        place([(unfinished / name, folder / name) for name in (_CA, _PROFILE)])
+        registry.write(unfinished, Registry())
+        # ca/ comes last: killed before, this is no authority yet, and nobody has anything of it
+        place([(unfinished / name, folder / name) for name in (registry.FILE, _PROFILE, _CA)])
     return trusted
 
 
@@ -93,12 +97,14 @@ def approve(
             write_whole(copy, asked.data, mode=0o600)  # what was shown, whatever stands in the file by now
             ca, profile = authority / _CA, authority / _PROFILE
             tool.run("cert", "approve", copy, "-c", ca, "--profile", profile, "--out", answer, within=unfinished)
-            _write_down(authority, former, holder, _certificate(asked, sent.read_answer(answer)))
-            try:
-                place([(answer, signed)])
-            except BaseException:
-                registry.put_back(authority, former)
-                raise
+            new = _certificate(asked, sent.read_answer(answer))
+            with whole():  # else the answer could lie there though the registry was put back
+                _write_down(authority, former, holder, new)
+                try:
+                    place([(answer, signed)])
+                except BaseException:
+                    registry.write(authority, former)
+                    raise
     return signed
 
 
@@ -151,12 +157,13 @@ def _refuse_second(folder: Path, host: str, port: int) -> None:
     Raises:
         ConfigError: One is.
     """
-    if not os.path.lexists(folder / _PROFILE) and not os.path.lexists(folder / _CA):
+    parts = [folder / _PROFILE, folder / registry.FILE, folder / _CA]
+    if not any(os.path.lexists(part) for part in parts):
         return
-    if not (folder / _PROFILE).is_file() or not (folder / _CA / "rootCA.pem").is_file():
+    if not all(part.is_file() for part in (*parts[:2], folder / _CA / "rootCA.pem")):
         msg = (
-            f"{folder} holds a part of an authority, but not both {_PROFILE} and {_CA}/. Nothing was changed: put the "
-            "rest back from a back-up, or choose a fresh folder."
+            f"{folder} holds a part of an authority, but not all of {_PROFILE}, {registry.FILE} and {_CA}/. Nothing "
+            "was changed: put the rest back from a back-up, or choose a fresh folder."
         )
         raise ConfigError(msg)
     there = f"the authority of the hub {_host(folder)}:{_port(folder)} is in {folder} already"

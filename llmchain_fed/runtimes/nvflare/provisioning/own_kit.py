@@ -2,7 +2,7 @@
 
 Knows the folder of a site (or of the hub, or of its administrator): request/ with the key, ws/ with the kit, renewal/
 while a new key waits for its answer. Knows nothing of the authority. Whatever is refused, or fails half way, leaves
-every file as it was; the key never leaves the folder.
+every file as it was; where a process is killed the same command does the rest. The key never leaves the folder.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import yaml
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.own_files import write_whole
-from llmchain_fed.runtimes.nvflare import kits, names, registry
-from llmchain_fed.runtimes.nvflare.names import Role
+from llmchain_fed.runtimes import names
+from llmchain_fed.runtimes.names import Role
+from llmchain_fed.runtimes.nvflare import kits, registry
 from llmchain_fed.runtimes.nvflare.provisioning import sent, tool
-from llmchain_fed.runtimes.nvflare.provisioning.scratch import place, scratch
+from llmchain_fed.runtimes.nvflare.provisioning.scratch import place, scratch, sweep
 
-_REQUEST, _RENEWAL, _KITS = "request", "renewal", Path("ws", "fed", "prod_00")
+_REQUEST, _RENEWAL, _KITS = kits.REQUEST, "renewal", kits.KITS
 _TYPES: dict[Role, str] = {"site": "client", "hub": "server", "admin": "admin"}
 _ROLES: dict[object, Role] = {"site": "site", "server": "hub", "user": "admin"}
 
@@ -59,7 +60,7 @@ def renew(folder: Path) -> tuple[Path, Role]:
         ConfigError: There is no kit to renew, a new key waits for its answer, or the engine or the system refused.
         MissingExtraError: The extra `nvflare` is not installed.
     """
-    folder = home_of(folder) or folder.absolute()
+    folder = kits.home_of(folder) or folder.absolute()
     said = _own_request(folder / _REQUEST)
     name, role, organisation = _asked(said, folder)
     waiting = folder / _RENEWAL / _REQUEST / f"{name}.request.zip"
@@ -99,7 +100,8 @@ def package(signed: Path, folder: Path, trusted: str) -> Path:
             the system refused.
         MissingExtraError: The extra `nvflare` is not installed.
     """
-    folder = home_of(folder) or folder.absolute()
+    folder = kits.home_of(folder) or folder.absolute()
+    sweep(folder)  # also where the kit is there already: a killed process can have left a key
     renews = is_renewing(folder)
     own = folder / _RENEWAL / _REQUEST if renews else folder / _REQUEST
     name = sent.named(signed, ".signed.zip")
@@ -131,23 +133,12 @@ def package(signed: Path, folder: Path, trusted: str) -> Path:
             raise ConfigError(msg)
         else:
             place([(workspace, folder / "ws")])
-    if renews:
-        shutil.rmtree(folder / _RENEWAL, ignore_errors=True)
     return kit
 
 
 def is_renewing(folder: Path) -> bool:
     """Whether a new key waits for its certificate in a folder of `request`, or of the kit in it."""
-    return ((home_of(folder) or folder) / _RENEWAL).is_dir()
-
-
-def home_of(kit: Path) -> Path | None:
-    """The folder of `request` that a kit lies in; None where it was copied elsewhere, or is none."""
-    kit = kit.absolute()
-    if len(kit.parents) <= len(_KITS.parts):
-        return None
-    home = kit.parents[len(_KITS.parts)]
-    return home if kit == home / _KITS / kit.name and (home / _REQUEST).is_dir() else None
+    return ((kits.home_of(folder) or folder) / _RENEWAL).is_dir()
 
 
 def _make_key(name: str, role: Role, organisation: str, folder: Path) -> None:
@@ -165,19 +156,32 @@ def _make_key(name: str, role: Role, organisation: str, folder: Path) -> None:
 
 
 def _exchange(made: Path, kit: Path, folder: Path, unfinished: Path) -> None:
-    """Puts a renewed kit's `startup/` and key in place of the former ones, which are kept."""
-    former = unfinished / "former"
-    former.mkdir(mode=0o700)
-    kept = folder / f"former-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    place(
-        [
-            (kit / "startup", former / "startup"),
-            (made / "startup", kit / "startup"),
-            (folder / _REQUEST, former / _REQUEST),
-            (unfinished / _REQUEST, folder / _REQUEST),
-            (former, kept),
-        ]
+    """Puts a renewed kit's `startup/` and key in place of the former ones, of which a copy is kept.
+
+    Killed between two steps, the kit has the former `startup/` or the new one, and `renewal/` is there still: the same
+    command then does what is left, which the keys say.
+    """
+    startup, request, steps = kit / "startup", folder / _REQUEST, []
+    begun = _keys(startup) == _keys(made / "startup") or any(
+        _keys(kept / _REQUEST) == _keys(request) for kept in folder.glob("former-*")
     )
+    if not begun:
+        former = unfinished / "former"
+        former.mkdir(mode=0o700)
+        for part in (startup, request):
+            shutil.copytree(part, former / part.name, symlinks=True)
+        steps.append((former, folder / f"former-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"))
+    steps += [
+        (made / "startup", startup),
+        (unfinished / _REQUEST, request),
+        (folder / _RENEWAL, unfinished / _RENEWAL),
+    ]
+    place(steps, over=(startup, request))
+
+
+def _keys(folder: Path) -> dict[str, bytes]:
+    """The private keys in a folder."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.key")}
 
 
 def _check_authority(answer: sent.Answer, trusted: str) -> None:

@@ -1,6 +1,7 @@
 """Scratch folders: what a command makes is whole before any of it takes its place, or there is no trace of it.
 
-Knows folders, renames and the disk. Knows nothing of certificates.
+Knows folders, renames and the disk. Knows nothing of certificates. A process that is killed clears nothing away: what
+it left, which can hold a key, the next one removes.
 """
 
 from __future__ import annotations
@@ -9,12 +10,17 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from llmchain_fed import locks
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.own_files import sync_folder
+from llmchain_fed.stopping import whole
+from llmchain_fed.whole_folders import exchange
+
+_PREFIX = ".unfinished-"
 
 
 @contextmanager
@@ -28,12 +34,15 @@ def scratch(folder: Path) -> Iterator[Path]:
     """
     made: list[Path] = []
     unfinished: Path | None = None
-    with said(folder):
+    with said(folder), ExitStack() as claim:
         try:
             for missing in reversed([p for p in (folder, *folder.parents) if not p.exists()]):
                 missing.mkdir(mode=0o700 if missing == folder else 0o777)
                 made.append(missing)
-            unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))  # 0o700
+            sweep(folder)
+            unfinished = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))  # 0o700
+            with suppress(ConfigError):  # a file system without locks: there nobody sweeps either
+                claim.enter_context(locks.hold_folder(unfinished, "what a command makes"))
             yield unfinished
         except BaseException:
             if unfinished is not None:
@@ -45,27 +54,44 @@ def scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def place(moves: Sequence[tuple[Path, Path]]) -> None:
+def sweep(folder: Path) -> None:
+    """Removes the scratch folders that killed processes left in a folder; those in use stay."""
+    for left in folder.glob(f"{_PREFIX}*"):
+        with suppress(ConfigError, OSError):  # it is in use, or none of this account's
+            if not left.is_symlink() and left.stat().st_uid == os.geteuid():
+                with locks.hold_folder(left, "what a command makes"):
+                    shutil.rmtree(left, ignore_errors=True)
+
+
+def place(moves: Sequence[tuple[Path, Path]], *, over: Container[Path] = ()) -> None:
     """Moves each first to each second, on one file system; all, or none if one fails.
+
+    A process that is killed meanwhile has done the first of the moves, in their order, each of them whole.
+
+    Args:
+        moves: From where to where.
+        over: Seconds that may be there already: they are exchanged with their first.
 
     Raises:
         OSError: One cannot be moved, or something is in its place already.
     """
-    done: list[tuple[Path, Path]] = []
+    done: list[tuple[Callable[[Path, Path], object], Path, Path]] = []
     for source, _ in moves:
         _settle(source)
-    try:
-        for source, target in moves:
-            if os.path.lexists(target):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-            source.rename(target)
-            done.append((source, target))
-    except BaseException:
-        for source, target in reversed(done):
-            target.rename(source)
-        raise
-    for parent in {target.parent for _, target in moves}:
-        sync_folder(parent)
+    with whole():
+        try:
+            for source, target in moves:
+                there = os.path.lexists(target)
+                if there and target not in over:
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+                move: Callable[[Path, Path], object] = exchange if there else Path.rename
+                move(source, target)
+                done.append((move, target, source))
+                sync_folder(target.parent)  # so that the next is not on the disk before this one
+        except BaseException:
+            for move, target, source in reversed(done):
+                move(target, source)
+            raise
 
 
 @contextmanager
@@ -82,10 +108,14 @@ def said(folder: Path) -> Iterator[None]:
 
 def _settle(path: Path) -> None:
     """Puts a file, or all files of a folder, on the disk: a rename alone can outlive their contents."""
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file() and not p.is_symlink()]
-    for file in files:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    for each in (path, *path.rglob("*")):
+        if each.is_symlink():
+            continue
+        if each.is_dir():
+            sync_folder(each)
+        elif each.is_file():
+            descriptor = os.open(each, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

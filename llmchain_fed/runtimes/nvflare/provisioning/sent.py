@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.runtimes.nvflare import names, registry
-from llmchain_fed.runtimes.nvflare.names import Role
+from llmchain_fed.runtimes import names
+from llmchain_fed.runtimes.names import Role
+from llmchain_fed.runtimes.nvflare import registry
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes

@@ -1,7 +1,7 @@
 """Names: what a site, an administrator, an organisation and the hub's host may be called.
 
-Knows the engine's rules for names, and says them in our own words before the engine is asked. Knows nothing of
-requests, keys or kits.
+Knows NVFlare's rules for names, and says them in our own words: wherever a name is typed, in a request, in a
+federation's file or for a peer, it is this rule. Knows nothing of requests, keys or kits, and needs no NVFlare.
 """
 
 from __future__ import annotations
