@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llmchain_fed.cli.chains import load
+from llmchain_fed._config import read_options
+from llmchain_fed.cli.chains import check, load
 from llmchain_fed.cli.console import INCOMPLETE, error_line, say
 from llmchain_fed.errors import ContractError, ParticipantError, PolicyError, QuorumError, TransportError
 from llmchain_fed.stopping import Stopped, stopping
@@ -38,6 +39,7 @@ def federate(
 
 
 def _federate(file: Path, members: str) -> None:
+    read_options(file, "federation")  # a file that is not there is said before torch is imported
     from llmchain_fed.federated.membership import checked_members
     from llmchain_fed.runtimes.federation_file import FederationFile
     from llmchain_fed.runtimes.results import Results
@@ -51,6 +53,7 @@ def _federate(file: Path, members: str) -> None:
         if results.rounds >= found.rounds:
             _finish(found, results)
             return
+        check(found.chain, file)
         results.check(start=found.chain)
         about: dict[str, Any] = {
             "federation": str(file),
