@@ -52,6 +52,24 @@ IGNORE = -100
 """The label that the loss passes over: torch's and transformers' own convention."""
 
 
+_KEPT = {
+    "duplicate": "the same as one before",
+    "length_out_of_range": "longer or shorter than the settings let an answer be",
+    "raw": "raw text",
+    "prompt_as_input": "with a prompt that goes through the template",
+    "control_text": "with a control token spelled as text",
+}
+_LEFT_OUT = {
+    "empty": "empty",
+    "too_long": "too long",
+    "holds_end": "with an end token within the answer",
+    "holds_stop": "with a stop string within the answer",
+    "stripped": "with white space around the answer",
+    "not_decodable": "with characters that the vocabulary lacks",
+    "forbidden": "with an answer that the settings forbid",
+}
+
+
 @dataclass(slots=True)
 class DataReport:
     """What became of a participant's examples. Only `used` ones are trained on; nothing is cut."""
@@ -94,6 +112,19 @@ class DataReport:
         """Whether examples were left out, or taken otherwise than their form suggests."""
         taken = self.raw + self.prompt_as_input + self.control_text + self.length_out_of_range
         return bool(self.empty or self.too_long or self.unsayable or taken)
+
+    def in_words(self) -> str:
+        """The same for an operator.
+
+        >>> DataReport(used=12, length_out_of_range=10, too_long=1).in_words()
+        '12 examples (10 of them longer or shorter than the settings let an answer be), 1 more left out (too long)'
+        """
+        counts = {name: getattr(self, name) for name in (*_KEPT, *_LEFT_OUT)}
+        kept = ", ".join(f"{counts[name]:,} of them {text}" for name, text in _KEPT.items() if counts[name])
+        left = {text: counts[name] for name, text in _LEFT_OUT.items() if counts[name]}
+        why = next(iter(left)) if len(left) == 1 else ", ".join(f"{count:,} {text}" for text, count in left.items())
+        used = f"{self.used:,} example{'' if self.used == 1 else 's'}" + (f" ({kept})" if kept else "")
+        return used + (f", {sum(left.values()):,} more left out ({why})" if left else "")
 
     def __repr__(self) -> str:
         shown = [

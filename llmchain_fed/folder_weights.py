@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig
 
 from llmchain_fed import wrapping
-from llmchain_fed.untrusted import TensorHeader, decoding, read_file, read_json, read_safetensors_header, shown
+from llmchain_fed.untrusted import TensorHeader, decoding, read_file, read_json, read_safetensors_header, reason, shown
 from llmchain_fed.untrusted.text import ErrorType, refusal
 
 _AGAIN = "Download the folder again, or save the model or the chain again where it was made."
@@ -37,7 +37,7 @@ def headers(path: Path, *, error: ErrorType) -> dict[str, TensorHeader]:
             data = start + file.read(min(size, _MOST_HEADER))
             total = path.stat().st_size
     except OSError as failed:
-        raise refusal(error, f"{what} cannot be read ({shown(str(failed), 200)})", _AGAIN) from None
+        raise refusal(error, f"{what} cannot be read ({reason(failed)})", _AGAIN) from None
     return read_safetensors_header(data, max_header=_MOST_HEADER, what=what, error=error, total=total)[1]
 
 

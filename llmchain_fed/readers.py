@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from llmchain_fed.csv_rows import read_csv
 from llmchain_fed.errors import DataError, EmptyParticipantError
 from llmchain_fed.text_lines import check_encoding, checked_lines, refuse, undecodable
-from llmchain_fed.untrusted import shown
+from llmchain_fed.untrusted import reason, shown
 
 _DEEPEST = 64
 """levels of lists and objects in a line of JSON; Python's own limit depends on who calls"""
@@ -107,7 +107,7 @@ def _read(path: Path) -> Iterator[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         refuse(path.name, undecodable(path), f"is not UTF-8 text: {error}. Save the file as UTF-8")
     except OSError as error:
-        msg = f"{path.name} cannot be read: {error}."
+        msg = f"{path.name} cannot be read: {reason(error)}."
         raise DataError(msg) from error
 
 

@@ -28,7 +28,7 @@ from llmchain_fed.federated import asking
 from llmchain_fed.federated.attendance import Attendance, Change
 from llmchain_fed.tracking import lines
 
-MISMATCH = ContractError("participant 'b' stands on another contract (base weights: 1e1c… here, 8057… there)")
+MISMATCH = ContractError("another contract (base weights: 1e1c… at b, 8057… at the hub)")
 FROZEN = TransportError("its peer has been silent for 30 s")
 NOT_CONNECTED = TransportError("it is not connected to the hub")
 LATE = DeadlineError("'b' was not done by the deadline")
@@ -75,7 +75,7 @@ def test_a_mismatch_at_the_greeting_is_told_before_round_1_begins(make_chain, ca
     assert watch.told[:2] == ["b out", (1, ("a", "c"))]
     said = capfd.readouterr().err.splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in said), said
-    reason = "refused: participant 'b' stands on another contract (base weights: 1e1c… here, 8057… there)"
+    reason = "refused: another contract (base weights: 1e1c… at b, 8057… at the hub)"
     assert said[0].endswith(f" b is out: {reason}")
     (beginning,) = (line for line in said if " in: " in line)
     assert beginning.endswith(f" in: a, c; out: b ({reason})")

@@ -46,7 +46,7 @@ def begin(tmp_path, monkeypatch):
     def start(*, expect=None, **changes):
         monkeypatch.setattr(commands, "load", load if expect is None else expect)
         data = write_examples(tmp_path / "pairs.jsonl", PAIRS[:4])
-        options = {"chain": "c", "data": data, "socket": tmp_path / "a.sock"} | changes
+        options = {"chain": "translate", "data": data, "socket": tmp_path / "a.sock"} | changes
         words = [str(w) for key, value in options.items() for w in (f"--{key.replace('_', '-')}", value)]
         return CliRunner().invoke(cli.app, ["peer", *words]).exception
 
@@ -59,11 +59,15 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded_the_first_thing_first(
     policy.write_text("max_round: 3\n")
     wrong = {
         "hold_out_share": (2, "--hold-out-share lies between 0 and 1"),
+        "data": (missing.with_name("y"), "the training examples .* cannot be read: No such file or directory"),
+        "chain": (
+            "c",
+            r"'c' is neither a folder .*\(there is no folder /.*/c\) nor one of the recipes classify",
+        ),
+        "socket": (missing.with_name("z"), "cannot listen at .*: No such file or directory"),
         "rank": (0, "rank is a count of at least 1"),
         "policy": (policy, "did you mean `max_rounds`"),
         "audit": (missing, rf"No such file or directory \(2\)\. Make its folder first: mkdir -p '{folder}'"),
-        "socket": (missing.with_name("z"), "cannot listen at .*No such file or directory"),
-        "data": (missing.with_name("y"), "the training examples .* cannot be read: No such file or directory"),
     }
     given = {key: value for key, (value, _) in wrong.items()}
     given["audit"] = missing
@@ -76,6 +80,8 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded_the_first_thing_first(
             del given[key]
     with pytest.raises(DataError, match=r"the held-out examples .* cannot be read: Is a directory"):
         raise begin(held_out=tmp_path)
+    with pytest.raises(ConfigError, match=r"the policy file .* cannot be read \(Is a directory\)"):
+        raise begin(policy=tmp_path)
 
 
 def test_nothing_is_written_to_a_file_that_is_read(begin, tmp_path):
@@ -256,7 +262,7 @@ def test_who_greets_by_which_rule_is_said_once_for_each_federation(site, make_ch
     )
     with pytest.raises(Exception, match="another contract"):
         other.fit(1)
-    assert screen[5].startswith("hello failed: ContractError: the hub that 'a' is asked by stands on another contract")
+    assert screen[5].startswith("hello failed: ContractError: another contract (prompt: ")
 
 
 # --- status ---------------------------------------------------------------------------------------------------------

@@ -211,6 +211,13 @@ def unsigned(folder):
     (folder / "mail" / "alpha.signed.zip").unlink()
 
 
+def other_answer(folder):
+    root = (folder / "hub" / "ca" / "rootCA.pem").read_bytes()
+    with zipfile.ZipFile(folder / "mail" / "alpha.signed.zip", "w") as parts:
+        for name in ("alpha.crt", "rootCA.pem"):
+            parts.writestr(name, root)
+
+
 def cut_answer(folder):
     path = folder / "mail" / "alpha.signed.zip"
     path.write_bytes(path.read_bytes()[:-200])
@@ -240,7 +247,9 @@ REFUSALS = [
     (None, ("request", "beta", "x", "--org", "St. Josef"), "is no organisation .* For example: St_Josef"),
     (None, (*APPROVE, "hub", "--yes"), r"was approved already, at 20.*; the answer is in .*alpha\.signed\.zip: send"),
     (unsigned, (*APPROVE, "hub", "--yes"), "no longer beside the request: say --replace"),
-    (None, (*APPROVE, "fresh_hub", "--yes"), "is there already: nothing is overwritten"),
+    (None, (*APPROVE, "fresh_hub", "--yes"), "is there already: nothing is overwritten. It answers this request"),
+    (None, (*APPROVE, "hub", "--yes", "--replace"), "for the key of this very request .*`provision renew` wrote"),
+    (other_answer, (*APPROVE, "fresh_hub", "--yes"), "That answer is for the key .*, this request is for .* telephone"),
     (unsigned, (*APPROVE, "fresh_hub"), "standard input is no terminal. Say --yes once it was compared"),
     (None, (*APPROVE, "nowhere", "--yes"), "is no authority's folder"),
     (None, (*APPROVE, "mail", "--yes"), "is no authority's folder: it has no ca/"),

@@ -28,6 +28,7 @@ from llmchain_fed.runtimes import frames
 from llmchain_fed.runtimes.policy import Audit, Policy
 from llmchain_fed.runtimes.site import Site, check_socket
 from llmchain_fed.runtimes.sliced import SlicedCalls
+from llmchain_fed.tracking import lines
 
 TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=4, epochs=2)
 OPEN = Policy(operations=("hello", "train", "evaluate", "personal_state", "stop"), samples=9, error_messages=True)
@@ -518,12 +519,14 @@ def test_a_peer_with_another_contract_is_absent_by_name_and_the_others_learn(ser
     record = fed.fit(1)[0]
     assert record.trained == ["a", "b"]
     assert record.participants["c"].status == "absent"
-    assert "ContractError: the hub that 'c' is asked by stands on another contract (prompt: " in (
-        record.participants["c"].reason
-    )
+    at_c, at_hub = (trainee.contract()["prompt"][:12] for trainee in (other, Trainee.of(make_chain(lora=True))))
+    said = f"another contract (prompt: {at_c}… at c, {at_hub}… at the hub)"
+    assert record.participants["c"].reason.startswith(f"ContractError: {said}. ")
+    reasons = {"c": record.participants["c"].reason}
+    assert f"out: c (refused: {said}" in lines.beginning_of(["a", "b"], reasons), "a list has room for what differs"
     # a peer that does not compare is found out by the hub
-    with pytest.raises(ContractError, match=r"participant 'd' stands on another contract \(prompt: "):
-        check_contract(Trainee.of(make_chain(lora=True)).contract(), other.contract(), "participant 'd'")
+    with pytest.raises(ContractError, match=rf"^another contract \(prompt: {at_c}… at d, {at_hub}… at the hub\)"):
+        check_contract("d", site=other.contract(), hub=Trainee.of(make_chain(lora=True)).contract())
 
 
 @pytest.mark.parametrize("change", [{"lora_alpha": 64}, {"use_rslora": True}, {"lora_dropout": 0.1}])
@@ -531,8 +534,8 @@ def test_another_setting_of_the_same_adapter_is_another_contract(change, make_ch
     from tiny import lora_config
 
     ours, theirs = (Trainee.of(make_chain(lora=lora_config(**c))) for c in ({}, change))
-    with pytest.raises(ContractError, match=r"another contract \(adapter "):
-        check_contract(ours.contract(), theirs.contract(), "participant 'x'")
+    with pytest.raises(ContractError, match=r"another contract \(adapter: "):
+        check_contract("x", site=theirs.contract(), hub=ours.contract())
 
 
 def test_another_tokenizer_is_another_contract_and_the_same_one_loaded_again_is_not(make_chain, tmp_path):
@@ -544,15 +547,15 @@ def test_another_tokenizer_is_another_contract_and_the_same_one_loaded_again_is_
     chain.model.tokenizer = copy.deepcopy(chain.model.tokenizer)  # the fixture's is everybody's
     ours = Trainee.of(chain).contract()
     chain.save(tmp_path / "c")
-    check_contract(ours, Trainee.of(LLMChain.load(tmp_path / "c")).contract(), "it")
+    check_contract("it", site=ours, hub=Trainee.of(LLMChain.load(tmp_path / "c")).contract())
     other = make_chain(lora=True)
     other.model.tokenizer = copy.deepcopy(other.model.tokenizer)
     other.model.tokenizer.add_tokens(["<new>"])
     with pytest.raises(ContractError, match=r"another contract \(tokenizer"):
-        check_contract(ours, Trainee.of(other).contract(), "it")
+        check_contract("it", site=ours, hub=Trainee.of(other).contract())
     # what is kept of a tokenizer is not kept when tokens are added to the same object
     chain.model.tokenizer.add_tokens(["<new>"])
-    check_contract(Trainee.of(other).contract(), Trainee.of(chain).contract(), "it")
+    check_contract("it", site=Trainee.of(other).contract(), hub=Trainee.of(chain).contract())
 
 
 def test_what_a_participant_adds_to_its_evaluation_is_not_believed():

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llmchain_fed.cli.chains import load
+from llmchain_fed._config import read_options
+from llmchain_fed.cli.chains import check, load
 from llmchain_fed.cli.console import INCOMPLETE, error_line, say
 from llmchain_fed.errors import ContractError, PolicyError, QuorumError, TransportError
 from llmchain_fed.stopping import Stopped, stopping
@@ -43,6 +44,7 @@ def federate(
 
 
 def _federate(file: Path, members: str) -> None:
+    read_options(file, "federation")  # a file that is not there is said before torch is imported
     from llmchain_fed.federated.membership import checked_members
     from llmchain_fed.runtimes.federation_file import FederationFile
     from llmchain_fed.runtimes.results import Results
@@ -57,6 +59,7 @@ def _federate(file: Path, members: str) -> None:
             results.check_finished(found, members)
             _finish(found, results)
             return
+        check(found.chain, file)
         results.check(start=found.chain)
         results.begin(found.chain)
         about: dict[str, Any] = {

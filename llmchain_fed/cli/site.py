@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import sys
+import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmchain_fed.cli.chains import load
+from llmchain_fed._config import read_options
+from llmchain_fed.cli.chains import check, load
 from llmchain_fed.cli.console import say
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.stopping import Stopped, stopping
 from llmchain_fed.untrusted import one_line
+
+if TYPE_CHECKING:
+    from llmchain_fed.runtimes.policy import Policy
 
 policies = typer.Typer(help="What a site lets a hub ask of it.", no_args_is_help=True)
 
@@ -71,18 +75,24 @@ def _peer(
     threads: int | None,
 ) -> None:
     """What can be wrong is looked for first, the quick before the slow; then the model is loaded, and served."""
-    from llmchain_fed.federated.participant import Participant, hold_out
     from llmchain_fed.runtimes import frames, site_warnings
-    from llmchain_fed.runtimes.policy import Audit, Policy
 
-    participant = Participant(name, data, held_out, rank=rank, alpha=alpha)
+    # before torch is imported, which takes seconds
     site_warnings.check_apart({"--audit": audit, "--socket": socket}, {"--data": data, "--held-out": held_out})
-    rules = Policy.from_file(policy) if policy is not None else Policy()
-    written = Audit(audit, say)
-    frames.listen(socket).close()  # what would be wrong with it after the model is loaded is wrong now
     site_warnings.check_readable(data, "the training examples")
     if held_out is not None:
         site_warnings.check_readable(held_out, "the held-out examples")
+    if policy is not None:
+        read_options(policy, "policy")
+    check(chain)
+    frames.listen(socket).close()  # what would be wrong with it after the model is loaded is wrong now
+
+    from llmchain_fed.federated.participant import Participant, hold_out
+    from llmchain_fed.runtimes.policy import Audit, Policy
+
+    participant = Participant(name, data, held_out, rank=rank, alpha=alpha)
+    rules = Policy.from_file(policy) if policy is not None else Policy()
+    written = Audit(audit, say)
     open_to_others, may_leave = site_warnings.of_files(data, held_out, policy), site_warnings.of_policy(rules)
     for warning in (*site_warnings.of_name(name), *open_to_others, *may_leave):
         say(f"warning: {warning}")
@@ -100,13 +110,15 @@ def _peer(
     if share is not None:
         participant = hold_out(participant, share, trainee.prompt, seed=0)
     worker = LocalPeer(trainee, participant, None, samples=rules.samples)
-    typer.echo(f"{name}: {worker.inspect()}")  # reads the examples now: a wrong path is not found out in round 1
+    examples = worker.inspect()  # reads them now: what is wrong with them is not found out in round 1
     for warning in site_warnings.of_examples(data, held_out, worker.data.overlap()):
         say(f"warning: {warning}")
     contract = trainee.contract()
-    short = ", ".join(f"{key} {value[:12]}" for key, value in contract.items())
-    typer.echo(f"contract: {short}\npolicy: {rules}\naudit: {audit}\nlistening at {socket}")
-    sys.stdout.flush()
+    say(f"{name}: {examples}")
+    say("contract: " + ", ".join(f"{key} {value[:12]}" for key, value in contract.items()))
+    say(f"policy: {_in_words(rules, policy)}")
+    say(f"audit: {audit}")
+    say(f"listening at {socket}")
     about = {
         "name": one_line(name, 250),
         "examples": worker.data.count(),
@@ -115,6 +127,13 @@ def _peer(
         "contract": contract,
     }
     Site(worker, rules, written, SiteLog(say, about)).serve(socket)
+
+
+def _in_words(rules: Policy, file: Path | None) -> str:
+    """The options that differ from the default, and what says more."""
+    options = repr(rules).removeprefix("Policy(").removesuffix(")")
+    more = "llmchain-fed policy explain" + (f" {shlex.quote(str(file))}" if file is not None else "")
+    return f"{options or 'the default'} (what it lets happen: {more})"
 
 
 @policies.command("explain")

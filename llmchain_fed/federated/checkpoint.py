@@ -34,7 +34,16 @@ from torch import Tensor
 from llmchain_fed.errors import CheckpointError
 from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Name
 from llmchain_fed.stopping import whole
-from llmchain_fed.untrusted import Strict, checked, decoding, parse_json, read_file, read_safetensors_header, shown
+from llmchain_fed.untrusted import (
+    Strict,
+    checked,
+    decoding,
+    parse_json,
+    read_file,
+    read_safetensors_header,
+    reason,
+    shown,
+)
 from llmchain_fed.untrusted.files import machine_memory
 
 FORMAT = 1
@@ -153,7 +162,7 @@ def write(directory: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
                 former.rename(target)
         msg = (
             f"the checkpoint of round {checkpoint.round} cannot be written to {shown(str(directory), 300)}: "
-            f"{shown(str(error), 500)}. Former ones stay. Make room there, or give this account the right to write."
+            f"{reason(error)}. Former ones stay. Make room there, or give this account the right to write."
         )
         raise CheckpointError(msg) from error
     return target
@@ -169,7 +178,7 @@ def prepare(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         os.rmdir(tempfile.mkdtemp(prefix=_SCRATCH, dir=directory))
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
-        msg = f"no checkpoint could be written to {str(directory)!r}: {error}. Choose another checkpoint_dir."
+        msg = f"no checkpoint could be written to {str(directory)!r}: {reason(error)}. Choose another checkpoint_dir."
         raise CheckpointError(msg) from error
 
 

@@ -134,4 +134,4 @@ class LocalData:
 
 
 def _report(data: Any) -> str:
-    return repr(data.report) if isinstance(data, EncodedExamples) else "a DataLoader"
+    return data.report.in_words() if isinstance(data, EncodedExamples) else "a DataLoader"

@@ -165,7 +165,7 @@ class LocalPeer(LocalWork):
     def _hello(self, payload: bytes) -> bytes:
         asked = messages.read_hello(payload)
         contract = self._trainee.contract()
-        check_contract(contract, asked.get("contract"), f"the hub that {self._name!r} is asked by")
+        check_contract(self._name, site=contract, hub=asked.get("contract"))
         said = messages.checked_hello(asked)
         config = self._config_for(said)
         if self._limits is not None:

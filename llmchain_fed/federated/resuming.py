@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from llmchain_fed.errors import CheckpointError, DeadlineError, ParticipantError, TransportError
+from llmchain_fed.errors import CheckpointError, DeadlineError, ParticipantError, PolicyError, TransportError
 from llmchain_fed.federated import server_optimizers, wire
 from llmchain_fed.federated.aggregation import AGGREGATIONS
 from llmchain_fed.federated.checkpoint import Checkpoint
@@ -29,6 +29,8 @@ from llmchain_fed.federated.server_optimizers import ResumableServerOptimizer
 from llmchain_fed.federated.settings import Settings
 from llmchain_fed.untrusted import shown
 
+# the hub cannot tell a peer that goes on from one that was started anew and begins with none
+_ITS_OWN = "trains on with the optimizer and place in the data that its peer has, if it was not started anew"
 _UNTOLD = asdict(ParticipantRecord())
 _MEANING = {"base": "base weights", "adapter": "adapter", "prompt": "prompt", "tokenizer": "tokenizer"}
 
@@ -308,15 +310,16 @@ def other_holdings(name: str, changes: Mapping[str, tuple[Any, Any]], found: Con
 def give_back(hub: Hub, names: list[str], states: Mapping[str, bytes]) -> None:
     """Tells participants where they stood; one that keeps that for itself stays as it is, and its record says so."""
     known = {name: states[name] for name in names if name in states}
-    hub.notes |= {n: "goes on from what it kept itself (no checkpoint holds it)" for n in names if n not in states}
+    hub.notes |= {n: f"{_ITS_OWN} (no checkpoint holds it)" for n in names if n not in states}
     if not known:
         return
     for name, answer in hub.transport.call("personal_state", list(known), known, hub.settings.deadline):
         if isinstance(answer, Exception):
             if isinstance(hub.transport, InProcess) and not isinstance(answer, ABSENCE):
                 raise answer  # this process's own
-            # its policy, say, keeps that from the hub
-            hub.notes[name] = f"goes on from what it kept itself ({type(answer).__name__})"
+            kept_from_us = isinstance(answer, PolicyError)
+            why = "its policy keeps that from the hub" if kept_from_us else type(answer).__name__
+            hub.notes[name] = f"{_ITS_OWN} ({why})"
 
 
 @contextmanager

@@ -209,7 +209,7 @@ def _read(node: str, answer: bytes, contract: Mapping[str, Any]) -> Hello:
     if name != node:
         msg = f"the peer at {node!r} calls itself {shown(name)!r}: start it with the name of its node."
         raise ParticipantError(msg)
-    check_contract(contract, found.get("contract"), f"participant {node!r}")
+    check_contract(node, site=found.get("contract"), hub=contract)
     who = f"participant {node!r}"
     said = checked(HelloAnswer, found, what=f"what {node!r} says it holds", error=ParticipantError)
     known = _report(said, who)

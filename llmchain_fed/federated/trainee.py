@@ -25,10 +25,10 @@ from llmchain_fed.untrusted import Strict, shown
 
 _MEANING = {
     "base": "base weights",
-    "adapter": "adapter (its names, types, shapes or settings)",
+    "adapter": "adapter",
     "prompt": "prompt",
     "tokenizer": "tokenizer",
-    "version": "version of llmchain-fed",
+    "version": "version",
 }
 
 _PROBES = ("Save the page, naïve Café №5!", "  two  spaces\n\ttabs and 1234567890", "日本語 Ελληνικά 😀 don't")
@@ -114,26 +114,26 @@ class Trainee:
         }
 
 
-def check_contract(ours: Mapping[str, Any], theirs: Any, who: str) -> None:
-    """Makes sure that another side trains the same thing.
+def check_contract(name: str, *, site: Any, hub: Any) -> None:
+    """Makes sure that a participant trains what the hub does; both sides check, and say it in the same words.
 
     Args:
-        ours: This side's `contract()`.
-        theirs: The other's, as it arrived.
-        who: The other, for the message.
+        name: The participant's.
+        site: Its `contract()`; as it arrived, at the hub.
+        hub: The hub's; as it arrived, at the participant.
 
     Raises:
         ContractError: What differs, by name.
     """
-    theirs = theirs if isinstance(theirs, Mapping) else {}
-    different = [k for k in ours if theirs.get(k) != ours[k]]
-    if different:
-        named = "; ".join(
-            f"{_MEANING[k]}: {shown(ours[k], 12)} here, {shown(theirs.get(k), 12)} there" for k in different
-        )
+    at_site, at_hub = (said if isinstance(said, Mapping) else {} for said in (site, hub))
+    different = [k for k in _MEANING if at_site.get(k) != at_hub.get(k)]
+    if different:  # what differs comes first: in a list of sites a line has room for no more
+        kinds = ", ".join(_MEANING[k] for k in different)
+        there, here = (", ".join(shown(said.get(k), 12) for k in different) for said in (at_site, at_hub))
         msg = (
-            f"{who} stands on another contract ({named}). Averaged weights would mean nothing: start both sides "
-            "from the same model, adapter, prompt and version."
+            f"another contract ({kinds}: {there} at {shown(name, 80)}, {here} at the hub). Averaged weights would mean "
+            "nothing: start both sides from the same model, adapter (names, types, shapes and settings), prompt, "
+            "tokenizer and version."
         )
         raise ContractError(msg)
 

@@ -94,7 +94,7 @@ def listen(path: str | Path) -> Listener:
         with _alone(path):
             return _listen(path)
     except OSError as error:
-        msg = f"cannot listen at {path}: {error}. Its folder must exist and be writable."
+        msg = f"cannot listen at {path}: {untrusted.reason(error)}. Its folder must exist and be writable."
         raise ConfigError(msg) from error
 
 
@@ -196,14 +196,14 @@ def dial(path: str | Path, seconds: float = HANDSHAKE) -> Channel:
             return _dial(path, seconds)
         except AuthenticationError as error:
             if last:
-                msg = f"nobody answers at {path} ({type(error).__name__}: {error})."
+                msg = f"nobody answers at {path} ({untrusted.reason(error)})."
                 raise TransportError(msg) from error
             time.sleep(0.05)  # a peer that starts anew just now has put another key there
         except (TimeoutError, BlockingIOError) as error:  # the latter where those who wait to be heard are too many
             msg = f"the process that listens at {path} has been silent for {seconds:.0f} s."
             raise SilentError(msg) from error
         except (OSError, EOFError, ValueError) as error:
-            msg = f"nobody answers at {path} ({type(error).__name__}: {error})."
+            msg = f"nobody answers at {path} ({untrusted.reason(error)})."
             raise TransportError(msg) from error
     raise AssertionError  # pragma: no cover (the second attempt returns or raises)
 
@@ -294,5 +294,5 @@ def ask(path: str | Path, frame: bytes, seconds: float = TRANSFER) -> bytes:
             msg = f"the process at {path} has been silent for {seconds:.0f} s."
             raise SilentError(msg) from error
         except (OSError, EOFError) as error:
-            msg = f"the process at {path} went away ({type(error).__name__}: {error})."
+            msg = f"the process at {path} went away ({untrusted.reason(error)})."
             raise TransportError(msg) from error

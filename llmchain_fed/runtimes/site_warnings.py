@@ -10,13 +10,16 @@ import shlex
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmchain_fed.errors import ConfigError, DataError
-from llmchain_fed.federated.overlap import Overlap
 from llmchain_fed.runtimes import names
 from llmchain_fed.runtimes.frames import is_own_group
-from llmchain_fed.runtimes.policy import Policy
 from llmchain_fed.untrusted import shown
+
+if TYPE_CHECKING:  # they bring torch, and a path that is wrong shall be said before that is imported
+    from llmchain_fed.federated.overlap import Overlap
+    from llmchain_fed.runtimes.policy import Policy
 
 
 def check_apart(written: Mapping[str, Path], read: Mapping[str, Path | None]) -> None:

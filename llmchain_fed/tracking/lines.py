@@ -68,8 +68,8 @@ def span(seconds: float) -> str:
 def reason_of(reason: str | None) -> str:
     """Why somebody is out, in words.
 
-    >>> reason_of("ParticipantError: ContractError: another contract (base weights: 1e1c… here, 8057… there)")
-    'refused: another contract (base weights: 1e1c… here, 8057… there)'
+    >>> reason_of("ParticipantError: ContractError: another contract (base weights: 1e1c… at b, 8057… at the hub)")
+    'refused: another contract (base weights: 1e1c… at b, 8057… at the hub)'
     """
     found = reason or "no reason is known"
     while match := _TYPE.match(found):

@@ -10,7 +10,7 @@ from llmchain_fed.untrusted.files import machine_memory, read_file
 from llmchain_fed.untrusted.json_text import MAX_DEPTH, parse_json, read_json
 from llmchain_fed.untrusted.plain_yaml import MAX_YAML, dump_yaml, key_lines, parse_yaml, read_yaml
 from llmchain_fed.untrusted.safetensors_header import MAX_NAME, TensorHeader, read_safetensors_header
-from llmchain_fed.untrusted.text import PanicError, decoding, no_panic, one_line, printable, shown
+from llmchain_fed.untrusted.text import PanicError, decoding, no_panic, one_line, printable, reason, shown
 
 __all__ = [
     "MAX_DEPTH",
@@ -33,5 +33,6 @@ __all__ = [
     "read_json",
     "read_safetensors_header",
     "read_yaml",
+    "reason",
     "shown",
 ]

@@ -9,7 +9,7 @@ import os
 import stat
 from pathlib import Path
 
-from llmchain_fed.untrusted.text import ErrorType, refusal, shown
+from llmchain_fed.untrusted.text import ErrorType, reason, refusal, shown
 
 
 def machine_memory() -> int:
@@ -40,7 +40,7 @@ def read_file(path: str | Path, *, most: int, what: str, error: ErrorType, follo
             # its size is looked at first: a reader makes room for all that it is told to read
             data = file.read(min(most, found.st_size) + 1) if found.st_size <= most else None
     except (OSError, ValueError) as failed:
-        raise refusal(error, f"{what} {shown(str(path), 300)} cannot be read ({shown(str(failed), 200)})") from None
+        raise refusal(error, f"{what} {shown(str(path), 300)} cannot be read ({reason(failed)})") from None
     if data is None or len(data) > most:
         raise refusal(error, f"{what} {shown(str(path), 300)} has more than the {most:,} bytes that make sense")
     return data

@@ -72,6 +72,16 @@ def one_line(text: object, longest: int = 2000) -> str:
     return printable(text, longest).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def reason(error: BaseException) -> str:
+    r"""Why something failed, in the system's words; without the path, which can be a descriptor's number.
+
+    >>> reason(IsADirectoryError(21, "Is a directory", 3))
+    'Is a directory'
+    """
+    said = error.strerror if isinstance(error, OSError) else None
+    return one_line(said or str(error) or type(error).__name__, 200)
+
+
 def shown(value: object, longest: int = 80) -> str:
     """A short, printable form of any value, for a message; it never fails and never walks all of large plain data."""
     if isinstance(value, str):

@@ -84,8 +84,8 @@ def hub(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"kind": "user", "cert_type": "lead", "name": "org-a"}, "asks for a certificate as user org-a"),
-        ({"kind": "server"}, "asks for a certificate as server org-a"),
+        ({"kind": "user", "cert_type": "lead", "name": "org-a"}, "asks for a certificate as admin org-a"),
+        ({"kind": "server"}, "asks for a certificate as hub org-a"),
         ({"name": "org-b"}, "asks for a certificate as site org-b; it would be signed as site org-a"),
         ({"name": "\x1b[2J../../x"}, "asks for a certificate as site"),
         ({"name": ["org-a"]}, "asks for a certificate as site"),
@@ -180,7 +180,7 @@ def test_the_answer_to_a_request_overwrites_nothing(hub, tmp_path):
     path = tmp_path / "org-a.request.zip"
     path.write_bytes(asks())
     (tmp_path / "org-a.signed.zip").write_text("mine")
-    with pytest.raises(ConfigError, match="is there already: nothing is overwritten"):
+    with pytest.raises(ConfigError, match=r"is there already: nothing is overwritten\. That answer cannot be read"):
         authority.approve(path, hub)
     assert (tmp_path / "org-a.signed.zip").read_text() == "mine"
     for name in ("org-a.zip", "x.signed.zip", "..request.zip", "-x.request.zip"):

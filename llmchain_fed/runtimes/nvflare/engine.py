@@ -180,7 +180,10 @@ def needs_socket(kit: Path, socket: Path | None) -> None:
         ConfigError: A site without a socket.
     """
     if socket is None and not kits.is_hub(kit):
-        msg = f"a site's engine needs the socket at which its peer listens: start {kit.name} with its socket."
+        msg = (
+            "a site's engine needs the socket at which its peer listens: add --socket SOCKET, the path that "
+            f"`llmchain-fed peer` of {kit.name} is given."
+        )
         raise ConfigError(msg)
 
 

@@ -32,6 +32,9 @@ _WORKSPACE = "ws"
 KITS = Path(_WORKSPACE, "fed", "prod_00")
 """where the engine's own commands put kits"""
 _LARGEST = 2**20  # bytes of any file of a kit
+_STARTS = ("fed_server.json", "fed_client.json")
+_ABOVE = ("", "prod_*/", "fed/prod_*/", f"{_WORKSPACE}/fed/prod_*/")  # where kits lie in a folder made for them
+_LISTED = 5  # kits that a message names
 _ALLOWED = dict.fromkeys(("submit_job", "manage_job", "download_job", "view"), "any")
 _FORBIDDEN = dict.fromkeys(("clone_job", "operate", "shell_commands", "byoc", "server-predeployed-flwr"), "none")
 
@@ -45,8 +48,23 @@ def is_hub(kit: Path) -> bool:
     for name, found in (("fed_server.json", True), ("fed_client.json", False)):
         if (kit / "startup" / name).is_file():
             return found
-    msg = f"{kit} is no kit of a hub or site: startup/fed_server.json or fed_client.json is missing."
+    msg = f"{kit} is no kit of a hub or site: startup/fed_server.json or fed_client.json is missing.{_instead(kit)}"
     raise ConfigError(msg)
+
+
+def _instead(folder: Path) -> str:
+    """What was meant, perhaps: a kit within this folder, or what is still to be done to get one."""
+    if is_admin(folder):
+        return " It is an administrator's, which runs nothing: `federate` is given it, as hub.admin."
+    for above in _ABOVE:
+        startups = [path.parent for name in _STARTS for path in folder.glob(f"{above}*/startup/{name}")]
+        if startups:
+            found = sorted(str(path.parent) for path in startups)
+            more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+            return f" Within it are: {untrusted.one_line(', '.join(found[:_LISTED]))}{more}"
+    if (folder / "request").is_dir():
+        return " It holds a request: `llmchain-fed provision package` makes the kit of it and the hub's answer."
+    return ""
 
 
 def is_admin(kit: Path) -> bool:

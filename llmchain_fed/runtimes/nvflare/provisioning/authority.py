@@ -195,8 +195,33 @@ def _refuse_taken(asked: Asked, holder: Certificate | None, signed: Path, *, rep
             )
         raise ConfigError(msg)
     if os.path.lexists(signed):
-        msg = f"{signed} is there already: nothing is overwritten. If it was sent back, delete it; then start again."
+        msg = f"{signed} is there already: nothing is overwritten. {_about_answer(asked, holder, signed)}"
         raise ConfigError(msg)
+
+
+def _about_answer(asked: Asked, holder: Certificate | None, signed: Path) -> str:
+    """What an answer says that lies where another would: above all, whether this request is the one it answers.
+
+    A site that renews sends a second request of the same file name: approved by mistake, the former would take the new
+    one's place.
+    """
+    key = sent.by_telephone(asked.public_key)
+    if holder is not None and holder.public_key == asked.public_key:
+        return (
+            f"{asked.name} has its certificate for the key of this very request already ({key}, approved at "
+            f"{holder.approved}), and the answer lies there: send it back. If a new key was agreed on, this is the "
+            "former request, of the same file name: give the one that `provision renew` wrote, in renewal/request/."
+        )
+    found = None
+    with suppress(ConfigError):
+        found = sent.read_answer(signed)
+    if found is not None and found.public_key == asked.public_key:
+        return f"It answers this request (key {key}). If it was sent back, delete it; then start again."
+    whose = f"is for the key {sent.by_telephone(found.public_key)}" if found is not None else "cannot be read"
+    return (
+        f"That answer {whose}, this request is for {key}. If this is the key that the site reads out on the "
+        "telephone, move the former answer away; then start again."
+    )
 
 
 def _check_root(authority: Path) -> datetime:

@@ -78,7 +78,8 @@ def read_request(sent: Path, role: Role) -> Asked:
     what = f"the request {sent.name}"
     said = untrusted.read_json(parts["request.json"], most=LARGEST, what=what, error=ConfigError)
     if (said.get("name"), said.get("kind")) != (name, _KINDS.get(role)):
-        wanted = f"{untrusted.shown(said.get('kind'))} {untrusted.shown(said.get('name'))}"
+        kind = next((ours for ours, theirs in _KINDS.items() if theirs == said.get("kind")), said.get("kind"))
+        wanted = f"{untrusted.shown(kind)} {untrusted.shown(said.get('name'))}"
         msg = (
             f"{sent.name} asks for a certificate as {wanted}; it would be signed as {role} {name}. If that is what you "
             "agreed on, say --role and call the file as the request is called; else ask who sent it."
