@@ -18,6 +18,7 @@ from typing import Any
 from llmchain_fed.errors import ConfigError, FederationError, TransportError
 from llmchain_fed.federated.runtime import Operation, Payload
 from llmchain_fed.runtimes.nvflare import certificates
+from llmchain_fed.runtimes.nvflare.gathering import in_the_hubs_words
 from llmchain_fed.runtimes.nvflare.jobs import Jobs
 from llmchain_fed.runtimes.nvflare.keeping.reaching import hindrance
 from llmchain_fed.runtimes.nvflare.names import check_name
@@ -160,6 +161,7 @@ class NVFlare:
         left = max(timeout - (time.monotonic() - started), 0.0) if timeout is not None else None
         for name, answer in self._calls.call(op, there, payload, left):
             if isinstance(answer, TransportError):
+                answer = in_the_hubs_words(self._session, name, answer)
                 self._sites.missed(name, str(answer))
             yield name, answer
 
