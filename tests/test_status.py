@@ -406,7 +406,7 @@ def test_a_sites_kit_tells_of_its_peer_as_well(site_kit, tmp_path, peers):
     wrote()
     code, text = command(kit)
     assert code == INCOMPLETE
-    assert "! its peer does not answer: nobody answers at" in text or "! its peer does not answer:" in text
+    assert "! its peer does not answer: " in text
     peers(tmp_path / "a.sock", PEER)
     code, text = command(kit)
     assert code == FINE, text
