@@ -333,6 +333,8 @@ def test_a_list_that_is_away_for_a_moment_is_remembered(how, tmp_path, monkeypat
             Guard(tmp_path / "hub")
     assert guard.refusal("alpha", OTHER).code == news.OTHER_KEY
     assert guard.refusal("alpha", ONE) is None
+    assert guard.refusal("beta", ONE) is None, "who is new meanwhile is remembered as well"
+    assert guard.refusal("beta", OTHER).code == news.OTHER_KEY
 
 
 @pytest.fixture

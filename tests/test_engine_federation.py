@@ -9,6 +9,7 @@ import subprocess
 import time
 from datetime import UTC, datetime, timedelta
 
+import psutil
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -153,10 +154,19 @@ def test_a_revoked_site_is_put_out_and_cannot_come_back(made, start, tmp_path):
         "approved": registry.now(), "by": "me", "until": registry.now(),
     }  # fmt: skip
     registry.write(authority, registry.Registry(certificates=[registry.Certificate(**entry)]))
-    start(hub, authority=authority)
+    at_hub = start(hub, authority=authority)
     engine.wait_for_hub(b)
     site = start(b)
     wait_for(hub, "site b is connected")
+
+    # the authority's folder is away for a moment, as for a back-up: nobody is put out for it
+    authority.rename(tmp_path / "off-line")
+    wait_for(hub, "the authority's registry cannot be read", 30)
+    (tmp_path / "off-line").rename(authority)
+    wait_for(hub, "the authority's registry can be read again", 30)
+    assert site.poll() is None
+    assert "is out" not in (hub / "engine.log").read_text()
+
     revoked = registry.Certificate(**entry, revoked=registry.now(), why="laptop stolen")
     registry.write(authority, registry.Registry(certificates=[revoked]))
     began = time.monotonic()
@@ -166,3 +176,9 @@ def test_a_revoked_site_is_put_out_and_cannot_come_back(made, start, tmp_path):
     assert "the hub does not let this certificate in: it was revoked" in (b / "engine.log").read_text()
     again = start(b)
     assert again.wait(timeout=30) == 2
+
+    # NVFlare's process alone is killed: its supervisor is to start the engine again
+    (nvflare,) = psutil.Process(at_hub.pid).children()
+    nvflare.kill()
+    assert at_hub.wait(timeout=20) == 4
+    assert "NVFlare's process ended by signal 9 (see " in (hub / "engine.log").read_text()

@@ -122,7 +122,7 @@ class Guard:
         known = self._known.sites.get(name)
         if known is None and len(self._known.sites) < _MOST:
             self._known.sites[name] = Known(fingerprint=fingerprint, first_seen=self._now())
-            with suppress(OSError):  # a full disk shuts nobody out; it is remembered until this process ends
+            with suppress(OSError, ConfigError):  # a full disk shuts nobody out: this process remembers it
                 write_whole(self._path, self._known.model_dump_json(indent=1), mode=0o600)
                 self._stamp = self._stamp_now()
             return None

@@ -269,8 +269,8 @@ class Keeper:
         return LASTING
 
     def _died(self, status: int) -> int:
-        error = logs.last_error(self._kit, self._logged)
         self._diary.lasting = status in _WRONG_KIT
+        error = logs.last_error(self._kit, self._logged) if status >= 0 else ""  # a signal is nobody's error
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         self._diary.tell(
             "ended", f"NVFlare's process ended {how}{': ' + error if error else ''} (see {self._kit / logs.FILE})"
