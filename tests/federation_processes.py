@@ -42,12 +42,13 @@ class Federation:
     Args:
         folder: Where, with a short path: sockets live in it.
         sites: Their names, of `SHARES`.
+        kits_in: The name of the folder for the kits.
     """
 
-    def __init__(self, folder: Path, sites=SITES, *, chain=None, host="localhost") -> None:
+    def __init__(self, folder: Path, sites=SITES, *, chain=None, host="localhost", kits_in="kits") -> None:
         self.folder, self.sites = folder, list(sites)
         folder.mkdir(parents=True, exist_ok=True)
-        self.kits = kits.provision_here(folder / "kits", sites=self.sites, port=free_port(), host=host)
+        self.kits = kits.provision_here(folder / kits_in, sites=self.sites, port=free_port(), host=host)
         self.chain_folder = folder / "chain"
         (chain or tiny_chain("causal", lora=True)).save(self.chain_folder)
         self.engines: dict[str, subprocess.Popen] = {}

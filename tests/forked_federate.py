@@ -132,8 +132,7 @@ def child(
         federating.load = lambda name: (act(do.get("load")), load(name))[1]
         transport.NVFlare = (lambda *_, **__: Sites(do, out or {}, sites)) if engine else no_engine
         sys.argv = ["llmchain-fed", *arguments]
-        cli.main()
-        status = 0
+        status = cli.run()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except BaseException:

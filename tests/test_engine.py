@@ -24,9 +24,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from federation_processes import free_port
 
-from llmchain_fed.errors import ConfigError
-from llmchain_fed.runtimes.nvflare import engine, engine_state, kits
-from llmchain_fed.runtimes.nvflare.keeping import child, diary, job_folders, keeper, logs, news, reaching
+from llmchain_fed.errors import ConfigError, TransportError
+from llmchain_fed.runtimes.nvflare import engine, engine_state, gathering, kits
+from llmchain_fed.runtimes.nvflare.keeping import child, diary, job_folders, job_processes, keeper, logs, news, reaching
 from llmchain_fed.runtimes.nvflare.keeping.guard import Guard, elsewhere
 from llmchain_fed.runtimes.nvflare.keeping.keeper import Keeper
 from llmchain_fed.runtimes.nvflare.keeping.standing import HubLink, Sites
@@ -531,8 +531,8 @@ class Clock:
         return self.time
 
 
-def peer(silent=0.0, address="10.0.0.1:5000"):
-    return news.Peer(address=address, fingerprint=ONE, silent=silent)
+def peer(silent=0.0, address="10.0.0.1:5000", mark=ONE):
+    return news.Peer(address=address, fingerprint=mark, silent=silent)
 
 
 def test_sites_that_come_go_and_are_silent_are_a_line_each():
@@ -571,6 +571,41 @@ def test_a_refused_site_is_one_line_and_its_trouble_stands_until_it_is_over():
     sites.heard({"a": peer()})
     assert {site.trouble for site in sites.seen.values()} == {None}
     assert sites.refused(refused) == ["site a is seen from two places: …"]
+
+
+def test_that_a_name_was_seen_from_two_places_is_over_soon_and_not_said_again_at_each_attempt():
+    clock = Clock()
+    sites = Sites(clock)
+    sites.heard({"a": peer()})
+    refused = news.Refused(name="a", code=news.ELSEWHERE, address="10.0.0.2:1", says="is seen from two places: …")
+    sites.refused(refused)
+    clock.time += 39
+    sites.heard({"a": peer()})
+    assert sites.seen["a"].trouble is not None
+    clock.time += 2
+    sites.heard({"a": peer()})
+    assert sites.seen["a"].trouble is None
+    assert sites.seen["a"].connected
+    assert sites.refused(refused) == []
+    assert sites.seen["a"].trouble is not None
+
+
+@pytest.mark.parametrize("looked_between", [True, False])
+@pytest.mark.parametrize("code", [news.NOT_ALLOWED, news.OTHER_KEY, news.LATER])
+def test_who_comes_in_with_a_key_that_is_allowed_clears_what_was_said_of_the_former(code, looked_between):
+    """`renew`, `approve --replace`: the engine is restarted, and the hub's is not."""
+    sites = Sites(Clock())
+    sites.heard({"b": peer(mark=ONE)})
+    refused = news.Refused(name="b", code=code, address="10.0.0.2:1", says="the certificate of b was revoked")
+    assert sites.refused(refused)
+    assert sites.seen["b"].trouble == refused.says
+    if looked_between:
+        assert sites.heard({}) == ["site b is out: its connection was closed"]
+    assert sites.seen["b"].trouble == refused.says
+    (line,) = sites.heard({"b": peer(mark=OTHER)})
+    assert line == ("site b is back after 0 s" if looked_between else "site b came again, with another certificate")
+    assert sites.seen["b"] == engine_state.SeenSite(connected=True, since=1000.0, fingerprint=OTHER)
+    assert sites.refused(refused), "the former one, again, is told again"
 
 
 def test_a_site_that_left_or_was_revoked_is_not_told_of_for_ever():
@@ -637,6 +672,82 @@ def test_a_folder_whose_job_may_not_have_begun_stays(tmp_path):
     assert [path.exists() for path in ours] == [True, False, False]
 
 
+def test_folders_of_ended_jobs_are_looked_for_every_ten_minutes(kit, monkeypatch):
+    swept, now = [], [1000.0]
+    found = Keeper(kit, socket=Path("/nowhere"), say=print)
+    found._next |= {"write": 1e9, "warn": 1e9}
+    monkeypatch.setattr(keeper.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(job_folders, "remove_ended", lambda *_: swept.append(now[0]))
+    for _ in range(40):
+        found._regularly()
+        now[0] += 60.0
+    assert swept == [1000.0, 1600.0, 2200.0, 2800.0]
+
+
+# --- the processes of jobs ------------------------------------------------------------------------------------------
+
+
+def test_a_job_starts_from_a_folder_of_any_name(monkeypatch, tmp_path):
+    """The command line of both launchers, as NVFlare's own code takes it apart."""
+    import shlex
+
+    from nvflare.apis.fl_constant import FLContextKey
+    from nvflare.apis.job_launcher_spec import JobProcessArgs
+    from nvflare.app_common.job_launcher.client_process_launcher import ClientProcessJobLauncher
+    from nvflare.app_common.job_launcher.server_process_launcher import ServerProcessJobLauncher
+    from nvflare.private.fed.client.client_executor import JobExecutor
+
+    for patched, name in (
+        (ClientProcessJobLauncher, "get_command"),
+        (ServerProcessJobLauncher, "get_command"),
+        (JobExecutor, "_wait_child_process_finish"),
+    ):
+        monkeypatch.setattr(patched, name, getattr(patched, name))
+    folder = tmp_path / 'Daten Köln #1\'s \\ "x"'
+    prepared = {
+        JobProcessArgs.EXE_MODULE: ("-m", "worker_process"),
+        JobProcessArgs.WORKSPACE: ("-m", str(folder)),
+        JobProcessArgs.APP_ROOT: ("-r", str(folder / "app")),
+        JobProcessArgs.PARENT_CONN_SEC: None,
+        JobProcessArgs.OPTIONS: ("--set", " secure_train=true uid=a print_conf=True"),
+    }
+    context = SimpleNamespace(get_prop={FLContextKey.JOB_PROCESS_ARGS: prepared}.get)
+
+    def words(launcher):
+        return shlex.split(launcher().get_command({}, context), True)
+
+    plain = prepared | {JobProcessArgs.WORKSPACE: ("-m", "/k"), JobProcessArgs.APP_ROOT: ("-r", "/k/app")}
+    plain_context = SimpleNamespace(get_prop={FLContextKey.JOB_PROCESS_ARGS: plain}.get)
+    launchers = (ClientProcessJobLauncher, ServerProcessJobLauncher)
+    theirs = [shlex.split(launcher().get_command({}, plain_context), True) for launcher in launchers]
+    job_processes.install(print)
+    ours = [shlex.split(launcher().get_command({}, plain_context), True) for launcher in launchers]
+    assert ours == theirs, "where nothing is to be quoted, it is NVFlare's own"
+    options = ["--set", "secure_train=true", "uid=a", "print_conf=True"]
+    site = [sys.executable, "-m", "worker_process", "-m", str(folder), *options]
+    assert words(ClientProcessJobLauncher) == site
+    assert words(ServerProcessJobLauncher) == [*site[:5], "-r", str(folder / "app"), *options]
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    assert words(ClientProcessJobLauncher)[0] == str(folder / "python")
+
+
+def test_a_process_of_a_job_that_dies_is_told_and_one_that_ends_is_not():
+    from nvflare.apis.fl_constant import RunProcessKey
+    from nvflare.private.fed.client.client_executor import JobExecutor
+    from nvflare.private.fed.client.client_status import ClientStatus
+
+    def job(code, status=ClientStatus.STARTED, **more):
+        handle = SimpleNamespace(wait=lambda: None, poll=lambda: code)
+        return {RunProcessKey.JOB_HANDLE: handle, RunProcessKey.STATUS: status} | more
+
+    told = "the process of job 01234567 died: this site is out of that job"
+    assert job_processes.how_it_ended(job(1), "0123456789") == told
+    assert job_processes.how_it_ended(job(1, ClientStatus.STARTING), "0123456789") == told
+    for ended in ({}, job(0), job(9), job(1, ClientStatus.STOPPED), job(1, _abort_requested=True)):
+        assert job_processes.how_it_ended(ended, "0123456789") is None
+    assert "_abort_requested" in JobExecutor.abort_app.__globals__["_ABORT_REQUESTED_KEY"]
+
+
 def test_the_log_has_its_bound_on_a_full_disk_too(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -692,6 +803,41 @@ def test_the_hubs_state_is_found_from_its_port(hub, tmp_path, monkeypatch):
     assert engine_state.of_hub(8002) == state
     engine_state.pointer(8002).parent.chmod(0o777)
     assert engine_state.of_hub(8002) is None, "anybody could have written it"
+
+
+def test_why_a_call_failed_is_told_as_the_hubs_engine_knows_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    session, silent = SimpleNamespace(port=8002), TransportError("its engine has been silent for 32 s.")
+
+    def said(written=0.0, **sites):
+        now = time.time()
+        engine_state.write(
+            tmp_path,
+            engine_state.EngineState(
+                name="server",
+                pid=1,
+                started=1.0,
+                written=now - written,
+                state="running",
+                says="",
+                hub="h:1",
+                sites=sites,
+            ),
+        )
+        return str(gathering.in_the_hubs_words(session, "a", silent))
+
+    assert gathering.in_the_hubs_words(session, "a", silent) is silent, "there is no engine of this account"
+    engine_state.point(8002, tmp_path)
+    out = engine_state.SeenSite(since=1000.0, trouble="the certificate of a was revoked: test.")
+    assert said(a=out) == "the certificate of a was revoked: test (its engine has been silent for 32 s)."
+    at = time.strftime("%H:%M:%S", time.localtime(1000.0))
+    lost = engine_state.SeenSite(since=1000.0)
+    assert said(a=lost) == f"it is not connected to the hub since {at} (its engine has been silent for 32 s)."
+    there = engine_state.SeenSite(connected=True, since=1000.0, trouble="another key came under its name")
+    for other in (said(a=there), said(b=out), said(), said(written=60.0, a=out)):
+        assert other == str(silent)
+    (tmp_path / engine_state.FILE).write_text("{")
+    assert gathering.in_the_hubs_words(session, "a", silent) is silent
 
 
 # --- the parent, with a process in NVFlare's place -------------------------------------------------------------------
@@ -827,6 +973,22 @@ def test_an_engine_whose_nvflare_is_killed_says_so_and_is_to_be_started_again(
     assert status == 4
     assert lines[-1] == f"NVFlare's process ended by signal 9 (see {folder / 'nvflare.log'})"
     assert state.state == "ended"
+
+
+def test_a_job_whose_process_dies_is_a_line(kit, keep):
+    _, lines, _ = keep(kit, [{"kind": "notice", "says": "the process of job 1234 died"}], stop_after="job 1234")
+    assert f"the process of job 1234 died; see {kit / 'nvflare.log'}" in lines
+
+
+def test_what_is_written_down_of_an_engine_that_ended_says_why_and_claims_no_connection(kit, keep):
+    here = {"kind": "peers", "peers": {"server": peer().model_dump()}}
+    _, _, state = keep(kit, [here, {"kind": "turned away", "code": news.NOT_ALLOWED}])
+    assert (state.state, state.lasting, state.connected, state.since) == ("ended", True, False, None)
+    assert "get another with `llmchain-fed provision renew`" in state.says
+    _, _, state = keep(kit, [here, -9])
+    assert (state.state, state.lasting, state.connected) == ("ended", False, False)
+    _, _, state = keep(kit, [here], stop_after="connected to the hub")
+    assert (state.says, state.lasting, state.socket) == ("it was told to stop", False, "/nowhere")
 
 
 def test_what_nvflare_died_of_is_one_line_and_its_status_says_whether_to_start_again(kit, keep):

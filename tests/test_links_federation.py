@@ -32,7 +32,7 @@ LONG = TRAINING.replace(epochs=2000)
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory):
-    found = Federation(tmp_path_factory.mktemp("f"), SITES)
+    found = Federation(tmp_path_factory.mktemp("f"), SITES, kits_in="Daten Köln #1's")  # all that follows, from there
     try:
         yield found.start()
     finally:
@@ -104,6 +104,25 @@ def test_what_freezes_in_a_round_is_named_by_what_it_is_within_patience_and_five
     while fed.history[-1].trained != list(SITES):
         assert time.monotonic() < until, fed.history
         time.sleep(1.0)
+        fed.fit(1)
+
+
+def test_a_process_of_a_job_that_dies_is_a_line_at_its_site(federation, runtime):
+    fed = start(runtime)
+    fed.fit(1)
+    root = psutil.Process(federation.engines["c"].pid)
+    jobs = [p for p in root.children(recursive=True) if any("worker_process" in word for word in p.cmdline())]
+    assert jobs
+    for process in jobs:
+        process.kill()
+    log, until = federation.kits["c"] / "engine.log", time.monotonic() + 10
+    while "died: this site is out of that job; see " not in log.read_text():
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.1)
+    assert not any(" died: " in (federation.kits[name] / "engine.log").read_text() for name in "ab")
+    until = time.monotonic() + 60
+    while fed.history[-1].trained != list(SITES) or len(fed.history) == 1:
+        assert time.monotonic() < until, fed.history
         fed.fit(1)
 
 

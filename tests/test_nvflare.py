@@ -346,9 +346,7 @@ def run_here(monkeypatch, capsys):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["llmchain-fed", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, capsys.readouterr().err
+        return cli.run(), capsys.readouterr().err
 
     return run
 

@@ -276,7 +276,7 @@ def test_a_process_of_this_account_is_told_how_the_site_stands_and_a_hub_is_not(
     found = ask_status(path)
     assert found.model_dump() == {
         **ABOUT, "started": found.started, "trainings": 0, "max_rounds": 7, "op": None, "round": None, "since": None,
-        "heard": None, "last_refusal": None,
+        "heard": None, "last_refusal": None, "trouble": None,
     }  # fmt: skip
     assert abs(found.started - began) < 60
 
@@ -301,6 +301,30 @@ def test_a_process_of_this_account_is_told_how_the_site_stands_and_a_hub_is_not(
     assert found.since >= began
     assert found.last_refusal.startswith("policy.operations: this site does not answer 'personal_state'")
     peer.give_up()
+
+
+def test_what_failed_last_of_a_hello_and_of_a_training_is_a_trouble_until_it_succeeds(site):
+    peer = Echo()
+    transport, _, _ = site(peer, Policy(max_rounds=3, operations=("hello", "train", "evaluate")))
+    path = transport.exchange.paths["a"]
+
+    def trouble():
+        return ask_status(path).trouble
+
+    ask(transport, "hello", b"fail")
+    assert trouble() == "hello failed: ValueError; the audit file has its message"
+    ask(transport, "evaluate", b"fail")
+    ask(transport, "evaluate")
+    assert trouble().startswith("hello failed"), "to measure is not to take part"
+    ask(transport, "train", b"fail")
+    assert trouble().startswith("training failed")
+    ask(transport, "train")
+    assert trouble().startswith("hello failed")
+    ask(transport, "hello")
+    assert trouble() is None
+    ask(transport, "train")
+    ask(transport, "train")
+    assert trouble().startswith("training refused: policy.max_rounds: ")
 
 
 def test_what_is_no_status_is_no_status():

@@ -83,9 +83,7 @@ def run(monkeypatch, capsys):
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", ["llmchain-fed", "provision", *map(str, arguments)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code or 0, "".join(capsys.readouterr())
+        return cli.run(), "".join(capsys.readouterr())
 
     return command
 

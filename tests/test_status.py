@@ -294,6 +294,67 @@ def test_a_federations_file_leads_to_its_results_and_to_the_certificate(make_cha
     assert "! the certificate of old ended 4 days ago: renew it" in text
 
 
+def hub_at(admin, port):
+    (admin / "startup" / "fed_admin.json").write_text(json.dumps({"admin": {"host": "127.0.0.1", "port": port}}))
+
+
+def test_a_federations_file_leads_to_the_hubs_engine(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    certificate(tmp_path / "admin", "client.crt", 100.5)
+    file = tmp_path / "federation.yaml"
+    file.write_text("out: results\nhub: {admin: admin, sites: [a]}\n")
+    (tmp_path / "results").mkdir()
+    now, kit = time.time(), tmp_path / "hub"
+    kit.mkdir()
+    state = engine_state.EngineState(
+        name="server", pid=os.getpid(), started=now, written=now, state="running", says="", hub="h:1"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as server, StatusFile(tmp_path / "results" / "status.json"):
+        port = server.getsockname()[1]
+        hub_at(tmp_path / "admin", port)
+        began = time.monotonic()
+        assert command(file)[0] == FINE, "another account's engine, which only its port tells of"
+        engine_state.point(port, kit)
+        engine_state.write(kit, state)
+        assert command(file)[0] == FINE
+        for change, why in (
+            ({"state": "ended", "says": "it was told to stop"}, "it has ended: it was told to stop"),
+            ({"pid": 2**22 + 1}, "its process (pid 4194305) is gone"),
+            (
+                {"written": now - 600},
+                f"its process (pid {os.getpid()}) has written nothing for 10 min: it hangs, perhaps",
+            ),
+        ):
+            engine_state.write(kit, state.model_copy(update=change))
+            code, text = command(file)
+            assert code == INCOMPLETE
+            assert f"! the hub's engine does not run: {why}" in text
+        engine_state.pointer(port).unlink()
+        server.close()
+        code, text = command(file)
+        assert code == INCOMPLETE
+        assert f"! the hub's engine does not run: nobody answers at 127.0.0.1:{port} (Connection refused)" in text
+        monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(3))
+        assert "the hub's engine does not run: nobody answers at" in command(file)[1]
+        assert time.monotonic() - began < 5
+    code, text = command(file)
+    assert code == FINE, "a federation that is done needs none"
+
+
+def test_a_disk_that_is_nearly_full_is_a_problem_wherever_it_is_written_to(tmp_path, peers, monkeypatch):
+    kit = tmp_path / "kit"
+    certificate(kit, "client.crt", 100.5)
+    with StatusFile(tmp_path / "status.json"):
+        peers(tmp_path / "a.sock", PEER)
+        assert command(tmp_path, kit, tmp_path / "a.sock")[0] == FINE
+        usage = overview.shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(overview.shutil, "disk_usage", lambda _: usage._replace(free=199_000_000))
+        code, text = command(tmp_path, kit, tmp_path / "a.sock")
+    assert code == INCOMPLETE
+    for folder in (tmp_path, kit, "/tmp"):
+        assert f"! the disk of {folder} is full, or nearly: 199 MB are free" in text
+
+
 # --- an engine ------------------------------------------------------------------------------------------------------
 
 
@@ -320,7 +381,69 @@ def test_an_engine_says_who_is_connected(tmp_path):
     code, text = command(kit)
     assert code == INCOMPLETE
     assert "! a: another key tried to come under its name" in text
-    assert "is gone: start `llmchain-fed engine" in text
+    assert (
+        "the engine of this kit does not run: its process (pid 4194305) is gone. To go on, start `llmchain-fed engine"
+        in text
+    )
+
+
+@pytest.fixture
+def site_kit(tmp_path):
+    """A site's kit, and a function that lets its engine have written something."""
+    kit = tmp_path / "kit"
+    (kit / "startup").mkdir(parents=True)
+    (kit / "startup" / "fed_client.json").write_text("{}")
+    now = time.time()
+    state = engine_state.EngineState(
+        name="a", pid=os.getpid(), started=now, written=now, state="running", says="connected", hub="hub:8002",
+        connected=True, since=now - 60, certificate_ends=now + 900 * 86_400, socket=str(tmp_path / "a.sock"),
+    )  # fmt: skip
+    return kit, lambda **change: engine_state.write(kit, state.model_copy(update=change))
+
+
+def test_a_sites_kit_tells_of_its_peer_as_well(site_kit, tmp_path, peers):
+    kit, wrote = site_kit
+    wrote()
+    code, text = command(kit)
+    assert code == INCOMPLETE
+    assert "! its peer does not answer: " in text
+    peers(tmp_path / "a.sock", PEER)
+    code, text = command(kit)
+    assert code == FINE, text
+    assert "connected to the hub at hub:8002, since" in text
+    assert "its peer alpha: up since " in text
+    (found,) = json.loads(command(kit, "--json")[1])["found"]
+    assert found["peer"]["name"] == "alpha"
+
+
+def test_a_peer_that_refused_the_hub_is_a_problem_at_its_socket_and_its_kit(site_kit, tmp_path, peers):
+    kit, wrote = site_kit
+    wrote()
+    peers(tmp_path / "a.sock", PEER | {"trouble": "hello failed: ContractError: another contract"})
+    for place in (kit, tmp_path / "a.sock"):
+        code, text = command(place)
+        assert code == INCOMPLETE
+        assert "it does not take part; the hub was refused, or refused: hello failed: ContractError" in text
+
+
+def test_an_engine_that_ended_is_not_connected_and_the_advice_follows_from_why(site_kit, tmp_path, peers):
+    kit, wrote = site_kit
+    peers(tmp_path / "a.sock", PEER)
+    start = f"start `llmchain-fed engine {kit} --socket {tmp_path / 'a.sock'}`"
+    wrote(state="ended", says="it was told to stop")
+    code, text = command(kit)
+    assert code == INCOMPLETE
+    assert "connected to the hub" not in text
+    assert f"! the engine of this kit does not run: it has ended: it was told to stop. To go on, {start}" in text
+    wrote(state="ended", says="the hub does not let this certificate in: it was revoked.", lasting=True)
+    text = command(kit)[1]
+    assert "it has ended: the hub does not let this certificate in: it was revoked. To go on, mend that first" in text
+    wrote(pid=2**22 + 1)
+    text = command(kit)[1]
+    assert "connected to the hub" not in text
+    assert f"its process (pid 4194305) is gone. To go on, {start}" in text
+    wrote(written=time.time() - 600)
+    assert "has written nothing for 10 min: it hangs, perhaps" in command(kit)[1]
 
 
 # --- a peer ---------------------------------------------------------------------------------------------------------
@@ -328,7 +451,7 @@ def test_an_engine_says_who_is_connected(tmp_path):
 PEER = {
     "name": "alpha", "started": 1.0, "examples": 1200, "held_out": True, "trainings": 3, "max_rounds": 10,
     "op": "train", "round": 4, "since": 2.0, "heard": 3.0, "last_refusal": "PolicyError: policy.max_steps: too many",
-    "audit": "/tmp/a", "contract": {"base": "1e1c"},
+    "trouble": None, "audit": "/tmp/a", "contract": {"base": "1e1c"},
 }  # fmt: skip
 
 

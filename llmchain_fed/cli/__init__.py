@@ -17,6 +17,7 @@ import errno
 import os
 import sys
 from contextlib import suppress
+from typing import NoReturn
 
 from llmchain_fed.errors import LLMChainFedError
 from llmchain_fed.own_files import for_this_account_alone
@@ -27,7 +28,7 @@ except ImportError:  # pragma: no cover (the tests install the extra)
     sys.exit("the command llmchain-fed needs typer: pip install 'llmchain-fed[nvflare]'")
 
 from llmchain_fed.cli import federating, provisioning, site, status
-from llmchain_fed.cli.console import FAILED, INTERRUPTED, TERMINATED, error_line, status_of
+from llmchain_fed.cli.console import DONE, FAILED, INTERRUPTED, TERMINATED, error_line, status_of
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
 
@@ -46,20 +47,32 @@ def _begin(context: typer.Context) -> None:
 
 
 def main() -> None:
-    """The console script: this package's errors, and the disk's, are one line and an exit status."""
+    """The console script: ends with the command's status, at once."""
+    _leave(run())
+
+
+def run() -> int:
+    """Runs the command that `sys.argv` says; this package's errors, and the disk's, are one line and an exit status."""
     try:
         app()
     except LLMChainFedError as error:
         error_line(error)
-        sys.exit(status_of(error))
+        return status_of(error)
     except OSError as error:
         if error.errno not in _DISK:
             raise
         error_line(error)
-        sys.exit(FAILED)
+        return FAILED
     except SystemExit as end:
-        if end.code in (INTERRUPTED, TERMINATED):  # a thread that an engine left behind shall not hold it up
-            with suppress(OSError, ValueError):  # a pipe that nobody reads, a full disk: it is a stop all the same
-                sys.stdout.flush()
-            os._exit(int(end.code))
-        raise
+        return end.code if isinstance(end.code, int) else DONE if end.code is None else 1
+    return DONE
+
+
+def _leave(status: int) -> NoReturn:
+    """All is written by now. NVFlare's threads try to connect on for half a minute: they hold nobody up."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a pipe that nobody reads, a full disk: it has ended all the same
+            stream.flush()
+    if "nvflare" in sys.modules or status in (INTERRUPTED, TERMINATED):
+        os._exit(status)
+    sys.exit(status)

@@ -136,6 +136,8 @@ class PeerStatus(untrusted.Strict):
     heard: _Time | None
     """when a hub last asked anything"""
     last_refusal: Annotated[str, Field(max_length=2000)] | None
+    trouble: Annotated[str, Field(max_length=2000)] | None
+    """why the last hello, or training, came to nothing; None once one succeeds"""
     audit: Annotated[str, Field(max_length=4096)] | None
     contract: Annotated[
         dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=128)]], Field(max_length=32)

@@ -7,11 +7,12 @@ that an operator waits for no more than a second.
 from __future__ import annotations
 
 import shutil
+import socket
 import stat
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError, LLMChainFedError, TransportError
@@ -20,8 +21,14 @@ from llmchain_fed.tracking import status_file
 from llmchain_fed.tracking.lines import clock, reason_of, span
 from llmchain_fed.untrusted import one_line
 
+if TYPE_CHECKING:
+    from llmchain_fed.runtimes.nvflare.engine_state import EngineState
+
 Kind = Literal["federation", "kit", "peer"]
 _ANSWER = 5.0  # seconds for a peer to answer
+_KNOCK = 0.7  # seconds for the hub's port to be reached
+_FROZEN = 120.0  # seconds after which an engine that has written nothing hangs: it does every ten, or every minute
+_LITTLE = 200e6  # bytes on a disk
 _SHORT = 300  # characters of a reason
 _DOING = {"hello": "to take part", "train": "to train", "evaluate": "to evaluate", "personal_state": "for its state"}
 _VERBS = {
@@ -97,8 +104,44 @@ def _federation(path: Path) -> Report:
     report = _status(path.parent / out, found)
     report.where = str(path)
     if isinstance(admin, str) and "\0" not in admin:
+        if report.data.get("state") != "ended":
+            _hubs_engine(report, path.parent / admin)
         _certificate(report, path.parent / admin, None)
     return report
+
+
+def _hubs_engine(report: Report, admin: Path) -> None:
+    """Whether the hub's engine runs: as it wrote down, or by its port where that is another account's or machine's."""
+    from llmchain_fed.runtimes.nvflare import engine_state, kits
+    from llmchain_fed.runtimes.nvflare.within import within
+
+    try:
+        host, port = kits.address(admin)
+        state = engine_state.of_hub(port)
+    except LLMChainFedError as error:
+        report.problems.append(f"the hub's engine cannot be looked up: {one_line(error, _SHORT)}")
+        return
+    why: str | None = None
+    if state is not None:
+        why = _not_running(state, time.time())
+    else:
+        try:
+            within(_KNOCK, lambda: socket.create_connection((host, port), timeout=_KNOCK).close())
+        except (OSError, UnicodeError) as error:
+            why = f"nobody answers at {host}:{port} ({getattr(error, 'strerror', None) or error})"
+    if why is not None:
+        report.problems.append(f"the hub's engine does not run: {one_line(why, _SHORT)}")
+
+
+def _not_running(state: EngineState, now: float) -> str | None:
+    """Why an engine that wrote this is of no use now; None where it runs."""
+    if state.state == "ended":
+        return f"it has ended: {state.says}"
+    if not status_file.is_running(state.pid, state.started):
+        return f"its process (pid {state.pid}) is gone"
+    if now - state.written > _FROZEN:
+        return f"its process (pid {state.pid}) has written nothing for {span(now - state.written)}: it hangs, perhaps"
+    return None
 
 
 def _status(out: Path, options: dict[str, Any]) -> Report:
@@ -168,20 +211,32 @@ def _kit(path: Path) -> Report:
     if state is not None:
         report.data = state.model_dump()
         ends = state.certificate_ends
-        report.lines.append(f"{state.name}: {state.state}; {state.says}; process {state.pid}")
-        if state.connected is not None:
+        stands = _not_running(state, now)
+        does = state.state if stands is None or state.state == "ended" else f"was {state.state}"
+        report.lines.append(f"{state.name}: {does}; {state.says}; process {state.pid}")
+        if state.connected is not None and stands is None:
             connected = "connected" if state.connected else "not connected"
             report.lines.append(f"{connected} to the hub at {state.hub}" + _since_of(state.since, now))
         for name, site in state.sites.items():
-            line = f"{'in' if site.connected else 'out':<8}{name}{_since_of(site.since, now)}"
+            standing = "in" if site.connected else "out"
+            line = f"{standing if stands is None else f'was {standing}':<8}{name}{_since_of(site.since, now)}"
             report.lines.append(line + (f", {one_line(site.trouble, _SHORT)}" if site.trouble else ""))
             if not site.connected or site.trouble:
                 report.problems.append(f"{name}: {one_line(site.trouble or 'not connected', _SHORT)}")
-        if state.state == "ended" or not status_file.is_running(state.pid, state.started):
-            how = "has ended" if state.state == "ended" else f"(pid {state.pid}) is gone"
-            report.problems.append(f"the engine of this kit {how}: start `llmchain-fed engine {path}`")
+        if stands is not None:
+            remedy = "mend that first, then start" if state.lasting and state.state == "ended" else "start"
+            end = f" --socket {state.socket}" if state.socket is not None else ""
+            report.problems.append(
+                f"the engine of this kit does not run: {one_line(stands, 2 * _SHORT).rstrip('.')}. To go on, {remedy} "
+                f"`llmchain-fed engine {path}{end}`"
+            )
         elif state.connected is False:
             report.problems.append(f"it is not connected to the hub: {one_line(state.says, _SHORT)}")
+        if state.socket is not None:
+            peer = _peer(Path(state.socket))
+            report.data["peer"] = peer.data
+            report.lines += [f"its peer {line}" for line in peer.lines[:1]] + [f"  {line}" for line in peer.lines[1:]]
+            report.problems += [p if p.startswith("its peer") else f"its peer: {p}" for p in peer.problems]
     elif not administrator:
         report.problems.append(f"no engine runs from this kit: start `llmchain-fed engine {path}`")
     _certificate(report, path, ends)
@@ -230,6 +285,10 @@ def _peer(path: Path) -> Report:
     held_out = "with" if found.held_out else "without"
     report.lines += [f"{found.examples:,} examples, {held_out} held-out ones"] if found.examples is not None else []
     report.lines += [f"last refusal: {one_line(reason_of(found.last_refusal), _SHORT)}"] if found.last_refusal else []
+    if found.trouble is not None:
+        report.problems.append(
+            f"it does not take part; the hub was refused, or refused: {one_line(reason_of(found.trouble), _SHORT)}"
+        )
     if found.audit is not None:
         report.lines.append(f"audit: {found.audit}")
         _disk(report, Path(found.audit).parent)
@@ -256,6 +315,8 @@ def _disk(report: Report, folder: Path) -> None:
         return
     report.data["free"] = free
     report.lines.append(f"disk: {free / 1e9:,.1f} GB free at {folder}")
+    if free < _LITTLE:
+        report.problems.append(f"the disk of {folder} is full, or nearly: {free / 1e6:,.0f} MB are free")
 
 
 def _since(at: float, now: float) -> str:

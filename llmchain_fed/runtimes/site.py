@@ -172,7 +172,7 @@ class Site:
         try:
             self._policy.check(op, total, self._trainings)
         except PolicyError as error:
-            self._log.refused(error)
+            self._log.refused(error, op)
             self._audit.write(op=op[:40], bytes_in=total, caller=caller, status="refused", error=str(error))
             raise
         if self._closing:

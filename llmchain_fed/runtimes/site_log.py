@@ -19,6 +19,7 @@ from llmchain_fed.untrusted import one_line
 _LONGEST = 1000  # characters of a refusal
 _MOST_ROUNDS = 2**40
 _MOST_KINDS = 1000  # of refusals that are told apart
+_TAKES_PART = ("hello", "train")
 NOBODY: dict[str, Any] = {"name": "?", "examples": None, "held_out": False, "audit": None, "contract": {}}
 """of a site that is not told what to say of itself"""
 
@@ -37,6 +38,8 @@ class SiteLog:
         self._heard: float | None = None
         self._working: tuple[str | None, int | None, float | None] = (None, None, None)
         self._last_refusal: str | None = None
+        self._trouble: dict[str, str] = {}
+        """operation → why its last request came to nothing, of those by which a site takes part"""
         self._greeted: tuple[Any, Any] | None = None
         self._counts: Counter[str] = Counter()
 
@@ -62,12 +65,15 @@ class SiteLog:
         """It was answered, failed, or nobody waited for it any more."""
         self._working = None, None, None
         what = "training" if op == "train" else op
+        if error is None and not given_up:
+            self._trouble = {other: why for other, why in self._trouble.items() if other != op}
         if given_up:
             self._say(f"{what} given up{_round(asked)} after {seconds:.1f} s: nobody waits for it any more")
         elif isinstance(error, PolicyError):
-            self.refused(error)
+            self.refused(error, op)
         elif error is not None:
             why = type(error).__name__ + (f": {error}" if is_harmless(error) else "; the audit file has its message")
+            self._failed(op, f"{what} failed: {why}")
             if op == "train":
                 self._say(f"training failed{_round(asked)} after {seconds:.1f} s: {one_line(why, _LONGEST)}")
             else:
@@ -78,9 +84,10 @@ class SiteLog:
             self._greeted = found
             self._say(f"hub greets: federation {one_line(found[0], 64)}, rule {one_line(found[1] or 'its own', 100)}")
 
-    def refused(self, error: PolicyError) -> None:
+    def refused(self, error: PolicyError, op: str) -> None:
         """What was asked is not allowed; an audit file that cannot be written is told by itself."""
         self._last_refusal = one_line(error, _LONGEST)
+        self._failed(op, f"{'training' if op == 'train' else op} refused: {self._last_refusal}")
         if error.__cause__ is None or not isinstance(error.__cause__, OSError):
             self._once(f"refused: {self._last_refusal}", self._last_refusal.split(":")[0])
 
@@ -88,7 +95,13 @@ class SiteLog:
         """How the site stands: a `heads.PeerStatus` as plain data."""
         op, number, since = self._working
         found = {"op": op, "round": number, "since": since, "heard": self._heard, "last_refusal": self._last_refusal}
+        found["trouble"] = next(reversed(self._trouble.values()), None)
         return {**self._about, "started": self._started, "trainings": trainings, "max_rounds": max_rounds} | found
+
+    def _failed(self, op: str, why: str) -> None:
+        if op in _TAKES_PART:
+            others = {other: said for other, said in self._trouble.items() if other != op}
+            self._trouble = others | {op: one_line(why, _LONGEST)}
 
     def _once(self, line: str, kind: str) -> None:
         """The first of a kind is told, then how many they are, ever more rarely."""

@@ -56,6 +56,10 @@ class EngineState(untrusted.Strict):
     since: float | None = None
     """since when it is or is not"""
     certificate_ends: float | None = None
+    lasting: bool = False
+    """it ended by itself, and a start alone changes nothing: `says` tells what to mend"""
+    socket: Annotated[str, Field(max_length=4096)] | None = None
+    """at a site: where its peer listens"""
     sites: dict[_Name, SeenSite] = Field(default_factory=dict, max_length=10_000)
     """at the hub: who came, by name"""
 
@@ -99,6 +103,15 @@ def of_hub(port: int) -> EngineState | None:
     with untrusted.decoding(path.name, ConfigError):
         kit = Path(data.decode())
     return read(kit)
+
+
+def point(port: int, kit: Path) -> None:
+    """Lets the hub's engine of a kit be found from its port.
+
+    Raises:
+        OSError: It cannot be.
+    """
+    write_whole(pointer(port), str(kit), mode=0o600)
 
 
 def pointer(port: int) -> Path:

@@ -20,10 +20,30 @@ _NOBODY = 6.0  # times as long is waited while nobody is there to begin with
 _RETURN = 15.0  # seconds for the other sites once one has found a hub that was away: each tries every ten
 _LONELY = 45.0  # seconds for the first of them
 _LOOK = 0.5
+_CURRENT = 30.0  # seconds since the hub's engine wrote, which it does every ten
 
 
 class _NobodyError(TransportError):
     """The engine is there, and no site."""
+
+
+def in_the_hubs_words(session: EngineSession, name: str, answer: TransportError) -> TransportError:
+    """Why a call to a site failed, with what the hub's engine knows of that first: it put it out, or lost it.
+
+    Args:
+        session: To the engine's server, whose own process writes down what it sees.
+        name: The site's.
+        answer: What the call ended with.
+    """
+    state = None
+    with suppress(ConfigError):
+        state = engine_state.of_hub(session.port)
+    seen = state.sites.get(name) if state is not None and time.time() - state.written < _CURRENT else None
+    if seen is None or seen.connected or (seen.trouble is None and seen.since is None):
+        return answer
+    since = f" since {time.strftime('%H:%M:%S', time.localtime(seen.since))}" if seen.since is not None else ""
+    word = seen.trouble.rstrip(".") if seen.trouble is not None else f"it is not connected to the hub{since}"
+    return TransportError(f"{word} ({str(answer).rstrip('.')}).")
 
 
 class Gathering:

@@ -19,6 +19,7 @@ from llmchain_fed.errors import ConfigError, FederationError, TransportError
 from llmchain_fed.federated.runtime import Operation, Payload
 from llmchain_fed.runtimes.names import check_name
 from llmchain_fed.runtimes.nvflare import certificates
+from llmchain_fed.runtimes.nvflare.gathering import in_the_hubs_words
 from llmchain_fed.runtimes.nvflare.jobs import Jobs
 from llmchain_fed.runtimes.nvflare.keeping.reaching import hindrance
 from llmchain_fed.runtimes.nvflare.link import UnreachedError
@@ -161,8 +162,9 @@ class NVFlare:
         left = max(timeout - (time.monotonic() - started), 0.0) if timeout is not None else None
         for name, answer in self._calls.call(op, there, payload, left):
             if isinstance(answer, TransportError):
-                self._sites.missed(name, str(answer), unreached=isinstance(answer, UnreachedError))
-                answer = TransportError(str(answer))  # which kind it is, nobody else need know
+                unreached = isinstance(answer, UnreachedError)
+                answer = TransportError(str(in_the_hubs_words(self._session, name, answer)))  # of one kind for all
+                self._sites.missed(name, str(answer), unreached=unreached)
             yield name, answer
 
     def close(self, *, over: bool = True) -> None:

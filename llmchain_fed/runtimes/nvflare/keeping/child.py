@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from llmchain_fed import untrusted
-from llmchain_fed.runtimes.nvflare.keeping import news
+from llmchain_fed.runtimes.nvflare.keeping import job_processes, news
 from llmchain_fed.runtimes.nvflare.keeping.guard import Guard, Refusal, elsewhere
 
 _log = logging.getLogger(__name__)
@@ -283,6 +283,7 @@ def main(descriptor: str, kit: str, authority: str, module: str, *arguments: str
     at_hub = module.endswith("server_train")
     door = Door(wire, Guard(Path(kit), Path(authority) if authority else None) if at_hub else None)
     door.install()
+    job_processes.install(lambda says: wire.tell(news.Notice(says=says)))
     threading.Thread(target=door.report, daemon=True).start()
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -28,15 +28,26 @@ class Diary:
         say: Is given each line.
         sites: At the hub: who is connected.
         link: At a site: its connection; None at the hub.
+        socket: At a site: where its peer listens.
     """
 
     def __init__(
-        self, kit: Path, name: str, hub: str, say: Callable[[str], None], sites: Sites, link: HubLink | None
+        self,
+        kit: Path,
+        name: str,
+        hub: str,
+        say: Callable[[str], None],
+        sites: Sites,
+        link: HubLink | None,
+        socket: Path | None = None,
     ) -> None:
         self.state: State = "starting"
+        self.lasting = False
+        """it ended by itself, and a start alone changes nothing"""
         self.certificate_ends: float | None = None
         """seconds since the epoch"""
         self._kit, self._name, self._hub, self._say, self._sites, self._link = kit, name, hub, say, sites, link
+        self._socket = str(socket.absolute())[:4096] if socket is not None else None
         self._started, self._says, self._unwritten = time.time(), "starts", False
         self._repeated: tuple[str, float] = ("", 0.0)
         """what `repeat` said last, and when"""
@@ -57,12 +68,12 @@ class Diary:
     def write(self, state: State | None = None, says: str | None = None) -> None:
         """Writes down what is so now; that it cannot be written is said once, and stops nothing."""
         self.state, self._says = state or self.state, says or self._says
-        link = self._link
+        link, ended = self._link, self.state == "ended"
         found = engine_state.EngineState(
             name=self._name, pid=os.getpid(), started=self._started, written=time.time(), state=self.state,
-            says=self._says[:2000], hub=self._hub, connected=link.connected if link is not None else None,
-            since=link.since if link is not None else None, certificate_ends=self.certificate_ends,
-            sites=self._sites.seen,
+            says=self._says[:2000], hub=self._hub, connected=link.connected and not ended if link is not None else None,
+            since=link.since if link is not None and not ended else None, certificate_ends=self.certificate_ends,
+            lasting=self.lasting, socket=self._socket, sites=self._sites.seen,
         )  # fmt: skip
         try:
             engine_state.write(self._kit, found)

@@ -20,7 +20,6 @@ from typing import Any
 
 from llmchain_fed import locks
 from llmchain_fed.errors import ConfigError, TransportError
-from llmchain_fed.own_files import write_whole
 from llmchain_fed.runtimes.nvflare import certificates, engine, engine_state, kits
 from llmchain_fed.runtimes.nvflare.keeping import job_folders, logs, news, reaching
 from llmchain_fed.runtimes.nvflare.keeping.diary import Diary
@@ -29,12 +28,12 @@ from llmchain_fed.runtimes.nvflare.keeping.standing import TURNED_AWAY, HubLink,
 
 LASTING, AGAIN = 2, 4
 """statuses with which it ends by itself: mend what the line says, or start it again"""
-_TICK, _WRITE, _HOUR, _DAY = 0.3, 10.0, 3600.0, 86_400.0  # seconds
+_TICK, _WRITE, _TIDY, _DAY = 0.3, 10.0, 600.0, 86_400.0  # seconds
 _PROBE = 3.0  # seconds between two attempts to reach the hub
 _LOOK = 20.0  # seconds between two looks why a site's engine, which tries by itself, is not connected
 _HALF_MADE = 90.0  # seconds after which one that was never connected is started anew
 _PATIENCE = 6.0  # seconds for children to end
-_OUT = 25.0  # seconds after which a site whose name is in use tries again
+_OUT = 20.0  # seconds after which a site whose name is in use tries again
 _NOT_NOW = -1
 _WRONG_KIT = (102, 103)  # statuses of NVFlare: an unsafe component, a configuration that makes no sense
 
@@ -54,11 +53,14 @@ class Keeper:
     ) -> None:
         self._kit, self._socket, self._authority, self._say = kit.absolute(), socket, authority, say
         self._hub = kits.is_hub(kit)
-        self._where = ":".join(map(str, kits.address(kit)))
+        host, self._port = kits.address(kit)
+        self._where = f"{host}:{self._port}"
         self._name = news.HUB if self._hub else kits.site_name(kit)
         self._sites, self._link = Sites(), HubLink(self._where)
         self._signal = 0
-        self._diary = Diary(self._kit, self._name, self._where, say, self._sites, None if self._hub else self._link)
+        self._diary = Diary(
+            self._kit, self._name, self._where, say, self._sites, None if self._hub else self._link, socket
+        )
         self._child: subprocess.Popen[bytes] | None = None
         self._tree: list[Any] = []
         self._wire: sockets.socket | None = None
@@ -78,8 +80,8 @@ class Keeper:
         engine.needs_socket(self._kit, self._socket)
         engine.check_folder(self._kit)
         with locks.hold(self._kit / engine.LOCK, f"the kit {self._kit.name}"), self._signals():
-            engine.check(self._kit, reach=False)
             try:
+                engine.check(self._kit, reach=False)
                 self._prepare()
                 while not self._signal:
                     status = self._once()
@@ -88,12 +90,13 @@ class Keeper:
                 self._diary.tell("stopping", "stopping; the same command starts it again")
                 return 128 + self._signal
             except ConfigError as error:
+                self._diary.lasting = True
                 self._diary.write("ended", str(error))
                 raise
             finally:
                 self._end()
                 if self._diary.state != "ended":
-                    self._diary.write("ended", "ended")
+                    self._diary.write("ended", "it was told to stop" if self._signal else "ended")
 
     def _once(self) -> int | None:
         """From the wait for the hub to the end of NVFlare's process; None for another time, or if it was stopped.
@@ -124,8 +127,7 @@ class Keeper:
         try:
             logs.configure(self._kit)
             if self._hub:
-                port = kits.address(self._kit)[1]
-                write_whole(engine_state.pointer(port), str(self._kit), mode=0o600)
+                engine_state.point(self._port, self._kit)
         except OSError as error:
             msg = f"the kit {self._kit} cannot be used: {error.strerror or error}."
             raise ConfigError(msg) from error
@@ -177,7 +179,7 @@ class Keeper:
         ours.settimeout(0)
         self._wire = ours
         if not self._turned:
-            ready = f"the hub's engine is up at port {kits.address(self._kit)[1]}" if self._hub else "its engine is up"
+            ready = f"the hub's engine is up at port {self._port}" if self._hub else "its engine is up"
             self._diary.tell("running", f"{ready} (process {self._child.pid}); its log is {self._kit / logs.FILE}")
 
     # --- while it runs ----------------------------------------------------------------------------------------------
@@ -237,7 +239,7 @@ class Keeper:
             return self._turned_away(told.code)
         lines = []
         if isinstance(told, news.Notice):
-            lines = [told.says]
+            lines = [told.says if self._hub else f"{told.says}; see {self._kit / logs.FILE}"]
         elif isinstance(told, news.Refused):
             lines = self._sites.refused(told)
         elif self._hub:
@@ -261,17 +263,19 @@ class Keeper:
             self._turned = True
             self._diary.repeat("waiting", f"{why}; waiting")
             return _NOT_NOW
+        self._diary.lasting = True
         mark = kits.fingerprint(self._kit / "startup" / "client.crt")
         self._diary.tell("ended", f"{why}. Tell the hub's operator this kit's fingerprint, by telephone: {mark}")
         return LASTING
 
     def _died(self, status: int) -> int:
+        self._diary.lasting = status in _WRONG_KIT
         error = logs.last_error(self._kit, self._logged) if status >= 0 else ""  # a signal is nobody's error
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         self._diary.tell(
             "ended", f"NVFlare's process ended {how}{': ' + error if error else ''} (see {self._kit / logs.FILE})"
         )
-        return LASTING if status in _WRONG_KIT else AGAIN
+        return LASTING if self._diary.lasting else AGAIN
 
     def _regularly(self) -> None:
         now = time.monotonic()
@@ -287,7 +291,10 @@ class Keeper:
             self._warn()
 
     def _tidy(self) -> None:
-        self._next["tidy"] = time.monotonic() + _HOUR
+        self._next["tidy"] = time.monotonic() + _TIDY
+        with suppress(OSError):  # who tidies the temporary folder takes what is not written for days
+            if self._hub:
+                engine_state.point(self._port, self._kit)
         job_folders.remove_ended(self._kit, self._command_lines())
 
     def _command_lines(self) -> Iterator[str]:

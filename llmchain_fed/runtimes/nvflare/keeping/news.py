@@ -55,7 +55,7 @@ class TurnedAway(untrusted.Strict):
 
 
 class Notice(untrusted.Strict):
-    """At the hub: what its operator should know, in a sentence."""
+    """What the operator should know, in a sentence."""
 
     kind: Literal["notice"] = "notice"
     says: _Text

@@ -12,13 +12,15 @@ from llmchain_fed.runtimes.nvflare.engine_state import SeenSite
 from llmchain_fed.runtimes.nvflare.keeping import news
 
 SILENT = 15.0  # seconds: a site's engine is heard every four
-_FORGIVEN = 150.0  # seconds after its last refusal in which a trouble stands; NVFlare tries again every ten
+_FORGIVEN = 150.0  # seconds after its last refusal in which the same trouble is not said again
+_STANDS = {news.ELSEWHERE: 40.0}  # and in which it stands, where that is less: a second engine tries every 30
 _MOST = 10_000  # names
 TURNED_AWAY = {
     news.ELSEWHERE: "this site's name is in use from another place: the kit {name} was copied, or its engine runs on "
     "another machine as well. Stop one of them",
     news.OTHER_KEY: "the hub knows another key under the name {name} and does not let this one in",
-    news.NOT_ALLOWED: "the hub does not let this certificate in: it was revoked, replaced, or never in its list",
+    news.NOT_ALLOWED: "the hub does not let this certificate in: it was revoked, replaced, or never in its list. If "
+    "the hub's operator agrees, get another with `llmchain-fed provision renew`",
     news.LATER: "the hub cannot look up now whether this certificate may come: its operator sees why",
 }
 """what a site's operator is told when the hub does not let it in"""
@@ -43,16 +45,19 @@ class Sites:
         now, lines = self._now(), []
         for name, peer in peers.items():
             former = self.seen.get(name)
-            if peer.silent >= SILENT or (former is not None and former.connected) or len(self.seen) >= _MOST:
+            if former is not None and former.connected and former.fingerprint == peer.fingerprint:
                 continue
-            back = former is not None and former.since is not None
-            lines.append(
-                f"site {name} is back after {now - former.since:.0f} s"
-                if back and former is not None and former.since is not None
-                else f"site {name} is connected, from {peer.address}"
-            )
-            trouble = former.trouble if former is not None else None
-            self.seen[name] = SeenSite(connected=True, since=now, fingerprint=peer.fingerprint, trouble=trouble)
+            if peer.silent >= SILENT or (former is None and len(self.seen) >= _MOST):
+                continue
+            if former is None or former.since is None:
+                lines.append(f"site {name} is connected, from {peer.address}")
+            elif former.connected:
+                lines.append(f"site {name} came again, with another certificate")
+            else:
+                lines.append(f"site {name} is back after {now - former.since:.0f} s")
+            # who was turned away before was another, or the same with what it may not come with any more
+            self._refused.pop(name, None)
+            self.seen[name] = SeenSite(connected=True, since=now, fingerprint=peer.fingerprint)
         for name, site in list(self.seen.items()):
             there = peers.get(name)
             if site.connected and (there is None or there.silent >= SILENT):
@@ -76,10 +81,11 @@ class Sites:
 
     def _forgive(self, now: float) -> None:
         for name, (last, code) in list(self._refused.items()):
+            site = self.seen[name]
+            if now - last >= _STANDS.get(code, _FORGIVEN):
+                site = self.seen[name] = site.model_copy(update={"trouble": None})
             if now - last >= _FORGIVEN:
                 del self._refused[name]
-                site = self.seen[name].model_copy(update={"trouble": None})
-                self.seen[name] = site
                 if not site.connected and (site.since is None or code == news.NOT_ALLOWED):
                     del self.seen[name]  # it was never in, or is so no more
 
