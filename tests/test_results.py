@@ -458,6 +458,9 @@ def test_the_status_says_whether_the_same_command_may_succeed_later(place, kind,
     assert f"a round counts with {quorum} of 2 sites (quorum)" in said
     assert "Traceback" not in said
     assert federate_unit(place).starts_again(status) is (status == 4)
+    if says.startswith("b has"):  # whoever looks at it later is told the same
+        found, said = place.run(engine=False)
+        assert (found, says in said, "done: all 1 rounds" in said) == (3, True, True), said
 
 
 def federation(records, **out):
@@ -499,7 +502,7 @@ def test_too_few_by_lasting_causes_alone_is_not_tried_again(out, lasts, capsys):
 def test_who_is_missing_throughout_has_its_first_reason():
     trained, idle = ("trained",), ("idle",)
     failed, absent = ("failed", "out of memory"), ("absent", "TransportError: late")
-    missing = lambda fed: federating._missing(fed, ["a", "b"])  # noqa: E731
+    missing = lambda fed: federating._missing(fed.history, ["a", "b"], fed.attendance.never)  # noqa: E731
     assert missing(federation([(0, {"a": trained, "b": failed}), (1, {"a": trained, "b": absent})])) == {
         "b": "out of memory"
     }

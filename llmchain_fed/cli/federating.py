@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,16 +34,20 @@ def federate(
     line says whether the rounds are done all the same, or too few sites are left for them; 4 out of reach or too few,
     the same command may succeed later; 130, 143 stopped.
     """
-    options = f" --members {shlex.quote(members)}" if members != "same" else ""
-    again = f"llmchain-fed federate {shlex.quote(str(file))}{options}"
+    done: list[int] = []
+
+    def stop() -> None:  # what changed is in the checkpoint once a round is done
+        options = f" --members {shlex.quote(members)}" if members != "same" and not done else ""
+        say(f"stopping; go on with `llmchain-fed federate {shlex.quote(str(file))}{options}`")
+
     try:
-        with stopping(lambda: say(f"stopping; go on with `{again}`")):
-            _federate(file, members)
+        with stopping(stop):
+            _federate(file, members, done)
     except Stopped as stopped:
         raise typer.Exit(stopped.status) from None
 
 
-def _federate(file: Path, members: str) -> None:
+def _federate(file: Path, members: str, done: list[int]) -> None:
     read_options(file, "federation")  # a file that is not there is said before torch is imported
     from llmchain_fed.federated.membership import checked_members
     from llmchain_fed.runtimes.federation_file import FederationFile
@@ -68,7 +72,7 @@ def _federate(file: Path, members: str) -> None:
             "checkpoints": str(results.checkpoints),
         }
         with StatusFile(results.status, rounds=found.rounds, about=about) as status:
-            _run(found, results, chosen, status)
+            _run(found, results, chosen, status, done)
 
 
 def _finish(found: Any, results: Any) -> None:
@@ -77,10 +81,14 @@ def _finish(found: Any, results: Any) -> None:
         results.check(start=found.chain)
         chain = load(found.chain)
         results.save(_begun(found, chain, _Away(found.hub.sites), results, "changed"), chain)
+    missing = _missing(results.read_history(), found.hub.sites, {})
+    _say_missing(missing)
     say(f"done: all {found.rounds} rounds; {_where(results)}. For more, raise `rounds`.")
+    if missing:
+        raise typer.Exit(INCOMPLETE)
 
 
-def _run(found: Any, results: Any, members: str, status: Any) -> None:
+def _run(found: Any, results: Any, members: str, status: Any, done: list[int]) -> None:
     from llmchain_fed.runtimes.nvflare.transport import NVFlare
 
     hub = {key: getattr(found.hub, key) for key in ("socket", "patience", "recovery", "startup")}
@@ -102,13 +110,18 @@ def _run(found: Any, results: Any, members: str, status: Any) -> None:
             while fed.round < found.rounds:
                 fed.fit(rounds=1, of=found.rounds)
                 results.save(fed, chain)
+                done.append(fed.round)
         show(f"{fed.history}")
-        missing = _missing(fed, found.hub.sites)
-        for name, reason in missing.items():
-            say(f"{name} has not taken part: {reason}")
+        missing = _missing(fed.history, found.hub.sites, fed.attendance.never)
+        _say_missing(missing)
         say(f"done: {fed.round} rounds; {_where(results)}")
     if missing:
         raise typer.Exit(INCOMPLETE)
+
+
+def _say_missing(missing: Mapping[str, str]) -> None:
+    for name, reason in missing.items():
+        say(f"{name} has not taken part: {reason}")
 
 
 def _begun(found: Any, chain: Any, runtime: Any, results: Any, members: Any, **more: Any) -> Any:
@@ -145,12 +158,12 @@ def _lasts(error: Exception | None) -> bool:
     return isinstance(error, (OtherExamplesError, ContractError, PolicyError))
 
 
-def _missing(fed: Any, sites: Iterable[str]) -> dict[str, str]:
+def _missing(history: Any, sites: Iterable[str], never: Mapping[str, str]) -> dict[str, str]:
     """Who never took part, or was never able to train when it was asked, and the first reason."""
-    never, trained = fed.attendance.never, {name for record in fed.history for name in record.trained}
+    trained = {name for record in history for name in record.trained}
     found = {}
     for name in sites:
-        records = [r.participants[name] for r in fed.history if name in r.participants]
+        records = [r.participants[name] for r in history if name in r.participants]
         untrained = name not in trained and any(record.status != "idle" for record in records)
         if name in never or untrained:
             reasons = [record.reason for record in records if record.reason]

@@ -12,9 +12,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmchain_fed import locks, own_files, saving, whole_folders
+from llmchain_fed import locks, own_files, saving, untrusted, whole_folders
 from llmchain_fed.errors import ChainFileError, ConfigError
 from llmchain_fed.federated import checkpoint
+from llmchain_fed.federated.checkpoint import MAX_MANIFEST
+from llmchain_fed.federated.history import History
 from llmchain_fed.federated.history_data import rounds_in
 from llmchain_fed.runtimes import finished
 from llmchain_fed.runtimes.federation_file import FederationFile
@@ -70,6 +72,16 @@ class Results:
             return rounds_in(self.history) >= rounds and bool(saving.read(self.chain))
         except ChainFileError:
             return False
+
+    def read_history(self) -> History:
+        """The rounds that were.
+
+        Raises:
+            ConfigError: The file is none of ours.
+        """
+        what = shown(str(self.history), 300)
+        data = untrusted.read_file(self.history, most=MAX_MANIFEST, what=what, error=ConfigError)
+        return History.from_dict(untrusted.read_json(data, most=MAX_MANIFEST, what=what, error=ConfigError), what=what)
 
     def check_finished(self, file: FederationFile, members: str) -> None:
         """Makes sure that the rounds that are here are of this federation, and not of another that had this folder.
