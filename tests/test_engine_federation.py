@@ -177,6 +177,19 @@ def test_a_revoked_site_is_put_out_and_cannot_come_back(made, start, tmp_path):
     again = start(b)
     assert again.wait(timeout=30) == 2
 
+    # it is given another certificate: it comes in, and what was said of the former one is over
+    shutil.copy(made["hub"].parents[1] / "state" / "cert.json", tmp_path)
+    other = with_another_key(b, tmp_path / "b")
+    mark = kits.fingerprint(other / "startup" / "client.crt")
+    renewed = registry.Certificate(**entry | {"certificate": mark, "public_key": mark})
+    registry.write(authority, registry.Registry(certificates=[revoked, renewed]))
+    start(other)
+    wait_for(hub, "site b is back after")
+    until = time.monotonic() + 10
+    while not (seen := engine_state.of_hub(kits.address(hub)[1]).sites["b"]).connected and time.monotonic() < until:
+        time.sleep(0.1)
+    assert (seen.connected, seen.trouble, seen.fingerprint) == (True, None, mark)
+
     # NVFlare's process alone is killed: its supervisor is to start the engine again
     (nvflare,) = psutil.Process(at_hub.pid).children()
     nvflare.kill()

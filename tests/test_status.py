@@ -96,15 +96,19 @@ def test_from_elsewhere_one_sees_who_is_out_which_round_it_is_and_what_is_waited
 
 
 def test_the_command_takes_no_torch_and_little_time(tmp_path):
-    StatusFile(tmp_path / "status.json").__enter__().__exit__(None, None, None)
+    certificate(tmp_path / "admin", "client.crt", 100.5)
+    file = tmp_path / "federation.yaml"
+    file.write_text("out: .\nhub: {admin: admin, sites: [a]}\n")
     code = (
         "import sys; from llmchain_fed.cli import app\n"
-        f"try: app(['status', {str(tmp_path)!r}])\n"
+        f"try: app(['status', {str(tmp_path)!r}, {str(file)!r}])\n"
         "except SystemExit as e: print(e.code, [m for m in ('torch', 'transformers', 'nvflare') if m in sys.modules])"
     )
-    before = os.times()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    after = os.times()
+    with socket.create_server(("127.0.0.1", 0)) as server, StatusFile(tmp_path / "status.json"):
+        hub_at(tmp_path / "admin", server.getsockname()[1])
+        before = os.times()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        after = os.times()
     assert done.stdout.splitlines()[-1] == "0 []", done.stderr
     used = after.children_user + after.children_system - before.children_user - before.children_system
     assert used < 1.5, f"{used} s of processor time"

@@ -130,7 +130,9 @@ def _hubs_engine(report: Report, admin: Path) -> None:
         except (OSError, UnicodeError) as error:
             why = f"nobody answers at {host}:{port} ({getattr(error, 'strerror', None) or error})"
     if why is not None:
-        report.problems.append(f"the hub's engine does not run: {one_line(why, _SHORT)}")
+        report.problems.append(
+            f"the hub's engine does not run: {one_line(why, _SHORT)}; start it again with `llmchain-fed engine`"
+        )
 
 
 def _not_running(state: EngineState, now: float) -> str | None:
