@@ -298,7 +298,7 @@ def test_a_port_in_use_and_a_folder_that_is_no_kit(federation, tmp_path):
     above = federation.kits["a"].parent
     with pytest.raises(ConfigError, match=rf"is no kit .*Within it are: .*{above}/a, {above}/b, .*{above}/localhost"):
         engine.check(above.parents[2])
-    with pytest.raises(ConfigError, match="a site's engine needs the socket .*: add --socket SOCKET, the path that"):
+    with pytest.raises(ConfigError, match=r"a site's engine needs the socket .*: add --socket SOCKET, the path that"):
         engine.start(federation.kits["a"])
     with pytest.raises(ConfigError, match="is no administrator's kit"):
         NVFlare(tmp_path, sites=["a"])

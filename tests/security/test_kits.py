@@ -178,7 +178,7 @@ def test_the_answer_to_a_request_overwrites_nothing(hub, tmp_path):
     path = tmp_path / "org-a.request.zip"
     path.write_bytes(asks())
     (tmp_path / "org-a.signed.zip").write_text("mine")
-    with pytest.raises(ConfigError, match="is there already: nothing is overwritten. That answer cannot be read"):
+    with pytest.raises(ConfigError, match=r"is there already: nothing is overwritten\. That answer cannot be read"):
         authority.approve(path, hub)
     assert (tmp_path / "org-a.signed.zip").read_text() == "mine"
     for name in ("org-a.zip", "x.signed.zip", "..request.zip", "-x.request.zip"):
