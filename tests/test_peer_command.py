@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from llmchain_fed import ConfigError, FederatedAveraging, Participant, cli
 from llmchain_fed.cli import site as commands
-from llmchain_fed.errors import DataError, PolicyError, QuorumError, TransportError
+from llmchain_fed.errors import DataError, PolicyError, QuorumError, RecipeError, TransportError
 from llmchain_fed.federated.overlap import Overlap
 from llmchain_fed.runtimes import frames, heads, site_warnings
 from llmchain_fed.runtimes.overview import ask_status
@@ -72,7 +72,7 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded_the_first_thing_first(
     given = {key: value for key, (value, _) in wrong.items()}
     given["audit"] = missing
     for key in list(given):
-        with pytest.raises((ConfigError, DataError), match=wrong[key][1]):
+        with pytest.raises((ConfigError, DataError, RecipeError), match=wrong[key][1]):
             raise begin(**given)
         if key == "audit":
             given["audit"] = tmp_path / "audit.jsonl"

@@ -957,11 +957,9 @@ def test_participants_that_refuse_their_state_go_on_from_what_they_kept(from_the
     again = resumed(tmp_path, make_chain(), None, runtime=Discreet(sites))
     again.fit(rounds=1)
     assert_tensors_equal(weights_of(again), weights_of(straight))
+    why = "no checkpoint holds it" if from_the_start else "its policy keeps that from the hub"
     for record in again.history[-1].participants.values():
-        assert any(
-            note.endswith("that its peer has, if it was not started anew (its policy keeps that from the hub)")
-            for note in record.notes
-        )
+        assert any(note.endswith(f"its peer has, if it was not started anew ({why})") for note in record.notes)
     again.fit(rounds=1)
     assert all(record.notes == [] for record in again.history[-1].participants.values()), "said once"
 

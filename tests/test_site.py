@@ -419,7 +419,7 @@ def test_a_socket_and_its_key_are_for_this_account_alone(serve):
     assert stat.S_IMODE(frames.key_path(path).stat().st_mode) == 0o600
     key = frames.key_path(path).read_bytes()
     frames.key_path(path).write_bytes(bytes(32))
-    with pytest.raises(TransportError, match=r"nobody answers at .*AuthenticationError"):
+    with pytest.raises(TransportError, match=r"nobody answers at .* \(who listens there holds another key\)"):
         frames.dial(path)
     frames.key_path(path).write_bytes(key)
     check_socket(path)
@@ -521,7 +521,7 @@ def test_a_peer_with_another_contract_is_absent_by_name_and_the_others_learn(ser
     assert record.participants["c"].status == "absent"
     at_c, at_hub = (trainee.contract()["prompt"][:12] for trainee in (other, Trainee.of(make_chain(lora=True))))
     said = f"another contract (prompt: {at_c}… at c, {at_hub}… at the hub)"
-    assert record.participants["c"].reason.startswith(f"ContractError: {said}. ")
+    assert f"ContractError: {said}. " in record.participants["c"].reason
     reasons = {"c": record.participants["c"].reason}
     assert f"out: c (refused: {said}" in lines.beginning_of(["a", "b"], reasons), "a list has room for what differs"
     # a peer that does not compare is found out by the hub
