@@ -30,9 +30,9 @@ from llmchain_fed.federated.settings import Settings
 from llmchain_fed.untrusted import shown
 
 OTHER_EXAMPLES = "is not as it was"
+_UNTOLD = asdict(ParticipantRecord())
 # the hub cannot tell a peer that goes on from one that was started anew and begins with none
 _ITS_OWN = "trains on with the optimizer and place in the data that its peer has, if it was not started anew"
-_UNTOLD = asdict(ParticipantRecord())
 _MEANING = {"base": "base weights", "adapter": "adapter", "prompt": "prompt", "tokenizer": "tokenizer"}
 
 
