@@ -29,11 +29,7 @@ from llmchain_fed.federated.server_optimizers import ResumableServerOptimizer
 from llmchain_fed.federated.settings import Settings
 from llmchain_fed.untrusted import shown
 
-<<<<<<< HEAD
-=======
-OTHER_EXAMPLES = "is not as it was"
 _UNTOLD = asdict(ParticipantRecord())
->>>>>>> wt-m5
 # the hub cannot tell a peer that goes on from one that was started anew and begins with none
 _ITS_OWN = "trains on with the optimizer and place in the data that its peer has, if it was not started anew"
 _MEANING = {"base": "base weights", "adapter": "adapter", "prompt": "prompt", "tokenizer": "tokenizer"}
