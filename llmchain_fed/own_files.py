@@ -41,18 +41,19 @@ def as_the_user_says() -> Iterator[None]:
             os.umask(former)
 
 
-def write_whole(path: str | Path, content: str | bytes, *, mode: int = 0o666) -> None:
+def write_whole(path: str | Path, content: str | bytes, *, mode: int = 0o666, follow: bool = False) -> None:
     """Writes a file that takes the former one's place only when it is on the disk; else the former one stays.
 
     Args:
-        path: Which; its folder must be there. A link of this account's stays, and what it leads to is replaced.
+        path: Which; its folder must be there.
         content: All of it; a text is written as UTF-8.
         mode: Permissions, of which the umask takes its part: 0o600 is for this account alone.
+        follow: Whether a link of this account's stays, and what it leads to is replaced; else the link is.
 
     Raises:
         OSError: It cannot be written; nothing has changed.
     """
-    path = behind(Path(path))
+    path = behind(Path(path)) if follow else Path(path)
     scratch = path.with_name(f".{path.name[:_SHORT]}-{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     try:

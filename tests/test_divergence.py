@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_resume import Elsewhere, Interrupt, assert_same
 from tiny import PAIRS
+from tqdm import tqdm
 
 from llmchain_fed import ConsoleTable, FederatedAveraging, TrainingConfig, evaluate_locally
 from llmchain_fed.errors import ConfigError, QuorumError
@@ -22,7 +23,6 @@ from llmchain_fed.federated import evaluation
 from llmchain_fed.federated.divergence import Divergence
 from llmchain_fed.federated.evaluation import Measurement
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
-from llmchain_fed.tracking import screen
 from llmchain_fed.tracking.callback import notes_of
 
 SHARES = {"a": PAIRS[:5], "b": PAIRS[5:9]}
@@ -133,7 +133,7 @@ def test_a_loss_that_is_not_finite(bad, marked):
 @pytest.mark.parametrize("evaluated", [HELD_OUT, PAIRS[9:]], ids=["each", "shared"])
 def test_a_rate_that_is_far_too_high_is_said_at_once_and_goes_on(evaluated, make_chain, monkeypatch):
     lines, out = [], io.StringIO()
-    monkeypatch.setattr(screen.tqdm, "write", lambda said, **_: lines.append(said))
+    monkeypatch.setattr(tqdm, "write", lambda said, **_: lines.append(said))
     fed = federation(make_chain(), evaluation=evaluated, progress=True, callbacks=[ConsoleTable(out)])
     history = fed.fit(rounds=4)
     assert len(history) == 4

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from llmchain_fed import ConfigError, FederatedAveraging, Participant, cli
 from llmchain_fed.cli import site as commands
-from llmchain_fed.errors import DataError, PolicyError, QuorumError, RecipeError, TransportError
+from llmchain_fed.errors import DataError, ParticipantError, QuorumError, RecipeError, TransportError
 from llmchain_fed.federated.overlap import Overlap
 from llmchain_fed.runtimes import frames, heads, site_warnings
 from llmchain_fed.runtimes.overview import ask_status
@@ -236,7 +236,7 @@ def test_a_full_disk_is_said_once_answers_nothing_spoils_no_line_and_is_over_whe
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     full = "the audit file cannot be written: File too large (27)"
     for answer in answers:
-        assert isinstance(answer, PolicyError)
+        assert isinstance(answer, ParticipantError), "it passes: no decision of the site's"
         assert str(answer) == f"refused by site: {full}, and without it nothing is answered."
     assert peer.calls == [("train", 1)]
     assert ask(transport, "evaluate") == b"x"

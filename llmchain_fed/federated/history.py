@@ -219,7 +219,7 @@ class History:
             )
             raise ConfigError(msg)
         mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else 0o666
-        write_whole(path, self.to_json(), mode=mode)
+        write_whole(path, self.to_json(), mode=mode, follow=True)
 
     @classmethod
     def from_dict(

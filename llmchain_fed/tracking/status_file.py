@@ -230,7 +230,7 @@ class StatusFile(Callback):
                 self._state, self._since = plain["state"], time.time()
             whole = plain | {"written": time.time(), "since": self._since, "free": _free(self.path.parent)}
             try:
-                write_whole(self.path, json.dumps(whole, indent=1), mode=0o600)
+                write_whole(self.path, json.dumps(whole, indent=1), mode=0o600, follow=True)
                 self._kept, self._failing = plain, False
             except OSError as error:
                 if not self._failing:

@@ -327,14 +327,16 @@ def test_a_refusal_of_a_sites_policy_says_so_in_its_first_words():
 
 @pytest.fixture
 def link(tmp_path_factory):
-    found = Link(tmp_path_factory.mktemp("l") / "hub.sock")
+    path = tmp_path_factory.mktemp("l") / "hub.sock"
+    found = Link(path)
+    found.path = path
     yield found
     found.close()
 
 
 def bridge(link, *told):
     """A bridge of the job that sends these frames for the first order it gets, then says that it is done."""
-    channel = frames.dial(link._path)
+    channel = frames.dial(link.path)
     channel.send_bytes(frames.pack({"run": "r", "sites": ["a"]}))
 
     def serve():
@@ -369,7 +371,7 @@ def test_greetings_of_any_kind_leave_the_bridge_that_is_there(link):
     bridge(link, frames.pack({"node": "a"}, b"answer"), frames.pack({"do": "done"}))
     odd = [corpus.head(run=value, sites=value) for value in corpus.NONSENSE if value != []]
     for greeting in [*corpus.no_frames(), *odd, corpus.head(run="r", sites=["a"], extra=1)]:
-        with contextlib.suppress(OSError), frames.dial(link._path) as stranger:  # it may be cut off
+        with contextlib.suppress(OSError), frames.dial(link.path) as stranger:  # it may be cut off
             stranger.send_bytes(greeting)
     assert link.exchange(["a"], b"x", 5.0) == [("a", b"answer")]
 

@@ -58,7 +58,7 @@ class Registry(untrusted.Strict):
     """All of the file: every certificate that was ever signed, in the order of signing."""
 
     format: Literal[1] = 1
-    certificates: Annotated[list[Certificate], Field(max_length=50_000)] = Field(default_factory=list)
+    certificates: Annotated[list[Certificate], Field(max_length=50_000, fail_fast=True)] = Field(default_factory=list)
 
     def holder(self, name: str) -> Certificate | None:
         """The certificate that holds a name now, whatever the case of its letters; None where none does."""
