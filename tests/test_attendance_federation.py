@@ -60,7 +60,7 @@ def test_another_model_is_told_before_round_1_seen_from_outside_and_mended_for_t
     out, back = (next(n for n, line in enumerate(text) if line.startswith(what)) for what in ("b is out", "b is back"))
     first = next(n for n, line in enumerate(text) if line.startswith("round 1 of 30 · 1 of 2 trained · train loss "))
     assert out < first < back
-    assert re.match(r"b is out: refused: .*another contract \(base weights: \w+… here, \w+… there\)", text[out])
+    assert re.match(r"b is out: refused: .*another contract \(base weights: \w+… at b, \w+… at the hub\)", text[out])
     assert re.fullmatch(r"b is back after \d+ s", text[back])
     assert any(line.startswith("in: a; out: b (refused: ") for line in text[out:first])
     assert sum(line.startswith("b is") for line in text) == 2, text

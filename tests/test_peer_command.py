@@ -237,7 +237,7 @@ def test_a_full_disk_is_said_once_answers_nothing_spoils_no_line_and_is_over_whe
     full = "the audit file cannot be written: File too large (27)"
     for answer in answers:
         assert isinstance(answer, ParticipantError), "it passes: no decision of the site's"
-        assert str(answer) == f"refused by site: {full}, and without it nothing is answered."
+        assert str(answer) == f"AuditError: {full}, and without it nothing is answered."
     assert peer.calls == [("train", 1)]
     assert ask(transport, "evaluate") == b"x"
     assert screen[2:] == [f"{full}: nothing is answered until it can", "the audit file can be written again"]

@@ -357,12 +357,12 @@ def test_what_a_bridge_tells_is_believed_of_nodes_that_were_asked_and_of_no_othe
     done = frames.pack({"do": "done"})
     for message in corpus.bridge_messages():
         bridge(link, message)
-        with within(5), pytest.raises(LLMChainFedError, match="the job's bridge went away") as error:
-            link.exchange(["a"], b"x", 5.0)
-        told(error.value)
+        with within(5):
+            ((_, answer),) = link.exchange(["a"], b"x", 5.0)
+        assert "the job's bridge went away" in told(answer)
     bridge(link, frames.pack({"node": "a"}, b"1"), frames.pack({"node": "a"}, b"2"), done)
-    with pytest.raises(LLMChainFedError, match="who was not asked or has answered"):
-        link.exchange(["a"], b"x", 5.0)
+    ((_, answer),) = link.exchange(["a"], b"x", 5.0)
+    assert "who was not asked or has answered" in told(answer)
     bridge(link, frames.pack({"node": "a"}, b"answer"), done)
     assert link.exchange(["a"], b"x", 5.0) == [("a", b"answer")]
 

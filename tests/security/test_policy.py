@@ -449,17 +449,8 @@ def test_a_policy_file_that_is_wrong_starts_no_peer_and_says_which_line(path, tm
     assert printable(text) == text
     data = tmp_path / "data.jsonl"
     data.write_text("")
-    started = [
-        "peer",
-        "--chain",
-        "translate",
-        "--data",
-        str(data),
-        "--socket",
-        str(tmp_path / "s"),
-        "--policy",
-        str(path),
-    ]
+    started = ["peer", "--chain", "translate", "--data", str(data), "--socket", str(tmp_path / "s")]
+    started += ["--policy", str(path)]
     for command in (["policy", "explain", str(path)], started):
         done = CliRunner().invoke(cli.app, command)
         assert isinstance(done.exception, ConfigError)
