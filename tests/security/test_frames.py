@@ -65,7 +65,8 @@ def told(error):
     text = str(error)
     assert len(text) < 2500
     assert untrusted.printable(text, 4000) == text
-    text.encode("utf-8")
+    assert text.encode("utf-8")
+    return text
 
 
 class Echo:
