@@ -395,7 +395,9 @@ def test_a_peer_that_is_told_to_stop_in_a_training_says_so_writes_it_down_and_go
     finally:
         process.kill()
     said = (folder / "first.log").read_text().splitlines()
-    warned, greets, begins, *ends = (line for line in said if line.startswith("20"))
+    assert all(line.startswith("20") for line in said), "each with its time"
+    warned = next(line for line in said if "warning: " in line)
+    greets, begins, *ends = said[next(n for n, line in enumerate(said) if "hub greets" in line) :]
     given_up, stopping = sorted(ends, key=lambda line: "stopping" in line)
     assert "warning: the held-out file is the training file" in warned
     assert "hub greets: federation " in greets
