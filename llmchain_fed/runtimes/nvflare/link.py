@@ -90,6 +90,7 @@ class Link:
         """submission → its bridge, those that called later last"""
         self._former: set[str] = set()
         """sites whose job's bridge went away, and may dial again"""
+        self._closed = False
         self._changed = threading.Condition()
         threading.Thread(target=self._listener.serve, args=(self._greet,), name="bridge", daemon=True).start()
 
@@ -171,6 +172,8 @@ class Link:
 
     def close(self) -> None:
         """Ends the jobs' loops and stops listening."""
+        with self._changed:
+            self._closed = True  # a bridge that greets just now is told to stop as well
         self.release()
         self._listener.close()
 
@@ -184,7 +187,7 @@ class Link:
             return
         with self._changed:
             bridge = _Bridge(channel, greeting.run, greeting.sites)
-            if self._expected is not None and greeting.run not in self._expected:
+            if self._closed or (self._expected is not None and greeting.run not in self._expected):
                 bridge.stop()  # of a job that was given up
                 return
             former = self._bridges.pop(greeting.run, None)
