@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("LANGSMITH_TRACING", "false")
@@ -17,6 +18,11 @@ from tiny import TEMPLATE, lora_config, tiny_module, train_tokenizer, with_lora
 from transformers import PreTrainedTokenizerFast
 
 from llmchain_fed import LLMChain, LocalLLM, LocalModel
+
+# Whoever starts pytest in the background of a script hands down an ignored Ctrl-C, which our commands respect as
+# nohup's; the tests that send one mean a command at a terminal.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it helps, and far more on a busy machine
 
