@@ -24,7 +24,7 @@ from demo import PUBLISHERS, chrf, make_chain, options, translate
 from transformers.utils import logging as transformers_logging
 
 from llmchain_fed import FederatedAveraging, LLMChain, TrainingConfig, evaluate_locally, train_locally
-from llmchain_fed.own_files import write_whole
+from llmchain_fed.storage.own_files import write_whole
 
 RULES = ("fedit", "ffa", "rolora", "fedsvd", "fedex", "flora")
 CODED: dict[str, dict[str, Any]] = {

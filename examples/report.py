@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from llmchain_fed.own_files import write_whole
+from llmchain_fed.storage.own_files import write_whole
 
 Row = Mapping[str, Any]
 

@@ -43,16 +43,27 @@ from llmchain_fed.errors import (
 )
 
 if TYPE_CHECKING:
-    from llmchain_fed.chain import LLMChain
-    from llmchain_fed.chat import LocalChatModel
-    from llmchain_fed.data import DataReport, Example, RawText
-    from llmchain_fed.evaluation import evaluate_locally
+    from llmchain_fed.chain.chat import LocalChatModel
+    from llmchain_fed.chain.llm import LocalLLM
+    from llmchain_fed.chain.llm_chain import LLMChain
+    from llmchain_fed.data.encoding import DataReport, Example, RawText
     from llmchain_fed.federated.averaging import FederatedAveraging
+    from llmchain_fed.federated.callbacks import Callback
+    from llmchain_fed.federated.client.personalization import Ditto
     from llmchain_fed.federated.history import History
     from llmchain_fed.federated.learning import FederatedLearning
     from llmchain_fed.federated.participant import Participant
-    from llmchain_fed.federated.personal import Ditto
-    from llmchain_fed.federated.server_optimizers import (
+    from llmchain_fed.library import list_chains, list_prompts, load_chain, load_prompt
+    from llmchain_fed.model.local_model import LocalModel
+    from llmchain_fed.runtimes.nvflare.transport import NVFlare
+    from llmchain_fed.runtimes.torch_distributed import TorchDistributed
+    from llmchain_fed.tracking.console import ConsoleTable
+    from llmchain_fed.tracking.mlflow import MLflow
+    from llmchain_fed.tracking.tensorboard import TensorBoard
+    from llmchain_fed.tracking.trackio import Trackio
+    from llmchain_fed.training.evaluation import evaluate_locally
+    from llmchain_fed.training.loop import TrainingConfig, train_locally
+    from llmchain_fed.updates.server_optimizers import (
         DiLoCo,
         FedAdagrad,
         FedAdam,
@@ -61,54 +72,43 @@ if TYPE_CHECKING:
         Reptile,
         TorchServerOptimizer,
     )
-    from llmchain_fed.library import list_chains, list_prompts, load_chain, load_prompt
-    from llmchain_fed.llm import LocalLLM
-    from llmchain_fed.model import LocalModel
-    from llmchain_fed.runtimes.nvflare.transport import NVFlare
-    from llmchain_fed.runtimes.torch_distributed import TorchDistributed
-    from llmchain_fed.tracking.callback import Callback
-    from llmchain_fed.tracking.console import ConsoleTable
-    from llmchain_fed.tracking.mlflow import MLflow
-    from llmchain_fed.tracking.tensorboard import TensorBoard
-    from llmchain_fed.tracking.trackio import Trackio
-    from llmchain_fed.training import TrainingConfig, train_locally
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Callback": "tracking.callback",
+    "Callback": "federated.callbacks",
     "ConsoleTable": "tracking.console",
-    "DataReport": "data",
-    "DiLoCo": "federated.server_optimizers",
-    "Ditto": "federated.personal",
-    "Example": "data",
-    "FedAdagrad": "federated.server_optimizers",
-    "FedAdam": "federated.server_optimizers",
-    "FedAvgM": "federated.server_optimizers",
-    "FedYogi": "federated.server_optimizers",
+    "DataReport": "data.encoding",
+    "DiLoCo": "updates.server_optimizers",
+    "Ditto": "federated.client.personalization",
+    "Example": "data.encoding",
+    "FedAdagrad": "updates.server_optimizers",
+    "FedAdam": "updates.server_optimizers",
+    "FedAvgM": "updates.server_optimizers",
+    "FedYogi": "updates.server_optimizers",
     "FederatedAveraging": "federated.averaging",
     "FederatedLearning": "federated.learning",
     "History": "federated.history",
-    "LLMChain": "chain",
-    "LocalChatModel": "chat",
-    "LocalLLM": "llm",
-    "LocalModel": "model",
+    "LLMChain": "chain.llm_chain",
+    "LocalChatModel": "chain.chat",
+    "LocalLLM": "chain.llm",
+    "LocalModel": "model.local_model",
     "MLflow": "tracking.mlflow",
     "NVFlare": "runtimes.nvflare.transport",
     "Participant": "federated.participant",
-    "RawText": "data",
-    "Reptile": "federated.server_optimizers",
+    "RawText": "data.encoding",
+    "Reptile": "updates.server_optimizers",
     "TensorBoard": "tracking.tensorboard",
     "TorchDistributed": "runtimes.torch_distributed",
-    "TorchServerOptimizer": "federated.server_optimizers",
+    "TorchServerOptimizer": "updates.server_optimizers",
     "Trackio": "tracking.trackio",
-    "TrainingConfig": "training",
-    "evaluate_locally": "evaluation",
+    "TrainingConfig": "training.loop",
+    "evaluate_locally": "training.evaluation",
     "list_chains": "library",
     "list_prompts": "library",
     "load_chain": "library",
     "load_prompt": "library",
-    "train_locally": "training",
+    "train_locally": "training.loop",
 }
 
 __all__ = [

@@ -31,14 +31,14 @@ from langchain_core.prompts import (
 from pydantic import ValidationError
 
 from llmchain_fed.errors import RecipeError
-from llmchain_fed.recipe_files import read_spec, recipe_folder, recipe_names
-from llmchain_fed.recipes import ChainSpec, MessageData, ParserName, PromptData, PromptSpec
+from llmchain_fed.recipes.files import read_spec, recipe_folder, recipe_names
+from llmchain_fed.recipes.schema import ChainSpec, MessageData, ParserName, PromptData, PromptSpec
 from llmchain_fed.untrusted import shown
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseLanguageModel
 
-    from llmchain_fed.chain import LLMChain
+    from llmchain_fed.chain.llm_chain import LLMChain
 
 __all__ = [
     "ChainSpec",
@@ -85,11 +85,11 @@ def load_chain(name: str, *, llm: BaseLanguageModel[Any] | None = None) -> LLMCh
     spec = read_spec(ChainSpec, name, recipe_folder("chains"))
     prompt = load_prompt(spec.prompt)
 
-    from llmchain_fed.chain import LLMChain
+    from llmchain_fed.chain.llm_chain import LLMChain
 
     if llm is None:
-        from llmchain_fed.chat import LocalChatModel
-        from llmchain_fed.llm import LocalLLM
+        from llmchain_fed.chain.chat import LocalChatModel
+        from llmchain_fed.chain.llm import LocalLLM
 
         face = LocalChatModel if spec.chat_template_kwargs else LocalLLM
         llm = face.from_pretrained(spec.model, lora=spec.adapter.to_lora() if spec.adapter else None)

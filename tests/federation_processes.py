@@ -18,7 +18,7 @@ import torch
 from torchrun_script import HELD_OUT, SHARES, TRAINING, tiny_chain
 
 from llmchain_fed import FederatedAveraging, NVFlare
-from llmchain_fed.runtimes import frames
+from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.nvflare import engine, kits
 
 SITES = ("a", "b")

@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, train_tokenizer, with_lora
 
-from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, cli, stopping, whole_folders
+from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, cli, stopping
 from llmchain_fed.errors import ContractError, ParticipantError, PolicyError, TransportError
 from llmchain_fed.federated.runtime import InProcess
+from llmchain_fed.storage import whole_folders
 
 SHARES = {"a": PAIRS[:6], "b": PAIRS[6:]}
 _ERRORS = {kind.__name__: kind for kind in (ContractError, ParticipantError, PolicyError, TransportError)}

@@ -20,9 +20,9 @@ import torch
 from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, train_tokenizer, with_lora
 
 from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, TrainingConfig
-from llmchain_fed.federated import checkpoint
-from llmchain_fed.federated.personal import Ditto
-from llmchain_fed.federated.server_optimizers import FedAdam
+from llmchain_fed.federated.checkpoint import files
+from llmchain_fed.federated.client.personalization import Ditto
+from llmchain_fed.updates.server_optimizers import FedAdam
 
 ROUNDS = 6
 OUTCOME = "outcome.json"
@@ -43,7 +43,7 @@ def run(directory: Path) -> None:
     module = with_lora(tiny_module("causal", len(_TOKENIZER)), lora_config("causal", r=4))
     chain = LLMChain(llm=LocalLLM(model=LocalModel(module, _TOKENIZER, name="tiny")), prompt=TEMPLATE)
     kept = directory / "kept"
-    if checkpoint.rounds(kept):
+    if files.rounds(kept):
         fed = FederatedAveraging.resume(kept, chain, participants=_SHARES, progress=False)
     else:
         more = {"server_optimizer": FedAdam(lr=0.01), "personal": Ditto(lam=0.3), "checkpoint_dir": kept}
@@ -56,7 +56,7 @@ def run(directory: Path) -> None:
 
 def outcome(fed: FederatedAveraging, kept: Path) -> dict[str, object]:
     """Hashes of the weights, of the server's memory and of every participant's own state, and the losses."""
-    found = checkpoint.read(kept)
+    found = files.read(kept)
     losses = [[r.round, {n: p.train_loss for n, p in r.participants.items()}] for r in fed.history]
     hashes = {name: hash_of(tensors) for name, tensors in found.tensors.items()}
     people = {name: hashlib.sha256(blob).hexdigest() for name, blob in sorted(found.participants.items())}
@@ -74,7 +74,7 @@ def hash_of(tensors: dict[str, torch.Tensor]) -> str:
 
 def dawdle(seconds: float) -> None:
     """Makes every step of writing a checkpoint take so long, so that a kill can be aimed at one."""
-    for owner, name in ((os, "fsync"), (Path, "rename"), (checkpoint, "_sweep")):
+    for owner, name in ((os, "fsync"), (Path, "rename"), (files, "_sweep")):
         real = getattr(owner, name)
 
         def slow(*args, real=real, **options):

@@ -28,7 +28,6 @@ from llmchain_fed import (
     evaluate_locally,
     train_locally,
 )
-from llmchain_fed.adapters import GLOBAL, REMAINDER, lora_layers
 from llmchain_fed.errors import (
     ChainFileError,
     ConfigError,
@@ -36,6 +35,7 @@ from llmchain_fed.errors import (
     UnsupportedModelError,
     WeightsMismatchError,
 )
+from llmchain_fed.model.adapters import GLOBAL, REMAINDER, lora_layers
 
 EXAMPLES = [{"prompt": TEMPLATE.format(text=a), "completion": b} for a, b in PAIRS]
 INPUTS = {

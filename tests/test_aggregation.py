@@ -14,10 +14,10 @@ from tiny import PAIRS
 
 from llmchain_fed import FederatedAveraging
 from llmchain_fed.errors import ConfigError, FederationError
-from llmchain_fed.federated import server_optimizers
-from llmchain_fed.federated.aggregation import AGGREGATIONS, RunningMean, make_aggregation, weighted_average
-from llmchain_fed.federated.rule import Contribution, Round
-from llmchain_fed.federated.server_optimizers import FedAvgM
+from llmchain_fed.updates import server_optimizers
+from llmchain_fed.updates.aggregation import AGGREGATIONS, RunningMean, make_aggregation, weighted_average
+from llmchain_fed.updates.aggregation.base import Contribution, Round
+from llmchain_fed.updates.server_optimizers import FedAvgM
 
 SHAPES = {"a": (3, 4), "b": (5,), "scalar": (), "c.weight": (2, 1, 3)}
 

@@ -15,10 +15,10 @@ from tiny_architectures import CAUSAL, SEQ2SEQ, tiny_architecture
 from transformers.pytorch_utils import Conv1D
 
 from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, TrainingConfig, train_locally
-from llmchain_fed.data import collate, encode_examples
+from llmchain_fed.data.encoding import collate, encode_examples
 from llmchain_fed.errors import UnsupportedModelError
-from llmchain_fed.loss import summed_loss
-from llmchain_fed.pretrained import add_adapter
+from llmchain_fed.model.loading import add_adapter
+from llmchain_fed.training.loss import summed_loss
 
 USUAL = """bart bert biogpt bloom codegen cohere ctrl deepseek_v3 falcon falcon_mamba gemma2 gemma3_text glm4 gpt2
     gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite jamba llama mamba2 mistral mixtral mpt olmo2 openai-gpt opt phi3

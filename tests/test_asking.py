@@ -14,12 +14,12 @@ from llmchain_fed import (
     FederatedAveraging,
     QuorumError,
 )
-from llmchain_fed.federated import asking
+from llmchain_fed.federated.server import dispatch
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(asking, "_PAUSE", 0.01)
+    monkeypatch.setattr(dispatch, "_PAUSE", 0.01)
 
 
 def test_a_site_that_refuses_by_its_policy_is_left_out_of_the_round_and_asked_again_in_the_next(make_chain):
@@ -100,9 +100,9 @@ def test_a_late_update_is_dropped_recorded_and_not_asked_for_again(make_chain):
 
 
 def test_a_participant_gives_up_by_itself_when_the_deadline_is_over(make_chain, monkeypatch):
-    from llmchain_fed.federated import local_work
+    from llmchain_fed.federated.client import work
 
-    inner = local_work.train_locally
+    inner = work.train_locally
 
     def slow(*args, before_step, **options):
         def step():
@@ -112,7 +112,7 @@ def test_a_participant_gives_up_by_itself_when_the_deadline_is_over(make_chain, 
 
         return inner(*args, before_step=step, **options)
 
-    monkeypatch.setattr(local_work, "train_locally", slow)
+    monkeypatch.setattr(work, "train_locally", slow)
     chain = make_chain(lora=True)
     fed = FederatedAveraging(chain, participants=SHARES, training=TRAINING, deadline=0.2, progress=False)
     fed.fit(1)

@@ -24,8 +24,8 @@ from llmchain_fed import (
     TransportError,
 )
 from llmchain_fed.cli.console import say
-from llmchain_fed.federated import asking
 from llmchain_fed.federated.attendance import Attendance, Change
+from llmchain_fed.federated.server import dispatch
 from llmchain_fed.tracking import lines
 
 MISMATCH = ContractError("another contract (base weights: 1e1c… at b, 8057… at the hub)")
@@ -36,7 +36,7 @@ LATE = DeadlineError("'b' was not done by the deadline")
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(asking, "_PAUSE", 0.01)
+    monkeypatch.setattr(dispatch, "_PAUSE", 0.01)
 
 
 class Watch(Callback):

@@ -22,7 +22,7 @@ from llmchain_fed import (
     evaluate_locally,
     train_locally,
 )
-from llmchain_fed.data import collate, encode_examples
+from llmchain_fed.data.encoding import collate, encode_examples
 from llmchain_fed.errors import (
     CheckpointError,
     ConfigError,
@@ -526,7 +526,7 @@ def test_a_step_that_fails_once_the_updates_are_used_up_closes_the_round(rule, f
         raise failure
 
     with monkeypatch.context() as patched:
-        patched.setattr("llmchain_fed.federated.server_optimizers.apply", apply)
+        patched.setattr("llmchain_fed.updates.server_optimizers.apply", apply)
         with pytest.raises((KeyboardInterrupt, WeightsMismatchError)) as caught:
             fed.step()
     assert "participants must train anew" in caught.value.__notes__[0]

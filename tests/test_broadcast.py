@@ -12,15 +12,15 @@ import torch
 from tiny import PAIRS
 
 from llmchain_fed import ConfigError, FedAdam, FederatedAveraging, FederationError, Participant, TrainingConfig
-from llmchain_fed.federated.broadcast import Broadcast
-from llmchain_fed.federated.codecs import Int4, make_codec
-from llmchain_fed.federated.factors import Factors
-from llmchain_fed.federated.global_state import GlobalState
-from llmchain_fed.federated.held import STALE, Held
-from llmchain_fed.federated.peer import LocalPeer
+from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.client.global_state_cache import STALE, Held
+from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.runtime import InProcess, payload_for
-from llmchain_fed.federated.trainee import Trainee
-from llmchain_fed.federated.wire import inspect, pack, values
+from llmchain_fed.federated.server.broadcast import Broadcast
+from llmchain_fed.federated.target import Trainee
+from llmchain_fed.updates.codecs import Int4, make_codec
+from llmchain_fed.updates.low_rank import Factors
+from llmchain_fed.updates.serialization import inspect, pack, values
 
 SHARES = {"a": PAIRS[:4], "b": PAIRS[4:9], "c": PAIRS[9:]}
 ADAM = TrainingConfig(optimizer="adam", learning_rate=1e-2, batch_size=4)

@@ -10,7 +10,7 @@ import torch
 from tiny import PAIRS
 
 from llmchain_fed import Callback, ConfigError, ConsoleTable, FederatedAveraging, TensorBoard, TrainingConfig
-from llmchain_fed.federated import checkpoint
+from llmchain_fed.federated.checkpoint import files
 
 SHARES = {"a": PAIRS[:5], "b": PAIRS[5:]}
 SGD = TrainingConfig(optimizer="sgd", learning_rate=0.05, batch_size=8)
@@ -70,7 +70,7 @@ def test_several_are_told_in_their_order_and_one_alone_needs_no_list(make_chain)
 def test_a_round_is_on_disk_before_anybody_hears_of_it(make_chain, tmp_path):
     class Reads(Callback):
         def on_round_end(self, record, history):
-            assert checkpoint.rounds(tmp_path / "run")[-1] == record.round
+            assert files.rounds(tmp_path / "run")[-1] == record.round
             seen.append(record.round)
 
     seen = []

@@ -17,8 +17,8 @@ from taught import ANSWERS, PROMPTS, taught_model
 from tiny import PAIRS, TEMPLATE
 
 from llmchain_fed import LLMChain, LocalChatModel, LocalLLM
+from llmchain_fed.chain.finding import find_prompt
 from llmchain_fed.errors import ConfigError, PromptVariablesError, UnsupportedModelError
-from llmchain_fed.finding import find_prompt
 
 INPUT = {"text": "page locked"}
 INPUTS = [{"text": english} for english, _ in PAIRS]

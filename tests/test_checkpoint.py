@@ -18,10 +18,10 @@ from tiny import PAIRS
 
 from llmchain_fed import FederatedAveraging, TrainingConfig
 from llmchain_fed.errors import CheckpointError, ConfigError
-from llmchain_fed.federated import checkpoint
-from llmchain_fed.federated.checkpoint import Checkpoint
-from llmchain_fed.federated.personal import Ditto
-from llmchain_fed.federated.server_optimizers import FedAdam
+from llmchain_fed.federated.checkpoint import files as checkpoint
+from llmchain_fed.federated.checkpoint.files import Checkpoint
+from llmchain_fed.federated.client.personalization import Ditto
+from llmchain_fed.updates.server_optimizers import FedAdam
 
 KEPT = TrainingConfig(
     optimizer="adamw", learning_rate=0.005, batch_size=4, max_steps=1, epochs=None, keep_optimizer=True

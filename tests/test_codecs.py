@@ -16,8 +16,8 @@ from tiny import PAIRS
 
 from llmchain_fed import FederatedAveraging
 from llmchain_fed.errors import ConfigError, FederationError, UpdateRefusedError
-from llmchain_fed.federated import wire
-from llmchain_fed.federated.codecs import (
+from llmchain_fed.updates import serialization
+from llmchain_fed.updates.codecs import (
     BF16,
     CODECS,
     Int4,
@@ -28,8 +28,8 @@ from llmchain_fed.federated.codecs import (
     ratio,
     spec,
 )
-from llmchain_fed.federated.feedback import encode_with_feedback
-from llmchain_fed.federated.wire import TensorInfo, describe
+from llmchain_fed.updates.codecs.error_feedback import encode_with_feedback
+from llmchain_fed.updates.serialization import TensorInfo, describe
 
 SHAPES = {"b.weight": (33, 17), "a": (256,), "scalar": (), "empty": (0, 4), "c": (3,), "big": (40, 64)}
 ALL = [BF16(), Int8(), Int8(block=7), Int4(), Int4(block=5), Int4(block=1), TopK(), TopK(0.013), TopK(1)]
@@ -274,13 +274,13 @@ def test_bytes_are_what_the_formula_says_and_what_the_wire_carries(codec, most):
     started = time.perf_counter()
     parts = codec.encode(tensors)
     assert time.perf_counter() - started < 2  # 0.01 to 0.2 s; value by value it would be a minute
-    data = wire.pack(parts, {"codec": codec.name})
+    data = serialization.pack(parts, {"codec": codec.name})
     assert formula < len(data) < formula + 1024
-    assert len(data) <= most * len(wire.pack(tensors, {}))
-    header, found = wire.inspect(data, max_bytes=len(data))
+    assert len(data) <= most * len(serialization.pack(tensors, {}))
+    header, found = serialization.inspect(data, max_bytes=len(data))
     assert header == {"codec": codec.name}
     assert found == codec.layout(infos)
-    back, direct = codec.decode(wire.values(data, found), infos), codec.decode(parts, infos)
+    back, direct = codec.decode(serialization.values(data, found), infos), codec.decode(parts, infos)
     assert all(torch.equal(back[n], direct[n]) for n in direct)
 
 

@@ -12,10 +12,10 @@ from tiny import PAIRS, lora_config, tiny_module
 
 from llmchain_fed import Ditto, FedAvgM, FederatedAveraging, LLMChain, LocalLLM, LocalModel, Participant, TrainingConfig
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.federated.aggregation import AGGREGATIONS
-from llmchain_fed.federated.peer import LocalPeer
+from llmchain_fed.federated.client.client import LocalPeer
 from llmchain_fed.federated.runtime import InProcess
-from llmchain_fed.federated.trainee import Trainee
+from llmchain_fed.federated.target import Trainee
+from llmchain_fed.updates.aggregation import AGGREGATIONS
 
 FAST = TrainingConfig(learning_rate=1e-2, batch_size=4)
 SHARES = {"a": PAIRS[:3], "b": PAIRS[3:5]}

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from llmchain_fed import ConsoleTable, FederatedAveraging, TrainingConfig, evaluate_locally
 from llmchain_fed.errors import ConfigError, QuorumError
-from llmchain_fed.federated import evaluation
-from llmchain_fed.federated.divergence import Divergence
-from llmchain_fed.federated.evaluation import Measurement
+from llmchain_fed.federated.callbacks import notes_of
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
-from llmchain_fed.tracking.callback import notes_of
+from llmchain_fed.federated.server import evaluation
+from llmchain_fed.federated.server.divergence import Divergence
+from llmchain_fed.federated.server.evaluation import Measurement
 
 SHARES = {"a": PAIRS[:5], "b": PAIRS[5:9]}
 HELD_OUT = {"a": PAIRS[9:11], "b": PAIRS[10:]}

@@ -18,11 +18,11 @@ from llmchain_fed import (
     LocalModel,
     TrainingConfig,
     evaluate_locally,
-    padding,
     train_locally,
 )
 from llmchain_fed.errors import UnsupportedModelError
-from llmchain_fed.pretrained import add_adapter
+from llmchain_fed.model.generation import padding
+from llmchain_fed.model.loading import add_adapter
 
 STEP = TrainingConfig(learning_rate=0.1, optimizer="sgd", batch_size=4, epochs=1)
 
@@ -147,7 +147,7 @@ def test_training_beside_a_frozen_norm_equals_plain_torch(tokenizer):
     train_locally(chain, PAIRS[:4], STEP)
     plain.train()
     plain.get_base_model().model.layers[0].mlp.part.eval()
-    from llmchain_fed.data import collate, encode_examples
+    from llmchain_fed.data.encoding import collate, encode_examples
 
     encoded = encode_examples(PAIRS[:4], chain.model, chain)
     plain(**collate([encoded[i] for i in range(4)], chain.model)).loss.backward()

@@ -26,10 +26,19 @@ from federation_processes import free_port
 
 from llmchain_fed.errors import ConfigError, TransportError
 from llmchain_fed.runtimes.nvflare import engine, engine_state, gathering, kits
-from llmchain_fed.runtimes.nvflare.keeping import child, diary, job_folders, job_processes, keeper, logs, news, reaching
-from llmchain_fed.runtimes.nvflare.keeping.guard import Guard, elsewhere
-from llmchain_fed.runtimes.nvflare.keeping.keeper import Keeper
-from llmchain_fed.runtimes.nvflare.keeping.standing import HubLink, Sites
+from llmchain_fed.runtimes.nvflare.supervision import (
+    child,
+    diary,
+    job_folders,
+    job_processes,
+    logs,
+    news,
+    reaching,
+    supervisor,
+)
+from llmchain_fed.runtimes.nvflare.supervision.guard import Guard, elsewhere
+from llmchain_fed.runtimes.nvflare.supervision.standing import HubLink, Sites
+from llmchain_fed.runtimes.nvflare.supervision.supervisor import Keeper
 
 ONE, OTHER = "SHA256:" + ":".join(["AA"] * 32), "SHA256:" + ":".join(["BB"] * 32)
 
@@ -340,7 +349,7 @@ def test_a_list_that_is_away_for_a_moment_is_remembered(how, tmp_path, monkeypat
 @pytest.fixture
 def authority(tmp_path):
     """An authority's folder, and a function that writes who was approved and who revoked into its registry."""
-    from llmchain_fed.runtimes.nvflare import registry
+    from llmchain_fed.runtimes.nvflare.provisioning import registry
 
     folder = tmp_path / "authority"
     (folder / "ca").mkdir(parents=True)
@@ -676,7 +685,7 @@ def test_folders_of_ended_jobs_are_looked_for_every_ten_minutes(kit, monkeypatch
     swept, now = [], [1000.0]
     found = Keeper(kit, socket=Path("/nowhere"), say=print)
     found._next |= {"write": 1e9, "warn": 1e9}
-    monkeypatch.setattr(keeper.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(job_folders, "remove_ended", lambda *_: swept.append(now[0]))
     for _ in range(40):
         found._regularly()
@@ -872,7 +881,7 @@ def keep(monkeypatch):
 
         monkeypatch.setattr(engine, "nvflare_command", nvflare)
         monkeypatch.setattr(reaching, "hindrance", lambda kit: next(way, None))
-        monkeypatch.setattr(keeper, "_OUT", 0.1)
+        monkeypatch.setattr(supervisor, "_OUT", 0.1)
         lines = []
 
         def say(text):
@@ -928,7 +937,7 @@ def test_that_a_name_is_in_use_is_told_again_after_a_minute_and_after_a_connecti
     found = Keeper(kit, socket=Path("/nowhere"), say=lines.append)
     monkeypatch.setattr(diary.time, "monotonic", lambda: now[0])
     for _ in range(21):
-        assert found._turned_away(news.ELSEWHERE) == keeper._NOT_NOW
+        assert found._turned_away(news.ELSEWHERE) == supervisor._NOT_NOW
         now[0] += 35.0
     assert len(lines) == 11, "every second refusal is a minute later"
     assert found._turned
@@ -939,7 +948,11 @@ def test_that_a_name_is_in_use_is_told_again_after_a_minute_and_after_a_connecti
 
 
 def test_a_site_that_gets_no_further_says_why_again_and_begins_anew(kit, keep, monkeypatch):
-    for module, name, value in ((keeper, "_LOOK", 0.3), (keeper, "_HALF_MADE", 2.5), (diary, "_SAY_AGAIN", 1.0)):
+    for module, name, value in (
+        (supervisor, "_LOOK", 0.3),
+        (supervisor, "_HALF_MADE", 2.5),
+        (diary, "_SAY_AGAIN", 1.0),
+    ):
         monkeypatch.setattr(module, name, value)
     refused, silent = reaching.Hindrance("nobody listens"), reaching.Hindrance("no answer")
     way = [None, refused, silent, silent]
@@ -1003,7 +1016,7 @@ def test_it_is_told_to_stop_and_leaves_no_process_and_a_second_start_is_refused(
     status, lines, state = keep(kit, script, stop_after="connected to the hub")
     assert (status, state.state) == (143, "ended")
     assert lines[-1] == "stopping; the same command starts it again"
-    from llmchain_fed import locks
+    from llmchain_fed.storage import locks
 
     with locks.hold(kit / engine.LOCK, "the kit a"), pytest.raises(ConfigError, match="the kit a is in use by process"):
         keep(kit, [])
@@ -1013,7 +1026,7 @@ def test_a_parent_that_is_killed_takes_nvflares_process_with_it(kit):
     code = (
         "import socket, subprocess, sys, os\n"
         "ours, theirs = socket.socketpair()\n"
-        "runs = 'import threading, time; from llmchain_fed.runtimes.nvflare.keeping.child import Wire;'\n"
+        "runs = 'import threading, time; from llmchain_fed.runtimes.nvflare.supervision.child import Wire;'\n"
         "runs += f'threading.Thread(target=Wire({theirs.fileno()}).end_with_parent).start(); time.sleep(60)'\n"
         "child = subprocess.Popen([sys.executable, '-c', runs], pass_fds=[theirs.fileno()])\n"
         "theirs.close(); print(child.pid, flush=True); child.wait()\n"

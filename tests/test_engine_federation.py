@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from federation_processes import free_port
 
 from llmchain_fed import NVFlare
-from llmchain_fed.runtimes.nvflare import engine, engine_state, kits, registry
+from llmchain_fed.runtimes.nvflare import engine, engine_state, kits
+from llmchain_fed.runtimes.nvflare.provisioning import registry
 
 pytestmark = pytest.mark.federation
 

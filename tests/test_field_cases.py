@@ -32,7 +32,7 @@ from llmchain_fed import (
     UnsupportedModelError,
     evaluate_locally,
 )
-from llmchain_fed.data import encode_examples
+from llmchain_fed.data.encoding import encode_examples
 
 TEMPLATE = "Translate to German: {text}\n"
 PAIRS = {

@@ -21,8 +21,8 @@ from transformers.generation.configuration_utils import CompileConfig, Continuou
 
 from llmchain_fed import LLMChain, LocalLLM, LocalModel
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.generation_data import from_data, names, save_without_generation_config, to_data
-from llmchain_fed.generation_fields import FIELDS
+from llmchain_fed.model.generation.fields import FIELDS
+from llmchain_fed.model.generation.saved import from_data, names, save_without_generation_config, to_data
 
 LENGTH = 10
 SHORT = PROMPTS[:3]  # of different lengths in tokens

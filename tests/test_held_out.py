@@ -12,12 +12,13 @@ from tiny import PAIRS
 from torch.utils.data import DataLoader
 
 from llmchain_fed import FederatedAveraging, Participant
-from llmchain_fed.data import collate, encode_examples
+from llmchain_fed.data.encoding import collate, encode_examples
 from llmchain_fed.errors import ParticipantError
-from llmchain_fed.federated import evaluation, finiteness, roster
+from llmchain_fed.federated.client.overlap import Overlap, crossing, overlap
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
-from llmchain_fed.federated.overlap import Overlap, crossing, overlap
-from llmchain_fed.federated.pooling import HALF, WHOLE
+from llmchain_fed.federated.protocol import finiteness
+from llmchain_fed.federated.server import client_manager, evaluation
+from llmchain_fed.federated.server.pooling import HALF, WHOLE
 
 
 def federation(chain, participants, **options):
@@ -113,10 +114,10 @@ def test_counts_from_elsewhere_are_read_with_bounds(said, make_chain):
     fed = federation(make_chain(), [Participant("a", A, REST)])
     contract = fed._trainee.contract()
     hello = {"participant": "a", "contract": contract, "held_out": True, "overlap": [1, 1, 4]}
-    assert roster._read("a", json.dumps(hello).encode(), contract).overlap == Overlap(1, 1, 4)
-    assert roster._read("a", json.dumps(hello | {"overlap": None}).encode(), contract).overlap is None
+    assert client_manager._read("a", json.dumps(hello).encode(), contract).overlap == Overlap(1, 1, 4)
+    assert client_manager._read("a", json.dumps(hello | {"overlap": None}).encode(), contract).overlap is None
     with pytest.raises(ParticipantError, match="makes no sense"):
-        roster._read("a", json.dumps(hello | {"overlap": said}).encode(), contract)
+        client_manager._read("a", json.dumps(hello | {"overlap": said}).encode(), contract)
 
 
 # --- losses that are not finite -----------------------------------------------------------------------------------

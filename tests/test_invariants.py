@@ -15,12 +15,12 @@ from tiny import PAIRS, TEMPLATE
 from torch.utils.data import DataLoader
 
 from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, Participant, TrainingConfig, train_locally
-from llmchain_fed.data import collate, encode_examples
+from llmchain_fed.data.encoding import collate, encode_examples
 from llmchain_fed.errors import QuorumError
-from llmchain_fed.federated.peer import LocalPeer
+from llmchain_fed.federated.client.client import LocalPeer
 from llmchain_fed.federated.runtime import InProcess
-from llmchain_fed.federated.trainee import Trainee
-from llmchain_fed.federated.update import Update
+from llmchain_fed.federated.target import Trainee
+from llmchain_fed.updates.update import Update
 
 SGD = TrainingConfig(optimizer="sgd", learning_rate=0.05, batch_size=64)
 ADAM = TrainingConfig(optimizer="adamw", learning_rate=3e-3, batch_size=3)
@@ -284,12 +284,12 @@ def header_of(data):
 
 
 def unpack(data, chain, state):
-    from llmchain_fed.federated import wire
-    from llmchain_fed.federated.update import Expected
+    from llmchain_fed.updates import serialization
+    from llmchain_fed.updates.update import Expected
 
     header = header_of(data)
     return Update.from_bytes(
-        data, Expected(header["participant"], header["round"], chain.model.fingerprint(), wire.describe(state))
+        data, Expected(header["participant"], header["round"], chain.model.fingerprint(), serialization.describe(state))
     )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from llmchain_fed.federated import checkpoint
+from llmchain_fed.federated.checkpoint import files
 
 pytestmark = pytest.mark.kills
 
@@ -75,12 +75,12 @@ def straight(nursery, tmp_path_factory) -> tuple[dict, float]:
 
 def look(kept: Path, newest: int) -> int:
     """What a restart would find: whole checkpoints, none older than the newest known before, or nothing as yet."""
-    there = checkpoint.rounds(kept)
+    there = files.rounds(kept)
     if not there:
         assert newest < 0, f"round {newest} was there before and is gone"
         return newest
     for number in there:
-        assert checkpoint.read(kept, number).round == number
+        assert files.read(kept, number).round == number
         for file in kept.glob(f"round-{number:06d}/*.safetensors"):
             assert load_file(file)
     assert there[-1] >= newest, f"round {newest} was there before; the newest now is {there[-1]}"

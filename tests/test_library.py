@@ -13,7 +13,7 @@ from langchain_core.language_models.llms import LLM
 from langchain_core.prompts import BasePromptTemplate, FewShotPromptTemplate
 from pydantic import Field
 
-from llmchain_fed import recipe_files
+from llmchain_fed.chain.llm import LocalLLM
 from llmchain_fed.errors import RecipeError
 from llmchain_fed.library import (
     ChainSpec,
@@ -25,8 +25,8 @@ from llmchain_fed.library import (
     prompt_from_data,
     prompt_to_data,
 )
-from llmchain_fed.llm import LocalLLM
-from llmchain_fed.recipe_files import read_spec
+from llmchain_fed.recipes import files
+from llmchain_fed.recipes.files import read_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["classify", "fault_diagnosis", "medical_report", "personal_search", "summarize", "translate"]
@@ -166,14 +166,14 @@ def test_translate_chain_settings():
 
 def test_generation_keys_are_options_of_the_model():
     """Whatever a recipe may set, the model understands."""
-    from llmchain_fed.generation import GenerationOptions
+    from llmchain_fed.model.generation.answers import GenerationOptions
 
     assert set(ChainSpec.model_fields["generation"].annotation.model_fields) <= set(GenerationOptions.model_fields)
 
 
 def test_prompts_load_without_the_model_code():
     code = "import sys; from llmchain_fed.library import load_prompt; load_prompt('translate'); "
-    code += "sys.exit('torch' in sys.modules or 'llmchain_fed.model' in sys.modules)"
+    code += "sys.exit('torch' in sys.modules or 'llmchain_fed.model.local_model' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -309,14 +309,14 @@ def test_an_unknown_name_lists_the_valid_ones():
 def test_other_files_in_the_folder_are_not_recipes(tmp_path):
     for name in ["b.yaml", "a.yaml", "c.yml", "d.json", "E.yaml", "f-g.yaml", ".yaml"]:
         (tmp_path / name).write_text("")
-    assert recipe_files.recipe_names(tmp_path) == ["a", "b"]
+    assert files.recipe_names(tmp_path) == ["a", "b"]
 
 
 def test_the_installed_folder_comes_before_the_checkout(tmp_path, monkeypatch):
     packaged = tmp_path / "_library" / "prompts"
     packaged.mkdir(parents=True)
     (packaged / "greet.yaml").write_text(GOOD_PROMPT)
-    monkeypatch.setattr(recipe_files, "files", lambda package: tmp_path)
+    monkeypatch.setattr(files, "files", lambda package: tmp_path)
     assert list_prompts() == ["greet"]
     assert load_prompt("greet").format(who="Ann") == "Greet Ann in French."
 
@@ -324,7 +324,7 @@ def test_the_installed_folder_comes_before_the_checkout(tmp_path, monkeypatch):
 def test_folders_beside_an_installed_package_are_not_ours(tmp_path, monkeypatch):
     """In site-packages, `prompts` belongs to somebody else."""
     (tmp_path / "prompts").mkdir()
-    monkeypatch.setattr(recipe_files, "files", lambda package: tmp_path / "llmchain_fed")
-    monkeypatch.setattr(recipe_files, "__file__", str(tmp_path / "llmchain_fed" / "recipe_files.py"))
+    monkeypatch.setattr(files, "files", lambda package: tmp_path / "llmchain_fed")
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "llmchain_fed" / "recipe_files.py"))
     with pytest.raises(RecipeError, match="Reinstall llmchain-fed"):
         list_prompts()

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from llmchain_fed.errors import TransportError
-from llmchain_fed.runtimes import frames, heads
+from llmchain_fed.runtimes.messaging import frames, heads
 from llmchain_fed.runtimes.nvflare import bridge as bridges
 from llmchain_fed.runtimes.nvflare import job
 from llmchain_fed.runtimes.nvflare.link import JobLostError, Link, UnreachedError

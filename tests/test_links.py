@@ -16,15 +16,15 @@ import pytest
 
 from llmchain_fed import NVFlare
 from llmchain_fed.errors import ConfigError, TransportError
-from llmchain_fed.runtimes import frames
+from llmchain_fed.runtimes.messaging import frames
+from llmchain_fed.runtimes.messaging.chunked_calls import SlicedCalls
 from llmchain_fed.runtimes.nvflare import bridge as bridges
 from llmchain_fed.runtimes.nvflare import certificates, gathering, job, jobs, transport
 from llmchain_fed.runtimes.nvflare.engine_state import SeenSite
-from llmchain_fed.runtimes.nvflare.keeping.reaching import Hindrance
 from llmchain_fed.runtimes.nvflare.sites import Sites
-from llmchain_fed.runtimes.policy import Audit, Policy
-from llmchain_fed.runtimes.site import Site
-from llmchain_fed.runtimes.sliced import SlicedCalls
+from llmchain_fed.runtimes.nvflare.supervision.reaching import Hindrance
+from llmchain_fed.runtimes.site.policy import Audit, Policy
+from llmchain_fed.runtimes.site.server import Site
 
 OPEN = Policy(operations=["hello", "train", "evaluate", "personal_state", "stop"])
 
@@ -224,7 +224,7 @@ def sites_in(folder, **seconds):
 
 
 def test_who_gives_no_answer_is_told_while_the_others_work_and_answers_keep_their_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmchain_fed.runtimes.sliced._POLL", 0.1)
+    monkeypatch.setattr("llmchain_fed.runtimes.messaging.chunked_calls._POLL", 0.1)
     sites = sites_in(tmp_path, a=1.0, b=9.0, c=0.0)
     calls = SlicedCalls(exchange_with(sites, gone=["b"]), 1.0)
     began, arrived = time.monotonic(), []
@@ -236,7 +236,7 @@ def test_who_gives_no_answer_is_told_while_the_others_work_and_answers_keep_thei
 
 @pytest.mark.parametrize("how", ["left", "interrupted"])
 def test_a_call_that_is_ended_in_the_middle_ends_the_work_at_the_sites(how, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmchain_fed.runtimes.sliced._POLL", 0.1)
+    monkeypatch.setattr("llmchain_fed.runtimes.messaging.chunked_calls._POLL", 0.1)
     sites, told = sites_in(tmp_path, a=30.0, b=30.0, c=0.0), []
     carry = exchange_with(sites, gone=["b"], told=told)
 

@@ -45,9 +45,9 @@ from transformers import (
 )
 
 from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, TrainingConfig, train_locally
-from llmchain_fed.adapters.lora_config import TREATMENT, refusal
 from llmchain_fed.errors import ChainFileError, ConfigError, NotTrainableError, UnsupportedModelError
-from llmchain_fed.federated.trainee import Trainee
+from llmchain_fed.federated.target import Trainee
+from llmchain_fed.model.adapters.lora_config import TREATMENT, refusal
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
@@ -633,12 +633,12 @@ def test_the_adapter_of_fedex_and_flora_is_the_trained_model_in_plain_peft(rule,
 
 @pytest.mark.parametrize(("name", "options"), DENIED)
 def test_what_is_refused_is_refused_by_name_before_any_weights_are_read(name, options, monkeypatch):
-    from llmchain_fed import pretrained
+    from llmchain_fed.model import loading
 
     def loaded(*_, **__):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(pretrained, "load_base", loaded)
+    monkeypatch.setattr(loading, "load_base", loaded)
     with pytest.raises(ConfigError, match=name):
         LocalModel.from_pretrained("nowhere", lora=config_of(options))
 

@@ -19,15 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmchain_fed import DiLoCo, FedAdam, FedAvgM, FederatedAveraging, LLMChain, Participant, TrainingConfig
 from llmchain_fed import train_locally as train
-from llmchain_fed.data import collate, encode_examples
+from llmchain_fed.data.encoding import collate, encode_examples
 from llmchain_fed.errors import FederationError
-from llmchain_fed.federated.aggregation import AGGREGATIONS
-from llmchain_fed.federated.factors import Factors, Stack, covariance, norms_of_mean, stack
-from llmchain_fed.federated.gap import AggregationGap
-from llmchain_fed.federated.peer import LocalPeer
-from llmchain_fed.federated.rule import Contribution, LoraLayout, Round
+from llmchain_fed.federated.client.client import LocalPeer
 from llmchain_fed.federated.runtime import InProcess
-from llmchain_fed.federated.trainee import Trainee
+from llmchain_fed.federated.target import Trainee
+from llmchain_fed.updates.aggregation import AGGREGATIONS
+from llmchain_fed.updates.aggregation.base import Contribution, LoraLayout, Round
+from llmchain_fed.updates.aggregation.gap import AggregationGap
+from llmchain_fed.updates.low_rank import Factors, Stack, covariance, norms_of_mean, stack
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 SHARES = {"a": PAIRS[:5], "b": PAIRS[5:9], "c": PAIRS[9:]}

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from llmchain_fed import LocalModel, TrainingConfig, evaluate_locally, train_locally
-from llmchain_fed.data import collate, encode_examples
+from llmchain_fed.data.encoding import collate, encode_examples
 from llmchain_fed.errors import DataError
-from llmchain_fed.loss import computing_in, summed_loss
+from llmchain_fed.training.loss import computing_in, summed_loss
 
 
 def batch_of(chain, pairs=PAIRS[:5]):

@@ -22,11 +22,13 @@ from torchrun_script import tiny_chain
 
 from llmchain_fed import FederatedAveraging, Participant, train_locally
 from llmchain_fed.errors import CheckpointError, ConfigError, DataError, TransportError
-from llmchain_fed.federated import checkpoint, membership, private_state, wire
-from llmchain_fed.federated.codecs import make_codec
-from llmchain_fed.federated.personal import Ditto
-from llmchain_fed.federated.private_state import Progress
-from llmchain_fed.federated.server_optimizers import FedAdam
+from llmchain_fed.federated.checkpoint import files, membership
+from llmchain_fed.federated.client import state as private_state
+from llmchain_fed.federated.client.personalization import Ditto
+from llmchain_fed.federated.client.state import Progress
+from llmchain_fed.updates import serialization
+from llmchain_fed.updates.codecs import make_codec
+from llmchain_fed.updates.server_optimizers import FedAdam
 
 MORE = [("reload the page", "recharger la page"), ("print", "imprimer"), ("zoom in", "agrandir"), ("help", "aide")]
 THEN = {"a": PAIRS[:5], "b": PAIRS[5:9], "c": PAIRS[9:]}
@@ -59,8 +61,8 @@ def stored(directory, number=AT):
     found = {}
     for name, owner in owners.items():
         data = (folder / name).read_bytes()
-        header, infos = wire.inspect(data, max_bytes=len(data))
-        (found[owner],) = private_state.read(header["progress"], wire.values(data, infos)).values()
+        header, infos = serialization.inspect(data, max_bytes=len(data))
+        (found[owner],) = private_state.read(header["progress"], serialization.values(data, infos)).values()
     return load_file(folder / "global.safetensors"), load_file(server) if server.exists() else {}, found
 
 
@@ -195,7 +197,7 @@ def test_residuals_of_those_who_stay_are_sent_and_newcomers_have_none(make_chain
         residual = kept[name].residual if name in kept else {}
         assert bool(residual) == (name != "d")
         delta = {n: t - start[n] + residual.get(n, 0) for n, t in own.items()}
-        back = codec.decode(codec.encode(delta), wire.describe(delta))
+        back = codec.decode(codec.encode(delta), serialization.describe(delta))
         decoded[name] = {n: start[n] + t for n, t in back.items()}
     counts = {n: len(e) for n, e in NOW["all three"].items()}
     assert_close(weights_of(fed), mean_of(decoded, counts), atol=1e-6)
@@ -281,7 +283,7 @@ def test_states_of_the_gone_are_nowhere_any_more(make_chain, tmp_path):
     fed = resumed(tmp_path, make_chain(lora=True), NOW["gone"])
     fed.fit(rounds=1)
     assert set(stored(tmp_path, AT + 1)[2]) == {"a", "c"}
-    about = checkpoint.read(tmp_path).about
+    about = files.read(tmp_path).about
     assert about["participants"] == ["a", "c"]
     assert set(about["holdings"]) == {"a", "c"}
     for path in (tmp_path / f"round-{AT + 1:06d}").rglob("*"):
@@ -519,7 +521,7 @@ def test_another_federation_is_refused_whoever_takes_part(what, chain, options, 
         resumed(tmp_path, made, NOW["all three"], **options)
     assert "members=" not in str(caught.value), "which would not help"
     assert_tensors_equal(made.model.trainable_state(), before)
-    assert checkpoint.rounds(tmp_path) == [1, 2]
+    assert files.rounds(tmp_path) == [1, 2]
 
 
 @pytest.mark.parametrize("case", NOW)
@@ -649,8 +651,8 @@ def test_a_state_for_other_data_keeps_all_but_the_place_in_them():
 
     def read(changes):
         data = membership.adapted(state, changes)
-        header, infos = wire.inspect(data, max_bytes=len(data))
-        return header["new_pass"], private_state.read(header["progress"], wire.values(data, infos))[3]
+        header, infos = serialization.inspect(data, max_bytes=len(data))
+        return header["new_pass"], private_state.read(header["progress"], serialization.values(data, infos))[3]
 
     new_pass, kept = read({"examples"})
     assert new_pass

@@ -22,10 +22,10 @@ from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from tiny import PAIRS
 
 from llmchain_fed import DataReport, Example, LocalChatModel, LocalModel, Participant
-from llmchain_fed.data import encode_examples, read_examples
+from llmchain_fed.data.encoding import encode_examples, read_examples
+from llmchain_fed.data.missing import filled, is_blank, is_missing
 from llmchain_fed.errors import DataError, EmptyParticipantError, PromptVariablesError
 from llmchain_fed.federated.participant import hold_out
-from llmchain_fed.missing import filled, is_blank, is_missing
 
 MARKERS = {
     "None": None,
@@ -284,7 +284,7 @@ def test_nothing_is_imported_to_tell():
         "assert found.is_missing(float('nan'));"
         "print([n for n in ('numpy', 'pandas', 'pyarrow', 'polars', 'torch') if n in sys.modules])"
     )
-    from llmchain_fed import missing
+    from llmchain_fed.data import missing
 
     done = subprocess.run([sys.executable, "-c", code, missing.__file__], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -25,7 +25,7 @@ from llmchain_fed.errors import (
     UnsupportedModelError,
     WeightsMismatchError,
 )
-from llmchain_fed.generation import safe_length
+from llmchain_fed.model.generation.answers import safe_length
 
 STATE_OF_LORA = {
     f"model.layers.{layer}.{block}.{name}.lora_{factor}.weight"
@@ -415,7 +415,7 @@ def test_sampling_is_not_narrowed_to_transformers_fifty_candidates(make_model):
 
 
 def _options(**options):
-    from llmchain_fed.generation import GenerationOptions
+    from llmchain_fed.model.generation.answers import GenerationOptions
 
     return GenerationOptions(max_new_tokens=1, **options)
 

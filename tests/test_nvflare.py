@@ -20,8 +20,8 @@ from torchrun_script import SHARES, TRAINING, federate, tiny_chain
 
 from llmchain_fed import ConfigError, FederatedAveraging, NVFlare, QuorumError, cli
 from llmchain_fed.errors import FederationError, PolicyError, TransportError
-from llmchain_fed.runtimes import frames
 from llmchain_fed.runtimes.federation_file import FederationFile
+from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.nvflare import engine, job, kits
 
 
@@ -205,7 +205,7 @@ def test_a_job_with_code_is_refused(run, federation, tmp_path):
 def test_a_class_that_is_not_listed_does_not_run(run, federation, tmp_path):
     folder = job.write_job(tmp_path, name="unlisted", sites=SITES, socket="/tmp/x.sock", run="r")
     config = folder / "app" / "config" / "config_fed_client.json"
-    config.write_text(config.read_text().replace(job.SITE, "llmchain_fed.runtimes.site.Site"))
+    config.write_text(config.read_text().replace(job.SITE, "llmchain_fed.runtimes.site.server.Site"))
     status, _ = submitted(federation, folder)
     assert status.startswith("FINISHED:")
     assert status != "FINISHED:COMPLETED"

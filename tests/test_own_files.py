@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from llmchain_fed import FederatedAveraging, History
 from llmchain_fed.cli import app
 from llmchain_fed.federated.runtime import InProcess
-from llmchain_fed.own_files import as_the_user_says, for_this_account_alone
+from llmchain_fed.storage.own_files import as_the_user_says, for_this_account_alone
 
 FEDERATION = """
 chain: start
@@ -107,7 +107,7 @@ def test_an_engine_and_an_authority_are_started_under_it(umask, tmp_path, monkey
             found.append(now())
             return 0
 
-    monkeypatch.setattr("llmchain_fed.runtimes.nvflare.keeping.keeper.Keeper", Keeper)
+    monkeypatch.setattr("llmchain_fed.runtimes.nvflare.supervision.supervisor.Keeper", Keeper)
     monkeypatch.setattr(
         "llmchain_fed.runtimes.nvflare.provisioning.authority.start", lambda *_, **__: found.append(now())
     )

@@ -166,7 +166,7 @@ def imports(path):
 
 
 def own(module):
-    """`llmchain_fed.federated.update.Update` → `federated`; None for others' modules."""
+    """`llmchain_fed.updates.update.Update` → `federated`; None for others' modules."""
     parts = module.split(".")
     return parts[1] if parts[0] == "llmchain_fed" and len(parts) > 1 else None
 
@@ -245,7 +245,7 @@ def test_only_the_faces_know_langchain():
 
 
 def test_the_engine_room_runs_without_langchain():
-    code = "import sys, llmchain_fed.training; print([m for m in sys.modules if m.startswith('langchain')])"
+    code = "import sys, llmchain_fed.training.loop; print([m for m in sys.modules if m.startswith('langchain')])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -13,8 +13,8 @@ from tiny import PAIRS
 
 from llmchain_fed import FederatedAveraging, Participant, TrainingConfig
 from llmchain_fed.errors import ConfigError
+from llmchain_fed.federated.client.personalization import Ditto
 from llmchain_fed.federated.participant import as_participants
-from llmchain_fed.federated.personal import Ditto
 
 
 @pytest.mark.parametrize("name", ["\ud800", "a\udfffb"], ids=ascii)

@@ -22,12 +22,13 @@ from typer.testing import CliRunner
 from llmchain_fed import ConfigError, FederatedAveraging, Participant, cli
 from llmchain_fed.cli import site as commands
 from llmchain_fed.errors import DataError, ParticipantError, QuorumError, RecipeError, TransportError
-from llmchain_fed.federated.overlap import Overlap
-from llmchain_fed.runtimes import frames, heads, site_warnings
+from llmchain_fed.federated.client.overlap import Overlap
+from llmchain_fed.runtimes.messaging import frames, heads
 from llmchain_fed.runtimes.overview import ask_status
-from llmchain_fed.runtimes.policy import Audit, Policy
-from llmchain_fed.runtimes.site import Site, check_socket
-from llmchain_fed.runtimes.site_log import SiteLog
+from llmchain_fed.runtimes.site import warnings
+from llmchain_fed.runtimes.site.log import SiteLog
+from llmchain_fed.runtimes.site.policy import Audit, Policy
+from llmchain_fed.runtimes.site.server import Site, check_socket
 
 SLOW = TRAINING.replace(epochs=None, max_steps=9_000)
 ABOUT = {"name": "a", "examples": 3, "held_out": True, "audit": "/var/a.jsonl", "contract": {"base": "1e1c"}}
@@ -125,34 +126,34 @@ def test_files_that_others_can_read_text_that_may_leave_and_examples_on_both_sid
     open_all = tmp_path
     while open_all.parent != open_all:  # pytest's own folders are this account's alone
         if os.access(open_all, os.W_OK) and not open_all.stat().st_mode & 0o001:
-            assert site_warnings.of_files(data, held_out, policy) == []
+            assert warnings.of_files(data, held_out, policy) == []
             open_all.chmod(open_all.stat().st_mode | 0o011)
         open_all = open_all.parent
-    assert site_warnings.of_files(data, held_out, policy) == []
+    assert warnings.of_files(data, held_out, policy) == []
     data.chmod(0o604)
     held_out.chmod(0o602)
     policy.chmod(0o606)
-    assert site_warnings.of_files(data, held_out, policy) == [
+    assert warnings.of_files(data, held_out, policy) == [
         f"other accounts can read the training examples: chmod 600 '{data}'",
         f"other accounts can change the held-out examples: chmod 600 {held_out}",
         f"other accounts can change the policy: chmod go-w {policy}",
     ]
     tmp_path.chmod(0o700)
-    assert site_warnings.of_files(data, held_out, policy) == []
-    assert site_warnings.of_name("klinik-1_a") == []
-    (found,) = site_warnings.of_name("Klinik 1")
+    assert warnings.of_files(data, held_out, policy) == []
+    assert warnings.of_name("klinik-1_a") == []
+    (found,) = warnings.of_name("Klinik 1")
     assert found.startswith("'Klinik 1' is no name for a site: 1 to 64 of A-Z a-z 0-9 _ -")
     assert found.endswith(
         "For example: Klinik-1. The hub knows this site by its certificate's name: say --name, as in its kit"
     )
-    assert site_warnings.of_policy(Policy()) == []
-    assert [w.split()[-1] for w in site_warnings.of_policy(Policy(samples=2, error_messages=True))] == [
+    assert warnings.of_policy(Policy()) == []
+    assert [w.split()[-1] for w in warnings.of_policy(Policy(samples=2, error_messages=True))] == [
         "(samples)", "(error_messages)",
     ]  # fmt: skip
-    assert site_warnings.of_examples(data, data, None) == [
+    assert warnings.of_examples(data, data, None) == [
         "the held-out file is the training file: held-out loss says nothing of examples that are new"
     ]
-    (found,) = site_warnings.of_examples(data, held_out, Overlap(12, 0, 40))
+    (found,) = warnings.of_examples(data, held_out, Overlap(12, 0, 40))
     assert found == "12 of 40 held-out examples are also trained on: held-out loss flatters"
 
 
@@ -245,8 +246,8 @@ def test_a_full_disk_is_said_once_answers_nothing_spoils_no_line_and_is_over_whe
 
 
 def test_who_greets_by_which_rule_is_said_once_for_each_federation(site, make_chain):
-    from llmchain_fed.federated.peer import LocalPeer
-    from llmchain_fed.federated.trainee import Trainee
+    from llmchain_fed.federated.client.client import LocalPeer
+    from llmchain_fed.federated.target import Trainee
 
     peer = LocalPeer(Trainee.of(make_chain(lora=True)), Participant("a", PAIRS), None)
     transport, screen, _ = site(peer)

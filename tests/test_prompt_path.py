@@ -33,8 +33,8 @@ from llmchain_fed import (
     load_chain,
     train_locally,
 )
-from llmchain_fed.data import encode_examples
-from llmchain_fed.federated.trainee import Trainee
+from llmchain_fed.data.encoding import encode_examples
+from llmchain_fed.federated.target import Trainee
 from llmchain_fed.library import StripOutputParser
 
 LABEL = "[POS]"

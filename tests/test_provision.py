@@ -26,11 +26,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from llmchain_fed import ConfigError, NVFlare, cli, whole_folders
-from llmchain_fed.runtimes import names, site_warnings
+from llmchain_fed import ConfigError, NVFlare, cli
+from llmchain_fed.runtimes import names
 from llmchain_fed.runtimes.federation_file import FederationFile
-from llmchain_fed.runtimes.nvflare import certificates, engine, kits, registry
-from llmchain_fed.runtimes.nvflare.provisioning import authority, own_kit, scratch, sent, tool
+from llmchain_fed.runtimes.nvflare import certificates, engine, kits
+from llmchain_fed.runtimes.nvflare.provisioning import authority, own_kit, registry, scratch, sent, tool
+from llmchain_fed.runtimes.site import warnings
+from llmchain_fed.storage import whole_folders
 
 ODD_FOLDER = "Klinikum Süd – IT (β) " + "x" * 90
 KIT = Path("ws", "fed", "prod_00", "alpha")
@@ -723,7 +725,7 @@ def test_a_name_that_cannot_be_had_is_refused_where_it_is_asked_for(name, tmp_pa
 
 def test_the_same_rule_holds_in_a_federations_file_and_for_a_peer(tmp_path):
     for name in ["-a", *NO_NAMES]:
-        (warning,) = site_warnings.of_name(name)
+        (warning,) = warnings.of_name(name)
         assert "is no name for a site" in warning
         file = tmp_path / "federation.yaml"
         file.write_text(
@@ -731,7 +733,7 @@ def test_the_same_rule_holds_in_a_federations_file_and_for_a_peer(tmp_path):
         )
         with pytest.raises(ConfigError, match="is no name for a site" if name else "sites"):
             FederationFile.read(file)
-    assert site_warnings.of_name("klinik-1_a") == []
+    assert warnings.of_name("klinik-1_a") == []
 
 
 def test_the_rule_needs_neither_torch_nor_the_engine():

@@ -17,10 +17,10 @@ import pytest
 from tiny import PAIRS
 
 from llmchain_fed import DataReport
-from llmchain_fed.csv_rows import _bare
-from llmchain_fed.data import encode_examples, read_examples
+from llmchain_fed.data.csv_rows import _bare
+from llmchain_fed.data.encoding import encode_examples, read_examples
+from llmchain_fed.data.readers import numbered
 from llmchain_fed.errors import DataError
-from llmchain_fed.readers import numbered
 
 
 def rows(source):

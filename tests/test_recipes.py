@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from llmchain_fed.errors import LLMChainFedError, RecipeError
 from llmchain_fed.library import make_prompt, prompt_from_data, prompt_to_data
-from llmchain_fed.recipe_files import read_spec
-from llmchain_fed.recipes import ChainSpec, PromptSpec
+from llmchain_fed.recipes.files import read_spec
+from llmchain_fed.recipes.schema import ChainSpec, PromptSpec
 
 GOOD_PROMPT = """
 name: greet

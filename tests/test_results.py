@@ -24,7 +24,7 @@ import typer
 from supervisor import PROGRAM, UNITS, Unit
 from tiny import PAIRS
 
-from llmchain_fed import FederatedAveraging, History, LLMChain, locks, own_files, stopping, whole_folders
+from llmchain_fed import FederatedAveraging, History, LLMChain, stopping
 from llmchain_fed.cli import console, federating
 from llmchain_fed.errors import (
     ChainFileError,
@@ -38,11 +38,12 @@ from llmchain_fed.errors import (
     TransportError,
 )
 from llmchain_fed.federated.attendance import Attendance
+from llmchain_fed.federated.checkpoint.state import OtherExamplesError
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
-from llmchain_fed.federated.resuming import OtherExamplesError
-from llmchain_fed.runtimes import failures
 from llmchain_fed.runtimes.federation_file import FederationFile
-from llmchain_fed.runtimes.policy import AuditError
+from llmchain_fed.runtimes.messaging import error_codes
+from llmchain_fed.runtimes.site.policy import AuditError
+from llmchain_fed.storage import locks, own_files, whole_folders
 
 FILE = """
 chain: start
@@ -473,7 +474,7 @@ def federation(records, **out):
 
 
 OTHER = OtherExamplesError("participant 'b' is not as it was (examples: 5 then, 6 now): …")
-FULL = failures.from_site(failures.to_plain(AuditError("the audit file cannot be written: No space left (28)")))
+FULL = error_codes.from_site(error_codes.to_plain(AuditError("the audit file cannot be written: No space left (28)")))
 
 
 @pytest.mark.parametrize(
@@ -745,8 +746,8 @@ def test_a_history_is_not_replaced_by_a_shorter_one(tmp_path):
 
 
 def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
-    code = "import sys, time; from llmchain_fed.locks import hold\nwith hold(sys.argv[1], 'x'): print(1, flush=True); "
-    code += "time.sleep(60)"
+    code = "import sys, time; from llmchain_fed.storage.locks import hold\n"
+    code += "with hold(sys.argv[1], 'x'): print(1, flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"], stdout=subprocess.PIPE)
     assert holder.stdout.readline()
     with (

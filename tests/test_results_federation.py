@@ -16,7 +16,7 @@ import pytest
 from federation_processes import Federation
 from supervisor import Unit
 
-from llmchain_fed.federated import checkpoint
+from llmchain_fed.federated.checkpoint import files as checkpoint
 
 pytestmark = pytest.mark.federation
 

@@ -19,14 +19,16 @@ from tiny import PAIRS, lora_config
 
 from llmchain_fed import FederatedAveraging, Participant, TrainingConfig
 from llmchain_fed.errors import CheckpointError, ConfigError, LLMChainFedError, ParticipantError, PolicyError
-from llmchain_fed.federated import checkpoint, resuming, wire
-from llmchain_fed.federated.fitting import limits_of
-from llmchain_fed.federated.global_state import GlobalState, named
-from llmchain_fed.federated.personal import Ditto
-from llmchain_fed.federated.running_mean import RunningMean
+from llmchain_fed.federated.callbacks import Callback
+from llmchain_fed.federated.checkpoint import files as checkpoint
+from llmchain_fed.federated.checkpoint import state as resuming
+from llmchain_fed.federated.checkpoint.fitting import limits_of
+from llmchain_fed.federated.client.personalization import Ditto
+from llmchain_fed.federated.protocol.global_state import GlobalState, named
 from llmchain_fed.federated.runtime import InProcess
-from llmchain_fed.federated.server_optimizers import DiLoCo, FedAdam, FedYogi, Reptile, TorchServerOptimizer
-from llmchain_fed.tracking.callback import Callback
+from llmchain_fed.updates import serialization
+from llmchain_fed.updates.aggregation.mean import RunningMean
+from llmchain_fed.updates.server_optimizers import DiLoCo, FedAdam, FedYogi, Reptile, TorchServerOptimizer
 
 SGD = TrainingConfig(optimizer="sgd", learning_rate=0.05, batch_size=4)
 ADAM = TrainingConfig(optimizer="adamw", learning_rate=0.005, batch_size=4)
@@ -34,8 +36,8 @@ KEPT = ADAM.replace(max_steps=2, epochs=None, keep_optimizer=True)
 SHARES = {"a": PAIRS[:5], "b": PAIRS[5:9], "c": PAIRS[9:]}
 RANKS = [Participant("a", PAIRS[:5], rank=2), Participant("b", PAIRS[5:9], rank=4), Participant("c", PAIRS[9:], rank=1)]
 _MEASURED = {"seconds", "training_seconds", "evaluation_seconds", "bytes_up", "bytes_down", "evaluation_bytes"}
-_ASK = wire.pack({}, {"kind": "personal_state"})
-_ODD = wire.pack({}, {"kind": "personal_state", "progress": {"1": {"next_step": "7", "optimizer": None}}})
+_ASK = serialization.pack({}, {"kind": "personal_state"})
+_ODD = serialization.pack({}, {"kind": "personal_state", "progress": {"1": {"next_step": "7", "optimizer": None}}})
 
 
 def federation(chain, participants=SHARES, **options):
@@ -70,8 +72,8 @@ def standing(fed) -> dict[str, Any]:
     found = {}
     for name, answer in fed._transport.call("personal_state", fed._transport.nodes(), _ASK):
         assert isinstance(answer, bytes), answer
-        header, infos = wire.inspect(answer, max_bytes=len(answer))
-        found[name] = header["progress"], wire.values(answer, infos)
+        header, infos = serialization.inspect(answer, max_bytes=len(answer))
+        found[name] = header["progress"], serialization.values(answer, infos)
     return found
 
 

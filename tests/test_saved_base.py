@@ -22,9 +22,10 @@ from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, train_tokenizer
 from tokenizers import NormalizedString, normalizers
 from transformers import AddedToken, AutoModelForCausalLM
 
-from llmchain_fed import FederatedAveraging, LLMChain, LocalChatModel, LocalLLM, LocalModel, embedded, pristine
+from llmchain_fed import FederatedAveraging, LLMChain, LocalChatModel, LocalLLM, LocalModel
 from llmchain_fed.errors import ChainFileError, RecipeError, UnsupportedModelError
-from llmchain_fed.federated.trainee import Trainee
+from llmchain_fed.federated.target import Trainee
+from llmchain_fed.model import embedded, pristine
 
 PEOPLE = {"a": PAIRS[:4], "b": PAIRS[4:8]}
 SHA = "0123456789abcdef0123456789abcdef01234567"

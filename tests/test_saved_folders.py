@@ -27,12 +27,11 @@ from llmchain_fed import (
     LocalLLM,
     LocalModel,
     TrainingConfig,
-    folder_settings,
-    pretrained,
-    saved_fields,
-    saved_tokenizer,
 )
+from llmchain_fed.chain.saving import fields, tokenizer
 from llmchain_fed.errors import ChainFileError, DataError, RecipeError, UnsupportedModelError
+from llmchain_fed.model import loading
+from llmchain_fed.model.folder import settings
 
 TROUBLE = "a\x85b\u2028c\u2029d\ufeffe\u202ef\tg\r\nh\x7fi\xa0j\U0001f600k'\"\\ #:- l\x0bm\x00n"
 
@@ -114,7 +113,7 @@ def test_every_default_configuration_of_a_text_model_may_be_saved(name):
         config = CONFIG_MAPPING[name]()
     except Exception:  # made of other parts, or of packages that are not here
         pytest.skip("it has no default")
-    folder_settings.check_writable(config, error=ChainFileError)
+    settings.check_writable(config, error=ChainFileError)
 
 
 def test_a_configuration_that_load_would_refuse_is_refused_before_training():
@@ -165,17 +164,17 @@ def test_no_model_is_loaded_with_parameters_of_chance(kind, how, tmp_path):
 @pytest.mark.parametrize("name", ["gpt2", "marian", "mixtral", "opt", "mamba", "bart"])
 def test_honest_models_of_many_kinds_are_loaded_whole(name, tmp_path):
     tiny_architecture(name, 400, seq2seq=name in ("marian", "bart")).save_pretrained(tmp_path)
-    pretrained.load_base(str(tmp_path), dtype=torch.float32)
+    loading.load_base(str(tmp_path), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "experts_implementation", "kernel_config"])
 def test_a_hubs_model_that_names_kernels_is_refused_before_its_weights_are_read(key, monkeypatch):
     config = LlamaConfig(**{key: "evil/kernel"})
-    monkeypatch.setattr(pretrained.AutoConfig, "from_pretrained", lambda *_, **__: config)
-    monkeypatch.setattr(pretrained, "_check_source", lambda _: None)
-    monkeypatch.setattr(pretrained.wrapping, "loader_of", lambda _: pytest.fail("a model was made"))
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *_, **__: config)
+    monkeypatch.setattr(loading, "_check_source", lambda _: None)
+    monkeypatch.setattr(loading.wrapping, "loader_of", lambda _: pytest.fail("a model was made"))
     with pytest.raises(UnsupportedModelError, match="code of a hub's"):
-        pretrained.load_base("some/model", dtype=torch.float32)
+        loading.load_base("some/model", dtype=torch.float32)
 
 
 class PanicException(BaseException):
@@ -198,7 +197,7 @@ def test_whatever_the_reading_of_a_tokenizer_raises_is_one_error(error, model, t
     def fails(*_, **__):
         raise error
 
-    monkeypatch.setattr(saved_tokenizer.AutoTokenizer, "from_pretrained", fails)
+    monkeypatch.setattr(tokenizer.AutoTokenizer, "from_pretrained", fails)
     with pytest.raises(ChainFileError, match="cannot be read"):
         LLMChain.load(tmp_path / "chain")
 
@@ -206,8 +205,8 @@ def test_whatever_the_reading_of_a_tokenizer_raises_is_one_error(error, model, t
 def test_as_many_layers_as_there_are_may_have_ranks_of_their_own():
     """Each rank is one pattern: PEFT compiles every pattern for every layer."""
     names = [f"layers.{i}.w" for i in range(5000)]
-    ranks = TypeAdapter(saved_fields.Ranks).validate_python(dict.fromkeys(names[:4000], 2))
-    (pattern,) = saved_fields._grouped(ranks)
+    ranks = TypeAdapter(fields.Ranks).validate_python(dict.fromkeys(names[:4000], 2))
+    (pattern,) = fields._grouped(ranks)
     assert re.fullmatch(pattern, names[3999])
     assert not re.fullmatch(pattern, names[4000])
 
@@ -232,7 +231,7 @@ def test_a_reference_that_is_no_hubs_id_is_refused_before_training(model):
 def test_a_folder_in_the_working_directory_is_not_taken_for_the_embedded_model(tmp_path, monkeypatch):
     (tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("llmchain_fed.embedded.resolve", lambda _: llmchain_fed.embedded.HUB_ID)
+    monkeypatch.setattr("llmchain_fed.model.embedded.resolve", lambda _: llmchain_fed.model.embedded.HUB_ID)
     with pytest.raises(UnsupportedModelError, match="the working directory has a file or folder of that name"):
         LocalModel.from_pretrained("smollm2-135m-instruct")
 

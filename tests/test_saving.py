@@ -18,7 +18,8 @@ from taught import ANSWERS, taught_model
 from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, with_lora
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from llmchain_fed import LLMChain, LocalChatModel, LocalLLM, LocalModel, saved_model
+from llmchain_fed import LLMChain, LocalChatModel, LocalLLM, LocalModel
+from llmchain_fed.chain.saving import model as saved_model
 from llmchain_fed.errors import ChainFileError, RecipeError
 
 INPUTS = [{"text": english} for english, _ in PAIRS]
@@ -45,7 +46,9 @@ def saved(tmp_path):
 @pytest.fixture
 def nothing_is_loaded(monkeypatch):
     """No weights and no tokenizer may be read while a tampered directory is refused."""
-    from llmchain_fed import saved_adapter, saved_model, saved_tokenizer
+    from llmchain_fed.chain.saving import adapter
+    from llmchain_fed.chain.saving import model as saved_model
+    from llmchain_fed.chain.saving import tokenizer as saved_tokenizer
 
     def loaded(*_, **__):
         raise AssertionError("weights were read")
@@ -53,7 +56,7 @@ def nothing_is_loaded(monkeypatch):
     monkeypatch.setattr(saved_model, "load_base", loaded)
     monkeypatch.setattr(saved_tokenizer, "load", loaded)
     monkeypatch.setattr(saved_model, "load_file", loaded)
-    monkeypatch.setattr(saved_adapter, "load_file", loaded)
+    monkeypatch.setattr(adapter, "load_file", loaded)
     monkeypatch.setattr(torch, "load", loaded)
 
 

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load, save
 
 from llmchain_fed.errors import ConfigError, FederationError
-from llmchain_fed.federated.server_optimizers import (
+from llmchain_fed.untrusted import printable
+from llmchain_fed.updates.server_optimizers import (
     DiLoCo,
     FedAdagrad,
     FedAdam,
@@ -29,7 +30,6 @@ from llmchain_fed.federated.server_optimizers import (
     from_settings,
     snapshot,
 )
-from llmchain_fed.untrusted import printable
 
 SHAPES = {"a": (3, 4), "b": (5,), "scalar": (), "layer.lora_A/w": (2, 1, 3), "empty": (0, 2)}
 MAKERS = {

@@ -22,12 +22,12 @@ from llmchain_fed.errors import (
     PolicyError,
     TransportError,
 )
-from llmchain_fed.federated.peer import LocalPeer
-from llmchain_fed.federated.trainee import Trainee, check_contract
-from llmchain_fed.runtimes import frames
-from llmchain_fed.runtimes.policy import Audit, Policy
-from llmchain_fed.runtimes.site import Site, check_socket
-from llmchain_fed.runtimes.sliced import SlicedCalls
+from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.target import Trainee, check_contract
+from llmchain_fed.runtimes.messaging import frames
+from llmchain_fed.runtimes.messaging.chunked_calls import SlicedCalls
+from llmchain_fed.runtimes.site.policy import Audit, Policy
+from llmchain_fed.runtimes.site.server import Site, check_socket
 from llmchain_fed.tracking import lines
 
 TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=4, epochs=2)
@@ -394,10 +394,12 @@ def test_slices_of_a_call_that_was_replaced_or_dropped_change_nothing(serve):
 
 def test_work_that_is_given_up_before_its_first_step_does_not_run_to_its_end(make_chain):
     peer = LocalPeer(Trainee.of(make_chain(lora=True)), Participant("a", PAIRS), TRAINING)
-    from llmchain_fed.federated import wire
+    from llmchain_fed.updates import serialization
 
     chain = make_chain(lora=True)
-    payload = wire.pack(chain.model.trainable_state(), {"round": 0, "base": chain.model.fingerprint(), "seconds": None})
+    payload = serialization.pack(
+        chain.model.trainable_state(), {"round": 0, "base": chain.model.fingerprint(), "seconds": None}
+    )
     peer.give_up()
     with pytest.raises(DeadlineError):
         peer.handle("train", payload)
@@ -559,7 +561,7 @@ def test_another_tokenizer_is_another_contract_and_the_same_one_loaded_again_is_
 
 
 def test_what_a_participant_adds_to_its_evaluation_is_not_believed():
-    from llmchain_fed.federated.evaluation import _read
+    from llmchain_fed.federated.server.evaluation import _read
 
     sample = {"prompt": "p" * 20_000, "reference": "r", "answer": "a"}
     answer = {"loss": 1, "tokens": 3, "samples_error": "none \x1b[2J", "samples": [sample] * 5}
@@ -671,7 +673,7 @@ def test_training_options_that_cannot_travel_are_refused_at_the_hub(serve, make_
 
 
 def test_personal_state_goes_out_and_comes_back_bit_by_bit(make_chain):
-    from llmchain_fed.federated import wire
+    from llmchain_fed.updates import serialization
 
     config = TRAINING.replace(epochs=None, max_steps=2, keep_optimizer=True)
 
@@ -680,18 +682,20 @@ def test_personal_state_goes_out_and_comes_back_bit_by_bit(make_chain):
 
     def task(chain, number):
         state = chain.model.trainable_state()
-        return wire.pack(state, {"kind": "task", "round": number, "base": chain.model.fingerprint(), "seconds": None})
+        return serialization.pack(
+            state, {"kind": "task", "round": number, "base": chain.model.fingerprint(), "seconds": None}
+        )
 
     chain = make_chain(lora=True)
     first, second = peer(), peer()
     first.handle("train", task(chain, 0))
-    ask = wire.pack({}, {"kind": "personal_state"})
+    ask = serialization.pack({}, {"kind": "personal_state"})
     kept = first.handle("personal_state", ask)
     assert second.handle("personal_state", ask) != kept
     assert second.handle("personal_state", kept) == kept
 
     def values(update):
-        return wire.values(update, wire.inspect(update, max_bytes=len(update))[1])
+        return serialization.values(update, serialization.inspect(update, max_bytes=len(update))[1])
 
     ours, theirs = values(first.handle("train", task(chain, 1))), values(second.handle("train", task(chain, 1)))
     assert all((ours[n] == theirs[n]).all() for n in ours)
@@ -699,7 +703,7 @@ def test_personal_state_goes_out_and_comes_back_bit_by_bit(make_chain):
     assert any((ours[n] != fresh[n]).any() for n in ours)
     assert first.handle("stop", b"{}") == b"{}"
     assert first.handle("personal_state", ask) == peer().handle("personal_state", ask)
-    broken = wire.pack(
+    broken = serialization.pack(
         {"0/1/exp_avg": next(iter(ours.values()))}, {"progress": {"0": {"next_step": 1, "optimizer": None}}}
     )
     with pytest.raises(ParticipantError, match="personal state cannot be read"):

@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 
 from llmchain_fed import ConfigError, FederatedAveraging
 from llmchain_fed.cli import app
-from llmchain_fed.runtimes import frames, overview
+from llmchain_fed.runtimes import overview
+from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.nvflare import engine_state
 from llmchain_fed.tracking import status_file
 from llmchain_fed.tracking.status_file import StatusFile

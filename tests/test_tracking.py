@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from llmchain_fed.errors import MissingExtraError
+from llmchain_fed.federated.callbacks import Callback, RunInfo, metrics_of, notes_of, samples_of
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord, Sample
-from llmchain_fed.tracking.callback import Callback, RunInfo, metrics_of, notes_of, samples_of
 
 ODD = "org/ä b"
 ROOT = Path(__file__).resolve().parents[1]

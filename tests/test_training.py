@@ -11,8 +11,8 @@ import torch
 from tiny import PAIRS, lora_config, tiny_module
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from llmchain_fed import LocalModel, TrainingConfig, door, evaluate_locally, train_locally
-from llmchain_fed.data import collate, encode_examples
+from llmchain_fed import LocalModel, TrainingConfig, evaluate_locally, train_locally
+from llmchain_fed.data.encoding import collate, encode_examples
 from llmchain_fed.errors import (
     ConfigError,
     DataError,
@@ -21,6 +21,7 @@ from llmchain_fed.errors import (
     NotTrainableError,
     UnsupportedModelError,
 )
+from llmchain_fed.training import trainable as door
 
 FEW = PAIRS[:4]
 

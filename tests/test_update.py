@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save
 
 from llmchain_fed.errors import UpdateRefusedError
-from llmchain_fed.federated import wire
-from llmchain_fed.federated.update import Expected, Update
+from llmchain_fed.updates import serialization
+from llmchain_fed.updates.update import Expected, Update
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3) / 7, "b": torch.tensor([-0.0, 1e-40, 3.4e38])}
 GOOD = {
@@ -25,7 +25,9 @@ GOOD = {
 
 
 def expected(state=STATE, **changes):
-    return Expected(**({"participant": "p", "round": 3, "base": "beef", "layout": wire.describe(state)} | changes))
+    return Expected(
+        **({"participant": "p", "round": 3, "base": "beef", "layout": serialization.describe(state)} | changes)
+    )
 
 
 def update(tensors=STATE, **changes):
@@ -251,7 +253,7 @@ def test_oversized():
 
 
 def test_a_tensor_of_more_values_than_asked_for_is_refused_before_it_is_read(monkeypatch):
-    monkeypatch.setattr(wire, "values", lambda _: pytest.fail("values were read"))
+    monkeypatch.setattr(serialization, "values", lambda _: pytest.fail("values were read"))
     assert_refused(packed({"a.weight": torch.ones(200, 300), "b": STATE["b"]}), "bytes arrived")
     assert_refused(packed({"a.weight": torch.ones(2, 4), "b": STATE["b"]}), "asked for was")
     assert_refused(packed(round=9), "round")
@@ -366,7 +368,7 @@ def test_values_that_do_not_lie_on_their_own_grid():
     with pytest.raises(UpdateRefusedError, match="contradicts itself"):
         Update.from_bytes(raw(header, b"\0" * 10), expected(state))
     got = Update.from_bytes(update(state).to_bytes(), expected(state))  # whoever writes them sorts them by size
-    assert wire.describe(got.tensors) == wire.describe(state)
+    assert serialization.describe(got.tensors) == serialization.describe(state)
 
 
 def test_random_bytes_and_random_damage():
@@ -395,7 +397,7 @@ def test_random_bytes_and_random_damage():
             continue
         # what damage may do without being seen: change a number that nobody can check
         assert (got.participant, got.round, got.base) == ("p", 3, "beef")
-        assert wire.describe(got.tensors) == wire.describe(STATE)
+        assert serialization.describe(got.tensors) == serialization.describe(STATE)
         assert all(bool(torch.isfinite(t).all()) for t in got.tensors.values())
         assert 1 <= got.num_examples <= 10**9
         assert all(math.isfinite(v) for v in got.metrics.values())

@@ -12,9 +12,9 @@ from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, train_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, RawText, evaluate_locally
-from llmchain_fed.data import collate, encode_examples
+from llmchain_fed.data.encoding import collate, encode_examples
 from llmchain_fed.errors import UnsupportedModelError
-from llmchain_fed.vocabulary import input_rows, output_rows
+from llmchain_fed.model.vocabulary import input_rows, output_rows
 
 
 def padded_later(module_kind="causal", *, lora=False, pad="[PAD]", tokens=()):

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tiny import PAIRS
 
 from llmchain_fed import ConfigError, FederatedAveraging, TrainingConfig
-from llmchain_fed.federated import weight_share
-from llmchain_fed.federated.contents import Decisive
-from llmchain_fed.federated.rule import Contribution
-from llmchain_fed.federated.weight_share import SMALLEST, HeldBack, Share, cut
+from llmchain_fed.federated.checkpoint.contents import Decisive
 from llmchain_fed.runtimes.federation_file import FederationFile
+from llmchain_fed.updates.aggregation import weight_share
+from llmchain_fed.updates.aggregation.base import Contribution
+from llmchain_fed.updates.aggregation.weight_share import SMALLEST, HeldBack, Share, cut
 
 SGD = TrainingConfig(optimizer="sgd", learning_rate=0.05, batch_size=64)
 SHARES = {"a": PAIRS[:1], "b": PAIRS[1:3], "c": PAIRS[3:5], "large": PAIRS[5:]}  # 1, 2, 2 and 7 of 12

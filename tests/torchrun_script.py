@@ -28,8 +28,8 @@ from llmchain_fed import (
     TrainingConfig,
     load_chain,
 )
-from llmchain_fed.federated.peer import LocalPeer
-from llmchain_fed.federated.server_optimizers import from_settings
+from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.updates.server_optimizers import from_settings
 
 SHARES = {"a": PAIRS[:5], "b": PAIRS[5:8], "c": PAIRS[8:], "d": PAIRS[2:6]}
 HELD_OUT = {"b": PAIRS[:2], "d": PAIRS[8:10]}

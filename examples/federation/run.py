@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from llmchain_fed import ConfigError, History, LLMChain
 from llmchain_fed.runtimes.nvflare import engine, kits
-from llmchain_fed.runtimes.site import check_socket
+from llmchain_fed.runtimes.site.server import check_socket
 
 SITES = ("django", "wagtail", "pretix")
 HERE = Path(__file__).parent

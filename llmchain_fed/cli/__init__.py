@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from llmchain_fed.errors import LLMChainFedError
-from llmchain_fed.own_files import for_this_account_alone
+from llmchain_fed.storage.own_files import for_this_account_alone
 
 try:
     import typer

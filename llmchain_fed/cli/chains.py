@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmchain_fed.errors import RecipeError
-from llmchain_fed.recipe_files import recipe_folder, recipe_names
+from llmchain_fed.recipes.files import recipe_folder, recipe_names
 from llmchain_fed.untrusted import shown
 
 
@@ -48,7 +48,7 @@ def load(name: str) -> Any:
     check(name)
     from transformers.utils.logging import disable_progress_bar
 
-    from llmchain_fed.chain import LLMChain
+    from llmchain_fed.chain.llm_chain import LLMChain
     from llmchain_fed.library import load_chain
 
     disable_progress_bar()  # it writes to stderr, which is for errors: a peer's goes to a log

@@ -49,7 +49,7 @@ def federate(
 
 def _federate(file: Path, members: str, done: list[int]) -> None:
     read_options(file, "federation")  # a file that is not there is said before torch is imported
-    from llmchain_fed.federated.membership import checked_members
+    from llmchain_fed.federated.checkpoint.membership import checked_members
     from llmchain_fed.runtimes.federation_file import FederationFile
     from llmchain_fed.runtimes.results import Results
     from llmchain_fed.tracking.status_file import StatusFile
@@ -153,7 +153,7 @@ def _lasting_causes(fed: Any, rounds: int, where: str) -> Iterator[None]:
 
 
 def _lasts(error: Exception | None) -> bool:
-    from llmchain_fed.federated.resuming import OtherExamplesError
+    from llmchain_fed.federated.checkpoint.state import OtherExamplesError
 
     return isinstance(error, (OtherExamplesError, ContractError, PolicyError))
 

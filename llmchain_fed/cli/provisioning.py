@@ -17,8 +17,8 @@ from llmchain_fed.untrusted import one_line
 
 if TYPE_CHECKING:
     from llmchain_fed.runtimes.names import Role
+    from llmchain_fed.runtimes.nvflare.provisioning.registry import Certificate
     from llmchain_fed.runtimes.nvflare.provisioning.sent import Asked
-    from llmchain_fed.runtimes.nvflare.registry import Certificate
 
 
 class _Commands(TyperGroup):
@@ -142,7 +142,7 @@ def revoke(
 @app.command("names")
 def names(authority: _Authority) -> None:
     """At the hub: lists every certificate that was signed, with its holder, its end, and whether it was revoked."""
-    from llmchain_fed.runtimes.nvflare import registry
+    from llmchain_fed.runtimes.nvflare.provisioning import registry
     from llmchain_fed.runtimes.nvflare.provisioning.sent import by_telephone
 
     certificates = registry.read(authority).certificates

@@ -16,7 +16,7 @@ from llmchain_fed.stopping import Stopped, stopping
 from llmchain_fed.untrusted import one_line
 
 if TYPE_CHECKING:
-    from llmchain_fed.runtimes.policy import Policy
+    from llmchain_fed.runtimes.site.policy import Policy
 
 policies = typer.Typer(help="What a site lets a hub ask of it.", no_args_is_help=True)
 
@@ -75,34 +75,35 @@ def _peer(
     threads: int | None,
 ) -> None:
     """What can be wrong is looked for first, the quick before the slow; then the model is loaded, and served."""
-    from llmchain_fed.runtimes import frames, site_warnings
+    from llmchain_fed.runtimes.messaging import frames
+    from llmchain_fed.runtimes.site import warnings
 
     # before torch is imported, which takes seconds
-    site_warnings.check_apart({"--audit": audit, "--socket": socket}, {"--data": data, "--held-out": held_out})
-    site_warnings.check_readable(data, "the training examples")
+    warnings.check_apart({"--audit": audit, "--socket": socket}, {"--data": data, "--held-out": held_out})
+    warnings.check_readable(data, "the training examples")
     if held_out is not None:
-        site_warnings.check_readable(held_out, "the held-out examples")
+        warnings.check_readable(held_out, "the held-out examples")
     if policy is not None:
         read_options(policy, "policy")
     check(chain)
     frames.listen(socket).close()  # what would be wrong with it after the model is loaded is wrong now
 
     from llmchain_fed.federated.participant import Participant, hold_out
-    from llmchain_fed.runtimes.policy import Audit, Policy
+    from llmchain_fed.runtimes.site.policy import Audit, Policy
 
     participant = Participant(name, data, held_out, rank=rank, alpha=alpha)
     rules = Policy.from_file(policy) if policy is not None else Policy()
     written = Audit(audit, say)
-    open_to_others, may_leave = site_warnings.of_files(data, held_out, policy), site_warnings.of_policy(rules)
-    for warning in (*site_warnings.of_name(name), *open_to_others, *may_leave):
+    open_to_others, may_leave = warnings.of_files(data, held_out, policy), warnings.of_policy(rules)
+    for warning in (*warnings.of_name(name), *open_to_others, *may_leave):
         say(f"warning: {warning}")
 
     import torch
 
-    from llmchain_fed.federated.peer import LocalPeer
-    from llmchain_fed.federated.trainee import Trainee
-    from llmchain_fed.runtimes.site import Site
-    from llmchain_fed.runtimes.site_log import SiteLog
+    from llmchain_fed.federated.client.client import LocalPeer
+    from llmchain_fed.federated.target import Trainee
+    from llmchain_fed.runtimes.site.log import SiteLog
+    from llmchain_fed.runtimes.site.server import Site
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -111,7 +112,7 @@ def _peer(
         participant = hold_out(participant, share, trainee.prompt, seed=0)
     worker = LocalPeer(trainee, participant, None, samples=rules.samples)
     examples = worker.inspect()  # reads them now: what is wrong with them is not found out in round 1
-    for warning in site_warnings.of_examples(data, held_out, worker.data.overlap()):
+    for warning in warnings.of_examples(data, held_out, worker.data.overlap()):
         say(f"warning: {warning}")
     contract = trainee.contract()
     say(f"{name}: {examples}")
@@ -141,8 +142,8 @@ def policy_explain(
     file: Annotated[Path | None, typer.Argument(help="a site's policy; by default that of a peer without one")] = None,
 ) -> None:
     """At a site: says in sentences what a policy lets happen, and what it refuses."""
-    from llmchain_fed.runtimes.explaining import LIMITATIONS, explain
-    from llmchain_fed.runtimes.policy import Policy
+    from llmchain_fed.runtimes.site.explaining import LIMITATIONS, explain
+    from llmchain_fed.runtimes.site.policy import Policy
 
     found = Policy.from_file(file) if file is not None else Policy()
     typer.echo("\n".join([*explain(found), "", *LIMITATIONS]))
@@ -156,6 +157,6 @@ def engine(
     ] = None,
 ) -> None:
     """Checks a kit's certificate, port and hub, and runs its engine until it is stopped; a line for each change."""
-    from llmchain_fed.runtimes.nvflare.keeping.keeper import Keeper
+    from llmchain_fed.runtimes.nvflare.supervision.supervisor import Keeper
 
     raise typer.Exit(Keeper(kit, socket=socket, authority=authority, say=say).run())

@@ -9,21 +9,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from llmchain_fed import door
 from llmchain_fed._config import unknown_option
-from llmchain_fed.data import Examples
+from llmchain_fed.data.encoding import Examples
 from llmchain_fed.errors import ConfigError, QuorumError
-from llmchain_fed.federated.aggregation import Aggregation, Weighting
-from llmchain_fed.federated.alike import Alike
-from llmchain_fed.federated.codecs import Codec
-from llmchain_fed.federated.divergence import OnDivergence, checked_on_divergence
-from llmchain_fed.federated.evaluation import Evaluator
-from llmchain_fed.federated.held import Held
+from llmchain_fed.federated.callback_list import Callbacks
+from llmchain_fed.federated.callbacks import Callback, RunInfo
+from llmchain_fed.federated.checkpoint.manager import Keeping
+from llmchain_fed.federated.checkpoint.membership import Members, checked_members
+from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.client.global_state_cache import Held
+from llmchain_fed.federated.client.personalization import Ditto
 from llmchain_fed.federated.history import History, RoundRecord
-from llmchain_fed.federated.hub import Hub
-from llmchain_fed.federated.keeping import Keeping
 from llmchain_fed.federated.manual_round import ManualRounds
-from llmchain_fed.federated.membership import Members, checked_members
 from llmchain_fed.federated.options import (
     Patience,
     check_numbers,
@@ -34,18 +31,21 @@ from llmchain_fed.federated.options import (
     training_of,
 )
 from llmchain_fed.federated.participant import Participant, as_participants
-from llmchain_fed.federated.peer import LocalPeer
-from llmchain_fed.federated.personal import Ditto
-from llmchain_fed.federated.round import OpenRound
-from llmchain_fed.federated.rule import Rule
 from llmchain_fed.federated.runtime import Cluster, InProcess, Transport
-from llmchain_fed.federated.server_optimizers import ServerOptimizer
+from llmchain_fed.federated.server.divergence import OnDivergence, checked_on_divergence
+from llmchain_fed.federated.server.evaluation import Evaluator
+from llmchain_fed.federated.server.replication import Alike
+from llmchain_fed.federated.server.round import OpenRound
+from llmchain_fed.federated.server.server import Hub
 from llmchain_fed.federated.settings import make_settings
-from llmchain_fed.federated.trainee import Trainee
-from llmchain_fed.tracking.callback import Callback, RunInfo
+from llmchain_fed.federated.target import Trainee
 from llmchain_fed.tracking.screen import Screen
-from llmchain_fed.tracking.telling import Callbacks
-from llmchain_fed.training import TrainingConfig
+from llmchain_fed.training import trainable
+from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.updates.aggregation import Aggregation, Weighting
+from llmchain_fed.updates.aggregation.base import Rule
+from llmchain_fed.updates.codecs import Codec
+from llmchain_fed.updates.server_optimizers import ServerOptimizer
 
 
 class FederatedAveraging(ManualRounds):
@@ -67,7 +67,7 @@ class FederatedAveraging(ManualRounds):
         batch_size: examples per optimizer step.
         training: Everything else about local training.
         aggregation: "fedavg", "fednova"; for LoRA "fedit", "ffa", "rolora", "fedsa", "fedsvd", "fedex", "flora",
-            "flexlora" (what each promises: `llmchain_fed.federated.aggregation`); or an object with `start`.
+            "flexlora" (what each promises: `llmchain_fed.updates.aggregation`); or an object with `start`.
         server_optimizer: Moves the global weights along the mean update (`FedAdam()`, `DiLoCo()` …); None loads the
             mean itself.
         codec: What updates travel as: "bf16", "int8", "int4", "topk" or "topk:0.01", with error feedback; None sends
@@ -146,11 +146,11 @@ class FederatedAveraging(ManualRounds):
         self._given = model
         self._trainee = Trainee.of(model)
         self._model = self._trainee.model
-        door.admit(self._model)
+        trainable.admit(self._model)
         self._trainee.check_savable()
         Callbacks(callbacks)  # refuses what is none
         self._training = training_of(training, optimizer=optimizer, lr=lr, batch_size=batch_size, seed=seed)
-        door.check_batches(self._model, self._training.micro_batch_size or self._training.batch_size)
+        trainable.check_batches(self._model, self._training.micro_batch_size or self._training.batch_size)
         self._held = Held(self._model)
         named_participants = as_participants(participants)
         self._cluster = runtime if isinstance(runtime, Cluster) else None

@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from llmchain_fed.data import DataReport, Examples
+from llmchain_fed.data.encoding import DataReport, Examples
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.evaluation import EvaluationResult, evaluate_locally
-from llmchain_fed.federated import personalizing
 from llmchain_fed.federated.attendance import Attendance
+from llmchain_fed.federated.checkpoint.manager import Keeping
+from llmchain_fed.federated.client.client import LocalPeer
 from llmchain_fed.federated.history import History
-from llmchain_fed.federated.hub import Hub
-from llmchain_fed.federated.keeping import Keeping
 from llmchain_fed.federated.participant import Participant
-from llmchain_fed.federated.peer import LocalPeer
-from llmchain_fed.federated.personalizing import Personalized, SideBySide
-from llmchain_fed.federated.plan import Plan, plan_of
+from llmchain_fed.federated.server import personalization
+from llmchain_fed.federated.server.cost_estimate import Plan, plan_of
+from llmchain_fed.federated.server.personalization import Personalized, SideBySide
+from llmchain_fed.federated.server.server import Hub
+from llmchain_fed.training.evaluation import EvaluationResult, evaluate_locally
 
 
 class BetweenRounds(ABC):
@@ -109,7 +109,7 @@ class BetweenRounds(ABC):
 
         def work() -> dict[str, Any]:
             self._join()
-            found = personalizing.personalize(self._hub, str(participant), steps, lr)
+            found = personalization.personalize(self._hub, str(participant), steps, lr)
             self._show_adapters()
             self._keeping.save()
             return asdict(found)
@@ -134,7 +134,7 @@ class BetweenRounds(ABC):
 
         def work() -> dict[str, dict[str, float]]:
             self._join()
-            return personalizing.compare(self._hub, names)
+            return personalization.compare(self._hub, names)
 
         return SideBySide(self._everywhere(work))
 
@@ -153,11 +153,11 @@ class BetweenRounds(ABC):
         """
         self._check_closed()
         if isinstance(participant, Participant):
-            return personalizing.curve_of_stranger(self._hub, participant, steps, lr)
+            return personalization.curve_of_stranger(self._hub, participant, steps, lr)
 
         def work() -> dict[int, float]:
             self._join()
-            return personalizing.curve(self._hub, str(participant), steps, lr)
+            return personalization.curve(self._hub, str(participant), steps, lr)
 
         return {int(k): loss for k, loss in self._everywhere(work).items()}  # JSON made text of the counts
 

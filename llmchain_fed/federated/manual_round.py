@@ -10,15 +10,15 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from llmchain_fed.data import Examples
+from llmchain_fed.data.encoding import Examples
 from llmchain_fed.errors import ConfigError, FederationError, NothingTrainedError, QuorumError
 from llmchain_fed.federated.between_rounds import BetweenRounds
-from llmchain_fed.federated.held import STALE
+from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.client.global_state_cache import STALE
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
 from llmchain_fed.federated.participant import Participant
-from llmchain_fed.federated.peer import LocalPeer
-from llmchain_fed.federated.round import OpenRound
 from llmchain_fed.federated.runtime import InProcess, Transport
+from llmchain_fed.federated.server.round import OpenRound
 
 
 class ManualRounds(BetweenRounds):

@@ -12,8 +12,8 @@ from typing import Any
 
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.history import RoundRecord
-from llmchain_fed.federated.pooling import stands_still
-from llmchain_fed.training import TrainingConfig
+from llmchain_fed.federated.server.pooling import stands_still
+from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import shown
 
 

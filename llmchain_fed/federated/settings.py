@@ -10,19 +10,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from llmchain_fed.adapters import GLOBAL
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.federated import combinations, server_optimizers
-from llmchain_fed.federated.aggregation import Weighting, make_aggregation
-from llmchain_fed.federated.codecs import Codec, make_codec, spec
+from llmchain_fed.federated import compatibility
+from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.client.personalization import Ditto
 from llmchain_fed.federated.options import checked_quorum, checked_waiting, sample_size
-from llmchain_fed.federated.peer import LocalPeer
-from llmchain_fed.federated.personal import Ditto
-from llmchain_fed.federated.rule import LoraLayout, Rule
-from llmchain_fed.federated.server_optimizers import ResumableServerOptimizer, ServerOptimizer
-from llmchain_fed.federated.weight_share import checked_share
-from llmchain_fed.model import LocalModel
-from llmchain_fed.training import TrainingConfig
+from llmchain_fed.model.adapters import GLOBAL
+from llmchain_fed.model.local_model import LocalModel
+from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.updates import server_optimizers
+from llmchain_fed.updates.aggregation import Weighting, make_aggregation
+from llmchain_fed.updates.aggregation.base import LoraLayout, Rule
+from llmchain_fed.updates.aggregation.weight_share import checked_share
+from llmchain_fed.updates.codecs import Codec, make_codec, spec
+from llmchain_fed.updates.server_optimizers import ResumableServerOptimizer, ServerOptimizer
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ def make_settings(
         if peer.participant.name == GLOBAL and (rule.personal or personal is not None):
             msg = f"no participant can have personal models as {GLOBAL!r}: that is the federation's own adapter."
             raise ConfigError(msg)
-        combinations.check_rank(rule, peer.participant.name, peer.participant.rank, layout)
+        compatibility.check_rank(rule, peer.participant.name, peer.participant.rank, layout)
         configs.append(peer.config)
-    combinations.check(
+    compatibility.check(
         rule,
         layout,
         codec=codec,

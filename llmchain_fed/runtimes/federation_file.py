@@ -12,14 +12,14 @@ from pydantic import AfterValidator, Field
 
 from llmchain_fed._config import FrozenConfig, read_options
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.federated.aggregation import Weighting, make_aggregation
-from llmchain_fed.federated.codecs import make_codec
-from llmchain_fed.federated.personal import Ditto
-from llmchain_fed.federated.server_optimizers import ServerOptimizer, from_settings
-from llmchain_fed.federated.weight_share import Share
+from llmchain_fed.federated.client.personalization import Ditto
 from llmchain_fed.runtimes.names import check_name
-from llmchain_fed.training import TrainingConfig
+from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import decoding, shown
+from llmchain_fed.updates.aggregation import Weighting, make_aggregation
+from llmchain_fed.updates.aggregation.weight_share import Share
+from llmchain_fed.updates.codecs import make_codec
+from llmchain_fed.updates.server_optimizers import ServerOptimizer, from_settings
 
 _LONGEST = 10.0**9  # seconds; some thirty years
 

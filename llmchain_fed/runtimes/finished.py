@@ -17,16 +17,16 @@ from pydantic import Field
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.federated import checkpoint
-from llmchain_fed.federated.aggregation import make_aggregation
-from llmchain_fed.federated.codecs import make_codec
-from llmchain_fed.federated.contents import identity
+from llmchain_fed.federated.checkpoint import files as checkpoint
+from llmchain_fed.federated.checkpoint.contents import identity
+from llmchain_fed.federated.checkpoint.state import decisive
 from llmchain_fed.federated.options import training_of
-from llmchain_fed.federated.resuming import decisive
 from llmchain_fed.federated.settings import Settings
-from llmchain_fed.own_files import write_whole
 from llmchain_fed.runtimes.federation_file import FederationFile
+from llmchain_fed.storage.own_files import write_whole
 from llmchain_fed.untrusted import Strict, checked, read_file, read_json, shown
+from llmchain_fed.updates.aggregation import make_aggregation
+from llmchain_fed.updates.codecs import make_codec
 
 _WHOLE = 2**26  # bytes of a file that are all read; of a larger one its size, its beginning and its end
 _PART = 2**20

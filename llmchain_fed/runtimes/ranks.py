@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from llmchain_fed import untrusted
 from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.runtime import Payload, payload_for
-from llmchain_fed.runtimes.heads import Fault, HeadT, first_of
+from llmchain_fed.runtimes.messaging.heads import Fault, HeadT, first_of
 
 MAX_HEAD = 8 * 2**20
 """bytes: the names of some 100,000 participants"""

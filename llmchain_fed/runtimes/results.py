@@ -12,15 +12,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmchain_fed import locks, own_files, saving, untrusted, whole_folders
+from llmchain_fed import untrusted
+from llmchain_fed.chain.saving import directory
 from llmchain_fed.errors import ChainFileError, ConfigError
-from llmchain_fed.federated import checkpoint
-from llmchain_fed.federated.checkpoint import MAX_MANIFEST
+from llmchain_fed.federated.checkpoint import files
+from llmchain_fed.federated.checkpoint.files import MAX_MANIFEST
 from llmchain_fed.federated.history import History
 from llmchain_fed.federated.history_data import rounds_in
 from llmchain_fed.runtimes import finished
 from llmchain_fed.runtimes.federation_file import FederationFile
 from llmchain_fed.stopping import whole
+from llmchain_fed.storage import locks, own_files, whole_folders
 from llmchain_fed.tracking.status_file import FILE
 from llmchain_fed.untrusted import shown
 
@@ -64,12 +66,12 @@ class Results:
     @property
     def rounds(self) -> int:
         """After how many rounds a federation would go on: those of the newest checkpoint."""
-        return max(checkpoint.rounds(self.checkpoints), default=0)
+        return max(files.rounds(self.checkpoints), default=0)
 
     def is_whole(self, rounds: int) -> bool:
         """Whether chain and history are there, of no fewer rounds."""
         try:
-            return rounds_in(self.history) >= rounds and bool(saving.read(self.chain))
+            return rounds_in(self.history) >= rounds and bool(directory.read(self.chain))
         except ChainFileError:
             return False
 
@@ -114,7 +116,7 @@ class Results:
         with _writing(self.out), tempfile.TemporaryFile(dir=self.out) as file:
             file.write(b"\0")
             file.flush()
-        if (os.path.lexists(self.chain) and not saving.may_be_replaced(self.chain)) or (
+        if (os.path.lexists(self.chain) and not directory.may_be_replaced(self.chain)) or (
             os.path.lexists(self.history) and not self.history.is_file()
         ):
             msg = f"out: {where} holds something else than a federation's chain and history. Choose another folder."

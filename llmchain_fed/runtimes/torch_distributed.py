@@ -21,9 +21,10 @@ from torch import Tensor
 
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, FederationError
 from llmchain_fed.federated.runtime import InProcess, Operation, Payload, Peer, payload_for
-from llmchain_fed.runtimes import failures, process_group, ranks
-from llmchain_fed.runtimes.answer_sizes import AnswerSizes
+from llmchain_fed.runtimes import process_group, ranks
 from llmchain_fed.runtimes.heartbeat import Aside
+from llmchain_fed.runtimes.messaging import error_codes
+from llmchain_fed.runtimes.messaging.answer_sizes import AnswerSizes
 from llmchain_fed.runtimes.process_group import LEADER
 from llmchain_fed.untrusted import Strict, machine_memory, shown
 
@@ -185,7 +186,7 @@ class TorchDistributed:
                 assert isinstance(head, ranks.Ended)
                 adopt(body)
                 if head.error is not None:
-                    raise self._told(failures.said(head.error.model_dump()))
+                    raise self._told(error_codes.said(head.error.model_dump()))
                 return
             # all first, then the answers: a send waits until rank 0 comes round to this rank
             with self._making_sense(LEADER):
@@ -195,13 +196,13 @@ class TorchDistributed:
             answers = [answer for _, answer in self._local.call(op, head.nodes, given, head.timeout)]
             del given
             for answer in answers:
-                error, body = (failures.to_plain(answer), b"") if isinstance(answer, Exception) else (None, answer)
+                error, body = (error_codes.to_plain(answer), b"") if isinstance(answer, Exception) else (None, answer)
                 if not self._send(LEADER, {"error": error}, _tensor(body)):
                     break  # nobody takes it any more: what comes next is how the loop ended
 
     def publish(self, outcome: bytes, error: BaseException | None = None) -> None:
         """Ends the other ranks' `follow`, on rank 0; those that cannot be reached after an error are left out."""
-        head = {"error": failures.to_plain(error) if error is not None else None}
+        head = {"error": error_codes.to_plain(error) if error is not None else None}
         body, until = _tensor(outcome), time.monotonic() + _OUTCOMES
         for rank in self._others():
             broken = self._broken is not None  # then some are at work, and are told by their heartbeat
@@ -221,7 +222,7 @@ class TorchDistributed:
 
     def _answer(self, rank: int, most: int) -> bytes | Exception:
         head, body = self._receive(rank, ranks.Ended, most=most)
-        return body if head.error is None else failures.from_same_script(head.error.model_dump())
+        return body if head.error is None else error_codes.from_same_script(head.error.model_dump())
 
     def _send(self, rank: int, head: Mapping[str, Any], body: Tensor, seconds: float = 0.0) -> bool:
         """Two sizes, the JSON head, the body; False where the leader has stopped before it took them."""

@@ -9,8 +9,8 @@ from contextlib import suppress
 from typing import IO, TYPE_CHECKING
 
 from llmchain_fed.errors import MissingExtraError
+from llmchain_fed.federated.callbacks import Callback, RunInfo, asked, notes_of
 from llmchain_fed.tracking import lines
-from llmchain_fed.tracking.callback import Callback, RunInfo, asked, notes_of
 from llmchain_fed.untrusted import printable
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmchain_fed.errors import MissingExtraError
-from llmchain_fed.tracking.callback import Callback, RunInfo, metrics_of
+from llmchain_fed.federated.callbacks import Callback, RunInfo, metrics_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

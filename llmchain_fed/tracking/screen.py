@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from llmchain_fed.federated.callbacks import Callback, RunInfo
 from llmchain_fed.tracking import lines, stderr
-from llmchain_fed.tracking.callback import Callback, RunInfo
 from llmchain_fed.untrusted import one_line
 
 if TYPE_CHECKING:
-    from llmchain_fed.data import DataReport
+    from llmchain_fed.data.encoding import DataReport
     from llmchain_fed.federated.attendance import Attendance, Change
     from llmchain_fed.federated.history import History, RoundRecord
 

@@ -21,9 +21,9 @@ from pydantic import Field
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.own_files import write_whole
+from llmchain_fed.federated.callbacks import Callback, RunInfo
+from llmchain_fed.storage.own_files import write_whole
 from llmchain_fed.tracking import stderr
-from llmchain_fed.tracking.callback import Callback, RunInfo
 from llmchain_fed.tracking.lines import stamped
 
 if TYPE_CHECKING:

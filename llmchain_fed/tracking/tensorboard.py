@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmchain_fed.errors import MissingExtraError
-from llmchain_fed.tracking.callback import Callback, RunInfo, metrics_of, samples_of
+from llmchain_fed.federated.callbacks import Callback, RunInfo, metrics_of, samples_of
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

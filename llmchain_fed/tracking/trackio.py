@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmchain_fed.errors import ConfigError, MissingExtraError
-from llmchain_fed.tracking.callback import Callback, RunInfo, metrics_of, samples_of
+from llmchain_fed.federated.callbacks import Callback, RunInfo, metrics_of, samples_of
 
 if TYPE_CHECKING:
     import trackio

@@ -53,12 +53,12 @@ def trained() -> dict[str, Tensor]:
 
 def decoder(codec: str | None) -> tuple[bytes, Callable[[bytes], Any]]:
     """An honest update and what decodes it, by whatever llmchain_fed is imported."""
-    from llmchain_fed.federated import wire
-    from llmchain_fed.federated.codecs import make_codec
-    from llmchain_fed.federated.update import Expected, Update
+    from llmchain_fed.updates import serialization
+    from llmchain_fed.updates.codecs import make_codec
+    from llmchain_fed.updates.update import Expected, Update
 
     state, made = trained(), make_codec(codec)
-    start, layout = {n: torch.zeros_like(t) for n, t in state.items()}, wire.describe(state)
+    start, layout = {n: torch.zeros_like(t) for n, t in state.items()}, serialization.describe(state)
     metrics = {"train_loss": 2.5, "steps": 4, "seconds": 1.0}
     parts, name = (state, None) if made is None else (made.encode(state), made.name)
     data = Update("p", 3, "b" * 64, parts, 96, 960, metrics, name).to_bytes()

@@ -29,10 +29,10 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, TrainingConfig, train_locally
-from llmchain_fed.federated.aggregation import make_aggregation
-from llmchain_fed.federated.gap import AggregationGap
-from llmchain_fed.federated.global_state import GlobalState
-from llmchain_fed.federated.rule import Contribution, LoraLayout, Round
+from llmchain_fed.federated.protocol.global_state import GlobalState
+from llmchain_fed.updates.aggregation import make_aggregation
+from llmchain_fed.updates.aggregation.base import Contribution, LoraLayout, Round
+from llmchain_fed.updates.aggregation.gap import AggregationGap
 
 PAIRS = [(f"Save the page number {i}", f"Enregistrer la page numéro {i}") for i in range(48)]
 

@@ -26,7 +26,7 @@ PUBLISHERS = ("django", "wagtail", "plone", "pretix")
 
 def prepare(path: str, pairs: str, held_out: str, texts: str, new_tokens: str) -> None:
     """Writes the work that all sides do: PAIRS and HELD_OUT per publisher, TEXTS to generate from."""
-    from llmchain_fed import embedded
+    from llmchain_fed.model import embedded
 
     sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
     from catalogues import split_publishers
@@ -52,7 +52,7 @@ def prepare(path: str, pairs: str, held_out: str, texts: str, new_tokens: str) -
 
 def train(path: str, seed: str, precision: str) -> None:
     """`train_locally` over one pass; tokenising is outside the clock, as it is for the peers."""
-    from llmchain_fed.data import encode_examples
+    from llmchain_fed.data.encoding import encode_examples
 
     work = common.read_work(path)
     model = LocalModel.from_pretrained(work["model"], lora=common.lora_config(), device="cpu")
@@ -142,15 +142,15 @@ def aggregate(updates: str) -> None:
     Bytes are those of the updates, counted once, on both sides. `from_bytes` is the server's whole path:
     check the header, read and check the values, add.
     """
-    from llmchain_fed.federated import wire
-    from llmchain_fed.federated.aggregation import RunningMean
-    from llmchain_fed.federated.update import Expected, Update
+    from llmchain_fed.updates import serialization
+    from llmchain_fed.updates.aggregation import RunningMean
+    from llmchain_fed.updates.update import Expected, Update
 
     count = int(updates)
     sources = [_lora_values(seed) for seed in range(4)]
     flat = [torch.cat([t.flatten() for t in source.values()]) for source in sources]
     size = 4 * flat[0].numel()
-    wanted = Expected(participant="p", round=1, base="b", layout=wire.describe(sources[0]))
+    wanted = Expected(participant="p", round=1, base="b", layout=serialization.describe(sources[0]))
     packed = [
         Update(participant="p", round=1, base="b", tensors=s, num_examples=96, num_tokens=960).to_bytes()
         for s in sources

@@ -3,9 +3,9 @@
 from tiny import PAIRS
 
 from llmchain_fed import FederatedAveraging, Participant, TrainingConfig
-from llmchain_fed.federated.peer import LocalPeer
+from llmchain_fed.federated.client.client import LocalPeer
 from llmchain_fed.federated.runtime import InProcess
-from llmchain_fed.federated.trainee import Trainee
+from llmchain_fed.federated.target import Trainee
 
 TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=4, epochs=1)
 SHARES = {"a": PAIRS[:4], "b": PAIRS[4:8], "liar": PAIRS[8:10]}

@@ -17,11 +17,11 @@ from liars import Elsewhere, federation
 
 from llmchain_fed import ConsoleTable, History, untrusted
 from llmchain_fed.errors import ConfigError, ParticipantError
-from llmchain_fed.federated import evaluation, personalizing
-from llmchain_fed.federated.codecs import make_codec
+from llmchain_fed.federated.callbacks import metrics_of, notes_of, samples_of
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord, Sample
-from llmchain_fed.federated.pooling import capped, pooled
-from llmchain_fed.tracking.callback import metrics_of, notes_of, samples_of
+from llmchain_fed.federated.server import evaluation, personalization
+from llmchain_fed.federated.server.pooling import capped, pooled
+from llmchain_fed.updates.codecs import make_codec
 
 SAMPLE = {"prompt": "x", "reference": "y", "answer": "z"}
 EVALUATION = {"loss": 2.5, "tokens": 30, "examples": 3, "samples": [SAMPLE], "samples_error": "none"}
@@ -63,17 +63,17 @@ def asked(read, data):
 
 
 READERS = {
-    "losses": (LOSSES, lambda data: personalizing._checked(personalizing.LossesAnswer, data, "p").by_kind()),
-    "tuned": (TUNED, lambda data: personalizing._checked(personalizing.FineTunedAnswer, data, "p")),
-    "curve": (CURVE, lambda data: personalizing._curve(data, [0, 2], "p")),
-    "point": (CURVE["curve"][0], lambda data: personalizing._curve(b'{"curve":[' + data + b"]}", [0], "p")),
+    "losses": (LOSSES, lambda data: personalization._checked(personalization.LossesAnswer, data, "p").by_kind()),
+    "tuned": (TUNED, lambda data: personalization._checked(personalization.FineTunedAnswer, data, "p")),
+    "curve": (CURVE, lambda data: personalization._curve(data, [0, 2], "p")),
+    "point": (CURVE["curve"][0], lambda data: personalization._curve(b'{"curve":[' + data + b"]}", [0], "p")),
 }
 
 
 def test_honest_answers_are_read():
     assert evaluated(json.dumps(EVALUATION).encode())["loss"] == 2.5
     assert evaluated(json.dumps(EVALUATION).encode(), 20)["tokens"] == 20, "no more than it declared when it joined"
-    assert personalizing._checked(personalizing.LossesAnswer, json.dumps(LOSSES).encode(), "p").by_kind() == {
+    assert personalization._checked(personalization.LossesAnswer, json.dumps(LOSSES).encode(), "p").by_kind() == {
         "base": 4.0, "global": 2.0, "personal": math.inf,
     }  # fmt: skip
     assert asked(READERS["tuned"][1], json.dumps(TUNED).encode()).losses.by_kind()["personal"] == math.inf

@@ -16,10 +16,14 @@ import torch
 
 import llmchain_fed
 from llmchain_fed.errors import FederationError, ParticipantError
-from llmchain_fed.federated import contents, given_state, held, messages, roster, wire
+from llmchain_fed.federated.checkpoint import contents
+from llmchain_fed.federated.client import given_state, global_state_cache
 from llmchain_fed.federated.participant import ALPHAS, LARGEST_RANK
-from llmchain_fed.training import TrainingConfig
+from llmchain_fed.federated.protocol import tasks
+from llmchain_fed.federated.server import client_manager
+from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import Strict, checked, parse_json, shown
+from llmchain_fed.updates import serialization
 from tests.security.bounded import bounded
 
 _SEQUENCES = ("list", "tuple", "set", "frozenset")
@@ -153,11 +157,11 @@ def _schema(model: type[Strict], field: str) -> Any:
 
 
 def test_a_hello_a_message_and_a_checkpoint_agree_on_what_they_share():
-    assert _schema(messages.HelloMessage, "contract") == _schema(roster.HelloAnswer, "contract")
-    ids = [_schema(model, "federation") for model in (messages.HelloMessage, contents._About)]
+    assert _schema(tasks.HelloMessage, "contract") == _schema(client_manager.HelloAnswer, "contract")
+    ids = [_schema(model, "federation") for model in (tasks.HelloMessage, contents._About)]
     assert ids[0] == ids[1]
     for field in ("rank", "alpha"):
-        ranges = [_schema(model, field)["anyOf"] for model in (roster.HelloAnswer, contents.Holding)]
+        ranges = [_schema(model, field)["anyOf"] for model in (client_manager.HelloAnswer, contents.Holding)]
         assert ranges[0] == ranges[1]
     holding = {"examples": 1, "tokens": 1, "rank": 1, "alpha": 1.0, "options": None}
     assert _told(contents.Holding, holding) == ""
@@ -190,11 +194,11 @@ def test_tensors_side_by_side_are_looked_at_in_one_pass(monkeypatch):
     passes: list[int] = []
     inner = torch.Tensor.sum
     monkeypatch.setattr(torch.Tensor, "sum", lambda t, *a, **k: passes.append(t.numel()) or inner(t, *a, **k))
-    data = wire.pack({f"t{i}": torch.ones(5) for i in range(20)}, {})
-    _, infos = wire.inspect(data, max_bytes=len(data))
-    held._check_finite(tensors := wire.values(data, infos))
+    data = serialization.pack({f"t{i}": torch.ones(5) for i in range(20)}, {})
+    _, infos = serialization.inspect(data, max_bytes=len(data))
+    global_state_cache._check_finite(tensors := serialization.values(data, infos))
     assert passes == [100]
     tensors["t7"][3] = float("nan")
     with pytest.raises(FederationError, match="t7 of the global state holds NaN"):
-        held._check_finite(tensors)
-    held._check_finite({"codes": torch.ones(3, dtype=torch.int8), "scales": torch.ones(2)})
+        global_state_cache._check_finite(tensors)
+    global_state_cache._check_finite({"codes": torch.ones(3, dtype=torch.int8), "scales": torch.ones(2)})

@@ -34,10 +34,11 @@ from hypothesis import strategies as st
 
 from llmchain_fed import FederatedAveraging, untrusted
 from llmchain_fed.errors import CheckpointError, ConfigError
-from llmchain_fed.federated import checkpoint, fitting
-from llmchain_fed.federated.keeping import read_for
-from llmchain_fed.federated.private_state import Progress
-from llmchain_fed.federated.rule import A, B
+from llmchain_fed.federated.checkpoint import files as checkpoint
+from llmchain_fed.federated.checkpoint import fitting
+from llmchain_fed.federated.checkpoint.manager import read_for
+from llmchain_fed.federated.client.state import Progress
+from llmchain_fed.updates.aggregation.base import A, B
 
 FOLDER = "round-000002"
 

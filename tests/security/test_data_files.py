@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmchain_fed import untrusted
-from llmchain_fed.data import read_examples
+from llmchain_fed.data.encoding import read_examples
+from llmchain_fed.data.readers import numbered
 from llmchain_fed.errors import DataError
-from llmchain_fed.readers import numbered
 
 GOOD = '{"text": "a", "completion": "b"}\n'
 HEAD = "text,completion\n"

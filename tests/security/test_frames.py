@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import DeadlineError, FederationError, LLMChainFedError, ParticipantError, PolicyError
-from llmchain_fed.runtimes import failures, frames, heads, ranks, sliced
+from llmchain_fed.runtimes import ranks
+from llmchain_fed.runtimes.messaging import chunked_calls, error_codes, frames, heads
 from llmchain_fed.runtimes.nvflare.link import Link
-from llmchain_fed.runtimes.policy import Audit, Policy
-from llmchain_fed.runtimes.site import Site
-from llmchain_fed.runtimes.site_log import NOBODY, SiteLog
+from llmchain_fed.runtimes.site.log import NOBODY, SiteLog
+from llmchain_fed.runtimes.site.policy import Audit, Policy
+from llmchain_fed.runtimes.site.server import Site
 from llmchain_fed.runtimes.torch_distributed import TorchDistributed
 
 MB = 2**20
@@ -194,7 +195,7 @@ class Nodes:
 
 
 def call(nodes, payload=b"payload", timeout=None, patience=1.0, expected=None, names=("a", "b")):
-    calls = sliced.SlicedCalls(nodes, patience)
+    calls = chunked_calls.SlicedCalls(nodes, patience)
     if expected is not None:
         calls.expect(expected)
     with within(20):
@@ -211,7 +212,7 @@ def lied(answer):
 
 @bounded(seconds=90, megabytes=400)
 def test_a_site_that_answers_nonsense_is_its_own_error_and_the_others_are_heard():
-    sliced._POLL = 0.05
+    chunked_calls._POLL = 0.05
     for reply in corpus.replies():
         for lie in (lambda head, r=reply: r, lambda head, r=reply: r if head["do"] != "put" else frames.pack(WAITING)):
             found = call(Nodes(a=lie), timeout=1.0)
@@ -224,7 +225,7 @@ WAITING = {"state": "waiting"}
 
 @bounded(seconds=90, megabytes=400)
 def test_replies_of_any_kind_are_a_value_or_one_error_at_the_hub():
-    sliced._POLL = 0.02
+    chunked_calls._POLL = 0.02
 
     @FUZZ
     @given(bytes_of_any_kind, bytes_of_any_kind)
@@ -273,7 +274,7 @@ def test_a_site_that_is_for_ever_at_work_ends_at_the_deadline_and_makes_nobody_e
 
 
 def test_without_a_deadline_nobody_is_waited_for_without_end(monkeypatch):
-    monkeypatch.setattr(sliced, "_LONGEST", 0.5)
+    monkeypatch.setattr(chunked_calls, "_LONGEST", 0.5)
     nodes = Nodes(a=lambda head: frames.pack(WAITING if head["do"] == "put" else {"state": "working"}))
     found = call(nodes)
     assert "'a' was at work for 0.5 s" in str(found["a"])
@@ -309,16 +310,16 @@ def test_a_state_that_makes_no_sense_ends_the_call_for_that_site(state):
 @FUZZ
 @given(values | st.dictionaries(st.sampled_from(["type", "message", "x"]), values))
 def test_an_error_of_elsewhere_is_one_of_ours_in_a_line(plain):
-    for read in (failures.from_site, failures.from_same_script):
+    for read in (error_codes.from_site, error_codes.from_same_script):
         error = read(plain)
         assert isinstance(error, LLMChainFedError)
         told(error)
         assert "\n" not in str(error)
-    told(failures.said(plain))
+    told(error_codes.said(plain))
 
 
 def test_a_refusal_of_a_sites_policy_says_so_in_its_first_words():
-    error = failures.from_site({"type": "PolicyError", "message": "policy.max_steps: 10**12 are more than 1,000"})
+    error = error_codes.from_site({"type": "PolicyError", "message": "policy.max_steps: 10**12 are more than 1,000"})
     assert isinstance(error, PolicyError)
     assert str(error).startswith("refused by site: policy.max_steps: ")
 
@@ -386,7 +387,7 @@ def rank_0(sent, leads=True):
     found.rank, found.world_size = (0, 2) if leads else (1, 2)
     found._homes, found._broken, found._torn, found._hosted = {"x": 1}, None, set(), False
     from llmchain_fed.federated.runtime import InProcess
-    from llmchain_fed.runtimes.answer_sizes import AnswerSizes
+    from llmchain_fed.runtimes.messaging.answer_sizes import AnswerSizes
 
     found._heartbeat, found._local, found._sizes = None, InProcess({}), AnswerSizes()
     tensors = iter(sent)

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from liars import federation
 
 from llmchain_fed import untrusted
-from llmchain_fed.data import DataReport
-from llmchain_fed.federated import roster
-from llmchain_fed.federated.roster import ABSENCE, Hello
+from llmchain_fed.data.encoding import DataReport
+from llmchain_fed.federated.server import client_manager
+from llmchain_fed.federated.server.client_manager import ABSENCE, Hello
 
 CONTRACT = {"base": "b" * 64, "adapter": "a" * 64, "prompt": "p", "tokenizer": "t", "version": "1"}
 HONEST = {
@@ -33,8 +33,8 @@ def read(data):
     refused = ""
     with within(2):
         try:
-            with untrusted.decoding("it", roster.ParticipantError):
-                found = roster._read("p", data, CONTRACT)
+            with untrusted.decoding("it", client_manager.ParticipantError):
+                found = client_manager._read("p", data, CONTRACT)
         except ABSENCE as error:
             refused = str(error)
     if refused:
@@ -56,7 +56,7 @@ def read(data):
 def test_an_honest_hello_is_read():
     assert read(json.dumps(HONEST).encode()) == Hello(
         True, 5, 40, 9, DataReport(used=5, empty=1, completion_tokens=40), "h" * 16, 2, 4, "o" * 16,
-        roster.Overlap(0, 1, 2),
+        client_manager.Overlap(0, 1, 2),
     )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def test_an_honest_hello_is_read():
 )
 def test_what_a_participant_may_not_say(changes, why):
     with pytest.raises(ABSENCE) as error:
-        roster._read("p", answers.said(HONEST, **changes), CONTRACT)
+        client_manager._read("p", answers.said(HONEST, **changes), CONTRACT)
     assert why in str(error.value)
     assert len(str(error.value)) < 600
     assert untrusted.printable(str(error.value)) == str(error.value)

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from llmchain_fed import NVFlare, untrusted
 from llmchain_fed.errors import ConfigError, LLMChainFedError
 from llmchain_fed.runtimes import names
-from llmchain_fed.runtimes.nvflare import engine, kits, registry
-from llmchain_fed.runtimes.nvflare.provisioning import authority, own_kit, tool
+from llmchain_fed.runtimes.nvflare import engine, kits
+from llmchain_fed.runtimes.nvflare.provisioning import authority, own_kit, registry, tool
 
 
 def zipped(**members):

@@ -20,16 +20,16 @@ from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, train_tokenizer, wit
 
 from llmchain_fed import LLMChain, LocalLLM, LocalModel, Participant
 from llmchain_fed.errors import FederationError, LLMChainFedError
-from llmchain_fed.federated import wire
-from llmchain_fed.federated.factors import full_rank
-from llmchain_fed.federated.messages import TrainingOptions
-from llmchain_fed.federated.peer import LocalPeer
-from llmchain_fed.federated.trainee import Trainee
-from llmchain_fed.runtimes import frames
-from llmchain_fed.runtimes.policy import Audit, Policy
-from llmchain_fed.runtimes.site import Site
-from llmchain_fed.training import TrainingConfig
+from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.protocol.tasks import TrainingOptions
+from llmchain_fed.federated.target import Trainee
+from llmchain_fed.runtimes.messaging import frames
+from llmchain_fed.runtimes.site.policy import Audit, Policy
+from llmchain_fed.runtimes.site.server import Site
+from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import printable
+from llmchain_fed.updates import serialization
+from llmchain_fed.updates.low_rank import full_rank
 
 OPEN = Policy(operations=("hello", "train", "evaluate", "personal_state", "stop"), max_rounds=None, samples=9)
 
@@ -97,7 +97,10 @@ def refused(peer, op, payload, seconds=5.0):
 
 
 def still_works(peer, trainee):
-    assert wire.inspect(peer.handle("train", messages.task(trainee.model)), max_bytes=10**7)[0]["kind"] == "update"
+    assert (
+        serialization.inspect(peer.handle("train", messages.task(trainee.model)), max_bytes=10**7)[0]["kind"]
+        == "update"
+    )
 
 
 # --- case by case ---------------------------------------------------------------------------------------------------
@@ -122,9 +125,9 @@ def test_fields_that_make_no_sense_together_are_refused(fields, peer, trainee):
 
 @pytest.mark.parametrize("field", ["round", "base"])
 def test_a_field_that_is_missing_is_named(field, peer, trainee):
-    header, infos = wire.inspect(payload := messages.task(trainee.model), max_bytes=10**7)
+    header, infos = serialization.inspect(payload := messages.task(trainee.model), max_bytes=10**7)
     del header[field]
-    assert f"`{field}`" in refused(peer, "train", wire.pack(wire.values(payload, infos), header))
+    assert f"`{field}`" in refused(peer, "train", serialization.pack(serialization.values(payload, infos), header))
 
 
 def test_an_evaluation_has_fields_of_its_own(peer, trainee):
@@ -213,14 +216,16 @@ def test_invented_ranks_and_other_hubs_leave_no_states_behind():
 
 def test_a_personal_state_that_is_given_back_is_one_of_this_participants(peer, trainee):
     for fields in messages.WRONG_STATES:
-        refused(peer, "personal_state", wire.pack({}, {"kind": "personal_state"} | fields))
+        refused(peer, "personal_state", serialization.pack({}, {"kind": "personal_state"} | fields))
     head = {"progress": {"0": {"next_step": 0, "optimizer": None}}}
     for name in messages.WRONG_STATE_TENSORS:
-        refused(peer, "personal_state", wire.pack({name: torch.zeros(2)}, head))
+        refused(peer, "personal_state", serialization.pack({name: torch.zeros(2)}, head))
     first = sorted(trainee.model.trainable_state())[0]
     nan = torch.full_like(trainee.model.trainable_state()[first], float("nan"))
-    refused(peer, "personal_state", wire.pack({f"0/private/{first}": nan}, head))
-    assert peer.handle("personal_state", peer.handle("personal_state", wire.pack({}, {"kind": "personal_state"})))
+    refused(peer, "personal_state", serialization.pack({f"0/private/{first}": nan}, head))
+    assert peer.handle(
+        "personal_state", peer.handle("personal_state", serialization.pack({}, {"kind": "personal_state"}))
+    )
 
 
 def test_an_optimizer_comes_back_with_the_settings_it_has_here(trainee):
@@ -228,25 +233,25 @@ def test_an_optimizer_comes_back_with_the_settings_it_has_here(trainee):
     kept = messages.TRAINING | {"keep_optimizer": True}
     peer.handle("hello", messages.hello(trainee, training=kept))
     peer.handle("train", messages.task(trainee.model))
-    given = peer.handle("personal_state", wire.pack({}, {"kind": "personal_state"}))
-    header, infos = wire.inspect(given, max_bytes=10**7)
-    tensors = wire.values(given, infos)
+    given = peer.handle("personal_state", serialization.pack({}, {"kind": "personal_state"}))
+    header, infos = serialization.inspect(given, max_bytes=10**7)
+    tensors = serialization.values(given, infos)
     assert peer.handle("personal_state", given) == given
 
     def changed(change, **other):
         found = copy.deepcopy(header)
         change(found["progress"]["0"]["optimizer"]["param_groups"][0])
-        return wire.pack(tensors | other, found)
+        return serialization.pack(tensors | other, found)
 
     refused(peer, "personal_state", changed(lambda group: group.update(lr=1e9)))
     refused(peer, "personal_state", changed(lambda group: group.update(params=[0])))
     refused(peer, "personal_state", changed(lambda group: group.pop("betas")))
     refused(peer, "personal_state", changed(lambda group: None, **{"0/0/step": torch.tensor(-1.0)}))
     short = {n: t for n, t in tensors.items() if n != "0/0/exp_avg"}
-    refused(peer, "personal_state", wire.pack(short, header))
+    refused(peer, "personal_state", serialization.pack(short, header))
     refused(peer, "train", messages.task(trainee.model, round=1, trains="A", shares="A"))
     still = peer.handle("train", messages.task(trainee.model, round=1))
-    assert wire.inspect(still, max_bytes=10**7)[0]["round"] == 1
+    assert serialization.inspect(still, max_bytes=10**7)[0]["round"] == 1
 
 
 def test_a_round_that_asks_for_a_part_that_is_not_there():
@@ -303,16 +308,18 @@ def test_mutated_messages_are_answered_or_refused_by_one_error():
     honest = {
         "train": messages.task(trainee.model),
         "evaluate": messages.evaluation(trainee.model),
-        "personal_state": wire.pack({}, {"kind": "personal_state"}),
+        "personal_state": serialization.pack({}, {"kind": "personal_state"}),
     }
-    read = {op: wire.inspect(payload, max_bytes=10**7) for op, payload in honest.items()}
+    read = {op: serialization.inspect(payload, max_bytes=10**7) for op, payload in honest.items()}
 
     @settings(max_examples=250, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.sampled_from(sorted(honest)), mutation, st.booleans())
     def fields(op, changes, with_tensors):
         header, infos = read[op]
         try:
-            payload = wire.pack(wire.values(honest[op], infos) if with_tensors else {}, header | changes)
+            payload = serialization.pack(
+                serialization.values(honest[op], infos) if with_tensors else {}, header | changes
+            )
         except UnicodeEncodeError:
             return
         answered(peer, op, payload)
@@ -371,4 +378,4 @@ def test_a_site_answers_whatever_it_is_sent_and_goes_on():
         assert max(map(len, log.read_text().splitlines())) < 3000
         found, body = ask("train", messages.task(trainee.model))
         assert found["state"] == "done"
-        assert wire.inspect(body, max_bytes=10**7)[0]["kind"] == "update"
+        assert serialization.inspect(body, max_bytes=10**7)[0]["kind"] == "update"

@@ -21,18 +21,18 @@ from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 from llmchain_fed import ConfigError, Participant, cli
-from llmchain_fed.data import collate
+from llmchain_fed.data.encoding import collate
 from llmchain_fed.errors import DeadlineError, PolicyError
-from llmchain_fed.federated import wire
-from llmchain_fed.federated.held import STALE
-from llmchain_fed.federated.limits import Limits
-from llmchain_fed.federated.peer import LocalPeer
-from llmchain_fed.runtimes import frames
-from llmchain_fed.runtimes.explaining import explain
-from llmchain_fed.runtimes.policy import Audit, Policy
-from llmchain_fed.runtimes.site import Site
-from llmchain_fed.training import encoded
+from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.client.global_state_cache import STALE
+from llmchain_fed.federated.client.limits import Limits
+from llmchain_fed.runtimes.messaging import frames
+from llmchain_fed.runtimes.site.explaining import explain
+from llmchain_fed.runtimes.site.policy import Audit, Policy
+from llmchain_fed.runtimes.site.server import Site
+from llmchain_fed.training.loop import encoded
 from llmchain_fed.untrusted import printable
+from llmchain_fed.updates import serialization
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -83,7 +83,7 @@ class Asker:
 
 
 def tensors_of(update):
-    return wire.values(update, wire.inspect(update, max_bytes=10**8)[1])
+    return serialization.values(update, serialization.inspect(update, max_bytes=10**8)[1])
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_other_answers_tell_numbers_alone(trainee):
         said = json.loads(answer)
         assert not {"samples"} & said.keys() or said["samples"] == []
         assert len(answer) < 400
-    assert ask("personal_state", wire.pack({}, {"kind": "personal_state"}))[0] == "PolicyError"
+    assert ask("personal_state", serialization.pack({}, {"kind": "personal_state"}))[0] == "PolicyError"
     assert not holds(private, ask.left)
     assert not any(text.encode() in b"".join(ask.left) for pair in PAIRS for text in pair)
 
@@ -304,7 +304,7 @@ def test_a_participants_own_options_go_first_and_count(trainee):
     slow = Asker(trainee, participant=Participant("a", PAIRS[:8], training={"max_steps": 2, "learning_rate": 1e-3}))
     assert isinstance(slow.hello(training={"max_steps": 10**12, "epochs": None, "learning_rate": 50.0}), bytes)
     update = slow.train()
-    assert wire.inspect(update, max_bytes=10**7)[0]["metrics"]["steps"] == 2
+    assert serialization.inspect(update, max_bytes=10**7)[0]["metrics"]["steps"] == 2
 
 
 def rows_of(pairs, trainee):

@@ -18,10 +18,10 @@ import pytest
 from bounded import bounded, within
 
 from llmchain_fed.errors import ConfigError, TransportError
-from llmchain_fed.runtimes import channel, frames
+from llmchain_fed.runtimes.messaging import channel, frames
 from llmchain_fed.runtimes.nvflare.link import Link
-from llmchain_fed.runtimes.policy import Audit, Policy
-from llmchain_fed.runtimes.site import Site, check_socket
+from llmchain_fed.runtimes.site.policy import Audit, Policy
+from llmchain_fed.runtimes.site.server import Site, check_socket
 
 ROOT = os.geteuid() == 0
 

@@ -17,12 +17,12 @@ from liars import federation
 
 from llmchain_fed import FederatedAveraging, untrusted
 from llmchain_fed.errors import QuorumError, UpdateRefusedError
-from llmchain_fed.federated import wire
-from llmchain_fed.federated.aggregation import AGGREGATIONS
-from llmchain_fed.federated.codecs import make_codec
-from llmchain_fed.federated.round import LARGEST_NORM
-from llmchain_fed.federated.server_optimizers import DiLoCo, FedAdagrad, FedAdam, FedAvgM, FedYogi, Reptile
-from llmchain_fed.federated.update import Expected, Update
+from llmchain_fed.federated.server.round import LARGEST_NORM
+from llmchain_fed.updates import serialization
+from llmchain_fed.updates.aggregation import AGGREGATIONS
+from llmchain_fed.updates.codecs import make_codec
+from llmchain_fed.updates.server_optimizers import DiLoCo, FedAdagrad, FedAdam, FedAvgM, FedYogi, Reptile
+from llmchain_fed.updates.update import Expected, Update
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3) / 7, "b": torch.tensor([-0.0, 1e-40, 3.4e38])}
 CODECS = [None, "bf16", "int8", "int4", "topk:0.5"]
@@ -31,7 +31,7 @@ QUIET = {"deadline": None, "database": None, "suppress_health_check": list(Healt
 
 def expected(codec=None):
     start = {n: torch.zeros_like(t) for n, t in STATE.items()}
-    return Expected("p", 3, "beef", wire.describe(STATE), 5, 40, make_codec(codec), start)
+    return Expected("p", 3, "beef", serialization.describe(STATE), 5, 40, make_codec(codec), start)
 
 
 def honest(codec=None):
@@ -62,7 +62,7 @@ def read(data, codec=None):
         assert len(refused) < 1000
         assert untrusted.printable(refused) == refused
         return None
-    assert wire.describe(found.tensors) == wire.describe(STATE)
+    assert serialization.describe(found.tensors) == serialization.describe(STATE)
     assert all(bool(t.isfinite().all()) for t in found.tensors.values())
     assert (found.participant, found.round, found.base) == ("p", 3, "beef")
     assert (found.num_examples, found.num_tokens) == (5, 40)
@@ -87,7 +87,7 @@ def test_the_cap_holds_for_every_name_and_participant(name, dtype):
     whose = 'p"\\ä日' + "\U0001f600"
     metrics = {"train_loss": 1.2345678901234567e-99, "steps": 10**13, "seconds": 1234567.1234567891}
     sent = Update(whose, 10**9, "b" * 64, state, 10**9, 10**9, metrics).to_bytes()
-    wanted = Expected(whose, 10**9, "b" * 64, wire.describe(state))
+    wanted = Expected(whose, 10**9, "b" * 64, serialization.describe(state))
     assert Update.from_bytes(sent, wanted).num_examples == 10**9
 
 
@@ -215,13 +215,13 @@ def extreme(kind):
     """What makes an honest update an extreme one."""
 
     def lie(data):
-        header, infos = wire.inspect(data, max_bytes=len(data))
-        tensors = wire.values(data, infos)
+        header, infos = serialization.inspect(data, max_bytes=len(data))
+        tensors = serialization.values(data, infos)
         if header["codec"] is None:
             tensors = {n: EXTREMES[kind](t, i) for i, (n, t) in enumerate(sorted(tensors.items()))}
         else:  # the codes stay: their scales, or the values, are what can be extreme
             tensors = {n: EXTREMES[kind](t, 1).abs() if t.is_floating_point() else t for n, t in tensors.items()}
-        return wire.pack({n: t.contiguous() for n, t in tensors.items()}, header)
+        return serialization.pack({n: t.contiguous() for n, t in tensors.items()}, header)
 
     return lie
 

@@ -13,11 +13,12 @@ from corpus.yaml_files import LARGE, VALUES, WHOLE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmchain_fed import saving, untrusted
+from llmchain_fed import untrusted
+from llmchain_fed.chain.saving import directory
 from llmchain_fed.errors import ChainFileError, ConfigError, RecipeError
 from llmchain_fed.library import make_prompt
-from llmchain_fed.recipe_files import read_spec
-from llmchain_fed.recipes import ChainSpec, PromptSpec
+from llmchain_fed.recipes.files import read_spec
+from llmchain_fed.recipes.schema import ChainSpec, PromptSpec
 from llmchain_fed.runtimes.federation_file import FederationFile
 
 FEDERATION = """\
@@ -104,7 +105,7 @@ def read(kind, folder, text):
             if kind == "federation":
                 return FederationFile.read(file)
             if kind == "saved":
-                return saving._parse(file)
+                return directory._parse(file)
             found = read_spec(PromptSpec if kind == "prompt" else ChainSpec, "it", Path(folder))
             if kind == "prompt":
                 make_prompt(found)

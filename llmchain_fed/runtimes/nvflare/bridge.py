@@ -21,8 +21,8 @@ from nvflare.collab import collab
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import TransportError
-from llmchain_fed.runtimes import frames, heads
-from llmchain_fed.runtimes.channel import Channel
+from llmchain_fed.runtimes.messaging import frames, heads
+from llmchain_fed.runtimes.messaging.channel import Channel
 from llmchain_fed.runtimes.nvflare.job import SOCKET
 
 _REDIAL = 0.5  # seconds between attempts to reach the driver

@@ -18,11 +18,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llmchain_fed import locks
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.runtimes.nvflare import certificates, kits
 from llmchain_fed.runtimes.nvflare.job import SOCKET
-from llmchain_fed.runtimes.nvflare.keeping import reaching
+from llmchain_fed.runtimes.nvflare.supervision import reaching
+from llmchain_fed.storage import locks
 
 LOCK = "engine.lock"
 """in the kit: held while its engine runs"""
@@ -168,7 +168,7 @@ def nvflare_command(
         settings += [f"uid={name}", f"org={name}", "heart_beat_interval=4"]
         variables[SOCKET] = str(Path(socket or "").absolute())
     configuration = "fed_server.json" if hub else "fed_client.json"
-    ours = [sys.executable, "-m", "llmchain_fed.runtimes.nvflare.keeping.child", str(wire), str(kit)]
+    ours = [sys.executable, "-m", "llmchain_fed.runtimes.nvflare.supervision.child", str(wire), str(kit)]
     registry = str(authority.absolute()) if authority is not None else ""
     return [*ours, registry, _MODULES[hub], "-m", str(kit), "-s", configuration, "--set", *settings], variables
 

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.own_files import write_whole
+from llmchain_fed.storage.own_files import write_whole
 
 FILE = "engine_state.json"
 _LARGEST = 2**23  # bytes: all sites that there can be

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmchain_fed.errors import TransportError
-from llmchain_fed.runtimes import failures, frames, heads
+from llmchain_fed.runtimes.messaging import error_codes, frames, heads
 from llmchain_fed.runtimes.nvflare.gathering import Gathering
 from llmchain_fed.runtimes.nvflare.job import write_job
 from llmchain_fed.runtimes.nvflare.link import JobLostError, Link, UnreachedError
@@ -347,4 +347,4 @@ def _trouble(reply: bytes) -> str | None:
         head, _ = heads.read_reply(reply)
     except TransportError as error:
         return str(error)
-    return str(failures.from_site(head.error.model_dump())) if isinstance(head, heads.Failed) else None
+    return str(error_codes.from_site(head.error.model_dump())) if isinstance(head, heads.Failed) else None

@@ -19,11 +19,11 @@ import yaml
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.own_files import write_whole
 from llmchain_fed.runtimes import names
 from llmchain_fed.runtimes.nvflare.job import CONTROLLER, EXECUTOR, HUB, SITE
 from llmchain_fed.runtimes.nvflare.provisioning import tool
 from llmchain_fed.runtimes.nvflare.provisioning.scratch import place, scratch
+from llmchain_fed.storage.own_files import write_whole
 
 ADMIN = "admin@hub.org"
 REQUEST = "request"

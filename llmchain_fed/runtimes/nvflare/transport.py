@@ -17,16 +17,16 @@ from typing import Any
 
 from llmchain_fed.errors import ConfigError, FederationError, TransportError
 from llmchain_fed.federated.runtime import Operation, Payload
+from llmchain_fed.runtimes.messaging.chunked_calls import SlicedCalls
 from llmchain_fed.runtimes.names import check_name
 from llmchain_fed.runtimes.nvflare import certificates
 from llmchain_fed.runtimes.nvflare.gathering import in_the_hubs_words
 from llmchain_fed.runtimes.nvflare.jobs import Jobs
-from llmchain_fed.runtimes.nvflare.keeping.reaching import hindrance
 from llmchain_fed.runtimes.nvflare.link import UnreachedError
 from llmchain_fed.runtimes.nvflare.session import EngineSession
 from llmchain_fed.runtimes.nvflare.sites import Sites
+from llmchain_fed.runtimes.nvflare.supervision.reaching import hindrance
 from llmchain_fed.runtimes.nvflare.within import within
-from llmchain_fed.runtimes.sliced import SlicedCalls
 
 # seconds of `close`: a hub or site that is frozen keeps nobody from stopping, eight with the farewell of a call
 _PEERS, _JOBS, _SESSION = 2.0, 2.0, 1.0

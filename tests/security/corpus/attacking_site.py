@@ -10,7 +10,7 @@ import threading
 
 from nvflare.collab import collab
 
-from llmchain_fed.runtimes import frames
+from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.nvflare import bridge
 
 honest = bridge.Site.exchange

@@ -7,7 +7,7 @@ import json
 
 import torch
 
-from llmchain_fed.federated import wire
+from llmchain_fed.updates import serialization
 
 BIG = 10**30
 NINES = int("9" * 4000)
@@ -24,7 +24,7 @@ def task(model, tensors=None, **header):
     """A training, or with kind="evaluate" an evaluation, on the model's own state."""
     head = {"kind": "task", "round": 0, "base": model.fingerprint(), "seconds": 60.0, "version": None, "against": None}
     state = model.trainable_state() if tensors is None else tensors
-    return wire.pack(state, head | {"appended": {}} | header)
+    return serialization.pack(state, head | {"appended": {}} | header)
 
 
 def evaluation(model, **header):

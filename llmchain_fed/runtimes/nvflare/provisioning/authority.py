@@ -19,15 +19,15 @@ import yaml
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.own_files import write_whole
 from llmchain_fed.runtimes import names
 from llmchain_fed.runtimes.names import Role
-from llmchain_fed.runtimes.nvflare import certificates, kits, registry
-from llmchain_fed.runtimes.nvflare.provisioning import sent, tool
+from llmchain_fed.runtimes.nvflare import certificates, kits
+from llmchain_fed.runtimes.nvflare.provisioning import registry, sent, tool
+from llmchain_fed.runtimes.nvflare.provisioning.registry import Certificate, Registry
 from llmchain_fed.runtimes.nvflare.provisioning.scratch import place, said, scratch
 from llmchain_fed.runtimes.nvflare.provisioning.sent import Asked
-from llmchain_fed.runtimes.nvflare.registry import Certificate, Registry
 from llmchain_fed.stopping import whole
+from llmchain_fed.storage.own_files import write_whole
 
 _CA, _PROFILE = "ca", "profile.yaml"
 

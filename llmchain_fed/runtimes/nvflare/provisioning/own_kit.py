@@ -18,12 +18,12 @@ import yaml
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.own_files import write_whole
 from llmchain_fed.runtimes import names
 from llmchain_fed.runtimes.names import Role
-from llmchain_fed.runtimes.nvflare import kits, registry
-from llmchain_fed.runtimes.nvflare.provisioning import sent, tool
+from llmchain_fed.runtimes.nvflare import kits
+from llmchain_fed.runtimes.nvflare.provisioning import registry, sent, tool
 from llmchain_fed.runtimes.nvflare.provisioning.scratch import place, scratch, sweep
+from llmchain_fed.storage.own_files import write_whole
 
 _REQUEST, _RENEWAL, _KITS = kits.REQUEST, "renewal", kits.KITS
 _TYPES: dict[Role, str] = {"site": "client", "hub": "server", "admin": "admin"}

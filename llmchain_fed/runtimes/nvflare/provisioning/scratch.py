@@ -14,11 +14,11 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from llmchain_fed import locks
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.own_files import sync_folder
 from llmchain_fed.stopping import whole
-from llmchain_fed.whole_folders import exchange
+from llmchain_fed.storage import locks
+from llmchain_fed.storage.own_files import sync_folder
+from llmchain_fed.storage.whole_folders import exchange
 
 _PREFIX = ".unfinished-"
 

@@ -18,7 +18,7 @@ from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.runtimes import names
 from llmchain_fed.runtimes.names import Role
-from llmchain_fed.runtimes.nvflare import registry
+from llmchain_fed.runtimes.nvflare.provisioning import registry
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes

@@ -1,0 +1,264 @@
+"""What the string face and the chat face of a LocalModel share: fields, call-time options, identity.
+
+Knows pydantic and LocalModel. Knows nothing of LangChain: `llm` and `chat` add that.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from peft import LoraConfig
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llmchain_fed._config import explain, unknown_option
+from llmchain_fed.errors import ConfigError, UnsupportedModelError
+from llmchain_fed.model import chat_template
+from llmchain_fed.model.generation.answers import GenerationOptions, checked_stops
+from llmchain_fed.model.local_model import LocalModel
+
+OPTIONS = frozenset(GenerationOptions.model_fields)
+"""Generation options that a face takes as a field and every call takes as a keyword."""
+
+ALIASES = {"max_tokens": "max_new_tokens"}  # LangChain's standard name → transformers'
+
+
+class LocalFace(BaseModel):
+    """The fields of `LocalLLM` and `LocalChatModel`. Constructors are cheap; only `from_pretrained` reads weights."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    path_fields: ClassVar[frozenset[str]] = frozenset()
+    """fields of a kind of face alone, which decide how its input becomes text"""
+    rendering_options: ClassVar[frozenset[str]] = frozenset()
+    """call-time keywords that decide the prompt's text, not how the model answers it"""
+
+    model: LocalModel = Field(exclude=True, repr=False)
+    """what answers; shared, never copied"""
+    max_new_tokens: int = 256
+    min_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    num_beams: int = 1
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    seed: int | None = None
+    stop: list[str] | None = None
+    """strings before which every answer ends, unless a call gives its own"""
+    batch_size: int = Field(default=32, ge=1, le=2**16)
+    """prompts computed together"""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        try:
+            super().__init__(*args, **options)
+        except ValidationError as error:
+            raise ConfigError(explain(error, type(self))) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_options(cls, values: Any) -> Any:
+        return cls.check_options(values) if isinstance(values, Mapping) else values
+
+    @classmethod
+    def check_options(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Constructor options under their own names.
+
+        Raises:
+            ConfigError: An unknown option, or a generation option out of range.
+        """
+        values = {ALIASES.get(k, k): v for k, v in values.items()}
+        known = set(cls.model_fields) | {f.alias for f in cls.model_fields.values() if f.alias}
+        for name in values.keys() - known - cls._tolerated():
+            raise ConfigError(f"{cls.__name__}: {unknown_option(name, known)}")  # noqa: EM102
+        GenerationOptions(**{k: v for k, v in values.items() if k in OPTIONS})  # a bad value fails here, not at a call
+        return values
+
+    @classmethod
+    def _tolerated(cls) -> frozenset[str]:
+        """Names that are accepted and mean nothing here."""
+        return frozenset()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        lora: LoraConfig | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        **options: Any,
+    ) -> Self:
+        """The short way: `LocalModel.from_pretrained` and this face over it.
+
+        Raises:
+            ConfigError: An unknown option.
+            MissingExtraError: The embedded model needs the extra `gguf`.
+        """
+        cls.check_options(options)  # before minutes go into loading
+        return cls(model=LocalModel.from_pretrained(name_or_path, lora=lora, dtype=dtype, device=device), **options)
+
+    def options(self, stop: Sequence[str] | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Keywords for `LocalModel.complete` and `stream`: what was chosen here under a call's own.
+
+        An option that nobody has chosen is left out: its default is the model's to know, and to say what it overrides.
+
+        Raises:
+            ConfigError: A keyword that is no generation option.
+        """
+        given = {ALIASES.get(k, k): v for k, v in overrides.items() if v is not None}
+        for name in given.keys() - OPTIONS:
+            raise ConfigError(unknown_option(name, {*OPTIONS, "stop", *self.rendering_options}))
+        own = {name: getattr(self, name) for name in OPTIONS & self.model_fields_set}
+        return own | given | {"stop": self.stop if stop is None else stop}
+
+    def all_options(self, stop: Sequence[str] | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """`options` with a value for every one: also for those that nobody chose.
+
+        Raises:
+            ConfigError: A keyword that is no generation option.
+        """
+        return {name: getattr(self, name) for name in OPTIONS} | self.options(stop, overrides)
+
+    def as_prompt(self) -> Bare:
+        """What makes text of this object's own input: with it, training sees what a call sends."""
+        return Bare(self, {})
+
+    @abstractmethod
+    def text_of(self, value: Any, call: Mapping[str, Any]) -> str:
+        """An input of this object's `invoke` → the text that the model sees.
+
+        Raises:
+            DataError: No input that `invoke` takes.
+        """
+
+    @property
+    @abstractmethod
+    def adds_special_tokens(self) -> bool:
+        """Whether the tokenizer adds its special tokens to that text."""
+
+    @property
+    def own_controls(self) -> frozenset[str]:
+        """Control tokens beside the model's own: the added tokens that the tokenizer's chat template writes."""
+        tokenizer = self.model.tokenizer
+        if not isinstance(getattr(tokenizer, "chat_template", None), (str, dict)):
+            return frozenset()
+        try:
+            template = chat_template.template_of(tokenizer, self.model.name)
+        except UnsupportedModelError:  # several and no default: none of them is used
+            return frozenset()
+        return chat_template.written_tokens(tokenizer, template, self.switches)
+
+    @property
+    def switches(self) -> Mapping[str, Any]:
+        """The chat template's switches that go along with every call."""
+        return {}
+
+    def path_identity(self) -> list[Any]:
+        """What decides, beside the model and its tokenizer, which tokens an input becomes."""
+        return [type(self).__name__]
+
+    def identity(self) -> dict[str, Any]:
+        """What decides an answer: base, weights as they are now, and options. The key of any answer cache."""
+        return {
+            "model_name": self.model.name,
+            "base": self.model.fingerprint(),
+            "adapter": self.model.adapter,
+            "weights_version": self.model.weights_version,
+            "batch_size": self.batch_size,
+            "stop": self.stop,
+            "path": self.path_identity(),
+        } | {name: getattr(self, name) for name in sorted(OPTIONS)}
+
+    def standard_params(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """LangSmith's standard parameters."""
+        given = self.options(None, {k: v for k, v in kwargs.items() if k in OPTIONS | ALIASES.keys()})
+        name = kwargs.get("model")
+        return {
+            "ls_provider": "llmchain_fed",
+            "ls_model_name": name if isinstance(name, str) else self.model.name,
+            "ls_temperature": given.get("temperature", self.temperature),
+            "ls_max_tokens": given.get("max_new_tokens", self.max_new_tokens),
+        }
+
+
+@dataclass(frozen=True)
+class Bare:
+    """A face by itself as the `Prompt` of its examples: an example's input is what the face's `invoke` takes.
+
+    Args:
+        face: Who answers.
+        call: Keywords that go along with every call.
+        strips: Whether a parser behind the face drops the white space around an answer.
+    """
+
+    face: LocalFace
+    call: Mapping[str, Any]
+    strips: bool = False
+
+    input_variables: ClassVar[None] = None
+    optional_variables: ClassVar[tuple[str, ...]] = ()
+    literals: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def model(self) -> LocalModel:
+        """The `LocalModel` that answers and that a federation trains."""
+        return self.face.model
+
+    @property
+    def adds_special_tokens(self) -> bool:
+        """Whether the tokenizer adds special tokens to the rendered text."""
+        return self.face.adds_special_tokens
+
+    @property
+    def completion_controls(self) -> frozenset[str]:
+        """Control tokens, beside the model's own, that a completion cannot write."""
+        return self.face.own_controls
+
+    def render(self, inputs: Any) -> str:
+        """An input of the face's `invoke` → the text that the model sees.
+
+        Raises:
+            DataError: No input that `invoke` takes.
+        """
+        return self.face.text_of(inputs, self.call)
+
+    def generation_options(self) -> dict[str, Any]:
+        """Keywords for `model.generate` that give the answers the face gives."""
+        call = {k: v for k, v in self.call.items() if k not in self.face.rendering_options}
+        return self.face.all_options(call.pop("stop", None), call)
+
+    def parsed(self, text: str) -> str:
+        """What is left of an answer's text, for the white space around it."""
+        return text.strip() if self.strips else text
+
+    def prompt_identity(self) -> list[Any]:
+        """What two sides of a federation must share of the way from input to tokens."""
+        rendering = {k: v for k, v in self.call.items() if k in self.face.rendering_options}
+        return [self.face.path_identity(), sorted((k, repr(v)) for k, v in rendering.items())]
+
+
+def saved_fields(kind: type[LocalFace]) -> frozenset[str]:
+    """The fields of a face that a saved chain holds."""
+    return frozenset({*LocalFace.model_fields, *kind.path_fields} - {"model"})
+
+
+def check_saved(kind: type[LocalFace], options: Mapping[str, Any], llm_kwargs: Mapping[str, Any]) -> None:
+    """Makes sure that a saved chain's fields and call-time keywords are what they were when they were saved.
+
+    Raises:
+        ConfigError: An unknown option, or one out of range.
+    """
+    saved = saved_fields(kind)
+    for name in options.keys() - saved:
+        raise ConfigError(unknown_option(name, saved))
+    kwargs = {ALIASES.get(k, k): v for k, v in llm_kwargs.items() if v is not None}
+    for name in kind.rendering_options & kwargs.keys():
+        if not isinstance(kwargs.pop(name), Mapping):
+            raise ConfigError(f"{name} is a mapping, got {llm_kwargs[name]!r:.80}.")  # noqa: EM102
+    checked_stops(kwargs.pop("stop", None))
+    GenerationOptions(**kwargs)
+    GenerationOptions(**{k: v for k, v in options.items() if k in OPTIONS})

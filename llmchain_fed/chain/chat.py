@@ -1,0 +1,188 @@
+"""LocalChatModel: a LocalModel with a chat template as a LangChain chat model.
+
+Knows langchain_core's BaseChatModel, messages and LocalModel. Knows nothing about prompts' templates or training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Self
+
+from langchain_core.caches import BaseCache
+from langchain_core.callbacks import CallbackManagerForLLMRun
+from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
+from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from pydantic import Field, model_validator
+from typing_extensions import override
+
+from llmchain_fed.chain.base_llm import LocalFace
+from llmchain_fed.chain.messages import to_transformers
+from llmchain_fed.errors import ConfigError, DataError, UnsupportedModelError
+from llmchain_fed.model import chat_template
+from llmchain_fed.model.generation.answers import Completion
+
+
+class LocalChatModel(LocalFace, BaseChatModel):
+    """A local causal model behind LangChain's chat interface; the tokenizer's chat template writes the prompt.
+
+    `batch` answers message lists one by one (LangChain's chat models run a thread pool); for true batches use
+    `LocalLLM`. No tools and no structured output are claimed: a parser behind the model does that for local models.
+
+    Args:
+        model: The `LocalModel`; its tokenizer needs a chat template.
+        **options: Defaults for every call: `max_new_tokens` (or `max_tokens`), `temperature`, `stop` …
+    """
+
+    cache: BaseCache | bool | None = Field(default=False, exclude=True)
+    """off, also under a global cache; True opts in, with the weights' version in the key"""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """switches of the chat template, such as `{"enable_thinking": False}`; a call may give others, which go first"""
+    path_fields: ClassVar[frozenset[str]] = frozenset({"chat_template_kwargs"})
+    rendering_options: ClassVar[frozenset[str]] = frozenset({"chat_template_kwargs"})
+
+    @model_validator(mode="after")
+    def _known_switches(self) -> Self:
+        if self.chat_template_kwargs:
+            name = self.model.name
+            template = chat_template.template_of(self.model.tokenizer, name)
+            chat_template.check_switches(self.chat_template_kwargs, template, name)
+        return self
+
+    @property
+    def adds_special_tokens(self) -> bool:
+        """False: a chat template writes its special tokens itself."""
+        return False
+
+    @property
+    def switches(self) -> Mapping[str, Any]:
+        """The chat template's switches that go along with every call."""
+        return self.chat_template_kwargs
+
+    @override
+    def path_identity(self) -> list[Any]:
+        template = str(getattr(self.model.tokenizer, "chat_template", None))
+        digest = hashlib.sha256(template.encode()).hexdigest()[:16]
+        return [*super().path_identity(), digest, sorted(self.chat_template_kwargs.items())]
+
+    @override
+    def text_of(self, value: Any, call: Mapping[str, Any]) -> str:
+        return self.render(value, chat_template_kwargs=call.get("chat_template_kwargs"))
+
+    @classmethod
+    def _tolerated(cls) -> frozenset[str]:
+        """LangChain's standard parameters of remote models; a local one has no use for them."""
+        return frozenset({"api_key", "base_url", "timeout", "max_retries", "model_kwargs", "streaming"})
+
+    @property
+    def _llm_type(self) -> str:
+        return "llmchain_fed-local-chat"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return self.identity()
+
+    @override
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = super()._get_ls_params(stop=stop, **kwargs)
+        params.update(self.standard_params(kwargs))  # type: ignore[typeddict-item]
+        return params
+
+    @override
+    def get_token_ids(self, text: str) -> list[int]:
+        return self.model.encode([text], add_special_tokens=False)[0]
+
+    def render(self, messages: LanguageModelInput, *, chat_template_kwargs: Mapping[str, Any] | None = None) -> str:
+        """Messages, or whatever else `invoke` takes → the text that the model sees, up to where its answer begins.
+
+        A last message of the assistant's is a begun answer, which the model goes on from. Where a message's text
+        spells a control token, the result is a `Rendered`, which `LocalModel.encode` keeps from becoming one.
+
+        Args:
+            messages: The conversation.
+            chat_template_kwargs: Switches of the template for this call, over the model's own.
+
+        Raises:
+            ChatTemplateError: The template refuses the messages.
+            ConfigError: A switch that the template does not have.
+            UnsupportedModelError: The model is seq2seq, its tokenizer has no chat template, or a message is not text.
+        """
+        model = self.model
+        if model.kind != "causal":
+            msg = f"{model.name!r} is seq2seq, and chat templates are for causal models. Use LocalLLM."
+            raise UnsupportedModelError(msg)
+        given = self.chat_template_kwargs | dict(chat_template_kwargs or {})
+        try:
+            conversation = to_transformers(self._convert_input(messages).to_messages(), model.name)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            msg = f"cannot read {messages!r:.80} as an input of LocalChatModel: {error}. Pass text or messages."
+            raise DataError(msg) from None
+        return chat_template.render(
+            model.tokenizer, conversation, given, controls=model.control_tokens(), name=model.name
+        )
+
+    def _rendered(self, messages: list[BaseMessage], kwargs: dict[str, Any]) -> str:
+        """The prompt of a call; its switches leave `kwargs`."""
+        switches = kwargs.pop("chat_template_kwargs", None)
+        if switches is not None and not isinstance(switches, Mapping):
+            msg = f"chat_template_kwargs is a mapping of switches to values, got {switches!r:.80}."
+            raise ConfigError(msg)
+        return self.render(messages, chat_template_kwargs=switches)
+
+    @override
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        text = self._rendered(messages, kwargs)
+        options = self.options(stop, kwargs)
+        (done,) = self.model.complete([text], add_special_tokens=False, **options)
+        message = AIMessage(content=done.text, usage_metadata=_usage(done), response_metadata=self._about(done))
+        return ChatResult(generations=[ChatGeneration(message=message)], llm_output={"model_name": self.model.name})
+
+    @override
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        text = self._rendered(messages, kwargs)
+        options = self.options(stop, kwargs)
+        pieces = self.model.stream(text, add_special_tokens=False, **options)
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                done: Completion = end.value
+                break
+            chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
+            if run_manager is not None:
+                run_manager.on_llm_new_token(piece, chunk=chunk)
+            yield chunk
+        yield ChatGenerationChunk(
+            message=AIMessageChunk(
+                content="",
+                usage_metadata=_usage(done),
+                response_metadata=self._about(done),
+                chunk_position="last",
+            )
+        )
+
+    def _about(self, done: Completion) -> dict[str, Any]:
+        return {"model_name": self.model.name, "finish_reason": done.finish_reason}
+
+
+def _usage(done: Completion) -> UsageMetadata:
+    return UsageMetadata(
+        input_tokens=done.prompt_tokens,
+        output_tokens=done.completion_tokens,
+        total_tokens=done.prompt_tokens + done.completion_tokens,
+    )

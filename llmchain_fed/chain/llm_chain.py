@@ -1,0 +1,456 @@
+"""LLMChain: a prompt, a local model and a parser as one Runnable that a federation can train.
+
+Knows LangChain's prompts, parsers and Runnables. Knows nothing about examples, training or participants.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, cast
+
+from langchain_core.language_models import BaseLanguageModel
+from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
+from langchain_core.prompt_values import PromptValue
+from langchain_core.prompts import BasePromptTemplate, PromptTemplate
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableWithFallbacks
+from langchain_core.runnables.base import RunnableBindingBase
+from pydantic import SkipValidation
+from typing_extensions import override
+
+from llmchain_fed._config import unknown_option
+from llmchain_fed.chain.base_llm import LocalFace, check_saved, saved_fields
+from llmchain_fed.chain.chat import LocalChatModel
+from llmchain_fed.chain.llm import LocalLLM
+from llmchain_fed.chain.prompt_step import PromptStep, mark_values
+from llmchain_fed.chain.saving import directory as saving
+from llmchain_fed.chain.saving import model as saved_model
+from llmchain_fed.errors import ChainFileError, ConfigError, PromptVariablesError, RecipeError, UnsupportedModelError
+from llmchain_fed.library import StripOutputParser, make_parser, parser_name, prompt_from_data, prompt_to_data
+from llmchain_fed.model import control_tokens
+from llmchain_fed.model.local_model import LocalModel
+from llmchain_fed.recipes.schema import ParserName
+from llmchain_fed.untrusted import shown
+
+ChainInput = dict[str, Any] | str
+
+
+class LLMChain(RunnableBindingBase[ChainInput, Any]):
+    r"""`prompt | llm | parser`, and the same object after a federation has trained its model.
+
+    Every Runnable verb works, sync and async, and call-time keywords (`stop`, `max_new_tokens` …) reach the model;
+    in a plain `prompt | llm` they would be dropped by the prompt.
+
+    Args:
+        llm: `LocalLLM`, `LocalChatModel`, or any other LangChain language model (then invoke only).
+        prompt: A template string (f-string), a prompt template, or a `ChatPromptTemplate`.
+        output_parser: What makes the answer out of the model's text; the text itself by default.
+        llm_kwargs: Keywords that go along with every call to the model.
+    """
+
+    prompt: SkipValidation[BasePromptTemplate[Any]]
+    llm: SkipValidation[Runnable[Any, Any]]
+    output_parser: SkipValidation[Runnable[Any, Any]]
+    llm_kwargs: dict[str, Any]
+
+    def __init__(
+        self,
+        *,
+        llm: BaseLanguageModel[Any] | Runnable[Any, Any],
+        prompt: str | BasePromptTemplate[Any],
+        output_parser: Runnable[Any, Any] | None = None,
+        llm_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        prompt = PromptTemplate.from_template(prompt) if isinstance(prompt, str) else prompt
+        if not isinstance(prompt, BasePromptTemplate):
+            msg = f"prompt is an f-string template or a LangChain prompt, got {type(prompt).__name__}."
+            raise ConfigError(msg)
+        parser: Runnable[Any, Any] = output_parser if output_parser is not None else StrOutputParser()
+        kwargs = dict(llm_kwargs or {})
+        for name in options.keys() - RunnableBindingBase.model_fields.keys():
+            known = {"llm", "prompt", "output_parser", "llm_kwargs", *RunnableBindingBase.model_fields} - {
+                "bound",
+                "kwargs",
+            }
+            raise ConfigError(f"LLMChain: {unknown_option(name, known)}")  # noqa: EM102
+        if options.get("kwargs"):
+            msg = f"LLMChain: `kwargs` {options['kwargs']!r} would never reach the model. Pass them as llm_kwargs."
+            raise ConfigError(msg)
+        options |= {"prompt": prompt, "llm": llm, "output_parser": parser, "llm_kwargs": kwargs}
+        options["bound"] = _steps(prompt, llm, kwargs, parser)
+        super().__init__(**options)
+
+    # --- its parts --------------------------------------------------------------------------------------------------
+
+    @property
+    def face(self) -> LocalLLM | LocalChatModel:
+        """The local model's LangChain face, below any `bind` or `with_config`.
+
+        Raises:
+            UnsupportedModelError: The chain's model is not a local one.
+        """
+        found = below_bindings(self.llm)
+        if not isinstance(found, (LocalLLM, LocalChatModel)):
+            msg = (
+                f"the chain's model is {type(found).__name__}, which has no weights here to train. Use "
+                "LocalLLM or LocalChatModel."
+            )
+            raise UnsupportedModelError(msg)
+        return found
+
+    @property
+    def model(self) -> LocalModel:
+        """The `LocalModel` that answers and that a federation trains."""
+        return self.face.model
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters that can answer: `"global"`, the federation's own, and the residents; none without LoRA."""
+        return self.model.adapters
+
+    def with_adapter(self, name: str) -> Self:
+        """The same chain over the same memory, answering with this adapter; `"global"` is the federation's own.
+
+        Raises:
+            ConfigError: There is no adapter of this name.
+            UnsupportedModelError: The model has no LoRA adapter, or one is merged into the base.
+        """
+        return self._over(self.model.with_adapter(name))
+
+    def without_adapter(self) -> Self:
+        """The same chain over the same memory, answering as the bare base.
+
+        Raises:
+            UnsupportedModelError: The model has no LoRA adapter.
+        """
+        return self._over(self.model.without_adapter())
+
+    def _over(self, model: LocalModel) -> Self:
+        return self._rebound(with_face_fields(self.llm, model=model), self.llm_kwargs)
+
+    @property
+    def input_variables(self) -> Sequence[str]:
+        """The variables that must be given."""
+        return list(self.prompt.input_variables)
+
+    @property
+    def optional_variables(self) -> Sequence[str]:
+        """The variables that may be given, because the prompt has a default for them."""
+        return [*self.prompt.partial_variables, *self.prompt.optional_variables]
+
+    @property
+    def adds_special_tokens(self) -> bool:
+        """False over a chat model: a chat template writes its special tokens itself."""
+        return self.face.adds_special_tokens
+
+    @property
+    def completion_controls(self) -> frozenset[str]:
+        """Control tokens, beside the model's own, that a completion cannot write: those of a chat template."""
+        return self.face.own_controls
+
+    def as_prompt(self) -> Self:
+        """What makes text of an example's input: the chain itself."""
+        return self
+
+    def parsed(self, text: str) -> str:
+        """What the parser leaves of an answer's text, as far as it only drops the white space around it."""
+        return text.strip() if isinstance(self.output_parser, StripOutputParser) else text
+
+    @property
+    def literals(self) -> Sequence[str]:
+        """The template's fixed texts around the variables, in order; none where they cannot be told."""
+        marks = {name: f"\ue000{i}\ue001" for i, name in enumerate(self.input_variables)}
+        marks |= {name: f"\ue000{name}\ue001" for name in self.prompt.partial_variables}
+        try:
+            value = self.prompt.format_prompt(**marks)
+        except (TypeError, ValueError, KeyError):  # a placeholder of messages, a format specification
+            return []
+        texts = [str(m.content) for m in value.to_messages()]
+        return [literal for text in texts for literal in re.split("\ue000.*?\ue001", text)]
+
+    def prompt_identity(self) -> list[Any]:
+        """What two sides of a federation must share of the prompt: fixed texts, variables, defaults, chat template."""
+        defaults = [f"{k}={v}" for k, v in sorted(self.prompt.partial_variables.items()) if isinstance(v, str)]
+        texts = [type(self.prompt).__name__, *self.literals, *sorted(self.input_variables), *defaults]
+        return [texts, self.face.path_identity(), sorted((k, repr(v)) for k, v in self._rendering_kwargs().items())]
+
+    def render(self, inputs: Mapping[str, Any] | str) -> str:
+        """The text that the model sees for `inputs`: byte for byte what invoke sends it, and what training uses.
+
+        Fires no callbacks, so that examples never reach a tracer.
+
+        Raises:
+            PromptVariablesError: A variable is missing, or of a kind that the prompt refuses.
+        """
+        if not isinstance(inputs, Mapping):
+            variables = self.input_variables
+            if len(variables) != 1:
+                msg = (
+                    f"the prompt has the variables {sorted(variables)}, so one value is not enough. Pass "
+                    "a mapping of them."
+                )
+                raise PromptVariablesError(msg)
+            inputs = {variables[0]: inputs}
+        missing = sorted(set(self.input_variables) - inputs.keys())
+        if missing:
+            msg = (
+                f"the prompt takes {sorted(self.input_variables)}, {missing} is missing from "
+                f"{sorted(map(str, inputs))}."
+            )
+            raise PromptVariablesError(msg)
+        try:
+            value: PromptValue = self.prompt.format_prompt(**inputs)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            msg = f"the prompt refuses these values ({type(error).__name__}: {error!s:.200}). Give it what it takes."
+            raise PromptVariablesError(msg) from error
+        face = self.face
+        if isinstance(face, LocalChatModel):
+            return face.render(value.to_messages(), **self._rendering_kwargs())
+        if face.control_tokens == "template":
+            return value.to_string()
+        return mark_values(self.prompt, inputs, value.to_string(), lambda: _controls(face))
+
+    def generation_options(self) -> dict[str, Any]:
+        """Keywords for `model.generate` that give the answers this chain gives."""
+        rendering = self._rendering_kwargs()
+        kwargs = {k: v for k, v in self._all_llm_kwargs().items() if k not in rendering}
+        return self.face.all_options(kwargs.pop("stop", None), kwargs)
+
+    def _rendering_kwargs(self) -> dict[str, Any]:
+        """The keywords of a call to the model that decide the prompt's text: the switches of a chat template."""
+        return {k: v for k, v in self._all_llm_kwargs().items() if k in self.face.rendering_options}
+
+    # --- Runnable ---------------------------------------------------------------------------------------------------
+
+    @override
+    def get_name(self, suffix: str | None = None, *, name: str | None = None) -> str:
+        base = name or self.name or type(self).__name__
+        return f"{base}{suffix.title()}" if suffix else base
+
+    @classmethod
+    @override
+    def is_lc_serializable(cls) -> bool:
+        """False: a LangChain dump cannot hold weights; `save` does."""
+        return False
+
+    def __repr__(self) -> str:
+        return f"LLMChain(prompt={self.prompt!r}, llm={self.llm!r}, output_parser={self.output_parser!r})"
+
+    __str__ = __repr__
+
+    @override
+    def bind(self, **kwargs: Any) -> Self:
+        """The same chain with these keywords for every call to its model; what it renders and saves has them, too."""
+        return self._with(kwargs)
+
+    def _with(self, kwargs: dict[str, Any]) -> Self:
+        """This chain with a call's keywords bound to its model; modules are shared, so this is cheap."""
+        return self._rebound(self.llm, self.llm_kwargs | kwargs) if kwargs else self
+
+    def _rebound(self, llm: Runnable[Any, Any], llm_kwargs: dict[str, Any]) -> Self:
+        """The same prompt, parser and configuration around this model and these keywords."""
+        bound = _steps(self.prompt, llm, llm_kwargs, self.output_parser)
+        return self.model_copy(update={"llm": llm, "llm_kwargs": llm_kwargs, "bound": bound})
+
+    @override
+    def invoke(self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        return super(LLMChain, self._with(kwargs)).invoke(input, config)
+
+    @override
+    async def ainvoke(self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        return await super(LLMChain, self._with(kwargs)).ainvoke(input, config)
+
+    @override
+    def batch(
+        self, inputs: list[ChainInput], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
+    ) -> list[Any]:
+        return super(LLMChain, self._with(kwargs)).batch(inputs, config, return_exceptions=return_exceptions)
+
+    @override
+    async def abatch(
+        self, inputs: list[ChainInput], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
+    ) -> list[Any]:
+        return await super(LLMChain, self._with(kwargs)).abatch(inputs, config, return_exceptions=return_exceptions)
+
+    @override
+    def batch_as_completed(self, inputs: Sequence[ChainInput], config: Any = None, **kwargs: Any) -> Iterator[Any]:
+        exceptions = {k: kwargs.pop(k) for k in ("return_exceptions",) if k in kwargs}
+        yield from super(LLMChain, self._with(kwargs)).batch_as_completed(inputs, config, **exceptions)
+
+    @override
+    async def abatch_as_completed(
+        self, inputs: Sequence[ChainInput], config: Any = None, **kwargs: Any
+    ) -> AsyncIterator[Any]:
+        exceptions = {k: kwargs.pop(k) for k in ("return_exceptions",) if k in kwargs}
+        async for item in super(LLMChain, self._with(kwargs)).abatch_as_completed(inputs, config, **exceptions):
+            yield item
+
+    @override
+    def stream(self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
+        yield from super(LLMChain, self._with(kwargs)).stream(input, config)
+
+    @override
+    async def astream(
+        self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[Any]:
+        async for item in super(LLMChain, self._with(kwargs)).astream(input, config):
+            yield item
+
+    @override
+    def transform(
+        self, input: Iterator[ChainInput], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Iterator[Any]:
+        yield from super(LLMChain, self._with(kwargs)).transform(input, config)
+
+    @override
+    async def atransform(
+        self, input: AsyncIterator[ChainInput], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[Any]:
+        async for item in super(LLMChain, self._with(kwargs)).atransform(input, config):
+            yield item
+
+    @override
+    def stream_events(self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        chain, own = self._with_events(kwargs)
+        return super(LLMChain, chain).stream_events(input, config, **own)
+
+    @override
+    def astream_events(self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        chain, own = self._with_events(kwargs)
+        return super(LLMChain, chain).astream_events(input, config, **own)
+
+    def _with_events(self, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """`_with`, but the keywords that select events are not the model's."""
+        own = {k: v for k, v in kwargs.items() if k == "version" or k.startswith(("include_", "exclude_"))}
+        return self._with({k: v for k, v in kwargs.items() if k not in own}), own
+
+    # --- the verbs people know from the legacy class ----------------------------------------------------------------
+
+    def predict(self, **variables: Any) -> Any:
+        """`chain.predict(text="Page locked")`: invoke with the variables as keywords."""
+        return self.invoke(variables)
+
+    async def apredict(self, **variables: Any) -> Any:
+        """The async twin of `predict`."""
+        return await self.ainvoke(variables)
+
+    def apply(self, inputs: Sequence[ChainInput]) -> list[Any]:
+        """The answers to a list of inputs, computed as one batch."""
+        return self.batch(list(inputs))
+
+    async def aapply(self, inputs: Sequence[ChainInput]) -> list[Any]:
+        """The async twin of `apply`."""
+        return await self.abatch(list(inputs))
+
+    # --- on disk ----------------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the chain with its weights as they are now: `chain.yaml` and safetensors, no pickle, no class paths.
+
+        A LoRA chain over a model that others can load by name is saved as recipe, tokenizer and PEFT adapter folder,
+        with what differs from the base that the name loads; otherwise the base's weights come along. The directory is
+        replaced whole or not at all.
+
+        Raises:
+            ChainFileError: The directory holds something else or cannot be written, or the model cannot be stored;
+                `check_savable` finds the latter before any training.
+            RecipeError: The prompt or the parser cannot be written as data.
+        """
+        saving.write(Path(directory), self.model, **self._as_data())
+
+    def check_savable(self) -> None:
+        """Makes sure that `save` could write this chain and `load` would give the same one; writes no weights.
+
+        Raises:
+            ChainFileError: The model, or the options and keywords, cannot be stored.
+            RecipeError: The prompt or the parser cannot be written as data.
+        """
+        saved_model.check(self.model)
+        saving.check(**self._as_data())
+
+    def _as_data(self) -> dict[str, Any]:
+        """All of the chain but its model, as `chain.yaml` holds it."""
+        face = self.face
+        return {
+            "face": "chat" if isinstance(face, LocalChatModel) else "llm",
+            "options": {n: getattr(face, n) for n in sorted(saved_fields(type(face)) & face.model_fields_set)},
+            "llm_kwargs": self._all_llm_kwargs(),
+            "prompt": prompt_to_data(self.prompt),
+            "parser": parser_name(cast(BaseOutputParser[Any], self.output_parser)),
+        }
+
+    def _all_llm_kwargs(self) -> dict[str, Any]:
+        """Also those bound to the model before it came into the chain."""
+        found, kwargs = self.llm, dict(self.llm_kwargs)
+        while isinstance(found, (RunnableBindingBase, RunnableWithFallbacks)):
+            if isinstance(found, RunnableWithFallbacks):
+                found = found.runnable
+                continue
+            kwargs = {**found.kwargs, **kwargs}
+            found = found.bound
+        return kwargs
+
+    @classmethod
+    def load(cls, directory: str | Path, *, model: LocalModel | None = None) -> LLMChain:
+        """Reads back what `save` wrote; the answers are the same.
+
+        Args:
+            directory: What `save` wrote. Every file is checked against its SHA-256 first.
+            model: The base to use instead of the one on record; needed for a quantised one. It must be what the chain
+                was saved over, down to tokenizer and generation_config; without a tokenizer it gets the saved one.
+
+        Raises:
+            ChainFileError: Incomplete, altered, of another base, or not a saved chain.
+        """
+        path = Path(directory)
+        file = saving.read(path)
+        kind = LocalChatModel if file.face == "chat" else LocalLLM
+        # everything that can be wrong with the data is found before the weights are read
+        try:
+            prompt, parser = prompt_from_data(file.prompt), make_parser(cast(ParserName, file.parser))
+            check_saved(kind, file.options, file.llm_kwargs)
+        except (ConfigError, RecipeError) as error:
+            msg = f"{saving.RECIPE}: {shown(str(error), 500)}. Only save() writes it; save the chain again."
+            raise ChainFileError(msg) from None
+        loaded = saved_model.load(path, file.model, model)
+        try:
+            face = kind(model=loaded, **file.options)
+        except ConfigError as error:
+            msg = f"{saving.RECIPE}: {shown(str(error), 500)}. Only save() writes it; save the chain again."
+            raise ChainFileError(msg) from None
+        return cls(llm=face, prompt=prompt, output_parser=parser, llm_kwargs=file.llm_kwargs)
+
+
+def _steps(
+    prompt: BasePromptTemplate[Any], llm: Any, llm_kwargs: Mapping[str, Any], parser: Runnable[Any, Any]
+) -> Runnable[Any, Any]:
+    """`prompt | llm | parser`; a local string model is told which of the text came from the variables."""
+    face = below_bindings(llm)
+    first: Runnable[Any, Any] = prompt
+    if isinstance(face, LocalLLM) and face.control_tokens == "text":
+        first = PromptStep(prompt=prompt, controls=lambda: _controls(face))
+    steps: Runnable[Any, Any] = first | (llm.bind(**llm_kwargs) if llm_kwargs else llm) | parser
+    return steps
+
+
+def _controls(face: LocalFace) -> tuple[frozenset[str], frozenset[str]]:
+    added = control_tokens.added_tokens(face.model.tokenizer).values()
+    return face.model.control_tokens() | face.own_controls, frozenset(t for t in added if t.strip())
+
+
+def below_bindings(llm: Any) -> Any:
+    """What `bind`, `with_config`, `with_retry` and `with_fallbacks` have been put around."""
+    while isinstance(llm, (RunnableBindingBase, RunnableWithFallbacks)):
+        # by class: RunnableWithFallbacks forwards unknown attributes, `bound` too, to what is within
+        llm = llm.runnable if isinstance(llm, RunnableWithFallbacks) else llm.bound
+    return llm
+
+
+def with_face_fields(llm: Any, **fields: Any) -> Any:
+    """The same model under the same bindings, with other fields of its face."""
+    if isinstance(llm, RunnableWithFallbacks):
+        return llm.model_copy(update={"runnable": with_face_fields(llm.runnable, **fields)})
+    inner = isinstance(llm, RunnableBindingBase)
+    return llm.model_copy(update={"bound": with_face_fields(llm.bound, **fields)} if inner else fields)

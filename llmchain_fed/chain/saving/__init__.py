@@ -1,0 +1,1 @@
+"""A chain as a folder of YAML and safetensors, and back."""

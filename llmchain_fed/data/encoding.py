@@ -1,0 +1,278 @@
+"""Turns (inputs, completion) examples into token ids with the prompt masked, and those into batches.
+
+Knows tokenizers and padding. Knows nothing about LangChain, participants or optimizers; what an example may look like
+stands in `examples`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmchain_fed.data.examples import (
+    Example,
+    Examples,
+    Prompt,
+    PromptRow,
+    RawText,
+    is_ready_tensors,
+    prompt_text,
+    read_examples,
+)
+from llmchain_fed.data.sayable import Saying
+from llmchain_fed.errors import DataError, UnsupportedModelError
+from llmchain_fed.model import vocabulary
+from llmchain_fed.model.control_tokens import Rendered
+from llmchain_fed.model.generation.answers import pad_rows
+from llmchain_fed.model.local_model import LocalModel
+
+__all__ = [
+    "IGNORE",
+    "DataReport",
+    "EncodedExamples",
+    "Example",
+    "Examples",
+    "Prompt",
+    "RawText",
+    "bucketed_order",
+    "collate",
+    "encode_examples",
+    "is_ready_tensors",
+    "prompt_text",
+    "read_examples",
+    "unwrap",
+]
+
+IGNORE = -100
+"""The label that the loss passes over: torch's and transformers' own convention."""
+
+
+_KEPT = {
+    "duplicate": "the same as one before",
+    "length_out_of_range": "longer or shorter than the settings let an answer be",
+    "raw": "raw text",
+    "prompt_as_input": "with a prompt that goes through the template",
+    "control_text": "with a control token spelled as text",
+}
+_LEFT_OUT = {
+    "empty": "empty",
+    "too_long": "too long",
+    "holds_end": "with an end token within the answer",
+    "holds_stop": "with a stop string within the answer",
+    "stripped": "with white space around the answer",
+    "not_decodable": "with characters that the vocabulary lacks",
+    "forbidden": "with an answer that the settings forbid",
+}
+
+
+@dataclass(slots=True)
+class DataReport:
+    """What became of a participant's examples. Only `used` ones are trained on; nothing is cut."""
+
+    used: int = 0
+    empty: int = 0
+    """left out: a missing or blank completion, prompt or variable"""
+    too_long: int = 0
+    """left out: longer than `max_length` or the model's context"""
+    holds_end: int = 0
+    """left out: an end token within the completion, where an answer would end"""
+    holds_stop: int = 0
+    """left out: a stop string within the completion, before which an answer would end"""
+    stripped: int = 0
+    """left out: white space around the completion, which the parser or the tokenizer takes away"""
+    not_decodable: int = 0
+    """left out: its tokens, decoded, are another text: characters that the vocabulary lacks, lower-cased letters …"""
+    forbidden: int = 0
+    """left out: the generation settings keep an answer from it: a suppressed token, an n-gram that may not repeat …"""
+    duplicate: int = 0
+    """kept: the same prompt and completion occurred before"""
+    length_out_of_range: int = 0
+    """kept: more tokens than `max_new_tokens` or fewer than `min_new_tokens`: an answer would be cut short, or go on"""
+    raw: int = 0
+    """kept: `RawText`, used as it is"""
+    prompt_as_input: int = 0
+    """kept: rows of `prompt` and `completion` whose prompt is the input and goes through the template"""
+    control_text: int = 0
+    """kept: examples that spell a control token where they may not write one; it is encoded as text"""
+    completion_tokens: int = 0
+    """tokens that carry loss, end tokens included"""
+
+    @property
+    def unsayable(self) -> int:
+        """Examples left out because no answer could ever be their completion."""
+        return self.holds_end + self.holds_stop + self.stripped + self.not_decodable + self.forbidden
+
+    @property
+    def worth_saying(self) -> bool:
+        """Whether examples were left out, or taken otherwise than their form suggests."""
+        taken = self.raw + self.prompt_as_input + self.control_text + self.length_out_of_range
+        return bool(self.empty or self.too_long or self.unsayable or taken)
+
+    def in_words(self) -> str:
+        """The same for an operator.
+
+        >>> DataReport(used=12, length_out_of_range=10, too_long=1).in_words()
+        '12 examples (10 of them longer or shorter than the settings let an answer be), 1 more left out (too long)'
+        """
+        counts = {name: getattr(self, name) for name in (*_KEPT, *_LEFT_OUT)}
+        kept = ", ".join(f"{counts[name]:,} of them {text}" for name, text in _KEPT.items() if counts[name])
+        left = {text: counts[name] for name, text in _LEFT_OUT.items() if counts[name]}
+        why = next(iter(left)) if len(left) == 1 else ", ".join(f"{count:,} {text}" for text, count in left.items())
+        used = f"{self.used:,} example{'' if self.used == 1 else 's'}" + (f" ({kept})" if kept else "")
+        return used + (f", {sum(left.values()):,} more left out ({why})" if left else "")
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{f.name}={getattr(self, f.name):,}" for f in fields(self) if getattr(self, f.name) or f.name == "used"
+        ]
+        return f"DataReport({', '.join(shown)})"
+
+
+@dataclass(frozen=True)
+class EncodedExamples:
+    """Token ids of all usable examples in one flat tensor, eight numbers of overhead an example.
+
+    `tokens` holds prompt and completion ids alternately; example i's prompt is `tokens[bounds[2i]:bounds[2i+1]]` and
+    its completion (with the end token) `tokens[bounds[2i+1]:bounds[2i+2]]`.
+    """
+
+    tokens: Tensor = field(repr=False)  # (sum of lengths,) int32
+    bounds: Tensor = field(repr=False)  # (2 * examples + 1,) int64
+    report: DataReport = field(default_factory=DataReport)
+    unsayable: str = ""
+    """the first completion that no answer could be, and why; empty where there is none"""
+
+    def __len__(self) -> int:
+        return (len(self.bounds) - 1) // 2
+
+    def __getitem__(self, i: int) -> tuple[list[int], list[int]]:
+        start, middle, end = self.bounds[2 * i : 2 * i + 3].tolist()
+        return self.tokens[start:middle].tolist(), self.tokens[middle:end].tolist()
+
+    def lengths(self) -> list[int]:
+        """tokens: prompt and completion together, per example."""
+        return (self.bounds[2::2] - self.bounds[:-1:2]).tolist()
+
+
+def encode_examples(
+    source: Examples, model: LocalModel, prompt: Prompt | None = None, *, max_length: int | None = None
+) -> EncodedExamples:
+    """Renders and tokenises every example; prompt and completion apart, joined as ids, the end token appended.
+
+    Args:
+        source: See `read_examples`.
+        model: Whose tokenizer to use.
+        prompt: What renders inputs.
+        max_length: tokens; longer examples are left out and counted. The model's context is the outer limit.
+
+    Raises:
+        DataError: See `read_examples`.
+        UnsupportedModelError: A token that the model's embedding has no row for.
+    """
+    report, texts, completions, kinds = DataReport(), [], [], []
+    for number, example in enumerate(read_examples(source, prompt)):
+        if example.empty:  # not rendered: a missing list of messages, for one, is nothing that a prompt takes
+            report.empty += 1
+            continue
+        try:
+            texts.append(prompt_text(example, prompt))
+        except DataError as error:
+            raise type(error)(f"example {number}: {error}") from None  # noqa: EM102
+        completions.append(example.completion)
+        kinds.append(
+            "raw" if isinstance(example, RawText) else "prompt_as_input" if isinstance(example, PromptRow) else ""
+        )
+    special = prompt.adds_special_tokens if prompt is not None else True
+    controls = prompt.completion_controls if prompt is not None else ()
+    prompt_ids = model.encode(texts, add_special_tokens=special)
+    completion_ids = model.encode_completions(completions, controls=controls)
+    vocabulary.check(model, prompt_ids, completion_ids)
+    known = {*model.control_tokens(), *controls}
+    saying = Saying(model, prompt)
+
+    limits = [limit for limit in (max_length, model.context_length) if limit is not None]
+    flat, bounds, seen, first = [], [0], set(), ""
+    rows = zip(texts, completions, kinds, prompt_ids, completion_ids, strict=True)
+    for text, completion, kind, p, c in rows:
+        longest = len(p) + len(c) if model.kind == "causal" else max(len(p), len(c))
+        if not completion.strip() or not p:
+            report.empty += 1
+            continue
+        if limits and longest > min(limits):
+            report.too_long += 1
+            continue
+        if (unsaid := saying.fails(completion, c)) is not None:
+            setattr(report, unsaid, getattr(report, unsaid) + 1)
+            first = first or saying.explain(completion, c, unsaid)
+            continue
+        report.duplicate += (text, completion) in seen
+        seen.add((text, completion))
+        report.used += 1
+        report.length_out_of_range += saying.out_of_range(c)
+        report.raw += prompt is not None and kind == "raw"
+        report.prompt_as_input += prompt is not None and kind == "prompt_as_input"
+        report.control_text += isinstance(text, Rendered) or any(c in completion for c in known)
+        report.completion_tokens += len(c)
+        flat += p + c
+        bounds += [bounds[-1] + len(p), bounds[-1] + len(p) + len(c)]
+    return EncodedExamples(torch.tensor(flat, dtype=torch.int32), torch.tensor(bounds), report, first)
+
+
+def collate(rows: Sequence[tuple[list[int], list[int]]], model: LocalModel) -> dict[str, Tensor]:
+    """Prompt and completion ids → a batch; the prompt's labels are −100 by length.
+
+    For a causal model `([5, 6], [7, 2])` and `([5], [8, 2])` become::
+
+        input_ids [[5, 6, 7, 2], [5, 8, 2, pad]]   labels [[-100, -100, 7, 2], [-100, 8, 2, -100]]
+
+    For seq2seq the prompt is the encoder's input and the completion the labels.
+    """
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    if model.kind == "seq2seq":
+        input_ids, mask = pad_rows(prompts, model.pad_id, left=False)
+        labels, _ = pad_rows(completions, IGNORE, left=False)
+    else:
+        input_ids, mask = pad_rows([p + c for p, c in rows], model.pad_id, left=False)
+        labels, _ = pad_rows([[IGNORE] * len(p) + c for p, c in rows], IGNORE, left=False)
+    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+
+
+def bucketed_order(lengths: Sequence[int], batch_size: int, rng: random.Random) -> list[list[int]]:
+    """One pass over the data as batches of similar length, in random order.
+
+    Lengths are jittered by up to a tenth before sorting: neighbours still fit well, and yet no two passes form the
+    same batches.
+
+    Args:
+        lengths: tokens per example.
+        batch_size: examples per batch; the remainder makes one smaller batch.
+        rng: Where all randomness comes from.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i] * rng.uniform(0.95, 1.05), i))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def unwrap(model: Any, prompt: Prompt | None) -> tuple[LocalModel, Prompt | None]:
+    """The LocalModel in what may be a chain or a face, and what renders its prompts: itself unless another is given.
+
+    Raises:
+        UnsupportedModelError: Neither a LocalModel nor something that has one as `.model`.
+    """
+    if isinstance(model, LocalModel):
+        return model, prompt
+    inner = getattr(model, "model", None)
+    if not isinstance(inner, LocalModel):
+        msg = (
+            f"expected a LocalModel or a chain over one, got {type(model).__name__}. Wrap a module as "
+            "LocalModel(module, tokenizer)."
+        )
+        raise UnsupportedModelError(msg)
+    renders = getattr(model, "as_prompt", None)
+    return inner, prompt if prompt is not None or renders is None else renders()

@@ -1,0 +1,183 @@
+"""Readers: rows out of JSONL and CSV files, frames and other iterables, each with the place where it stands.
+
+Knows files, frames and JSON lines. Knows nothing about prompts or what a row must hold. Nothing is repaired, merged,
+renamed or dropped: what is not as it should be is refused with file and line.
+"""
+
+from __future__ import annotations
+
+import collections
+import inspect
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from llmchain_fed.data.csv_rows import read_csv
+from llmchain_fed.data.text_lines import check_encoding, checked_lines, refuse, undecodable
+from llmchain_fed.errors import DataError, EmptyParticipantError
+from llmchain_fed.untrusted import reason, shown
+
+_DEEPEST = 64
+"""levels of lists and objects in a line of JSON; Python's own limit depends on who calls"""
+
+
+def numbered(source: Any) -> Iterator[tuple[str, Any]]:
+    """Every row of a source with its place, such as "example 3" or "example 3 (a.csv, line 5)".
+
+    Args:
+        source: A path of a .jsonl or .csv file, a pandas or polars frame, a pyarrow table, or any iterable of rows.
+
+    Raises:
+        DataError: None of these, or a file that is not as it should be.
+    """
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        for number, (line, row) in enumerate(_read(path)):
+            yield f"example {number} ({shown(path.name, 255)}, line {line})", row
+    else:
+        for number, row in enumerate(_rows(source)):
+            yield f"example {number}", row
+
+
+def _rows(source: Any) -> Iterable[Any]:
+    if isinstance(source, Mapping) and source and all(hasattr(part, "column_names") for part in source.values()):
+        splits = ", ".join(map(repr, source))
+        msg = f"the splits {splits} of a data set are not examples. Pass one of them: d[{next(iter(source))!r}]."
+        raise DataError(msg)
+    frame = _frame_rows(source)
+    if frame is not None:
+        return frame
+    if isinstance(source, (Mapping, bytes, bytearray)) or not isinstance(source, Iterable):
+        msg = (
+            "examples are a list of (inputs, completion), a JSONL or CSV path or a dataset, got "
+            f"{type(source).__name__}."
+        )
+        raise DataError(msg)
+    if inspect.isgenerator(source) and inspect.getgeneratorstate(source) == inspect.GEN_CLOSED:
+        msg = "the generator has been read to its end before: it gives nothing a second time. Pass list(generator)."
+        raise DataError(msg)
+    return source
+
+
+def _frame_rows(source: Any) -> Iterable[Any] | None:
+    """The rows of what would otherwise give the names of its columns, or the columns themselves; else None."""
+    package, kind = type(source).__module__.partition(".")[0], type(source).__name__
+    frames = {("pandas", "DataFrame"): "columns", ("polars", "DataFrame"): "columns"}
+    others = {("pyarrow", "Table"): "column_names", ("csv", "DictReader"): "fieldnames"}
+    where = (frames | others).get((package, kind))
+    if where is None:
+        return None
+    given = getattr(source, where)
+    names = list(given) if given is not None else []
+    if twice := [str(name) for name, count in collections.Counter(names).items() if count > 1]:
+        msg = f"the {kind} has two columns {twice[0]!r:.80}, of which a row would keep one. Rename or drop the other."
+        raise DataError(msg)
+    if package == "pandas":
+        return source.to_dict("records")  # type: ignore[no-any-return]
+    if package == "csv":
+        return source  # type: ignore[no-any-return]
+    return source.to_dicts() if package == "polars" else source.to_pylist()  # type: ignore[no-any-return]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # a text of some length is no name that a file could have
+        is_file = False
+    if not is_file:
+        msg = f"there is no file {str(path)[:200]!r}. Give the path of a .jsonl or .csv file."
+        raise DataError(msg)
+    suffix = path.suffix.lower()
+    if suffix not in (".jsonl", ".csv"):
+        msg = (
+            f"{path.name}: examples are read from .jsonl or .csv files, not {path.suffix or 'files without a suffix'}. "
+            "Other tables can be read with pandas and passed as frame.to_dict('records')."
+        )
+        raise DataError(msg)
+    try:
+        check_encoding(path)
+        # utf-8-sig: spreadsheets write a byte order mark, which would become part of the first column's name
+        with path.open(encoding="utf-8-sig", newline="" if suffix == ".csv" else None) as file:
+            yield from read_csv(file, path.name) if suffix == ".csv" else _read_jsonl(file, path.name)
+    except UnicodeDecodeError as error:
+        refuse(path.name, undecodable(path), f"is not UTF-8 text: {error}. Save the file as UTF-8")
+    except OSError as error:
+        msg = f"{path.name} cannot be read: {reason(error)}."
+        raise DataError(msg) from error
+
+
+# --- JSONL -----------------------------------------------------------------------------------------------------------
+
+
+def _read_jsonl(file: TextIO, name: str) -> Iterator[tuple[int, Any]]:
+    number, found = 0, 0
+    for number, line in enumerate(checked_lines(file, name), start=1):
+        if line.strip():
+            found += 1
+            yield number, _object(line, name, number)
+    if not found:
+        msg = f"the participant has no usable example: {name} ends at line {max(number, 1)} without one."
+        raise EmptyParticipantError(msg)
+
+
+def _object(line: str, name: str, number: int) -> dict[str, Any]:
+    """The object in a line of JSON; NaN is a missing value, as Python's and pandas' writers have it."""
+    if line.count("[") + line.count("{") > _DEEPEST and _depth(line) > _DEEPEST:
+        refuse(name, number, f"is nested more than {_DEEPEST} levels deep: no example needs that")
+    try:
+        row = json.loads(line, object_pairs_hook=_without_twins, parse_constant=_constant, parse_float=_number)
+    except json.JSONDecodeError as error:
+        hint = " It begins like a JSON list: write one object a line" if line.lstrip()[:1] == "[" else ""
+        refuse(name, number, f"is not JSON: {error}.{hint}".rstrip("."))
+    except (ValueError, RecursionError) as error:  # a number of more digits than Python reads, for one
+        refuse(name, number, f"cannot be read: {str(error)[:200].rstrip('.')}")
+    if not isinstance(row, dict):
+        kind = {list: "a list", str: "a text", type(None): "null", bool: "true or false"}.get(type(row), "a number")
+        refuse(name, number, f"is {kind}, not an object such as {{'text': …, 'completion': …}}")
+    return row
+
+
+def _depth(line: str) -> int:
+    """Levels of lists and objects, brackets within texts left out."""
+    deepest = level = 0
+    inside = escaped = False
+    for c in line:
+        if inside:
+            inside, escaped = escaped or c != '"', c == "\\" and not escaped
+        elif c == '"':
+            inside = True
+        elif c in "[{":
+            level += 1
+            deepest = max(deepest, level)
+        elif c in "]}":
+            level -= 1
+    return deepest
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1)
+        msg = f"it has the key {twice!r:.80} twice, and only one value can count"
+        raise ValueError(msg)
+    return found
+
+
+def _constant(name: str) -> float:
+    if name == "NaN":
+        return math.nan
+    msg = f"{name} is no number of JSON"
+    raise ValueError(msg)
+
+
+def _number(digits: str) -> float:
+    found = float(digits)
+    if math.isinf(found):
+        msg = f"the number {digits[:40]} is larger than any float; as a text in quotes it would stay as it is"
+        raise ValueError(msg)
+    return found

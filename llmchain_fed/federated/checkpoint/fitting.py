@@ -1,0 +1,234 @@
+"""Fitting: whether a checkpoint's tensors, and its participants' states, are a model's, before any of them is loaded.
+
+Knows shapes, and what of a hub decides them. Knows nothing of files or of how a hub goes on. A state that fits is one
+that the next round can begin with: what would only fail there is refused here, while everything is as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmchain_fed.errors import CheckpointError, LLMChainFedError
+from llmchain_fed.federated.checkpoint import membership
+from llmchain_fed.federated.checkpoint.contents import Contents
+from llmchain_fed.federated.checkpoint.files import FileSizes
+from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.client.state import Progress
+from llmchain_fed.federated.protocol import tasks
+from llmchain_fed.federated.protocol.global_state import GlobalState, parted
+from llmchain_fed.federated.runtime import InProcess
+from llmchain_fed.federated.server.server import Hub
+from llmchain_fed.model.local_model import LocalModel
+from llmchain_fed.model.weights import all_finite
+from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.untrusted import decoding, shown
+from llmchain_fed.updates import serialization
+from llmchain_fed.updates.aggregation.base import A, B, at_rank, selected
+from llmchain_fed.updates.low_rank import full_rank
+
+_Shape = tuple[int, ...]
+_SLACK = 64 * 2**20  # bytes
+_A_VALUE = 64  # bytes: what optimizers, codecs and personal models keep of it, eight values in double precision
+_A_NAME = 4096  # bytes: of a header, for as many names of each tensor
+_MOST_STEPS = 2**53
+
+
+def limits_of(model: LocalModel) -> FileSizes:
+    """Sizes beyond which no file of a federation of this model is.
+
+    Raises:
+        NotTrainableError: Nothing in it is trained.
+    """
+    shapes = _shapes(model)
+    values = sum(torch.Size(shape).numel() for shape in shapes.values())
+    beside = sum((m + n) * min(m, n) * 8 for m, n in _layers(shapes).values())
+    return FileSizes(_SLACK + _A_VALUE * values + 4 * beside, min(2**24, 2**20 + _A_NAME * len(shapes)))
+
+
+def state_of(contents: Contents, model: LocalModel) -> GlobalState:
+    """The global state in a checkpoint of this model.
+
+    Raises:
+        CheckpointError: A tensor is missing or foreign, of another shape or type, or not finite; nothing was loaded.
+    """
+    parameters = model.trainable_parameters()
+    found = contents.found
+    tensors = found.tensors.get("global", {})
+    try:
+        values, remainder = parted(tensors)
+    except KeyError:
+        values, remainder = {}, {}
+    if len(values) + 2 * len(remainder) != len(tensors):
+        msg = "global.safetensors has one factor of a remainder without the other"
+        raise found.unusable(msg)
+    _check_named(contents, "global", values, parameters)
+    layers = _layers(_shapes(model))
+    for layer, factors in remainder.items():
+        m, n = layers.get(layer, (0, 0))
+        b, a = tuple(factors.b.shape), tuple(factors.a.shape)
+        rank = a[0] if a else 0
+        fits = b == (m, rank) and a == (rank, n) and rank <= full_rank(m, n)
+        if not fits or not all(t.is_floating_point() and all_finite(t) for t in (factors.a, factors.b)):
+            msg = f"global.safetensors has a remainder of {shown(layer)} that is none of this model's"
+            raise found.unusable(msg)
+    return GlobalState(values, remainder)
+
+
+def copy_of(contents: Contents, model: LocalModel) -> dict[str, Tensor]:
+    """What participants hold: there where the broadcast has a codec, and only there.
+
+    Raises:
+        CheckpointError: See `state_of`.
+    """
+    found = dict(contents.found.tensors.get("copy", {}))
+    if contents.decisive["broadcast_codec"] is None and not found:
+        return {}
+    _check_named(contents, "copy", found, model.trainable_parameters() if contents.decisive["broadcast_codec"] else {})
+    return found
+
+
+def _check_named(contents: Contents, file: str, values: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    missing, extra = sorted(wanted.keys() - values.keys()), sorted(values.keys() - wanted.keys())
+    if missing or extra:
+        what = f"{file}.safetensors lacks {shown(missing[:3])} and adds {shown(extra[:3])}"
+        msg = f"{what}: it was made for another model or adapter"
+        raise contents.found.unusable(msg)
+    for name, value in values.items():
+        like = wanted[name]
+        if value.shape != like.shape or value.dtype != like.dtype or not all_finite(value):
+            what = f"{name} in {file}.safetensors is {value.dtype} of shape {shown(tuple(value.shape))}"
+            what += f" where {like.dtype} of {tuple(like.shape)} belongs, or holds NaN or infinite values"
+            raise contents.found.unusable(what)
+
+
+def check_participants(contents: Contents, hub: Hub, changed: Collection[str] = ()) -> None:
+    """Makes sure that participants' states can be given back.
+
+    Args:
+        contents: The checkpoint.
+        hub: Whose participants they are; those in this process are looked at as they would train.
+        changed: Who holds something else now, and does not go on with the optimizer of then.
+
+    Raises:
+        CheckpointError: One is none, or of other shapes than its participant's tensors.
+    """
+    peers: Mapping[str, Any] = hub.transport.peers if isinstance(hub.transport, InProcess) else {}
+    for name, state in contents.found.participants.items():
+        rank = contents.holdings.get(name, {}).get("rank")
+        try:
+            check_state(hub, name, state, rank, contents.round, peers.get(name) if name not in changed else None)
+        except LLMChainFedError as error:
+            raise contents.found.unusable(shown(str(error), 400).rstrip(".")) from None
+
+
+def check_state(hub: Hub, name: str, state: bytes, rank: int | None, completed: int, peer: Any = None) -> None:
+    """Makes sure that one participant's state can be given back.
+
+    Args:
+        hub: Whose participant it is.
+        name: The participant's.
+        state: What it answered `personal_state` with, perhaps long ago.
+        rank: Its own LoRA rank, if it has one.
+        completed: Rounds after which that was.
+        peer: The participant, where it lives in this process: its optimizer is tried out.
+
+    Raises:
+        CheckpointError: It is none, or of other shapes than the participant's tensors.
+    """
+    shapes, layout = _shapes(hub.model), hub.settings.layout
+    layers = layout.scaling.keys() if layout is not None else ()  # none where factors alone are not the adapter
+    what = f"the state of participant {shown(name)}"
+    try:
+        with decoding(what, CheckpointError):
+            own = shapes if rank is None else {n: at_rank(n, shape, rank) for n, shape in shapes.items()}
+            header, _ = serialization.inspect(state, max_bytes=len(state))
+            tasks.checked_header("personal_state", header)  # as the participant will read it
+            for number, progress in membership.progress_of(state).items():
+                _check_progress(number, progress, own, layers)
+                if progress.optimizer_state is not None and isinstance(peer, LocalPeer):
+                    types = {n: parameter.dtype for n, parameter in hub.model.trainable_parameters().items()}
+                    trained = selected(shapes, hub.settings.rule.trains(completed))
+                    weights = [torch.zeros(own[n], dtype=types[n]) for n in trained]
+                    _rehearse(peer.config, weights, progress.optimizer_state)
+    except LLMChainFedError as error:
+        msg = f"{what} makes no sense: {shown(str(error), 300)}"
+        raise CheckpointError(msg) from None
+
+
+def _check_progress(number: int, progress: Progress, shapes: Mapping[str, _Shape], layers: Iterable[str]) -> None:
+    if not -1 <= number < 2**63 or not 0 <= progress.next_step <= _MOST_STEPS:
+        msg = f"round {shown(number)}, step {shown(progress.next_step)}"
+        raise CheckpointError(msg)
+    adapter = {f"{layer}.{part}" for layer in layers for part in (A, B)}
+    for kind, kept in progress.kept().items():
+        whole = {"ditto": shapes.keys(), "personal": adapter}.get(kind)
+        if kept and whole is not None and kept.keys() != whole:
+            msg = f"{kind} has other tensors than the model"
+            raise CheckpointError(msg)
+        rank = _rank_of(kept) if kind == "personal" else {}
+        for layer, (m, n) in _layers(shapes).items() if rank else ():
+            most = shapes[f"{layer}.{A}"][0] + full_rank(m, n)  # a remainder is stacked beside it
+            if rank.get(layer, 0) > most:
+                msg = f"{kind}/{shown(layer)} has rank {rank[layer]:,}, of which {most:,} can mean something"
+                raise CheckpointError(msg)
+        for name, value in kept.items():
+            wanted = shapes.get(name, ())
+            if kind == "personal":  # the remainder of then stands beside its factors
+                wanted = at_rank(name, wanted, rank[name.rpartition(".lora_")[0]])
+            if name not in shapes or tuple(value.shape) != wanted or not value.is_floating_point():
+                msg = f"{kind}/{shown(name)} is {value.dtype} of shape {shown(tuple(value.shape))}, not of {wanted}"
+                raise CheckpointError(msg)
+            if not all_finite(value):
+                msg = f"{kind}/{shown(name)} holds NaN or infinite values"
+                raise CheckpointError(msg)
+
+
+def _rehearse(config: TrainingConfig, weights: Iterable[Tensor], state: Mapping[str, Any]) -> None:
+    """One step of a kept optimizer on weights of no use: what could not go on shows now."""
+    parameters = [nn.Parameter(values) for values in weights]
+    optimizer = config.make_optimizer(parameters)
+    own = json.loads(json.dumps(optimizer.state_dict()["param_groups"], default=repr))
+    there = json.loads(json.dumps(state["param_groups"]))
+    same = len(own) == len(there) and all(
+        group.get(option, value) == value
+        for mine, group in zip(own, there, strict=True)
+        for option, value in mine.items()
+    )
+    if not same or not state["state"].keys() <= set(range(len(parameters))):
+        msg = "its optimizer has other options, or other tensors, than the participant trains with"
+        raise CheckpointError(msg)
+    optimizer.load_state_dict(copy.deepcopy(dict(state)))
+    for parameter in parameters:
+        kept = optimizer.state.get(parameter, {})
+        if any(isinstance(value, Tensor) and not all_finite(value) for value in kept.values()):
+            msg = "its optimizer holds NaN or infinite values"
+            raise CheckpointError(msg)
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    if not all(all_finite(parameter.detach()) for parameter in parameters):
+        msg = "its optimizer's next step would not be finite"
+        raise CheckpointError(msg)
+
+
+def _shapes(model: LocalModel) -> dict[str, _Shape]:
+    return {name: tuple(parameter.shape) for name, parameter in model.trainable_parameters().items()}
+
+
+def _layers(shapes: Mapping[str, _Shape]) -> dict[str, tuple[int, int]]:
+    """Adapted layer → (m, n) of its matrix."""
+    layers = [name.removesuffix(f".{B}") for name in shapes if name.endswith(f".{B}")]
+    return {
+        layer: (shapes[f"{layer}.{B}"][0], shapes[f"{layer}.{A}"][1]) for layer in layers if f"{layer}.{A}" in shapes
+    }
+
+
+def _rank_of(kept: Mapping[str, Tensor]) -> dict[str, int]:
+    """Layer → the rank of its factors; B says it."""
+    found = {name.removesuffix(f".{B}"): value for name, value in kept.items() if name.endswith(f".{B}")}
+    return {layer: int(value.shape[-1]) if value.dim() else 0 for layer, value in found.items()}

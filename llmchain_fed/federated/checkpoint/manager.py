@@ -1,0 +1,351 @@
+"""Keeping: the rounds that were. Writes a checkpoint after each, goes back to one, serves one beside the newest.
+
+Knows the hub and checkpoints. Knows nothing about how a round is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmchain_fed.errors import CheckpointError, ConfigError, UnsupportedModelError
+from llmchain_fed.federated.checkpoint import files, fitting, membership
+from llmchain_fed.federated.checkpoint import state as resuming
+from llmchain_fed.federated.checkpoint.contents import Contents
+from llmchain_fed.federated.checkpoint.membership import Change, Members
+from llmchain_fed.federated.client.personalization import Ditto, with_remainder
+from llmchain_fed.federated.protocol.global_state import GlobalState
+from llmchain_fed.federated.runtime import InProcess
+from llmchain_fed.federated.server.client_manager import Hello
+from llmchain_fed.federated.server.server import Hub
+from llmchain_fed.federated.target import Trainee
+from llmchain_fed.model.local_model import LocalModel
+from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.untrusted import shown
+from llmchain_fed.updates import server_optimizers
+from llmchain_fed.updates.aggregation import AGGREGATIONS
+
+_SHORT = {"optimizer": "optimizer", "lr": "learning_rate", "batch_size": "batch_size"}
+"""options of a federation → those of its training"""
+_RESTORED = (
+    "aggregation",
+    "weighting",
+    "max_weight_share",
+    "codec",
+    "broadcast_codec",
+    "participants_per_round",
+    "seed",
+)
+
+
+class Keeping:
+    """A federation's checkpoints.
+
+    Args:
+        hub: Whose state is kept.
+        directory: Where; None writes none.
+        keep: How many of the newest; None keeps all.
+        options: Of the federation, as JSON, beside those that decide its future.
+        given: Whether held-out examples were given.
+        leads: Whether this process writes; the others of a cluster only read.
+        shown: Called once participants stand where a checkpoint had them: their personal models become adapters.
+
+    Raises:
+        ConfigError: `keep` is no count, `directory` no path.
+        CheckpointError: The directory holds rounds already, which a run that begins anew would mix with its own.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        directory: str | Path | None,
+        keep: int | None,
+        options: Mapping[str, Any],
+        *,
+        given: bool,
+        leads: bool,
+        shown: Callable[[], object],
+    ) -> None:
+        if keep is not None and (type(keep) is not int or keep < 1):
+            msg = f"keep_checkpoints is a count of at least 1, or None for all, got {keep!r}."
+            raise ConfigError(msg)
+        self._hub, self._keep, self._leads, self._shown = hub, keep, leads, shown
+        self._directory = _path(directory) if directory is not None else None
+        self._options = dict(options) | {"keep_checkpoints": keep, "evaluated": given}
+        self._states: dict[str, bytes] = {}
+        self._waiting: dict[str, bytes] = {}
+        self._holdings: dict[str, Any] = {}
+        self._change: Change | None = None
+        self._found: Contents | None = None
+        self._owed: set[str] = set()
+        self._asked: int | None = None
+        self._begun = False
+        self._superseded = False
+        """whether rounds later than the hub's may lie in the directory"""
+
+    def described(self) -> dict[str, Any]:
+        """The federation's options, flat, for those who watch it."""
+        found: dict[str, Any] = {}
+        for name, value in resuming.decisive(self._hub.settings).items():
+            nested = value if isinstance(value, dict) else {"": value}
+            found |= {f"{name}.{key}" if key else name: v for key, v in nested.items()}
+        return found | {"fingerprint": self._hub.model.fingerprint()} | self._options
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes a checkpoint of the hub as it is now, if there is a directory.
+
+        Raises:
+            CheckpointError: It cannot be written; former ones are as they were.
+        """
+        if self._directory is None or not self._leads:
+            return
+        self.check_directory()
+        made = resuming.checkpoint_of(self._hub, self._options, self._states, self._asked)
+        # before it is written: what fails once the folder has its name leaves a round that is this run's own
+        self._states, self._asked, self._begun = dict(made.participants), made.round, True
+        files.write(self._directory, made, keep=self._keep)
+        self._drop_later(made.round)
+
+    def _drop_later(self, than: int) -> None:
+        """Rounds of a future that will not be, once this run has written one of its own in their place."""
+        assert self._directory is not None
+        for number in files.rounds(self._directory) if self._superseded else []:
+            if number > than:
+                files.remove(self._directory, number)
+        self._superseded = False
+
+    def check_directory(self) -> None:
+        """Makes sure, before anything is trained, that a run that begins anew has the directory for itself.
+
+        Raises:
+            CheckpointError: It holds another run's rounds, or cannot be made or written to.
+        """
+        if self._directory is None or self._begun or not self._leads:
+            return
+        if there := files.rounds(self._directory):
+            msg = (
+                f"{str(self._directory)!r} holds rounds {there} of an earlier run. Go on from them with "
+                "FederatedAveraging.resume(…), or choose another checkpoint_dir."
+            )
+            raise CheckpointError(msg)
+        files.prepare(self._directory)
+
+    # --- going on ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def read(
+        directory: str | Path, number: int | None, given: Mapping[str, Any], model: Any
+    ) -> tuple[Contents, dict[str, Any], str]:
+        """A checkpoint, the options to go on with, and the federation's id.
+
+        Args:
+            directory: The run's.
+            number: Which round; None is the newest.
+            given: Options that were given again, which go first.
+            model: What goes on, which says how large a checkpoint can be.
+
+        Raises:
+            ConfigError: `directory` is no path.
+            CheckpointError: See `checkpoint.read` and `Contents.of`; or an option is missing that no file holds.
+        """
+        found = read_for(Trainee.of(model).model, _path(directory), number)
+        decisive, options = found.decisive, dict(found.options)
+        evaluated = options.pop("evaluated")
+        if evaluated and options["evaluation"] is None and "evaluation" not in given:
+            msg = "the run had held-out examples of its own, which no checkpoint holds. Pass evaluation= again."
+            raise CheckpointError(msg)
+        merged = options | {name: decisive[name] for name in _RESTORED if name in decisive}
+        if decisive["personal"] is not None:
+            merged["personal"] = Ditto(**decisive["personal"])
+        training = given.get("training")
+        if training is None:
+            again = {field: given[name] for name, field in _SHORT.items() if given.get(name) is not None}
+            laid = decisive["training"] | again
+            if isinstance(laid.get("optimizer"), dict):
+                msg = f"the run's optimizer was code ({shown(laid['optimizer']['class'])}): pass it again."
+                raise CheckpointError(msg)
+            training = TrainingConfig(**laid)
+        if decisive["server_optimizer"] is not None and "server_optimizer" not in given:
+            try:
+                merged["server_optimizer"] = server_optimizers.from_settings(decisive["server_optimizer"])
+            except ConfigError as error:
+                raise CheckpointError(str(error)) from None
+        if decisive["aggregation"] not in AGGREGATIONS and "aggregation" not in given:
+            msg = f"the run's aggregation, {shown(decisive['aggregation'])!r}, was code: pass aggregation= again."
+            raise CheckpointError(msg)
+        return found, merged | dict(given) | {"training": training}, found.federation
+
+    def go_on(self, found: Contents, members: Members = "same") -> None:
+        """Puts the hub where the checkpoint was; later ones are dropped with the next one that is written.
+
+        Args:
+            found: The checkpoint.
+            members: Whether they must be those of then.
+
+        Raises:
+            CheckpointError: It is another federation's, or a participant holds other examples than it did; nothing has
+                changed.
+            ConfigError: Members may have changed, and there is none.
+            LLMChainFedError: A participant's own error in this process, such as examples that cannot be used.
+        """
+        hub = self._hub
+        nodes, here = hub.transport.nodes(), isinstance(hub.transport, InProcess)
+        change = None
+        if members == "same":
+            resuming.check(hub, found)
+        else:
+            change = resuming.check_but_members(hub, found)
+            if not nodes:
+                msg = "members='changed' goes on with those who take part from now on: pass participants=…."
+                raise ConfigError(msg)
+        holdings = {n: held for n, held in found.holdings.items() if n in nodes}
+        hellos: dict[str, Hello] = hub.roster.joined  # others say what they hold when they join
+        if here:
+            asked = dict(hub.roster.ask(nodes if change else list(holdings)))
+            hellos = {n: answer for n, answer in asked.items() if isinstance(answer, Hello)}
+        if change is None:
+            resuming.check_holdings(hellos, holdings, found)
+        fitting.check_participants(found, hub, membership.different(hellos, holdings).keys())
+        former = dict(vars(self))
+        try:
+            with resuming.as_before(hub):
+                states = resuming.restore(hub, found)
+                self._states = {n: state for n, state in states.items() if n in nodes}
+                self._holdings, self._change, self._found = holdings, change, found
+                self._asked, self._begun, self._superseded = found.round, True, True
+                joined = change.joined if change else ()
+                self._waiting, self._owed = resuming.begun_by_then(hub, nodes, self._states, joined), set(nodes)
+                for name in change.left if change is not None else ():
+                    self._forget(name, states)
+                if here:  # at once: `train()` needs nobody to join, and may bring other examples
+                    self._compare(hellos)
+                    self._tell(nodes)
+                self._shown()
+        except BaseException:
+            vars(self).update(former)
+            self._shown()
+            raise
+
+    def _forget(self, name: str, states: Mapping[str, bytes]) -> None:
+        """Takes the personal model of one who has none any more out of this process's model."""
+        model = self._hub.model
+        if name in model.adapters[1:] and name in states and membership.has_own(states[name]):
+            model.remove_adapter(name)
+
+    def give_back(self, newcomers: list[str]) -> None:  # noqa: ARG002
+        """Tells participants that have joined where they stood at the checkpoint.
+
+        Raises:
+            CheckpointError: So many hold other examples than they did that those who are left are no quorum.
+        """
+        there = self._hub.roster.joined  # not the newcomers alone: an earlier attempt may have failed half way
+        if self._owed or self._holdings:
+            self._send_away(there)
+            self._compare(there)
+            self._tell([n for n in there if n in self._owed])
+
+    def _send_away(self, there: Mapping[str, Hello]) -> None:
+        """Whoever is not as it was is absent, and its record says why: one alone does not end the others' run."""
+        others = {} if self._change is not None else membership.different(there, self._holdings)
+        if self._found is None or len(there) - len(others) < self._hub.settings.quorum:
+            return  # `_compare` says of the first what is to be done
+        for name in others:
+            why = resuming.other_holdings(name, others[name], self._found)
+            self._hub.roster.leave(name, resuming.OtherExamplesError(why))
+
+    def _compare(self, hellos: Mapping[str, Hello]) -> None:
+        """Refuses, or takes note of, what participants hold that is not what they held."""
+        if self._change is None:
+            assert self._found is not None
+            resuming.check_holdings(hellos, self._holdings, self._found)
+        else:
+            held = membership.different(hellos, self._holdings)
+            for name in held.keys() & self._states.keys():
+                state = membership.adapted(self._states[name], held[name])
+                if not membership.has_own(state):
+                    self._forget(name, self._states)
+                self._states[name] = self._waiting[name] = state
+            notes, changed = self._change.tell(held)
+            self._hub.round_notes += notes
+            self._hub.members_changed |= changed
+        self._holdings = {n: held for n, held in self._holdings.items() if n not in hellos}
+
+    def _tell(self, names: list[str]) -> None:
+        resuming.give_back(self._hub, names, self._waiting)
+        self._owed -= set(names)
+        self._waiting = {n: blob for n, blob in self._waiting.items() if n not in names}
+
+    def roll_back(self, to: int) -> None:
+        """Takes the hub, and its participants, back to the end of a round.
+
+        Raises:
+            ConfigError: `to` is no round.
+            CheckpointError: There is no checkpoint of it, or it is another federation's; nothing has changed.
+        """
+        _check_round("roll_back", to)
+        found = read_for(self._hub.model, self._there("roll_back"), to)
+        self.go_on(found)
+        self._hub.patience = []
+        if self._leads:
+            self._drop_later(found.round)
+        for name in self._hub.roster.present():  # they join anew, and are told where they stood
+            self._hub.roster.leave(name)
+
+    def promote(self, number: int, name: str) -> None:
+        """Makes a round's global weights a resident adapter.
+
+        Raises:
+            ConfigError: A participant has that name, or `number` is no round.
+            CheckpointError: There is no checkpoint of it, or it is of another base, adapter or prompt.
+            UnsupportedModelError: The model has no LoRA adapter.
+        """
+        model = self._hub.model
+        _check_round("promote", number)
+        if name in self._hub.transport.nodes():
+            msg = f"{name!r} is a participant, whose personal model would take its place. Choose another name."
+            raise ConfigError(msg)
+        if not model.adapters:
+            msg = "promote makes an adapter of a round's weights, and this model has none. Use roll_back, or LoRA."
+            raise UnsupportedModelError(msg)
+        if number == self._hub.round:
+            state = GlobalState.of(model)
+        else:
+            found = read_for(model, self._there("promote"), number)
+            resuming.check_contract(self._hub, found)
+            state = fitting.state_of(found, model)
+        with torch.no_grad():
+            model.add_adapter(name, with_remainder(state.values, state.remainder, model.lora_scaling()))
+
+    def _there(self, what: str) -> Path:
+        if self._directory is None:
+            msg = f"{what} needs the checkpoints of earlier rounds: pass checkpoint_dir= when the federation begins."
+            raise CheckpointError(msg)
+        return self._directory
+
+
+def read_for(model: LocalModel, directory: Path, number: int | None) -> Contents:
+    """The checkpoint of a round, as far as it can be one of a federation of this model.
+
+    Raises:
+        CheckpointError: See `checkpoint.read` and `Contents.of`.
+    """
+    return Contents.of(files.read(directory, number, fitting.limits_of(model)))
+
+
+def _path(directory: Any) -> Path:
+    try:
+        return Path(directory)
+    except TypeError:
+        msg = f"checkpoint_dir is the path of a directory, got {directory!r:.80}."
+        raise ConfigError(msg) from None
+
+
+def _check_round(what: str, number: Any) -> None:
+    if type(number) is not int:
+        msg = f"{what} takes the number of a round, such as 3, got {number!r:.80}."
+        raise ConfigError(msg)

@@ -1,0 +1,174 @@
+"""Held: the global states that a process's participants have been sent, so that the next message can be a difference.
+
+Knows messages and named tensors. Knows nothing about training. One object serves all participants of a process: they
+hold the same states once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self, cast
+
+from torch import Tensor
+
+from llmchain_fed.errors import FederationError
+from llmchain_fed.federated.protocol.global_state import GlobalState, parted
+from llmchain_fed.model.local_model import LocalModel
+from llmchain_fed.untrusted import shown
+from llmchain_fed.updates.aggregation.base import Part, selected
+from llmchain_fed.updates.codecs import make_codec
+from llmchain_fed.updates.low_rank import Factors, stack
+from llmchain_fed.updates.serialization import describe, not_finite
+
+STALE = b'{"stale": true}'
+"""the answer of a participant that does not hold what a difference is against: the hub then sends all"""
+_START = "start:"
+_VERSION = re.compile(r"([^/]{1,64})/([0-9]{1,12})/([^/]{0,64})")
+CODED = "coded/"
+"""begins the names of a codec's parts in a message"""
+
+
+class Version(NamedTuple):
+    """Names a global state among those of one hub and one rank."""
+
+    hub: str
+    """one run of one hub: after a restart the same number may mean another state"""
+    number: int
+    rank: str
+    """of the participant's factors, empty for the common one"""
+
+    def __str__(self) -> str:
+        return f"{self.hub}/{self.number}/{self.rank}"
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """From its text.
+
+        Raises:
+            FederationError: It is none.
+        """
+        found = _VERSION.fullmatch(text) if isinstance(text, str) else None
+        if found is None:
+            msg = f"{shown(text)} names no version of the global state."
+            raise FederationError(msg)
+        return cls(found[1], int(found[2]), found[3])
+
+
+def start_version(digest: str) -> str:
+    """The name of the state a participant has before it was sent any: the first that its hub publishes."""
+    return _START + digest
+
+
+class Held:
+    """The latest global state of each rank.
+
+    Those of a process may have been sent others last: who was not asked for a while is sent what changed since, and
+    that can be told from any state in between.
+
+    Args:
+        model: Whose own weights are the state before the first message.
+        most: States that are kept at most, of which the oldest goes first; None is one for each rank there is.
+    """
+
+    def __init__(self, model: LocalModel, *, most: int | None = None) -> None:
+        self._model = model
+        self.most = most
+        self._states: dict[str, tuple[Version, GlobalState]] = {}
+
+    def receive(self, header: Mapping[str, Any], tensors: dict[str, Tensor]) -> GlobalState | None:
+        """The state a message stands for; None where it is a difference to one that is not held.
+
+        Raises:
+            FederationError: The message contradicts itself, or a value is not finite; what was held is held.
+        """
+        _check_finite(tensors)
+        if header.get("version") is None:
+            return GlobalState(*parted(tensors))
+        version, against = Version.read(header["version"]), header.get("against")
+        known = self._states.get(version.rank)
+        if known is not None and known[0] == version:
+            return known[1]
+        if against is None:
+            state = GlobalState(*parted(tensors))
+        else:
+            former = self._since(against, version)
+            if former is None:
+                return None
+            state = _changed(*former, header, tensors)
+        self._keep(version, state)
+        return state
+
+    def _keep(self, version: Version, state: GlobalState) -> None:
+        """The latest of its rank; those of another hub mean nothing any more, and of too many the oldest goes."""
+        kept = {r: known for r, known in self._states.items() if known[0].hub == version.hub and r != version.rank}
+        while self.most is not None and len(kept) >= max(1, self.most):
+            del kept[next(iter(kept))]
+        self._states = kept | {version.rank: (version, state)}
+
+    def forget(self) -> None:
+        """Another federation begins."""
+        self._states = {}
+
+    def _since(self, against: str, version: Version) -> tuple[GlobalState, int] | None:
+        """A state between the two versions, and its number; None where none is held."""
+        known = self._states.get(version.rank)
+        first = against.startswith(_START)
+        oldest = Version(version.hub, 0, version.rank) if first else Version.read(against)
+        if known is not None and oldest <= known[0] <= version and known[0].hub == version.hub:
+            return known[1], known[0].number
+        if not first or self._model.weights_hash != against.removeprefix(_START):
+            return None
+        own = GlobalState.of(self._model)  # whose remainder is the module's own: others may write into that
+        return GlobalState(own.values, {n: Factors(f.b.clone(), f.a.clone()) for n, f in own.remainder.items()}), 0
+
+
+def coded_parts(parts: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """A codec's parts under the names they have in a message: those of the change that made version `number`."""
+    return {f"{CODED}{number}/{name}": part for name, part in parts.items()}
+
+
+def _changed(former: GlobalState, number: int, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GlobalState:
+    """The former state with those of a message's changes that are newer."""
+    values, remainder = parted({n: t for n, t in tensors.items() if not n.startswith(CODED)})
+    new_values = dict(former.values)
+    changes: Mapping[str, Any] = header.get("coded_names") or {}
+    for newer in sorted(int(key) for key in changes if int(key) > number):
+        new_values |= _decoded(new_values, header["coded"], changes[str(newer)], _parts_of(tensors, newer))
+    if values.keys() - new_values.keys():
+        msg = f"the message changes {sorted(values.keys() - new_values.keys())[:3]}, which it did not bring before."
+        raise FederationError(msg)
+    new_values |= values
+    begins: Mapping[str, int] = header.get("appended") or {}
+    found: dict[str, Factors] = dict(former.remainder)
+    for layer, factors in remainder.items():
+        rank = begins.get(layer, 0)
+        if rank > (found[layer].rank if layer in found else 0):
+            msg = f"the message continues {layer}'s remainder at rank {rank}, which is more than there was."
+            raise FederationError(msg)
+        found[layer] = stack([found[layer].until(rank), factors]) if rank else factors
+    return GlobalState(new_values, found)
+
+
+def _parts_of(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    prefix = f"{CODED}{number}/"
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _decoded(
+    values: Mapping[str, Tensor], codec: str, names: str | list[str], parts: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The named values with a coded change added."""
+    made = make_codec(codec)
+    assert made is not None
+    chosen = selected(values, cast(Part, names)) if isinstance(names, str) else names
+    changes = made.decode(parts, describe({n: values[n] for n in chosen}))
+    found = {n: (values[n].float() + change).to(values[n].dtype) for n, change in changes.items()}
+    _check_finite(found)
+    return found
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    if (name := not_finite(tensors)) is not None:
+        msg = f"{shown(name)} of the global state holds NaN or infinite values, which nothing can be trained from."
+        raise FederationError(msg)

@@ -1,0 +1,1 @@
+"""What a hub and its participants say to each other."""

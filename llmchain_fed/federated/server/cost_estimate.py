@@ -1,0 +1,247 @@
+"""Plan: what a federation will take, before it is run. Bytes and memory by size, time by one timed optimizer step.
+
+Knows the hub's sizes. Trains one step and throws it away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from llmchain_fed.errors import ParticipantError
+from llmchain_fed.federated.history import size
+from llmchain_fed.federated.protocol.global_state import GlobalState, parted
+from llmchain_fed.federated.runtime import InProcess
+from llmchain_fed.federated.server.server import Hub
+from llmchain_fed.untrusted import Strict, checked, decoding
+from llmchain_fed.updates import serialization
+from llmchain_fed.updates.aggregation.base import Part, selected
+from llmchain_fed.updates.codecs import Codec, encoded_bytes
+from llmchain_fed.updates.serialization import TensorInfo
+from llmchain_fed.updates.update import MAX_EXAMPLES, MAX_SECONDS
+
+_HEADER = 400  # bytes: what a message says beside its tensors' names
+_ENTRY = 90  # bytes: what it says of a tensor beside its name
+_ANSWER = 2**12  # bytes of what a participant says of its steps
+
+
+class TimedStep(Strict):
+    """What a participant says of its steps."""
+
+    seconds: float = Field(ge=0, le=MAX_SECONDS)
+    """of one"""
+    steps: int = Field(ge=0, le=MAX_EXAMPLES)
+    """a round"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A projection; bytes are within the size of headers of what the ledger will say, time is a rough guide."""
+
+    rounds: int
+    participants: int
+    """that train in a round"""
+    bytes_up: int
+    """of all updates in all rounds"""
+    bytes_down: int
+    """of all global weights on their way to participants, those for evaluation included"""
+    memory: int
+    """bytes at the hub: model, global state and its copies, and the updates that the rule keeps"""
+    seconds: float | None
+    """of local training: one timed step × steps × participants that share this process, or the slowest one's"""
+    seconds_per_step: float | None
+
+    def __str__(self) -> str:
+        time = "time unknown"
+        if self.seconds is not None:
+            long = self.seconds >= 3600
+            time = f"{self.seconds / 3600:.1f} h of training" if long else f"{self.seconds:.0f} s of training"
+        return (
+            f"{self.rounds} rounds × {self.participants} participants: {size(self.bytes_up)} up, "
+            f"{size(self.bytes_down)} down, {size(self.memory)} of memory at the hub, {time}"
+        )
+
+
+def plan_of(hub: Hub, rounds: int) -> Plan:
+    """The projection for so many more rounds.
+
+    Args:
+        hub: After its participants have joined.
+        rounds: How many.
+    """
+    present = hub.roster.present()
+    holders = [n for n in present if hub.roster.joined[n].held_out]
+    hub.publish()
+    in_process = isinstance(hub.transport, InProcess)
+    timed = _timed_steps(hub, present[:1] if in_process else present)  # before the bytes: it brings the state to them
+    downlink, up, down, kept = _Downlink(hub, present), 0, 0, 0
+    down += sum(map(downlink.ask, holders))
+    for number in range(hub.round, hub.round + rounds):
+        chosen = hub.chosen(present, number)
+        down += sum(map(downlink.ask, chosen))
+        update = sum(_update_bytes(hub, node, number) for node in chosen)
+        up, kept = up + update, max(kept, update)
+        downlink.close(number, chosen)
+        down += sum(map(downlink.ask, holders))
+    seconds = None
+    if timed:
+        steps = max(seconds * count for seconds, count in timed)
+        seconds = steps * rounds * (len(hub.chosen(present, hub.round)) if in_process else 1)
+    return Plan(
+        rounds=rounds,
+        participants=len(hub.chosen(present, hub.round)),
+        bytes_up=up,
+        bytes_down=down,
+        memory=_memory(hub, kept) + 3 * downlink.remainder_bytes,
+        seconds=seconds,
+        seconds_per_step=max(s for s, _ in timed) if timed else None,
+    )
+
+
+def _message_bytes(infos: dict[str, TensorInfo], codec: Codec | None) -> int:
+    if codec is not None:
+        return encoded_bytes(codec, infos) + _HEADER
+    entries = {n: {"dtype": "F32", "shape": i.shape, "data_offsets": [10**7, 10**7]} for n, i in infos.items()}
+    return sum(i.nbytes for i in infos.values()) + len(json.dumps(entries, separators=(",", ":"))) + _HEADER
+
+
+def _infos(hub: Hub, node: str | None, part: Part) -> dict[str, TensorInfo]:
+    values = hub.broadcast.state_for(node)
+    return serialization.describe({n: values[n] for n in selected(values, part)})
+
+
+def _update_bytes(hub: Hub, node: str, number: int) -> int:
+    return _message_bytes(_infos(hub, node, hub.settings.rule.shares(number)), hub.settings.codec)
+
+
+class _Downlink:
+    """What every participant lacks, by size, as rounds go by; what `Broadcast` will find out by comparing values.
+
+    Args:
+        hub: Whose state is published.
+        nodes: Who may be asked.
+    """
+
+    def __init__(self, hub: Hub, nodes: list[str]) -> None:
+        self._hub, self._rule = hub, hub.settings.rule
+        self._remainder = _Remainder(hub)
+        self._first: dict[str, set[str]] = {}  # names of what it lacks now, till it is asked
+        self._begins: dict[str, list[int]] = {}  # and from which rank on the remainder
+        self._sizes: dict[str, int] = {}
+        for node in nodes:
+            message = hub.broadcast.message(node, {})
+            header, infos = serialization.inspect(message, max_bytes=len(message))
+            values, remainder = parted(serialization.values(message, infos))
+            self._first[node], self._sizes[node] = set(values), len(message)
+            self._begins[node] = self._remainder.begins(remainder.keys(), header["appended"])
+        self._asked = dict.fromkeys(nodes, 0)  # closed rounds that it has been sent
+        self._changes: list[Part] = []  # of each closed round
+
+    @property
+    def remainder_bytes(self) -> int:
+        """Size of the frozen factors now."""
+        return self._remainder.bytes
+
+    def ask(self, node: str) -> int:
+        """Bytes of the next message to it, which it then holds."""
+        since, begins = self._asked[node], self._begins.pop(node, None)
+        first = self._first.pop(node, set())
+        self._asked[node] = len(self._changes)
+        if since == len(self._changes) and begins is not None:
+            return self._sizes[node] + _HEADER
+        infos = _infos(self._hub, node, "all")
+        names = first.union(*(selected(infos, part) for part in self._changes[since:]))
+        whole = _message_bytes({n: infos[n] for n in infos if n in names}, None)
+        lacks_values = bool(first & infos.keys())  # else what it lacked so far travels as codes, too
+        coded = self._coded(since) + (self._sizes[node] if first else 0)
+        return self._remainder.since(since, begins) + (whole if lacks_values else min(whole, coded))
+
+    def _coded(self, since: int) -> int:
+        """Bytes of the changes as codes, where they travel so."""
+        codec, changes = self._hub.settings.broadcast_codec, self._changes[since:]
+        if codec is None:
+            return sys.maxsize
+        return sum(_message_bytes(_infos(self._hub, None, part), codec) - _HEADER for part in changes) + _HEADER
+
+    def close(self, number: int, nodes: list[str]) -> None:
+        """A round of these participants is over."""
+        whole = self._rule.refactor is not None or not self._rule.linear
+        part: Part = "all" if whole else self._rule.shares(number)
+        self._changes.append("A" if self._rule.name == "flora" and self._zero_b() else part)
+        self._remainder.grow(nodes)
+
+    def _zero_b(self) -> bool:
+        """Whether B is zero before the round, as FLoRA leaves it: what does not change does not travel."""
+        values = self._hub.broadcast.state_for()
+        return bool(self._changes) or not any(bool(values[n].any()) for n in selected(values, "B"))
+
+
+class _Remainder:
+    """How the frozen remainder of FedEx and FLoRA grows: by rank, up to what its matrix can hold."""
+
+    def __init__(self, hub: Hub) -> None:
+        layout = hub.settings.layout
+        self._hub, self._rule = hub, hub.settings.rule.name
+        layers = layout.layers if layout is not None and self._rule in ("fedex", "flora") else []
+        pairs = [layout.factors(hub.broadcast.state_for(), layer) for layer in layers] if layout is not None else []
+        self._sides = [(p.b.shape[0] + p.a.shape[1], p.full_rank) for p in pairs]
+        self._layers = layers
+        self._names = 2 * sum(len(layer) + _ENTRY for layer in layers)
+        now = GlobalState.of(hub.model).remainder
+        self._ranks = [[now[layer].rank if layer in now else 0 for layer in layers]]  # after each round
+        self._since: list[list[int]] = []  # rank from which on a round's outcome is sent
+
+    def grow(self, nodes: list[str]) -> None:
+        """A round of these participants."""
+        layout = self._hub.settings.layout
+        if layout is None or not self._sides:
+            return
+        own = [self._hub.broadcast.rank_of(node) or layout.rank or 0 for node in nodes]
+        more = sum(own) if self._rule == "flora" else sum(own[1:])
+        former = self._ranks[-1]
+        fits = [rank + more <= most for rank, (_, most) in zip(former, self._sides, strict=True)]
+        self._since.append([rank if fit else 0 for rank, fit in zip(former, fits, strict=True)])
+        self._ranks.append([min(r + more, most) for r, (_, most) in zip(former, self._sides, strict=True)])
+
+    def begins(self, sent: Collection[str], appended: Mapping[str, int]) -> list[int]:
+        """From which rank on somebody lacks each layer now, who is sent these layers."""
+        ranks = zip(self._layers, self._ranks[0], strict=True)
+        return [appended.get(layer, 0) if layer in sent else rank for layer, rank in ranks]
+
+    def since(self, closed: int, first: list[int] | None) -> int:
+        """Bytes of what came after so many rounds, and of what was lacking before the first."""
+        begins = [min(ranks) for ranks in zip(*self._since[closed:], *([first] if first else []), strict=True)]
+        pairs = zip(begins, self._ranks[-1], self._sides, strict=False)  # no begins: nothing came
+        sent = sum(4 * sides * (rank - begin) for begin, rank, (sides, _) in pairs)
+        return sent + self._names if sent else 0
+
+    @property
+    def bytes(self) -> int:
+        """Size of the factors now."""
+        return sum(4 * rank * sides for rank, (sides, _) in zip(self._ranks[-1], self._sides, strict=True))
+
+
+def _timed_steps(hub: Hub, nodes: list[str]) -> list[tuple[float, int]]:
+    """(seconds of a step, steps a round) where somebody says so."""
+    found = []
+    header = {"kind": "task", "round": hub.round, "base": hub.model.fingerprint(), "time_step": True}
+    for sent in hub.broadcast.call(hub.transport, "train", nodes, header, hub.settings.deadline):
+        if isinstance(sent.answer, bytes):  # one that makes no sense is as good as none
+            what = f"what {sent.node!r} says of its steps"
+            with contextlib.suppress(ParticipantError), decoding(what, ParticipantError):
+                plain = serialization.read_json(sent.answer, most=_ANSWER)
+                said = checked(TimedStep, plain, what=what, error=ParticipantError)
+                found += [(said.seconds, said.steps)] if said.steps else []
+    return found
+
+
+def _memory(hub: Hub, updates: int) -> int:
+    model = sum(p.numel() * p.element_size() for p in hub.model.parameters())
+    state = sum(t.numel() * t.element_size() for t in hub.broadcast.state_for().values())
+    keeps = updates if not hub.settings.rule.linear else state
+    return model + 4 * state + keeps  # what participants hold, where the round began, its mean, a message

@@ -1,0 +1,134 @@
+"""Asking: lets participants join and train within a round's deadline, and asks again those who could not be reached.
+
+Knows the transport, the roster and the clock. Knows nothing about aggregation or about what an update must be.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from llmchain_fed.errors import ConfigError, DeadlineError, ParticipantError, TransportError
+from llmchain_fed.federated.compatibility import check_rank
+from llmchain_fed.federated.history import ParticipantRecord
+from llmchain_fed.federated.runtime import Transport
+from llmchain_fed.federated.server.broadcast import Broadcast
+from llmchain_fed.federated.server.client_manager import Roster
+from llmchain_fed.federated.server.round import OpenRound, too_few
+from llmchain_fed.updates.aggregation.base import Rule
+
+_PAUSE = 2.0  # seconds before the first retry; the n-th waits n times as long
+
+
+class Asking:
+    """Asks participants, as patiently as a federation's options say.
+
+    Args:
+        transport: The way to them.
+        roster: Who takes part.
+        broadcast: Sends them what they lack of the global state.
+        rule: Which says whether they may have ranks of their own.
+        deadline: seconds a round's training, or any other answer, may take; None waits.
+        retries: How often those who could not be reached, or failed elsewhere, are asked again.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        roster: Roster,
+        broadcast: Broadcast,
+        rule: Rule,
+        deadline: float | None,
+        retries: int,
+    ) -> None:
+        self._transport, self._roster, self._broadcast, self._rule = transport, roster, broadcast, rule
+        self._deadline, self._retries = deadline, retries
+
+    def join(self, number: int, quorum: int) -> list[str]:
+        """Lets everyone join who is there; if they are too few, the others are asked again.
+
+        Args:
+            number: Which round they join for.
+            quorum: How many there must be.
+
+        Returns:
+            Who has joined now.
+
+        Raises:
+            QuorumError: Too few; every reason is listed.
+            LLMChainFedError: See `Roster.join`.
+        """
+        joined: list[str] = []
+        for attempt in range(self._retries + 1):
+            time.sleep(_PAUSE * attempt)
+            joined += self._join(self._deadline, again=attempt > 0)
+            if len(self._roster.joined) >= quorum:
+                return joined
+        raise too_few(number, len(self._roster.joined), quorum, self._roster.reasons)
+
+    def _join(self, timeout: float | None, *, again: bool) -> list[str]:
+        newcomers = self._roster.join(timeout=timeout, again=again)
+        for name in newcomers:
+            hello = self._roster.joined[name]
+            try:
+                check_rank(self._rule, name, hello.rank, self._broadcast.layout)
+            except ConfigError as error:
+                self._roster.leave(name, ParticipantError(str(error)))
+            else:
+                self._broadcast.joined(name, hello.holds, hello.rank, hello.alpha)
+        return [name for name in newcomers if name in self._roster.joined]
+
+    def train(self, opened: OpenRound, chosen: list[str], header: Mapping[str, Any]) -> None:
+        """Lets the chosen train and hands their answers to the round as they arrive.
+
+        Args:
+            opened: The round.
+            chosen: Who shall train.
+            header: What they are told.
+        """
+        until = time.monotonic() + self._deadline if self._deadline is not None else None
+        waiting, sent = chosen, dict.fromkeys(chosen, 0)
+        missed: dict[str, Exception] = {}
+        for attempt in range(self._retries + 1):
+            if attempt:
+                time.sleep(_PAUSE * attempt)
+                if until is not None and time.monotonic() >= until:
+                    break
+                self._join(_left(until), again=True)  # one that has restarted must be told anew how to train
+            asked = [name for name in waiting if name in self._roster.joined]
+            missed = {name: self._roster.absent[name] for name in waiting if name not in asked}
+            calls = self._broadcast.call(
+                self._transport, "train", asked, header, _left(until), largest=opened.largest_update(asked)
+            )
+            for name, answer, size in calls:
+                sent[name] += size if not isinstance(answer, TransportError) else 0  # whether it came there at all
+                if isinstance(answer, (ParticipantError, TransportError)):
+                    self._roster.leave(name, answer)
+                    missed[name] = answer
+                    continue
+                hello = self._roster.joined[name]
+                counts = {"num_examples": hello.num_examples, "num_tokens": hello.num_tokens}
+                self._judged(name, answer, opened.accept(name, answer, sent=sent[name], **counts))
+            waiting = list(missed)
+            if not waiting:
+                break
+        for name, error in missed.items():
+            self._judged(name, error, opened.accept(name, error, sent=sent[name]))
+
+    def _judged(self, name: str, answer: bytes | Exception, record: ParticipantRecord) -> None:
+        """Tells what became of an answer; a record begins with the first reason of the absence that it is part of."""
+        attendance = self._roster.attendance
+        if record.status == "trained":
+            attendance.worked(name)
+        elif isinstance(answer, DeadlineError):
+            attendance.late(name, answer)
+        else:
+            why = answer if isinstance(answer, Exception) else record.reason or "UpdateRefusedError"
+            attendance.out(name, why, lasting=not isinstance(answer, TransportError))
+        if record.reason is not None:
+            record.reason = attendance.told(name, record.reason)
+
+
+def _left(until: float | None) -> float | None:
+    return max(until - time.monotonic(), 0.0) if until is not None else None

@@ -1,0 +1,271 @@
+"""Evaluator: held-out loss and sample answers, measured where the held-out examples are.
+
+Knows the transport's `evaluate` operation and the records it fills. Knows nothing about training or aggregation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pydantic import Field
+
+from llmchain_fed.data.encoding import Examples
+from llmchain_fed.errors import ConfigError, LLMChainFedError, ParticipantError
+from llmchain_fed.federated.history import History, RoundRecord, Sample, told_of
+from llmchain_fed.federated.participant import Participant, hold_out
+from llmchain_fed.federated.protocol import finiteness
+from llmchain_fed.federated.protocol.finiteness import told
+from llmchain_fed.federated.protocol.global_state import GlobalState
+from llmchain_fed.federated.runtime import Transport
+from llmchain_fed.federated.server.broadcast import Broadcast
+from llmchain_fed.federated.server.client_manager import Hello
+from llmchain_fed.federated.server.pooling import HALF, WHOLE, pooled
+from llmchain_fed.federated.target import Trainee
+from llmchain_fed.training.evaluation import evaluate_locally
+from llmchain_fed.training.loop import encoded
+from llmchain_fed.untrusted import Strict, checked, decoding, one_line, printable
+from llmchain_fed.updates import serialization
+from llmchain_fed.updates.update import MAX_EXAMPLES
+
+_SAMPLE_TOKENS = 32
+_LONGEST = 10_000  # characters of a text that came from elsewhere
+_SHORT = 1000  # and of one that says what went wrong
+_ANSWER = 2**16  # bytes that an answer may have without samples
+_PER_SAMPLE = 2**18  # and for each of them
+_MOST_SAMPLES = 100_000
+
+
+class SampleAnswer(Strict):
+    """A held-out example and what the chain made of it."""
+
+    prompt: str
+    reference: str
+    answer: str
+
+
+class EvaluationAnswer(Strict):
+    """What a participant answers to `evaluate`: all its fields, with their types; `finiteness.read` reads the loss."""
+
+    loss: float | None
+    not_finite: str | None = None
+    tokens: int = Field(ge=1, le=MAX_EXAMPLES)
+    examples: int | None = Field(default=None, ge=1, le=MAX_EXAMPLES)
+    samples: list[SampleAnswer] = Field(default_factory=list, max_length=_MOST_SAMPLES, fail_fast=True)
+    samples_error: str | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured under one set of global weights."""
+
+    own: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """participant → loss, tokens, samples, or the error"""
+    shared: dict[str, Any] = field(default_factory=dict)
+    """loss and tokens of the set that belongs to no participant"""
+    seconds: float = 0.0
+    bytes: dict[str, int] = field(default_factory=dict)
+    """participant → what travelled to it and back"""
+
+
+class Evaluator:
+    """Measures the current global weights on held-out examples.
+
+    Args:
+        trainee: The model in this process.
+        evaluation: A share to hold out, a mapping name → examples, examples for all, or None.
+        samples: answers recorded per participant.
+        seed: Decides what is held out.
+    """
+
+    def __init__(
+        self, trainee: Trainee, evaluation: float | Mapping[str, Examples] | Examples | None, *, samples: int, seed: int
+    ) -> None:
+        if isinstance(evaluation, (int, float)) and (isinstance(evaluation, bool) or not 0 < evaluation < 1):
+            msg = f"evaluation as a share lies between 0 and 1, got {evaluation!r}."
+            raise ConfigError(msg)
+        if not isinstance(samples, int) or samples < 0:
+            msg = f"samples is a count of 0 or more, got {samples!r}."
+            raise ConfigError(msg)
+        if isinstance(evaluation, Mapping):
+            evaluation = {str(name): examples for name, examples in evaluation.items()}
+        self._trainee, self._evaluation, self._samples, self._seed = trainee, evaluation, samples, seed
+        self._shared: Any = None
+        self._holders: set[str] = set()
+        self._latest: tuple[int, Measurement] | None = None
+        self._half: tuple[int, str | None] | None = None
+        """after how many rounds, and of whom its record said last that it counts one half"""
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to measure on."""
+        return self._evaluation is not None or bool(self._holders)
+
+    @property
+    def holds_out_a_share(self) -> bool:
+        """Whether held-out examples come out of the participants' own."""
+        return isinstance(self._evaluation, float)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all are measured on one set that belongs to no participant, in this process."""
+        return self._evaluation is not None and not isinstance(self._evaluation, (float, Mapping))
+
+    def shared(self) -> Any:
+        """The set that belongs to no participant, encoded; None where there is none.
+
+        Raises:
+            DataError: It cannot be used.
+        """
+        if self._shared is None and self.is_shared:  # read once: it may be a generator
+            self._shared = encoded(self._evaluation, self._trainee.model, self._trainee.prompt, None)
+        return self._shared
+
+    def divide(self, participants: dict[str, Participant]) -> dict[str, Participant]:
+        """The participants with their held-out examples set apart.
+
+        Raises:
+            ConfigError: Held-out examples for a participant that does not exist.
+        """
+        evaluation = self._evaluation
+        if isinstance(evaluation, Mapping):
+            strangers = sorted(evaluation.keys() - participants.keys())
+            if strangers:
+                msg = f"evaluation names {strangers}, who take no part. Participants: {', '.join(participants)}."
+                raise ConfigError(msg)
+            participants = {n: replace(p, held_out=evaluation.get(n, p.held_out)) for n, p in participants.items()}
+        elif isinstance(evaluation, float):
+            prompt = self._trainee.prompt
+            participants = {n: hold_out(p, evaluation, prompt, self._seed) for n, p in participants.items()}
+        self._holders = {n for n, p in participants.items() if p.held_out is not None}
+        return participants
+
+    def measure(
+        self,
+        transport: Transport,
+        broadcast: Broadcast,
+        joined: Mapping[str, Hello],
+        number: int,
+        timeout: float | None = None,
+    ) -> Measurement | None:
+        """The weights as they are now; the last answer again if they are the same; None where nothing is held out.
+
+        Args:
+            transport: The way to the participants.
+            broadcast: Sends them what they lack of the global state.
+            joined: Who takes part.
+            number: Rounds completed with these weights.
+            timeout: seconds to wait for their answers.
+        """
+        holders = [n for n, hello in joined.items() if hello.held_out]
+        if not holders and not self.is_shared:
+            return None
+        model = self._trainee.model
+        broadcast.publish(GlobalState.of(model), model.weights_hash)
+        version = broadcast.number
+        if self._latest is not None and self._latest[0] == version:
+            return replace(self._latest[1], seconds=0.0, bytes={})
+        started = time.perf_counter()
+        found = Measurement()
+        if holders:
+            header = {"kind": "evaluate", "round": number, "base": model.fingerprint()}
+            header |= {"samples": self._samples, "sample_tokens": _SAMPLE_TOKENS}
+            for name, answer, size in broadcast.call(transport, "evaluate", holders, header, timeout):
+                found.own[name] = _read(answer, self._samples, joined[name].held_out_tokens)
+                found.bytes[name] = size + (0 if isinstance(answer, Exception) else len(answer))
+        if self.is_shared:
+            result = evaluate_locally(self._trainee.model, self.shared())
+            found.shared.update(told(result.loss), tokens=result.tokens)
+        self._latest = (version, found)
+        return replace(found, seconds=time.perf_counter() - started)
+
+    def forget(self) -> None:
+        """The next measurement is made anew, whatever was measured before."""
+        self._latest = self._half = None
+
+    def fill(
+        self, record: RoundRecord, before: Measurement | None, after: Measurement | None, history: History
+    ) -> None:
+        """Writes both measurements into the round's record.
+
+        Args:
+            record: Of the round.
+            before: What was measured under the weights that it began with.
+            after: And ended with.
+            history: The rounds before it, which say whether something was said already.
+        """
+        if before is None or after is None:
+            return
+        record.evaluation_seconds = before.seconds + after.seconds
+        record.held_out_before, record.held_out_after, cut = _pooled(before, after)
+        self._say_half(record, next(iter(cut), None), history)
+        for name, target in record.participants.items():
+            old, new = before.own.get(name, {}), after.own.get(name, {})
+            target.held_out_before, target.held_out_after = old.get("loss"), new.get("loss")
+            target.evaluation_bytes = before.bytes.get(name, 0) + after.bytes.get(name, 0)
+            for key, what in (("error", "its evaluation failed"), ("samples_error", "no samples")):
+                found = dict.fromkeys(side[key] for side in (old, new) if key in side)
+                target.notes += [f"{what}: {error}" for error in found]
+            target.notes += finiteness.notes(old, new)
+            if target.status == "trained":
+                target.notes += finiteness.notes(before.shared, after.shared, "the shared evaluation's loss")
+            for was, now in zip(old.get("samples", []), new.get("samples", []), strict=False):
+                record.samples.append(Sample(name, was["prompt"], was["reference"], was["answer"], now["answer"]))
+
+    def _say_half(self, record: RoundRecord, name: str | None, history: History) -> None:
+        """Says of who counts one half that it does, when that begins and when it ends."""
+        rounds = len(history)
+        if self._half is None or self._half[0] != rounds:  # after a resume, or a round that failed
+            self._half = rounds, _said_half(history)
+        former = self._half[1]
+        for who, note in ((former, WHOLE), (name, HALF)) if former != name else ():
+            if who in record.participants:
+                record.participants[who].notes.append(note)
+        self._half = rounds + 1, name
+
+
+def _said_half(history: History) -> str | None:
+    """Who counts one half, as far as records have said."""
+    for record in reversed(history.rounds):
+        said = [(name, note) for name, p in record.participants.items() for note in (HALF, WHOLE) if note in p.notes]
+        if said:
+            return next((name for name, note in said if note == HALF), None)
+    return None
+
+
+def _read(answer: bytes | Exception, samples: int, declared: int | None = None) -> dict[str, Any]:
+    """A participant's numbers, and at most as many samples as were asked for; nothing else of what it sent.
+
+    An answer that makes no sense counts as an error, like a missing one. All text in it can be shown and written.
+
+    Args:
+        answer: What came.
+        samples: How many were asked for.
+        declared: Completion tokens that it said it holds out when it joined: no more of them count.
+    """
+    if isinstance(answer, Exception):
+        return {"error": told_of(answer)}
+    try:
+        with decoding("its evaluation", ParticipantError):
+            plain = serialization.read_json(answer, most=_ANSWER + _PER_SAMPLE * samples)
+            loss = finiteness.read(plain)
+            found = checked(EvaluationAnswer, plain, what="its evaluation", error=ParticipantError)
+    except LLMChainFedError as error:
+        return {"error": one_line(error, _SHORT)}
+    if loss is None:
+        return {"error": f"its evaluation makes no sense: a loss of {found.loss} ({one_line(found.not_finite, 80)})"}
+    kept: dict[str, Any] = loss | {"tokens": min(found.tokens, declared or found.tokens)}
+    texts = (sample.model_dump() for sample in found.samples[:samples])
+    kept["samples"] = [{key: printable(text, _LONGEST) for key, text in sample.items()} for sample in texts]
+    if found.samples_error is not None:
+        kept["samples_error"] = one_line(found.samples_error, _SHORT)
+    return kept
+
+
+def _pooled(before: Measurement, after: Measurement) -> tuple[float | None, float | None, list[str]]:
+    """The pool on both sides, and whose weight in it was cut; the shared set alone, where there is one."""
+    if before.shared and after.shared:
+        return before.shared["loss"], after.shared["loss"], []
+    return pooled(before.own, after.own)

@@ -1,0 +1,91 @@
+"""Alike: the processes of one script end every call with the same weights, history and result.
+
+Knows the hub's state as bytes and the cluster that carries it. Knows nothing about what is done in between.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from llmchain_fed.data.encoding import DataReport
+from llmchain_fed.errors import FederationError
+from llmchain_fed.federated.history import History
+from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Count, Name
+from llmchain_fed.federated.protocol.global_state import GlobalState, named, parted
+from llmchain_fed.federated.runtime import Cluster
+from llmchain_fed.federated.server.server import Hub
+from llmchain_fed.untrusted import Strict, checked, decoding
+from llmchain_fed.updates import serialization
+
+
+class Alike:
+    """Lets one process work while the others help, and then stand where it does.
+
+    Args:
+        hub: This process's.
+        cluster: The processes; None where there is only this one.
+        adopted: Called on the others once they do.
+    """
+
+    def __init__(self, hub: Hub, cluster: Cluster | None, adopted: Callable[[], object]) -> None:
+        self._hub, self._cluster, self._adopted = hub, cluster, adopted
+        self._result: Any = None
+
+    def do(self, work: Callable[[], Any]) -> Any:
+        """What `work`, called by the leading process only, gives: JSON, on every process.
+
+        Raises:
+            FederationError: On the others, where the work failed or its process is gone.
+        """
+        if self._cluster is None:
+            return work()
+        if not self._cluster.leads:
+            self._cluster.follow(self._adopt)
+            return self._result
+        try:
+            found = work()
+        except BaseException as error:
+            self._cluster.publish(self._outcome(), error)
+            raise
+        self._cluster.publish(self._outcome(found))
+        return found
+
+    def _outcome(self, result: Any = None) -> bytes:
+        """What the other processes need in order to stand where this one does."""
+        hub, state = self._hub, GlobalState.of(self._hub.model)
+        header = {
+            "round": hub.round,
+            "history": json.loads(hub.history.to_json()),
+            "reports": {name: asdict(report) for name, report in hub.data_reports.items()},
+            "result": result,
+        }
+        return serialization.pack({**state.values, **named(state.remainder)}, header)
+
+    def _adopt(self, outcome: bytes) -> None:
+        what = "what the leading process says it did"
+        with decoding(what, FederationError):
+            header, infos = serialization.inspect(outcome, max_bytes=len(outcome))
+            found = checked(_Outcome, header, what=what, error=FederationError)
+            history = History.from_dict(found.history, what=what, error=FederationError)
+            reports = {name: DataReport(**report) for name, report in found.reports.items()}
+            state = GlobalState(*parted(serialization.values(outcome, infos)))
+        state.load(self._hub.model)
+        self._hub.round, self._hub.history, self._hub.data_reports = found.round, history, reports
+        self._result = found.result
+        self._adopted()
+
+
+class _Outcome(Strict):
+    """What one process tells the others, beside the weights."""
+
+    round: Count
+    history: Any
+    reports: Annotated[
+        dict[Name, Annotated[dict[str, Count], Field(max_length=64)]], Field(max_length=MOST_PARTICIPANTS)
+    ]
+    result: Any

@@ -1,0 +1,173 @@
+"""Trainee: what a federation trains, a model and the chain that renders its prompts, and what all sides must share.
+
+Knows chains, models and digests. Knows nothing about participants, rounds or how a digest travels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Annotated, Any
+from weakref import WeakKeyDictionary
+
+from pydantic import Field
+
+from llmchain_fed.chain.base_llm import Bare
+from llmchain_fed.chain.finding import PipedChain, find_prompt
+from llmchain_fed.chain.llm_chain import LLMChain
+from llmchain_fed.data.encoding import Example, RawText, prompt_text
+from llmchain_fed.errors import ContractError, UnsupportedModelError
+from llmchain_fed.model.adapters.resolved import resolve
+from llmchain_fed.model.local_model import LocalModel
+from llmchain_fed.untrusted import Strict, shown
+
+_MEANING = {
+    "base": "base weights",
+    "adapter": "adapter",
+    "prompt": "prompt",
+    "tokenizer": "tokenizer",
+    "version": "version",
+}
+
+_PROBES = ("Save the page, naïve Café №5!", "  two  spaces\n\ttabs and 1234567890", "日本語 Ελληνικά 😀 don't")
+_VOCABULARIES: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
+
+Digest = Annotated[str, Field(max_length=128)]
+
+
+class ContractData(Strict):
+    """What `Trainee.contract` gives, as it comes back from elsewhere."""
+
+    base: Digest
+    adapter: Digest
+    prompt: Digest
+    tokenizer: Digest
+    version: Digest
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What is trained: a LocalModel, and what makes the text of its examples' inputs, as `invoke` would.
+
+    Args:
+        model: Whose weights.
+        prompt: A chain or a face; None for a bare `LocalModel` or module, whose examples hold final text.
+    """
+
+    model: LocalModel
+    prompt: LLMChain | Bare | None = None
+
+    @classmethod
+    def of(cls, given: Any) -> Trainee:
+        """Finds the model in a chain, an LLM (wrapped ones too), a LocalModel or a bare module.
+
+        Raises:
+            UnsupportedModelError: None of these.
+        """
+        if isinstance(given, LocalModel):
+            return cls(given)
+        prompt = find_prompt(given)
+        if prompt is not None:
+            return cls(prompt.model, prompt)
+        if hasattr(given, "named_parameters"):
+            return cls(LocalModel(given))
+        msg = (
+            f"cannot train {type(given).__name__}: pass an LLMChain (or prompt | LocalLLM), a "
+            "LocalLLM, a LocalModel or a "
+            "torch module."
+        )
+        raise UnsupportedModelError(msg)
+
+    def check_savable(self) -> None:
+        """Makes sure, before training, that what a chain learns can be saved; pipes and faces have no `save`.
+
+        Raises:
+            ChainFileError: No file can hold the model, its tokenizer, its adapter or the options.
+            RecipeError: No file can hold the prompt or the parser.
+        """
+        if isinstance(self.prompt, LLMChain) and not isinstance(self.prompt, PipedChain):
+            self.prompt.check_savable()
+
+    def answer(self, examples: list[Example | RawText], max_new_tokens: int) -> list[tuple[str, str]]:
+        """(prompt, answer) per example; generated without callbacks, so that examples reach no tracer."""
+        texts = [prompt_text(e, self.prompt) for e in examples]
+        if self.prompt is None:
+            return list(zip(texts, self.model.generate(texts, max_new_tokens=max_new_tokens), strict=True))
+        options = self.prompt.generation_options()
+        options["max_new_tokens"] = min(options["max_new_tokens"], max_new_tokens)
+        special = self.prompt.adds_special_tokens
+        return list(zip(texts, self.model.generate(texts, add_special_tokens=special, **options), strict=True))
+
+    def contract(self) -> dict[str, Any]:
+        """What all sides of a federation must share, as digests."""
+        layout = {n: (str(p.dtype), tuple(p.shape)) for n, p in sorted(self.model.trainable_parameters().items())}
+        own = self.prompt
+        prompt = (own.prompt_identity(), own.adds_special_tokens) if own is not None else None
+        return {
+            "base": self.model.fingerprint(),
+            "adapter": _digest((layout, _adapter_settings(self.model))),
+            "prompt": _digest(prompt),
+            "tokenizer": _digest(_tokenizer_identity(self.model)),
+            "version": version("llmchain-fed"),
+        }
+
+
+def check_contract(name: str, *, site: Any, hub: Any) -> None:
+    """Makes sure that a participant trains what the hub does; both sides check, and say it in the same words.
+
+    Args:
+        name: The participant's.
+        site: Its `contract()`; as it arrived, at the hub.
+        hub: The hub's; as it arrived, at the participant.
+
+    Raises:
+        ContractError: What differs, by name.
+    """
+    at_site, at_hub = (said if isinstance(said, Mapping) else {} for said in (site, hub))
+    different = [k for k in _MEANING if at_site.get(k) != at_hub.get(k)]
+    if different:  # what differs comes first: in a list of sites a line has room for no more
+        kinds = ", ".join(_MEANING[k] for k in different)
+        there, here = (", ".join(shown(said.get(k), 12) for k in different) for said in (at_site, at_hub))
+        msg = (
+            f"another contract ({kinds}: {there} at {shown(name, 80)}, {here} at the hub). Averaged weights would mean "
+            "nothing: start both sides from the same model, adapter (names, types, shapes and settings), prompt, "
+            "tokenizer and version."
+        )
+        raise ContractError(msg)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def _adapter_settings(model: LocalModel) -> list[object]:
+    """What the trained adapter means, however its configuration spells it: ranks, scalings, what else is trained."""
+    found: list[object] = []
+    for name in model.peft_names:
+        adapter = resolve(model.module, name)
+        # nine digits: a scaling set by hand comes back from a file through α with an error in the last place
+        layers = sorted((n, layer.rank, f"{layer.scaling:.9g}") for n, layer in adapter.layers.items())
+        copies = (adapter.modules_to_save, adapter.tied, sorted(adapter.tokens.items()), adapter.tied_tokens)
+        switches = (adapter.dropout, adapter.use_rslora, adapter.use_dora, adapter.lora_bias)
+        found.append((layers, copies, switches))
+    return found
+
+
+def _tokenizer_identity(model: LocalModel) -> object:
+    """Vocabulary, end and padding ids, and how some texts come out, which merges and normalisation decide."""
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        return None
+    probes = [list(tokenizer(text)["input_ids"]) for text in _PROBES]
+    return _vocabulary(tokenizer), model.eos_ids, model.pad_id, probes
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    """Digest of all tokens and their ids; kept until tokens are added, for it takes a tenth of a second."""
+    known = _VOCABULARIES.get(tokenizer)
+    if known is None or known[0] != len(tokenizer):
+        known = len(tokenizer), _digest(sorted(tokenizer.get_vocab().items()))
+        _VOCABULARIES[tokenizer] = known
+    return known[1]

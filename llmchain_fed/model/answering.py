@@ -1,0 +1,317 @@
+"""Text in, text out: the part of LocalModel that knows tokens and `generate`.
+
+Knows tokenizers, transformers' `generate` and the lock. Knows nothing of weights, examples, training or LangChain.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import abstractmethod
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import StoppingCriteriaList
+
+from llmchain_fed.errors import ConfigError, PromptTooLongError
+from llmchain_fed.model import vocabulary
+from llmchain_fed.model.generation import fields, padding
+from llmchain_fed.model.generation.answers import (
+    Completion,
+    GenerationOptions,
+    Settling,
+    StopOnText,
+    checked_stops,
+    chunks,
+    cut_at_stop,
+    evaluating,
+    pad_rows,
+    seeded,
+    stream_text,
+)
+from llmchain_fed.model.tokens import Tokens
+
+Kind = Literal["causal", "seq2seq"]
+
+
+class Answering:
+    """What `LocalModel` can do with text: prompts and completions to token ids, ids to text, prompts to answers."""
+
+    module: nn.Module
+    name: str
+    _tokens: Tokens
+    _lock: threading.RLock
+    _said: set[str]
+    """what of the module's own generation settings was said to have no effect"""
+
+    @abstractmethod
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Holds the lock, with this model's adapter answering."""
+
+    @abstractmethod
+    def _activated(self) -> AbstractContextManager[None]:
+        """This model's adapter answers inside; the lock must be held."""
+
+    # --- tokens -----------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, or None."""
+        return self._tokens.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokens.tokenizer = tokenizer
+
+    @property
+    def kind(self) -> Kind:
+        """`"seq2seq"` for an encoder-decoder, else `"causal"`."""
+        return "seq2seq" if self._tokens.seq2seq else "causal"
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs belong: the device of its first parameter."""
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    @property
+    def context_length(self) -> int | None:
+        """tokens: prompt and answer together; None when positions are not limited (T5)."""
+        length = getattr(getattr(self.module, "config", None), "max_position_embeddings", None)
+        return int(length) if length and length > 0 else None  # XLNet says -1
+
+    @property
+    def pad_id(self) -> int:
+        """The padding token's id; models without one pad with their end token, behind an attention mask."""
+        return self._tokens.pad_id
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer; the tokenizer's own, which training appends, comes first."""
+        return self._tokens.eos_ids
+
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Prompt texts → token ids, the one way for training and for generation.
+
+        A causal prompt never ends in an end token, which some tokenizers append: the answer has yet to come.
+
+        Args:
+            texts: Prompts as text.
+            add_special_tokens: False for text that carries its special tokens already (a rendered chat template).
+
+        Raises:
+            UnsupportedModelError: There is no tokenizer.
+        """
+        return self._tokens.encode(texts, add_special_tokens=add_special_tokens)
+
+    def encode_completions(self, texts: Sequence[str], *, controls: Collection[str] = ()) -> list[list[int]]:
+        """Completions → token ids with the end token behind each, so that the model learns to stop.
+
+        Args:
+            texts: Completions. What in them spells a control token is encoded as text.
+            controls: Control tokens beside `control_tokens()`: those that a chat template writes.
+        """
+        return self._tokens.encode_completions(texts, controls)
+
+    def control_tokens(self) -> frozenset[str]:
+        """The texts of the begin, end and padding tokens, which no foreign text can write."""
+        return self._tokens.control_tokens()
+
+    def decoded(self, ids: Sequence[int]) -> str:
+        """The text of an answer of these ids, up to the first end token."""
+        return self._text(list(ids))
+
+    def said(self, ids: Sequence[int], *, stop: Sequence[str] | str | None = None) -> str:
+        """What an answer of these ids says: its text up to the first stop string, the model's own among them."""
+        own = checked_stops(fields.stop_strings(self._shipped))
+        return cut_at_stop(self.decoded(ids), (*checked_stops(stop), *own))
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        stop: Sequence[str] | None = None,
+        add_special_tokens: bool = True,
+        batch_size: int = 32,
+        **options: Any,
+    ) -> list[str]:
+        """The answers to `prompts`, in their order, without the prompts.
+
+        Args:
+            prompts: Rendered texts.
+            stop: Strings before which an answer ends.
+            add_special_tokens: See `encode`.
+            batch_size: Prompts computed together.
+            **options: Fields of `GenerationOptions`: `max_new_tokens=256`, `temperature=0.0`, `num_beams=1` …
+
+        Raises:
+            ConfigError: An unknown option or a value out of range.
+            PromptTooLongError: A prompt leaves no room in the context.
+            UnsupportedModelError: A prompt holds a token that the model's embedding has no row for.
+        """
+        done = self.complete(
+            prompts, stop=stop, add_special_tokens=add_special_tokens, batch_size=batch_size, **options
+        )
+        return [completion.text for completion in done]
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        *,
+        stop: Sequence[str] | None = None,
+        add_special_tokens: bool = True,
+        batch_size: int = 32,
+        **options: Any,
+    ) -> list[Completion]:
+        """Like `generate`, with token counts and the reason why each answer ended."""
+        if isinstance(prompts, str):
+            msg = f"`prompts` is a list of texts, got one text {prompts[:40]!r}. Pass [text]."
+            raise ConfigError(msg)
+        settings, stops = self._settled_options(stop, options)
+        rows = self.encode(prompts, add_special_tokens=add_special_tokens)
+        vocabulary.check(self, rows)
+        rooms = [self._room(row, settings.max_new_tokens) for row in rows]
+        # Neighbours in length share a batch; so do only prompts with the same room for their answers.
+        order = sorted(range(len(rows)), key=lambda i: (-rooms[i], len(rows[i])))
+        share: padding.Sharing = self._sharing(rows) if batch_size > 1 else "any"
+        reads = self.kind == "causal" and settings.reads_padding
+        reads = reads or fields.reads_padding(self._shipped, seq2seq=self.kind == "seq2seq", pad=self.pad_id)
+        if reads and share == "any":  # then only prompts of one length go together, without padding
+            share = "equal"
+        apart = [len(row) if share == "equal" else i if share == "none" else 0 for i, row in enumerate(rows)]
+        keys = list(zip(rooms, apart, strict=True))
+        done: dict[int, Completion] = {}
+        for chunk in chunks(order, keys, batch_size):
+            limited = settings.replace(max_new_tokens=rooms[chunk[0]])
+            new_ids = self._generate_ids([rows[i] for i in chunk], limited, stops)
+            done |= {i: self._completion(len(rows[i]), ids, stops) for i, ids in zip(chunk, new_ids, strict=True)}
+        return [done[i] for i in range(len(rows))]
+
+    def stream(
+        self, prompt: str, *, stop: Sequence[str] | None = None, add_special_tokens: bool = True, **options: Any
+    ) -> Generator[str, None, Completion]:
+        """The answer piece by piece; joined it equals `generate([prompt])[0]`.
+
+        What is wrong with the call is raised here, what goes wrong later by the iterator, both at once. Closing the
+        iterator stops the computation at the next token. The generator's return value is the `Completion`.
+
+        Raises:
+            ConfigError: An unknown option or a value out of range.
+            PromptTooLongError: The prompt leaves no room in the context.
+        """
+        settings, stops = self._settled_options(stop, options)
+        (row,) = self.encode([prompt], add_special_tokens=add_special_tokens)
+        vocabulary.check(self, [row])
+        settings = settings.replace(max_new_tokens=self._room(row, settings.max_new_tokens))
+        return self._pieces(row, settings, stops)
+
+    def _pieces(
+        self, row: list[int], settings: GenerationOptions, stops: Sequence[str]
+    ) -> Generator[str, None, Completion]:
+        if settings.num_beams > 1:  # which beam wins is only known at the end
+            whole = self._completion(len(row), self._generate_ids([row], settings, stops)[0], stops)
+            yield whole.text
+            return whole
+
+        def work(streamer: Any, abandoned: Any) -> None:
+            self._generate_ids([row], settings, stops, streamer=streamer, criteria=[abandoned])
+
+        ids = yield from stream_text(work, self._text, Settling(self.tokenizer, self._text), stops)
+        return self._completion(len(row), ids, stops)
+
+    def _text(self, ids: list[int]) -> str:
+        """All new ids of an answer → its text, before it is cut at a stop string."""
+        return self._tokens.decode(self._tokens.until_end(ids))
+
+    @property
+    def _shipped(self) -> Any:
+        """The module's own `generation_config`, or None."""
+        return getattr(self.module, "generation_config", None)
+
+    def _settled_options(
+        self, stop: Sequence[str] | str | None, options: Mapping[str, Any]
+    ) -> tuple[GenerationOptions, tuple[str, ...]]:
+        """The options of a call and every stop string, the model's own behind the caller's.
+
+        What the model ships and this call does not do is said in the log, each field once.
+        """
+        settings, stops = GenerationOptions(**options), checked_stops(stop)
+        chosen = {name for name, value in options.items() if value is not None}
+        others = fields.overridden(self._shipped, settings, chosen)
+        idle = fields.without_effect(self._shipped)
+        fields.say(self.name, others, idle, said=self._said)
+        own = checked_stops(fields.stop_strings(self._shipped))
+        return settings, tuple(dict.fromkeys((*stops, *own)))
+
+    def _sharing(self, rows: Sequence[Sequence[int]]) -> padding.Sharing:
+        """Which of these prompts may share a batch; asked of the module where there is more than one."""
+        if len(rows) < 2:
+            return "any"
+        with self.exclusive():
+            return padding.sharing(self.module, rows, pad=self.pad_id, left=self.kind == "causal")
+
+    def _room(self, row: Sequence[int], wanted: int) -> int:
+        """How many tokens the answer to this prompt may have."""
+        if not row:
+            msg = "the prompt is empty: there is no token to go on from. Render some text first."
+            raise ConfigError(msg)
+        if self.context_length is None:
+            return wanted
+        room = self.context_length - (len(row) if self.kind == "causal" else 0)
+        if room < 1 or len(row) > self.context_length:
+            msg = (
+                f"the prompt has {len(row)} tokens and the model's context holds "
+                f"{self.context_length}: there is no room "
+                "for an answer. Shorten the input; nothing is cut silently."
+            )
+            raise PromptTooLongError(msg)
+        return min(wanted, room)
+
+    def _generate_ids(
+        self,
+        rows: Sequence[Sequence[int]],
+        settings: GenerationOptions,
+        stops: Sequence[str],
+        *,
+        streamer: Any = None,
+        criteria: Sequence[Any] = (),
+    ) -> list[list[int]]:
+        """Rows of prompt ids → rows of new ids as `generate` leaves them, with the end token and padding."""
+        left = self.kind == "causal"  # a causal model goes on from the last column: that must be the prompt's end
+        ids, mask = pad_rows(rows, self.pad_id, left=left)  # (B, T) both
+        skip = ids.shape[1] if left else 1
+        stop_on_text = None
+        if stops:
+            settled = Settling(self.tokenizer, self._text)
+            stop_on_text = StopOnText(self._tokens.decode, settled, stops, skip)
+            criteria = [*criteria, stop_on_text]
+        config = settings.to_transformers(self._shipped, eos=self.eos_ids, pad=self.pad_id, start=skip)
+        fields.check_ids(vars(config), vocabulary.input_rows(self.module))
+        with (
+            self._lock,
+            self._activated(),
+            evaluating(self.module),
+            torch.inference_mode(),
+            seeded(settings.seed, self.device),
+        ):
+            output = self.module.generate(  # type: ignore[operator]
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList(criteria),
+                streamer=streamer,
+            )
+        new: list[list[int]] = output[:, skip:].tolist()
+        if settings.num_beams > 1:  # behind a beam's end stands -1 where the model has no end token
+            return [row[: row.index(-1)] if -1 in row else row for row in new]
+        # a row that ended goes on with the others' where the model has no end token
+        ends = stop_on_text.lengths if stop_on_text else {}
+        return [row[: ends.get(i)] for i, row in enumerate(new)]
+
+    def _completion(self, prompt_tokens: int, ids: list[int], stops: Sequence[str]) -> Completion:
+        answer = self._tokens.until_end(ids)
+        text = self._tokens.decode(answer)
+        cut = cut_at_stop(text, stops)
+        ended = len(answer) < len(ids) or cut != text
+        return Completion(cut, prompt_tokens, len(answer), "stop" if ended else "length")

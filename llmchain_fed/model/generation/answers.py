@@ -1,0 +1,361 @@
+"""How text comes out of a module: the options, where an answer ends, and its pieces while it is being made.
+
+Knows transformers' `generate` and tokenizers. Knows nothing about weights, chains or training.
+"""
+
+from __future__ import annotations
+
+import queue
+import re
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import GenerationConfig, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from llmchain_fed._config import FrozenConfig
+from llmchain_fed.errors import ConfigError
+from llmchain_fed.model.generation import fields
+from llmchain_fed.model.generation.fields import CompleteConfig
+
+
+class GenerationOptions(FrozenConfig):
+    """What one call to `generate` may vary; everything else stays as the model's authors set it.
+
+    >>> GenerationOptions(max_new_tokens=24)
+    GenerationOptions(max_new_tokens=24)
+    """
+
+    max_new_tokens: int = Field(default=256, ge=1, le=2**24)
+    """tokens: at most this many are generated"""
+    min_new_tokens: int | None = Field(default=None, ge=0, le=2**24)
+    """tokens: the answer does not end before this many (or before `max_new_tokens`); None: as the model ships it"""
+    temperature: float = Field(default=0.0, ge=0.0, le=1e6)
+    """0 is greedy (the default); above 0 the answer is sampled"""
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    """share of probability mass sampled from (with temperature > 0)"""
+    top_k: int | None = Field(default=None, ge=1, lt=2**31)
+    """number of candidate tokens sampled from (with temperature > 0)"""
+    num_beams: int = Field(default=1, ge=1, le=256)
+    """beams searched; above 1 a stream arrives as one piece"""
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=1e6)
+    """above 1 discourages tokens already present (arXiv 1909.05858)"""
+    no_repeat_ngram_size: int = Field(default=0, ge=0, le=2**24)
+    """tokens: no n-gram of this size occurs twice; 0 is off"""
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    """makes a sampled answer reproducible; torch's global generator is as before afterwards"""
+
+    @property
+    def reads_padding(self) -> bool:
+        """True when tokens already present count, so that padding in front of a prompt would count too."""
+        return self.repetition_penalty != 1.0 or self.no_repeat_ngram_size > 0
+
+    def to_transformers(
+        self, own: GenerationConfig | None = None, *, eos: Sequence[int], pad: int, start: int
+    ) -> GenerationConfig:
+        """All that `generate` is to do: these options over what the model ships.
+
+        Args:
+            own: The module's `generation_config`; `generation_fields` says which of its fields hold.
+            eos: Ids that end an answer.
+            pad: The padding id.
+            start: tokens: the answer's place in a row, behind the prompt or the decoder's start.
+
+        Raises:
+            ConfigError: What the model ships cannot be used.
+        """
+        values = fields.shipped(own, sampling=self.temperature > 0, beams=self.num_beams > 1)
+        # One field for both, counted from the row's start, because transformers warns where the model ships the other.
+        new = self.min_new_tokens if self.min_new_tokens is not None else values.pop("min_new_tokens", None)
+        shortest = start + new if new is not None else values.get("min_length", 0)
+        values |= {"min_new_tokens": None, "min_length": min(shortest, start + self.max_new_tokens)}
+        values |= {"do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            # top_k=0 switches off transformers' own default of 50, which nobody asked for
+            values |= {"temperature": self.temperature, "top_p": self.top_p or 1.0, "top_k": self.top_k or 0}
+        if not eos:
+            values.pop("exponential_decay_length_penalty", None)  # there is no end to bring nearer
+        return CompleteConfig(
+            **values
+            | {
+                "max_new_tokens": self.max_new_tokens,
+                "num_beams": self.num_beams,
+                "repetition_penalty": self.repetition_penalty,
+                "no_repeat_ngram_size": self.no_repeat_ngram_size,
+                "eos_token_id": list(eos) or None,
+                "pad_token_id": pad,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer: its text without prompt, stop string or special tokens, and what it cost in tokens."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: Literal["stop", "length"]
+
+
+def checked_stops(stop: Sequence[str] | str | None) -> tuple[str, ...]:
+    """The stop strings as a tuple; a single string counts as one.
+
+    Raises:
+        ConfigError: A stop string that is empty or not text.
+    """
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    for text in stops:
+        if not isinstance(text, str) or not text:
+            msg = f"a stop string must be non-empty text, got {text!r}. Leave `stop` out to stop at the end token only."
+            raise ConfigError(msg)
+    return stops
+
+
+def cut_at_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before the stop string that is complete first; of two complete at once, before the longer one.
+
+    Which is complete first does not depend on how the text is cut into tokens, nor on what follows it.
+
+    >>> cut_at_stop("Bonjour ### fin ###", ["fin", "###"])
+    'Bonjour '
+    >>> cut_at_stop("abcd", ["bcd", "c"])
+    'ab'
+    """
+    found = [(at + len(s), at) for s in stops if (at := text.find(s)) >= 0]
+    return text[: min(found)[1]] if found else text
+
+
+def safe_length(text: str, stops: Sequence[str]) -> int:
+    """How much of an unfinished text may be shown: not what could be the beginning of a stop string.
+
+    >>> safe_length("Bonjour ##", ["###"])
+    8
+    """
+    longest = max((len(s) for s in stops), default=1) - 1
+    for start in range(max(0, len(text) - longest), len(text)):
+        if any(s.startswith(text[start:]) for s in stops):
+            return start
+    return len(text)
+
+
+class Settling:
+    """An unfinished answer's text as far as no further token can change it.
+
+    Two things can change: an incomplete character, which reads U+FFFD until its last byte is there, and a run of byte
+    tokens (`<0xE2>`), which reads U+FFFD as a whole while it is no valid UTF-8, even after it was.
+
+    Args:
+        tokenizer: Says which ids are byte tokens.
+        finish: All new ids of a row → the answer's text.
+    """
+
+    def __init__(self, tokenizer: Any, finish: Callable[[list[int]], str]) -> None:
+        self._finish = finish
+        self._name = getattr(tokenizer, "convert_ids_to_tokens", lambda _: None)
+        self._bytes: dict[int, bool] = {}
+
+    def is_byte(self, token: int) -> bool:
+        """Whether the token stands for one byte, by name."""
+        if token not in self._bytes:
+            self._bytes[token] = _BYTE.fullmatch(str(self._name(token))) is not None
+        return self._bytes[token]
+
+    def __call__(self, ids: list[int]) -> str:
+        """All new ids of a row so far → the settled beginning of its text."""
+        end = len(ids)
+        while end and self.is_byte(ids[end - 1]):
+            end -= 1
+        return self._finish(ids[:end]).rstrip("\ufffd")
+
+
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+
+class StopOnText(StoppingCriteria):  # type: ignore[misc]
+    """Ends a row once its settled text contains a stop string, so that ending early never changes an answer.
+
+    Compares text, not token ids, because a stop string may fall anywhere within tokens. transformers' own
+    `stop_strings` needs a table over the whole vocabulary for that. The last tokens alone are looked at first; out of
+    their context they may read otherwise, so a hit is confirmed on the whole row. A miss only costs time, since the
+    answer is cut on its whole text.
+
+    Args:
+        decode: Some ids in a row → their text.
+        settled: All new ids of a row → text that no further token can change.
+        stops: The stop strings.
+        prompt_width: tokens: where a row's answer begins.
+    """
+
+    def __init__(
+        self, decode: Callable[[list[int]], str], settled: Settling, stops: Sequence[str], prompt_width: int
+    ) -> None:
+        self._decode, self._settled, self._stops, self._prompt_width = decode, settled, stops, prompt_width
+        # The margin is for what stands at a window's beginning and reads otherwise there than in the middle.
+        self._window = max(len(s.encode()) for s in stops) + 8
+        self.lengths: dict[int, int] = {}
+        """row → tokens of its answer when it ended; without beams, whose rows change places"""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002 (transformers' signature)
+        """(rows, T) token ids so far → (rows,) which are done."""
+        rows = input_ids[:, self._prompt_width :].tolist()
+        done = [self._ends(row) for row in rows]
+        for i, ended in enumerate(done):
+            if ended:
+                self.lengths.setdefault(i, len(rows[i]))
+        return torch.tensor(done, device=input_ids.device)
+
+    def _ends(self, row: list[int]) -> bool:
+        return self._contains(self._last(row)) and self._contains(self._settled(row))
+
+    def _last(self, row: list[int]) -> str:
+        """A window's length of text at the end: a token may add none, and byte tokens settle late."""
+        start, size = len(row), self._window
+        while True:
+            counted = 0
+            while start and counted < size:
+                start -= 1
+                counted += not self._settled.is_byte(row[start])
+            text = self._decode(row[start:])
+            if not start or len(text) >= self._window:
+                return text
+            size *= 2
+
+    def _contains(self, text: str) -> bool:
+        return any(s in text for s in self._stops)
+
+
+class StopOnEvent(StoppingCriteria):  # type: ignore[misc]
+    """Ends all rows once nobody reads the stream any more."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self._event = event
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002 (transformers' signature)
+        """(rows, T) → (rows,) all true or all false."""
+        return torch.full((input_ids.shape[0],), self._event.is_set(), device=input_ids.device)
+
+
+class _TokenQueue(BaseStreamer):  # type: ignore[misc]
+    """Receives token ids from `generate`; the first call holds the prompt and is passed over."""
+
+    def __init__(self, items: queue.SimpleQueue[list[int] | BaseException | None]) -> None:
+        self._items, self._seen_prompt = items, False
+
+    def put(self, value: Tensor) -> None:
+        if self._seen_prompt:
+            self._items.put(value.flatten().tolist())
+        self._seen_prompt = True
+
+    def end(self) -> None:
+        """The worker, not `generate`, ends the stream: after an error `generate` would not."""
+
+
+def stream_text(
+    work: Callable[[BaseStreamer, StoppingCriteria], None],
+    finish: Callable[[list[int]], str],
+    settled: Callable[[list[int]], str],
+    stops: Sequence[str],
+) -> Generator[str, None, list[int]]:
+    """Runs `work` in a thread and yields its text piece by piece.
+
+    The pieces joined equal `cut_at_stop(finish(all ids), stops)`. An error in `work` is raised here at once, and
+    closing the iterator ends `work` at its next token (TextIteratorStreamer does neither:
+    https://github.com/huggingface/transformers/issues/22576). The return value is all token ids.
+
+    Args:
+        work: Generates; takes the streamer to feed and a criterion that ends it.
+        finish: All token ids → text.
+        settled: Token ids so far → the beginning of that text, as far as no further token can change it.
+        stops: Where to cut. A possible beginning of one is held back.
+    """
+    items: queue.SimpleQueue[list[int] | BaseException | None] = queue.SimpleQueue()
+    abandoned = threading.Event()
+
+    def run() -> None:
+        try:
+            work(_TokenQueue(items), StopOnEvent(abandoned))
+        except BaseException as error:
+            items.put(error)
+        else:
+            items.put(None)
+
+    worker = threading.Thread(target=run, name="llmchain_fed-stream", daemon=True)
+    worker.start()
+    ids: list[int] = []
+    shown = ""
+    try:
+        while (item := items.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            ids += item
+            text = settled(ids)
+            if cut_at_stop(text, stops) != text:
+                break
+            ready = text[: safe_length(text, stops)]
+            if len(ready) > len(shown) and ready.startswith(shown):
+                yield ready[len(shown) :]
+                shown = ready
+        yield cut_at_stop(finish(ids), stops)[len(shown) :]
+        return ids
+    finally:
+        abandoned.set()
+        worker.join()
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Rows of ids → (B, T) ids and attention mask.
+
+    >>> pad_rows([[5, 6], [7]], 0, left=True)[0]
+    tensor([[5, 6],
+            [0, 7]])
+    """
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, place] = torch.tensor(row)
+        mask[i, place] = 1
+    return ids, mask
+
+
+def chunks(order: Sequence[int], keys: Sequence[object], size: int) -> Iterator[list[int]]:
+    """Splits `order` into batches of at most `size` whose members all have the same key."""
+    chunk: list[int] = []
+    for i in order:
+        if chunk and (len(chunk) == size or keys[i] != keys[chunk[0]]):
+            yield chunk
+            chunk = []
+        chunk.append(i)
+    if chunk:
+        yield chunk
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Dropout off, and every part's former mode back afterwards: `get_peft_model` leaves training mode on in some."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+@contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """With a seed, what is drawn inside is reproducible and the global generators are left as they were."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,148 @@
+"""Loads a model by name: module and tokenizer, with a LoRA adapter where one is wanted, on the best device.
+
+Knows transformers' and PEFT's loaders and the embedded default. Knows nothing of what is done with the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import find_adapter_config_file
+
+from llmchain_fed.errors import UnsupportedModelError
+from llmchain_fed.model import embedded, pristine, wrapping
+from llmchain_fed.model.adapters.lora_config import check_config
+from llmchain_fed.model.folder import files, settings, weights
+from llmchain_fed.model.folder import tokenizer as folder_tokenizer
+from llmchain_fed.untrusted import no_panic, printable, shown
+
+
+def load(
+    name_or_path: str, *, lora: LoraConfig | None, dtype: torch.dtype | None, device: str | torch.device | None
+) -> tuple[nn.Module, Any]:
+    """The module in evaluation mode, and its tokenizer; see `LocalModel.from_pretrained`."""
+    if lora is not None:
+        check_config(lora)
+    module: Any = load_base(name_or_path, dtype=dtype or torch.float32)
+    try:
+        with no_panic():
+            tokenizer = AutoTokenizer.from_pretrained(embedded.resolve(name_or_path), trust_remote_code=False)
+    except Exception as error:  # tokenizers raises a bare Exception over a file that makes no sense
+        raise _unloadable(name_or_path, error) from error
+    if lora is not None:
+        lora = copy.deepcopy(lora)
+        seq2seq = bool(module.config.is_encoder_decoder)
+        lora.task_type = lora.task_type or (TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM)
+        module = add_adapter(module, lora)
+    return module.to(device or best_device()).eval(), tokenizer
+
+
+def load_base(name_or_path: str, *, dtype: torch.dtype, by_name: bool = False) -> nn.Module:
+    """The bare module on the CPU, in evaluation mode; one with a name remembers what it was when it was loaded.
+
+    Args:
+        name_or_path: Hub id, folder or embedded name.
+        dtype: Of the weights.
+        by_name: A folder that the working directory happens to hold under a hub's id is not meant.
+
+    Raises:
+        UnsupportedModelError: There is no such model, none with safetensors weights, one that brings code, or one
+            whose weights leave parameters out.
+    """
+    path = embedded.resolve(name_or_path)
+    by_name = by_name or name_or_path == embedded.NAME
+    if by_name and path in (name_or_path, embedded.HUB_ID) and os.path.lexists(path):
+        msg = (
+            f"{path!r} is a model's name on the hub, and the working directory has a file or folder of that "
+            "name, which would be loaded in its place. Start from another directory."
+        )
+        raise UnsupportedModelError(msg)
+    _check_source(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        settings.check_implementations(config, what=f"the config.json of {name_or_path!r:.200}")
+        loader = wrapping.loader_of(config)
+        module, info = loader.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        _check_complete(module, info["missing_keys"], name_or_path)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # transformers may raise anything over a configuration that makes no sense
+        raise _unloadable(name_or_path, error) from error
+    if not Path(name_or_path).exists() and not getattr(module, "is_quantized", False):  # what is packed has no rows
+        pristine.record(module)
+    base: nn.Module = module.eval()
+    return base
+
+
+def _check_source(path: str) -> None:
+    """Makes sure that what lies there is a model, not what leads elsewhere; code there is never run.
+
+    Raises:
+        UnsupportedModelError: It is an adapter, or a file leads to code or out of the folder.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        files.check_own(folder, error=UnsupportedModelError)
+        settings.check_own(folder, error=UnsupportedModelError)
+        folder_tokenizer.check(folder, remedy="Take the folder from another source.", error=UnsupportedModelError)
+        weights.check_index(folder, error=UnsupportedModelError)
+        if any(folder.glob("*.safetensors")):
+            weights.check_fits(folder, error=UnsupportedModelError)
+        return
+    try:
+        is_adapter = not folder.exists() and find_adapter_config_file(path) is not None
+    except (OSError, ValueError):
+        return  # whoever loads it says what is wrong with it
+    if is_adapter:
+        msg = (
+            f"{path!r} holds an adapter's settings, which can name another base and code, so nothing is loaded. "
+            "Load its base by name, and the adapter over it: LocalModel(PeftModel.from_pretrained(base, …), tokenizer)."
+        )
+        raise UnsupportedModelError(msg)
+
+
+def _check_complete(module: nn.Module, missing: AbstractSet[str], name: str) -> None:
+    """Makes sure that no parameter is one that transformers has made up, for want of weights; tied ones are none.
+
+    Raises:
+        UnsupportedModelError: Some are.
+    """
+    made_up = sorted(missing & {n for n, _ in module.named_parameters(remove_duplicate=False)})
+    if made_up:
+        more = f" and {len(made_up) - 3} more" if len(made_up) > 3 else ""
+        msg = (
+            f"{name!r:.200} has no weights for {shown(made_up[:3], 300)}{more} of a {type(module).__name__}, which "
+            "would be random numbers. Its config.json is another model's, or files are missing: get it again. "
+            "To train a new part, load the model yourself and pass LocalModel(module, tokenizer)."
+        )
+        raise UnsupportedModelError(msg)
+
+
+def _unloadable(name: str, error: Exception) -> UnsupportedModelError:
+    why = printable(
+        f"{error}" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}", 1000
+    )
+    msg = f"{name!r} cannot be loaded as a model with safetensors weights and a tokenizer: {why}"
+    return UnsupportedModelError(msg)
+
+
+def add_adapter(module: Any, config: PeftConfig, *, quiet: bool = False) -> PeftModel:
+    """PEFT's own wrapping, its random start drawn from a fixed seed; see `wrapping.wrap`."""
+    return wrapping.wrap(module, config, quiet=quiet)
+
+
+def best_device() -> str:
+    """CUDA or MPS when there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,167 @@
+"""Tokens: text to token ids and back, the way one model wants it, for training and for answering alike.
+
+Knows tokenizers and special tokens. Knows nothing about generation, examples or weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import nn
+
+from llmchain_fed.errors import DataError, UnsupportedModelError
+from llmchain_fed.model import control_tokens, vocabulary
+from llmchain_fed.model.control_tokens import Rendered, foreign_text
+from llmchain_fed.untrusted import PanicError, no_panic, shown
+
+
+class Tokens:
+    """A tokenizer together with what its module says about special tokens.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer, or None where only ready tensors are used.
+        module: The module it belongs to.
+    """
+
+    def __init__(self, tokenizer: Any, module: nn.Module) -> None:
+        self.tokenizer = tokenizer
+        self._module = module
+
+    @property
+    def seq2seq(self) -> bool:
+        """Whether the prompt goes into an encoder."""
+        return bool(getattr(getattr(self._module, "config", None), "is_encoder_decoder", False))
+
+    @property
+    def pad_id(self) -> int:
+        """The padding token's id, else the end token's; one that the model can look up, for padding is computed too."""
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        wanted = ([int(pad)] if pad is not None else []) + list(self.eos_ids)
+        return vocabulary.usable_pad(self._module, wanted)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer, the tokenizer's own first."""
+        ids = [getattr(self.tokenizer, "eos_token_id", None), *self._configured("eos_token_id")]
+        return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+
+    def _configured(self, name: str) -> list[int]:
+        """The ids that the module's generation configuration has under a name: one, several or none."""
+        value = getattr(getattr(self._module, "generation_config", None), name, None)
+        return (
+            [int(i) for i in value] if isinstance(value, (list, tuple)) else [int(value)] if value is not None else []
+        )
+
+    def control_tokens(self) -> frozenset[str]:
+        """The texts of the begin, end and padding tokens: those that open, end or fill any text."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            return frozenset()
+        silent, begins = self._silent_ids()
+        known = control_tokens.added_tokens(tokenizer)  # an end id may be an ordinary word, which anybody may write
+        return frozenset(known[i] for i in silent | begins if i in known)
+
+    # --- text to ids ------------------------------------------------------------------------------------------------
+
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Prompts → ids; a causal prompt never ends in an end token that the tokenizer appended."""
+        rows = self._tokenize(list(texts), add_special_tokens=add_special_tokens)
+        if self.seq2seq or not add_special_tokens:
+            return rows
+        ends = self.eos_ids[:1] if self._appends_end() else ()
+        return [row[:-1] if row[-1:] == list(ends) else row for row in rows]
+
+    def _appends_end(self) -> bool:
+        """Whether the tokenizer puts an end token behind every text."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            alone, dressed = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        else:
+            alone = self.tokenizer.convert_tokens_to_ids(self.tokenizer.tokenize("a"))
+            dressed = list(self.tokenizer.build_inputs_with_special_tokens(alone))
+        return bool(dressed) and dressed[-1:] == list(self.eos_ids[:1]) and alone[-1:] != dressed[-1:]
+
+    def encode_completions(self, texts: Sequence[str], controls: Collection[str] = ()) -> list[list[int]]:
+        """Completions → ids with the end token behind each.
+
+        Args:
+            texts: Completions; one that spells a control token is encoded as the text it is.
+            controls: Control tokens beside the model's own: those that a chat template writes.
+        """
+        known = {*self.control_tokens(), *controls}
+        texts = [foreign_text(text, known) for text in texts]
+        eos = list(self.eos_ids[:1])
+        if not self.seq2seq:
+            return [row + eos for row in self._tokenize(texts, add_special_tokens=False)]
+        rows = self._tokenize(texts, text_target=True, add_special_tokens=True)
+        return [row if eos and eos[0] in row else row + eos for row in rows]  # mBART's language stands behind the end
+
+    def _tokenize(self, texts: list[str], *, text_target: bool = False, add_special_tokens: bool) -> list[list[int]]:
+        if self.tokenizer is None:
+            msg = (
+                f"this {type(self._module).__name__} has no tokenizer, so text cannot become tokens. Pass "
+                "LocalModel(module, tokenizer) or ready tensors."
+            )
+            raise UnsupportedModelError(msg)
+        if not texts:
+            return []
+        # verbose=False: the tokenizer's own warning about length; ours is an error or a count in a report
+        options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
+        given = {"text_target": texts} if text_target else {"text": texts}
+        try:
+            with no_panic():
+                ids: list[list[int]] = self.tokenizer(**given, **options)["input_ids"]
+                for i, text in enumerate(texts):
+                    if isinstance(text, Rendered):
+                        ids[i] = control_tokens.encode(
+                            self.tokenizer, text, text_target=text_target, add_special_tokens=add_special_tokens
+                        )
+        except PanicError as error:
+            msg = (
+                f"the tokenizer gave up on a text of up to {max(map(len, texts)):,} characters "
+                f"({shown(str(error), 200)}): its tokenizer.json has a pattern that such texts are too much for. "
+                "Shorten the text, or use another model."
+            )
+            raise DataError(msg) from None
+        return ids
+
+    # --- ids to text ------------------------------------------------------------------------------------------------
+
+    def until_end(self, ids: list[int]) -> list[int]:
+        """Without the end token and the padding behind it; a row cut at a stop string has padding alone."""
+        eos, pad = self.eos_ids, self.pad_id
+        end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
+        known = pad in (
+            getattr(self.tokenizer, "pad_token_id", None),
+            *eos,
+        )  # else it is some token, maybe the answer's
+        while known and end and ids[end - 1] == pad:
+            end -= 1
+        return ids[:end]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids → text, without end and padding tokens and without the tokens that only begin an answer.
+
+        Other special tokens are kept: they are what a completion taught, a label perhaps.
+        """
+        silent, begins = self._silent_ids()
+        start = 0
+        while start < len(ids) and (ids[start] in begins or ids[start] in silent):
+            start += 1
+        if self.seq2seq and start < len(ids) and ids[start] in self._configured("forced_bos_token_id"):
+            start += 1  # `generate` writes it: the language of a translation, say
+        kept = [i for i in ids[start:] if i not in silent]
+        # the clean-up of spaces would change earlier text while a stream is under way
+        text: str = self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def _silent_ids(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Ids that are never part of an answer's text, and those that are not where an answer begins."""
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        silent = {*self.eos_ids, *self._configured("pad_token_id"), *([int(pad)] if pad is not None else [])}
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        begins = {*self._configured("bos_token_id"), *([int(bos)] if bos is not None else [])}
+        if self.seq2seq:
+            begins |= set(self._configured("decoder_start_token_id"))
+        return frozenset(silent), frozenset(begins)

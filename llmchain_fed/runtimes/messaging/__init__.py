@@ -1,0 +1,1 @@
+"""Frames, channels and calls of bounded size and time between processes."""

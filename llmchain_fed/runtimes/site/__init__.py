@@ -1,0 +1,1 @@
+"""A participant's long-lived process, its policy and what its operator reads."""

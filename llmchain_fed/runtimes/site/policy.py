@@ -1,0 +1,220 @@
+"""Policy: what a site lets others ask of it. Audit: the file in which every request is written down.
+
+Knows options, operations and files. Knows nothing about models or sockets. The site's operator owns both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import stat
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from llmchain_fed import untrusted
+from llmchain_fed._config import parse_options, unknown_option
+from llmchain_fed.errors import ConfigError, ContractError, DeadlineError, PolicyError, TransportError
+from llmchain_fed.federated.client.limits import Limits, refuse
+from llmchain_fed.federated.runtime import Operation
+from llmchain_fed.untrusted import printable, shown
+
+# Their messages name options, digests and times, never a value of an example.
+_HARMLESS = (ConfigError, ContractError, DeadlineError, PolicyError, TransportError)
+_LONGEST = 2000  # characters of a text in the audit file
+_REMEDY = "Correct that line; `llmchain-fed policy explain FILE` says what a file lets happen."
+
+
+class Policy(Limits):
+    """What a site allows: what it answers, and within which limits. The default lets no text of its examples leave.
+
+    A hub measures before and after each round: with `max_rounds` alone, `max_evaluations` is twice that and two more.
+
+    >>> Policy(max_rounds=20)
+    Policy(max_evaluations=42, max_rounds=20)
+    """
+
+    operations: tuple[Operation, ...] = Field(default=("hello", "train", "evaluate", "stop"), strict=False)
+    """which operations are answered; `personal_state` lets the hub keep this site's optimizer and place in the data"""
+    max_rounds: int | None = Field(default=1_000, ge=0, le=10**9)
+    """trainings this peer does before it must be started again; None is no limit"""
+    max_payload_bytes: int = Field(default=2**30, ge=1, le=2**40)
+    """bytes of a request: global weights of a larger model need more"""
+    error_messages: bool = False
+    """whether the messages of errors may leave, which can quote an example; else their type does, and the rest stays in
+    the audit file"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluations_follow_rounds(cls, given: Any) -> Any:
+        rounds = given.get("max_rounds") if isinstance(given, dict) else None
+        if type(rounds) is not int or not 0 <= rounds < cls.model_fields["max_evaluations"].default // 2:
+            return given
+        return {"max_evaluations": 2 * rounds + 2} | given
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Policy:
+        """Reads a policy from YAML.
+
+        Raises:
+            ConfigError: No such file, no mapping; or an unknown option, a wrong type or a value out of range, with its
+                line.
+        """
+        data = untrusted.read_file(path, most=untrusted.MAX_YAML, what="the policy file", error=ConfigError)
+        found = parse_options(data, path, "policy")
+        for name, value in found.items():
+            try:
+                if name not in cls.model_fields:
+                    raise ConfigError(unknown_option(shown(name, 60), cls.model_fields))
+                cls(**{name: value})
+            except ConfigError as error:
+                lines = untrusted.key_lines(data)
+                why = printable(str(error).removeprefix(f"{cls.__name__}: "), 600)
+                msg = f"the policy file {shown(str(path), 300)}, line {lines[name]}: {why}. {_REMEDY}"
+                raise ConfigError(msg) from None
+        return cls(**found)
+
+    def check(self, op: str, num_bytes: int, rounds: int) -> None:
+        """Makes sure that a request is allowed, as far as its operation and its size tell.
+
+        Args:
+            op: What is asked.
+            num_bytes: Size of its payload.
+            rounds: Trainings done so far.
+
+        Raises:
+            PolicyError: It is not, and why; it begins with the option's name.
+        """
+        if op not in self.operations:
+            allowed = ", ".join(self.operations) or "nothing"
+            refuse("operations", f"this site does not answer {shown(op, 40)!r}, allowed are {allowed}")
+        if num_bytes > self.max_payload_bytes:
+            refuse("max_payload_bytes", f"{num_bytes:,} bytes are sent, at most {self.max_payload_bytes:,} are allowed")
+        if op == "train" and self.max_rounds is not None and rounds >= self.max_rounds:
+            refuse(
+                "max_rounds",
+                f"this site has trained {rounds:,} times, at most {self.max_rounds:,} are allowed until its peer is "
+                "started again",
+            )
+
+    def told(self, error: BaseException) -> dict[str, str]:
+        """What of an error may leave: its type, and its message where that can quote no example or may."""
+        leaves = self.error_messages or is_harmless(error)
+        message = (
+            printable(error, _LONGEST) if leaves else "the site keeps the message to itself; its audit file has it"
+        )
+        return {"type": type(error).__name__, "message": message}
+
+
+def is_harmless(error: BaseException) -> bool:
+    """Whether an error's message can quote no example."""
+    return isinstance(error, _HARMLESS)
+
+
+class AuditError(PolicyError):
+    """A request is not answered because it cannot be written down: this passes, and is no decision of the site's."""
+
+
+class Audit:
+    """Appends one JSON line per request to a file: when, what, how large, how it ended.
+
+    Args:
+        path: The file; made for this account alone. None keeps no audit.
+        say: Tells the operator that it cannot be written, once, and that it can be again.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+
+    def __init__(self, path: str | Path | None, say: Callable[[str], None] = lambda _: None) -> None:
+        self._path = Path(path) if path is not None else None
+        self._lock, self._say = threading.Lock(), say
+        self._broken = False
+        if self._path is not None:
+            try:
+                os.close(self._open())
+            except (OSError, ValueError) as error:
+                where, folder = shown(str(self._path), 300), self._path.absolute().parent
+                remedy = "" if folder.is_dir() else f" Make its folder first: mkdir -p {shlex.quote(str(folder))}"
+                msg = f"the audit file {where} cannot be written: {_said(error)}.{shown(remedy, 400)}"
+                raise ConfigError(msg) from error
+
+    def write(self, **entry: Any) -> None:
+        """Writes one line, and it is on the disk before this returns.
+
+        Raises:
+            AuditError: It cannot be written: what is not written down is not answered.
+        """
+        if self._path is None:
+            return
+        kept = {name: _bounded(value) for name, value in entry.items()}
+        line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds")} | kept)
+        with self._lock:
+            try:
+                self._append(f"{line}\n".encode())
+            except OSError as error:
+                why = f"the audit file cannot be written: {_said(error)}"
+                if not self._broken:
+                    self._say(f"{why}: nothing is answered until it can")
+                self._broken = True
+                msg = f"{why}, and without it nothing is answered."
+                raise AuditError(msg) from error
+            if self._broken:
+                self._say("the audit file can be written again")
+            self._broken = False
+
+    def _append(self, line: bytes) -> None:
+        """All of a line or nothing of it: what a full disk has cut would make the next one unreadable, too."""
+        descriptor = self._open()
+        try:
+            size = os.fstat(descriptor).st_size
+            try:
+                left = memoryview(line)
+                while left:
+                    left = left[os.write(descriptor, left) :]
+                os.fsync(descriptor)
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(descriptor, size)
+                raise
+        finally:
+            os.close(descriptor)
+
+    def _open(self) -> int:
+        """A descriptor to append with. Made anew each time, so that a file moved away by log rotation stays whole."""
+        assert self._path is not None
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+        descriptor = os.open(self._path, flags, 0o600)  # without waiting for who might read a pipe
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink > 1:
+                msg = "it is no regular file of this account's, under one name. Choose a path that is free"
+                raise OSError(msg)
+            if found.st_mode & 0o077:  # it quotes errors, which can quote examples
+                os.fchmod(descriptor, 0o600)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+
+def _said(error: OSError | ValueError) -> str:
+    """The system's words, which name no path, and its number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.strerror} ({error.errno})"
+    return shown(str(error), 200)
+
+
+def _bounded(value: Any) -> Any:
+    """A text that can be shown, a number that can be written; anything else in short."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return shown(value)
+    return value if isinstance(value, (int, float)) else printable(value, _LONGEST)

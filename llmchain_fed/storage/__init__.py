@@ -1,0 +1,1 @@
+"""Files and folders of this account: written whole, locked, exchanged at once."""

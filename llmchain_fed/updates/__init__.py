@@ -1,0 +1,1 @@
+"""What travels and how it combines: named tensors in, named tensors out. Knows no participant, round or runtime."""

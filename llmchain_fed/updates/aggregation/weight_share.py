@@ -1,0 +1,93 @@
+"""Weight shares: no update weighs more than a given share of its round.
+
+Knows weights and contributions. Knows nothing of what a contribution holds or how it is combined.
+
+Participants declare their counts themselves, so one that claims 10⁹ examples would be the mean. With a share c the
+weights of a round are cut at one threshold T, w'_k = min(w_k, T), chosen so that T is the share c of Σ w'_k: whoever is
+cut weighs exactly c, and what it loses goes to all others in the proportion of their own weights. Where no more than
+1/c participants are there, nobody could weigh c or less: they weigh the same.
+
+T follows from those whose updates are in, not from those who were asked: else one that stays away would lift the
+others above their share. At most 1/c of them can be cut, those of the largest weights, so only these updates are kept
+until all are in; every other one is added as it arrives, with its own weight. Memory grows by 1/c updates at most,
+however many participants there are.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated
+
+from pydantic import Field
+
+from llmchain_fed.errors import ConfigError
+from llmchain_fed.updates.aggregation.base import Contribution
+
+SMALLEST = 1e-6
+"""a share of one in a million: no round has more participants, and 1/share is a count"""
+Share = Annotated[float, Field(ge=SMALLEST, le=1)]
+_NEARLY = 1e-9  # 1/c is meant to be whole where c is 0.1
+
+
+def checked_share(share: float | None) -> float | None:
+    """`max_weight_share`, if it is a share.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if share is not None and (type(share) not in (int, float) or not SMALLEST <= share <= 1):
+        msg = f"max_weight_share is a share from {SMALLEST} to 1, such as 0.5, or None, got {share!r:.80}."
+        raise ConfigError(msg)
+    return share
+
+
+def cut(weights: Mapping[str, float], share: float) -> dict[str, float]:
+    """The weights of a round with none above its share.
+
+    >>> cut({"a": 1, "b": 1, "c": 1, "d": 10**9}, 0.4)
+    {'a': 1, 'b': 1, 'c': 1, 'd': 2.0...}
+    >>> cut({"a": 1, "b": 3}, 0.5)
+    {'a': 1.0, 'b': 1.0}
+    """
+    if len(weights) * share <= 1 + _NEARLY:
+        return dict.fromkeys(weights, 1.0)
+    falling = sorted(weights.values(), reverse=True)
+    rest = sum(falling)
+    for above, weight in enumerate(falling):
+        threshold = share * rest / (1 - above * share)  # of so many that weigh it
+        if weight <= threshold:
+            return {name: min(own, threshold) for name, own in weights.items()} if above else dict(weights)
+        rest -= weight
+    return dict.fromkeys(weights, 1.0)
+
+
+class HeldBack:
+    """Keeps the updates of a round whose weight may have to be cut.
+
+    Args:
+        share: The largest that a weight may have.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self._most = int(1 / share + _NEARLY)
+        self._kept: list[tuple[float, int, str, Contribution]] = []  # a heap: the least weight first
+        self._count = 0
+
+    def push(self, name: str, given: Contribution) -> tuple[str, Contribution] | None:
+        """Takes one in; gives back one whose weight will not be cut, whoever else comes."""
+        self._count += 1
+        item = (given.weight, -self._count, name, given)
+        if len(self._kept) < self._most:
+            heapq.heappush(self._kept, item)
+            return None
+        _, _, other, least = heapq.heappushpop(self._kept, item)
+        return other, least
+
+    def release(self, weights: Mapping[str, float]) -> list[tuple[str, Contribution]]:
+        """Those that are kept, with these weights, in the order in which they came."""
+        found = sorted(self._kept, key=lambda item: -item[1])
+        self._kept = []
+        return [(name, replace(given, weight=weights[name])) for _, _, name, given in found]
