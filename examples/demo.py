@@ -21,7 +21,7 @@ from report import write_report
 from transformers.utils import logging as transformers_logging
 
 from llmchain_fed import FederatedAveraging, History, LLMChain, LocalLLM, TrainingConfig, load_prompt
-from llmchain_fed.library import StripOutputParser
+from llmchain_fed.recipes.parsers import StripOutputParser
 
 PUBLISHERS = ("django", "wagtail", "plone", "pretix")
 LANGUAGES = {"fr": "French", "de": "German", "es": "Spanish", "it": "Italian", "nl": "Dutch", "pt_BR": "Portuguese"}

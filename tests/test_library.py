@@ -15,18 +15,11 @@ from pydantic import Field
 
 from llmchain_fed.chain.llm import LocalLLM
 from llmchain_fed.errors import RecipeError
-from llmchain_fed.library import (
-    ChainSpec,
-    PromptSpec,
-    list_chains,
-    list_prompts,
-    load_chain,
-    load_prompt,
-    prompt_from_data,
-    prompt_to_data,
-)
+from llmchain_fed.library import list_chains, list_prompts, load_chain, load_prompt
 from llmchain_fed.recipes import files
 from llmchain_fed.recipes.files import read_spec
+from llmchain_fed.recipes.prompts import prompt_from_data, prompt_to_data
+from llmchain_fed.recipes.schema import ChainSpec, PromptSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["classify", "fault_diagnosis", "medical_report", "personal_search", "summarize", "translate"]

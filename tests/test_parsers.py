@@ -11,7 +11,7 @@ from langchain_core.output_parsers import JsonOutputParser, StrOutputParser
 from pydantic import BaseModel
 
 from llmchain_fed.errors import RecipeError
-from llmchain_fed.library import StripOutputParser, make_parser, parser_name
+from llmchain_fed.recipes.parsers import StripOutputParser, make_parser, parser_name
 
 
 def test_parsers_parse():

@@ -35,7 +35,7 @@ from llmchain_fed import (
 )
 from llmchain_fed.data.encoding import encode_examples
 from llmchain_fed.federated.target import Trainee
-from llmchain_fed.library import StripOutputParser
+from llmchain_fed.recipes.parsers import StripOutputParser
 
 LABEL = "[POS]"
 TOKENIZERS = {kind: make_tokenizer(kind, labels=(LABEL,)) for kind in KINDS}

@@ -15,7 +15,7 @@ from langchain_core.runnables.base import RunnableBindingBase
 from llmchain_fed.chain.base_llm import Bare, LocalFace
 from llmchain_fed.chain.llm import LocalLLM
 from llmchain_fed.chain.llm_chain import LLMChain, below_bindings, with_face_fields
-from llmchain_fed.library import StripOutputParser
+from llmchain_fed.recipes.parsers import StripOutputParser
 
 
 class PipedChain(LLMChain):

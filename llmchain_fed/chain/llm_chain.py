@@ -27,9 +27,10 @@ from llmchain_fed.chain.prompt_step import PromptStep, mark_values
 from llmchain_fed.chain.saving import directory as saving
 from llmchain_fed.chain.saving import model as saved_model
 from llmchain_fed.errors import ChainFileError, ConfigError, PromptVariablesError, RecipeError, UnsupportedModelError
-from llmchain_fed.library import StripOutputParser, make_parser, parser_name, prompt_from_data, prompt_to_data
 from llmchain_fed.model import control_tokens
 from llmchain_fed.model.local_model import LocalModel
+from llmchain_fed.recipes.parsers import StripOutputParser, make_parser, parser_name
+from llmchain_fed.recipes.prompts import prompt_from_data, prompt_to_data
 from llmchain_fed.recipes.schema import ParserName
 from llmchain_fed.untrusted import shown
 

@@ -1,0 +1,99 @@
+"""Output parsers by the names that recipes and saved chains have for them.
+
+Knows LangChain's parsers. Knows nothing about prompts, files or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from langchain_core.messages import BaseMessage
+from langchain_core.output_parsers import (
+    BaseOutputParser,
+    CommaSeparatedListOutputParser,
+    JsonOutputParser,
+    StrOutputParser,
+)
+
+from llmchain_fed.errors import RecipeError
+from llmchain_fed.recipes.schema import ParserName
+
+
+class StripOutputParser(StrOutputParser):
+    r"""The text without whitespace around it; a stream joined equals the whole parsed at once.
+
+    >>> StripOutputParser().parse(" Page verrouillée\n")
+    'Page verrouillée'
+    """
+
+    @property
+    def _type(self) -> str:
+        return "strip"
+
+    def parse(self, text: str) -> str:
+        """`text` without outer whitespace."""
+        return text.strip()
+
+    def _transform(self, input: Iterator[str | BaseMessage]) -> Iterator[str]:  # noqa: A002 (LangChain's name)
+        held: str | None = None
+        for piece in StrOutputParser()._transform(input):
+            body, held = _hold_back(held, piece)
+            if body:
+                yield body
+
+    async def _atransform(self, input: AsyncIterator[str | BaseMessage]) -> AsyncIterator[str]:  # noqa: A002
+        held: str | None = None
+        async for piece in StrOutputParser()._atransform(input):
+            body, held = _hold_back(held, piece)
+            if body:
+                yield body
+
+
+_PARSERS: dict[ParserName, type[BaseOutputParser[Any]]] = {
+    "text": StrOutputParser,
+    "strip": StripOutputParser,
+    "json": JsonOutputParser,
+    "comma_list": CommaSeparatedListOutputParser,
+}
+
+
+def make_parser(name: ParserName) -> BaseOutputParser[Any]:
+    """A new output parser, by the name recipes use.
+
+    Raises:
+        RecipeError: No parser of that name.
+
+    >>> make_parser("comma_list").parse("bus, tram")
+    ['bus', 'tram']
+    """
+    if name not in _PARSERS:
+        msg = f"no parser is called {name!r}, so an answer could not be read. Use one of {list(_PARSERS)}."
+        raise RecipeError(msg)
+    return _PARSERS[name]()
+
+
+def parser_name(parser: BaseOutputParser[Any]) -> ParserName:
+    """The name of a parser in recipes: the reverse of `make_parser`.
+
+    Raises:
+        RecipeError: A parser of another class, or with settings of its own.
+
+    >>> parser_name(make_parser("strip"))
+    'strip'
+    """
+    for name, kind in _PARSERS.items():
+        if type(parser) is kind and parser == kind():
+            return name
+    msg = (
+        f"{parser!r} has no name in recipes, which hold no class paths and no parser settings. Use one "
+        f"of {list(_PARSERS)}, or put this parser behind the chain: chain | parser."
+    )
+    raise RecipeError(msg)
+
+
+def _hold_back(held: str | None, piece: str) -> tuple[str, str | None]:
+    """What may be shown now, and the whitespace to keep for later; held is None until something was shown."""
+    text = piece.lstrip() if held is None else held + piece
+    body = text.rstrip()
+    return body, text[len(body) :] if body or held is not None else None
