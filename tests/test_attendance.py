@@ -24,9 +24,9 @@ from llmchain_fed import (
     TransportError,
 )
 from llmchain_fed.cli.console import say
-from llmchain_fed.federated.attendance import Attendance, Change
+from llmchain_fed.federated.reporting import lines
 from llmchain_fed.federated.server import dispatch
-from llmchain_fed.tracking import lines
+from llmchain_fed.federated.server.attendance import Attendance, Change
 
 MISMATCH = ContractError("another contract (base weights: 1e1c… at b, 8057… at the hub)")
 FROZEN = TransportError("its peer has been silent for 30 s")

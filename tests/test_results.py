@@ -37,9 +37,9 @@ from llmchain_fed.errors import (
     QuorumError,
     TransportError,
 )
-from llmchain_fed.federated.attendance import Attendance
 from llmchain_fed.federated.checkpoint.state import OtherExamplesError
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
+from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.runtimes.federation_file import FederationFile
 from llmchain_fed.runtimes.messaging import error_codes
 from llmchain_fed.runtimes.site.policy import AuditError

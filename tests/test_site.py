@@ -23,12 +23,12 @@ from llmchain_fed.errors import (
     TransportError,
 )
 from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.reporting import lines
 from llmchain_fed.federated.target import Trainee, check_contract
 from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.messaging.chunked_calls import SlicedCalls
 from llmchain_fed.runtimes.site.policy import Audit, Policy
 from llmchain_fed.runtimes.site.server import Site, check_socket
-from llmchain_fed.tracking import lines
 
 TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=4, epochs=2)
 OPEN = Policy(operations=("hello", "train", "evaluate", "personal_state", "stop"), samples=9, error_messages=True)

@@ -13,8 +13,8 @@ from tiny import PAIRS
 
 from llmchain_fed import FederatedAveraging
 from llmchain_fed.cli import console
+from llmchain_fed.federated.reporting import stderr
 from llmchain_fed.runtimes import process_group
-from llmchain_fed.tracking import stderr
 from llmchain_fed.tracking.status_file import StatusFile
 
 

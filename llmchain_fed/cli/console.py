@@ -6,8 +6,8 @@ Knows which errors may pass. Knows nothing of what is said.
 from __future__ import annotations
 
 from llmchain_fed.errors import DeadlineError, QuorumError, TransportError
-from llmchain_fed.tracking import stderr
-from llmchain_fed.tracking.lines import stamped
+from llmchain_fed.federated.reporting import stderr
+from llmchain_fed.federated.reporting.lines import stamped
 
 DONE = 0
 """all as asked"""

@@ -15,8 +15,8 @@ from llmchain_fed._config import read_options
 from llmchain_fed.cli.chains import check, load
 from llmchain_fed.cli.console import INCOMPLETE, error_line, say
 from llmchain_fed.errors import ContractError, PolicyError, QuorumError, TransportError
+from llmchain_fed.federated.reporting.stderr import show
 from llmchain_fed.stopping import Stopped, stopping
-from llmchain_fed.tracking.stderr import show
 
 _WAITS = re.compile(r"\b[Ww]aiting for |\bthe others wait ")  # of what a transport says: the rest has happened
 

@@ -31,6 +31,7 @@ from llmchain_fed.federated.options import (
     training_of,
 )
 from llmchain_fed.federated.participant import Participant, as_participants
+from llmchain_fed.federated.reporting.screen import Screen
 from llmchain_fed.federated.runtime import Cluster, InProcess, Transport
 from llmchain_fed.federated.server.divergence import OnDivergence, checked_on_divergence
 from llmchain_fed.federated.server.evaluation import Evaluator
@@ -39,7 +40,6 @@ from llmchain_fed.federated.server.round import OpenRound
 from llmchain_fed.federated.server.server import Hub
 from llmchain_fed.federated.settings import make_settings
 from llmchain_fed.federated.target import Trainee
-from llmchain_fed.tracking.screen import Screen
 from llmchain_fed.training import trainable
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.updates.aggregation import Aggregation, Weighting

@@ -12,12 +12,12 @@ from typing import Any
 
 from llmchain_fed.data.encoding import DataReport, Examples
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.federated.attendance import Attendance
 from llmchain_fed.federated.checkpoint.manager import Keeping
 from llmchain_fed.federated.client.client import LocalPeer
 from llmchain_fed.federated.history import History
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.server import personalization
+from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.federated.server.cost_estimate import Plan, plan_of
 from llmchain_fed.federated.server.personalization import Personalized, SideBySide
 from llmchain_fed.federated.server.server import Hub

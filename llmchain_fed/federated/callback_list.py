@@ -9,8 +9,8 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.callbacks import Callback, RunInfo
 
 if TYPE_CHECKING:
-    from llmchain_fed.federated.attendance import Change
     from llmchain_fed.federated.history import History, RoundRecord
+    from llmchain_fed.federated.server.attendance import Change
 
 
 class Callbacks:

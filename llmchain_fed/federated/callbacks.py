@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from llmchain_fed.untrusted import one_line, printable
 
 if TYPE_CHECKING:
-    from llmchain_fed.federated.attendance import Attendance, Change
     from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord, Sample
+    from llmchain_fed.federated.server.attendance import Attendance, Change
 
 _LONGEST = 10_000  # characters of a sample's text
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError, LLMChainFedError, TransportError
+from llmchain_fed.federated.reporting.lines import clock, reason_of, span
 from llmchain_fed.runtimes.messaging import frames, heads
 from llmchain_fed.tracking import status_file
-from llmchain_fed.tracking.lines import clock, reason_of, span
 from llmchain_fed.untrusted import one_line
 
 if TYPE_CHECKING:

@@ -10,15 +10,15 @@ from typing import IO, TYPE_CHECKING
 
 from llmchain_fed.errors import MissingExtraError
 from llmchain_fed.federated.callbacks import Callback, RunInfo, asked, notes_of
-from llmchain_fed.tracking import lines
+from llmchain_fed.federated.reporting import lines
 from llmchain_fed.untrusted import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from llmchain_fed.federated.attendance import Change
     from llmchain_fed.federated.history import History, RoundRecord
+    from llmchain_fed.federated.server.attendance import Change
 
 _HEADINGS = ("round", "trained", "train loss", "held-out loss", "up / down", "seconds", "gap", "notes")
 _LONGEST = 20_000  # characters of a line

@@ -22,13 +22,13 @@ from pydantic import Field
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.callbacks import Callback, RunInfo
+from llmchain_fed.federated.reporting import stderr
+from llmchain_fed.federated.reporting.lines import stamped
 from llmchain_fed.storage.own_files import write_whole
-from llmchain_fed.tracking import stderr
-from llmchain_fed.tracking.lines import stamped
 
 if TYPE_CHECKING:
-    from llmchain_fed.federated.attendance import Attendance, Change
     from llmchain_fed.federated.history import History, RoundRecord
+    from llmchain_fed.federated.server.attendance import Attendance, Change
 
 FILE = "status.json"
 BEAT = 10.0

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.errors import FederationError
-from llmchain_fed.federated.attendance import Attendance
 from llmchain_fed.federated.client.global_state_cache import STALE, Version, coded_parts, start_version
 from llmchain_fed.federated.protocol.global_state import GlobalState, is_start_of, named
 from llmchain_fed.federated.runtime import InProcess, Operation, Transport
+from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.model.weights import change_stamp
 from llmchain_fed.updates import serialization
 from llmchain_fed.updates.aggregation.base import PARTS, LoraLayout, selected

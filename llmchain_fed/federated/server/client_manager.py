@@ -24,11 +24,11 @@ from llmchain_fed.errors import (
     PolicyError,
     TransportError,
 )
-from llmchain_fed.federated.attendance import Attendance
 from llmchain_fed.federated.client.overlap import Overlap
 from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.participant import Alpha, Rank
 from llmchain_fed.federated.runtime import Transport
+from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.federated.target import ContractData, Digest, Trainee, check_contract
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import Strict, checked, decoding, shown

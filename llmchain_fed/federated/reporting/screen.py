@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from llmchain_fed.federated.callbacks import Callback, RunInfo
-from llmchain_fed.tracking import lines, stderr
+from llmchain_fed.federated.reporting import lines, stderr
 from llmchain_fed.untrusted import one_line
 
 if TYPE_CHECKING:
     from llmchain_fed.data.encoding import DataReport
-    from llmchain_fed.federated.attendance import Attendance, Change
     from llmchain_fed.federated.history import History, RoundRecord
+    from llmchain_fed.federated.server.attendance import Attendance, Change
 
 _DOING = {"hello": "joining", "train": "training", "evaluate": "evaluating", "personal_state": "checkpoint"}
 _POSTFIX = 60  # characters

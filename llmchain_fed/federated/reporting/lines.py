@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from llmchain_fed.untrusted import one_line
 
 if TYPE_CHECKING:
-    from llmchain_fed.federated.attendance import Change
+    from llmchain_fed.federated.server.attendance import Change
 
 _LONGEST = 2000  # characters of a line
 _SHORT = 160  # and of a reason in a list
