@@ -318,6 +318,6 @@ def test_folders_beside_an_installed_package_are_not_ours(tmp_path, monkeypatch)
     """In site-packages, `prompts` belongs to somebody else."""
     (tmp_path / "prompts").mkdir()
     monkeypatch.setattr(files, "files", lambda package: tmp_path / "llmchain_fed")
-    monkeypatch.setattr(files, "__file__", str(tmp_path / "llmchain_fed" / "recipe_files.py"))
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "llmchain_fed" / "recipes" / "files.py"))
     with pytest.raises(RecipeError, match="Reinstall llmchain-fed"):
         list_prompts()

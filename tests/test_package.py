@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -89,62 +91,20 @@ PUBLIC = [
     "train_locally",
 ]
 
-# DESIGN §2: model ← data, training ← llm, chat ← chain ← federated ← runtimes ← cli. A module may import those of
-# lines above its own and, within a line, those to its left.
-LAYERS = [
-    [
-        "errors",
-        "untrusted",
-        "own_files",
-        "whole_folders",
-        "locks",
-        "stopping",
-        "_config",
-        "control_tokens",
-        "provenance",
-        "chat_template",
-        "recipes",
-        "recipe_files",
-        "embedded",
-        "weights",
-        "pristine",
-        "adapters",
-        "wrapping",
-        "generation_data",
-        "folder_files",
-        "folder_settings",
-        "folder_tokenizer",
-        "folder_weights",
-        "pretrained",
-        "generation_fields",
-        "generation",
-        "padding",
-        "vocabulary",
-        "tokens",
-        "answering",
-        "model",
-    ],
-    ["missing", "text_lines", "csv_rows", "readers", "examples", "saying", "data", "loss", "running_state", "door"],
-    ["training_config", "training", "evaluation"],
-    ["face", "llm", "messages", "chat", "saved_fields", "saved_tokenizer", "saved_adapter", "saved_model", "saving"],
-    ["library", "prompt_step"],
-    ["chain", "finding"],
-    ["tracking"],
-    ["federated"],
-    ["runtimes"],
-    ["cli"],
+# DESIGN §2: a room may import those to its left, never the reverse.
+ROOMS = [
+    *("errors", "untrusted", "_config", "stopping", "storage", "recipes", "model", "data", "training", "updates"),
+    *("chain", "library", "federated", "tracking", "runtimes", "cli"),
 ]
-ORDER = [name for layer in LAYERS for name in layer]
-LANGCHAIN = {"llm", "chat", "chain", "finding", "library", "messages", "prompt_step"}
-DEFERRED = {("library", "chain")}  # load_chain makes a chain: the one documented exception
+LANGCHAIN = {"chain", "recipes"}
 
 
 def modules():
     return {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
 
 
-def imports(path):
-    """(module, deferred) for each import; those for type checkers alone are left out."""
+def imports(path, *, whole=False):
+    """(module, deferred) for each import, `whole` with the name; those for type checkers alone are left out."""
     tree = ast.parse(path.read_text())
     typing_only = {
         node
@@ -162,7 +122,7 @@ def imports(path):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from ((n if node.module == "llmchain_fed" else node.module, node in inside) for n in names)
+            yield from ((n if whole or node.module == "llmchain_fed" else node.module, node in inside) for n in names)
 
 
 def own(module):
@@ -213,33 +173,47 @@ def test_importing_the_package_loads_nothing_heavy():
 
 def test_every_module_has_its_place():
     tops = {name.split(".")[0] for name in modules()} - {"__init__"}
-    assert tops <= set(ORDER)
+    assert tops == set(ROOMS)
     for name, path in modules().items():
         if name != "__init__" and path.read_text():
             assert ast.get_docstring(ast.parse(path.read_text())), f"{name} does not say what it knows"
 
 
+def test_no_room_holds_more_than_a_reader_can_keep_in_mind():
+    counts = Counter(path.parent for path in modules().values() if path.name != "__init__.py")
+    assert {str(folder): n for folder, n in counts.items() if n > 15} == {}
+
+
 def test_arrows_point_one_way():
-    wrong, used = [], set()
-    for name, path in modules().items():
-        top = name.split(".")[0]
-        if top == "__init__":
-            continue
-        for module, deferred in imports(path):
-            other = own(module)
-            if other is None or other == top or ORDER.index(other) < ORDER.index(top):
-                continue
-            if deferred and (top, other) in DEFERRED:
-                used.add((top, other))
-                continue
-            wrong.append(f"{name} imports {other}")
+    wrong = [
+        f"{name} imports {module}"
+        for name, path in modules().items()
+        for module, _ in imports(path)
+        if name != "__init__" and (other := own(module)) and ROOMS.index(other) > ROOMS.index(name.split(".")[0])
+    ]
     assert wrong == []
-    assert used == DEFERRED
+
+
+def test_no_two_modules_need_each_other():
+    """Also within a room: which module is imported first changes nothing."""
+    names = {f"llmchain_fed.{name}".removesuffix(".__init__") for name in modules()}
+    arrows = {
+        f"llmchain_fed.{name}".removesuffix(".__init__"): {
+            found
+            for module, deferred in imports(path, whole=True)
+            if not deferred and (found := module if module in names else module.rpartition(".")[0]) in names
+        }
+        for name, path in modules().items()
+    }
+    list(TopologicalSorter(arrows).static_order())  # raises CycleError
 
 
 def test_only_the_faces_know_langchain():
     knowing = {
-        name.split(".")[0] for name, path in modules().items() for m, _ in imports(path) if m.startswith("langchain")
+        name.rpartition(".")[0]
+        for name, path in modules().items()
+        for m, _ in imports(path)
+        if m.startswith("langchain")
     }
     assert knowing == LANGCHAIN
 

@@ -22,10 +22,10 @@ def recipe_folder(kind: Literal["prompts", "chains"]) -> Traversable:
     packaged = files("llmchain_fed") / "_library" / kind
     if packaged.is_dir():
         return packaged
-    checkout = Path(__file__).resolve().parents[1]
+    checkout = Path(__file__).resolve().parents[2]
     if (checkout / "pyproject.toml").is_file() and (checkout / kind).is_dir():
         return checkout / kind
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     msg = f"no {kind} lie in or beside {here}, so the installation is incomplete. Reinstall llmchain-fed."
     raise RecipeError(msg)
 
