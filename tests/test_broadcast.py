@@ -18,7 +18,8 @@ from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.runtime import InProcess, payload_for
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.target import Trainee
-from llmchain_fed.updates.codecs import Int4, make_codec
+from llmchain_fed.updates.codecs import make_codec
+from llmchain_fed.updates.codecs.quantization import Int4
 from llmchain_fed.updates.low_rank import Factors
 from llmchain_fed.updates.serialization import inspect, pack, values
 

@@ -17,18 +17,11 @@ from tiny import PAIRS
 from llmchain_fed import FederatedAveraging
 from llmchain_fed.errors import ConfigError, FederationError, UpdateRefusedError
 from llmchain_fed.updates import serialization
-from llmchain_fed.updates.codecs import (
-    BF16,
-    CODECS,
-    Int4,
-    Int8,
-    TopK,
-    encoded_bytes,
-    make_codec,
-    ratio,
-    spec,
-)
+from llmchain_fed.updates.codecs import CODECS, make_codec, ratio, spec
+from llmchain_fed.updates.codecs.base import encoded_bytes
 from llmchain_fed.updates.codecs.error_feedback import encode_with_feedback
+from llmchain_fed.updates.codecs.quantization import BF16, Int4, Int8
+from llmchain_fed.updates.codecs.sparsification import TopK
 from llmchain_fed.updates.serialization import TensorInfo, describe
 
 SHAPES = {"b.weight": (33, 17), "a": (256,), "scalar": (), "empty": (0, 4), "c": (3,), "big": (40, 64)}

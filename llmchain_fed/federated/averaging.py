@@ -44,7 +44,7 @@ from llmchain_fed.training import trainable
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.updates.aggregation import Aggregation, Weighting
 from llmchain_fed.updates.aggregation.base import Rule
-from llmchain_fed.updates.codecs import Codec
+from llmchain_fed.updates.codecs.base import Codec
 from llmchain_fed.updates.server_optimizers import ServerOptimizer
 
 

@@ -22,7 +22,7 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.client.personalization import Ditto
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.updates.aggregation.base import LoraLayout, Rule
-from llmchain_fed.updates.codecs import Codec
+from llmchain_fed.updates.codecs.base import Codec
 from llmchain_fed.updates.server_optimizers import Reptile
 
 _FINE = ("bf16", "int8")  # codecs precise enough to go without error feedback

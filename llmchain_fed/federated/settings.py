@@ -22,7 +22,8 @@ from llmchain_fed.updates import server_optimizers
 from llmchain_fed.updates.aggregation import Weighting, make_aggregation
 from llmchain_fed.updates.aggregation.base import LoraLayout, Rule
 from llmchain_fed.updates.aggregation.weight_share import checked_share
-from llmchain_fed.updates.codecs import Codec, make_codec, spec
+from llmchain_fed.updates.codecs import make_codec, spec
+from llmchain_fed.updates.codecs.base import Codec
 from llmchain_fed.updates.server_optimizers import ResumableServerOptimizer, ServerOptimizer
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from llmchain_fed.errors import UpdateRefusedError
 from llmchain_fed.untrusted import Strict, checked, shown
 from llmchain_fed.updates import serialization
-from llmchain_fed.updates.codecs import Codec
+from llmchain_fed.updates.codecs.base import Codec
 from llmchain_fed.updates.serialization import TensorInfo
 
 MAX_EXAMPLES = 10**9

@@ -21,7 +21,7 @@ from llmchain_fed.federated.server.server import Hub
 from llmchain_fed.untrusted import Strict, checked, decoding
 from llmchain_fed.updates import serialization
 from llmchain_fed.updates.aggregation.base import Part, selected
-from llmchain_fed.updates.codecs import Codec, encoded_bytes
+from llmchain_fed.updates.codecs.base import Codec, encoded_bytes
 from llmchain_fed.updates.serialization import TensorInfo
 from llmchain_fed.updates.update import MAX_EXAMPLES, MAX_SECONDS
 

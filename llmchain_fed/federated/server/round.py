@@ -33,7 +33,8 @@ from llmchain_fed.updates.aggregation import Weighting
 from llmchain_fed.updates.aggregation.base import Combined, Contribution, Round, Rule, selected
 from llmchain_fed.updates.aggregation.gap import AggregationGap
 from llmchain_fed.updates.aggregation.weight_share import HeldBack, cut
-from llmchain_fed.updates.codecs import Codec, spec
+from llmchain_fed.updates.codecs import spec
+from llmchain_fed.updates.codecs.base import Codec
 from llmchain_fed.updates.coordinates import Rows, cosine
 from llmchain_fed.updates.serialization import TensorInfo
 from llmchain_fed.updates.update import Expected, Update

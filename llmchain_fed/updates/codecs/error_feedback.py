@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.errors import FederationError
-from llmchain_fed.updates.codecs import Codec
+from llmchain_fed.updates.codecs.base import Codec
 from llmchain_fed.updates.serialization import describe
 
 
