@@ -30,7 +30,7 @@ _LEARNT = (
     "held_out_before",
     "held_out_after",
     "update_norm",
-    "cosine",
+    "cosine_to_mean",
     "examples",
     "tokens",
     "steps",
@@ -171,6 +171,7 @@ def _side(tree: Path) -> dict[str, Any]:
         subprocess.run([*ranks, *script], env=environment, cwd=tree, stdout=subprocess.DEVNULL, check=True)
         for rank in range(RANKS):
             report = json.loads((Path(out) / f"rank{rank}.variants.json").read_text())
+            report["personalized"].pop("seconds")
             found |= {f"rank {rank}: {name}": value for name, value in report.items() if name != "rank"}
     return found
 

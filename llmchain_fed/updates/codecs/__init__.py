@@ -84,6 +84,7 @@ def spec(codec: Codec | None) -> str | None:
 def ratio(codec: Codec, infos: Mapping[str, TensorInfo]) -> float:
     """Bytes of the parts over bytes of the same values in float32; 1 where there is no value.
 
+    >>> import torch
     >>> ratio(Int8(), {"w": TensorInfo(torch.float32, (256, 256))})
     0.25390625
     """

@@ -59,6 +59,7 @@ def encoded_bytes(codec: Codec, infos: Mapping[str, TensorInfo]) -> int:
 
 
 def sizes_of(infos: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """How many values each tensor has, in the order of the names."""
     return {name: math.prod(infos[name].shape) for name in sorted(infos)}
 
 
@@ -86,6 +87,7 @@ def unflattened(flat: Tensor, infos: Mapping[str, TensorInfo]) -> dict[str, Tens
 
 
 def check_layout(codec: Codec, parts: Mapping[str, Tensor], infos: Mapping[str, TensorInfo]) -> None:
+    """Raises UpdateRefusedError, with the part's name, where the parts are not those that the codec makes of `infos`."""
     wanted, got = codec.layout(infos), describe(parts)
     for name in sorted(wanted.keys() | got.keys()):
         if wanted.get(name) != got.get(name):
@@ -101,6 +103,7 @@ def owner_of(where: Tensor, counts: Mapping[str, int]) -> str:
 
 
 def refuse_where(wrong: Tensor, counts: Mapping[str, int], what: str) -> None:
+    """Raises UpdateRefusedError, with the tensor's name, where one of its entries is wrong."""
     if wrong.any():
         msg = f"{owner_of(wrong, counts)} {what}: `encode` makes no such parts, and nobody could use them."
         raise UpdateRefusedError(msg)
