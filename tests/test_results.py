@@ -777,10 +777,12 @@ def test_writers_of_the_package_and_the_examples_write_whole_files():
     """What is opened for writing elsewhere lies in a folder that is made whole, or was read through and is listed."""
     root = Path(__file__).parents[1]
     known = {
-        "own_files.py", "saving.py", "saved_model.py", "saved_adapter.py", "folder_settings.py",  # in a whole folder
-        "checkpoint.py", "job.py", "frames.py", "kits.py", "run.py",
+        *(f"llmchain_fed/chain/saving/{name}.py" for name in ("directory", "model", "adapter")),  # in a whole folder
+        "llmchain_fed/storage/own_files.py", "llmchain_fed/model/folder/settings.py",
+        "llmchain_fed/federated/checkpoint/files.py", "llmchain_fed/runtimes/messaging/frames.py",
+        "llmchain_fed/runtimes/nvflare/job.py", "llmchain_fed/runtimes/nvflare/kits.py", "examples/federation/run.py",
     }  # fmt: skip
     pattern = re.compile(r"\.write_text\(|\.write_bytes\(|open\([^)]*[\"'][wx]b?[\"']|\.savefig\((?!buffer)")
     files = [*(root / "llmchain_fed").rglob("*.py"), *(root / "examples").rglob("*.py")]
-    found = {p.name for p in files if pattern.search(p.read_text())}
+    found = {p.relative_to(root).as_posix() for p in files if pattern.search(p.read_text())}
     assert found <= known
