@@ -6,7 +6,7 @@ Knows flock and process ids. Knows nothing of what is locked.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,30 +27,15 @@ def hold(path: str | Path, what: str) -> Iterator[None]:
     Raises:
         ConfigError: Another process holds it, by its id; or there can be no lock.
     """
-    import fcntl
-
     path = Path(path)
     flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
-    try:
-        descriptor = os.open(path, flags, 0o600)
-    except OSError as error:
-        raise _impossible(path, what, error) from error
-    try:
+    with _locked(path, flags, what, _two_at_once) as descriptor:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        except BlockingIOError:
-            msg = (
-                f"{what} is in use by {_holder(descriptor)}. Two at once would overwrite each other: wait until it "
-                "has ended, or stop it."
-            )
-            raise ConfigError(msg) from None
         except OSError as error:
             raise _impossible(path, what, error) from error
         yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -60,23 +45,37 @@ def hold_folder(folder: Path, what: str) -> Iterator[None]:
     Raises:
         ConfigError: Another process holds it; or there can be no lock.
     """
+    with _locked(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, what, _nothing_changed):
+        yield
+
+
+@contextmanager
+def _locked(path: Path, flags: int, what: str, busy: Callable[[int], str]) -> Iterator[int]:
     import fcntl
 
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = os.open(path, flags, 0o600)
     except OSError as error:
-        raise _impossible(folder, what, error) from error
+        raise _impossible(path, what, error) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            msg = f"{what} is in use by another process. Nothing was changed; wait until it has ended, or stop it."
+            msg = f"{what} is in use by {busy(descriptor)}"
             raise ConfigError(msg) from None
         except OSError as error:
-            raise _impossible(folder, what, error) from error
-        yield
+            raise _impossible(path, what, error) from error
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _two_at_once(descriptor: int) -> str:
+    return f"{_holder(descriptor)}. Two at once would overwrite each other: wait until it has ended, or stop it."
+
+
+def _nothing_changed(_descriptor: int) -> str:
+    return "another process. Nothing was changed; wait until it has ended, or stop it."
 
 
 def _holder(descriptor: int) -> str:
