@@ -14,7 +14,7 @@ import time
 
 import pytest
 from federation_processes import write_examples
-from test_site import OPEN, TRAINING, Echo, SocketTransport, audit, task
+from test_site import OPEN, TRAINING, Echo, SocketTransport, answering, audit, task
 from tiny import PAIRS
 from torchrun_script import tiny_chain
 from typer.testing import CliRunner
@@ -26,7 +26,7 @@ from llmchain_fed.federated.overlap import Overlap
 from llmchain_fed.runtimes import frames, heads, site_warnings
 from llmchain_fed.runtimes.overview import ask_status
 from llmchain_fed.runtimes.policy import Audit, Policy
-from llmchain_fed.runtimes.site import Site, check_socket
+from llmchain_fed.runtimes.site import Site
 from llmchain_fed.runtimes.site_log import SiteLog
 
 SLOW = TRAINING.replace(epochs=None, max_steps=9_000)
@@ -172,10 +172,7 @@ def site(tmp_path):
         screen, path = Screen(), tmp_path / "a.sock"
         served = Site(peer, policy, Audit(tmp_path / "a.jsonl", screen), SiteLog(screen, ABOUT))
         threading.Thread(target=served.serve, args=(path,), daemon=True).start()
-        until = time.monotonic() + 5
-        while time.monotonic() < until and not path.exists():
-            time.sleep(0.01)
-        check_socket(path)
+        answering(path)
         return SocketTransport({"a": path}), screen, served
 
     return start
