@@ -14,7 +14,7 @@ import time
 
 import pytest
 from federation_processes import write_examples
-from test_site import OPEN, TRAINING, Echo, SocketTransport, audit, task
+from test_site import OPEN, TRAINING, Echo, SocketTransport, answering, audit, task
 from tiny import PAIRS
 from torchrun_script import tiny_chain
 from typer.testing import CliRunner
@@ -28,7 +28,7 @@ from llmchain_fed.runtimes.overview import ask_status
 from llmchain_fed.runtimes.site import warnings
 from llmchain_fed.runtimes.site.log import SiteLog
 from llmchain_fed.runtimes.site.policy import Audit, Policy
-from llmchain_fed.runtimes.site.server import Site, check_socket
+from llmchain_fed.runtimes.site.server import Site
 
 SLOW = TRAINING.replace(epochs=None, max_steps=9_000)
 ABOUT = {"name": "a", "examples": 3, "held_out": True, "audit": "/var/a.jsonl", "contract": {"base": "1e1c"}}
@@ -173,10 +173,7 @@ def site(tmp_path):
         screen, path = Screen(), tmp_path / "a.sock"
         served = Site(peer, policy, Audit(tmp_path / "a.jsonl", screen), SiteLog(screen, ABOUT))
         threading.Thread(target=served.serve, args=(path,), daemon=True).start()
-        until = time.monotonic() + 5
-        while time.monotonic() < until and not path.exists():
-            time.sleep(0.01)
-        check_socket(path)
+        answering(path)
         return SocketTransport({"a": path}), screen, served
 
     return start

@@ -419,6 +419,25 @@ def stop_while(writes, folder):
         return process.wait(20), (folder / "written").exists()
 
 
+def test_a_ctrl_c_that_was_ignored_before_stays_ignored_and_a_sigterm_still_ends_it():
+    """As nohup and a script's `&` have it."""
+    code = (
+        "import os, signal\nfrom llmchain_fed import stopping\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "try:\n"
+        " with stopping.stopping(lambda: print('stopping', flush=True)):\n"
+        "  os.kill(os.getpid(), signal.SIGINT)\n"
+        "  print('goes on', flush=True)\n"
+        "  os.kill(os.getpid(), signal.SIGTERM)\n"
+        "  signal.pause()\n"
+        "except stopping.Stopped as error: print(error.status)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    lines = done.stdout.splitlines()
+    assert (lines[0], lines[-1]) == ("goes on", "143")
+    assert lines.count("stopping") <= 1  # by SIGTERM alone, and only if the end did not come first
+
+
 def test_what_is_being_written_is_written_to_its_end_within_the_supervisors_patience(tmp_path):
     assert (
         stopping.SECONDS

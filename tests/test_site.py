@@ -97,6 +97,19 @@ class SocketTransport:
         pass
 
 
+def answering(path):
+    """`path`, once somebody answers there: a socket has its name before it has its key and before anybody listens."""
+    until = time.monotonic() + 30
+    while True:
+        try:
+            check_socket(path)
+            return path
+        except ConfigError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+
+
 @pytest.fixture
 def serve(tmp_path_factory):
     """`serve(name, peer, policy)` listens in a thread and returns the socket's path."""
@@ -106,14 +119,7 @@ def serve(tmp_path_factory):
         path = folder / f"{name}.sock"
         site = Site(peer, policy, Audit(folder / f"{name}.jsonl"))
         threading.Thread(target=site.serve, args=(path,), daemon=True).start()
-        until = time.monotonic() + 5
-        while time.monotonic() < until:
-            try:
-                check_socket(path)
-                return path
-            except ConfigError:
-                time.sleep(0.01)
-        raise TimeoutError(name)
+        return answering(path)
 
     start.folder = folder
     return start

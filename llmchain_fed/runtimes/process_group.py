@@ -162,7 +162,7 @@ def _beating() -> Heartbeat | None:
             msg = "a FileStore, whose lock a frozen rank may hold"
             raise TypeError(msg)
         store = dist.PrefixStore("llmchain_fed", store.clone())  # type: ignore[attr-defined]
-    except Exception as error:  # torch raises by store and version; without a store the job runs as it did before
+    except Exception as error:  # torch's private parts: whatever they raise, it is said, and no job fails of it
         if rank == LEADER:
             say(f"this process group has no store to watch its ranks by ({error}): {_UNWATCHED}")
         return None

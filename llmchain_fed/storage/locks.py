@@ -6,7 +6,7 @@ Knows flock and process ids. Knows nothing of what is locked.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +29,8 @@ def hold(path: str | Path, what: str) -> Iterator[None]:
     """
     path = Path(path)
     flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
-    with _locked(path, flags, what, _two_at_once) as descriptor:
+    remedy = "Two at once would overwrite each other: wait until it has ended, or stop it."
+    with _locked(path, flags, what, remedy) as descriptor:
         try:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -45,12 +46,13 @@ def hold_folder(folder: Path, what: str) -> Iterator[None]:
     Raises:
         ConfigError: Another process holds it; or there can be no lock.
     """
-    with _locked(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, what, _nothing_changed):
+    remedy = "Nothing was changed; wait until it has ended, or stop it."
+    with _locked(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, what, remedy):
         yield
 
 
 @contextmanager
-def _locked(path: Path, flags: int, what: str, busy: Callable[[int], str]) -> Iterator[int]:
+def _locked(path: Path, flags: int, what: str, remedy: str) -> Iterator[int]:
     import fcntl
 
     try:
@@ -61,7 +63,7 @@ def _locked(path: Path, flags: int, what: str, busy: Callable[[int], str]) -> It
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            msg = f"{what} is in use by {busy(descriptor)}"
+            msg = f"{what} is in use by {_holder(descriptor)}. {remedy}"
             raise ConfigError(msg) from None
         except OSError as error:
             raise _impossible(path, what, error) from error
@@ -70,16 +72,11 @@ def _locked(path: Path, flags: int, what: str, busy: Callable[[int], str]) -> It
         os.close(descriptor)
 
 
-def _two_at_once(descriptor: int) -> str:
-    return f"{_holder(descriptor)}. Two at once would overwrite each other: wait until it has ended, or stop it."
-
-
-def _nothing_changed(_descriptor: int) -> str:
-    return "another process. Nothing was changed; wait until it has ended, or stop it."
-
-
 def _holder(descriptor: int) -> str:
-    found = os.pread(descriptor, _LONGEST + 1, 0).decode(errors="replace").strip()
+    try:
+        found = os.pread(descriptor, _LONGEST + 1, 0).decode(errors="replace").strip()
+    except OSError:  # a folder holds no process's id
+        return "another process"
     return f"process {found}" if found.isdecimal() and len(found) <= _LONGEST else "another process"
 
 

@@ -240,7 +240,7 @@ def _call(names: list[str], frame: bytes, seconds: float) -> tuple[list[Any], di
 
     try:
         return [begin(names)], {}
-    except Exception as error:  # whatever the engine finds wrong with one of them
+    except Exception as error:  # the engine has no class for it, and says not whose fault it is
         _log.warning("not all sites can be called: %s", untrusted.printable(error))
     calls, troubles = [], {}
     for name in names:

@@ -51,7 +51,7 @@ def check(kit: Path) -> None:
     _check_dates("the root certificate of this federation's authority", root, now, _NEW_AUTHORITY)
     try:
         verify_cert_chain(leaf, [], root)
-    except Exception as error:  # nvflare raises whatever cryptography found wrong
+    except Exception as error:  # also what a certificate's parts make cryptography raise: none is trusted
         why = untrusted.printable(error, 200)
         msg = f"the certificate of {kit.name} was not signed by this federation's authority ({why})."
         raise ConfigError(msg) from error

@@ -87,7 +87,7 @@ def unflattened(flat: Tensor, infos: Mapping[str, TensorInfo]) -> dict[str, Tens
 
 
 def check_layout(codec: Codec, parts: Mapping[str, Tensor], infos: Mapping[str, TensorInfo]) -> None:
-    """Raises UpdateRefusedError, with the part's name, where the parts are not those that the codec makes of `infos`."""
+    """Raises UpdateRefusedError, with the part's name, if the parts are not those that the codec makes of `infos`."""
     wanted, got = codec.layout(infos), describe(parts)
     for name in sorted(wanted.keys() | got.keys()):
         if wanted.get(name) != got.get(name):
