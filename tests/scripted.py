@@ -12,9 +12,9 @@ from llmchain_fed import (
     TrainingConfig,
     TransportError,
 )
-from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.runtime import InProcess
-from llmchain_fed.federated.target import Trainee
+from llmchain_fed.federated.target import Target
 
 TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=4, epochs=1)
 SHARES = {"a": PAIRS[:4], "b": PAIRS[4:8], "c": PAIRS[8:]}
@@ -40,11 +40,11 @@ class Scripted(InProcess):
 
 
 def federation(make_chain, scripts, *, held_out=None, **options):
-    trainee = Trainee.of(make_chain(lora=True))
-    peers = {n: LocalPeer(trainee, Participant(n, pairs, held_out), TRAINING) for n, pairs in SHARES.items()}
+    target = Target.of(make_chain(lora=True))
+    peers = {n: Client(target, Participant(n, pairs, held_out), TRAINING) for n, pairs in SHARES.items()}
     transport = Scripted(peers, scripts)
     options = {"training": TRAINING, "progress": False} | options
-    return FederatedAveraging(trainee.prompt, runtime=transport, **options), transport
+    return FederatedAveraging(target.prompt, runtime=transport, **options), transport
 
 
 def statuses(fed):

@@ -12,12 +12,12 @@ import torch
 from tiny import PAIRS
 
 from llmchain_fed import ConfigError, FedAdam, FederatedAveraging, FederationError, Participant, TrainingConfig
-from llmchain_fed.federated.client.client import LocalPeer
-from llmchain_fed.federated.client.global_state_cache import STALE, Held
+from llmchain_fed.federated.client.client import Client
+from llmchain_fed.federated.client.global_state_cache import STALE, GlobalStateCache
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.runtime import InProcess, payload_for
 from llmchain_fed.federated.server.broadcast import Broadcast
-from llmchain_fed.federated.target import Trainee
+from llmchain_fed.federated.target import Target
 from llmchain_fed.updates.codecs import make_codec
 from llmchain_fed.updates.codecs.quantization import Int4
 from llmchain_fed.updates.low_rank import Factors
@@ -52,7 +52,8 @@ def federation(chain, shares=SHARES, **options):
     options = {"participants": shares, "training": ADAM, "progress": False} | options
     fed = FederatedAveraging(chain, **options)
     wire = Wire(fed._peers)
-    fed._transport = fed._hub.transport = fed._hub.asking._transport = fed._hub.roster._transport = wire
+    server = fed._server
+    fed._transport = server.transport = server.dispatcher._transport = server.client_manager._transport = wire
     return fed, wire
 
 
@@ -157,9 +158,9 @@ class Processes:
     def __init__(self, make_chain, groups, shares=SHARES):
         self.peers, self.stale = {}, 0
         for group in groups:
-            trainee = Trainee.of(make_chain(lora=True))
-            held = Held(trainee.model)
-            self.peers |= {n: LocalPeer(trainee, Participant(n, shares[n]), None, held=held) for n in group}
+            target = Target.of(make_chain(lora=True))
+            held = GlobalStateCache(target.model)
+            self.peers |= {n: Client(target, Participant(n, shares[n]), None, held=held) for n in group}
 
     def nodes(self):
         return list(self.peers)
@@ -219,7 +220,7 @@ def test_a_run_resumed_on_shared_processes_is_the_same_bit_for_bit(rule, make_ch
 
 def both_ends(make_model, codec=None):
     model = make_model(lora=True)
-    return Broadcast(make_codec(codec), None), Held(model), GlobalState.of(model), model.weights_hash
+    return Broadcast(make_codec(codec), None), GlobalStateCache(model), GlobalState.of(model), model.weights_hash
 
 
 def deliver(broadcast, held, node="a"):
@@ -264,7 +265,9 @@ def test_a_remainder_travels_as_what_was_added(make_model):
     assert max(sizes) - min(sizes) < 100
     fresh = Broadcast(None, None)
     fresh.publish(state, "")
-    assert deliver(fresh, Held(make_model(lora=True)))[1] > sizes[-1] + 4 * 4 * 2 * 64  # four earlier increments
+    assert (
+        deliver(fresh, GlobalStateCache(make_model(lora=True)))[1] > sizes[-1] + 4 * 4 * 2 * 64
+    )  # four earlier increments
 
 
 @pytest.mark.parametrize(("codec", "rounds"), [("int8", 2), ("int4", 3), ("topk:0.05", 3)])
@@ -273,7 +276,7 @@ def test_who_missed_changes_is_sent_their_codes(codec, rounds, make_model):
     broadcast, held, state, digest = both_ends(make_model, codec)
     broadcast.publish(state, digest)
     deliver(broadcast, held, "b")
-    often, size = Held(make_model(lora=True)), 0
+    often, size = GlobalStateCache(make_model(lora=True)), 0
     deliver(broadcast, often)
     for number in range(rounds):
         state = GlobalState(moved(state, number).values)
@@ -330,7 +333,7 @@ def test_a_remainder_that_somebody_wrote_into_is_sent_anew(write, make_model):
 
 @pytest.mark.parametrize("version", ["x", "x/y/", "", 3, "x/-1/"])
 def test_a_version_that_is_none_is_refused(version, make_model):
-    held = Held(make_model(lora=True))
+    held = GlobalStateCache(make_model(lora=True))
     with pytest.raises(FederationError, match="names no version"):
         held.receive({"version": version, "against": None}, {})
 
@@ -380,7 +383,7 @@ def test_a_difference_to_something_else_is_stale(make_model):
     broadcast.publish(state, digest)
     deliver(broadcast, held)
     broadcast.publish(moved(state, 1), digest)
-    assert deliver(broadcast, Held(make_model(lora=True)))[0] is None
+    assert deliver(broadcast, GlobalStateCache(make_model(lora=True)))[0] is None
     assert json.loads(STALE) == {"stale": True}
 
 

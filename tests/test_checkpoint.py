@@ -386,7 +386,7 @@ def test_two_runs_that_begin_at_once_do_not_mix(make_chain, tmp_path):
     first.step()
     with pytest.raises(CheckpointError, match="earlier run"):
         second.step()
-    assert checkpoint.read(tmp_path).about["federation"] == first._hub.roster.federation
+    assert checkpoint.read(tmp_path).about["federation"] == first._server.client_manager.federation
 
 
 def test_a_directory_that_cannot_be_written_is_refused_before_anything_is_trained(make_chain, tmp_path, monkeypatch):

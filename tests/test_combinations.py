@@ -12,9 +12,9 @@ from tiny import PAIRS, lora_config, tiny_module
 
 from llmchain_fed import Ditto, FedAvgM, FederatedAveraging, LLMChain, LocalLLM, LocalModel, Participant, TrainingConfig
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.runtime import InProcess
-from llmchain_fed.federated.target import Trainee
+from llmchain_fed.federated.target import Target
 from llmchain_fed.updates.aggregation import AGGREGATIONS
 
 FAST = TrainingConfig(learning_rate=1e-2, batch_size=4)
@@ -290,7 +290,7 @@ class Elsewhere(InProcess):
 
 
 def joined_from_elsewhere(chain, rule, people, says=None, **options):
-    peers = {p.name: LocalPeer(Trainee.of(chain), p, FAST) for p in people}
+    peers = {p.name: Client(Target.of(chain), p, FAST) for p in people}
     runtime = Elsewhere(peers, says or {})
     return FederatedAveraging(chain, runtime=runtime, aggregation=rule, training=FAST, progress=False, **options)
 

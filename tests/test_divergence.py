@@ -181,8 +181,8 @@ def test_stop_ends_after_the_round_that_diverges_with_its_weights(make_chain):
     for twin in (fed, whole):
         other = federation(make_chain())
         other.fit(rounds=first)
-        for name, tensor in other._hub.model.trainable_state().items():
-            assert torch.equal(tensor, twin._hub.model.trainable_state()[name])
+        for name, tensor in other._server.model.trainable_state().items():
+            assert torch.equal(tensor, twin._server.model.trainable_state()[name])
 
 
 def test_nothing_is_said_of_one_that_learns(make_chain):
@@ -242,7 +242,7 @@ def test_step_notes_it_too(make_chain):
 
 def not_finite_from(fed, names: str, number: int, monkeypatch) -> None:
     """Participants' held-out losses are none from the end of a round on."""
-    inner = fed._hub.evaluator.measure
+    inner = fed._server.evaluator.measure
 
     def measure(transport, broadcast, joined, completed, timeout=None):
         found = inner(transport, broadcast, joined, completed, timeout)
@@ -250,7 +250,7 @@ def not_finite_from(fed, names: str, number: int, monkeypatch) -> None:
                for n, v in found.own.items()}  # fmt: skip
         return replace(found, own=own)
 
-    monkeypatch.setattr(fed._hub.evaluator, "measure", measure)
+    monkeypatch.setattr(fed._server.evaluator, "measure", measure)
 
 
 @pytest.mark.parametrize(("names", "of"), [("ab", "of a, b"), ("b", "of b")])

@@ -37,8 +37,8 @@ from llmchain_fed.runtimes.nvflare.supervision import (
     supervisor,
 )
 from llmchain_fed.runtimes.nvflare.supervision.guard import Guard, elsewhere
-from llmchain_fed.runtimes.nvflare.supervision.standing import HubLink, Sites
-from llmchain_fed.runtimes.nvflare.supervision.supervisor import Keeper
+from llmchain_fed.runtimes.nvflare.supervision.standing import HubLink, SitesSeen
+from llmchain_fed.runtimes.nvflare.supervision.supervisor import Supervisor
 
 ONE, OTHER = "SHA256:" + ":".join(["AA"] * 32), "SHA256:" + ":".join(["BB"] * 32)
 
@@ -213,7 +213,7 @@ def test_a_kit_that_cannot_be_read_is_told_and_so_is_what_nobody_thought_of(kit,
         found = reaching.hindrance(kit)
         assert found == reaching.Hindrance(f"the kit {kit} cannot be used (No such file or directory)", lasting=True)
         with pytest.raises(ConfigError, match="cannot be used"):
-            Keeper(kit, socket=kit / "s", say=print)._wait_for_hub()
+            Supervisor(kit, socket=kit / "s", say=print)._wait_for_hub()
     (kit / "startup" / "fed_client.json").unlink()
     began = time.monotonic()
     assert reaching.look(kit, is_stopped=lambda: False).lasting
@@ -366,7 +366,7 @@ def authority(tmp_path):
             )
             for name, mark in approved
         ]
-        registry.write(folder, registry.Registry(certificates=found))
+        registry.write(folder, registry.CertificateRegistry(certificates=found))
 
     return folder, write
 
@@ -541,12 +541,12 @@ class Clock:
 
 
 def peer(silent=0.0, address="10.0.0.1:5000", mark=ONE):
-    return news.Peer(address=address, fingerprint=mark, silent=silent)
+    return news.SeenPeer(address=address, fingerprint=mark, silent=silent)
 
 
 def test_sites_that_come_go_and_are_silent_are_a_line_each():
     clock = Clock()
-    sites = Sites(clock)
+    sites = SitesSeen(clock)
     assert sites.heard({"a": peer(), "b": peer()}) == [
         "site a is connected, from 10.0.0.1:5000",
         "site b is connected, from 10.0.0.1:5000",
@@ -564,16 +564,16 @@ def test_sites_that_come_go_and_are_silent_are_a_line_each():
 
 def test_a_refused_site_is_one_line_and_its_trouble_stands_until_it_is_over():
     clock = Clock()
-    sites = Sites(clock)
+    sites = SitesSeen(clock)
     sites.heard({"a": peer()})
-    refused = news.Refused(name="a", code=news.ELSEWHERE, address="10.0.0.2:1", says="is seen from two places: …")
+    refused = news.RefusedSite(name="a", code=news.ELSEWHERE, address="10.0.0.2:1", says="is seen from two places: …")
     assert sites.refused(refused) == ["site a is seen from two places: …"]
     clock.time += 30
     assert sites.refused(refused) == []
     assert sites.heard({"a": peer()}) == []
     assert sites.seen["a"].trouble == "is seen from two places: …"
     assert sites.seen["a"].connected
-    key = news.Refused(name="z", code=news.OTHER_KEY, address="10.0.0.2:1", says="another key came …")
+    key = news.RefusedSite(name="z", code=news.OTHER_KEY, address="10.0.0.2:1", says="another key came …")
     assert sites.refused(key) == ["site z: another key came …"]
     assert not sites.seen["z"].connected
     clock.time += 200
@@ -584,9 +584,9 @@ def test_a_refused_site_is_one_line_and_its_trouble_stands_until_it_is_over():
 
 def test_that_a_name_was_seen_from_two_places_is_over_soon_and_not_said_again_at_each_attempt():
     clock = Clock()
-    sites = Sites(clock)
+    sites = SitesSeen(clock)
     sites.heard({"a": peer()})
-    refused = news.Refused(name="a", code=news.ELSEWHERE, address="10.0.0.2:1", says="is seen from two places: …")
+    refused = news.RefusedSite(name="a", code=news.ELSEWHERE, address="10.0.0.2:1", says="is seen from two places: …")
     sites.refused(refused)
     clock.time += 39
     sites.heard({"a": peer()})
@@ -603,9 +603,9 @@ def test_that_a_name_was_seen_from_two_places_is_over_soon_and_not_said_again_at
 @pytest.mark.parametrize("code", [news.NOT_ALLOWED, news.OTHER_KEY, news.LATER])
 def test_who_comes_in_with_a_key_that_is_allowed_clears_what_was_said_of_the_former(code, looked_between):
     """`renew`, `approve --replace`: the engine is restarted, and the hub's is not."""
-    sites = Sites(Clock())
+    sites = SitesSeen(Clock())
     sites.heard({"b": peer(mark=ONE)})
-    refused = news.Refused(name="b", code=code, address="10.0.0.2:1", says="the certificate of b was revoked")
+    refused = news.RefusedSite(name="b", code=code, address="10.0.0.2:1", says="the certificate of b was revoked")
     assert sites.refused(refused)
     assert sites.seen["b"].trouble == refused.says
     if looked_between:
@@ -619,10 +619,10 @@ def test_who_comes_in_with_a_key_that_is_allowed_clears_what_was_said_of_the_for
 
 def test_a_site_that_left_or_was_revoked_is_not_told_of_for_ever():
     clock = Clock()
-    sites = Sites(clock)
+    sites = SitesSeen(clock)
     sites.heard({"left": peer(), "revoked": peer(), "stays": peer()})
-    sites.refused(news.Refused(name="revoked", code=news.NOT_ALLOWED, address="10.0.0.2:1", says="was revoked"))
-    sites.refused(news.Refused(name="never", code=news.LATER, address="10.0.0.2:1", says="was not known"))
+    sites.refused(news.RefusedSite(name="revoked", code=news.NOT_ALLOWED, address="10.0.0.2:1", says="was revoked"))
+    sites.refused(news.RefusedSite(name="never", code=news.LATER, address="10.0.0.2:1", says="was not known"))
     sites.heard({"stays": peer()})
     assert set(sites.seen) == {"left", "revoked", "stays", "never"}
     clock.time += 200
@@ -683,7 +683,7 @@ def test_a_folder_whose_job_may_not_have_begun_stays(tmp_path):
 
 def test_folders_of_ended_jobs_are_looked_for_every_ten_minutes(kit, monkeypatch):
     swept, now = [], [1000.0]
-    found = Keeper(kit, socket=Path("/nowhere"), say=print)
+    found = Supervisor(kit, socket=Path("/nowhere"), say=print)
     found._next |= {"write": 1e9, "warn": 1e9}
     monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(job_folders, "remove_ended", lambda *_: swept.append(now[0]))
@@ -889,7 +889,7 @@ def keep(monkeypatch):
             if stop_after is not None and stop_after in text:
                 found._signal = 15
 
-        found = Keeper(kit, socket=None if kits.is_hub(kit) else Path("/nowhere"), say=say)
+        found = Supervisor(kit, socket=None if kits.is_hub(kit) else Path("/nowhere"), say=say)
         return found.run(), lines, engine_state.read(kit)
 
     return run
@@ -897,10 +897,10 @@ def keep(monkeypatch):
 
 def test_a_site_without_its_socket_is_told_before_anything_is_waited_for(kit):
     with pytest.raises(ConfigError, match="needs the socket at which its peer listens"):
-        Keeper(kit, say=print).run()
+        Supervisor(kit, say=print).run()
     assert engine_state.read(kit) is None
     with pytest.raises(ConfigError, match="leave --authority out at a site"):
-        Keeper(kit, socket=kit / "s", authority=kit, say=print).run()
+        Supervisor(kit, socket=kit / "s", authority=kit, say=print).run()
 
 
 def test_a_site_that_the_hub_turns_away_for_its_key_ends_with_its_fingerprint(kit, keep):
@@ -914,7 +914,7 @@ def test_a_site_that_the_hub_turns_away_for_its_key_ends_with_its_fingerprint(ki
 def test_a_name_in_use_elsewhere_is_told_once_and_tried_again(kit, keep):
     script = [{"kind": "turned away", "code": news.ELSEWHERE}]
     tries = []
-    original = Keeper._start
+    original = Supervisor._start
 
     def start(self):
         tries.append(1)
@@ -922,11 +922,11 @@ def test_a_name_in_use_elsewhere_is_told_once_and_tried_again(kit, keep):
             self._signal = 15
         original(self)
 
-    Keeper._start = start
+    Supervisor._start = start
     try:
         status, lines, _ = keep(kit, script)
     finally:
-        Keeper._start = original
+        Supervisor._start = original
     assert status == 143
     assert [line for line in lines if "in use from another place" in line] == [lines[1]]
     assert lines[-1].startswith("stopping")
@@ -934,7 +934,7 @@ def test_a_name_in_use_elsewhere_is_told_once_and_tried_again(kit, keep):
 
 def test_that_a_name_is_in_use_is_told_again_after_a_minute_and_after_a_connection(kit, monkeypatch):
     lines, now = [], [1000.0]
-    found = Keeper(kit, socket=Path("/nowhere"), say=lines.append)
+    found = Supervisor(kit, socket=Path("/nowhere"), say=lines.append)
     monkeypatch.setattr(diary.time, "monotonic", lambda: now[0])
     for _ in range(21):
         assert found._turned_away(news.ELSEWHERE) == supervisor._NOT_NOW
@@ -959,12 +959,12 @@ def test_a_site_that_gets_no_further_says_why_again_and_begins_anew(kit, keep, m
     _, lines, _ = keep(kit, [], stop_after="its engine is up", way=way[:1])
     starts = []
 
-    def anew(self, original=Keeper._start):
+    def anew(self, original=Supervisor._start):
         starts.append(1)
         original(self)
         self._signal = 15 if len(starts) > 1 else 0
 
-    monkeypatch.setattr(Keeper, "_start", anew)
+    monkeypatch.setattr(Supervisor, "_start", anew)
     status, lines, _ = keep(kit, [], way=way)
     assert status == 143
     told = [

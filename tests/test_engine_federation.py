@@ -154,7 +154,7 @@ def test_a_revoked_site_is_put_out_and_cannot_come_back(made, start, tmp_path):
         "name": "b", "role": "site", "organisation": "B", "certificate": mark, "public_key": mark,
         "approved": registry.now(), "by": "me", "until": registry.now(),
     }  # fmt: skip
-    registry.write(authority, registry.Registry(certificates=[registry.Certificate(**entry)]))
+    registry.write(authority, registry.CertificateRegistry(certificates=[registry.Certificate(**entry)]))
     at_hub = start(hub, authority=authority)
     engine.wait_for_hub(b)
     site = start(b)
@@ -169,7 +169,7 @@ def test_a_revoked_site_is_put_out_and_cannot_come_back(made, start, tmp_path):
     assert "is out" not in (hub / "engine.log").read_text()
 
     revoked = registry.Certificate(**entry, revoked=registry.now(), why="laptop stolen")
-    registry.write(authority, registry.Registry(certificates=[revoked]))
+    registry.write(authority, registry.CertificateRegistry(certificates=[revoked]))
     began = time.monotonic()
     wait_for(hub, "site b: the certificate of b was revoked at", 30)
     assert site.wait(timeout=30) == 2
@@ -183,7 +183,7 @@ def test_a_revoked_site_is_put_out_and_cannot_come_back(made, start, tmp_path):
     other = with_another_key(b, tmp_path / "b")
     mark = kits.fingerprint(other / "startup" / "client.crt")
     renewed = registry.Certificate(**entry | {"certificate": mark, "public_key": mark})
-    registry.write(authority, registry.Registry(certificates=[revoked, renewed]))
+    registry.write(authority, registry.CertificateRegistry(certificates=[revoked, renewed]))
     start(other)
     wait_for(hub, "site b is back after")
     until = time.monotonic() + 10

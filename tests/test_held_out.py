@@ -112,7 +112,7 @@ def test_counts_are_those_of_sets_of_texts(make_chain):
 )
 def test_counts_from_elsewhere_are_read_with_bounds(said, make_chain):
     fed = federation(make_chain(), [Participant("a", A, REST)])
-    contract = fed._trainee.contract()
+    contract = fed._target.contract()
     hello = {"participant": "a", "contract": contract, "held_out": True, "overlap": [1, 1, 4]}
     assert client_manager._read("a", json.dumps(hello).encode(), contract).overlap == Overlap(1, 1, 4)
     assert client_manager._read("a", json.dumps(hello | {"overlap": None}).encode(), contract).overlap is None
@@ -213,7 +213,7 @@ def test_losses_side_by_side_show_what_is_not_finite(make_chain):
 @pytest.mark.parametrize("again", [None, 2, 5], ids=["in one process", "resumed while it holds", "resumed after it"])
 def test_who_counts_one_half_is_said_when_that_begins_and_when_it_ends(again, make_chain):
     """A round that failed said nothing, and a hub that resumes knows from its history what was said."""
-    evaluator = federation(make_chain(), {"a": A, "b": B})._hub.evaluator
+    evaluator = federation(make_chain(), {"a": A, "b": B})._server.evaluator
     history, said = History(), []
     for number, name in enumerate(["a", "a", "a", None, None, None, "a", "b"]):
         if number == again:

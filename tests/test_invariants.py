@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, Participant, TrainingConfig, train_locally
 from llmchain_fed.data.encoding import collate, encode_examples
 from llmchain_fed.errors import QuorumError
-from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.runtime import InProcess
-from llmchain_fed.federated.target import Trainee
+from llmchain_fed.federated.target import Target
 from llmchain_fed.updates.update import Update
 
 SGD = TrainingConfig(optimizer="sgd", learning_rate=0.05, batch_size=64)
@@ -272,8 +272,8 @@ class Tampering(InProcess):
 
 def watched(chain, shares, change, training=ADAM, **options):
     """A federation whose updates go through `change(name, bytes)`."""
-    trainee = Trainee.of(chain)
-    peers = {n: LocalPeer(trainee, Participant(n, pairs), training) for n, pairs in shares.items()}
+    target = Target.of(chain)
+    peers = {n: Client(target, Participant(n, pairs), training) for n, pairs in shares.items()}
     transport = Tampering(peers, change)
     return FederatedAveraging(chain, runtime=transport, training=training, progress=False, **options), transport
 

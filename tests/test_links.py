@@ -17,7 +17,7 @@ import pytest
 from llmchain_fed import NVFlare
 from llmchain_fed.errors import ConfigError, TransportError
 from llmchain_fed.runtimes.messaging import frames
-from llmchain_fed.runtimes.messaging.chunked_calls import SlicedCalls
+from llmchain_fed.runtimes.messaging.chunked_calls import ChunkedCalls
 from llmchain_fed.runtimes.nvflare import bridge as bridges
 from llmchain_fed.runtimes.nvflare import certificates, gathering, job, jobs, transport
 from llmchain_fed.runtimes.nvflare.engine_state import SeenSite
@@ -226,7 +226,7 @@ def sites_in(folder, **seconds):
 def test_who_gives_no_answer_is_told_while_the_others_work_and_answers_keep_their_order(tmp_path, monkeypatch):
     monkeypatch.setattr("llmchain_fed.runtimes.messaging.chunked_calls._POLL", 0.1)
     sites = sites_in(tmp_path, a=1.0, b=9.0, c=0.0)
-    calls = SlicedCalls(exchange_with(sites, gone=["b"]), 1.0)
+    calls = ChunkedCalls(exchange_with(sites, gone=["b"]), 1.0)
     began, arrived = time.monotonic(), []
     for name, answer in calls.call("train", ["a", "b", "c"], b"x", None):
         arrived.append((name, answer if isinstance(answer, bytes) else str(answer), time.monotonic() - began))
@@ -245,7 +245,7 @@ def test_a_call_that_is_ended_in_the_middle_ends_the_work_at_the_sites(how, tmp_
             raise KeyboardInterrupt
         return list(carry(nodes, frame, seconds))
 
-    call = SlicedCalls(exchange, 1.0).call("train", ["a", "b", "c"], b"x", None)
+    call = ChunkedCalls(exchange, 1.0).call("train", ["a", "b", "c"], b"x", None)
     with suppress(KeyboardInterrupt):
         for _ in call:
             if how == "left":

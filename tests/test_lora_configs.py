@@ -46,7 +46,7 @@ from transformers import (
 
 from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, TrainingConfig, train_locally
 from llmchain_fed.errors import ChainFileError, ConfigError, NotTrainableError, UnsupportedModelError
-from llmchain_fed.federated.target import Trainee
+from llmchain_fed.federated.target import Target
 from llmchain_fed.model.adapters.lora_config import TREATMENT, refusal
 
 pytestmark = [
@@ -301,7 +301,7 @@ def check_there_and_back(chain, base_logits, directory, kind="causal"):
     before, after = model.trainable_state(), loaded.model.trainable_state()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[n], after[n]) for n in before)
-    assert Trainee.of(loaded).contract() == Trainee.of(chain).contract()
+    assert Target.of(loaded).contract() == Target.of(chain).contract()
     assert loaded.model.fingerprint() == model.fingerprint()
     return loaded
 
@@ -505,7 +505,7 @@ def test_an_adapter_in_inference_mode_has_nothing_to_train(folder, tmp_path):
     ids=str,
 )
 def test_two_ways_of_saying_the_same_share_a_contract(one, other, folder):
-    first, second = (Trainee.of(chain_of(folder("tied"), config_of(c))).contract() for c in (one, other))
+    first, second = (Target.of(chain_of(folder("tied"), config_of(c))).contract() for c in (one, other))
     assert first == second
 
 
@@ -527,7 +527,7 @@ def test_two_ways_of_saying_the_same_share_a_contract(one, other, folder):
 )
 def test_what_means_something_else_has_another_contract(change, folder):
     reference = {"trainable_token_indices": [5, 6]} if "trainable_token_indices" in change else {}
-    first, second = (Trainee.of(chain_of(folder("tied"), config_of(c))).contract() for c in (reference, change))
+    first, second = (Target.of(chain_of(folder("tied"), config_of(c))).contract() for c in (reference, change))
     assert first["adapter"] != second["adapter"]
     assert first["base"] == second["base"]
 
@@ -617,7 +617,7 @@ def test_the_adapter_of_fedex_and_flora_is_the_trained_model_in_plain_peft(rule,
             assert rank <= chain.model.trainable_state()[name.removeprefix("base_model.model.")].shape[0] + min(m, n)
     loaded = LLMChain.load(tmp_path / "chain")
     torch.testing.assert_close(outcome(loaded.model.module)[1], wanted, rtol=0, atol=1e-5)
-    assert Trainee.of(loaded).contract() == Trainee.of(chain).contract()
+    assert Target.of(loaded).contract() == Target.of(chain).contract()
     before, after = chain.model.trainable_state(), loaded.model.trainable_state()
     assert all(torch.equal(before[n], after[n]) for n in before)
     here, there = chain.model.remainder(), loaded.model.remainder()

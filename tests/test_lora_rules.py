@@ -21,9 +21,9 @@ from llmchain_fed import DiLoCo, FedAdam, FedAvgM, FederatedAveraging, LLMChain,
 from llmchain_fed import train_locally as train
 from llmchain_fed.data.encoding import collate, encode_examples
 from llmchain_fed.errors import FederationError
-from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.runtime import InProcess
-from llmchain_fed.federated.target import Trainee
+from llmchain_fed.federated.target import Target
 from llmchain_fed.updates.aggregation import AGGREGATIONS
 from llmchain_fed.updates.aggregation.base import Contribution, LoraLayout, Round
 from llmchain_fed.updates.aggregation.gap import AggregationGap
@@ -289,9 +289,7 @@ def test_who_was_not_asked_for_a_round_catches_up(rule, weighting, make_chain):
     """Two of three a round, who are sent what they missed; and p_k follows from what updates count by."""
     chain, alone = make_chain(lora=True), make_chain(lora=True)
     # each with a model of its own, as in other processes: in one they share what any of them was sent
-    peers = {
-        n: LocalPeer(Trainee.of(make_chain(lora=True)), Participant(n, pairs), FAST) for n, pairs in SHARES.items()
-    }
+    peers = {n: Client(Target.of(make_chain(lora=True)), Participant(n, pairs), FAST) for n, pairs in SHARES.items()}
     wire = watched(peers)
     options = {"participants_per_round": 2, "weighting": weighting, "runtime": InProcess(peers)}
     fed = federation(chain, rule, None, **options)

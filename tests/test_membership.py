@@ -125,7 +125,7 @@ def test_fedadam_goes_on_with_its_moments(case, make_chain, tmp_path):
     begun(make_chain(), tmp_path, server_optimizer=adam)
     start, memory, _ = stored(tmp_path)
     fed = resumed(tmp_path, make_chain(), NOW[case])
-    assert_tensors_equal(fed._hub.settings.server_optimizer.state_dict()[0], memory)
+    assert_tensors_equal(fed._server.settings.server_optimizer.state_dict()[0], memory)
     fed.fit(rounds=1)
     updates = {n: trained(make_chain(), start, examples, n, SGD)[0] for n, examples in NOW[case].items()}
     mean = mean_of(updates, {n: len(e) for n, e in NOW[case].items()})
@@ -143,7 +143,7 @@ def test_fedex_is_exact_over_those_of_now(make_chain, tmp_path):
     begun(make_chain(lora=True), tmp_path, aggregation="fedex")
     chain = make_chain(lora=True)
     fed = resumed(tmp_path, chain, NOW["all three"])
-    start = fed._hub.publish()
+    start = fed._server.publish()
     before = {n: t.clone() for n, t in start.values.items()}
     fed.fit(rounds=1)
     total = sum(len(e) for e in NOW["all three"].values())
@@ -158,7 +158,7 @@ def test_fedex_is_exact_over_those_of_now(make_chain, tmp_path):
         for layer in layers:
             product = own[f"{layer}.lora_{suffix_b}"].double() @ own[f"{layer}.lora_{suffix_a}"].double()
             sums[layer] = sums.get(layer, 0) + product * len(examples) / total
-    after, scaling = fed._hub.publish(), chain.model.lora_scaling()
+    after, scaling = fed._server.publish(), chain.model.lora_scaling()
     for layer in layers:
         new = after.values[f"{layer}.lora_{suffix_b}"].double() @ after.values[f"{layer}.lora_{suffix_a}"].double()
         old, now = (s.remainder[layer] for s in (start, after))

@@ -66,7 +66,7 @@ class Running:
         """Until round `number` (from 1) is under way: both sites have been asked to train in it."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and self.thread.is_alive():
-            if self.fed is not None and self.fed.round >= number - 1 and self.fed._hub.roster.joined:
+            if self.fed is not None and self.fed.round >= number - 1 and self.fed._server.client_manager.joined:
                 time.sleep(1.0)
                 return
             time.sleep(0.02)

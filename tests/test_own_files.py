@@ -99,7 +99,7 @@ def test_an_engine_and_an_authority_are_started_under_it(umask, tmp_path, monkey
     """Their logs, sockets and stores are made by processes and modules that ask nobody."""
     found = []
 
-    class Keeper:
+    class Supervisor:
         def __init__(self, kit, **options):
             assert (kit, options["socket"], options["authority"]) == (tmp_path, None, None)
 
@@ -107,7 +107,7 @@ def test_an_engine_and_an_authority_are_started_under_it(umask, tmp_path, monkey
             found.append(now())
             return 0
 
-    monkeypatch.setattr("llmchain_fed.runtimes.nvflare.supervision.supervisor.Keeper", Keeper)
+    monkeypatch.setattr("llmchain_fed.runtimes.nvflare.supervision.supervisor.Supervisor", Supervisor)
     monkeypatch.setattr(
         "llmchain_fed.runtimes.nvflare.provisioning.authority.start", lambda *_, **__: found.append(now())
     )

@@ -243,10 +243,10 @@ def test_a_full_disk_is_said_once_answers_nothing_spoils_no_line_and_is_over_whe
 
 
 def test_who_greets_by_which_rule_is_said_once_for_each_federation(site, make_chain):
-    from llmchain_fed.federated.client.client import LocalPeer
-    from llmchain_fed.federated.target import Trainee
+    from llmchain_fed.federated.client.client import Client
+    from llmchain_fed.federated.target import Target
 
-    peer = LocalPeer(Trainee.of(make_chain(lora=True)), Participant("a", PAIRS), None)
+    peer = Client(Target.of(make_chain(lora=True)), Participant("a", PAIRS), None)
     transport, screen, _ = site(peer)
     fed = FederatedAveraging(make_chain(lora=True), runtime=transport, training=TRAINING, progress=False)
     fed.fit(1)

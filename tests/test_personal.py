@@ -148,7 +148,7 @@ def test_a_participant_elsewhere_that_fails_is_an_error_by_name(make_chain):
 
     chain = make_chain(lora=True)
     fed = federation(chain)
-    fed._hub.transport = Broken(fed._peers)
+    fed._server.transport = Broken(fed._peers)
     with pytest.raises(FederationError, match="'a': RuntimeError: out of memory"):
         fed.personalize("a", steps=1)
 
@@ -387,7 +387,7 @@ def test_personalizing_after_an_interrupted_round(make_chain, monkeypatch):
     for one in (fed, smooth):
         one.fit(1)
     monkeypatch.setattr(fed._peers["c"], "_train", lambda *_: 1 / 0)
-    fed._hub.settings.__dict__["quorum"] = 3
+    fed._server.settings.__dict__["quorum"] = 3
     with pytest.raises(FederationError, match="quorum"):
         fed.fit(1)
     monkeypatch.undo()
@@ -467,5 +467,5 @@ def test_a_newcomers_rank_is_forgotten_with_it(fails, make_chain):
 def test_train_says_anew_what_rank_a_participant_has(make_chain):
     """Whatever one of that name was told before, such as by a curve that this process did not end."""
     fed = federation(make_chain(lora=True), None, aggregation="flora")
-    fed._hub.broadcast.joined("new", None, 2, None)
+    fed._server.broadcast.joined("new", None, 2, None)
     assert fed.train(PAIRS[:4], "new").status == "trained"

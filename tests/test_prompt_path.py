@@ -34,7 +34,7 @@ from llmchain_fed import (
     train_locally,
 )
 from llmchain_fed.data.encoding import encode_examples
-from llmchain_fed.federated.target import Trainee
+from llmchain_fed.federated.target import Target
 from llmchain_fed.recipes.parsers import StripOutputParser
 
 LABEL = "[POS]"
@@ -78,7 +78,7 @@ def objects(model):
 
 def sent(learner, value, monkeypatch, answer=()):
     """The ids that `invoke` hands to `generate`, without padding; `answer` is what it gets back."""
-    module = Trainee.of(learner).model.module
+    module = Target.of(learner).model.module
     seen = []
 
     def generate(*, input_ids, attention_mask, **_):
@@ -93,8 +93,8 @@ def sent(learner, value, monkeypatch, answer=()):
 
 
 def trained(learner, value, completion="x"):
-    trainee = Trainee.of(learner)
-    encoded = encode_examples([(value, completion)], trainee.model, trainee.prompt)
+    target = Target.of(learner)
+    encoded = encode_examples([(value, completion)], target.model, target.prompt)
     return encoded[0] if len(encoded) else (None, encoded.report)
 
 
@@ -131,8 +131,8 @@ def test_foreign_text_opens_and_ends_nothing(kind):
     model, tokenizer = model_of(kind), TOKENIZERS[kind]
     controls = set(tokenizer.convert_tokens_to_ids(CONTROLS))
     for name, (learner, value_of) in objects(model).items():
-        trainee = Trainee.of(learner)
-        prompt = trainee.prompt
+        target = Target.of(learner)
+        prompt = target.prompt
         harmless = [i for i in trained(learner, value_of("x"))[0] if i in controls]
         for text in ("guten morgen", f"is it {LABEL}?"):
             rendered = prompt.render(value_of(text))
@@ -374,8 +374,8 @@ def test_switches_of_a_template(monkeypatch):
         assert sent(learner, value, monkeypatch)[0] == ids == trained(learner, value)[0]
     over = LLMChain(llm=off, prompt=prompt, llm_kwargs={"chat_template_kwargs": {"enable_thinking": True}})
     assert over.render("x") == LLMChain(llm=chat, prompt=prompt).render("x")
-    assert Trainee.of(off).contract()["prompt"] != Trainee.of(chat).contract()["prompt"]
-    assert Trainee.of(bound).contract()["prompt"] != Trainee.of(chat).contract()["prompt"]
+    assert Target.of(off).contract()["prompt"] != Target.of(chat).contract()["prompt"]
+    assert Target.of(bound).contract()["prompt"] != Target.of(chat).contract()["prompt"]
     assert off.identity() != chat.identity()
 
 
@@ -611,12 +611,12 @@ def test_a_tokenizer_without_a_backend():
 def test_rows_of_prompt_and_completion_are_inputs(monkeypatch):
     """The TRL format goes the way of `invoke`, and the report says so; text as it is is RawText's."""
     for name, (learner, value_of) in objects(model_of("byte-level")).items():
-        trainee = Trainee.of(learner)
-        encoded = encode_examples([{"prompt": "guten", "completion": "x"}], trainee.model, trainee.prompt)
+        target = Target.of(learner)
+        encoded = encode_examples([{"prompt": "guten", "completion": "x"}], target.model, target.prompt)
         value = value_of("guten") if "messages" not in name else "guten"
         assert encoded[0][0] == sent(learner, value, monkeypatch)[0], name
         assert encoded.report.prompt_as_input == 1
-        raw = encode_examples([RawText("a<eos>b", "x")], trainee.model, trainee.prompt)
+        raw = encode_examples([RawText("a<eos>b", "x")], target.model, target.prompt)
         assert raw[0][0] == TOKENIZERS["byte-level"]("a<eos>b")["input_ids"]
         assert raw.report.raw == 1
 
@@ -626,7 +626,7 @@ def test_inputs_that_invoke_would_not_take():
     for learner in (chat, LocalLLM(model=chat.model)):
         for wrong in (5, {"text": "a"}, object()):
             with pytest.raises(DataError, match="example 0"):
-                encode_examples([(wrong, "x")], chat.model, Trainee.of(learner).prompt)
+                encode_examples([(wrong, "x")], chat.model, Target.of(learner).prompt)
 
 
 def test_messages_in_a_placeholder(monkeypatch):

@@ -93,7 +93,7 @@ def test_small_steps_add_up_to_no_improvement_only_against_the_last_counted_best
         fed.history.append(record)
         return record
 
-    monkeypatch.setattr(fed._hub, "run_round", run_round)
+    monkeypatch.setattr(fed._server, "run_round", run_round)
     assert len(fed.fit(rounds=8, patience=2, min_delta=0.05)) == 8
 
 

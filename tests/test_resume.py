@@ -50,7 +50,7 @@ def resumed(directory, chain, participants=SHARES, **options):
 
 def weights_of(fed) -> dict[str, torch.Tensor]:
     """Every trainable tensor and every factor of the remainder."""
-    state = GlobalState.of(fed._hub.model)
+    state = GlobalState.of(fed._server.model)
     return {**state.values, **named(state.remainder)}
 
 
@@ -88,7 +88,7 @@ def assert_same(fed, twin):
     assert fed.round == twin.round
     assert_tensors_equal(weights_of(fed), weights_of(twin))
     assert told(fed) == told(twin)
-    server, wanted = (f._hub.settings.server_optimizer for f in (fed, twin))
+    server, wanted = (f._server.settings.server_optimizer for f in (fed, twin))
     if wanted is not None:
         assert_tensors_equal(server.state_dict()[0], wanted.state_dict()[0])
         assert server.state_dict()[1] == wanted.state_dict()[1]
@@ -274,7 +274,7 @@ def test_a_round_interrupted_after_a_step_in_place_leaves_the_chain_as_it_was(ma
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:
-        broken.setattr(fed._hub.evaluator, "fill", interrupt)
+        broken.setattr(fed._server.evaluator, "fill", interrupt)
         with pytest.raises(KeyboardInterrupt):
             fed.fit(rounds=1)
     assert fed.round == 0
@@ -321,7 +321,7 @@ def test_the_federation_keeps_its_name(make_chain, tmp_path):
     """By which sites know that it is the same: another one would make them forget where they stand."""
     fed = federation(make_chain(), checkpoint_dir=tmp_path)
     fed.fit(rounds=1)
-    assert resumed(tmp_path, make_chain())._hub.roster.federation == fed._hub.roster.federation
+    assert resumed(tmp_path, make_chain())._server.client_manager.federation == fed._server.client_manager.federation
 
 
 # --- earlier rounds ---------------------------------------------------------------------------------------------------
@@ -665,7 +665,7 @@ def test_a_fresh_process_goes_on_bit_for_bit(make_chain, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     digest = hashlib.sha256()
-    for name, tensor in sorted(straight._hub.model.trainable_state().items()):
+    for name, tensor in sorted(straight._server.model.trainable_state().items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
     assert done.stdout.split() == ["4", digest.hexdigest()]
 
@@ -738,13 +738,15 @@ def test_everything_else_need_not_be_given_again(make_chain, tmp_path):
     options = {"deadline": 60.0, "retries": 2, "quorum": 2, "samples": 0, "keep_checkpoints": 1, "evaluation": 0.2}
     federation(make_chain(), checkpoint_dir=tmp_path, **options).fit(rounds=2)
     fed = resumed(tmp_path, make_chain())
-    settings = fed._hub.settings
+    settings = fed._server.settings
     assert (settings.deadline, settings.retries, settings.quorum) == (60.0, 2, 2)
     fed.fit(rounds=2)
     assert checkpoint.rounds(tmp_path) == [4]
     assert fed.history[-1].samples == []
     assert fed.history[-1].held_out_after is not None
-    assert resumed(tmp_path, make_chain(), quorum=1, keep_checkpoints=2)._hub.settings.quorum == 1, "given goes first"
+    assert resumed(tmp_path, make_chain(), quorum=1, keep_checkpoints=2)._server.settings.quorum == 1, (
+        "given goes first"
+    )
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from transformers import AddedToken, AutoModelForCausalLM
 
 from llmchain_fed import FederatedAveraging, LLMChain, LocalChatModel, LocalLLM, LocalModel
 from llmchain_fed.errors import ChainFileError, RecipeError, UnsupportedModelError
-from llmchain_fed.federated.target import Trainee
+from llmchain_fed.federated.target import Target
 from llmchain_fed.model import embedded, pristine
 
 PEOPLE = {"a": PAIRS[:4], "b": PAIRS[4:8]}
@@ -146,7 +146,7 @@ def test_resized_embeddings_of_a_named_base_come_along(rows, when, hub, tmp_path
     assert ("base_changes.safetensors" in names_in(tmp_path / "chain")) == (rows != 400)
     assert loaded.model.module.get_input_embeddings().weight.shape[0] == rows
     torch.testing.assert_close(outcome(loaded.model.module)[1], outcome(chain.model.module)[1])
-    assert Trainee.of(loaded).contract() == Trainee.of(chain).contract()
+    assert Target.of(loaded).contract() == Target.of(chain).contract()
     if rows >= 400:
         assert loaded.batch([{"text": "a"}]) == chain.batch([{"text": "a"}])
 

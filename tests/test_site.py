@@ -22,11 +22,11 @@ from llmchain_fed.errors import (
     PolicyError,
     TransportError,
 )
-from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.reporting import lines
-from llmchain_fed.federated.target import Trainee, check_contract
+from llmchain_fed.federated.target import Target, check_contract
 from llmchain_fed.runtimes.messaging import frames
-from llmchain_fed.runtimes.messaging.chunked_calls import SlicedCalls
+from llmchain_fed.runtimes.messaging.chunked_calls import ChunkedCalls
 from llmchain_fed.runtimes.site.policy import Audit, Policy
 from llmchain_fed.runtimes.site.server import Site, check_socket
 
@@ -85,7 +85,7 @@ class Sockets:
 class SocketTransport:
     def __init__(self, paths, patience=10.0):
         self.exchange = Sockets(paths)
-        self.calls = SlicedCalls(self.exchange, patience)
+        self.calls = ChunkedCalls(self.exchange, patience)
 
     def nodes(self):
         return list(self.exchange.paths)
@@ -227,7 +227,7 @@ def test_a_site_that_claims_a_huge_answer_is_not_believed():
         state = {"state": "done", "total": 10**15} if head["do"] == "poll" else {"state": "working"}
         return [(n, frames.pack(state)) for n in nodes]
 
-    (answer,) = dict(SlicedCalls(lying, 1.0).call("train", ["a"], b"x", None)).values()
+    (answer,) = dict(ChunkedCalls(lying, 1.0).call("train", ["a"], b"x", None)).values()
     assert isinstance(answer, ParticipantError)
     assert "1,000,000,000,000,000 bytes where at most" in str(answer)
 
@@ -236,7 +236,7 @@ def test_nonsense_from_a_site_is_absence():
     def nonsense(nodes, frame, seconds):
         return [(n, b'\x00\x00\x00\x09{"state":') for n in nodes]
 
-    answers = dict(SlicedCalls(nonsense, 1.0).call("train", ["a", "b"], b"x", None))
+    answers = dict(ChunkedCalls(nonsense, 1.0).call("train", ["a", "b"], b"x", None))
     assert all(isinstance(a, TransportError) for a in answers.values())
 
 
@@ -399,7 +399,7 @@ def test_slices_of_a_call_that_was_replaced_or_dropped_change_nothing(serve):
 
 
 def test_work_that_is_given_up_before_its_first_step_does_not_run_to_its_end(make_chain):
-    peer = LocalPeer(Trainee.of(make_chain(lora=True)), Participant("a", PAIRS), TRAINING)
+    peer = Client(Target.of(make_chain(lora=True)), Participant("a", PAIRS), TRAINING)
     from llmchain_fed.updates import serialization
 
     chain = make_chain(lora=True)
@@ -462,7 +462,7 @@ def federation(serve, make_chain, policies=None, hub=None, **options):
     for name, pairs in shares.items():
         participant = Participant(name, pairs, held_out=PAIRS[:2] if name == "b" else None)
         policy = (policies or {}).get(name, OPEN)
-        peer = LocalPeer(Trainee.of(make_chain(lora=True)), participant, None, samples=policy.samples)
+        peer = Client(Target.of(make_chain(lora=True)), participant, None, samples=policy.samples)
         paths[name] = serve(name, peer, policy)
     chain = hub or make_chain(lora=True)
     options = {"training": TRAINING, "progress": False} | options
@@ -522,26 +522,26 @@ def test_a_policy_that_names_the_rule_takes_part_in_it(aggregation, serve, make_
 
 def test_a_peer_with_another_contract_is_absent_by_name_and_the_others_learn(serve, make_chain):
     fed = federation(serve, make_chain)
-    other = Trainee.of(make_chain(lora=True, prompt="Say: {text}"))
-    fed._transport.exchange.paths["c"] = serve("c", LocalPeer(other, Participant("c", PAIRS), None))
+    other = Target.of(make_chain(lora=True, prompt="Say: {text}"))
+    fed._transport.exchange.paths["c"] = serve("c", Client(other, Participant("c", PAIRS), None))
     record = fed.fit(1)[0]
     assert record.trained == ["a", "b"]
     assert record.participants["c"].status == "absent"
-    at_c, at_hub = (trainee.contract()["prompt"][:12] for trainee in (other, Trainee.of(make_chain(lora=True))))
+    at_c, at_hub = (target.contract()["prompt"][:12] for target in (other, Target.of(make_chain(lora=True))))
     said = f"another contract (prompt: {at_c}… at c, {at_hub}… at the hub)"
     assert f"ContractError: {said}. " in record.participants["c"].reason
     reasons = {"c": record.participants["c"].reason}
     assert f"out: c (refused: {said}" in lines.beginning_of(["a", "b"], reasons), "a list has room for what differs"
     # a peer that does not compare is found out by the hub
     with pytest.raises(ContractError, match=rf"^another contract \(prompt: {at_c}… at d, {at_hub}… at the hub\)"):
-        check_contract("d", site=other.contract(), hub=Trainee.of(make_chain(lora=True)).contract())
+        check_contract("d", site=other.contract(), hub=Target.of(make_chain(lora=True)).contract())
 
 
 @pytest.mark.parametrize("change", [{"lora_alpha": 64}, {"use_rslora": True}, {"lora_dropout": 0.1}])
 def test_another_setting_of_the_same_adapter_is_another_contract(change, make_chain):
     from tiny import lora_config
 
-    ours, theirs = (Trainee.of(make_chain(lora=lora_config(**c))) for c in ({}, change))
+    ours, theirs = (Target.of(make_chain(lora=lora_config(**c))) for c in ({}, change))
     with pytest.raises(ContractError, match=r"another contract \(adapter: "):
         check_contract("x", site=theirs.contract(), hub=ours.contract())
 
@@ -553,17 +553,17 @@ def test_another_tokenizer_is_another_contract_and_the_same_one_loaded_again_is_
 
     chain = make_chain(lora=True)
     chain.model.tokenizer = copy.deepcopy(chain.model.tokenizer)  # the fixture's is everybody's
-    ours = Trainee.of(chain).contract()
+    ours = Target.of(chain).contract()
     chain.save(tmp_path / "c")
-    check_contract("it", site=ours, hub=Trainee.of(LLMChain.load(tmp_path / "c")).contract())
+    check_contract("it", site=ours, hub=Target.of(LLMChain.load(tmp_path / "c")).contract())
     other = make_chain(lora=True)
     other.model.tokenizer = copy.deepcopy(other.model.tokenizer)
     other.model.tokenizer.add_tokens(["<new>"])
     with pytest.raises(ContractError, match=r"another contract \(tokenizer"):
-        check_contract("it", site=ours, hub=Trainee.of(other).contract())
+        check_contract("it", site=ours, hub=Target.of(other).contract())
     # what is kept of a tokenizer is not kept when tokens are added to the same object
     chain.model.tokenizer.add_tokens(["<new>"])
-    check_contract("it", site=Trainee.of(other).contract(), hub=Trainee.of(chain).contract())
+    check_contract("it", site=Target.of(other).contract(), hub=Target.of(chain).contract())
 
 
 def test_what_a_participant_adds_to_its_evaluation_is_not_believed():
@@ -590,7 +590,7 @@ def test_slices_shorter_than_asked_for_and_a_fetch_beyond_the_deadline():
                 return [(n, frames.pack({"state": "done"}, reply)) for n in nodes]
             return [(n, frames.pack({"state": "working"})) for n in nodes]
 
-        calls = SlicedCalls(exchange, 1.0)
+        calls = ChunkedCalls(exchange, 1.0)
         calls.expect(4 * frames.SLICE)
         return calls
 
@@ -654,7 +654,7 @@ def test_a_restarted_peer_is_told_anew_and_retries_bring_it_back_in_the_same_rou
     fed = federation(serve, make_chain, retries=1)
     fed.fit(1)
     participant = Participant("a", PAIRS[:6])
-    fresh = LocalPeer(Trainee.of(make_chain(lora=True)), participant, None)
+    fresh = Client(Target.of(make_chain(lora=True)), participant, None)
     fed._transport.exchange.paths["a"] = serve("a2", fresh)
     record = fed.fit(1)[-1]
     assert record.trained == ["b", "a"]
@@ -684,7 +684,7 @@ def test_personal_state_goes_out_and_comes_back_bit_by_bit(make_chain):
     config = TRAINING.replace(epochs=None, max_steps=2, keep_optimizer=True)
 
     def peer():
-        return LocalPeer(Trainee.of(make_chain(lora=True)), Participant("a", PAIRS), config)
+        return Client(Target.of(make_chain(lora=True)), Participant("a", PAIRS), config)
 
     def task(chain, number):
         state = chain.model.trainable_state()

@@ -143,7 +143,7 @@ def test_what_it_ended_with_is_said(error, state, make_chain, tmp_path, monkeypa
     def train(*_):
         raise error
 
-    monkeypatch.setattr(fed._hub.asking, "train", train)
+    monkeypatch.setattr(fed._server.dispatcher, "train", train)
     with pytest.raises(type(error)), status:
         fed.fit(1)
     code, text = command(tmp_path)

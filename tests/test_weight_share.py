@@ -16,7 +16,7 @@ from llmchain_fed.federated.checkpoint.contents import Decisive
 from llmchain_fed.runtimes.federation_file import FederationFile
 from llmchain_fed.updates.aggregation import weight_share
 from llmchain_fed.updates.aggregation.base import Contribution
-from llmchain_fed.updates.aggregation.weight_share import SMALLEST, HeldBack, Share, cut
+from llmchain_fed.updates.aggregation.weight_share import SMALLEST, CappedWeights, Share, cut
 
 SGD = TrainingConfig(optimizer="sgd", learning_rate=0.05, batch_size=64)
 SHARES = {"a": PAIRS[:1], "b": PAIRS[1:3], "c": PAIRS[3:5], "large": PAIRS[5:]}  # 1, 2, 2 and 7 of 12
@@ -59,7 +59,7 @@ def test_cutting_and_handing_on_is_one_threshold(weights, share):
 @given(st.lists(st.integers(1, 10**9), min_size=1, max_size=20), st.sampled_from([0.1, 0.3, 0.5, 1.0]))
 def test_only_updates_that_may_be_cut_are_kept(weights, share):
     named = {str(i): w for i, w in enumerate(weights)}
-    held, passed, most = HeldBack(share), {}, 0
+    held, passed, most = CappedWeights(share), {}, 0
     for name, weight in named.items():
         light = held.push(name, Contribution({}, weight))
         passed |= {light[0]: light[1].weight} if light is not None else {}
@@ -124,7 +124,7 @@ def test_every_rule_weighs_the_same_way(rule, make_chain):
         # the threshold of an outsider: 0.4 = t / (t + 5)
         patch.setattr(weight_share, "cut", lambda *_: pytest.fail("not asked for"))
         other = FederatedAveraging(chains[1], participants=SHARES, **options)
-        inner = other._hub.begin
+        inner = other._server.begin
 
         def begin():
             opened = inner()
@@ -134,7 +134,7 @@ def test_every_rule_weighs_the_same_way(rule, make_chain):
             )
             return opened
 
-        patch.setattr(other._hub, "begin", begin)
+        patch.setattr(other._server, "begin", begin)
         other.fit(1)
     ours, theirs = (chain.model.trainable_state() for chain in chains)
     for name in ours:
@@ -168,7 +168,7 @@ def test_it_goes_on_after_a_checkpoint(make_chain, tmp_path):
     fed = FederatedAveraging(make_chain(lora=True), participants=SHARES, checkpoint_dir=tmp_path, **options)
     fed.fit(1)
     again = FederatedAveraging.resume(tmp_path, make_chain(lora=True), participants=SHARES, progress=False)
-    assert again._hub.settings.max_weight_share == 0.4
+    assert again._server.settings.max_weight_share == 0.4
     assert again.fit(1)[-1].participants["large"].notes == fed.fit(1)[-1].participants["large"].notes
 
 
@@ -178,4 +178,4 @@ def test_a_share_of_nothing_is_none_wherever_it_is_given(share, make_chain):
         FederatedAveraging(make_chain(), participants=SHARES, max_weight_share=share, progress=False)
     for model in (Decisive, FederationFile):
         assert model.model_fields["max_weight_share"].annotation == Share | None
-    assert HeldBack(SMALLEST)._most == 10**6
+    assert CappedWeights(SMALLEST)._most == 10**6

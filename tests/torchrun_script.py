@@ -28,7 +28,7 @@ from llmchain_fed import (
     TrainingConfig,
     load_chain,
 )
-from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.client.client import Client
 from llmchain_fed.updates.server_optimizers import from_settings
 
 SHARES = {"a": PAIRS[:5], "b": PAIRS[5:8], "c": PAIRS[8:], "d": PAIRS[2:6]}
@@ -126,7 +126,7 @@ def misbehave(kind: str | None, rank: int, by: list[int], out: Path) -> None:
         return
     if kind == "no-data":
         raise FileNotFoundError("no such file: patients.jsonl")
-    inner = LocalPeer._train
+    inner = Client._train
 
     def die(self, header, state):
         if header["round"] == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
@@ -147,7 +147,7 @@ def misbehave(kind: str | None, rank: int, by: list[int], out: Path) -> None:
                 torch.ones(500, 500) @ torch.ones(500, 500)
         return inner(self, header, state)
 
-    LocalPeer._train = die
+    Client._train = die
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ OPTIONS = frozenset(GenerationOptions.model_fields)
 ALIASES = {"max_tokens": "max_new_tokens"}  # LangChain's standard name → transformers'
 
 
-class LocalFace(BaseModel):
+class LocalLanguageModel(BaseModel):
     """The fields of `LocalLLM` and `LocalChatModel`. Constructors are cheap; only `from_pretrained` reads weights."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -195,7 +195,7 @@ class Bare:
         strips: Whether a parser behind the face drops the white space around an answer.
     """
 
-    face: LocalFace
+    face: LocalLanguageModel
     call: Mapping[str, Any]
     strips: bool = False
 
@@ -241,12 +241,12 @@ class Bare:
         return [self.face.path_identity(), sorted((k, repr(v)) for k, v in rendering.items())]
 
 
-def saved_fields(kind: type[LocalFace]) -> frozenset[str]:
+def saved_fields(kind: type[LocalLanguageModel]) -> frozenset[str]:
     """The fields of a face that a saved chain holds."""
-    return frozenset({*LocalFace.model_fields, *kind.path_fields} - {"model"})
+    return frozenset({*LocalLanguageModel.model_fields, *kind.path_fields} - {"model"})
 
 
-def check_saved(kind: type[LocalFace], options: Mapping[str, Any], llm_kwargs: Mapping[str, Any]) -> None:
+def check_saved(kind: type[LocalLanguageModel], options: Mapping[str, Any], llm_kwargs: Mapping[str, Any]) -> None:
     """Makes sure that a saved chain's fields and call-time keywords are what they were when they were saved.
 
     Raises:

@@ -19,14 +19,14 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from pydantic import Field, model_validator
 from typing_extensions import override
 
-from llmchain_fed.chain.base_llm import LocalFace
+from llmchain_fed.chain.base_llm import LocalLanguageModel
 from llmchain_fed.chain.messages import to_transformers
 from llmchain_fed.errors import ConfigError, DataError, UnsupportedModelError
 from llmchain_fed.model import chat_template
 from llmchain_fed.model.generation.answers import Completion
 
 
-class LocalChatModel(LocalFace, BaseChatModel):
+class LocalChatModel(LocalLanguageModel, BaseChatModel):
     """A local causal model behind LangChain's chat interface; the tokenizer's chat template writes the prompt.
 
     `batch` answers message lists one by one (LangChain's chat models run a thread pool); for true batches use

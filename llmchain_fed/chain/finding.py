@@ -12,7 +12,7 @@ from langchain_core.prompts import BasePromptTemplate
 from langchain_core.runnables import Runnable, RunnableSequence, RunnableWithFallbacks
 from langchain_core.runnables.base import RunnableBindingBase
 
-from llmchain_fed.chain.base_llm import Bare, LocalFace
+from llmchain_fed.chain.base_llm import Bare, LocalLanguageModel
 from llmchain_fed.chain.llm import LocalLLM
 from llmchain_fed.chain.llm_chain import LLMChain, below_bindings, with_face_fields
 from llmchain_fed.recipes.parsers import StripOutputParser
@@ -33,7 +33,7 @@ def find_prompt(runnable: Any) -> LLMChain | Bare | None:
     while True:
         if isinstance(runnable, LLMChain):
             return runnable._with(call)
-        if isinstance(runnable, LocalFace):
+        if isinstance(runnable, LocalLanguageModel):
             return Bare(runnable, call, strips)
         if isinstance(runnable, RunnableSequence):
             first, second, *rest = runnable.steps

@@ -18,7 +18,7 @@ from langchain_core.runnables.config import get_config_list
 from pydantic import Field
 from typing_extensions import override
 
-from llmchain_fed.chain.base_llm import LocalFace
+from llmchain_fed.chain.base_llm import LocalLanguageModel
 from llmchain_fed.errors import DataError
 from llmchain_fed.model.control_tokens import Rendered
 from llmchain_fed.model.generation.answers import GenerationOptions
@@ -26,7 +26,7 @@ from llmchain_fed.model.generation.answers import GenerationOptions
 _OF_THE_RUN = frozenset({"tags", "metadata", "run_name", "run_id"})  # LangChain's keywords, not the model's
 
 
-class LocalLLM(LocalFace, BaseLLM):
+class LocalLLM(LocalLanguageModel, BaseLLM):
     """A local Hugging Face model, causal or seq2seq, behind LangChain's LLM interface.
 
     `batch` is one real batch, `stop` means the same in invoke, batch and stream, the prompt is never echoed, and every

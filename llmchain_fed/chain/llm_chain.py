@@ -20,7 +20,7 @@ from pydantic import SkipValidation
 from typing_extensions import override
 
 from llmchain_fed._config import unknown_option
-from llmchain_fed.chain.base_llm import LocalFace, check_saved, saved_fields
+from llmchain_fed.chain.base_llm import LocalLanguageModel, check_saved, saved_fields
 from llmchain_fed.chain.chat import LocalChatModel
 from llmchain_fed.chain.llm import LocalLLM
 from llmchain_fed.chain.prompt_step import PromptStep, mark_values
@@ -436,7 +436,7 @@ def _steps(
     return steps
 
 
-def _controls(face: LocalFace) -> tuple[frozenset[str], frozenset[str]]:
+def _controls(face: LocalLanguageModel) -> tuple[frozenset[str], frozenset[str]]:
     added = control_tokens.added_tokens(face.model.tokenizer).values()
     return face.model.control_tokens() | face.own_controls, frozenset(t for t in added if t.strip())
 

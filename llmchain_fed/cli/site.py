@@ -100,21 +100,21 @@ def _peer(
 
     import torch
 
-    from llmchain_fed.federated.client.client import LocalPeer
-    from llmchain_fed.federated.target import Trainee
+    from llmchain_fed.federated.client.client import Client
+    from llmchain_fed.federated.target import Target
     from llmchain_fed.runtimes.site.log import SiteLog
     from llmchain_fed.runtimes.site.server import Site
 
     if threads is not None:
         torch.set_num_threads(threads)
-    trainee = Trainee.of(load(chain))
+    target = Target.of(load(chain))
     if share is not None:
-        participant = hold_out(participant, share, trainee.prompt, seed=0)
-    worker = LocalPeer(trainee, participant, None, samples=rules.samples)
+        participant = hold_out(participant, share, target.prompt, seed=0)
+    worker = Client(target, participant, None, samples=rules.samples)
     examples = worker.inspect()  # reads them now: what is wrong with them is not found out in round 1
     for warning in warnings.of_examples(data, held_out, worker.data.overlap()):
         say(f"warning: {warning}")
-    contract = trainee.contract()
+    contract = target.contract()
     say(f"{name}: {examples}")
     say("contract: " + ", ".join(f"{key} {value[:12]}" for key, value in contract.items()))
     say(f"policy: {_in_words(rules, policy)}")
@@ -157,6 +157,6 @@ def engine(
     ] = None,
 ) -> None:
     """Checks a kit's certificate, port and hub, and runs its engine until it is stopped; a line for each change."""
-    from llmchain_fed.runtimes.nvflare.supervision.supervisor import Keeper
+    from llmchain_fed.runtimes.nvflare.supervision.supervisor import Supervisor
 
-    raise typer.Exit(Keeper(kit, socket=socket, authority=authority, say=say).run())
+    raise typer.Exit(Supervisor(kit, socket=socket, authority=authority, say=say).run())

@@ -14,10 +14,10 @@ from llmchain_fed.data.encoding import Examples
 from llmchain_fed.errors import ConfigError, QuorumError
 from llmchain_fed.federated.callback_list import Callbacks
 from llmchain_fed.federated.callbacks import Callback, RunInfo
-from llmchain_fed.federated.checkpoint.manager import Keeping
+from llmchain_fed.federated.checkpoint.manager import CheckpointManager
 from llmchain_fed.federated.checkpoint.membership import Members, checked_members
-from llmchain_fed.federated.client.client import LocalPeer
-from llmchain_fed.federated.client.global_state_cache import Held
+from llmchain_fed.federated.client.client import Client
+from llmchain_fed.federated.client.global_state_cache import GlobalStateCache
 from llmchain_fed.federated.client.personalization import Ditto
 from llmchain_fed.federated.history import History, RoundRecord
 from llmchain_fed.federated.manual_round import ManualRounds
@@ -35,11 +35,11 @@ from llmchain_fed.federated.reporting.screen import Screen
 from llmchain_fed.federated.runtime import Cluster, InProcess, Transport
 from llmchain_fed.federated.server.divergence import OnDivergence, checked_on_divergence
 from llmchain_fed.federated.server.evaluation import Evaluator
-from llmchain_fed.federated.server.replication import Alike
+from llmchain_fed.federated.server.replication import Replication
 from llmchain_fed.federated.server.round import OpenRound
-from llmchain_fed.federated.server.server import Hub
+from llmchain_fed.federated.server.server import Server
 from llmchain_fed.federated.settings import make_settings
-from llmchain_fed.federated.target import Trainee
+from llmchain_fed.federated.target import Target
 from llmchain_fed.training import trainable
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.updates.aggregation import Aggregation, Weighting
@@ -144,14 +144,14 @@ class FederatedAveraging(ManualRounds):
             raise ConfigError(f"{type(self).__name__}: {unknown_option(name, known)}")  # noqa: EM102
         check_numbers(samples, seed)
         self._given = model
-        self._trainee = Trainee.of(model)
-        self._model = self._trainee.model
+        self._target = Target.of(model)
+        self._model = self._target.model
         trainable.admit(self._model)
-        self._trainee.check_savable()
+        self._target.check_savable()
         Callbacks(callbacks)  # refuses what is none
         self._training = training_of(training, optimizer=optimizer, lr=lr, batch_size=batch_size, seed=seed)
         trainable.check_batches(self._model, self._training.micro_batch_size or self._training.batch_size)
-        self._held = Held(self._model)
+        self._global_states = GlobalStateCache(self._model)
         named_participants = as_participants(participants)
         self._cluster = runtime if isinstance(runtime, Cluster) else None
         if runtime is not None and self._cluster is None and named_participants:
@@ -159,7 +159,7 @@ class FederatedAveraging(ManualRounds):
             raise ConfigError(msg)
         if runtime is not None and not isinstance(runtime, (Cluster, InProcess)):
             check_travels(self._training)
-        evaluator = Evaluator(self._trainee, evaluation, samples=samples, seed=seed)
+        evaluator = Evaluator(self._target, evaluation, samples=samples, seed=seed)
         self._peers = {name: self._peer(p) for name, p in evaluator.divide(named_participants).items()}
         available = len(self._peers) if runtime is None else 0 if self._cluster is not None else len(runtime.nodes())
         settings = make_settings(
@@ -185,16 +185,16 @@ class FederatedAveraging(ManualRounds):
             available = len(self._cluster.nodes())
             checked_quorum(quorum, sample_size(participants_per_round, available), available)
         self._transport: Transport = runtime if runtime is not None else InProcess(self._peers)
-        self._hub = Hub(self._trainee, self._transport, evaluator, settings, federation)
+        self._server = Server(self._target, self._transport, evaluator, settings, federation)
         elsewhere = not isinstance(self._transport, InProcess)
         self._screen = Screen(self.attendance, elsewhere=elsewhere) if progress else None
         self._callbacks = Callbacks(callbacks, (self._screen,) if self._screen is not None else ())
         self.attendance.listen(self._callbacks.attendance_changed)
-        self._hub.begin()  # refuses a rule that does not fit the model now, not after the first round's training
+        self._server.begin()  # refuses a rule that does not fit the model now, not after the first round's training
         options = {"samples": samples, "quorum": quorum, "deadline": deadline, "retries": retries}
         options["evaluation"] = evaluation if isinstance(evaluation, float) else None
-        self._keeping = Keeping(
-            self._hub,
+        self._checkpoints = CheckpointManager(
+            self._server,
             checkpoint_dir,
             keep_checkpoints,
             options,
@@ -202,7 +202,7 @@ class FederatedAveraging(ManualRounds):
             leads=self._cluster is None or self._cluster.leads,
             shown=self._show_adapters,
         )
-        self._alike = Alike(self._hub, self._cluster, self._show_adapters)
+        self._replication = Replication(self._server, self._cluster, self._show_adapters)
         self._open: OpenRound | None = None
         self._opened = 0.0
 
@@ -242,9 +242,9 @@ class FederatedAveraging(ManualRounds):
             ConfigError: `members` is neither of the two; or an option does not fit the participants there are now.
         """
         members = checked_members(members)
-        found, merged, federation = Keeping.read(checkpoint_dir, round, options, model)
+        found, merged, federation = CheckpointManager.read(checkpoint_dir, round, options, model)
         made = cls(model, participants=participants, checkpoint_dir=checkpoint_dir, _federation=federation, **merged)
-        made._keeping.go_on(found, members)
+        made._checkpoints.go_on(found, members)
         return made
 
     def __repr__(self) -> str:
@@ -296,51 +296,51 @@ class FederatedAveraging(ManualRounds):
         """
         self._check_rounds("fit", rounds)
         # participants elsewhere may hold out examples of their own
-        measured = self._hub.evaluator.active or not isinstance(self._transport, InProcess)
+        measured = self._server.evaluator.active or not isinstance(self._transport, InProcess)
         stop = checked_patience(patience, min_delta, measured=measured)
         if stop is not None:
-            stop.go_on(self._hub.patience)
+            stop.go_on(self._server.patience)
         stops = checked_on_divergence(on_divergence, measured=measured)
         self._everywhere(lambda: self._lead(rounds, stop, stops=stops, of=of))
         return self.history
 
     def _everywhere(self, work: Callable[[], Any]) -> Any:
-        return self._alike.do(work)
+        return self._replication.do(work)
 
     def _lead(self, rounds: int, patience: Patience | None, *, stops: bool, of: int | None) -> None:
-        self._keeping.check_directory()  # here, where the other processes of a script hear of what it raises
+        self._checkpoints.check_directory()  # here, where the other processes of a script hear of what it raises
         self.history.stopped_early = None
-        options = {"model": self._model.name, **self._keeping.described()}
+        options = {"model": self._model.name, **self._checkpoints.described()}
         info = RunInfo(options, tuple(self._transport.nodes()), self.round, rounds, of, self.attendance)
         self._callbacks.watch(info, self.history, lambda: self._rounds(rounds, patience, stops=stops))
 
     def _rounds(self, rounds: int, patience: Patience | None, *, stops: bool) -> None:
-        hub = self._hub
+        server = self._server
         for left in reversed(range(rounds)):
             self._join()  # a round's seconds begin with its broadcast: an engine's start is not a round's cost
             try:
-                record = hub.run_round(self._callbacks.round_begins)
+                record = server.run_round(self._callbacks.round_begins)
             except QuorumError:
-                if not stops or hub.diverged is None:
+                if not stops or server.diverged is None:
                     raise
-                self.history.stopped_early = hub.diverged
+                self.history.stopped_early = server.diverged
                 break
             losses = (record.held_out_before, record.held_out_after)
             over = patience is not None and patience.over(
-                *losses, believed=hub.evaluator.is_shared or patience.is_believed(record)
+                *losses, believed=server.evaluator.is_shared or patience.is_believed(record)
             )
-            why = hub.diverged if stops and hub.diverged else str(patience) if over else None
-            hub.patience = patience.state() if patience is not None and why is None and left else []
+            why = server.diverged if stops and server.diverged else str(patience) if over else None
+            server.patience = patience.state() if patience is not None and why is None and left else []
             self._completed(record)
             if why is not None:
                 self.history.stopped_early = why if left else None  # the last round ends it anyway
                 break
-        hub.patience = []
+        server.patience = []
 
     def _completed(self, record: RoundRecord) -> None:
         """After a round: checkpoint, personal adapters, and those who watch, even if the write failed."""
         try:
-            self._keeping.save()
+            self._checkpoints.save()
         finally:
             self._show_adapters()
             self._callbacks.round_ended(record, self.history)
@@ -360,12 +360,12 @@ class FederatedAveraging(ManualRounds):
         self._check_closed()
 
     def _join(self) -> None:
-        newcomers = self._hub.join()
-        self._keeping.give_back(newcomers)
+        newcomers = self._server.join()
+        self._checkpoints.give_back(newcomers)
         for name in newcomers:
             report = self.data_reports.get(name)
             if report is not None and self._screen is not None:
                 self._screen.report(name, report)
 
-    def _peer(self, participant: Participant) -> LocalPeer:
-        return LocalPeer(self._trainee, participant, self._training, held=self._held)
+    def _peer(self, participant: Participant) -> Client:
+        return Client(self._target, participant, self._training, global_states=self._global_states)

@@ -12,24 +12,24 @@ from typing import Any
 
 from llmchain_fed.data.encoding import DataReport, Examples
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.federated.checkpoint.manager import Keeping
-from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.checkpoint.manager import CheckpointManager
+from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.history import History
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.server import personalization
 from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.federated.server.cost_estimate import Plan, plan_of
 from llmchain_fed.federated.server.personalization import Personalized, SideBySide
-from llmchain_fed.federated.server.server import Hub
+from llmchain_fed.federated.server.server import Server
 from llmchain_fed.training.evaluation import EvaluationResult, evaluate_locally
 
 
 class BetweenRounds(ABC):
     """The half of `FederatedAveraging` that runs no rounds: measures, plans, personal models, rounds that were."""
 
-    _hub: Hub
-    _keeping: Keeping
-    _peers: dict[str, LocalPeer]
+    _server: Server
+    _checkpoints: CheckpointManager
+    _peers: dict[str, Client]
 
     @abstractmethod
     def _check_rounds(self, what: str, rounds: int) -> None: ...
@@ -49,22 +49,22 @@ class BetweenRounds(ABC):
     @property
     def round(self) -> int:
         """Rounds completed."""
-        return self._hub.round
+        return self._server.round
 
     @property
     def history(self) -> History:
         """The rounds so far."""
-        return self._hub.history
+        return self._server.history
 
     @property
     def attendance(self) -> Attendance:
         """Who is in and out, since when and why first, and who is waited for."""
-        return self._hub.roster.attendance
+        return self._server.client_manager.attendance
 
     @property
     def data_reports(self) -> dict[str, DataReport]:
         """What became of each participant's examples, once they have joined."""
-        return self._hub.data_reports
+        return self._server.data_reports
 
     def evaluate(self, data: Examples) -> EvaluationResult:
         """Held-out loss of the current global weights on any examples, in nats per completion token.
@@ -72,8 +72,8 @@ class BetweenRounds(ABC):
         Raises:
             DataError: The examples cannot be used.
         """
-        trainee, longest = self._hub.trainee, self._hub.settings.training.max_length
-        return evaluate_locally(trainee.model, data, prompt=trainee.prompt, max_length=longest)
+        target, longest = self._server.target, self._server.settings.training.max_length
+        return evaluate_locally(target.model, data, prompt=target.prompt, max_length=longest)
 
     def plan(self, rounds: int) -> Plan:
         """What so many rounds will take: bytes, memory, and time from one timed optimizer step.
@@ -85,7 +85,7 @@ class BetweenRounds(ABC):
 
         def work() -> dict[str, Any]:
             self._join()
-            return asdict(plan_of(self._hub, rounds))
+            return asdict(plan_of(self._server, rounds))
 
         return Plan(**self._everywhere(work))
 
@@ -109,9 +109,9 @@ class BetweenRounds(ABC):
 
         def work() -> dict[str, Any]:
             self._join()
-            found = personalization.personalize(self._hub, str(participant), steps, lr)
+            found = personalization.personalize(self._server, str(participant), steps, lr)
             self._show_adapters()
-            self._keeping.save()
+            self._checkpoints.save()
             return asdict(found)
 
         return Personalized(**self._everywhere(work))
@@ -134,7 +134,7 @@ class BetweenRounds(ABC):
 
         def work() -> dict[str, dict[str, float]]:
             self._join()
-            return personalization.compare(self._hub, names)
+            return personalization.compare(self._server, names)
 
         return SideBySide(self._everywhere(work))
 
@@ -153,11 +153,11 @@ class BetweenRounds(ABC):
         """
         self._check_closed()
         if isinstance(participant, Participant):
-            return personalization.curve_of_stranger(self._hub, participant, steps, lr)
+            return personalization.curve_of_stranger(self._server, participant, steps, lr)
 
         def work() -> dict[int, float]:
             self._join()
-            return personalization.curve(self._hub, str(participant), steps, lr)
+            return personalization.curve(self._server, str(participant), steps, lr)
 
         return {int(k): loss for k, loss in self._everywhere(work).items()}  # JSON made text of the counts
 
@@ -170,7 +170,7 @@ class BetweenRounds(ABC):
             CheckpointError: There is no checkpoint of that round, or it is damaged; nothing has changed.
         """
         self._check_closed()
-        self._keeping.roll_back(to)
+        self._checkpoints.roll_back(to)
 
     def promote(self, round: int, name: str = "promoted") -> None:  # noqa: A002 (the field's own word)
         """Makes a round's global weights a resident adapter: `chain.with_adapter(name)` serves it while rounds go on.
@@ -183,4 +183,4 @@ class BetweenRounds(ABC):
             CheckpointError: There is no checkpoint of that round.
             UnsupportedModelError: The model has no LoRA adapter.
         """
-        self._keeping.promote(round, name)
+        self._checkpoints.promote(round, name)

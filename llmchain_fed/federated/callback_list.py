@@ -10,7 +10,7 @@ from llmchain_fed.federated.callbacks import Callback, RunInfo
 
 if TYPE_CHECKING:
     from llmchain_fed.federated.history import History, RoundRecord
-    from llmchain_fed.federated.server.attendance import Change
+    from llmchain_fed.federated.server.attendance import AttendanceChange
 
 
 class Callbacks:
@@ -49,7 +49,7 @@ class Callbacks:
                     error.add_note(f"{callback!r} failed as well: {second}")
             raise
 
-    def attendance_changed(self, change: Change) -> None:
+    def attendance_changed(self, change: AttendanceChange) -> None:
         """Tells them who is out, or back."""
         for callback in self._all:
             callback.on_attendance(change)

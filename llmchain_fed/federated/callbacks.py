@@ -16,7 +16,7 @@ from llmchain_fed.untrusted import one_line, printable
 
 if TYPE_CHECKING:
     from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord, Sample
-    from llmchain_fed.federated.server.attendance import Attendance, Change
+    from llmchain_fed.federated.server.attendance import Attendance, AttendanceChange
 
 _LONGEST = 10_000  # characters of a sample's text
 
@@ -54,7 +54,7 @@ class Callback:
     def on_fit_begin(self, run: RunInfo) -> None:
         """Before the first round."""
 
-    def on_attendance(self, change: Change) -> None:
+    def on_attendance(self, change: AttendanceChange) -> None:
         """Somebody goes out, or comes back; also between fits, where something else is asked of participants."""
 
     def on_round_begin(self, number: int, asked: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from llmchain_fed.data.encoding import Examples
 from llmchain_fed.errors import ConfigError, FederationError, NothingTrainedError, QuorumError
 from llmchain_fed.federated.between_rounds import BetweenRounds
-from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.global_state_cache import STALE
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
 from llmchain_fed.federated.participant import Participant
@@ -29,7 +29,7 @@ class ManualRounds(BetweenRounds):
     _opened: float
 
     @abstractmethod
-    def _peer(self, participant: Participant) -> LocalPeer: ...
+    def _peer(self, participant: Participant) -> Client: ...
 
     @abstractmethod
     def _completed(self, record: RoundRecord) -> None: ...
@@ -52,33 +52,33 @@ class ManualRounds(BetweenRounds):
         if not isinstance(self._transport, InProcess):
             msg = "train() works on participants in this process; with runtime=… use fit()."
             raise ConfigError(msg)
-        if self._hub.evaluator.holds_out_a_share:
+        if self._server.evaluator.holds_out_a_share:
             msg = (
                 "evaluation as a share sets apart examples of participants=…, and train() brings its own. Pass "
                 "evaluation=examples, one set for all, or both participants= and evaluation= as {name: examples}."
             )
             raise ConfigError(msg)
         name = str(device_id)
-        opened = self._open or self._hub.begin()
+        opened = self._open or self._server.begin()
         opened.refuse_twice(name)
         peer = self._peers.get(name)
         participant = Participant(name, local_data)
         if peer is None:
             peer = self._peer(participant)
         with peer.taking(participant):
-            update, sent = self._asked(peer, self._hub.header(opened))  # what it raises is the caller's to see
+            update, sent = self._asked(peer, self._server.header(opened))  # what it raises is the caller's to see
         if self._open is None:
             self._open, self._opened = opened, time.perf_counter()
         if name not in self._peers:
             self._peers[name] = peer
             self._transport.add(name, peer)
         record = opened.accept(name, update, sent=sent)
-        self._hub.roster.leave(name)  # it may hold another number of examples now: the next round asks anew
+        self._server.client_manager.leave(name)  # it may hold another number of examples now: the next round asks anew
         return record
 
-    def _asked(self, peer: LocalPeer, header: Mapping[str, Any]) -> tuple[bytes, int]:
+    def _asked(self, peer: Client, header: Mapping[str, Any]) -> tuple[bytes, int]:
         """A participant's update, and the bytes that went to it; one that lost what it held is sent everything."""
-        broadcast, participant = self._hub.broadcast, peer.participant
+        broadcast, participant = self._server.broadcast, peer.participant
         name, rank, alpha = participant.name, participant.rank, participant.alpha
         if rank is not None or broadcast.scaling_of(name) is not None:  # else it holds what it is known to hold
             broadcast.joined(name, None, rank, alpha)
@@ -104,10 +104,10 @@ class ManualRounds(BetweenRounds):
             msg = "no participant has trained since the last step(). Call train(local_data, device_id) first."
             raise NothingTrainedError(msg)
         try:
-            if self._hub.evaluator.active:
+            if self._server.evaluator.active:
                 self._join()
-            before = self._hub.measure(self._hub.round)
-            record = self._hub.close(self._open, self._opened, before, {})
+            before = self._server.measure(self._server.round)
+            record = self._server.close(self._open, self._opened, before, {})
         except BaseException as error:
             if self._open.spent:
                 error.add_note(

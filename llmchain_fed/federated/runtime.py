@@ -22,7 +22,7 @@ def payload_for(payload: Payload, node: str) -> bytes:
     return payload[node] if isinstance(payload, Mapping) else payload
 
 
-class Peer(Protocol):
+class TaskHandler(Protocol):
     """One participant's side: the model is loaded once and stays, the examples never leave."""
 
     def handle(self, op: Operation, payload: bytes) -> bytes:
@@ -66,7 +66,7 @@ class Cluster(Transport, Protocol):
     def leads(self) -> bool:
         """Whether this process runs the loop."""
 
-    def host(self, peers: Mapping[str, Peer]) -> None:
+    def host(self, peers: Mapping[str, TaskHandler]) -> None:
         """Lets this process's participants join; every process calls it once."""
 
     def follow(self, adopt: Callable[[bytes], None]) -> None:
@@ -83,15 +83,15 @@ class Cluster(Transport, Protocol):
 class InProcess:
     """All participants in this process, one after the other on the same module."""
 
-    def __init__(self, peers: Mapping[str, Peer]) -> None:
+    def __init__(self, peers: Mapping[str, TaskHandler]) -> None:
         self._peers = dict(peers)
 
-    def add(self, name: str, peer: Peer) -> None:
+    def add(self, name: str, peer: TaskHandler) -> None:
         """Lets one more participant join."""
         self._peers[name] = peer
 
     @property
-    def peers(self) -> Mapping[str, Peer]:
+    def peers(self) -> Mapping[str, TaskHandler]:
         """Those who work, by name."""
         return self._peers
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated import compatibility
-from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.personalization import Ditto
 from llmchain_fed.federated.options import checked_quorum, checked_waiting, sample_size
 from llmchain_fed.model.adapters import GLOBAL
@@ -48,7 +48,7 @@ class Settings:
 
 
 def make_settings(
-    model: LocalModel, training: TrainingConfig, peers: Iterable[LocalPeer], available: int, **given: Any
+    model: LocalModel, training: TrainingConfig, peers: Iterable[Client], available: int, **given: Any
 ) -> Settings:
     """The settings, if they make sense for this model and these participants.
 

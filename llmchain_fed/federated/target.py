@@ -1,4 +1,4 @@
-"""Trainee: what a federation trains, a model and the chain that renders its prompts, and what all sides must share.
+"""Target: what a federation trains, a model and the chain that renders its prompts, and what all sides must share.
 
 Knows chains, models and digests. Knows nothing about participants, rounds or how a digest travels.
 """
@@ -38,7 +38,7 @@ Digest = Annotated[str, Field(max_length=128)]
 
 
 class ContractData(Strict):
-    """What `Trainee.contract` gives, as it comes back from elsewhere."""
+    """What `Target.contract` gives, as it comes back from elsewhere."""
 
     base: Digest
     adapter: Digest
@@ -48,7 +48,7 @@ class ContractData(Strict):
 
 
 @dataclass(frozen=True)
-class Trainee:
+class Target:
     """What is trained: a LocalModel, and what makes the text of its examples' inputs, as `invoke` would.
 
     Args:
@@ -60,7 +60,7 @@ class Trainee:
     prompt: LLMChain | Bare | None = None
 
     @classmethod
-    def of(cls, given: Any) -> Trainee:
+    def of(cls, given: Any) -> Target:
         """Finds the model in a chain, an LLM (wrapped ones too), a LocalModel or a bare module.
 
         Raises:
@@ -114,18 +114,18 @@ class Trainee:
         }
 
 
-def check_contract(name: str, *, site: Any, hub: Any) -> None:
+def check_contract(name: str, *, site: Any, server: Any) -> None:
     """Makes sure that a participant trains what the hub does; both sides check, and say it in the same words.
 
     Args:
         name: The participant's.
         site: Its `contract()`; as it arrived, at the hub.
-        hub: The hub's; as it arrived, at the participant.
+        server: The hub's; as it arrived, at the participant.
 
     Raises:
         ContractError: What differs, by name.
     """
-    at_site, at_hub = (said if isinstance(said, Mapping) else {} for said in (site, hub))
+    at_site, at_hub = (said if isinstance(said, Mapping) else {} for said in (site, server))
     different = [k for k in _MEANING if at_site.get(k) != at_hub.get(k)]
     if different:  # what differs comes first: in a list of sites a line has room for no more
         kinds = ", ".join(_MEANING[k] for k in different)

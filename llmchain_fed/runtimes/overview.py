@@ -188,7 +188,7 @@ def _problems(report: Report, found: status_file.Status) -> None:
             report.problems.append(f"{name} never took part")
 
 
-def _participant(name: str, standing: status_file.Standing, now: float, *, over: bool) -> str:
+def _participant(name: str, standing: status_file.ParticipantStatus, now: float, *, over: bool) -> str:
     state = {"expected": "not yet"}.get(standing.state, standing.state)
     parts = [f"{state:<8}{name}"]
     parts += [f"since {_since(standing.since, now)}"] if standing.since is not None else []

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, FederationError
-from llmchain_fed.federated.runtime import InProcess, Operation, Payload, Peer, payload_for
+from llmchain_fed.federated.runtime import InProcess, Operation, Payload, TaskHandler, payload_for
 from llmchain_fed.runtimes import process_group, ranks
 from llmchain_fed.runtimes.heartbeat import Aside
 from llmchain_fed.runtimes.messaging import error_codes
@@ -92,7 +92,7 @@ class TorchDistributed:
         """Whether this is rank 0."""
         return self.rank == LEADER
 
-    def host(self, peers: Mapping[str, Peer]) -> None:
+    def host(self, peers: Mapping[str, TaskHandler]) -> None:
         """Lets this rank's participants join; every rank calls it once, with its own or with none.
 
         Raises:

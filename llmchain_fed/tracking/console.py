@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from llmchain_fed.federated.history import History, RoundRecord
-    from llmchain_fed.federated.server.attendance import Change
+    from llmchain_fed.federated.server.attendance import AttendanceChange
 
 _HEADINGS = ("round", "trained", "train loss", "held-out loss", "up / down", "seconds", "gap", "notes")
 _LONGEST = 20_000  # characters of a line
@@ -56,7 +56,7 @@ class ConsoleTable(Callback):
         first, last = run.start_round + 1, run.start_round + run.rounds
         self._print(f"rounds {first} to {last} with {len(run.participants)} participants")
 
-    def on_attendance(self, change: Change) -> None:
+    def on_attendance(self, change: AttendanceChange) -> None:
         """Prints who is out and why, and who is back; who is there from the beginning is not listed."""
         if change.was != "expected" or change.state != "in":
             self._print(lines.stamped(lines.change_of(change), change.at))

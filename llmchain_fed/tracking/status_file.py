@@ -28,7 +28,7 @@ from llmchain_fed.storage.own_files import write_whole
 
 if TYPE_CHECKING:
     from llmchain_fed.federated.history import History, RoundRecord
-    from llmchain_fed.federated.server.attendance import Attendance, Change
+    from llmchain_fed.federated.server.attendance import Attendance, AttendanceChange
 
 FILE = "status.json"
 BEAT = 10.0
@@ -42,7 +42,7 @@ _Value = str | int | float | bool | None
 _Phase = Literal["starting", "joining", "training", "evaluating", "between", "ended", "failed", "stopped"]
 
 
-class Standing(untrusted.Strict):
+class ParticipantStatus(untrusted.Strict):
     """One participant; times are seconds since the epoch."""
 
     state: Literal["expected", "in", "late", "out"]
@@ -76,7 +76,7 @@ class Status(untrusted.Strict):
     """the round under way, else the last completed"""
     rounds: int | None = Field(default=None, ge=0)
     """how many there will be"""
-    participants: dict[_Name, Standing] = Field(default_factory=dict, max_length=100_000)
+    participants: dict[_Name, ParticipantStatus] = Field(default_factory=dict, max_length=100_000)
     last_round: _Text | None = None
     out: _Text
     """the folder"""
@@ -163,7 +163,7 @@ class StatusFile(Callback):
         self._error = None
         self._begin("joining")
 
-    def on_attendance(self, change: Change) -> None:  # noqa: ARG002
+    def on_attendance(self, change: AttendanceChange) -> None:  # noqa: ARG002
         """Written soon."""
         self._wake.set()
 

@@ -155,15 +155,15 @@ def main() -> None:
         times = []
         for _ in range(5):
             began = time.perf_counter()
-            fed._keeping.save()
+            fed._checkpoints.save()
             times.append(time.perf_counter() - began)
         options = {"participants": shares, "training": config, "progress": False}
         plain = FederatedAveraging(chain, checkpoint_dir=Path(folder) / "d", **options)
-        plain._hub.join()
+        plain._server.join()
         lean = []
         for _ in range(5):
             began = time.perf_counter()
-            plain._keeping.save()
+            plain._checkpoints.save()
             lean.append(time.perf_counter() - began)
     for what, values in (("checkpoint", lean), ("checkpoint with 16 residuals of int8", times)):
         seconds = statistics.median(values)

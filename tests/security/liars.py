@@ -3,9 +3,9 @@
 from tiny import PAIRS
 
 from llmchain_fed import FederatedAveraging, Participant, TrainingConfig
-from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.runtime import InProcess
-from llmchain_fed.federated.target import Trainee
+from llmchain_fed.federated.target import Target
 
 TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=4, epochs=1)
 SHARES = {"a": PAIRS[:4], "b": PAIRS[4:8], "liar": PAIRS[8:10]}
@@ -46,14 +46,14 @@ class Elsewhere:
 
 def federation(chain, lies=None, *, without=(), held_out=False, runtime=InProcess, rank=None, alpha=None, **options):
     """One over a, b and the liar, who lies as it is told and may have a rank of its own; or without some of them."""
-    trainee = Trainee.of(chain)
+    target = Target.of(chain)
     people = (
         Participant(n, x, HELD_OUT if held_out else None, **({"rank": rank, "alpha": alpha} if n == "liar" else {}))
         for n, x in SHARES.items()
         if n not in without
     )
-    peers = {p.name: LocalPeer(trainee, p, TRAINING) for p in people}
+    peers = {p.name: Client(target, p, TRAINING) for p in people}
     if "liar" in peers:
         peers["liar"] = Liar(peers["liar"], lies or {})
     given = {"training": TRAINING, "progress": False, "samples": 0} | options
-    return FederatedAveraging(trainee.prompt, runtime=runtime(peers), **given)
+    return FederatedAveraging(target.prompt, runtime=runtime(peers), **given)

@@ -68,7 +68,7 @@ class Victim:
         weights = {n: t.numpy().tobytes() for n, t in model.trainable_state().items()}
         beside = {n: (b.numpy().tobytes(), a.numpy().tobytes()) for n, (b, a) in model.remainder().items()}
         adapters = {n: {k: t.numpy().tobytes() for k, t in model.adapter_state(n).items()} for n in model.adapters}
-        return weights, beside, adapters, self.fed.round, self.fed.history.to_json(), self.fed._hub.broadcast.number
+        return weights, beside, adapters, self.fed.round, self.fed.history.to_json(), self.fed._server.broadcast.number
 
     def tries(self, act, *, seconds=5.0, unread=False):
         """What an act on the directory as it is now ends in; None where it goes on."""

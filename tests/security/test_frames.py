@@ -195,7 +195,7 @@ class Nodes:
 
 
 def call(nodes, payload=b"payload", timeout=None, patience=1.0, expected=None, names=("a", "b")):
-    calls = chunked_calls.SlicedCalls(nodes, patience)
+    calls = chunked_calls.ChunkedCalls(nodes, patience)
     if expected is not None:
         calls.expect(expected)
     with within(20):

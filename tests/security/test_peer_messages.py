@@ -1,6 +1,6 @@
 """What a hub, or somebody who speaks like one, may send a participant: an answer, or one error and no change.
 
-Belongs here: messages into `LocalPeer.handle` and `Site.answer`. Does not: what a policy refuses of honest messages
+Belongs here: messages into `Client.handle` and `Site.answer`. Does not: what a policy refuses of honest messages
 (test_policy).
 """
 
@@ -20,9 +20,9 @@ from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, train_tokenizer, wit
 
 from llmchain_fed import LLMChain, LocalLLM, LocalModel, Participant
 from llmchain_fed.errors import FederationError, LLMChainFedError
-from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.protocol.tasks import TrainingOptions
-from llmchain_fed.federated.target import Trainee
+from llmchain_fed.federated.target import Target
 from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.site.policy import Audit, Policy
 from llmchain_fed.runtimes.site.server import Site
@@ -34,26 +34,26 @@ from llmchain_fed.updates.low_rank import full_rank
 OPEN = Policy(operations=("hello", "train", "evaluate", "personal_state", "stop"), max_rounds=None, samples=9)
 
 
-def make_trainee(rank=None):
+def make_target(rank=None):
     tokenizer = train_tokenizer()
     model = LocalModel(with_lora(tiny_module("causal", len(tokenizer)), lora_config()), tokenizer, name="tiny")
-    return Trainee.of(LLMChain(llm=LocalLLM(model=model, max_new_tokens=4), prompt=TEMPLATE))
+    return Target.of(LLMChain(llm=LocalLLM(model=model, max_new_tokens=4), prompt=TEMPLATE))
 
 
 @pytest.fixture(scope="module")
-def trainee():
-    return make_trainee()
+def target():
+    return make_target()
 
 
-def peer_of(trainee, **options):
-    peer = LocalPeer(trainee, Participant("a", PAIRS[:8], held_out=PAIRS[8:], **options), None)
-    peer.handle("hello", messages.hello(trainee))
+def peer_of(target, **options):
+    peer = Client(target, Participant("a", PAIRS[:8], held_out=PAIRS[8:], **options), None)
+    peer.handle("hello", messages.hello(target))
     return peer
 
 
 @pytest.fixture
-def peer(trainee):
-    return peer_of(trainee)
+def peer(target):
+    return peer_of(target)
 
 
 def stands(peer):
@@ -96,10 +96,9 @@ def refused(peer, op, payload, seconds=5.0):
     return text
 
 
-def still_works(peer, trainee):
+def still_works(peer, target):
     assert (
-        serialization.inspect(peer.handle("train", messages.task(trainee.model)), max_bytes=10**7)[0]["kind"]
-        == "update"
+        serialization.inspect(peer.handle("train", messages.task(target.model)), max_bytes=10**7)[0]["kind"] == "update"
     )
 
 
@@ -111,46 +110,46 @@ def test_the_options_that_travel_are_those_of_a_training():
 
 
 @pytest.mark.parametrize("field", messages.WRONG_FIELDS)
-def test_a_field_of_a_training_has_its_type_and_its_range(field, peer, trainee):
+def test_a_field_of_a_training_has_its_type_and_its_range(field, peer, target):
     for value in messages.WRONG_FIELDS[field]:
-        text = refused(peer, "train", messages.task(trainee.model, **{field: value}))
+        text = refused(peer, "train", messages.task(target.model, **{field: value}))
         assert any(words in text for words in (f"`{field}", f"another {field}", "no JSON of ours", "about a state of"))
-    still_works(peer, trainee)
+    still_works(peer, target)
 
 
 @pytest.mark.parametrize("fields", messages.COMBINATIONS, ids=range(len(messages.COMBINATIONS)))
-def test_fields_that_make_no_sense_together_are_refused(fields, peer, trainee):
-    refused(peer, "train", messages.task(trainee.model, **fields))
+def test_fields_that_make_no_sense_together_are_refused(fields, peer, target):
+    refused(peer, "train", messages.task(target.model, **fields))
 
 
 @pytest.mark.parametrize("field", ["round", "base"])
-def test_a_field_that_is_missing_is_named(field, peer, trainee):
-    header, infos = serialization.inspect(payload := messages.task(trainee.model), max_bytes=10**7)
+def test_a_field_that_is_missing_is_named(field, peer, target):
+    header, infos = serialization.inspect(payload := messages.task(target.model), max_bytes=10**7)
     del header[field]
     assert f"`{field}`" in refused(peer, "train", serialization.pack(serialization.values(payload, infos), header))
 
 
-def test_an_evaluation_has_fields_of_its_own(peer, trainee):
+def test_an_evaluation_has_fields_of_its_own(peer, target):
     for fields in messages.WRONG_EVALUATIONS:
-        refused(peer, "evaluate", messages.evaluation(trainee.model, **fields))
-    assert json.loads(peer.handle("evaluate", messages.evaluation(trainee.model)))["tokens"] > 0
+        refused(peer, "evaluate", messages.evaluation(target.model, **fields))
+    assert json.loads(peer.handle("evaluate", messages.evaluation(target.model)))["tokens"] > 0
 
 
-def test_a_hello_that_is_refused_has_changed_nothing(peer, trainee):
+def test_a_hello_that_is_refused_has_changed_nothing(peer, target):
     for fields in messages.WRONG_HELLOS:
         before = copy.deepcopy(stands(peer))
         with pytest.raises(LLMChainFedError) as error:
-            peer.handle("hello", messages.hello(trainee, **fields))
+            peer.handle("hello", messages.hello(target, **fields))
         assert len(str(error.value)) < 2000
         assert printable(str(error.value)) == str(error.value)
         assert same(stands(peer), before), fields
-    still_works(peer, trainee)
+    still_works(peer, target)
 
 
-def test_examples_that_other_limits_leave_out_are_there_again_after_a_refused_hello(peer, trainee):
+def test_examples_that_other_limits_leave_out_are_there_again_after_a_refused_hello(peer, target):
     with pytest.raises(LLMChainFedError, match="no usable example"):
-        peer.handle("hello", messages.hello(trainee, training={"max_length": 2}))
-    still_works(peer, trainee)
+        peer.handle("hello", messages.hello(target, training={"max_length": 2}))
+    still_works(peer, target)
     assert peer.data.train().report.used == 8
 
 
@@ -160,27 +159,27 @@ def test_bytes_that_are_no_message(kind, op, peer):
     refused(peer, op, messages.RAW[kind])
 
 
-def test_a_state_is_exactly_the_tensors_that_are_trained(peer, trainee):
-    for kind, tensors in messages.wrong_tensors(trainee.model).items():
-        assert refused(peer, "train", messages.task(trainee.model, tensors)), kind
-        assert refused(peer, "evaluate", messages.evaluation(trainee.model, tensors=tensors)), kind
-    still_works(peer, trainee)
+def test_a_state_is_exactly_the_tensors_that_are_trained(peer, target):
+    for kind, tensors in messages.wrong_tensors(target.model).items():
+        assert refused(peer, "train", messages.task(target.model, tensors)), kind
+        assert refused(peer, "evaluate", messages.evaluation(target.model, tensors=tensors)), kind
+    still_works(peer, target)
 
 
-def test_a_remainder_may_be_as_wide_as_a_hub_makes_it(peer, trainee):
-    state = trainee.model.trainable_state()
+def test_a_remainder_may_be_as_wide_as_a_hub_makes_it(peer, target):
+    state = target.model.trainable_state()
     layer = next(n.removesuffix(".lora_A.weight") for n in state if n.endswith("lora_A.weight"))
     n, m = state[f"{layer}.lora_A.weight"].shape[1], state[f"{layer}.lora_B.weight"].shape[0]
     rank = min(m, n)
     wide = {f"{layer}.remainder_A.weight": torch.zeros(rank, n), f"{layer}.remainder_B.weight": torch.zeros(m, rank)}
-    assert peer.handle("train", messages.task(trainee.model, state | wide))
+    assert peer.handle("train", messages.task(target.model, state | wide))
     wider = {name: torch.zeros(*(each + (each == rank) for each in t.shape)) for name, t in wide.items()}
-    assert refused(peer, "train", messages.task(trainee.model, state | wider))
+    assert refused(peer, "train", messages.task(target.model, state | wider))
     assert full_rank(m, n) == rank
 
 
-def test_a_difference_is_to_what_is_held_and_codes_are_what_their_codec_makes(peer, trainee):
-    model = trainee.model
+def test_a_difference_is_to_what_is_held_and_codes_are_what_their_codec_makes(peer, target):
+    model = target.model
     first = sorted(model.trainable_state())[0]
     full = {"version": "hub/1/", "against": None}
     peer.handle("train", messages.task(model, **full))
@@ -202,37 +201,37 @@ def test_a_difference_is_to_what_is_held_and_codes_are_what_their_codec_makes(pe
 
 
 def test_invented_ranks_and_other_hubs_leave_no_states_behind():
-    trainee = make_trainee()
-    peer = peer_of(trainee, rank=2, alpha=4.0)
-    with trainee.model.resized(2, peer._scaling):
-        state = {n: torch.zeros_like(t) for n, t in trainee.model.trainable_state().items()}
+    target = make_target()
+    peer = peer_of(target, rank=2, alpha=4.0)
+    with target.model.resized(2, peer._scaling):
+        state = {n: torch.zeros_like(t) for n, t in target.model.trainable_state().items()}
     for number in range(40):
         text = f"2x{2.0 + number * 1e-9!r}"
-        peer.handle("train", messages.task(trainee.model, state, version=f"hub{number // 20}/1/{text}", round=number))
+        peer.handle("train", messages.task(target.model, state, version=f"hub{number // 20}/1/{text}", round=number))
     assert len(peer._held._states) <= Policy().max_states
     for rank in ("3x2.0", "2x5.0", "", "2xnan", "2xinf"):
-        refused(peer, "train", messages.task(trainee.model, state, version=f"hub9/1/{rank}"))
+        refused(peer, "train", messages.task(target.model, state, version=f"hub9/1/{rank}"))
 
 
-def test_a_personal_state_that_is_given_back_is_one_of_this_participants(peer, trainee):
+def test_a_personal_state_that_is_given_back_is_one_of_this_participants(peer, target):
     for fields in messages.WRONG_STATES:
         refused(peer, "personal_state", serialization.pack({}, {"kind": "personal_state"} | fields))
     head = {"progress": {"0": {"next_step": 0, "optimizer": None}}}
     for name in messages.WRONG_STATE_TENSORS:
         refused(peer, "personal_state", serialization.pack({name: torch.zeros(2)}, head))
-    first = sorted(trainee.model.trainable_state())[0]
-    nan = torch.full_like(trainee.model.trainable_state()[first], float("nan"))
+    first = sorted(target.model.trainable_state())[0]
+    nan = torch.full_like(target.model.trainable_state()[first], float("nan"))
     refused(peer, "personal_state", serialization.pack({f"0/private/{first}": nan}, head))
     assert peer.handle(
         "personal_state", peer.handle("personal_state", serialization.pack({}, {"kind": "personal_state"}))
     )
 
 
-def test_an_optimizer_comes_back_with_the_settings_it_has_here(trainee):
-    peer = peer_of(trainee)
+def test_an_optimizer_comes_back_with_the_settings_it_has_here(target):
+    peer = peer_of(target)
     kept = messages.TRAINING | {"keep_optimizer": True}
-    peer.handle("hello", messages.hello(trainee, training=kept))
-    peer.handle("train", messages.task(trainee.model))
+    peer.handle("hello", messages.hello(target, training=kept))
+    peer.handle("train", messages.task(target.model))
     given = peer.handle("personal_state", serialization.pack({}, {"kind": "personal_state"}))
     header, infos = serialization.inspect(given, max_bytes=10**7)
     tensors = serialization.values(given, infos)
@@ -249,15 +248,15 @@ def test_an_optimizer_comes_back_with_the_settings_it_has_here(trainee):
     refused(peer, "personal_state", changed(lambda group: None, **{"0/0/step": torch.tensor(-1.0)}))
     short = {n: t for n, t in tensors.items() if n != "0/0/exp_avg"}
     refused(peer, "personal_state", serialization.pack(short, header))
-    refused(peer, "train", messages.task(trainee.model, round=1, trains="A", shares="A"))
-    still = peer.handle("train", messages.task(trainee.model, round=1))
+    refused(peer, "train", messages.task(target.model, round=1, trains="A", shares="A"))
+    still = peer.handle("train", messages.task(target.model, round=1))
     assert serialization.inspect(still, max_bytes=10**7)[0]["round"] == 1
 
 
 def test_a_round_that_asks_for_a_part_that_is_not_there():
     tokenizer = train_tokenizer()
     model = LocalModel(tiny_module("causal", len(tokenizer)), tokenizer, name="tiny")
-    full = Trainee.of(LLMChain(llm=LocalLLM(model=model), prompt=TEMPLATE))
+    full = Target.of(LLMChain(llm=LocalLLM(model=model), prompt=TEMPLATE))
     peer = peer_of(full)
     assert "this model trains none" in refused(peer, "train", messages.task(model, shares="A"))
 
@@ -302,12 +301,12 @@ def answered(peer, op, payload, seconds=10.0):
 
 @bounded(seconds=200, megabytes=1500)
 def test_mutated_messages_are_answered_or_refused_by_one_error():
-    trainee = make_trainee()
-    peer = peer_of(trainee)
+    target = make_target()
+    peer = peer_of(target)
     peer.obey(OPEN.replace(max_steps=4, max_evaluations=10**6))
     honest = {
-        "train": messages.task(trainee.model),
-        "evaluate": messages.evaluation(trainee.model),
+        "train": messages.task(target.model),
+        "evaluate": messages.evaluation(target.model),
         "personal_state": serialization.pack({}, {"kind": "personal_state"}),
     }
     read = {op: serialization.inspect(payload, max_bytes=10**7) for op, payload in honest.items()}
@@ -336,24 +335,24 @@ def test_mutated_messages_are_answered_or_refused_by_one_error():
     @settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(mutation)
     def hellos(changes):
-        said = json.loads(messages.hello(trainee)) | changes
+        said = json.loads(messages.hello(target)) | changes
         answered(peer, "hello", json.dumps(said).encode())
 
     fields()
     places()
-    peer.handle("hello", messages.hello(trainee))
+    peer.handle("hello", messages.hello(target))
     hellos()
-    peer.handle("hello", messages.hello(trainee))
+    peer.handle("hello", messages.hello(target))
     peer.obey(OPEN)
-    still_works(peer, trainee)
+    still_works(peer, target)
 
 
 @bounded(seconds=120, megabytes=1500)
 def test_a_site_answers_whatever_it_is_sent_and_goes_on():
-    trainee = make_trainee()
+    target = make_target()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "audit.jsonl"
-        site = Site(LocalPeer(trainee, Participant("a", PAIRS[:8], held_out=PAIRS[8:]), None), OPEN, Audit(log))
+        site = Site(Client(target, Participant("a", PAIRS[:8], held_out=PAIRS[8:]), None), OPEN, Audit(log))
         calls = iter(range(10**6))
 
         def ask(op, payload):
@@ -366,7 +365,7 @@ def test_a_site_answers_whatever_it_is_sent_and_goes_on():
                     return found, bytes(body)
             raise TimeoutError(op)
 
-        assert "error" not in ask("hello", messages.hello(trainee))[0]
+        assert "error" not in ask("hello", messages.hello(target))[0]
         begun = len(log.read_text().splitlines())
         for payload in messages.RAW.values():
             for op in ("train", "evaluate", "hello", "personal_state"):
@@ -376,6 +375,6 @@ def test_a_site_answers_whatever_it_is_sent_and_goes_on():
         assert len(lines) == 2 * 4 * len(messages.RAW)
         assert [e["status"] for e in lines] == ["began", "failed"] * (len(lines) // 2)
         assert max(map(len, log.read_text().splitlines())) < 3000
-        found, body = ask("train", messages.task(trainee.model))
+        found, body = ask("train", messages.task(target.model))
         assert found["state"] == "done"
         assert serialization.inspect(body, max_bytes=10**7)[0]["kind"] == "update"

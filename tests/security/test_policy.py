@@ -15,7 +15,7 @@ import pytest
 import torch
 from bounded import within
 from corpus import messages
-from test_peer_messages import make_trainee
+from test_peer_messages import make_target
 from tiny import PAIRS
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from llmchain_fed import ConfigError, Participant, cli
 from llmchain_fed.data.encoding import collate
 from llmchain_fed.errors import DeadlineError, PolicyError
-from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.global_state_cache import STALE
 from llmchain_fed.federated.client.limits import Limits
 from llmchain_fed.runtimes.messaging import frames
@@ -42,10 +42,10 @@ ALL = ("hello", "train", "evaluate", "personal_state", "stop")
 class Asker:
     """Speaks to a site as a hub does, and keeps every byte that leaves it."""
 
-    def __init__(self, trainee, policy=None, *, participant=None, audit=None):
-        self.trainee, self.model = trainee, trainee.model
+    def __init__(self, target, policy=None, *, participant=None, audit=None):
+        self.target, self.model = target, target.model
         participant = participant or Participant("a", PAIRS[:8], held_out=PAIRS[8:])
-        self.peer = LocalPeer(trainee, participant, None)
+        self.peer = Client(target, participant, None)
         self.site = Site(self.peer, policy or Policy(), Audit(audit))
         self.left, self.calls = [], 0
 
@@ -69,7 +69,7 @@ class Asker:
 
     def hello(self, **changes):
         training = messages.TRAINING | changes.pop("training", {})
-        return self("hello", messages.hello(self.trainee, training=training, **changes))
+        return self("hello", messages.hello(self.target, training=training, **changes))
 
     def train(self, **header):
         return self("train", messages.task(self.model, **header))
@@ -87,8 +87,8 @@ def tensors_of(update):
 
 
 @pytest.fixture(scope="module")
-def trainee():
-    return make_trainee()
+def target():
+    return make_target()
 
 
 # --- what is private ------------------------------------------------------------------------------------------------
@@ -99,9 +99,9 @@ def holds(private, left):
     return any(t.numpy().tobytes() in answer for t in private.values() if t.any() for answer in left)
 
 
-def three_rounds_of_a(trainee, policy=None):
+def three_rounds_of_a(target, policy=None):
     """A site that has kept its own B for three rounds."""
-    ask = Asker(trainee, policy)
+    ask = Asker(target, policy)
     assert isinstance(ask.hello(aggregation="fedsa"), bytes)
     for number in range(3):
         assert isinstance(ask.train(round=number, shares="A"), bytes)
@@ -113,8 +113,8 @@ def three_rounds_of_a(trainee, policy=None):
 
 @pytest.mark.parametrize("shares", ["all", "B"])
 @pytest.mark.parametrize("name", ["fedsa", "fedavg", "a rule of its own", None])
-def test_what_a_participant_kept_for_itself_does_not_leave_when_it_is_asked_for_later(shares, name, trainee):
-    ask, private = three_rounds_of_a(trainee)
+def test_what_a_participant_kept_for_itself_does_not_leave_when_it_is_asked_for_later(shares, name, target):
+    ask, private = three_rounds_of_a(target)
     assert isinstance(ask.hello(aggregation=name, training={"learning_rate": 1e-30}), bytes)
     kind, message = ask.train(round=3, shares=shares)
     assert kind == "PolicyError"
@@ -125,7 +125,7 @@ def test_what_a_participant_kept_for_itself_does_not_leave_when_it_is_asked_for_
     assert ask.peer._latest().private.keys() == private.keys()
 
 
-def test_another_federation_a_stop_or_a_round_of_before_makes_nothing_that_was_private_anew(trainee):
+def test_another_federation_a_stop_or_a_round_of_before_makes_nothing_that_was_private_anew(target):
     """Training is deterministic: the same rounds under another name would give the same values again."""
     ways = (
         lambda ask: ask.hello(federation="another"),
@@ -133,7 +133,7 @@ def test_another_federation_a_stop_or_a_round_of_before_makes_nothing_that_was_p
         lambda ask: ask.train(round=0, trains="A", shares="A"),
     )
     for forget in ways:
-        ask, private = three_rounds_of_a(trainee)
+        ask, private = three_rounds_of_a(target)
         forget(ask)
         for number in range(3):
             for federation in ("another", "a third"):
@@ -155,8 +155,8 @@ def test_another_federation_a_stop_or_a_round_of_before_makes_nothing_that_was_p
         {"optimizer": "sgd", "proximal_mu": 1e6},
     ],
 )
-def test_no_step_undoes_those_before_it_so_that_the_last_examples_alone_were_the_update(training, trainee):
-    ask = Asker(trainee, Policy())
+def test_no_step_undoes_those_before_it_so_that_the_last_examples_alone_were_the_update(training, target):
+    ask = Asker(target, Policy())
     kind, message = ask.hello(training={"batch_size": len(PAIRS) - 1, "epochs": 1} | training)
     assert kind == "PolicyError"
     assert message.startswith("policy.min_examples_per_update: proximal_mu or weight_decay times the learning rate is ")
@@ -165,8 +165,8 @@ def test_no_step_undoes_those_before_it_so_that_the_last_examples_alone_were_the
     assert isinstance(ask.train(), bytes)
 
 
-def test_a_personal_models_training_loss_is_of_enough_examples_too(trainee):
-    ask = Asker(trainee, Policy(min_examples_per_update=4))
+def test_a_personal_models_training_loss_is_of_enough_examples_too(target):
+    ask = Asker(target, Policy(min_examples_per_update=4))
     assert isinstance(ask.hello(training={"batch_size": 2}), bytes)
     kind, message = ask.train(personal={"steps": 1})
     assert kind == "PolicyError"
@@ -174,8 +174,8 @@ def test_a_personal_models_training_loss_is_of_enough_examples_too(trainee):
     assert isinstance(ask.train(personal={"steps": 2}), bytes)
 
 
-def test_other_answers_tell_numbers_alone(trainee):
-    ask, private = three_rounds_of_a(trainee)
+def test_other_answers_tell_numbers_alone(target):
+    ask, private = three_rounds_of_a(target)
     answers = [
         ask.evaluate(round=3), ask.evaluate(round=3, side_by_side=True), ask.evaluate(samples=3, round=3),
         ask.train(round=3, curve=[0, 1]), ask.train(round=3, personal={"steps": 1}), ask.train(round=3, time_step=True),
@@ -189,8 +189,8 @@ def test_other_answers_tell_numbers_alone(trainee):
     assert not any(text.encode() in b"".join(ask.left) for pair in PAIRS for text in pair)
 
 
-def test_dittos_model_does_not_leave(trainee):
-    ask = Asker(trainee)
+def test_dittos_model_does_not_leave(target):
+    ask = Asker(target)
     ask.hello()
     ask.train(ditto={"lam": 0.1})
     kept = dict(ask.peer._latest().ditto)
@@ -234,10 +234,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_refusal_names_its_option_and_changes_nothing(case, trainee):
+def test_a_refusal_names_its_option_and_changes_nothing(case, target):
     policy, training, header, option = REFUSED[case]
-    ask = Asker(trainee, Policy(**policy))
-    before = trainee.model.weights_hash
+    ask = Asker(target, Policy(**policy))
+    before = target.model.weights_hash
     found = ask.hello(training=training)
     if isinstance(found, bytes):
         found = ask.train(**header)
@@ -245,13 +245,13 @@ def test_a_refusal_names_its_option_and_changes_nothing(case, trainee):
     assert kind == "PolicyError"
     assert message.startswith(f"policy.{option}: ")
     assert len(message) < 300
-    assert trainee.model.weights_hash == before
+    assert target.model.weights_hash == before
     assert list(ask.peer._progress) == [-1]
     assert ask.peer._held._states == {}
 
 
-def test_operations_bytes_and_rounds_are_named_too(trainee):
-    ask = Asker(trainee, Policy(max_rounds=1, max_payload_bytes=20_000, max_evaluations=1))
+def test_operations_bytes_and_rounds_are_named_too(target):
+    ask = Asker(target, Policy(max_rounds=1, max_payload_bytes=20_000, max_evaluations=1))
     assert ask("shell", b"id")[1].startswith("policy.operations: ")
     assert ask("personal_state", b"")[1].startswith("policy.operations: ")
     assert ask("hello", bytes(20_001))[1].startswith("policy.max_payload_bytes: 20,001 bytes are sent, at most 20,000")
@@ -273,15 +273,15 @@ def test_by_default_single_examples_unlimited_evaluation_and_endless_training_ar
 
 
 @pytest.mark.parametrize("few", [PAIRS[:1], [PAIRS[0]] * 5])
-def test_a_participant_with_one_example_trains_nobodys_model(few, trainee):
+def test_a_participant_with_one_example_trains_nobodys_model(few, target):
     """Also one whose examples are one and the same."""
-    ask = Asker(trainee, participant=Participant("a", few))
+    ask = Asker(target, participant=Participant("a", few))
     assert ask.hello()[1].startswith("policy.min_examples_per_update: ")
 
 
-def test_a_step_on_what_is_left_of_a_pass_is_an_update_of_too_few(trainee):
+def test_a_step_on_what_is_left_of_a_pass_is_an_update_of_too_few(target):
     """Three examples in steps of two: every second step of one round each would be a single example's gradient."""
-    ask = Asker(trainee, participant=Participant("a", PAIRS[:3]))
+    ask = Asker(target, participant=Participant("a", PAIRS[:3]))
     ask.hello(training={"batch_size": 2, "max_steps": 1, "epochs": None})
     assert isinstance(ask.train(round=0), bytes)
     assert ask.train(round=1)[1].startswith("policy.min_examples_per_update: an update would be made of 1 different")
@@ -289,26 +289,26 @@ def test_a_step_on_what_is_left_of_a_pass_is_an_update_of_too_few(trainee):
     assert isinstance(ask.train(round=1), bytes)
 
 
-def test_a_length_that_leaves_one_example_is_refused(trainee):
+def test_a_length_that_leaves_one_example_is_refused(target):
     pairs = [("a " * n, "b " * n) for n in range(1, 9)]
-    lengths = sorted(encoded(pairs, trainee.model, trainee.prompt, None).lengths())
-    ask = Asker(trainee, participant=Participant("a", pairs))
+    lengths = sorted(encoded(pairs, target.model, target.prompt, None).lengths())
+    ask = Asker(target, participant=Participant("a", pairs))
     assert lengths[0] < lengths[1]
     assert ask.hello(training={"max_length": lengths[0]})[1].startswith("policy.min_examples_per_update: ")
     assert isinstance(ask.hello(training={"max_length": lengths[1], "tolerance": 1.0}), bytes)
 
 
-def test_a_participants_own_options_go_first_and_count(trainee):
+def test_a_participants_own_options_go_first_and_count(target):
     small = Participant("a", PAIRS[:8], training={"batch_size": 1})
-    assert Asker(trainee, participant=small).hello()[1].startswith("policy.min_batch_size: 1 examples a step")
-    slow = Asker(trainee, participant=Participant("a", PAIRS[:8], training={"max_steps": 2, "learning_rate": 1e-3}))
+    assert Asker(target, participant=small).hello()[1].startswith("policy.min_batch_size: 1 examples a step")
+    slow = Asker(target, participant=Participant("a", PAIRS[:8], training={"max_steps": 2, "learning_rate": 1e-3}))
     assert isinstance(slow.hello(training={"max_steps": 10**12, "epochs": None, "learning_rate": 50.0}), bytes)
     update = slow.train()
     assert serialization.inspect(update, max_bytes=10**7)[0]["metrics"]["steps"] == 2
 
 
-def rows_of(pairs, trainee):
-    data = encoded(pairs, trainee.model, trainee.prompt, None)
+def rows_of(pairs, target):
+    data = encoded(pairs, target.model, target.prompt, None)
     return [data[i] for i in range(len(data))]
 
 
@@ -316,11 +316,11 @@ def rows_of(pairs, trainee):
     ("batch_size", "examples", "option"),
     [(1, 6, "min_batch_size"), (2, 1, "min_batch_size"), (4, 4, None), (3, 2, "min_examples_per_update")],
 )
-def test_a_dataloaders_examples_are_counted_before_an_update_leaves(batch_size, examples, option, trainee):
-    rows = rows_of(PAIRS[:examples], trainee)
-    loader = DataLoader(rows, batch_size=batch_size, collate_fn=lambda found: collate(found, trainee.model))
+def test_a_dataloaders_examples_are_counted_before_an_update_leaves(batch_size, examples, option, target):
+    rows = rows_of(PAIRS[:examples], target)
+    loader = DataLoader(rows, batch_size=batch_size, collate_fn=lambda found: collate(found, target.model))
     policy = Policy(min_examples_per_update=3)
-    ask = Asker(trainee, policy, participant=Participant("a", loader))
+    ask = Asker(target, policy, participant=Participant("a", loader))
     assert isinstance(ask.hello(), bytes)
     found = ask.train()
     if option is None:
@@ -330,23 +330,23 @@ def test_a_dataloaders_examples_are_counted_before_an_update_leaves(batch_size, 
         assert list(ask.peer._progress) == [-1]
 
 
-def test_a_dataloader_without_end_is_ended(trainee):
-    rows = rows_of(PAIRS[:4], trainee)
+def test_a_dataloader_without_end_is_ended(target):
+    rows = rows_of(PAIRS[:4], target)
 
     class Endless(torch.utils.data.IterableDataset):
         def __iter__(self):
             while True:
                 yield from rows
 
-    loader = DataLoader(Endless(), batch_size=2, collate_fn=lambda found: collate(found, trainee.model))
-    ask = Asker(trainee, Policy(max_steps=5), participant=Participant("a", loader))
+    loader = DataLoader(Endless(), batch_size=2, collate_fn=lambda found: collate(found, target.model))
+    ask = Asker(target, Policy(max_steps=5), participant=Participant("a", loader))
     ask.hello()
     with within(20):
         assert ask.train()[1].startswith("policy.max_steps: 6 optimizer steps")
 
 
-def test_training_ends_after_the_policys_seconds_without_any_deadline(trainee):
-    ask = Asker(trainee, Policy(max_seconds=0.2))
+def test_training_ends_after_the_policys_seconds_without_any_deadline(target):
+    ask = Asker(target, Policy(max_seconds=0.2))
     ask.hello(training={"max_steps": 9_000, "epochs": None})
     started = time.monotonic()
     for header in ({}, {"personal": {"steps": 9_000}}, {"curve": [0, 9_000]}):
@@ -358,8 +358,8 @@ def test_training_ends_after_the_policys_seconds_without_any_deadline(trainee):
 # --- counting -------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_a_hub_sends_gives_evaluations_back(trainee):
-    ask = Asker(trainee, Policy(max_evaluations=6))
+def test_nothing_a_hub_sends_gives_evaluations_back(target):
+    ask = Asker(target, Policy(max_evaluations=6))
     ask.hello()
     assert isinstance(ask.evaluate(), bytes)
     assert isinstance(ask.evaluate(side_by_side=True), bytes)
@@ -396,9 +396,9 @@ class Slow:
         self.stop.clear()
 
 
-def test_a_difference_to_what_is_not_held_tells_no_loss_and_costs_none(trainee):
+def test_a_difference_to_what_is_not_held_tells_no_loss_and_costs_none(target):
     """The site once counted requests and the peer what it told: honest repetitions used up what is allowed."""
-    ask = Asker(trainee, Policy(max_evaluations=2))
+    ask = Asker(target, Policy(max_evaluations=2))
     ask.hello()
     unknown = {"version": "hub/5/", "against": "hub/4/"}
     for _ in range(4):
@@ -486,7 +486,7 @@ def test_policy_explain_says_every_option_in_a_sentence(tmp_path):
     }  # fmt: skip
 
 
-def test_the_federations_own_example_passes_its_own_policy(trainee):
+def test_the_federations_own_example_passes_its_own_policy(target):
     """What run.py's federation file says of training, with as many examples as its policy asks for."""
     policy = Policy.from_file(ROOT / "examples" / "federation" / "policy.yaml")
     source = (ROOT / "examples" / "federation" / "run.py").read_text(encoding="utf-8")
@@ -494,10 +494,10 @@ def test_the_federations_own_example_passes_its_own_policy(trainee):
     (rate,) = re.findall(r'"--lr", type=float, default=([0-9.e-]+)', source)
     pairs = [(f"text {n}", f"texte {n}") for n in range(policy.min_examples_per_update)]
     training = {"learning_rate": float(rate), "batch_size": int(batch_size)}
-    ask = Asker(trainee, policy, participant=Participant("a", pairs))
+    ask = Asker(target, policy, participant=Participant("a", pairs))
     assert isinstance(ask.hello(training=training), bytes)
     assert isinstance(ask.train(), bytes)
-    ask = Asker(trainee, policy, participant=Participant("a", pairs[1:]))
+    ask = Asker(target, policy, participant=Participant("a", pairs[1:]))
     assert "policy.min_examples_per_update" in str(ask.hello(training=training))
 
 
@@ -521,9 +521,9 @@ def test_an_audit_file_that_is_none_of_ours_is_not_waited_for_or_written_through
     assert other.read_text() == "mine\n"
 
 
-def test_a_pipe_in_place_of_the_audit_file_stops_the_answers_and_hangs_nothing(trainee, tmp_path):
+def test_a_pipe_in_place_of_the_audit_file_stops_the_answers_and_hangs_nothing(target, tmp_path):
     path = tmp_path / "audit.jsonl"
-    ask = Asker(trainee, audit=path)
+    ask = Asker(target, audit=path)
     ask.hello()
     path.unlink()
     os.mkfifo(path)
@@ -543,9 +543,9 @@ def test_an_audit_file_of_another_account_is_refused(tmp_path):
         Audit(path)
 
 
-def test_a_round_of_many_nines_leaves_its_lines_and_is_answered(trainee, tmp_path):
+def test_a_round_of_many_nines_leaves_its_lines_and_is_answered(target, tmp_path):
     path = tmp_path / "audit.jsonl"
-    ask = Asker(trainee, audit=path)
+    ask = Asker(target, audit=path)
     ask.hello()
     for op in ("evaluate", "train"):
         kind, _ = ask(op, messages.RAW["a round of 4,300 nines"])
@@ -556,9 +556,9 @@ def test_a_round_of_many_nines_leaves_its_lines_and_is_answered(trainee, tmp_pat
     assert lines[-1]["round"] == 2**31 + 1
 
 
-def test_what_a_policy_refuses_stands_in_the_audit_file_and_text_in_it_is_short_and_printable(trainee, tmp_path):
+def test_what_a_policy_refuses_stands_in_the_audit_file_and_text_in_it_is_short_and_printable(target, tmp_path):
     path = tmp_path / "audit.jsonl"
-    ask = Asker(trainee, Policy(codecs=("none",)), audit=path)
+    ask = Asker(target, Policy(codecs=("none",)), audit=path)
     ask.hello()
     ask.train(codec="int8")
     ask("\x1b[2J" * 4, b"")
@@ -579,9 +579,9 @@ def test_a_refusal_says_what_was_asked_and_what_is_allowed():
         Limits(max_steps=10).check_steps(11)
 
 
-def test_a_payload_takes_memory_as_it_comes_keeps_its_length_and_leaves_a_line_where_it_does_not_end(trainee, tmp_path):
+def test_a_payload_takes_memory_as_it_comes_keeps_its_length_and_leaves_a_line_where_it_does_not_end(target, tmp_path):
     path = tmp_path / "audit.jsonl"
-    ask = Asker(trainee, audit=path)
+    ask = Asker(target, audit=path)
     big = {"do": "put", "call": "x", "op": "hello", "offset": 0, "total": 2**30}
     assert ask._frame(frames.pack(big, b"1"))[0]["state"] == "receiving"
     assert len(ask.site._call.payload) == 1
@@ -593,8 +593,8 @@ def test_a_payload_takes_memory_as_it_comes_keeps_its_length_and_leaves_a_line_w
     assert [e["status"] for e in entries] == ["malformed", "abandoned", "began", "answered"]
 
 
-def test_few_rounds_allow_few_evaluations(trainee):
-    ask = Asker(trainee, Policy(max_rounds=1))
+def test_few_rounds_allow_few_evaluations(target):
+    ask = Asker(target, Policy(max_rounds=1))
     ask.hello()
     answers = [ask.evaluate() for _ in range(6)]
     assert [isinstance(a, bytes) for a in answers] == [True] * 4 + [False] * 2
@@ -603,9 +603,9 @@ def test_few_rounds_allow_few_evaluations(trainee):
     assert Policy(max_rounds=None).max_evaluations == Policy(max_rounds=10**6).max_evaluations == 2000
 
 
-def test_what_cannot_be_read_does_not_fill_the_disk(trainee, tmp_path):
+def test_what_cannot_be_read_does_not_fill_the_disk(target, tmp_path):
     path = tmp_path / "audit.jsonl"
-    ask = Asker(trainee, audit=path)
+    ask = Asker(target, audit=path)
     for _ in range(1100):
         ask.site.answer(b"no frame")
     entries = [json.loads(line) for line in path.read_text().splitlines()]

@@ -18,12 +18,12 @@ from llmchain_fed.errors import CheckpointError, LLMChainFedError
 from llmchain_fed.federated.checkpoint import membership
 from llmchain_fed.federated.checkpoint.contents import Contents
 from llmchain_fed.federated.checkpoint.files import FileSizes
-from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.state import Progress
 from llmchain_fed.federated.protocol import tasks
 from llmchain_fed.federated.protocol.global_state import GlobalState, parted
 from llmchain_fed.federated.runtime import InProcess
-from llmchain_fed.federated.server.server import Hub
+from llmchain_fed.federated.server.server import Server
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.model.weights import all_finite
 from llmchain_fed.training.loop import TrainingConfig
@@ -107,31 +107,31 @@ def _check_named(contents: Contents, file: str, values: Mapping[str, Tensor], wa
             raise contents.found.unusable(what)
 
 
-def check_participants(contents: Contents, hub: Hub, changed: Collection[str] = ()) -> None:
+def check_participants(contents: Contents, server: Server, changed: Collection[str] = ()) -> None:
     """Makes sure that participants' states can be given back.
 
     Args:
         contents: The checkpoint.
-        hub: Whose participants they are; those in this process are looked at as they would train.
+        server: Whose participants they are; those in this process are looked at as they would train.
         changed: Who holds something else now, and does not go on with the optimizer of then.
 
     Raises:
         CheckpointError: One is none, or of other shapes than its participant's tensors.
     """
-    peers: Mapping[str, Any] = hub.transport.peers if isinstance(hub.transport, InProcess) else {}
+    peers: Mapping[str, Any] = server.transport.peers if isinstance(server.transport, InProcess) else {}
     for name, state in contents.found.participants.items():
         rank = contents.holdings.get(name, {}).get("rank")
         try:
-            check_state(hub, name, state, rank, contents.round, peers.get(name) if name not in changed else None)
+            check_state(server, name, state, rank, contents.round, peers.get(name) if name not in changed else None)
         except LLMChainFedError as error:
             raise contents.found.unusable(shown(str(error), 400).rstrip(".")) from None
 
 
-def check_state(hub: Hub, name: str, state: bytes, rank: int | None, completed: int, peer: Any = None) -> None:
+def check_state(server: Server, name: str, state: bytes, rank: int | None, completed: int, peer: Any = None) -> None:
     """Makes sure that one participant's state can be given back.
 
     Args:
-        hub: Whose participant it is.
+        server: Whose participant it is.
         name: The participant's.
         state: What it answered `personal_state` with, perhaps long ago.
         rank: Its own LoRA rank, if it has one.
@@ -141,7 +141,7 @@ def check_state(hub: Hub, name: str, state: bytes, rank: int | None, completed: 
     Raises:
         CheckpointError: It is none, or of other shapes than the participant's tensors.
     """
-    shapes, layout = _shapes(hub.model), hub.settings.layout
+    shapes, layout = _shapes(server.model), server.settings.layout
     layers = layout.scaling.keys() if layout is not None else ()  # none where factors alone are not the adapter
     what = f"the state of participant {shown(name)}"
     try:
@@ -151,9 +151,9 @@ def check_state(hub: Hub, name: str, state: bytes, rank: int | None, completed: 
             tasks.checked_header("personal_state", header)  # as the participant will read it
             for number, progress in membership.progress_of(state).items():
                 _check_progress(number, progress, own, layers)
-                if progress.optimizer_state is not None and isinstance(peer, LocalPeer):
-                    types = {n: parameter.dtype for n, parameter in hub.model.trainable_parameters().items()}
-                    trained = selected(shapes, hub.settings.rule.trains(completed))
+                if progress.optimizer_state is not None and isinstance(peer, Client):
+                    types = {n: parameter.dtype for n, parameter in server.model.trainable_parameters().items()}
+                    trained = selected(shapes, server.settings.rule.trains(completed))
                     weights = [torch.zeros(own[n], dtype=types[n]) for n in trained]
                     _rehearse(peer.config, weights, progress.optimizer_state)
     except LLMChainFedError as error:

@@ -1,4 +1,4 @@
-"""Keeping: the rounds that were. Writes a checkpoint after each, goes back to one, serves one beside the newest.
+"""CheckpointManager: writes a checkpoint after each round, goes back to one, serves one beside the newest.
 
 Knows the hub and checkpoints. Knows nothing about how a round is run.
 """
@@ -15,13 +15,13 @@ from llmchain_fed.errors import CheckpointError, ConfigError, UnsupportedModelEr
 from llmchain_fed.federated.checkpoint import files, fitting, membership
 from llmchain_fed.federated.checkpoint import state as resuming
 from llmchain_fed.federated.checkpoint.contents import Contents
-from llmchain_fed.federated.checkpoint.membership import Change, Members
+from llmchain_fed.federated.checkpoint.membership import Members, MembershipChange
 from llmchain_fed.federated.client.personalization import Ditto, with_remainder
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server.client_manager import Hello
-from llmchain_fed.federated.server.server import Hub
-from llmchain_fed.federated.target import Trainee
+from llmchain_fed.federated.server.server import Server
+from llmchain_fed.federated.target import Target
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import shown
@@ -41,11 +41,11 @@ _RESTORED = (
 )
 
 
-class Keeping:
+class CheckpointManager:
     """A federation's checkpoints.
 
     Args:
-        hub: Whose state is kept.
+        server: Whose state is kept.
         directory: Where; None writes none.
         keep: How many of the newest; None keeps all.
         options: Of the federation, as JSON, beside those that decide its future.
@@ -60,7 +60,7 @@ class Keeping:
 
     def __init__(
         self,
-        hub: Hub,
+        server: Server,
         directory: str | Path | None,
         keep: int | None,
         options: Mapping[str, Any],
@@ -72,13 +72,13 @@ class Keeping:
         if keep is not None and (type(keep) is not int or keep < 1):
             msg = f"keep_checkpoints is a count of at least 1, or None for all, got {keep!r}."
             raise ConfigError(msg)
-        self._hub, self._keep, self._leads, self._shown = hub, keep, leads, shown
+        self._server, self._keep, self._leads, self._shown = server, keep, leads, shown
         self._directory = _path(directory) if directory is not None else None
         self._options = dict(options) | {"keep_checkpoints": keep, "evaluated": given}
         self._states: dict[str, bytes] = {}
         self._waiting: dict[str, bytes] = {}
         self._holdings: dict[str, Any] = {}
-        self._change: Change | None = None
+        self._change: MembershipChange | None = None
         self._found: Contents | None = None
         self._owed: set[str] = set()
         self._asked: int | None = None
@@ -89,10 +89,10 @@ class Keeping:
     def described(self) -> dict[str, Any]:
         """The federation's options, flat, for those who watch it."""
         found: dict[str, Any] = {}
-        for name, value in resuming.decisive(self._hub.settings).items():
+        for name, value in resuming.decisive(self._server.settings).items():
             nested = value if isinstance(value, dict) else {"": value}
             found |= {f"{name}.{key}" if key else name: v for key, v in nested.items()}
-        return found | {"fingerprint": self._hub.model.fingerprint()} | self._options
+        return found | {"fingerprint": self._server.model.fingerprint()} | self._options
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -105,7 +105,7 @@ class Keeping:
         if self._directory is None or not self._leads:
             return
         self.check_directory()
-        made = resuming.checkpoint_of(self._hub, self._options, self._states, self._asked)
+        made = resuming.checkpoint_of(self._server, self._options, self._states, self._asked)
         # before it is written: what fails once the folder has its name leaves a round that is this run's own
         self._states, self._asked, self._begun = dict(made.participants), made.round, True
         files.write(self._directory, made, keep=self._keep)
@@ -153,7 +153,7 @@ class Keeping:
             ConfigError: `directory` is no path.
             CheckpointError: See `checkpoint.read` and `Contents.of`; or an option is missing that no file holds.
         """
-        found = read_for(Trainee.of(model).model, _path(directory), number)
+        found = read_for(Target.of(model).model, _path(directory), number)
         decisive, options = found.decisive, dict(found.options)
         evaluated = options.pop("evaluated")
         if evaluated and options["evaluation"] is None and "evaluation" not in given:
@@ -193,33 +193,33 @@ class Keeping:
             ConfigError: Members may have changed, and there is none.
             LLMChainFedError: A participant's own error in this process, such as examples that cannot be used.
         """
-        hub = self._hub
-        nodes, here = hub.transport.nodes(), isinstance(hub.transport, InProcess)
+        server = self._server
+        nodes, here = server.transport.nodes(), isinstance(server.transport, InProcess)
         change = None
         if members == "same":
-            resuming.check(hub, found)
+            resuming.check(server, found)
         else:
-            change = resuming.check_but_members(hub, found)
+            change = resuming.check_but_members(server, found)
             if not nodes:
                 msg = "members='changed' goes on with those who take part from now on: pass participants=…."
                 raise ConfigError(msg)
         holdings = {n: held for n, held in found.holdings.items() if n in nodes}
-        hellos: dict[str, Hello] = hub.roster.joined  # others say what they hold when they join
+        hellos: dict[str, Hello] = server.client_manager.joined  # others say what they hold when they join
         if here:
-            asked = dict(hub.roster.ask(nodes if change else list(holdings)))
+            asked = dict(server.client_manager.ask(nodes if change else list(holdings)))
             hellos = {n: answer for n, answer in asked.items() if isinstance(answer, Hello)}
         if change is None:
             resuming.check_holdings(hellos, holdings, found)
-        fitting.check_participants(found, hub, membership.different(hellos, holdings).keys())
+        fitting.check_participants(found, server, membership.different(hellos, holdings).keys())
         former = dict(vars(self))
         try:
-            with resuming.as_before(hub):
-                states = resuming.restore(hub, found)
+            with resuming.as_before(server):
+                states = resuming.restore(server, found)
                 self._states = {n: state for n, state in states.items() if n in nodes}
                 self._holdings, self._change, self._found = holdings, change, found
                 self._asked, self._begun, self._superseded = found.round, True, True
                 joined = change.joined if change else ()
-                self._waiting, self._owed = resuming.begun_by_then(hub, nodes, self._states, joined), set(nodes)
+                self._waiting, self._owed = resuming.begun_by_then(server, nodes, self._states, joined), set(nodes)
                 for name in change.left if change is not None else ():
                     self._forget(name, states)
                 if here:  # at once: `train()` needs nobody to join, and may bring other examples
@@ -233,7 +233,7 @@ class Keeping:
 
     def _forget(self, name: str, states: Mapping[str, bytes]) -> None:
         """Takes the personal model of one who has none any more out of this process's model."""
-        model = self._hub.model
+        model = self._server.model
         if name in model.adapters[1:] and name in states and membership.has_own(states[name]):
             model.remove_adapter(name)
 
@@ -243,7 +243,9 @@ class Keeping:
         Raises:
             CheckpointError: So many hold other examples than they did that those who are left are no quorum.
         """
-        there = self._hub.roster.joined  # not the newcomers alone: an earlier attempt may have failed half way
+        there = (
+            self._server.client_manager.joined
+        )  # not the newcomers alone: an earlier attempt may have failed half way
         if self._owed or self._holdings:
             self._send_away(there)
             self._compare(there)
@@ -252,11 +254,11 @@ class Keeping:
     def _send_away(self, there: Mapping[str, Hello]) -> None:
         """Whoever is not as it was is absent, and its record says why: one alone does not end the others' run."""
         others = {} if self._change is not None else membership.different(there, self._holdings)
-        if self._found is None or len(there) - len(others) < self._hub.settings.quorum:
+        if self._found is None or len(there) - len(others) < self._server.settings.quorum:
             return  # `_compare` says of the first what is to be done
         for name in others:
             why = resuming.other_holdings(name, others[name], self._found)
-            self._hub.roster.leave(name, resuming.OtherExamplesError(why))
+            self._server.client_manager.leave(name, resuming.OtherExamplesError(why))
 
     def _compare(self, hellos: Mapping[str, Hello]) -> None:
         """Refuses, or takes note of, what participants hold that is not what they held."""
@@ -271,12 +273,12 @@ class Keeping:
                     self._forget(name, self._states)
                 self._states[name] = self._waiting[name] = state
             notes, changed = self._change.tell(held)
-            self._hub.round_notes += notes
-            self._hub.members_changed |= changed
+            self._server.round_notes += notes
+            self._server.members_changed |= changed
         self._holdings = {n: held for n, held in self._holdings.items() if n not in hellos}
 
     def _tell(self, names: list[str]) -> None:
-        resuming.give_back(self._hub, names, self._waiting)
+        resuming.give_back(self._server, names, self._waiting)
         self._owed -= set(names)
         self._waiting = {n: blob for n, blob in self._waiting.items() if n not in names}
 
@@ -288,13 +290,13 @@ class Keeping:
             CheckpointError: There is no checkpoint of it, or it is another federation's; nothing has changed.
         """
         _check_round("roll_back", to)
-        found = read_for(self._hub.model, self._there("roll_back"), to)
+        found = read_for(self._server.model, self._there("roll_back"), to)
         self.go_on(found)
-        self._hub.patience = []
+        self._server.patience = []
         if self._leads:
             self._drop_later(found.round)
-        for name in self._hub.roster.present():  # they join anew, and are told where they stood
-            self._hub.roster.leave(name)
+        for name in self._server.client_manager.present():  # they join anew, and are told where they stood
+            self._server.client_manager.leave(name)
 
     def promote(self, number: int, name: str) -> None:
         """Makes a round's global weights a resident adapter.
@@ -304,19 +306,19 @@ class Keeping:
             CheckpointError: There is no checkpoint of it, or it is of another base, adapter or prompt.
             UnsupportedModelError: The model has no LoRA adapter.
         """
-        model = self._hub.model
+        model = self._server.model
         _check_round("promote", number)
-        if name in self._hub.transport.nodes():
+        if name in self._server.transport.nodes():
             msg = f"{name!r} is a participant, whose personal model would take its place. Choose another name."
             raise ConfigError(msg)
         if not model.adapters:
             msg = "promote makes an adapter of a round's weights, and this model has none. Use roll_back, or LoRA."
             raise UnsupportedModelError(msg)
-        if number == self._hub.round:
+        if number == self._server.round:
             state = GlobalState.of(model)
         else:
             found = read_for(model, self._there("promote"), number)
-            resuming.check_contract(self._hub, found)
+            resuming.check_contract(self._server, found)
             state = fitting.state_of(found, model)
         with torch.no_grad():
             model.add_adapter(name, with_remainder(state.values, state.remainder, model.lora_scaling()))

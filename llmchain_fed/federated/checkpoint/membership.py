@@ -92,7 +92,7 @@ def has_own(state: bytes) -> bool:
 
 
 @dataclass
-class Change:
+class MembershipChange:
     """What is not as the checkpoint of a round says, until a record has said it."""
 
     round: int
@@ -108,7 +108,9 @@ class Change:
     """whether a record has been given a note of it: what is left are participants who say later what they hold"""
 
     @classmethod
-    def between(cls, number: int, there: list[str], here: list[str], *, ordered: bool, divided: bool) -> Change:
+    def between(
+        cls, number: int, there: list[str], here: list[str], *, ordered: bool, divided: bool
+    ) -> MembershipChange:
         """Of the participants alone.
 
         Args:

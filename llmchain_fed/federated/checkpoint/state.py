@@ -15,12 +15,12 @@ from llmchain_fed.errors import CheckpointError, DeadlineError, ParticipantError
 from llmchain_fed.federated.checkpoint.contents import Contents
 from llmchain_fed.federated.checkpoint.files import Checkpoint
 from llmchain_fed.federated.checkpoint.fitting import check_state, copy_of, limits_of, state_of
-from llmchain_fed.federated.checkpoint.membership import START, Change, different, holding
+from llmchain_fed.federated.checkpoint.membership import START, MembershipChange, different, holding
 from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.protocol.global_state import GlobalState, named
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server.client_manager import ABSENCE, Hello
-from llmchain_fed.federated.server.server import Hub
+from llmchain_fed.federated.server.server import Server
 from llmchain_fed.federated.settings import Settings
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates import serialization, server_optimizers
@@ -76,61 +76,63 @@ def _kind(value: Any) -> str | None:
 
 
 def checkpoint_of(
-    hub: Hub, options: Mapping[str, Any], former: Mapping[str, bytes], since: int | None = None
+    server: Server, options: Mapping[str, Any], former: Mapping[str, bytes], since: int | None = None
 ) -> Checkpoint:
     """Everything a hub needs to go on as if it had never stopped.
 
     Participants are asked where they stand; who does not answer, or may not, is as in `former` or keeps it for itself.
 
     Args:
-        hub: After a whole round.
+        server: After a whole round.
         options: What the federation was made with, as JSON.
         former: Participants' states as they were asked for last.
         since: After how many rounds that was.
     """
     # what participants will be sent next: with a broadcast codec their copy follows the global state only then
-    settings, state = hub.settings, hub.publish()
+    settings, state = server.settings, server.publish()
     optimizer = settings.server_optimizer
     memory, numbers = optimizer.state_dict() if isinstance(optimizer, ResumableServerOptimizer) else ({}, {})
     blobs = dict(former)
     ask = serialization.pack(
-        {}, {"kind": "personal_state", "round": hub.round}
+        {}, {"kind": "personal_state", "round": server.round}
     )  # before it: an interrupted one does not count
-    asked = [n for n in hub.transport.nodes() if _stands_elsewhere(hub, n, former, since)]
-    if hasattr(hub.transport, "expect"):
-        hub.transport.expect(limits_of(hub.model).file, "personal_state")  # what could not be read again is refused
-    answers = hub.transport.call("personal_state", asked, ask, settings.deadline) if asked else ()
-    for name, answer in hub.roster.attendance.following("personal_state", asked, answers):
-        if isinstance(answer, bytes) and not isinstance(hub.transport, InProcess):
-            hello = hub.roster.joined.get(name)
+    asked = [n for n in server.transport.nodes() if _stands_elsewhere(server, n, former, since)]
+    if hasattr(server.transport, "expect"):
+        server.transport.expect(
+            limits_of(server.model).file, "personal_state"
+        )  # what could not be read again is refused
+    answers = server.transport.call("personal_state", asked, ask, settings.deadline) if asked else ()
+    for name, answer in server.client_manager.attendance.following("personal_state", asked, answers):
+        if isinstance(answer, bytes) and not isinstance(server.transport, InProcess):
+            hello = server.client_manager.joined.get(name)
             try:  # now: what could not be given back would make all of the checkpoint unusable
-                check_state(hub, name, answer, hello.rank if hello is not None else None, hub.round)
+                check_state(server, name, answer, hello.rank if hello is not None else None, server.round)
             except CheckpointError as error:
                 answer = ParticipantError(str(error))
         if isinstance(answer, bytes):
             blobs[name] = answer
         elif isinstance(answer, (TransportError, DeadlineError, ParticipantError)):  # others keep it for themselves
             what = "an earlier state" if name in former else "no state"
-            hub.notes[name] = f"the checkpoint of round {hub.round} holds {what} of it ({told_of(answer)[:80]})"
+            server.notes[name] = f"the checkpoint of round {server.round} holds {what} of it ({told_of(answer)[:80]})"
     about = {
-        "contract": hub.trainee.contract(),
+        "contract": server.target.contract(),
         "decisive": decisive(settings),
         "options": dict(options),
-        "participants": hub.transport.nodes(),
-        "federation": hub.roster.federation,
-        "holdings": {n: holding(h) for n, h in hub.roster.joined.items()},
-        "history": _short(json.loads(hub.history.to_json())),
-        "patience": hub.patience,
-        "round_notes": hub.round_notes,
-        "members_changed": hub.members_changed,
+        "participants": server.transport.nodes(),
+        "federation": server.client_manager.federation,
+        "holdings": {n: holding(h) for n, h in server.client_manager.joined.items()},
+        "history": _short(json.loads(server.history.to_json())),
+        "patience": server.patience,
+        "round_notes": server.round_notes,
+        "members_changed": server.members_changed,
         "server_optimizer": numbers,
     }
     tensors = {
         "global": {**state.values, **named(state.remainder)},
-        "copy": hub.broadcast.copy_state(),
+        "copy": server.broadcast.copy_state(),
         "server": memory,
     }
-    return Checkpoint(hub.round, about, tensors, blobs)
+    return Checkpoint(server.round, about, tensors, blobs)
 
 
 def _short(history: dict[str, Any]) -> dict[str, Any]:
@@ -143,51 +145,53 @@ def _short(history: dict[str, Any]) -> dict[str, Any]:
     return history
 
 
-def _stands_elsewhere(hub: Hub, name: str, former: Mapping[str, bytes], since: int | None) -> bool:
+def _stands_elsewhere(server: Server, name: str, former: Mapping[str, bytes], since: int | None) -> bool:
     """Whether a participant can be asked, and may stand elsewhere than when it was asked last."""
-    rounds = [r.participants.get(name) for r in hub.history if since is None or r.round > since]
-    if name not in hub.roster.joined and (not rounds or rounds[-1] is None or rounds[-1].status != "trained"):
+    rounds = [r.participants.get(name) for r in server.history if since is None or r.round > since]
+    if name not in server.client_manager.joined and (
+        not rounds or rounds[-1] is None or rounds[-1].status != "trained"
+    ):
         return False  # it is not there; one that `train()` brought is there without having joined
     if name not in former or not rounds:  # no round since: something else has changed, a personal adapter perhaps
         return True
     return any(record is None or record.status != "idle" for record in rounds)
 
 
-def check(hub: Hub, found: Contents) -> None:
+def check(server: Server, found: Contents) -> None:
     """Makes sure that a checkpoint is this federation's, and its members are those of then.
 
     Raises:
         CheckpointError: Another base, adapter, prompt, set of participants, or option that decides the future.
     """
-    there, here = found.participants, hub.transport.nodes()
+    there, here = found.participants, server.transport.nodes()
     others = ""
     if sorted(there) != sorted(here):
         gone, new = sorted(set(there) - set(here)), sorted(set(here) - set(there))
         others = f"participants: {_listed(gone)} are missing, {_listed(new)} are new"
-    elif there != here and isinstance(hub.transport, InProcess):  # asked in their order, whose sums end otherwise
+    elif there != here and isinstance(server.transport, InProcess):  # asked in their order, whose sums end otherwise
         others = f"participants: in the order {_listed(there)} there, {_listed(here)} here"
-    wrong = _other_contract(hub, found) + ([others] if others else []) + list(_other_options(hub, found).values())
+    wrong = _other_contract(server, found) + ([others] if others else []) + list(_other_options(server, found).values())
     _refuse(found, wrong, f" {_changed(found)}" if others else "")
 
 
-def check_but_members(hub: Hub, found: Contents) -> Change:
+def check_but_members(server: Server, found: Contents) -> MembershipChange:
     """Makes sure that a checkpoint is this federation's, whoever its members are now; says what changed of them.
 
     Raises:
         CheckpointError: Another base, adapter, prompt, or option that decides the future.
     """
-    others = _other_options(hub, found)
+    others = _other_options(server, found)
     sampled = "participants_per_round"  # a count of those who were there then
-    _refuse(found, _other_contract(hub, found) + [text for name, text in others.items() if name != sampled])
-    change = Change.between(
+    _refuse(found, _other_contract(server, found) + [text for name, text in others.items() if name != sampled])
+    change = MembershipChange.between(
         found.round,
         found.participants,
-        hub.transport.nodes(),
-        ordered=isinstance(hub.transport, InProcess),
-        divided=hub.evaluator.holds_out_a_share,
+        server.transport.nodes(),
+        ordered=isinstance(server.transport, InProcess),
+        divided=server.evaluator.holds_out_a_share,
     )
     if sampled in others:
-        change.sampled = found.decisive[sampled], hub.settings.per_round
+        change.sampled = found.decisive[sampled], server.settings.per_round
     return change
 
 
@@ -196,8 +200,8 @@ def _listed(names: list[str]) -> str:
     return (", ".join(shown(name) for name in names[:20]) or "none") + more
 
 
-def _other_options(hub: Hub, found: Contents) -> dict[str, str]:
-    now = json.loads(json.dumps(decisive(hub.settings)))
+def _other_options(server: Server, found: Contents) -> dict[str, str]:
+    now = json.loads(json.dumps(decisive(server.settings)))
     then = found.decisive
     return {
         k: f"{k}: {shown(repr(v), 200)} there, {shown(repr(now.get(k)), 200)} here"
@@ -213,17 +217,17 @@ def _changed(found: Contents) -> str:
     )
 
 
-def check_contract(hub: Hub, found: Contents) -> None:
+def check_contract(server: Server, found: Contents) -> None:
     """Makes sure that a checkpoint's weights mean in this hub's chain what they meant in its own.
 
     Raises:
         CheckpointError: Another base, adapter or prompt.
     """
-    _refuse(found, _other_contract(hub, found))
+    _refuse(found, _other_contract(server, found))
 
 
-def _other_contract(hub: Hub, found: Contents) -> list[str]:
-    ours, theirs = hub.trainee.contract(), found.contract
+def _other_contract(server: Server, found: Contents) -> list[str]:
+    ours, theirs = server.target.contract(), found.contract
     different = [k for k in _MEANING if theirs.get(k) != ours[k]]
     return [f"{_MEANING[k]}: {shown(theirs.get(k), 12)} there, {ours[k]!s:.12} here" for k in different]
 
@@ -237,7 +241,7 @@ def _refuse(found: Contents, wrong: list[str], remedy: str = "") -> None:
         raise CheckpointError(msg)
 
 
-def restore(hub: Hub, found: Contents) -> dict[str, bytes]:
+def restore(server: Server, found: Contents) -> dict[str, bytes]:
     """Puts a hub where the checkpoint was; all of it or, on an error, nothing.
 
     Returns:
@@ -247,41 +251,41 @@ def restore(hub: Hub, found: Contents) -> dict[str, bytes]:
         CheckpointError: The weights or the server optimizer's memory do not fit.
     """
     # in this order: everything is looked at before anything is changed
-    state, copy = state_of(found, hub.model), copy_of(found, hub.model)
-    optimizer = hub.settings.server_optimizer
+    state, copy = state_of(found, server.model), copy_of(found, server.model)
+    optimizer = server.settings.server_optimizer
     undo = server_optimizers.snapshot(optimizer)
     try:
         if isinstance(optimizer, ResumableServerOptimizer):
             optimizer.load_state_dict(found.found.tensors.get("server", {}), found.server_optimizer)
             server_optimizers.rehearse(optimizer, state.values)
-        state.load(hub.model)
+        state.load(server.model)
     except Exception as error:
         undo()
         msg = f"it does not fit ({type(error).__name__}: {shown(str(error), 400)})"
         raise found.found.unusable(msg) from error
     # in the model's order, not the file's: what is summed over all tensors depends on it in the last bits
-    state = GlobalState.of(hub.model)
-    hub.round, hub.history = found.round, found.history
-    hub.broadcast.restore({n: copy[n] for n in state.values if n in copy}, state)
-    hub.patience, hub.round_notes = list(found.patience), list(found.round_notes)
-    hub.members_changed = found.members_changed
-    hub.evaluator.forget()
-    hub.roster.attendance.remember({name for record in hub.history for name in record.trained})
+    state = GlobalState.of(server.model)
+    server.round, server.history = found.round, found.history
+    server.broadcast.restore({n: copy[n] for n in state.values if n in copy}, state)
+    server.patience, server.round_notes = list(found.patience), list(found.round_notes)
+    server.members_changed = found.members_changed
+    server.evaluator.forget()
+    server.client_manager.attendance.remember({name for record in server.history for name in record.trained})
     return dict(found.found.participants)
 
 
 def begun_by_then(
-    hub: Hub, nodes: list[str], states: Mapping[str, bytes], joined: Collection[str] = ()
+    server: Server, nodes: list[str], states: Mapping[str, bytes], joined: Collection[str] = ()
 ) -> dict[str, bytes]:
     """Participants' states at a checkpoint, with those of whom it knows nothing at their start.
 
     Args:
-        hub: With the restored history.
+        server: With the restored history.
         nodes: Who takes part.
         states: What the checkpoint holds.
         joined: Who is new, even where the history knows the name: what it kept since then is not of this run.
     """
-    trained = {name for record in hub.history for name in record.trained}
+    trained = {name for record in server.history for name in record.trained}
     return {n: states.get(n, START) for n in nodes if n in states or n in joined or n not in trained}
 
 
@@ -309,37 +313,37 @@ def other_holdings(name: str, changes: Mapping[str, tuple[Any, Any]], found: Con
     )
 
 
-def give_back(hub: Hub, names: list[str], states: Mapping[str, bytes]) -> None:
+def give_back(server: Server, names: list[str], states: Mapping[str, bytes]) -> None:
     """Tells participants where they stood; one that keeps that for itself stays as it is, and its record says so."""
     known = {name: states[name] for name in names if name in states}
-    hub.notes |= {n: f"{_ITS_OWN} (no checkpoint holds it)" for n in names if n not in states}
+    server.notes |= {n: f"{_ITS_OWN} (no checkpoint holds it)" for n in names if n not in states}
     if not known:
         return
-    for name, answer in hub.transport.call("personal_state", list(known), known, hub.settings.deadline):
+    for name, answer in server.transport.call("personal_state", list(known), known, server.settings.deadline):
         if isinstance(answer, Exception):
-            if isinstance(hub.transport, InProcess) and not isinstance(answer, ABSENCE):
+            if isinstance(server.transport, InProcess) and not isinstance(answer, ABSENCE):
                 raise answer  # this process's own
             kept_from_us = isinstance(answer, PolicyError)
             why = "its policy keeps that from the hub" if kept_from_us else type(answer).__name__
-            hub.notes[name] = f"{_ITS_OWN} ({why})"
+            server.notes[name] = f"{_ITS_OWN} ({why})"
 
 
 @contextmanager
-def as_before(hub: Hub) -> Iterator[None]:
+def as_before(server: Server) -> Iterator[None]:
     """What fails within leaves the hub, its model and its participants in this process where they were."""
-    former, undo = GlobalState.of(hub.model), server_optimizers.snapshot(hub.settings.server_optimizer)
-    kept, sent = dict(vars(hub)), dict(vars(hub.broadcast))
-    here = isinstance(hub.transport, InProcess)
-    ask = serialization.pack({}, {"kind": "personal_state", "round": hub.round})
-    stood = dict(hub.transport.call("personal_state", hub.transport.nodes(), ask)) if here else {}
+    former, undo = GlobalState.of(server.model), server_optimizers.snapshot(server.settings.server_optimizer)
+    kept, sent = dict(vars(server)), dict(vars(server.broadcast))
+    here = isinstance(server.transport, InProcess)
+    ask = serialization.pack({}, {"kind": "personal_state", "round": server.round})
+    stood = dict(server.transport.call("personal_state", server.transport.nodes(), ask)) if here else {}
     try:
         yield
     except BaseException:
-        former.load(hub.model)
+        former.load(server.model)
         undo()
-        vars(hub).update(kept)
-        vars(hub.broadcast).update(sent)
+        vars(server).update(kept)
+        vars(server.broadcast).update(sent)
         states: dict[str, Any] = {name: state for name, state in stood.items() if isinstance(state, bytes)}
-        for _ in hub.transport.call("personal_state", list(states), states) if states else ():
+        for _ in server.transport.call("personal_state", list(states), states) if states else ():
             pass
         raise

@@ -1,4 +1,4 @@
-"""LocalPeer: does a participant's work on a LocalModel when it is asked to, and answers in bytes.
+"""Client: does a participant's work on a LocalModel when it is asked to, and answers in bytes.
 
 Knows the messages, what may be asked, and where its participant stands. Knows nothing of other participants or of what
 becomes of its update. What it is sent is checked before a value of it is used; how it trains stands in `local_work`.
@@ -19,18 +19,18 @@ from llmchain_fed.errors import ConfigError, FederationError, PolicyError
 from llmchain_fed.federated.client import given_state, personalization
 from llmchain_fed.federated.client import state as private_state
 from llmchain_fed.federated.client.data import LocalData
-from llmchain_fed.federated.client.global_state_cache import STALE, Held
+from llmchain_fed.federated.client.global_state_cache import STALE, GlobalStateCache
 from llmchain_fed.federated.client.limits import Limits, refuse, steps_of
 from llmchain_fed.federated.client.own_options import own_config
 from llmchain_fed.federated.client.state import Progress
-from llmchain_fed.federated.client.work import LocalWork
+from llmchain_fed.federated.client.work import ClientWork
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.protocol import tasks
 from llmchain_fed.federated.protocol.expected import Layout
 from llmchain_fed.federated.protocol.finiteness import spelled
 from llmchain_fed.federated.protocol.tasks import HelloMessage
 from llmchain_fed.federated.runtime import OPERATIONS, Operation
-from llmchain_fed.federated.target import Trainee, check_contract
+from llmchain_fed.federated.target import Target, check_contract
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import decoding, shown
 from llmchain_fed.updates import serialization
@@ -38,7 +38,7 @@ from llmchain_fed.updates.aggregation.base import selected
 from llmchain_fed.updates.serialization import TensorInfo
 
 
-class LocalPeer(LocalWork):
+class Client(ClientWork):
     """One participant, its data and its private state, on a model of this process.
 
     Args:
@@ -54,16 +54,16 @@ class LocalPeer(LocalWork):
 
     def __init__(
         self,
-        trainee: Trainee,
+        target: Target,
         participant: Participant,
         config: TrainingConfig | None,
         *,
         samples: int | None = None,
-        held: Held | None = None,
+        global_states: GlobalStateCache | None = None,
     ) -> None:
-        super().__init__(trainee, participant, config or TrainingConfig(), samples=samples)
+        super().__init__(target, participant, config or TrainingConfig(), samples=samples)
         self._told = config is None
-        self._held = held or Held(trainee.model, most=Limits().max_states)
+        self._global_states = global_states or GlobalStateCache(target.model, most=Limits().max_states)
         self._evaluations, self._counting = 0, threading.Lock()
         self._federation: str | None = None
         self._aggregation: str | None = None
@@ -92,7 +92,7 @@ class LocalPeer(LocalWork):
         if op == "stop":
             tasks.check_stop(payload)
             self._progress, self._federation = {-1: Progress()}, None
-            self._held.forget()
+            self._global_states.forget()
             return b"{}"
         if self._told and self._federation is None:
             msg = f"{self._name!r} has not been told yet how to train (it has restarted, perhaps): hello comes first."
@@ -112,7 +112,7 @@ class LocalPeer(LocalWork):
         with self._model.exclusive(), decoding(what, FederationError):
             tensors = serialization.values(payload, infos)
             del payload  # of full weights, a copy less while they are trained
-            state = self._held.receive(header, tensors)
+            state = self._global_states.receive(header, tensors)
         if state is None:
             return STALE
         del tensors
@@ -128,7 +128,7 @@ class LocalPeer(LocalWork):
         """Lets nothing be asked that these limits do not allow, from now on."""
         self._limits = limits
         self._samples = limits.samples if self._samples is None else min(self._samples, limits.samples)
-        self._held.most = limits.max_states
+        self._global_states.most = limits.max_states
 
     @property
     def participant(self) -> Participant:
@@ -167,8 +167,8 @@ class LocalPeer(LocalWork):
 
     def _hello(self, payload: bytes) -> bytes:
         asked = tasks.read_hello(payload)
-        contract = self._trainee.contract()
-        check_contract(self._name, site=contract, hub=asked.get("contract"))
+        contract = self._target.contract()
+        check_contract(self._name, site=contract, server=asked.get("contract"))
         said = tasks.checked_hello(asked)
         config = self._config_for(said)
         if self._limits is not None:

@@ -22,7 +22,7 @@ from llmchain_fed.data.encoding import (
 from llmchain_fed.errors import DataError
 from llmchain_fed.federated.client.overlap import Overlap, overlap
 from llmchain_fed.federated.participant import Participant
-from llmchain_fed.federated.target import Trainee
+from llmchain_fed.federated.target import Target
 from llmchain_fed.training.loop import TrainingConfig, encoded
 
 _T = TypeVar("_T")
@@ -37,8 +37,8 @@ class LocalData:
         config: What decides which examples are left out, and how many may be.
     """
 
-    def __init__(self, trainee: Trainee, participant: Participant, config: TrainingConfig) -> None:
-        self._trainee, self.participant = trainee, participant
+    def __init__(self, target: Target, participant: Participant, config: TrainingConfig) -> None:
+        self._target, self.participant = target, participant
         self._max_length, self._tolerance = config.max_length, config.tolerance
         self._train: Any = None
         self._held_out: Any = None
@@ -114,7 +114,7 @@ class LocalData:
 
     def first_held_out(self, count: int) -> list[Example | RawText]:
         """The first held-out examples that are neither empty nor too long."""
-        model, prompt, longest = self._trainee.model, self._trainee.prompt, self._max_length
+        model, prompt, longest = self._target.model, self._target.prompt, self._max_length
         usable = (e for e in self._held_out_examples if len(encode_examples([e], model, prompt, max_length=longest)))
         return list(itertools.islice(usable, count))
 
@@ -126,11 +126,11 @@ class LocalData:
         return found
 
     def _read(self) -> Iterator[Example | RawText]:
-        return read_examples(self.participant.held_out, self._trainee.prompt)
+        return read_examples(self.participant.held_out, self._target.prompt)
 
     def _ready(self, examples: Any, tolerance: float | None = None) -> Any:
-        trainee, longest = self._trainee, self._max_length
-        return self._named(lambda: encoded(examples, trainee.model, trainee.prompt, longest, tolerance=tolerance))
+        target, longest = self._target, self._max_length
+        return self._named(lambda: encoded(examples, target.model, target.prompt, longest, tolerance=tolerance))
 
     def _named(self, read: Callable[[], _T]) -> _T:
         """What `read` returns; what it raises says whose examples they are."""

@@ -1,4 +1,4 @@
-"""Held: the global states that a process's participants have been sent, so that the next message can be a difference.
+"""GlobalStateCache: the global states that a process was sent, so that the next message can be a difference.
 
 Knows messages and named tensors. Knows nothing about training. One object serves all participants of a process: they
 hold the same states once.
@@ -32,14 +32,14 @@ CODED = "coded/"
 class Version(NamedTuple):
     """Names a global state among those of one hub and one rank."""
 
-    hub: str
+    server: str
     """one run of one hub: after a restart the same number may mean another state"""
     number: int
     rank: str
     """of the participant's factors, empty for the common one"""
 
     def __str__(self) -> str:
-        return f"{self.hub}/{self.number}/{self.rank}"
+        return f"{self.server}/{self.number}/{self.rank}"
 
     @classmethod
     def read(cls, text: str) -> Self:
@@ -60,7 +60,7 @@ def start_version(digest: str) -> str:
     return _START + digest
 
 
-class Held:
+class GlobalStateCache:
     """The latest global state of each rank.
 
     Those of a process may have been sent others last: who was not asked for a while is sent what changed since, and
@@ -101,7 +101,9 @@ class Held:
 
     def _keep(self, version: Version, state: GlobalState) -> None:
         """The latest of its rank; those of another hub mean nothing any more, and of too many the oldest goes."""
-        kept = {r: known for r, known in self._states.items() if known[0].hub == version.hub and r != version.rank}
+        kept = {
+            r: known for r, known in self._states.items() if known[0].server == version.server and r != version.rank
+        }
         while self.most is not None and len(kept) >= max(1, self.most):
             del kept[next(iter(kept))]
         self._states = kept | {version.rank: (version, state)}
@@ -114,8 +116,8 @@ class Held:
         """A state between the two versions, and its number; None where none is held."""
         known = self._states.get(version.rank)
         first = against.startswith(_START)
-        oldest = Version(version.hub, 0, version.rank) if first else Version.read(against)
-        if known is not None and oldest <= known[0] <= version and known[0].hub == version.hub:
+        oldest = Version(version.server, 0, version.rank) if first else Version.read(against)
+        if known is not None and oldest <= known[0] <= version and known[0].server == version.server:
             return known[1], known[0].number
         if not first or self._model.weights_hash != against.removeprefix(_START):
             return None

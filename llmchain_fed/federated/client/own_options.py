@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.participant import Participant
-from llmchain_fed.federated.target import Trainee
+from llmchain_fed.federated.target import Target
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.updates.aggregation.base import LoraLayout
 
 
-def own_scaling(trainee: Trainee, participant: Participant) -> dict[str, float] | None:
+def own_scaling(target: Target, participant: Participant) -> dict[str, float] | None:
     """Layer → s of a participant whose LoRA rank is its own.
 
     Raises:
@@ -20,7 +20,7 @@ def own_scaling(trainee: Trainee, participant: Participant) -> dict[str, float] 
     """
     if participant.rank is None:
         return None
-    layout = LoraLayout.of(trainee.model)
+    layout = LoraLayout.of(target.model)
     if layout is None or layout.refused or layout.rank is None or participant.rank > layout.rank:
         have = "no plain LoRA adapter" if layout is None or layout.refused else f"rank {layout.rank}"
         msg = (

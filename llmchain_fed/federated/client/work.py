@@ -1,4 +1,4 @@
-"""LocalWork: a participant's training and measuring on a LocalModel of this process.
+"""ClientWork: a participant's training and measuring on a LocalModel of this process.
 
 Knows local training and evaluation, its participant's data and private state, and the messages' headers. Knows nothing
 of what may be asked, or of how messages come. It leaves the model as it found it, but for the personal adapters.
@@ -26,7 +26,7 @@ from llmchain_fed.federated.client.state import Progress
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.protocol.finiteness import told
 from llmchain_fed.federated.protocol.global_state import GlobalState
-from llmchain_fed.federated.target import Trainee
+from llmchain_fed.federated.target import Target
 from llmchain_fed.training.evaluation import evaluate_locally
 from llmchain_fed.training.loop import TrainingConfig, TrainingResult, train_locally
 from llmchain_fed.updates.aggregation.base import selected
@@ -35,8 +35,8 @@ from llmchain_fed.updates.codecs.error_feedback import encode_with_feedback
 from llmchain_fed.updates.update import Update
 
 
-class LocalWork:
-    """The part of `LocalPeer` that trains and measures.
+class ClientWork:
+    """The part of `Client` that trains and measures.
 
     Args:
         trainee: What to train.
@@ -49,14 +49,14 @@ class LocalWork:
     """
 
     def __init__(
-        self, trainee: Trainee, participant: Participant, config: TrainingConfig, *, samples: int | None
+        self, target: Target, participant: Participant, config: TrainingConfig, *, samples: int | None
     ) -> None:
-        self._trainee, self._model = trainee, trainee.model
+        self._target, self._model = target, target.model
         self._participant, self._name = participant, participant.name
         self._samples = samples
         self._config = own_config(config, participant)
-        self._data = LocalData(trainee, participant, self._config)
-        self._scaling = own_scaling(trainee, participant)
+        self._data = LocalData(target, participant, self._config)
+        self._scaling = own_scaling(target, participant)
         self._limits: Limits | None = None
         self._given_up = threading.Event()
         self._shown = False
@@ -244,7 +244,7 @@ class LocalWork:
         if not chosen:
             return
         try:
-            pairs = self._trainee.answer(chosen, header["sample_tokens"])
+            pairs = self._target.answer(chosen, header["sample_tokens"])
         except LLMChainFedError as error:  # the loss is worth having without them
             answer["samples_error"] = str(error) if self._samples is None else type(error).__name__
             pairs = []

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from llmchain_fed.untrusted import one_line
 
 if TYPE_CHECKING:
-    from llmchain_fed.federated.server.attendance import Change
+    from llmchain_fed.federated.server.attendance import AttendanceChange
 
 _LONGEST = 2000  # characters of a line
 _SHORT = 160  # and of a reason in a list
@@ -77,7 +77,7 @@ def reason_of(reason: str | None) -> str:
     return found
 
 
-def change_of(change: Change) -> str:
+def change_of(change: AttendanceChange) -> str:
     """A change of attendance, without its time."""
     name, reason = one_line(change.name, 80), reason_of(change.reason)
     if change.state == "in":

@@ -18,7 +18,7 @@ from llmchain_fed.untrusted import one_line
 if TYPE_CHECKING:
     from llmchain_fed.data.encoding import DataReport
     from llmchain_fed.federated.history import History, RoundRecord
-    from llmchain_fed.federated.server.attendance import Attendance, Change
+    from llmchain_fed.federated.server.attendance import Attendance, AttendanceChange
 
 _DOING = {"hello": "joining", "train": "training", "evaluate": "evaluating", "personal_state": "checkpoint"}
 _POSTFIX = 60  # characters
@@ -56,7 +56,7 @@ class Screen(Callback):
                 disable=not _shows_a_bar(),
             )
 
-    def on_attendance(self, change: Change) -> None:
+    def on_attendance(self, change: AttendanceChange) -> None:
         """One line, but for those who come before the first round: they are listed when it begins."""
         if change.was != "expected" or change.state != "in" or self._greeted:
             self._say(lines.change_of(change), change.at)

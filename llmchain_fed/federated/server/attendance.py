@@ -23,7 +23,7 @@ _ONE_KIND = (TransportError.__name__, DeadlineError.__name__)
 
 
 @dataclass(frozen=True)
-class Change:
+class AttendanceChange:
     """Somebody went out, came (back), is late, or is still out for a reason of another kind."""
 
     name: str
@@ -39,7 +39,7 @@ class Change:
 
 
 @dataclass
-class Standing:
+class Presence:
     """One participant."""
 
     state: State = "expected"
@@ -79,11 +79,11 @@ class Attendance:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._listeners: list[Callable[[Change], object]] = []
+        self._listeners: list[Callable[[AttendanceChange], object]] = []
         self._followers: list[Callable[[], object]] = []
-        self.standings: dict[str, Standing] = {}
+        self.standings: dict[str, Presence] = {}
 
-    def listen(self, listener: Callable[[Change], object]) -> None:
+    def listen(self, listener: Callable[[AttendanceChange], object]) -> None:
         """Tells `listener` of every change from now on, in the thread in which it is reported."""
         self._listeners.append(listener)
 
@@ -164,7 +164,7 @@ class Attendance:
         elif found.state != "late":
             was = found.state
             found.state, found.since, found.error, found.reason = "late", now, why, told_of(why)
-            self._tell(Change(name, "late", now, found.reason, was=was))
+            self._tell(AttendanceChange(name, "late", now, found.reason, was=was))
 
     def out(self, name: str, why: Exception | str, *, lasting: bool = False) -> None:
         """It does not take part any more, or could not begin to; of one absence the first reason stays.
@@ -186,7 +186,7 @@ class Attendance:
             if kind in found.kinds or kind in _ONE_KIND or len(found.kinds) >= _KINDS:
                 return  # one that is started anew to be mended is out of reach meanwhile: nobody need be told
             found.kinds.append(kind)
-        self._tell(Change(name, "out", now, reason, was=was))
+        self._tell(AttendanceChange(name, "out", now, reason, was=was))
 
     def remember(self, names: Iterable[str]) -> None:
         """They took part in rounds before this process began."""
@@ -234,12 +234,12 @@ class Attendance:
         found.state, found.since, found.reason, found.latest, found.error = "in", now, None, None, None
         found.kinds = []
         after = now - since if was in ("out", "late") and since is not None else None
-        self._tell(Change(name, "in", now, after=after, was=was))
+        self._tell(AttendanceChange(name, "in", now, after=after, was=was))
 
-    def _of(self, name: str) -> Standing:
-        return self.standings.setdefault(name, Standing())
+    def _of(self, name: str) -> Presence:
+        return self.standings.setdefault(name, Presence())
 
-    def _tell(self, change: Change) -> None:
+    def _tell(self, change: AttendanceChange) -> None:
         for listener in self._listeners:
             listener(change)
         self._moved()

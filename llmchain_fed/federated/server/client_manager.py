@@ -1,4 +1,4 @@
-"""Roster: who takes part. Who has said hello and fits the contract, who is absent, and why.
+"""ClientManager: who takes part. Who has said hello and fits the contract, who is absent, and why.
 
 Knows the transport's `hello` and what participants say of themselves. Knows nothing about rounds, and believes nothing
 that it can check.
@@ -29,7 +29,7 @@ from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.participant import Alpha, Rank
 from llmchain_fed.federated.runtime import Transport
 from llmchain_fed.federated.server.attendance import Attendance
-from llmchain_fed.federated.target import ContractData, Digest, Trainee, check_contract
+from llmchain_fed.federated.target import ContractData, Digest, Target, check_contract
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import Strict, checked, decoding, shown
 from llmchain_fed.updates import serialization
@@ -82,7 +82,7 @@ class Hello:
     """what of its held-out examples it trains on"""
 
 
-class Roster:
+class ClientManager:
     """Keeps who takes part.
 
     Args:
@@ -96,13 +96,13 @@ class Roster:
     def __init__(
         self,
         transport: Transport,
-        trainee: Trainee,
+        target: Target,
         training: TrainingConfig,
         federation: str | None = None,
         *,
         aggregation: str | None = None,
     ) -> None:
-        self._transport, self._trainee, self._aggregation = transport, trainee, aggregation
+        self._transport, self._target, self._aggregation = transport, target, aggregation
         self._training = training.to_plain()
         self.federation = federation or secrets.token_hex(8)
         """tells this federation from an earlier one of the same participants"""
@@ -159,7 +159,7 @@ class Roster:
         Raises:
             LLMChainFedError: See `join`.
         """
-        contract = self._trainee.contract()
+        contract = self._target.contract()
         said = {"contract": contract, "training": self._training, "federation": self.federation}
         said |= {"aggregation": self._aggregation}
         answers = self._transport.call("hello", nodes, json.dumps(said).encode(), timeout)
@@ -209,7 +209,7 @@ def _read(node: str, answer: bytes, contract: Mapping[str, Any]) -> Hello:
     if name != node:
         msg = f"the peer at {node!r} calls itself {shown(name)!r}: start it with the name of its node."
         raise ParticipantError(msg)
-    check_contract(node, site=found.get("contract"), hub=contract)
+    check_contract(node, site=found.get("contract"), server=contract)
     who = f"participant {node!r}"
     said = checked(HelloAnswer, found, what=f"what {node!r} says it holds", error=ParticipantError)
     known = _report(said, who)

@@ -17,7 +17,7 @@ from llmchain_fed.errors import ParticipantError
 from llmchain_fed.federated.history import size
 from llmchain_fed.federated.protocol.global_state import GlobalState, parted
 from llmchain_fed.federated.runtime import InProcess
-from llmchain_fed.federated.server.server import Hub
+from llmchain_fed.federated.server.server import Server
 from llmchain_fed.untrusted import Strict, checked, decoding
 from llmchain_fed.updates import serialization
 from llmchain_fed.updates.aggregation.base import Part, selected
@@ -67,37 +67,39 @@ class Plan:
         )
 
 
-def plan_of(hub: Hub, rounds: int) -> Plan:
+def plan_of(server: Server, rounds: int) -> Plan:
     """The projection for so many more rounds.
 
     Args:
-        hub: After its participants have joined.
+        server: After its participants have joined.
         rounds: How many.
     """
-    present = hub.roster.present()
-    holders = [n for n in present if hub.roster.joined[n].held_out]
-    hub.publish()
-    in_process = isinstance(hub.transport, InProcess)
-    timed = _timed_steps(hub, present[:1] if in_process else present)  # before the bytes: it brings the state to them
-    downlink, up, down, kept = _Downlink(hub, present), 0, 0, 0
+    present = server.client_manager.present()
+    holders = [n for n in present if server.client_manager.joined[n].held_out]
+    server.publish()
+    in_process = isinstance(server.transport, InProcess)
+    timed = _timed_steps(
+        server, present[:1] if in_process else present
+    )  # before the bytes: it brings the state to them
+    downlink, up, down, kept = _Downlink(server, present), 0, 0, 0
     down += sum(map(downlink.ask, holders))
-    for number in range(hub.round, hub.round + rounds):
-        chosen = hub.chosen(present, number)
+    for number in range(server.round, server.round + rounds):
+        chosen = server.chosen(present, number)
         down += sum(map(downlink.ask, chosen))
-        update = sum(_update_bytes(hub, node, number) for node in chosen)
+        update = sum(_update_bytes(server, node, number) for node in chosen)
         up, kept = up + update, max(kept, update)
         downlink.close(number, chosen)
         down += sum(map(downlink.ask, holders))
     seconds = None
     if timed:
         steps = max(seconds * count for seconds, count in timed)
-        seconds = steps * rounds * (len(hub.chosen(present, hub.round)) if in_process else 1)
+        seconds = steps * rounds * (len(server.chosen(present, server.round)) if in_process else 1)
     return Plan(
         rounds=rounds,
-        participants=len(hub.chosen(present, hub.round)),
+        participants=len(server.chosen(present, server.round)),
         bytes_up=up,
         bytes_down=down,
-        memory=_memory(hub, kept) + 3 * downlink.remainder_bytes,
+        memory=_memory(server, kept) + 3 * downlink.remainder_bytes,
         seconds=seconds,
         seconds_per_step=max(s for s, _ in timed) if timed else None,
     )
@@ -110,31 +112,31 @@ def _message_bytes(infos: dict[str, TensorInfo], codec: Codec | None) -> int:
     return sum(i.nbytes for i in infos.values()) + len(json.dumps(entries, separators=(",", ":"))) + _HEADER
 
 
-def _infos(hub: Hub, node: str | None, part: Part) -> dict[str, TensorInfo]:
-    values = hub.broadcast.state_for(node)
+def _infos(server: Server, node: str | None, part: Part) -> dict[str, TensorInfo]:
+    values = server.broadcast.state_for(node)
     return serialization.describe({n: values[n] for n in selected(values, part)})
 
 
-def _update_bytes(hub: Hub, node: str, number: int) -> int:
-    return _message_bytes(_infos(hub, node, hub.settings.rule.shares(number)), hub.settings.codec)
+def _update_bytes(server: Server, node: str, number: int) -> int:
+    return _message_bytes(_infos(server, node, server.settings.rule.shares(number)), server.settings.codec)
 
 
 class _Downlink:
     """What every participant lacks, by size, as rounds go by; what `Broadcast` will find out by comparing values.
 
     Args:
-        hub: Whose state is published.
+        server: Whose state is published.
         nodes: Who may be asked.
     """
 
-    def __init__(self, hub: Hub, nodes: list[str]) -> None:
-        self._hub, self._rule = hub, hub.settings.rule
-        self._remainder = _Remainder(hub)
+    def __init__(self, server: Server, nodes: list[str]) -> None:
+        self._server, self._rule = server, server.settings.rule
+        self._remainder = _Remainder(server)
         self._first: dict[str, set[str]] = {}  # names of what it lacks now, till it is asked
         self._begins: dict[str, list[int]] = {}  # and from which rank on the remainder
         self._sizes: dict[str, int] = {}
         for node in nodes:
-            message = hub.broadcast.message(node, {})
+            message = server.broadcast.message(node, {})
             header, infos = serialization.inspect(message, max_bytes=len(message))
             values, remainder = parted(serialization.values(message, infos))
             self._first[node], self._sizes[node] = set(values), len(message)
@@ -154,7 +156,7 @@ class _Downlink:
         self._asked[node] = len(self._changes)
         if since == len(self._changes) and begins is not None:
             return self._sizes[node] + _HEADER
-        infos = _infos(self._hub, node, "all")
+        infos = _infos(self._server, node, "all")
         names = first.union(*(selected(infos, part) for part in self._changes[since:]))
         whole = _message_bytes({n: infos[n] for n in infos if n in names}, None)
         lacks_values = bool(first & infos.keys())  # else what it lacked so far travels as codes, too
@@ -163,10 +165,10 @@ class _Downlink:
 
     def _coded(self, since: int) -> int:
         """Bytes of the changes as codes, where they travel so."""
-        codec, changes = self._hub.settings.broadcast_codec, self._changes[since:]
+        codec, changes = self._server.settings.broadcast_codec, self._changes[since:]
         if codec is None:
             return sys.maxsize
-        return sum(_message_bytes(_infos(self._hub, None, part), codec) - _HEADER for part in changes) + _HEADER
+        return sum(_message_bytes(_infos(self._server, None, part), codec) - _HEADER for part in changes) + _HEADER
 
     def close(self, number: int, nodes: list[str]) -> None:
         """A round of these participants is over."""
@@ -177,31 +179,31 @@ class _Downlink:
 
     def _zero_b(self) -> bool:
         """Whether B is zero before the round, as FLoRA leaves it: what does not change does not travel."""
-        values = self._hub.broadcast.state_for()
+        values = self._server.broadcast.state_for()
         return bool(self._changes) or not any(bool(values[n].any()) for n in selected(values, "B"))
 
 
 class _Remainder:
     """How the frozen remainder of FedEx and FLoRA grows: by rank, up to what its matrix can hold."""
 
-    def __init__(self, hub: Hub) -> None:
-        layout = hub.settings.layout
-        self._hub, self._rule = hub, hub.settings.rule.name
+    def __init__(self, server: Server) -> None:
+        layout = server.settings.layout
+        self._server, self._rule = server, server.settings.rule.name
         layers = layout.layers if layout is not None and self._rule in ("fedex", "flora") else []
-        pairs = [layout.factors(hub.broadcast.state_for(), layer) for layer in layers] if layout is not None else []
+        pairs = [layout.factors(server.broadcast.state_for(), layer) for layer in layers] if layout is not None else []
         self._sides = [(p.b.shape[0] + p.a.shape[1], p.full_rank) for p in pairs]
         self._layers = layers
         self._names = 2 * sum(len(layer) + _ENTRY for layer in layers)
-        now = GlobalState.of(hub.model).remainder
+        now = GlobalState.of(server.model).remainder
         self._ranks = [[now[layer].rank if layer in now else 0 for layer in layers]]  # after each round
         self._since: list[list[int]] = []  # rank from which on a round's outcome is sent
 
     def grow(self, nodes: list[str]) -> None:
         """A round of these participants."""
-        layout = self._hub.settings.layout
+        layout = self._server.settings.layout
         if layout is None or not self._sides:
             return
-        own = [self._hub.broadcast.rank_of(node) or layout.rank or 0 for node in nodes]
+        own = [self._server.broadcast.rank_of(node) or layout.rank or 0 for node in nodes]
         more = sum(own) if self._rule == "flora" else sum(own[1:])
         former = self._ranks[-1]
         fits = [rank + more <= most for rank, (_, most) in zip(former, self._sides, strict=True)]
@@ -226,11 +228,11 @@ class _Remainder:
         return sum(4 * rank * sides for rank, (sides, _) in zip(self._ranks[-1], self._sides, strict=True))
 
 
-def _timed_steps(hub: Hub, nodes: list[str]) -> list[tuple[float, int]]:
+def _timed_steps(server: Server, nodes: list[str]) -> list[tuple[float, int]]:
     """(seconds of a step, steps a round) where somebody says so."""
     found = []
-    header = {"kind": "task", "round": hub.round, "base": hub.model.fingerprint(), "time_step": True}
-    for sent in hub.broadcast.call(hub.transport, "train", nodes, header, hub.settings.deadline):
+    header = {"kind": "task", "round": server.round, "base": server.model.fingerprint(), "time_step": True}
+    for sent in server.broadcast.call(server.transport, "train", nodes, header, server.settings.deadline):
         if isinstance(sent.answer, bytes):  # one that makes no sense is as good as none
             what = f"what {sent.node!r} says of its steps"
             with contextlib.suppress(ParticipantError), decoding(what, ParticipantError):
@@ -240,8 +242,8 @@ def _timed_steps(hub: Hub, nodes: list[str]) -> list[tuple[float, int]]:
     return found
 
 
-def _memory(hub: Hub, updates: int) -> int:
-    model = sum(p.numel() * p.element_size() for p in hub.model.parameters())
-    state = sum(t.numel() * t.element_size() for t in hub.broadcast.state_for().values())
-    keeps = updates if not hub.settings.rule.linear else state
+def _memory(server: Server, updates: int) -> int:
+    model = sum(p.numel() * p.element_size() for p in server.model.parameters())
+    state = sum(t.numel() * t.element_size() for t in server.broadcast.state_for().values())
+    keeps = updates if not server.settings.rule.linear else state
     return model + 4 * state + keeps  # what participants hold, where the round began, its mean, a message

@@ -1,4 +1,4 @@
-"""Asking: lets participants join and train within a round's deadline, and asks again those who could not be reached.
+"""Dispatcher: lets participants join and train within a deadline, and asks again who could not be reached.
 
 Knows the transport, the roster and the clock. Knows nothing about aggregation or about what an update must be.
 """
@@ -14,14 +14,14 @@ from llmchain_fed.federated.compatibility import check_rank
 from llmchain_fed.federated.history import ParticipantRecord
 from llmchain_fed.federated.runtime import Transport
 from llmchain_fed.federated.server.broadcast import Broadcast
-from llmchain_fed.federated.server.client_manager import Roster
+from llmchain_fed.federated.server.client_manager import ClientManager
 from llmchain_fed.federated.server.round import OpenRound, too_few
 from llmchain_fed.updates.aggregation.base import Rule
 
 _PAUSE = 2.0  # seconds before the first retry; the n-th waits n times as long
 
 
-class Asking:
+class Dispatcher:
     """Asks participants, as patiently as a federation's options say.
 
     Args:
@@ -36,13 +36,13 @@ class Asking:
     def __init__(
         self,
         transport: Transport,
-        roster: Roster,
+        client_manager: ClientManager,
         broadcast: Broadcast,
         rule: Rule,
         deadline: float | None,
         retries: int,
     ) -> None:
-        self._transport, self._roster, self._broadcast, self._rule = transport, roster, broadcast, rule
+        self._transport, self._client_manager, self._broadcast, self._rule = transport, client_manager, broadcast, rule
         self._deadline, self._retries = deadline, retries
 
     def join(self, number: int, quorum: int) -> list[str]:
@@ -57,27 +57,27 @@ class Asking:
 
         Raises:
             QuorumError: Too few; every reason is listed.
-            LLMChainFedError: See `Roster.join`.
+            LLMChainFedError: See `ClientManager.join`.
         """
         joined: list[str] = []
         for attempt in range(self._retries + 1):
             time.sleep(_PAUSE * attempt)
             joined += self._join(self._deadline, again=attempt > 0)
-            if len(self._roster.joined) >= quorum:
+            if len(self._client_manager.joined) >= quorum:
                 return joined
-        raise too_few(number, len(self._roster.joined), quorum, self._roster.reasons)
+        raise too_few(number, len(self._client_manager.joined), quorum, self._client_manager.reasons)
 
     def _join(self, timeout: float | None, *, again: bool) -> list[str]:
-        newcomers = self._roster.join(timeout=timeout, again=again)
+        newcomers = self._client_manager.join(timeout=timeout, again=again)
         for name in newcomers:
-            hello = self._roster.joined[name]
+            hello = self._client_manager.joined[name]
             try:
                 check_rank(self._rule, name, hello.rank, self._broadcast.layout)
             except ConfigError as error:
-                self._roster.leave(name, ParticipantError(str(error)))
+                self._client_manager.leave(name, ParticipantError(str(error)))
             else:
                 self._broadcast.joined(name, hello.holds, hello.rank, hello.alpha)
-        return [name for name in newcomers if name in self._roster.joined]
+        return [name for name in newcomers if name in self._client_manager.joined]
 
     def train(self, opened: OpenRound, chosen: list[str], header: Mapping[str, Any]) -> None:
         """Lets the chosen train and hands their answers to the round as they arrive.
@@ -96,18 +96,18 @@ class Asking:
                 if until is not None and time.monotonic() >= until:
                     break
                 self._join(_left(until), again=True)  # one that has restarted must be told anew how to train
-            asked = [name for name in waiting if name in self._roster.joined]
-            missed = {name: self._roster.absent[name] for name in waiting if name not in asked}
+            asked = [name for name in waiting if name in self._client_manager.joined]
+            missed = {name: self._client_manager.absent[name] for name in waiting if name not in asked}
             calls = self._broadcast.call(
                 self._transport, "train", asked, header, _left(until), largest=opened.largest_update(asked)
             )
             for name, answer, size in calls:
                 sent[name] += size if not isinstance(answer, TransportError) else 0  # whether it came there at all
                 if isinstance(answer, (ParticipantError, TransportError)):
-                    self._roster.leave(name, answer)
+                    self._client_manager.leave(name, answer)
                     missed[name] = answer
                     continue
-                hello = self._roster.joined[name]
+                hello = self._client_manager.joined[name]
                 counts = {"num_examples": hello.num_examples, "num_tokens": hello.num_tokens}
                 self._judged(name, answer, opened.accept(name, answer, sent=sent[name], **counts))
             waiting = list(missed)
@@ -118,7 +118,7 @@ class Asking:
 
     def _judged(self, name: str, answer: bytes | Exception, record: ParticipantRecord) -> None:
         """Tells what became of an answer; a record begins with the first reason of the absence that it is part of."""
-        attendance = self._roster.attendance
+        attendance = self._client_manager.attendance
         if record.status == "trained":
             attendance.worked(name)
         elif isinstance(answer, DeadlineError):

@@ -23,7 +23,7 @@ from llmchain_fed.federated.runtime import Transport
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.client_manager import Hello
 from llmchain_fed.federated.server.pooling import HALF, WHOLE, pooled
-from llmchain_fed.federated.target import Trainee
+from llmchain_fed.federated.target import Target
 from llmchain_fed.training.evaluation import evaluate_locally
 from llmchain_fed.training.loop import encoded
 from llmchain_fed.untrusted import Strict, checked, decoding, one_line, printable
@@ -81,7 +81,7 @@ class Evaluator:
     """
 
     def __init__(
-        self, trainee: Trainee, evaluation: float | Mapping[str, Examples] | Examples | None, *, samples: int, seed: int
+        self, target: Target, evaluation: float | Mapping[str, Examples] | Examples | None, *, samples: int, seed: int
     ) -> None:
         if isinstance(evaluation, (int, float)) and (isinstance(evaluation, bool) or not 0 < evaluation < 1):
             msg = f"evaluation as a share lies between 0 and 1, got {evaluation!r}."
@@ -91,7 +91,7 @@ class Evaluator:
             raise ConfigError(msg)
         if isinstance(evaluation, Mapping):
             evaluation = {str(name): examples for name, examples in evaluation.items()}
-        self._trainee, self._evaluation, self._samples, self._seed = trainee, evaluation, samples, seed
+        self._target, self._evaluation, self._samples, self._seed = target, evaluation, samples, seed
         self._shared: Any = None
         self._holders: set[str] = set()
         self._latest: tuple[int, Measurement] | None = None
@@ -120,7 +120,7 @@ class Evaluator:
             DataError: It cannot be used.
         """
         if self._shared is None and self.is_shared:  # read once: it may be a generator
-            self._shared = encoded(self._evaluation, self._trainee.model, self._trainee.prompt, None)
+            self._shared = encoded(self._evaluation, self._target.model, self._target.prompt, None)
         return self._shared
 
     def divide(self, participants: dict[str, Participant]) -> dict[str, Participant]:
@@ -137,7 +137,7 @@ class Evaluator:
                 raise ConfigError(msg)
             participants = {n: replace(p, held_out=evaluation.get(n, p.held_out)) for n, p in participants.items()}
         elif isinstance(evaluation, float):
-            prompt = self._trainee.prompt
+            prompt = self._target.prompt
             participants = {n: hold_out(p, evaluation, prompt, self._seed) for n, p in participants.items()}
         self._holders = {n for n, p in participants.items() if p.held_out is not None}
         return participants
@@ -162,7 +162,7 @@ class Evaluator:
         holders = [n for n, hello in joined.items() if hello.held_out]
         if not holders and not self.is_shared:
             return None
-        model = self._trainee.model
+        model = self._target.model
         broadcast.publish(GlobalState.of(model), model.weights_hash)
         version = broadcast.number
         if self._latest is not None and self._latest[0] == version:
@@ -176,7 +176,7 @@ class Evaluator:
                 found.own[name] = _read(answer, self._samples, joined[name].held_out_tokens)
                 found.bytes[name] = size + (0 if isinstance(answer, Exception) else len(answer))
         if self.is_shared:
-            result = evaluate_locally(self._trainee.model, self.shared())
+            result = evaluate_locally(self._target.model, self.shared())
             found.shared.update(told(result.loss), tokens=result.tokens)
         self._latest = (version, found)
         return replace(found, seconds=time.perf_counter() - started)

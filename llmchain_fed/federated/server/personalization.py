@@ -14,13 +14,13 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, Field
 
 from llmchain_fed.errors import ConfigError, FederationError, LLMChainFedError, ParticipantError
-from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.history import told_of
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.protocol import finiteness
 from llmchain_fed.federated.protocol.tasks import MAX_CURVE
 from llmchain_fed.federated.runtime import InProcess, Operation
-from llmchain_fed.federated.server.server import Hub
+from llmchain_fed.federated.server.server import Server
 from llmchain_fed.model.adapters import GLOBAL
 from llmchain_fed.untrusted import Strict, checked, decoding
 from llmchain_fed.updates import serialization
@@ -129,9 +129,9 @@ class Personalized:
     """"base", "global", "personal" → held-out loss; empty where the participant holds nothing out"""
 
 
-def personalize(hub: Hub, participant: str, steps: int, lr: float | None) -> Personalized:
+def personalize(server: Server, participant: str, steps: int, lr: float | None) -> Personalized:
     """Fine-tunes a personal adapter at the participant; see `FederatedAveraging.personalize`."""
-    rule, layout = hub.settings.rule, hub.settings.layout
+    rule, layout = server.settings.rule, server.settings.layout
     if layout is None or layout.refused:
         msg = "personal models are LoRA adapters beside one base, and this model trains none. Give the chain LoRA."
         raise ConfigError(msg)
@@ -145,69 +145,76 @@ def personalize(hub: Hub, participant: str, steps: int, lr: float | None) -> Per
         msg = f"steps is a count of at least 1, got {steps!r}."
         raise ConfigError(msg)
     _check_lr(lr)
-    answer = _ask(hub, "train", participant, {"personal": {"steps": steps, "lr": lr}})
+    answer = _ask(server, "train", participant, {"personal": {"steps": steps, "lr": lr}})
     found = _checked(FineTunedAnswer, answer, participant)
     return Personalized(participant, steps, found.train_loss, found.seconds, found.losses.by_kind())
 
 
-def compare(hub: Hub, participants: Sequence[str] | None) -> dict[str, dict[str, float]]:
+def compare(server: Server, participants: Sequence[str] | None) -> dict[str, dict[str, float]]:
     """Losses side by side; see `FederatedAveraging.compare`."""
-    holders = [n for n, hello in hub.roster.joined.items() if hello.held_out]
+    holders = [n for n, hello in server.client_manager.joined.items() if hello.held_out]
     wanted = holders if participants is None else list(participants)
     if strangers := [n for n in wanted if n not in holders]:
         msg = f"{strangers} hold out no examples. Those who do: {', '.join(holders) or 'nobody; pass evaluation='}."
         raise ConfigError(msg)
-    asked = ((n, _ask(hub, "evaluate", n, {"side_by_side": True})) for n in wanted)
+    asked = ((n, _ask(server, "evaluate", n, {"side_by_side": True})) for n in wanted)
     return {n: _checked(LossesAnswer, answer, n).by_kind() for n, answer in asked}
 
 
-def curve(hub: Hub, participant: str, steps: Sequence[int], lr: float | None) -> dict[int, float]:
+def curve(server: Server, participant: str, steps: Sequence[int], lr: float | None) -> dict[int, float]:
     """Held-out loss over steps of adaptation; see `FederatedAveraging.adaptation_curve`."""
     wanted = _checked_steps(steps)
     _check_lr(lr)
-    if not hub.roster.joined[participant].held_out if participant in hub.roster.joined else False:
+    if not server.client_manager.joined[participant].held_out if participant in server.client_manager.joined else False:
         msg = f"participant {participant!r} holds out no examples to measure on. Pass evaluation=, or held_out=."
         raise ConfigError(msg)
-    return _curve(_ask(hub, "train", participant, {"curve": wanted, "lr": lr}), wanted, participant)
+    return _curve(_ask(server, "train", participant, {"curve": wanted, "lr": lr}), wanted, participant)
 
 
-def curve_of_stranger(hub: Hub, participant: Participant, steps: Sequence[int], lr: float | None) -> dict[int, float]:
+def curve_of_stranger(
+    server: Server, participant: Participant, steps: Sequence[int], lr: float | None
+) -> dict[int, float]:
     """The same for one that takes no part, in this process; nothing of it stays."""
     wanted = _checked_steps(steps)
     _check_lr(lr)
     if participant.held_out is None:
         msg = f"participant {participant.name!r} has no held_out= to measure on."
         raise ConfigError(msg)
-    if participant.name in hub.transport.nodes():
+    if participant.name in server.transport.nodes():
         msg = f"{participant.name!r} takes part already: pass its name, or give the newcomer another."
         raise ConfigError(msg)
-    peer = LocalPeer(hub.trainee, participant, hub.settings.training)  # what it is sent, it alone holds
-    header = _header(hub) | {"curve": wanted, "lr": lr}
-    hub.publish()
-    hub.broadcast.joined(participant.name, None, participant.rank, participant.alpha)
+    peer = Client(server.target, participant, server.settings.training)  # what it is sent, it alone holds
+    header = _header(server) | {"curve": wanted, "lr": lr}
+    server.publish()
+    server.broadcast.joined(participant.name, None, participant.rank, participant.alpha)
     try:
-        answer = peer.handle("train", hub.broadcast.message(participant.name, header))
+        answer = peer.handle("train", server.broadcast.message(participant.name, header))
     finally:  # whoever trains under this name later has a rank of its own
-        hub.broadcast.joined(participant.name, None, None, None)
+        server.broadcast.joined(participant.name, None, None, None)
     return _curve(answer, wanted, participant.name)
 
 
-def _header(hub: Hub) -> dict[str, Any]:
-    return {"kind": "task", "round": hub.round, "base": hub.model.fingerprint(), "seconds": hub.settings.deadline}
+def _header(server: Server) -> dict[str, Any]:
+    return {
+        "kind": "task",
+        "round": server.round,
+        "base": server.model.fingerprint(),
+        "seconds": server.settings.deadline,
+    }
 
 
-def _ask(hub: Hub, op: Operation, participant: str, what: Mapping[str, Any]) -> bytes:
-    if participant not in hub.roster.joined:
-        why = hub.roster.absent.get(participant)
-        there = ", ".join(hub.roster.joined) or "nobody"
+def _ask(server: Server, op: Operation, participant: str, what: Mapping[str, Any]) -> bytes:
+    if participant not in server.client_manager.joined:
+        why = server.client_manager.absent.get(participant)
+        there = ", ".join(server.client_manager.joined) or "nobody"
         reason = told_of(why) if why is not None else "nobody of that name"
         msg = f"participant {participant!r} is not there ({reason}). There: {there}."
         raise ConfigError(msg) if why is None else FederationError(msg)
-    hub.publish()
-    header = _header(hub) | dict(what)
-    (sent,) = hub.broadcast.call(hub.transport, op, [participant], header, hub.settings.deadline)
+    server.publish()
+    header = _header(server) | dict(what)
+    (sent,) = server.broadcast.call(server.transport, op, [participant], header, server.settings.deadline)
     if isinstance(sent.answer, Exception):
-        if isinstance(hub.transport, InProcess) and isinstance(sent.answer, LLMChainFedError):
+        if isinstance(server.transport, InProcess) and isinstance(sent.answer, LLMChainFedError):
             raise sent.answer
         msg = f"participant {participant!r}: {told_of(sent.answer)}"
         raise FederationError(msg) from sent.answer

@@ -1,4 +1,4 @@
-"""Alike: the processes of one script end every call with the same weights, history and result.
+"""Replication: the processes of one script end every call with the same weights, history and result.
 
 Knows the hub's state as bytes and the cluster that carries it. Knows nothing about what is done in between.
 """
@@ -18,22 +18,22 @@ from llmchain_fed.federated.history import History
 from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Count, Name
 from llmchain_fed.federated.protocol.global_state import GlobalState, named, parted
 from llmchain_fed.federated.runtime import Cluster
-from llmchain_fed.federated.server.server import Hub
+from llmchain_fed.federated.server.server import Server
 from llmchain_fed.untrusted import Strict, checked, decoding
 from llmchain_fed.updates import serialization
 
 
-class Alike:
+class Replication:
     """Lets one process work while the others help, and then stand where it does.
 
     Args:
-        hub: This process's.
+        server: This process's.
         cluster: The processes; None where there is only this one.
         adopted: Called on the others once they do.
     """
 
-    def __init__(self, hub: Hub, cluster: Cluster | None, adopted: Callable[[], object]) -> None:
-        self._hub, self._cluster, self._adopted = hub, cluster, adopted
+    def __init__(self, server: Server, cluster: Cluster | None, adopted: Callable[[], object]) -> None:
+        self._server, self._cluster, self._adopted = server, cluster, adopted
         self._result: Any = None
 
     def do(self, work: Callable[[], Any]) -> Any:
@@ -57,11 +57,11 @@ class Alike:
 
     def _outcome(self, result: Any = None) -> bytes:
         """What the other processes need in order to stand where this one does."""
-        hub, state = self._hub, GlobalState.of(self._hub.model)
+        server, state = self._server, GlobalState.of(self._server.model)
         header = {
-            "round": hub.round,
-            "history": json.loads(hub.history.to_json()),
-            "reports": {name: asdict(report) for name, report in hub.data_reports.items()},
+            "round": server.round,
+            "history": json.loads(server.history.to_json()),
+            "reports": {name: asdict(report) for name, report in server.data_reports.items()},
             "result": result,
         }
         return serialization.pack({**state.values, **named(state.remainder)}, header)
@@ -74,8 +74,8 @@ class Alike:
             history = History.from_dict(found.history, what=what, error=FederationError)
             reports = {name: DataReport(**report) for name, report in found.reports.items()}
             state = GlobalState(*parted(serialization.values(outcome, infos)))
-        state.load(self._hub.model)
-        self._hub.round, self._hub.history, self._hub.data_reports = found.round, history, reports
+        state.load(self._server.model)
+        self._server.round, self._server.history, self._server.data_reports = found.round, history, reports
         self._result = found.result
         self._adopted()
 

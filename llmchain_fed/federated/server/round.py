@@ -32,7 +32,7 @@ from llmchain_fed.updates import serialization
 from llmchain_fed.updates.aggregation import Weighting
 from llmchain_fed.updates.aggregation.base import Combined, Contribution, Round, Rule, selected
 from llmchain_fed.updates.aggregation.gap import AggregationGap
-from llmchain_fed.updates.aggregation.weight_share import HeldBack, cut
+from llmchain_fed.updates.aggregation.weight_share import CappedWeights, cut
 from llmchain_fed.updates.codecs import spec
 from llmchain_fed.updates.codecs.base import Codec
 from llmchain_fed.updates.coordinates import Rows, cosine
@@ -74,7 +74,7 @@ class OpenRound:
         max_share: float | None = None,
     ) -> None:
         self._training = training
-        self._held = HeldBack(max_share) if max_share is not None else None
+        self._capped = CappedWeights(max_share) if max_share is not None else None
         self.about, self.number = about, about.number
         self.start = broadcast.state_for()
         """where participants start: the global state, or with a broadcast codec what they decoded of it"""
@@ -187,7 +187,7 @@ class OpenRound:
         steps = int(update.metrics["steps"]) if "steps" in update.metrics else None
         scaling = self._broadcast.scaling_of(name)
         given = Contribution(update.tensors, weight, steps, scaling)
-        if self._held is None:
+        if self._capped is None:
             self._collector.add(given)
         else:
             check = getattr(self._collector, "check", None)  # before it is kept: later it could not be refused
@@ -198,9 +198,9 @@ class OpenRound:
         if self._comparable:
             self._coordinates.add(name, coordinates)
         self._weights[name] = weight
-        if self._held is None:
+        if self._capped is None:
             self._measure_gap(given)
-        elif (light := self._held.push(name, given)) is not None:
+        elif (light := self._capped.push(name, given)) is not None:
             self._add_late(*light)
 
     def _measure_gap(self, given: Contribution) -> None:
@@ -219,15 +219,15 @@ class OpenRound:
 
     def _release(self) -> None:
         """Adds the updates that were kept, at weights of which none passes its share, and says so in their records."""
-        if self._held is None:
+        if self._capped is None:
             return
-        former, share = self._weights, self._held.share
+        former, share = self._weights, self._capped.share
         total = math.fsum(former.values())
         self._weights = cut(former, share)
         new_total = math.fsum(self._weights.values())
         few = len(former) * share <= 1
         why = "as all do, for they are too few" if few else f"max_weight_share={share:g}"
-        for name, given in self._held.release(self._weights):
+        for name, given in self._capped.release(self._weights):
             self._add_late(name, given)
             was, now = former[name] / total, given.weight / new_total
             if abs(was - now) > _SEEN and (few or given.weight != former[name]):

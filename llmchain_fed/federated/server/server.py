@@ -1,4 +1,4 @@
-"""Hub: the leading side of a federation. Its state between rounds, and one round from broadcast to loaded weights.
+"""Server: the leading side of a federation. Its state between rounds, and one round from broadcast to loaded weights.
 
 Knows the seams: transport, rule, codecs, server optimizer, records. Knows nothing about how participants train or where
 they run, nor about when a round is run.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmchain_fed.data.encoding import DataReport
 from llmchain_fed.errors import QuorumError, UpdateRefusedError
-from llmchain_fed.federated.client.client import LocalPeer
+from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.overlap import crossing, overlap
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
 from llmchain_fed.federated.options import sampled
@@ -23,13 +23,13 @@ from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import MAX_AGGREGATION
 from llmchain_fed.federated.runtime import InProcess, Transport
 from llmchain_fed.federated.server.broadcast import Broadcast
-from llmchain_fed.federated.server.client_manager import Roster
-from llmchain_fed.federated.server.dispatch import Asking
+from llmchain_fed.federated.server.client_manager import ClientManager
+from llmchain_fed.federated.server.dispatch import Dispatcher
 from llmchain_fed.federated.server.divergence import Divergence, nothing_finite
 from llmchain_fed.federated.server.evaluation import Evaluator, Measurement
 from llmchain_fed.federated.server.round import OpenRound
 from llmchain_fed.federated.settings import Settings
-from llmchain_fed.federated.target import Trainee
+from llmchain_fed.federated.target import Target
 from llmchain_fed.training.loop import TrainingConfig, seed_of
 from llmchain_fed.untrusted import printable
 from llmchain_fed.updates import serialization, server_optimizers
@@ -39,7 +39,7 @@ from llmchain_fed.updates.aggregation.base import Round
 UNUSABLE = "the updates of this round cannot be combined"
 
 
-class Hub:
+class Server:
     """Runs rounds and keeps what they leave.
 
     Args:
@@ -52,18 +52,20 @@ class Hub:
 
     def __init__(
         self,
-        trainee: Trainee,
+        target: Target,
         transport: Transport,
         evaluator: Evaluator,
         settings: Settings,
         federation: str | None = None,
     ) -> None:
-        self.trainee, self.model, self.transport = trainee, trainee.model, transport
+        self.target, self.model, self.transport = target, target.model, transport
         self.evaluator, self.settings = evaluator, settings
         rule = printable(settings.rule.name, MAX_AGGREGATION)[:MAX_AGGREGATION] or None
-        self.roster = Roster(transport, trainee, settings.training, federation, aggregation=rule)
-        self.broadcast = Broadcast(settings.broadcast_codec, settings.layout, self.roster.attendance)
-        self.asking = Asking(transport, self.roster, self.broadcast, settings.rule, settings.deadline, settings.retries)
+        self.client_manager = ClientManager(transport, target, settings.training, federation, aggregation=rule)
+        self.broadcast = Broadcast(settings.broadcast_codec, settings.layout, self.client_manager.attendance)
+        self.dispatcher = Dispatcher(
+            transport, self.client_manager, self.broadcast, settings.rule, settings.deadline, settings.retries
+        )
         self.round = 0
         self.history = History()
         self.data_reports: dict[str, DataReport] = {}
@@ -87,15 +89,15 @@ class Hub:
         Raises:
             QuorumError: Too few are there.
         """
-        newcomers = self.asking.join(self.round, self.settings.quorum)
+        newcomers = self.dispatcher.join(self.round, self.settings.quorum)
         for name in newcomers:  # one that lost its connection may say something else than before: that shows
-            hello = self.roster.joined[name]
+            hello = self.client_manager.joined[name]
             counts = hello.num_examples, hello.num_tokens
             former = self._declared.setdefault(name, counts)
             if former != counts:
                 self.notes[name] = f"joined with {former[0]} examples before, and with {counts[0]} now"
                 self._declared[name] = counts
-        reports = {n: self.roster.joined[n].report for n in newcomers}
+        reports = {n: self.client_manager.joined[n].report for n in newcomers}
         self.data_reports |= {n: report for n, report in reports.items() if report is not None}
         return newcomers
 
@@ -120,7 +122,7 @@ class Hub:
     def _training_of(self, name: str) -> TrainingConfig:
         """How a participant trains: as all do, or where it is one of this process with its own options over that."""
         peer = self.transport.peers.get(name) if isinstance(self.transport, InProcess) else None
-        return peer.config if isinstance(peer, LocalPeer) else self.settings.training
+        return peer.config if isinstance(peer, Client) else self.settings.training
 
     def publish(self) -> GlobalState:
         """Makes the weights as they are now what participants are sent."""
@@ -146,12 +148,12 @@ class Hub:
         """
         started = time.perf_counter()
         nodes = self.transport.nodes()
-        chosen = self.chosen(self.roster.present(), self.round)
+        chosen = self.chosen(self.client_manager.present(), self.round)
         begins(self.round + 1, tuple(chosen))
         before = self.measure(self.round)
         opened = self.begin()
-        self.asking.train(opened, chosen, self.header(opened))
-        others = {name: self.roster.record_of(name) for name in nodes if name not in opened.records}
+        self.dispatcher.train(opened, chosen, self.header(opened))
+        others = {name: self.client_manager.record_of(name) for name in nodes if name not in opened.records}
         self.diverged = None
         try:
             return self.close(opened, started, before, others)
@@ -171,7 +173,7 @@ class Hub:
     def measure(self, completed: int) -> Measurement | None:
         """Held-out losses under the weights as they are now, which stand after so many rounds."""
         return self.evaluator.measure(
-            self.transport, self.broadcast, self.roster.joined, completed, self.settings.deadline
+            self.transport, self.broadcast, self.client_manager.joined, completed, self.settings.deadline
         )
 
     def close(
@@ -223,14 +225,16 @@ class Hub:
 
     def _note_overlaps(self, record: RoundRecord) -> None:
         """Says of those whose first round this is what is both trained on and held out."""
-        new = [n for n in record.participants if n in self.roster.joined and not self._has_been_there(n)]
+        new = [n for n in record.participants if n in self.client_manager.joined and not self._has_been_there(n)]
         for name in new:
-            own = self.roster.joined[name].overlap
+            own = self.client_manager.joined[name].overlap
             record.participants[name].notes += own.notes() if own is not None else []
         if not new or not isinstance(self.transport, InProcess):
             return  # what others hold in another process, nobody here knows
         here = {
-            n: p.data for n, p in self.transport.peers.items() if isinstance(p, LocalPeer) and n in self.roster.joined
+            n: p.data
+            for n, p in self.transport.peers.items()
+            if isinstance(p, Client) and n in self.client_manager.joined
         }
         shared = self.evaluator.shared()
         for name in new:

@@ -27,7 +27,7 @@ _ATTRIBUTE = "_llmchain_fed_adapters"
 
 
 @dataclass
-class Registry:
+class AdapterRegistry:
     """What a module's adapters are called here, and its layers; lies on the module, so that copies have their own."""
 
     layers: dict[str, Any] = field(default_factory=dict)
@@ -47,12 +47,12 @@ class Registry:
     """whether all adapters were off before the first of them"""
 
 
-def _registry(module: nn.Module) -> Registry | None:
+def _registry(module: nn.Module) -> AdapterRegistry | None:
     """The module's, with its layers as they are now; None without LoRA."""
     configs = getattr(module, "peft_config", None)
     if not isinstance(configs, dict):
         return None
-    known: Registry = _kept(module) or Registry()
+    known: AdapterRegistry = _kept(module) or AdapterRegistry()
     configs = dict(configs)  # another thread may add one: weights_hash asks without a lock
     if known.configs.keys() != configs.keys() or any(known.configs[k] is not c for k, c in configs.items()):
         parts = list(module.named_modules())
@@ -69,12 +69,12 @@ def _layer_name(name: str) -> str:
     return stable_name(name) + (".base_layer" * name.count(".base_layer") if name.endswith(".base_layer") else "")
 
 
-def _kept(module: nn.Module) -> Registry | None:
-    kept: Registry | None = getattr(module, "_orig_mod", module).__dict__.get(_ATTRIBUTE)  # compiled or not: one
+def _kept(module: nn.Module) -> AdapterRegistry | None:
+    kept: AdapterRegistry | None = getattr(module, "_orig_mod", module).__dict__.get(_ATTRIBUTE)  # compiled or not: one
     return kept
 
 
-def registry_of(module: nn.Module, *, listed: bool = True) -> Registry:
+def registry_of(module: nn.Module, *, listed: bool = True) -> AdapterRegistry:
     """The module's registry; with `listed=False` as it is, though adapters have come or gone since.
 
     Raises:
@@ -256,7 +256,7 @@ def _freeze_remainder(layers: Sequence[Any]) -> None:
             part.requires_grad_(False)  # noqa: FBT003 (torch's signature)
 
 
-def settle(module: nn.Module, found: Registry) -> None:
+def settle(module: nn.Module, found: AdapterRegistry) -> None:
     """The remainder answers with the ordinary model, and with the module where nobody has chosen; or it is gone."""
     present = has_remainder(module) and (not found.active or found.active[-1])
     for layer in found.layers.values():
@@ -265,7 +265,7 @@ def settle(module: nn.Module, found: Registry) -> None:
             layer._active_adapter = [k for k in active if k != REMAINDER] + [REMAINDER] * present
 
 
-def check_unmerged(found: Registry) -> None:
+def check_unmerged(found: AdapterRegistry) -> None:
     """Makes sure that the base weights are the base's.
 
     Raises:

@@ -45,7 +45,7 @@ class _Call:
             yield name, why
 
 
-class SlicedCalls:
+class ChunkedCalls:
     """Calls through an exchange of frames.
 
     Answers are fetched one node after the other, in the order of the nodes: until then they stay where they are, so

@@ -63,7 +63,7 @@ class Drop(untrusted.Strict):
     call: _CallId
 
 
-class Status(untrusted.Strict):
+class StatusRequest(untrusted.Strict):
     """How does the site stand? Asked by a process of its own account; a hub may not."""
 
     do: Literal["status"]
@@ -76,7 +76,7 @@ class Carry(untrusted.Strict):
     caller: Name
 
 
-class Refused(untrusted.Strict):
+class RefusedRequest(untrusted.Strict):
     """From a site's own bridge: somebody who may not has called, and was sent away unheard."""
 
     do: Literal["refused"]
@@ -92,10 +92,10 @@ _REQUESTS: dict[str, type[untrusted.Strict]] = {
     "poll": Poll,
     "get": Get,
     "drop": Drop,
-    "refused": Refused,
-    "status": Status,
+    "refused": RefusedRequest,
+    "status": StatusRequest,
 }
-_OF_THIS_ACCOUNT = (Refused, Status)
+_OF_THIS_ACCOUNT = (RefusedRequest, StatusRequest)
 
 
 class Fault(untrusted.Strict):

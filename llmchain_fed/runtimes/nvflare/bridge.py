@@ -47,7 +47,7 @@ def _without_torch() -> None:
     sys.modules.setdefault("nvflare.app_opt.pt", None)  # type: ignore[arg-type]
 
 
-class Site:
+class SiteBridge:
     """At a participant: hands a frame of the hub to the peer process and its answer back."""
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ def _fault(kind: str, message: str) -> bytes:
     return frames.pack({"error": {"type": kind, "message": message}})
 
 
-class Hub:
+class HubBridge:
     """At the hub: dials the driver's socket and carries its frames to the sites, until told to stop.
 
     A driver that goes away is waited for, so that one that is started again finds its job running.

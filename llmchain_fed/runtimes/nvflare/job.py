@@ -10,8 +10,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-HUB = "llmchain_fed.runtimes.nvflare.bridge.Hub"
-SITE = "llmchain_fed.runtimes.nvflare.bridge.Site"
+HUB = "llmchain_fed.runtimes.nvflare.bridge.HubBridge"
+SITE = "llmchain_fed.runtimes.nvflare.bridge.SiteBridge"
 CONTROLLER = "llmchain_fed.runtimes.nvflare.controller.Controller"
 EXECUTOR = "nvflare.collab.runtime.executor.CollabExecutor"
 SOCKET = "LLMCHAIN_FED_SOCKET"

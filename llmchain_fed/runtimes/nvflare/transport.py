@@ -17,7 +17,7 @@ from typing import Any
 
 from llmchain_fed.errors import ConfigError, FederationError, TransportError
 from llmchain_fed.federated.runtime import Operation, Payload
-from llmchain_fed.runtimes.messaging.chunked_calls import SlicedCalls
+from llmchain_fed.runtimes.messaging.chunked_calls import ChunkedCalls
 from llmchain_fed.runtimes.names import check_name
 from llmchain_fed.runtimes.nvflare import certificates
 from llmchain_fed.runtimes.nvflare.gathering import in_the_hubs_words
@@ -88,7 +88,7 @@ class NVFlare:
             startup=startup,
             say=say or _say_nothing,
         )
-        self._calls = SlicedCalls(self._jobs.exchange, patience, self._jobs.farewell)
+        self._calls = ChunkedCalls(self._jobs.exchange, patience, self._jobs.farewell)
 
     @property
     def jobs(self) -> int:
@@ -183,7 +183,7 @@ class NVFlare:
             within(_SESSION, self._session.close)
 
     def _tell_peers(self) -> None:
-        calls = SlicedCalls(self._jobs.farewell, _PEERS, self._jobs.farewell)
+        calls = ChunkedCalls(self._jobs.farewell, _PEERS, self._jobs.farewell)
         with suppress(FederationError):
             for _ in calls.call("stop", self._sites.there(), b"{}", _PEERS):
                 pass

@@ -19,7 +19,7 @@ from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError, LLMChainFedError, PolicyError, TransportError
 from llmchain_fed.federated.client.limits import Limits
 from llmchain_fed.federated.protocol import tasks
-from llmchain_fed.federated.runtime import Peer
+from llmchain_fed.federated.runtime import TaskHandler
 from llmchain_fed.runtimes.messaging import error_codes, frames, heads
 from llmchain_fed.runtimes.messaging.channel import Channel
 from llmchain_fed.runtimes.site.log import NOBODY, SiteLog
@@ -31,7 +31,7 @@ _LONGEST_HEADER = 2**22  # bytes that are read for the audit file's sake
 _CLOSING = 6.0  # seconds in which running work has come to its next step; whoever stopped the process waits for ten
 
 
-class LongPeer(Peer, Protocol):
+class StoppableHandler(TaskHandler, Protocol):
     """A peer whose work can be given up from another thread."""
 
     def give_up(self) -> None:
@@ -42,7 +42,7 @@ class LongPeer(Peer, Protocol):
 
 
 @runtime_checkable
-class LimitedPeer(Protocol):
+class LimitedHandler(Protocol):
     """A peer that keeps to limits of training and measuring, which it alone can judge."""
 
     def obey(self, limits: Limits) -> None:
@@ -86,7 +86,7 @@ class Site:
         log: What its operator is told.
     """
 
-    def __init__(self, peer: LongPeer, policy: Policy, audit: Audit, log: SiteLog | None = None) -> None:
+    def __init__(self, peer: StoppableHandler, policy: Policy, audit: Audit, log: SiteLog | None = None) -> None:
         self._peer, self._policy, self._audit = peer, policy, audit
         self._log = log or SiteLog(lambda _: None, NOBODY)
         self._closing = False
@@ -95,7 +95,7 @@ class Site:
         self._unreadable = itertools.count(1)
         self._changed = threading.Condition()
         self._trainings = 0
-        if isinstance(peer, LimitedPeer):
+        if isinstance(peer, LimitedHandler):
             peer.obey(policy)
         threading.Thread(target=self._work, name="peer", daemon=True).start()
 

@@ -63,7 +63,7 @@ def cut(weights: Mapping[str, float], share: float) -> dict[str, float]:
     return dict.fromkeys(weights, 1.0)
 
 
-class HeldBack:
+class CappedWeights:
     """Keeps the updates of a round whose weight may have to be cut.
 
     Args:

@@ -15,8 +15,8 @@ NINES = int("9" * 4000)
 TRAINING = {"learning_rate": 5e-3, "batch_size": 4, "epochs": 1}
 
 
-def hello(trainee, **changes):
-    said = {"contract": trainee.contract(), "training": TRAINING, "federation": "0123456789abcdef"}
+def hello(target, **changes):
+    said = {"contract": target.contract(), "training": TRAINING, "federation": "0123456789abcdef"}
     return json.dumps(said | {"aggregation": "fedavg"} | changes).encode()
 
 

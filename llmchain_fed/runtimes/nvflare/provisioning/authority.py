@@ -23,7 +23,7 @@ from llmchain_fed.runtimes import names
 from llmchain_fed.runtimes.names import Role
 from llmchain_fed.runtimes.nvflare import certificates, kits
 from llmchain_fed.runtimes.nvflare.provisioning import registry, sent, tool
-from llmchain_fed.runtimes.nvflare.provisioning.registry import Certificate, Registry
+from llmchain_fed.runtimes.nvflare.provisioning.registry import Certificate, CertificateRegistry
 from llmchain_fed.runtimes.nvflare.provisioning.scratch import place, said, scratch
 from llmchain_fed.runtimes.nvflare.provisioning.sent import Asked
 from llmchain_fed.stopping import whole
@@ -51,7 +51,7 @@ def start(folder: Path, *, host: str, port: int) -> str:
         tool.run("cert", "init", "--profile", unfinished / _PROFILE, "-o", unfinished / _CA, within=unfinished)
         _tell_where(unfinished / _CA / "ca.json", folder / _PROFILE)
         trusted = kits.fingerprint(unfinished / _CA / "rootCA.pem")
-        registry.write(unfinished, Registry())
+        registry.write(unfinished, CertificateRegistry())
         # ca/ comes last: killed before, this is no authority yet, and nobody has anything of it
         place([(unfinished / name, folder / name) for name in (registry.FILE, _PROFILE, _CA)])
     return trusted
@@ -266,12 +266,12 @@ def _certificate(asked: Asked, answer: sent.Answer) -> Certificate:
     )
 
 
-def _write_down(authority: Path, former: Registry, holder: Certificate | None, new: Certificate) -> None:
+def _write_down(authority: Path, former: CertificateRegistry, holder: Certificate | None, new: Certificate) -> None:
     known = former if holder is None else _with(former, holder, _revoked(holder, f"replaced at {new.approved}"))
     registry.write(authority, known.model_copy(update={"certificates": [*known.certificates, new]}))
 
 
-def _with(known: Registry, former: Certificate, now: Certificate) -> Registry:
+def _with(known: CertificateRegistry, former: Certificate, now: Certificate) -> CertificateRegistry:
     return known.model_copy(update={"certificates": [now if c is former else c for c in known.certificates]})
 
 

@@ -1,4 +1,4 @@
-"""Registry: which names the hub's authority gave to which keys, when, by whom, and which of them it took back.
+"""CertificateRegistry: which names the authority gave to which keys, when, by whom, and which it took back.
 
 Knows one JSON file in the authority's folder. Knows nothing of how certificates are made, of the engine, or of who is
 connected now: whoever accepts a site asks `allowed`.
@@ -55,7 +55,7 @@ class Certificate(untrusted.Strict):
         return (moment(self.until) - datetime.now(UTC)).total_seconds() / 86_400
 
 
-class Registry(untrusted.Strict):
+class CertificateRegistry(untrusted.Strict):
     """All of the file: every certificate that was ever signed, in the order of signing."""
 
     format: Literal[1] = 1
@@ -90,7 +90,7 @@ class Registry(untrusted.Strict):
         )
 
 
-def read(authority: Path) -> Registry:
+def read(authority: Path) -> CertificateRegistry:
     """What an authority signed so far.
 
     Raises:
@@ -109,10 +109,12 @@ def read(authority: Path) -> Registry:
     what = f"{FILE} of the authority in {authority}"
     data = untrusted.read_file(path, most=_LARGEST, what=what, error=ConfigError)
     found = untrusted.read_json(data, most=_LARGEST, what=what, error=ConfigError)
-    return untrusted.checked(Registry, found, what=what, error=ConfigError, remedy="Put it back from a back-up.")
+    return untrusted.checked(
+        CertificateRegistry, found, what=what, error=ConfigError, remedy="Put it back from a back-up."
+    )
 
 
-def write(authority: Path, registry: Registry) -> None:
+def write(authority: Path, registry: CertificateRegistry) -> None:
     """Puts the registry in the former one's place, for this account alone.
 
     Raises:

@@ -158,7 +158,7 @@ class Door:
         connection.send_dict(Types.READY, 1, told)
         connection.conn.close()
         name, says = untrusted.printable(_holder(connection), 200), untrusted.printable(refusal.says, 1900)
-        self._wire.tell(news.Refused(name=name, code=refusal.code, address=_address(connection), says=says))
+        self._wire.tell(news.RefusedSite(name=name, code=refusal.code, address=_address(connection), says=says))
 
     def report(self) -> None:
         """Tells again and again who is there, and puts out who may no longer be."""
@@ -174,9 +174,9 @@ class Door:
             except Exception as error:  # of a connection that is being closed just now: the next look is another
                 _log.warning("who is connected could not be seen: %s", untrusted.printable(error, 300))
 
-    def _peers(self) -> dict[str, news.Peer]:
+    def _peers(self) -> dict[str, news.SeenPeer]:
         return {
-            untrusted.printable(name, 200): news.Peer(
+            untrusted.printable(name, 200): news.SeenPeer(
                 address=_address(connection), fingerprint=_fingerprint(connection), silent=_silent(connection)
             )
             for name, connection in self._there()

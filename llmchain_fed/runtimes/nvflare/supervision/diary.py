@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from llmchain_fed.runtimes.nvflare import engine_state
-from llmchain_fed.runtimes.nvflare.supervision.standing import HubLink, Sites
+from llmchain_fed.runtimes.nvflare.supervision.standing import HubLink, SitesSeen
 
 _SAY_AGAIN = 60.0  # seconds after which it is said again for what it waits
 State = Literal["starting", "waiting", "running", "stopping", "ended"]
@@ -37,7 +37,7 @@ class Diary:
         name: str,
         hub: str,
         say: Callable[[str], None],
-        sites: Sites,
+        sites: SitesSeen,
         link: HubLink | None,
         socket: Path | None = None,
     ) -> None:

@@ -21,7 +21,7 @@ from llmchain_fed.runtimes.nvflare.supervision import news
 from llmchain_fed.storage.own_files import write_whole
 
 if TYPE_CHECKING:
-    from llmchain_fed.runtimes.nvflare.provisioning.registry import Registry
+    from llmchain_fed.runtimes.nvflare.provisioning.registry import CertificateRegistry
 
 FILE = "known_sites.json"
 HEARD = 10.0  # seconds since a site's last sign of life within which nobody else comes under its name
@@ -69,7 +69,7 @@ class Guard:
         self._lock = threading.Lock()
         self._stamp: tuple[int, int] | None = None
         self._known = KnownSites()
-        self._registry: Registry | None = None
+        self._registry: CertificateRegistry | None = None
         self._trouble: str | None = None
         if authority is None:
             self._read_again()
@@ -99,7 +99,7 @@ class Guard:
         from llmchain_fed.runtimes.nvflare.provisioning import registry
 
         self._look()
-        known = self._registry or registry.Registry()
+        known = self._registry or registry.CertificateRegistry()
         why = known.allowed(name, fingerprint)
         if why is None:
             return None
@@ -171,7 +171,7 @@ class Guard:
             return found.st_mtime_ns, found.st_size
 
 
-def _read_registry(authority: Path, former: Registry | None) -> Registry:
+def _read_registry(authority: Path, former: CertificateRegistry | None) -> CertificateRegistry:
     """What the authority signed.
 
     Raises:

@@ -21,7 +21,7 @@ _Name = Annotated[str, Field(max_length=256)]
 _Text = Annotated[str, Field(max_length=2000)]
 
 
-class Peer(untrusted.Strict):
+class SeenPeer(untrusted.Strict):
     """A connection to another engine, now."""
 
     address: _Text
@@ -34,10 +34,10 @@ class Peers(untrusted.Strict):
     """Who is connected: sites at the hub, `HUB` at a site."""
 
     kind: Literal["peers"] = "peers"
-    peers: dict[_Name, Peer] = Field(max_length=10_000)
+    peers: dict[_Name, SeenPeer] = Field(max_length=10_000)
 
 
-class Refused(untrusted.Strict):
+class RefusedSite(untrusted.Strict):
     """At the hub: somebody was not let in."""
 
     kind: Literal["refused"] = "refused"
@@ -61,8 +61,8 @@ class Notice(untrusted.Strict):
     says: _Text
 
 
-News = Peers | Refused | TurnedAway | Notice
-_KINDS: dict[str, type[News]] = {"refused": Refused, "turned away": TurnedAway, "notice": Notice}
+News = Peers | RefusedSite | TurnedAway | Notice
+_KINDS: dict[str, type[News]] = {"refused": RefusedSite, "turned away": TurnedAway, "notice": Notice}
 
 
 def read(line: bytes) -> News:

@@ -27,7 +27,7 @@ TURNED_AWAY = {
 _DAY = 86_400.0  # seconds a site is out after which it is no longer told of
 
 
-class Sites:
+class SitesSeen:
     """At the hub: the sites.
 
     Args:
@@ -40,7 +40,7 @@ class Sites:
         self._refused: dict[str, tuple[float, int]] = {}
         """name → when it was refused last, and why"""
 
-    def heard(self, peers: Mapping[str, news.Peer]) -> list[str]:
+    def heard(self, peers: Mapping[str, news.SeenPeer]) -> list[str]:
         """Takes over who is connected now; returns a line for each who came or went."""
         now, lines = self._now(), []
         for name, peer in peers.items():
@@ -68,7 +68,7 @@ class Sites:
         self._forget(now)
         return lines
 
-    def refused(self, told: news.Refused) -> list[str]:
+    def refused(self, told: news.RefusedSite) -> list[str]:
         """Somebody was not let in: a line, unless it is the same trouble as before."""
         last, code = self._refused.get(told.name, (0.0, 0))
         if len(self._refused) < _MOST or told.name in self._refused:
@@ -110,7 +110,7 @@ class HubLink:
         """since when it is connected, or is not any more; None before the first time"""
         self._where, self._now = where, now
 
-    def heard(self, peers: Mapping[str, news.Peer]) -> str | None:
+    def heard(self, peers: Mapping[str, news.SeenPeer]) -> str | None:
         """Takes over whether the hub is heard; a line if that changed."""
         hub, now = peers.get(news.HUB), self._now()
         connected = hub is not None and hub.silent < SILENT

@@ -1,4 +1,4 @@
-"""Keeper: the parent of an engine's process for months. It says in lines what happens, and tidies up.
+"""Supervisor: the parent of an engine's process for months. It says in lines what happens, and tidies up.
 
 Knows one kit, one process of NVFlare with its children, signals and the clock. Knows nothing of models or jobs, nor of
 screens: each line goes to whoever was given. It stays small: no torch, and NVFlare only to check a certificate.
@@ -23,7 +23,7 @@ from llmchain_fed.runtimes.nvflare import certificates, engine, engine_state, ki
 from llmchain_fed.runtimes.nvflare.supervision import job_folders, logs, news, reaching
 from llmchain_fed.runtimes.nvflare.supervision.diary import Diary
 from llmchain_fed.runtimes.nvflare.supervision.guard import Guard
-from llmchain_fed.runtimes.nvflare.supervision.standing import TURNED_AWAY, HubLink, Sites
+from llmchain_fed.runtimes.nvflare.supervision.standing import TURNED_AWAY, HubLink, SitesSeen
 from llmchain_fed.storage import locks
 
 LASTING, AGAIN = 2, 4
@@ -38,7 +38,7 @@ _NOT_NOW = -1
 _WRONG_KIT = (102, 103)  # statuses of NVFlare: an unsafe component, a configuration that makes no sense
 
 
-class Keeper:
+class Supervisor:
     """Runs a kit's engine until it is told to stop, or cannot go on.
 
     Args:
@@ -56,7 +56,7 @@ class Keeper:
         host, self._port = kits.address(kit)
         self._where = f"{host}:{self._port}"
         self._name = news.HUB if self._hub else kits.site_name(kit)
-        self._sites, self._link = Sites(), HubLink(self._where)
+        self._sites, self._link = SitesSeen(), HubLink(self._where)
         self._signal = 0
         self._diary = Diary(
             self._kit, self._name, self._where, say, self._sites, None if self._hub else self._link, socket
@@ -240,7 +240,7 @@ class Keeper:
         lines = []
         if isinstance(told, news.Notice):
             lines = [told.says if self._hub else f"{told.says}; see {self._kit / logs.FILE}"]
-        elif isinstance(told, news.Refused):
+        elif isinstance(told, news.RefusedSite):
             lines = self._sites.refused(told)
         elif self._hub:
             lines = self._sites.heard(told.peers)
