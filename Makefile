@@ -56,10 +56,11 @@ FLOORS_PIP := .venv-floors/bin/pip install --quiet --disable-pip-version-check -
 	$(FLOORS_PIP) --editable '.[test]'
 	touch $@
 
-FLOORS_TESTS := package invariants saving saved_base lora_configs llm chat server_optimizers
+FLOORS_TESTS := test_package test_invariants chain/test_saving chain/test_saved_base chain/test_lora_configs chain/test_llm \
+	chain/test_chat updates/test_server_optimizers
 test-floors: .venv-floors/floors.stamp  ## invariants, saving, LangChain … on the lowest versions; two minutes, and two to install
 	LLMCHAIN_FED_FLOORS=1 OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -n 2 --dist loadfile -m "not real_model" \
-		--durations=5 $(FLOORS_TESTS:%=tests/test_%.py)
+		--durations=5 $(FLOORS_TESTS:%=tests/%.py)
 
 test-federation: $(VENV)/dev.stamp  ## kills and restarts real processes, and pulls a cable (as root); some ten minutes
 	$(BIN)/python -m pytest -m federation --durations=10
@@ -68,7 +69,7 @@ test-kills: $(VENV)/dev.stamp  ## SIGKILL into a federation with checkpoints, 50
 	$(BIN)/python -m pytest -m kills --durations=10 -s
 
 test-architectures: $(VENV)/dev.stamp  ## every text model type of transformers against transformers itself; some minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m architectures --durations=10 tests/test_architectures.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m architectures --durations=10 tests/model/test_architectures.py
 
 notebooks: $(VENV)/dev.stamp  ## one thread: tiny models, and two beside a busy core would be many times slower
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=120 examples/*.ipynb

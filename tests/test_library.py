@@ -1,6 +1,6 @@
 """The shipped recipes load and do what their files say; names and folders.
 
-Belongs here: prompts/, chains/, loading by name. Does not: what a recipe may say (test_recipes).
+Belongs here: prompts/, chains/, loading by name. Does not: what a recipe may say (test_schema).
 """
 
 import subprocess

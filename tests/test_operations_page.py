@@ -1,7 +1,7 @@
 """The operator's pages name options that exist, and quote lines that the commands say.
 
 Belongs here: docs/operations.md and the pages beside it, word by word. Does not: whether the commands do what the pages
-say, which is tried with them (test_results, test_provision, test_engine, test_status, test_peer_command).
+say, which is tried with them (test_federate, test_provisioning, test_supervisor, test_status, test_peer_command).
 """
 
 import ast

@@ -237,6 +237,26 @@ def test_optional_dependencies_are_imported_only_where_they_are_used():
     assert eager == {("runtimes.nvflare.bridge", "nvflare"), ("runtimes.nvflare.controller", "nvflare")}
 
 
+def test_a_class_is_found_by_its_name():
+    """Two public classes of one name would be two answers to one guess."""
+    homes = {}
+    for name, path in modules().items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(name)
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
+def test_tests_have_the_folders_of_the_package():
+    """Who looks for the tests of a room finds a folder of its name, and no test imports another one."""
+    own = {"support", "security", "benchmarks", "examples"}
+    for path in (ROOT / "tests").rglob("*.py"):
+        folder, *deeper = path.relative_to(ROOT / "tests").parts[:-1] or ("",)
+        assert folder in own or (ROOT / "llmchain_fed" / folder).joinpath(*deeper).is_dir(), path
+        imported = {module for module, _ in imports(path)}
+        assert folder == "security" or not [m for m in imported if m.startswith("test_")], path
+
+
 def test_no_module_is_pickled_or_evaluated():
     for name, path in modules().items():
         calls = {ast.unparse(n.func) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)}

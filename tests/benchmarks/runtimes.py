@@ -25,7 +25,7 @@ import psutil
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent / "support"))
 from federation_processes import SITES, Federation
 from tiny import PAIRS, TEMPLATE, train_tokenizer
 from torchrun_script import SHARES

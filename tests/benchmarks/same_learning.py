@@ -6,7 +6,7 @@
 Knows the public names alone, which both commits have. A refactoring that should not change what is learnt shows here
 that it does not: weights after every federation, every record's losses, norms and cosines, and personal adapters.
 The order within a process and on `torchrun` ranks is covered; NVFlare's sites are held to this process's weights by
-`tests/test_runtimes_agree.py`.
+`tests/runtimes/test_runtimes_agree.py`.
 """
 
 from __future__ import annotations
@@ -160,14 +160,15 @@ def digests() -> dict[str, Any]:
 
 def _side(tree: Path) -> dict[str, Any]:
     """The digests of another tree's package, by this script, and of its own script on `torchrun` ranks."""
-    paths = os.pathsep.join(map(str, (tree, tree / "tests")))
+    helpers = tree / "tests" / "support" if (tree / "tests" / "support").is_dir() else tree / "tests"
+    paths = os.pathsep.join(map(str, (tree, helpers)))
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(Path(__file__).resolve()), "--digests"]
     done = subprocess.run(command, env=environment, cwd=tree, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout)
     with tempfile.TemporaryDirectory() as out:
         ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-        script = [str(tree / "tests/torchrun_script.py"), out, "--variants"]
+        script = [str(helpers / "torchrun_script.py"), out, "--variants"]
         subprocess.run([*ranks, *script], env=environment, cwd=tree, stdout=subprocess.DEVNULL, check=True)
         for rank in range(RANKS):
             report = json.loads((Path(out) / f"rank{rank}.variants.json").read_text())

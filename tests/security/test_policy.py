@@ -1,7 +1,7 @@
 """A site's policy against a hub that asks for more: nothing private leaves, and each refusal names its option.
 
 Belongs here: what a `Site` with a policy refuses of well-formed messages, its counters, its files. Does not: messages
-that are malformed (test_peer_messages), frames and sockets (test_site).
+that are malformed (test_peer_messages), frames and sockets (test_server).
 """
 
 import json

@@ -1,7 +1,7 @@
 """Who may call a site, with the real engine: the hub, and no other participant of the job.
 
 Belongs here: one site's orders to another, over the engine's own connections and with its own certificate. Does not:
-what a site answers to the hub (tests/test_site.py).
+what a site answers to the hub (tests/runtimes/site/test_server.py).
 """
 
 import json

@@ -1,0 +1,106 @@
+"""A site without an engine, and the way to it over a real UNIX socket."""
+
+import json
+import threading
+import time
+
+from llmchain_fed import ConfigError, TrainingConfig
+from llmchain_fed.errors import (
+    DeadlineError,
+    TransportError,
+)
+from llmchain_fed.runtimes.messaging import frames
+from llmchain_fed.runtimes.messaging.chunked_calls import ChunkedCalls
+from llmchain_fed.runtimes.site.policy import Policy
+from llmchain_fed.runtimes.site.server import check_socket
+
+TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=4, epochs=2)
+
+
+OPEN = Policy(operations=("hello", "train", "evaluate", "personal_state", "stop"), samples=9, error_messages=True)
+
+
+class Echo:
+    """A peer that gives back what it is sent, and can be told to be slow or to fail."""
+
+    def __init__(self):
+        self.calls, self.given_up = [], threading.Event()
+
+    def handle(self, op, payload):
+        self.calls.append((op, len(payload)))
+        if payload == b"fail":
+            raise ValueError("the example says: Page verrouillée")
+        if payload.startswith(b"slow"):
+            for _ in range(400):
+                if self.given_up.is_set():
+                    raise DeadlineError("nobody waits")
+                time.sleep(0.01)
+        return payload
+
+    def give_up(self):
+        self.given_up.set()
+
+    def take_up(self):
+        self.given_up.clear()
+
+
+class Sockets:
+    """Carries frames straight to sites' sockets: what the engine does, without the engine."""
+
+    def __init__(self, paths):
+        self.paths, self.frames = paths, 0
+
+    def __call__(self, nodes, frame, seconds):
+        answers = {}
+
+        def ask(node):
+            try:
+                answers[node] = frames.ask(self.paths[node], frame)
+            except TransportError as error:
+                answers[node] = error
+
+        threads = [threading.Thread(target=ask, args=(n,)) for n in nodes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.frames += 1
+        return [(n, answers[n]) for n in nodes]
+
+
+class SocketTransport:
+    def __init__(self, paths, patience=10.0):
+        self.exchange = Sockets(paths)
+        self.calls = ChunkedCalls(self.exchange, patience)
+
+    def nodes(self):
+        return list(self.exchange.paths)
+
+    def call(self, op, nodes, payload, timeout=None):
+        return self.calls.call(op, nodes, payload, timeout)
+
+    def close(self):
+        pass
+
+
+def answering(path):
+    """`path`, once somebody answers there: a socket has its name before it has its key and before anybody listens."""
+    until = time.monotonic() + 30
+    while True:
+        try:
+            check_socket(path)
+            return path
+        except ConfigError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+
+
+def audit(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def task(**header):
+    """A train request whose safetensors metadata holds `header`."""
+    text = json.dumps({"__metadata__": {"llmchain_fed": json.dumps(header) if isinstance(header, dict) else header}})
+    return len(text).to_bytes(8, "little") + text.encode()
