@@ -76,8 +76,7 @@ def changed_buffers(module: nn.Module, run: Callable[[], object]) -> set[str]:
     A cache (rotary frequencies, a mask) changes at most once for one input: a buffer that no file holds counts only
     when the same pass changes it twice.
     """
-    start = _copies(module)
-    try:
+    with restored(module) as start:
         run()
         first = _copies(module)
         changed = _different(start, first)
@@ -86,9 +85,17 @@ def changed_buffers(module: nn.Module, run: Callable[[], object]) -> set[str]:
             run()
             kept |= changed & _different(first, _copies(module))
         return kept
+
+
+@contextmanager
+def restored(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Every buffer has its value back afterwards; copies of the former values are given."""
+    start = _copies(module)
+    try:
+        yield start
     finally:
         for name, buffer in module.named_buffers():
-            if name in start and start[name].shape == buffer.shape:
+            if name in start and start[name].shape == buffer.shape:  # some are made by the forward pass
                 buffer.copy_(start[name])
 
 
