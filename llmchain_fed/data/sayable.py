@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from llmchain_fed.errors import UnsayableError
-from llmchain_fed.model.generation.answers import checked_stops
+from llmchain_fed.model.generation.stop_strings import checked_stops
 from llmchain_fed.model.local_model import LocalModel
 
 Reason = Literal["holds_end", "holds_stop", "stripped", "not_decodable", "forbidden"]

@@ -21,16 +21,13 @@ from llmchain_fed.model.generation import fields, padding
 from llmchain_fed.model.generation.answers import (
     Completion,
     GenerationOptions,
-    Settling,
-    StopOnText,
-    checked_stops,
     chunks,
-    cut_at_stop,
     evaluating,
     pad_rows,
     seeded,
     stream_text,
 )
+from llmchain_fed.model.generation.stop_strings import Settling, StopOnText, checked_stops, cut_at_stop
 from llmchain_fed.model.tokens import Tokens
 
 Kind = Literal["causal", "seq2seq"]
