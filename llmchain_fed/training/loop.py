@@ -48,9 +48,9 @@ class TrainingResult:
     losses: list[float]
     """nats per completion token, per step that had examples"""
     examples: int
-    """usable examples the participant holds (n_k)"""
+    """usable examples that the participant has (n_k)"""
     tokens: int
-    """completion tokens the participant holds"""
+    """completion tokens that the participant has"""
     steps: int
     seconds: float
     next_step: int
@@ -82,23 +82,23 @@ def train_locally(
     norms) stay in evaluation mode.
 
     Args:
-        model: What to train, a LocalModel or a chain over one; held exclusively meanwhile, and left in evaluation mode.
+        model: The LocalModel to train, or a chain over one; it is locked meanwhile and left in evaluation mode.
         examples: Any form that `read_examples` takes, ready `EncodedExamples`, or a DataLoader of ready tensors.
-        config: How to train.
-        prompt: What renders the examples' inputs; the chain itself, where one is given.
-        participant: Whose data this is; part of the randomness.
-        round: Which round this is; part of the randomness.
-        first_step: With `max_steps`: how many batches earlier rounds have consumed.
-        optimizer_state: To go on with instead of a fresh optimizer.
-        before_step: Called before every optimizer step; what it raises ends the training, and the weights are as
-            before the call.
+        config: The options of the training.
+        prompt: It renders the examples' inputs; by default the chain does, where one is given.
+        participant: Whose data this is, which the randomness follows from.
+        round: The round, counted from 0, which the randomness follows from.
+        first_step: How many batches earlier rounds have consumed; it counts with `max_steps` alone.
+        optimizer_state: The state that the optimizer goes on from; None is a fresh optimizer.
+        before_step: It is called before every optimizer step; what it raises ends the training, and the weights
+            are as before the call.
         anchor: What `proximal_mu` pulls towards, by stable name; None is where the training began.
-        gradient_step: What makes a gradient of a batch.
-        batch_sampler: What draws the batches; None is `length_buckets`, or the DataLoader itself.
+        gradient_step: It makes a gradient of each batch.
+        batch_sampler: It draws the batches; None is `length_buckets`, or the DataLoader itself.
 
     Raises:
         ConfigError: A DataLoader and a `batch_sampler` are given.
-        EmptyParticipantError: Not a single usable example.
+        EmptyParticipantError: Not a single example is usable.
         NonFiniteLossError: The loss or a weight became NaN or infinite; the weights are as before the call.
         DataError: See `read_examples`.
         UnsayableError: More completions than `config.tolerance` could never be an answer.
@@ -215,7 +215,7 @@ def _train(
 
 
 def _report(loader: Any, done: _Done, config: TrainingConfig, participant: str) -> DataReport:
-    """What a DataLoader holds, from what came by over how often it came by."""
+    """What a DataLoader has for one pass, from what came by over how often it came by."""
     if not done.tokens:
         why = "the DataLoader's batches carry no label" if done.steps else "the DataLoader gave no batch"
         raise EmptyParticipantError(no_examples(participant, why))
@@ -235,14 +235,14 @@ def encoded(
     """Examples in the form the loop takes; a DataLoader stays as it is.
 
     Args:
-        examples: See `train_locally`.
-        model: Whose tokens.
-        prompt: What renders inputs.
-        max_length: tokens beyond which an example is left out.
+        examples: The forms are those of `train_locally`.
+        model: Its tokens are the ones encoded.
+        prompt: It renders the inputs.
+        max_length: tokens: An example with more of them is left out.
         tolerance: The share of completions that may be left out because no answer could be theirs; None is any.
 
     Raises:
-        EmptyParticipantError: Not a single usable example.
+        EmptyParticipantError: Not a single example is usable.
         UnsayableError: More completions than `tolerance` could never be an answer.
         DataError: See `read_examples`.
     """

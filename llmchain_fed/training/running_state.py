@@ -28,8 +28,8 @@ def still_parts(module: nn.Module, run: Callable[[], object] | None) -> list[str
     part in evaluation mode whose parameters are not trained (the base under an adapter).
 
     Args:
-        module: In the modes in which its owner handed it over; they, and every buffer, are as before afterwards.
-        run: One forward pass; None where nobody knows what the module takes, and torch's own layers alone are found.
+        module: It is in the modes in which its owner handed it over; they, and every buffer, are as before afterwards.
+        run: It makes one forward pass; None where nobody knows what the module takes: only torch's layers are found.
 
     Raises:
         UnsupportedModelError: Training would change some part's state; the message names the part and the remedy.
@@ -62,7 +62,7 @@ def check_unchanged(module: nn.Module, before: Mapping[str, Tensor]) -> None:
     """Makes sure that no persistent buffer has changed in training so far; the others may be caches.
 
     Raises:
-        UnsupportedModelError: One has; the message names it and the remedy.
+        UnsupportedModelError: A buffer has changed; the message names it and the remedy.
     """
     now = {name: b for name, b in module.named_buffers() if _is_persistent(module, name)}
     if changed := _different(before, now):

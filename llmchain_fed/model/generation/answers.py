@@ -62,9 +62,9 @@ class GenerationOptions(FrozenConfig):
 
         Args:
             own: The module's `generation_config`; `generation_fields` says which of its fields hold.
-            eos: Ids that end an answer.
-            pad: The padding id.
-            start: tokens: the answer's place in a row, behind the prompt or the decoder's start.
+            eos: These ids end an answer.
+            pad: The id of the padding token.
+            start: tokens: The answer begins here in a row, behind the prompt or the decoder's start.
 
         Raises:
             ConfigError: What the model ships cannot be used.
@@ -142,10 +142,10 @@ def stream_text(
     https://github.com/huggingface/transformers/issues/22576). The return value is all token ids.
 
     Args:
-        work: Generates; takes the streamer to feed and a criterion that ends it.
-        finish: All token ids → text.
-        settled: Token ids so far → the beginning of that text, as far as no further token can change it.
-        stops: Where to cut. A possible beginning of one is held back.
+        work: It generates; it takes the streamer to feed and a criterion that ends it.
+        finish: It makes text of all token ids.
+        settled: It makes of the token ids so far the beginning of that text that no further token can change.
+        stops: The text is cut at these strings. A possible beginning of one is kept back.
     """
     items: queue.SimpleQueue[list[int] | BaseException | None] = queue.SimpleQueue()
     abandoned = threading.Event()

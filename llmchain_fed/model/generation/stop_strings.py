@@ -22,7 +22,7 @@ def checked_stops(stop: Sequence[str] | str | None) -> tuple[str, ...]:
     """The stop strings as a tuple; a single string counts as one.
 
     Raises:
-        ConfigError: A stop string that is empty or not text.
+        ConfigError: A stop string is empty or not text.
     """
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     for text in stops:
@@ -66,8 +66,8 @@ class Settling:
     tokens (`<0xE2>`), which reads U+FFFD as a whole while it is no valid UTF-8, even after it was.
 
     Args:
-        tokenizer: Says which ids are byte tokens.
-        finish: All new ids of a row → the answer's text.
+        tokenizer: It says which ids are byte tokens.
+        finish: It makes the answer's text of all new ids of a row.
     """
 
     def __init__(self, tokenizer: Any, finish: Callable[[list[int]], str]) -> None:
@@ -98,10 +98,10 @@ class StopOnText(StoppingCriteria):  # type: ignore[misc]
     answer is cut on its whole text.
 
     Args:
-        decode: Some ids in a row → their text.
-        settled: All new ids of a row → text that no further token can change.
-        stops: The stop strings.
-        prompt_width: tokens: where a row's answer begins.
+        decode: It makes text of some ids in a row.
+        settled: It makes of all new ids of a row the text that no further token can change.
+        stops: The row ends at any of these strings.
+        prompt_width: tokens: A row's answer begins behind so many.
     """
 
     def __init__(
