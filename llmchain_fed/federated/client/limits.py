@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from llmchain_fed._config import FrozenConfig
 from llmchain_fed.data.encoding import IGNORE, EncodedExamples
 from llmchain_fed.errors import PolicyError
+from llmchain_fed.training.batch_sampler import Place, length_buckets
 from llmchain_fed.training.config import DEFAULT_LEARNING_RATE
-from llmchain_fed.training.loop import TrainingConfig, batches_of
+from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates.aggregation import AGGREGATIONS
 
@@ -145,7 +146,7 @@ class Limits(FrozenConfig):
             PolicyError: It will not.
         """
         if isinstance(data, EncodedExamples):
-            rows = batches_of(data.lengths(), config, participant, number, first_step)
+            rows = length_buckets(data, config, Place(participant, number, first_step))
             self.check_examples(_distinct(data, rows, self.min_examples_per_update))
 
     def check_codec(self, codec: str | None) -> None:

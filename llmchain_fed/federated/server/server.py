@@ -30,7 +30,8 @@ from llmchain_fed.federated.server.evaluation import Evaluator, Measurement
 from llmchain_fed.federated.server.round import OpenRound
 from llmchain_fed.federated.settings import Settings
 from llmchain_fed.federated.target import Target
-from llmchain_fed.training.loop import TrainingConfig, seed_of
+from llmchain_fed.training.batch_sampler import seed_of
+from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import printable
 from llmchain_fed.updates import serialization, server_optimizers
 from llmchain_fed.updates.aggregation import AGGREGATIONS

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.model.local_model import LocalModel
-from llmchain_fed.training.loop import seed_of
+from llmchain_fed.training.batch_sampler import seed_of
 from llmchain_fed.updates.low_rank import Factors
 
 Part = Literal["all", "A", "B"]
