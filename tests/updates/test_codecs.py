@@ -603,7 +603,7 @@ def test_torchs_default_type_plays_no_role(codec, dtype):
 
 def test_a_codec_of_ones_own():
     class Plain:
-        name, lossy_feedback = "plain", True
+        name, lossy_feedback, needs_feedback = "plain", True, False
 
         def layout(self, infos):
             return dict(infos)

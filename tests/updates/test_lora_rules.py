@@ -25,8 +25,9 @@ from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.target import Target
 from llmchain_fed.updates.aggregation import AGGREGATIONS
-from llmchain_fed.updates.aggregation.base import Contribution, LoraLayout, Round
 from llmchain_fed.updates.aggregation.gap import AggregationGap
+from llmchain_fed.updates.collection import Contribution, Round
+from llmchain_fed.updates.lora_layout import LoraLayout
 from llmchain_fed.updates.low_rank import Factors, Stack, covariance, norms_of_mean, stack
 
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -460,7 +461,7 @@ def test_what_goes_to_the_remainder_takes_no_more_memory_than_the_participants_f
     collector = AGGREGATIONS[name].begin(Round(start, LAYOUT, expected=3))
     for seed in (1, 2, 3):
         collector.add(given(random_state(seed)))
-    for layer, factors in collector.combine().remainder.items():
+    for layer, factors in collector.finish().remainder.items():
         m, n = SHAPES[layer]
         held = sum(t.untyped_storage().nbytes() for t in (factors.b, factors.a))
         assert held == 3 * 4 * (m + n) * 4  # participants × rank × (m + n) × bytes
@@ -495,7 +496,7 @@ def combined(name, contributions, start, number=0):
         names = [n for n in contribution.tensors if part == "all" or n.endswith(A if part == "A" else B)]
         tensors = {n: contribution.tensors[n] for n in names}
         collector.add(Contribution(tensors, contribution.weight, contribution.steps, contribution.scaling))
-    outcome = collector.combine()
+    outcome = collector.finish()
     values = start | outcome.values
     if rule.refactor is not None:
         values = rule.refactor(values, LAYOUT)
@@ -573,11 +574,11 @@ def test_a_weight_that_is_no_share_is_refused_and_the_rest_stands(name, weight):
     start, client = random_state(0), random_state(1)
     collector = AGGREGATIONS[name].begin(Round(start, LAYOUT))
     with pytest.raises(FederationError, match="no update"):
-        collector.combine()
+        collector.finish()
     collector.add(given(client))
     with pytest.raises(FederationError, match="positive and finite"):
         collector.add(given(random_state(2), weight))
-    outcome = collector.combine()
+    outcome = collector.finish()
     found = product(start | outcome.values, LAYOUT.scaling)
     for layer, more in outcome.remainder.items():
         found[layer] = found[layer] + more.b.double() @ more.a.double()
@@ -624,7 +625,7 @@ def test_flora_starts_anew_as_peft_does_and_differently_every_round():
     for number, seed in ((0, 0), (1, 0), (0, 1), (0, 0)):
         collector = AGGREGATIONS["flora"].begin(Round(start, layout, number, seed))
         collector.add(given(start))
-        fresh = collector.combine().values["x" + A]
+        fresh = collector.finish().values["x" + A]
         assert float(fresh.abs().max()) <= 1 / math.sqrt(400)
         assert float(fresh.var()) == pytest.approx(1 / (3 * 400), rel=0.05)
         assert torch.equal(found.setdefault((number, seed), fresh), fresh)
@@ -993,7 +994,7 @@ def test_no_rule_multiplies_factors_out(rule):
         for state in states[1:]:
             collector.add(given({name: state[name] for name in names}))
             gap.add(given(state))
-        outcome = collector.combine()
+        outcome = collector.finish()
         values = states[0] | outcome.values
         if chosen.refactor is not None:
             chosen.refactor(values, layout)
@@ -1045,7 +1046,7 @@ def test_fednova_refuses_an_update_without_steps_and_the_rest_stands(steps):
     collector.add(given(client, steps=4))
     with pytest.raises(FederationError, match="divides by local steps"):
         collector.add(given(random_state(2), steps=steps))
-    assert furthest(collector.combine().values, client) < 1e-6
+    assert furthest(collector.finish().values, client) < 1e-6
 
 
 # --- server optimizers on factors -------------------------------------------------------------------------------------

@@ -41,8 +41,9 @@ def make_codec(choice: str | Codec | None) -> Codec | None:
         return None
     if not isinstance(choice, str):
         methods = all(callable(getattr(choice, method, None)) for method in ("layout", "encode", "decode"))
-        if isinstance(choice, type) or not methods or not all(hasattr(choice, a) for a in ("name", "lossy_feedback")):
-            msg = f"{choice!r:.80} is no object with name, lossy_feedback, layout, encode and decode. {valid}"
+        said = ("name", "lossy_feedback", "needs_feedback")
+        if isinstance(choice, type) or not methods or not all(hasattr(choice, each) for each in said):
+            msg = f"{choice!r:.80} is no object with {', '.join(said)}, layout, encode and decode. {valid}"
             raise ConfigError(msg)
         return choice
     name, colon, option = choice.partition(":")
