@@ -15,7 +15,7 @@ from tiny import PAIRS
 from llmchain_fed import FederatedAveraging
 from llmchain_fed.errors import ConfigError, FederationError
 from llmchain_fed.updates import server_optimizers
-from llmchain_fed.updates.aggregation import AGGREGATIONS, RunningMean, make_aggregation, weighted_average
+from llmchain_fed.updates.aggregation import AGGREGATIONS, RunningMean, make_aggregation
 from llmchain_fed.updates.collection import Collection, Combined, Contribution, Round
 from llmchain_fed.updates.server_optimizers import FedAvgM
 
@@ -38,6 +38,13 @@ def block_of(state):
     flat = torch.cat([t.reshape(-1) for t in state.values()])
     parts = torch.split(flat, [t.numel() for t in state.values()])
     return {n: part.view(t.shape) for (n, t), part in zip(state.items(), parts, strict=True)}
+
+
+def weighted_average(pairs):
+    mean = RunningMean()
+    for state, weight in pairs:
+        mean.add(Contribution(state, weight))
+    return mean.finish().values
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 200])

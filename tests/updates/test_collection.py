@@ -28,14 +28,14 @@ GRID = 2.0**-24
 SEEDS = {frozenset(pair): 1000 + i for i, pair in enumerate(["ab", "ac", "bc"])}  # what key agreement would give
 
 
-def wrapped(values):
-    """int64 → int32 mod 2^32."""
-    return ((values + 2**31) % 2**32 - 2**31).to(torch.int32)
+def seeds(me, others):
+    return {n: SEEDS[frozenset((me, n))] for n in others}
 
 
-def mask(seed, number, layout):
+def masked_by(total, seed, number, sign):
     generator = torch.Generator().manual_seed(seed * 1000 + number)
-    return {n: torch.randint(-(2**31), 2**31, layout[n].shape, generator=generator) for n in sorted(layout)}
+    drawn = {n: torch.randint(-(2**31), 2**31, total[n].shape, generator=generator).int() for n in sorted(total)}
+    return {n: t + sign * drawn[n] for n, t in total.items()}
 
 
 class Masked(UpdateTransform):
@@ -44,54 +44,47 @@ class Masked(UpdateTransform):
     name, keeps_names, needs_sum = "masked", False, True
 
     def apply(self, delta, origin, carried):
-        total = {n: (t.double() * origin.examples / GRID).round().long() for n, t in delta.items()}
-        for other in SHARES.keys() - {origin.participant}:
-            sign = 1 if origin.participant < other else -1
-            for n, values in mask(SEEDS[frozenset((origin.participant, other))], origin.number, delta).items():
-                total[n] += sign * values
-        return {n: wrapped(values) for n, values in total.items()}, {}
+        me, total = origin.participant, {n: (t * origin.examples / GRID).round().int() for n, t in delta.items()}
+        for other, seed in seeds(me, SHARES.keys() - {me}).items():
+            total = masked_by(total, seed, origin.number, 1 if me < other else -1)
+        return total, {}
 
 
 class MaskedSum(Collection):
     """The sum, from which the masks of those who stayed away are taken once the others have told their seeds."""
 
-    name, summable = "masked sum", True
-
     def zero(self, about):
-        self.about, self.total, self.weights = about, {}, {}
+        self.about, self.total, self.weights = about, None, {}
 
     def payload(self, layout):
         return {n: TensorInfo(torch.int32, info.shape) for n, info in layout.items()}
 
     def add(self, given):
-        self.total = {n: wrapped(self.total.get(n, 0) + t.long()) for n, t in given.tensors.items()}
+        self.total = {n: t + self.total[n] if self.total else t for n, t in given.tensors.items()}
         self.weights[given.participant] = given.weight
 
     def between(self, ask):
         gone = sorted(SHARES.keys() - self.weights.keys())
-        messages = dict.fromkeys(self.weights, json.dumps(gone).encode()) if gone else {}
-        for name, answer in ask("unmask", messages).items():
+        for name, answer in ask("unmask", {n: json.dumps(gone).encode() for n in self.weights if gone}).items():
             if isinstance(answer, Exception):
                 raise FederationError(f"{name} told no seeds: the sum stays masked.")
             for other, seed in json.loads(answer).items():
-                for n, values in mask(seed, self.about.number, self.total).items():
-                    self.total[n] = wrapped(self.total[n].long() - (1 if name < other else -1) * values)
+                self.total = masked_by(self.total, seed, self.about.number, -1 if name < other else 1)
 
     def finish(self):
         share = GRID / sum(self.weights.values())
         return Combined({n: (self.about.state[n].double() + t.double() * share).float() for n, t in self.total.items()})
 
 
-class Teller:
+def telling(client):
     """A participant that also tells the seeds it shares with those who are gone."""
+    me, inner = client.participant.name, client.handle
 
-    def __init__(self, client):
-        self.client, self.name = client, client.participant.name
+    def handle(op, sent):
+        return json.dumps(seeds(me, json.loads(sent))).encode() if op == "unmask" else inner(op, sent)
 
-    def handle(self, op, payload):
-        if op != "unmask":
-            return self.client.handle(op, payload)
-        return json.dumps({gone: SEEDS[frozenset((self.name, gone))] for gone in json.loads(payload)}).encode()
+    client.handle = handle
+    return client
 
 
 # --- what it shows ----------------------------------------------------------------------------------------------------
@@ -123,7 +116,7 @@ def unreachable_for(op, inner):
 
 def masked(chain, aggregation, gone=(), silent=(), **options):
     people = [Participant(name, pairs) for name, pairs in SHARES.items()]
-    peers = {p.name: Teller(Client(Target.of(chain), p, SGD, transforms=[Masked()])) for p in people}
+    peers = {p.name: telling(Client(Target.of(chain), p, SGD, transforms=[Masked()])) for p in people}
     for name, op in [(n, "train") for n in gone] + [(n, "unmask") for n in silent]:
         peers[name].handle = unreachable_for(op, peers[name].handle)
     options = {"aggregation": aggregation, "training": SGD, "progress": False} | options

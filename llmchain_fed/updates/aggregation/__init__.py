@@ -28,11 +28,11 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.updates.aggregation import lora
 from llmchain_fed.updates.aggregation.base import Rule
 from llmchain_fed.updates.aggregation.fednova import FedNova
-from llmchain_fed.updates.aggregation.mean import RunningMean, weighted_average
+from llmchain_fed.updates.aggregation.mean import RunningMean
 from llmchain_fed.updates.collection import Collection
 from llmchain_fed.updates.lora_layout import Part
 
-__all__ = ["AGGREGATIONS", "RunningMean", "Weighting", "make_aggregation", "weighted_average"]
+__all__ = ["AGGREGATIONS", "RunningMean", "Weighting", "make_aggregation"]
 
 Weighting = Literal["examples", "tokens", "equal"]
 
@@ -56,12 +56,12 @@ AGGREGATIONS: Mapping[str, Rule] = {
         _rule("fedavg", RunningMean, summable=True),
         _rule("fednova", FedNova),
         _mean("fedit"),
-        _mean("ffa", trains=_only_b, shares=_only_b, exact=True),
-        _mean("rolora", trains=_turn, shares=_turn, exact=True),
+        _mean("ffa", trains=_only_b, shares=_only_b),
+        _mean("rolora", trains=_turn, shares=_turn),
         _mean("fedsa", shares=lambda _: "A", personal=True),
-        _mean("fedsvd", trains=_only_b, shares=_only_b, refactor=lora.orthonormal, exact=True, regauges=True),
-        _stacking("fedex", lora.FedEx, exact=True, remainder_rank=lambda ranks: sum(ranks[1:])),
-        _stacking("flora", lora.FLoRA, exact=True, regauges=True, restarts=True, remainder_rank=sum, mixed_ranks=True),
+        _mean("fedsvd", trains=_only_b, shares=_only_b, refactor=lora.orthonormal, regauges=True),
+        _stacking("fedex", lora.FedEx, remainder_rank=lambda ranks: sum(ranks[1:])),
+        _stacking("flora", lora.FLoRA, regauges=True, restarts=True, remainder_rank=sum, mixed_ranks=True),
         _stacking("flexlora", lora.FlexLoRA, regauges=True, mixed_ranks=True),
     )
 }

@@ -32,8 +32,6 @@ class Rule:
     refactor: Callable[[dict[str, Tensor], LoraLayout], dict[str, Tensor]] | None = None
     lora: bool = False
     """needs LoRA factors, all of them plain"""
-    exact: bool = False
-    """the new global product is the mean of the participants' products"""
     summable: bool = False
     """new values are Σ weight · values / Σ weight and nothing else, so that a sum can stand for the single updates"""
     keeps_updates: bool = False

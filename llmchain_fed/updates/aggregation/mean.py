@@ -6,7 +6,7 @@ Pure numbers over named tensors. Knows nothing about rules or participants.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -93,18 +93,3 @@ class RunningMean(Collection):
             msg = "there is no update to average."
             raise FederationError(msg)
         return Combined({name: mean.to(self._dtypes[name], copy=True) for name, mean in self._mean.items()})
-
-
-def weighted_average(states: Iterable[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
-    """Σ n_k/n · w_k over (values, n_k) pairs, one at a time.
-
-    Raises:
-        FederationError: No pair, a weight that is not positive, or states that do not fit each other.
-
-    >>> weighted_average([({"w": torch.tensor([0.0])}, 1), ({"w": torch.tensor([3.0])}, 2)])["w"]
-    tensor([2.])
-    """
-    mean = RunningMean()
-    for state, weight in states:
-        mean.add(Contribution(state, weight))
-    return mean.finish().values
