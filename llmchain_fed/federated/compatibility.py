@@ -69,6 +69,22 @@ def check(
             "it writes the factors anew every round, so a momentum of the round before points elsewhere",
             "Use Reptile(step_size=…), which keeps none, or leave server_optimizer out",
         )
+    _check_codecs(rule, codec, broadcast_codec)
+    if any(config.keep_optimizer for config in training) and (rule.regauges or rule.alternates):
+        _refuse(
+            f"aggregation={name!r} and keep_optimizer",
+            "the kept moments belong to the factors of the round before, which are others now",
+            "Leave keep_optimizer out",
+        )
+    if ditto is not None:
+        _check_ditto(rule, layout)
+    for place, transform in enumerate(transforms, start=1):
+        _check_transform(transform, rule, model, last=place == len(transforms) and codec is None)
+    _check_payload(rule, model, codec, max_weight_share, transforms)
+
+
+def _check_codecs(rule: Rule, codec: Codec | None, broadcast_codec: Codec | None) -> None:
+    name = rule.name
     if codec is not None and rule.regauges and codec.needs_feedback:
         _refuse(
             f"aggregation={name!r} and codec={codec.name!r}",
@@ -85,21 +101,34 @@ def check(
             why,
             "Leave broadcast_codec out; codec= for updates is fine",
         )
-    if any(config.keep_optimizer for config in training) and (rule.regauges or rule.alternates):
+
+
+def _check_payload(
+    rule: Rule,
+    model: Mapping[str, TensorInfo],
+    codec: Codec | None,
+    max_weight_share: float | None,
+    transforms: Sequence[UpdateTransform],
+) -> None:
+    asked = rule.collection().payload(model) is not None
+    if asked and codec is not None:
         _refuse(
-            f"aggregation={name!r} and keep_optimizer",
-            "the kept moments belong to the factors of the round before, which are others now",
-            "Leave keep_optimizer out",
+            f"aggregation={rule.name!r} and codec={codec.name!r}",
+            "the rule asks for a payload of its own, which no codec makes",
+            "Leave codec out",
         )
-    if ditto is not None:
-        _check_ditto(rule, layout)
-    for place, transform in enumerate(transforms, start=1):
-        _check_transform(transform, rule, model, last=place == len(transforms) and codec is None)
-    if max_weight_share is not None and any(transform.needs_sum for transform in transforms):
+    if max_weight_share is not None and (asked or any(transform.needs_sum for transform in transforms)):
         _refuse(
-            "max_weight_share and a transform that needs a sum",
+            "max_weight_share and updates that are only summed",
             "a hub that sees no single update cannot cut the weight of one",
             "Leave max_weight_share out",
+        )
+    if transforms and codec is None and asked is transforms[-1].keeps_names:
+        payload = "a payload of its own" if asked else "values"
+        _refuse(
+            f"aggregation={rule.name!r} and transform {transforms[-1].name!r:.80} at the end",
+            f"the rule asks for {payload}, and the transform makes something else",
+            "Use the aggregation and the transform that belong together",
         )
 
 

@@ -15,6 +15,7 @@ from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.target import Target
+from llmchain_fed.updates.aggregation.base import Rule
 from llmchain_fed.updates.collection import Collection, Combined
 from llmchain_fed.updates.serialization import TensorInfo
 from llmchain_fed.updates.transforms import UpdateTransform
@@ -84,10 +85,16 @@ def telling(client):
         return json.dumps(seeds(me, json.loads(sent))).encode() if op == "unmask" else inner(op, sent)
 
     client.handle = handle
-    return client
 
 
 # --- what it shows ----------------------------------------------------------------------------------------------------
+
+
+class Plain(UpdateTransform):
+    name = "plain"
+
+    def apply(self, delta, origin, carried):
+        return dict(delta), {}
 
 
 class Seen(MaskedSum):
@@ -116,7 +123,9 @@ def unreachable_for(op, inner):
 
 def masked(chain, aggregation, gone=(), silent=(), **options):
     people = [Participant(name, pairs) for name, pairs in SHARES.items()]
-    peers = {p.name: telling(Client(Target.of(chain), p, SGD, transforms=[Masked()])) for p in people}
+    peers = {p.name: Client(Target.of(chain), p, SGD, transforms=[Masked()]) for p in people}
+    for peer in peers.values():
+        telling(peer)
     for name, op in [(n, "train") for n in gone] + [(n, "unmask") for n in silent]:
         peers[name].handle = unreachable_for(op, peers[name].handle)
     options = {"aggregation": aggregation, "training": SGD, "progress": False} | options
@@ -173,10 +182,42 @@ def test_a_sum_that_stays_masked_changes_nothing(make_chain):
     assert all(torch.equal(after[n], t) for n, t in before.items())
 
 
-@pytest.mark.parametrize("options", [{"codec": "int8"}, {"max_weight_share": 0.4}])
-def test_what_needs_single_updates_is_refused(options, make_chain):
-    with pytest.raises(ConfigError, match="asks for a payload of its own"):
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"codec": "int8"}, "asks for a payload of its own, which no codec makes"),
+        ({"max_weight_share": 0.4}, "sees no single update cannot cut the weight of one"),
+    ],
+)
+def test_what_needs_single_updates_is_refused(options, reason, make_chain):
+    with pytest.raises(ConfigError, match=reason):
         masked(make_chain(lora=True), MaskedSum(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"transforms": [Masked()]}, "the rule asks for values, and the transform makes something else"),
+        ({"transforms": [Masked()], "aggregation": "fednova"}, "does not say that a sum is all it needs"),
+        ({"transforms": [Masked()], "aggregation": MaskedSum()}, "declare your own rule summable if it is"),
+        ({"transforms": [Plain()], "aggregation": MaskedSum()}, "the rule asks for a payload of its own, and"),
+    ],
+)
+def test_a_payload_and_what_makes_it_belong_together(options, reason, make_chain):
+    options = {"participants": SHARES, "training": SGD, "progress": False} | options
+    with pytest.raises(ConfigError, match=reason):
+        FederatedAveraging(make_chain(), **options)
+
+
+def test_a_rule_of_ones_own_that_says_it_is_summable(make_chain):
+    """In one process, with the participants of the federation itself: the same as by hand."""
+    chain, other = make_chain(lora=True), make_chain(lora=True)
+    options = {"aggregation": Rule("masked sum", MaskedSum, summable=True), "transforms": [Masked()]}
+    FederatedAveraging(chain, participants=SHARES, training=SGD, progress=False, **options).fit(1)
+    plain(other, SHARES).fit(1)
+    theirs = other.model.trainable_state()
+    for name, tensor in chain.model.trainable_state().items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
 
 
 def test_plain_values_are_not_the_payload_that_was_asked_for(make_chain):

@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from llmchain_fed.errors import (
-    ConfigError,
     DeadlineError,
     DuplicateParticipantError,
     LLMChainFedError,
@@ -55,9 +54,6 @@ class OpenRound:
         codec: What updates travel as.
         training: How a participant of this name trains, as far as anybody here knows.
         max_share: The largest share of the round that one update may weigh; None sets no limit.
-
-    Raises:
-        ConfigError: The rule's collection asks for something else than the codec's parts.
     """
 
     def __init__(
@@ -80,21 +76,14 @@ class OpenRound:
         self._broadcast, self._base, self._rule, self._weighting, self._codec = broadcast, base, rule, weighting, codec
         self._training, self._about = training, replace(about, state=self.start)
         self._names = selected(self.start, rule.shares(self.number))
-        self._collection: Collection = rule.begin(self._about)
+        collection = rule.begin(self._about)
         self._layouts: dict[int | None, Mapping[str, TensorInfo]] = {}
-        layout = describe({n: self.start[n] for n in self._names})
         self._diagnostics: Diagnostics | None = None  # of single updates, where the hub sees them
-        if self._collection.payload(layout) is None:
+        if collection.payload(describe({n: self.start[n] for n in self._names})) is None:
             self._diagnostics = Diagnostics(self.start, self._names)
-            self._collection = self._with_gap = WithGap(self._collection, rule, about)
-        elif codec is not None or max_share is not None:
-            msg = (
-                f"aggregation={rule.name!r} asks for a payload of its own: it goes with no codec=, and the hub cannot "
-                "cut the weight of an update that it does not see. Leave codec and max_weight_share out."
-            )
-            raise ConfigError(msg)
-        self._capped = CappedWeights(self._collection, max_share) if max_share is not None else None
-        self._collection = self._capped or self._collection
+            collection = self._with_gap = WithGap(collection, rule, about)
+        self._capped = CappedWeights(collection, max_share) if max_share is not None else None
+        self._collection: Collection = self._capped or collection
         self._weights: dict[str, float] = {}
 
     @property
