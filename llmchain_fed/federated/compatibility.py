@@ -78,8 +78,8 @@ def check(
         )
     if ditto is not None:
         _check_ditto(rule, layout)
-    for place, transform in enumerate(transforms, start=1):
-        _check_transform(transform, rule, model, last=place == len(transforms) and codec is None)
+    for transform in transforms:
+        _check_transform(transform, rule, model)
     _check_payload(rule, model, codec, max_weight_share, transforms)
 
 
@@ -123,16 +123,16 @@ def _check_payload(
             "a hub that sees no single update cannot cut the weight of one",
             "Leave max_weight_share out",
         )
-    if transforms and codec is None and asked is transforms[-1].keeps_names:
-        payload = "a payload of its own" if asked else "values"
+    if transforms and asked is transforms[-1].keeps_names:
+        wanted = "a payload of its own" if asked else "values" if codec is None else "a delta for the codec"
         _refuse(
             f"aggregation={rule.name!r} and transform {transforms[-1].name!r:.80} at the end",
-            f"the rule asks for {payload}, and the transform makes something else",
-            "Use the aggregation and the transform that belong together",
+            f"asked for is {wanted}, and the transform makes something else",
+            "Use those that belong together",
         )
 
 
-def _check_transform(transform: UpdateTransform, rule: Rule, model: Mapping[str, TensorInfo], *, last: bool) -> None:
+def _check_transform(transform: UpdateTransform, rule: Rule, model: Mapping[str, TensorInfo]) -> None:
     what = f"aggregation={rule.name!r} and transform {transform.name!r:.80}"
     if transform.needs_sum and not rule.summable:
         _refuse(
@@ -145,12 +145,6 @@ def _check_transform(transform: UpdateTransform, rule: Rule, model: Mapping[str,
             what,
             "the rule writes the factors anew every round, so what the transform carries means nothing in the next one",
             f"Use {_either(_LINEAR)}",
-        )
-    if not transform.keeps_names and not last:
-        _refuse(
-            f"transform {transform.name!r:.80} and what comes after it",
-            "it makes something else than a delta, which neither a codec nor another transform can use",
-            "Put it last, and leave codec out",
         )
 
 

@@ -118,3 +118,34 @@ class Collection(ABC):
         Raises:
             FederationError: The answers are of no use; the round comes to nothing.
         """
+
+
+class Around(Collection):
+    """A collection around another one, of a round that has begun: what it does not do in its own way, that one does."""
+
+    def __init__(self, inner: Collection) -> None:
+        self.inner = inner
+
+    def zero(self, about: Round) -> None:
+        """As the inner one."""
+        self.inner.zero(about)
+
+    def check(self, given: Contribution) -> None:
+        """As the inner one."""
+        self.inner.check(given)
+
+    def add(self, given: Contribution) -> None:
+        """As the inner one."""
+        self.inner.add(given)
+
+    def payload(self, layout: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo] | None:
+        """As the inner one."""
+        return self.inner.payload(layout)
+
+    def between(self, ask: Ask) -> None:
+        """As the inner one."""
+        self.inner.between(ask)
+
+    def finish(self) -> Combined:
+        """As the inner one."""
+        return self.inner.finish()

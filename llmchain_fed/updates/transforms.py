@@ -76,7 +76,7 @@ class UpdateTransform(ABC):
 
 
 def checked_transforms(transforms: Iterable[UpdateTransform]) -> tuple[UpdateTransform, ...]:
-    """The transforms, if they are some, and each has a name of its own.
+    """The transforms, if each has a name of its own and can use what comes out of the one before.
 
     Raises:
         ConfigError: They do not.
@@ -95,6 +95,9 @@ def checked_transforms(transforms: Iterable[UpdateTransform]) -> tuple[UpdateTra
                 f"a transform needs a name of its own without '/', other than {RESIDUAL!r}, got {transform.name!r:.80}."
             )
             raise ConfigError(msg)
+    if not all(transform.keeps_names for transform in found[:-1]):
+        msg = "a transform that makes something else than a delta is the last one: no other can use that. Put it last."
+        raise ConfigError(msg)
     return found
 
 

@@ -15,6 +15,7 @@ from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.target import Target
+from llmchain_fed.updates.aggregation import RunningMean
 from llmchain_fed.updates.aggregation.base import Rule
 from llmchain_fed.updates.collection import Collection, Combined
 from llmchain_fed.updates.serialization import TensorInfo
@@ -182,6 +183,27 @@ def test_a_sum_that_stays_masked_changes_nothing(make_chain):
     assert all(torch.equal(after[n], t) for n, t in before.items())
 
 
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_one_that_sees_plain_updates_may_ask_as_well(share, make_chain):
+    """Every participant that trained is asked once, before the end."""
+
+    class Asks(RunningMean):
+        def between(self, ask):
+            self.told = ask("unmask", dict.fromkeys(["a", "c"], b'["b"]'))
+
+    collection = Asks()
+    fed = FederatedAveraging(
+        make_chain(lora=True), participants=SHARES, aggregation=collection, max_weight_share=share, progress=False
+    )
+    for name in ("a", "c"):
+        telling(fed._peers[name])
+    fed.fit(1)
+    assert {name: json.loads(answer) for name, answer in collection.told.items()} == {
+        "a": {"b": 1000},
+        "c": {"b": 1002},
+    }
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -197,10 +219,10 @@ def test_what_needs_single_updates_is_refused(options, reason, make_chain):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"transforms": [Masked()]}, "the rule asks for values, and the transform makes something else"),
+        ({"transforms": [Masked()]}, "asked for is values, and the transform makes something else"),
         ({"transforms": [Masked()], "aggregation": "fednova"}, "does not say that a sum is all it needs"),
         ({"transforms": [Masked()], "aggregation": MaskedSum()}, "declare your own rule summable if it is"),
-        ({"transforms": [Plain()], "aggregation": MaskedSum()}, "the rule asks for a payload of its own, and"),
+        ({"transforms": [Plain()], "aggregation": MaskedSum()}, "asked for is a payload of its own, and"),
     ],
 )
 def test_a_payload_and_what_makes_it_belong_together(options, reason, make_chain):

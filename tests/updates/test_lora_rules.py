@@ -24,7 +24,7 @@ from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.target import Target
-from llmchain_fed.updates.aggregation import AGGREGATIONS
+from llmchain_fed.updates.aggregation import AGGREGATIONS, RunningMean, make_aggregation
 from llmchain_fed.updates.aggregation.gap import AggregationGap
 from llmchain_fed.updates.collection import Contribution, Round
 from llmchain_fed.updates.lora_layout import LoraLayout
@@ -583,6 +583,36 @@ def test_a_weight_that_is_no_share_is_refused_and_the_rest_stands(name, weight):
     for layer, more in outcome.remainder.items():
         found[layer] = found[layer] + more.b.double() @ more.a.double()
     assert furthest(found, product(client, LAYOUT.scaling)) < 1e-4
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_a_rule_is_summable_if_one_update_can_be_the_mean_of_all(name):
+    """What a hub that sees nothing but a weighted sum can do: the declaration is true of every rule, either way."""
+    start, clients = random_state(0, far=0.3), [random_state(i, far=0.3) for i in (1, 2, 3)]
+    weights, steps = (1, 5, 2), (3, 7, 4)
+    mean = {n: sum(w / 8 * c[n].double() for w, c in zip(weights, clients, strict=True)).float() for n in start}
+    parts = [given(c, w, steps=s) for c, w, s in zip(clients, weights, steps, strict=True)]
+    apart, *_ = combined(name, parts, start)
+    at_once, *_ = combined(name, [given(mean, 8, steps=4)], start)
+    distance = furthest(apart, at_once)
+    assert distance < 1e-5 if AGGREGATIONS[name].summable else distance > 1e-2
+    assert not make_aggregation(RunningMean()).summable, "somebody's own rule must say so itself"
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_what_a_rule_declares_of_its_outcome_is_so(name):
+    rule, start, ranks = AGGREGATIONS[name], random_state(0), (4, 2, 3)
+    if not rule.mixed_ranks:
+        ranks = (4, 4, 4)
+    own = [None if rank == 4 else {"x": 2.0, "y": 0.5} for rank in ranks]
+    clients = [given(random_state(i, rank), 1.0, s) for i, (rank, s) in enumerate(zip(ranks, own, strict=True))]
+    _, values, remainder = combined(name, clients, start)
+    grown = rule.remainder_rank(ranks) if rule.remainder_rank is not None else 0
+    assert [more.rank for more in remainder.values()] == ([grown] * len(SHAPES) if grown else [])
+    assert rule.restarts == all(not bool(t.any()) for n, t in values.items() if n.endswith(B))
+    unshared = [n for n in start if rule.shares(0) != "all" and not n.endswith(A if rule.shares(0) == "A" else B)]
+    assert rule.rewrites or all(torch.equal(values[n], start[n]) for n in unshared)
+    assert rule.alternates == (name == "rolora")
 
 
 @pytest.mark.parametrize("shares", [[0.2, 0.5, 0.3]])

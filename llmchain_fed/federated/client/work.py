@@ -32,7 +32,7 @@ from llmchain_fed.training.loop import TrainingConfig, TrainingResult, train_loc
 from llmchain_fed.updates.codecs import make_codec
 from llmchain_fed.updates.codecs.error_feedback import Encoding
 from llmchain_fed.updates.lora_layout import selected
-from llmchain_fed.updates.transforms import Origin, UpdateTransform, added, transformed
+from llmchain_fed.updates.transforms import Origin, UpdateTransform, added, checked_transforms, transformed
 from llmchain_fed.updates.update import Update
 
 
@@ -47,7 +47,7 @@ class ClientWork:
         transforms: What happens to an update before it is sent, one after the other.
 
     Raises:
-        ConfigError: The participant's own options are not valid.
+        ConfigError: The participant's own options, or the transforms, are not valid.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ClientWork:
         samples: int | None,
         transforms: Sequence[UpdateTransform] = (),
     ) -> None:
-        self._transforms = tuple(transforms)
+        self._transforms = checked_transforms(transforms)
         self._target, self._model = target, target.model
         self._participant, self._name = participant, participant.name
         self._samples = samples

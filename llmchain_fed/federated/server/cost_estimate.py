@@ -118,7 +118,9 @@ def _infos(server: Server, node: str | None, part: Part) -> dict[str, TensorInfo
 
 
 def _update_bytes(server: Server, node: str, number: int) -> int:
-    return _message_bytes(_infos(server, node, server.settings.rule.shares(number)), server.settings.codec)
+    rule, codec = server.settings.rule, server.settings.codec
+    values = _infos(server, node, rule.shares(number))
+    return _message_bytes(dict(rule.collection().payload(values) or values), codec)
 
 
 class _Downlink:

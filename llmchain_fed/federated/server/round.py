@@ -211,9 +211,10 @@ class OpenRound:
 
     def _record_refusals(self) -> None:
         """Says so of updates that were kept until their weights were known, and could not be used then."""
-        for name, error in self._capped.refused.items() if self._capped is not None else ():
-            if self._weights.pop(name, None) is not None:
-                self.records[name].status, self.records[name].reason = "refused", told_of(error)
+        while self._capped is not None and self._capped.refused:
+            name, error = self._capped.refused.popitem()
+            del self._weights[name]
+            self.records[name].status, self.records[name].reason = "refused", told_of(error)
 
     def refuse_twice(self, name: str) -> None:
         """Makes sure that no update of this participant is in yet; one that could not be used may come again.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.updates.aggregation.base import Rule
-from llmchain_fed.updates.collection import Collection, Combined, Contribution, Round
+from llmchain_fed.updates.collection import Around, Collection, Combined, Contribution, Round
 from llmchain_fed.updates.lora_layout import LoraLayout
 from llmchain_fed.updates.low_rank import Factors, as_shares, norms_of_mean
 
@@ -116,8 +116,8 @@ class _Sketch:
         return self._columns[n]
 
 
-class WithGap(Collection):
-    """Another collection, and beside it the gap of what it is given.
+class WithGap(Around):
+    """A collection, and beside it the gap of what it is given.
 
     Args:
         inner: That collection, of a round that has begun.
@@ -126,24 +126,17 @@ class WithGap(Collection):
     """
 
     def __init__(self, inner: Collection, rule: Rule, about: Round) -> None:
-        self._inner, self._personal, self._part = inner, rule.personal, rule.shares(about.number)
+        super().__init__(inner)
+        self._personal, self._part = rule.personal, rule.shares(about.number)
         self._plain = about.layout is not None and not about.layout.refused
         self._gap: AggregationGap | None = None
         self._measured: float | None = None
         if about.layout is not None and self._plain and self._part == "all" and not rule.keeps_updates:
             self._gap = AggregationGap(about.layout)
 
-    def zero(self, about: Round) -> None:
-        """Begins the inner one's round."""
-        self._inner.zero(about)
-
-    def check(self, given: Contribution) -> None:
-        """Asks the inner one."""
-        self._inner.check(given)
-
     def add(self, given: Contribution) -> None:
         """Hands it on, and measures it where ranks are one."""
-        self._inner.add(given)
+        super().add(given)
         if given.scaling is not None:
             self._gap = None  # factors of different ranks have no mean
         elif self._gap is not None:
@@ -151,7 +144,7 @@ class WithGap(Collection):
 
     def finish(self) -> Combined:
         """What the inner one makes."""
-        found = self._inner.finish()
+        found = super().finish()
         self._measured = getattr(found, "gap", None)
         return found
 

@@ -24,7 +24,7 @@ from typing import Annotated
 from pydantic import Field
 
 from llmchain_fed.errors import ConfigError, LLMChainFedError
-from llmchain_fed.updates.collection import Collection, Combined, Contribution, Round
+from llmchain_fed.updates.collection import Around, Collection, Combined, Contribution
 
 SMALLEST = 1e-6
 """a share of one in a million: no round has more participants, and 1/share is a count"""
@@ -65,8 +65,8 @@ def cut(weights: Mapping[str, float], share: float) -> dict[str, float]:
     return dict.fromkeys(weights, 1.0)
 
 
-class CappedWeights(Collection):
-    """Another collection whose weights are cut; it keeps the updates of a round whose weight may have to be.
+class CappedWeights(Around):
+    """A collection whose weights are cut; it keeps the updates of a round whose weight may have to be.
 
     Args:
         inner: That collection, of a round that has begun.
@@ -74,7 +74,8 @@ class CappedWeights(Collection):
     """
 
     def __init__(self, inner: Collection, share: float) -> None:
-        self._inner, self.share = inner, share
+        super().__init__(inner)
+        self.share = share
         self._most = int(1 / share + _NEARLY)
         self._kept: list[tuple[float, int, Contribution]] = []  # a heap: the least weight first
         self._count = 0
@@ -85,17 +86,9 @@ class CappedWeights(Collection):
         self.refused: dict[str, LLMChainFedError] = {}
         """participant → why its update, which was kept until then, could not be used after all"""
 
-    def zero(self, about: Round) -> None:
-        """Begins the inner one's round."""
-        self._inner.zero(about)
-
-    def check(self, given: Contribution) -> None:
-        """Asks the inner one."""
-        self._inner.check(given)
-
     def add(self, given: Contribution) -> None:
         """Takes one in, and hands on one whose weight will not be cut, whoever else comes."""
-        self._inner.check(given)  # before it is kept: later it could not be refused
+        self.check(given)  # before it is kept: later it could not be refused
         self._count += 1
         self.weights[given.participant] = given.weight
         item = (given.weight, -self._count, given)
@@ -106,7 +99,7 @@ class CappedWeights(Collection):
 
     def _add(self, given: Contribution) -> None:
         try:
-            self._inner.add(given)
+            super().add(given)
         except LLMChainFedError as error:
             self.refused[given.participant] = error
             del self.weights[given.participant]
@@ -124,4 +117,4 @@ class CappedWeights(Collection):
             if abs(was - now) > _SEEN and (few or weight != given.weight):
                 self.notes[name] = f"its update weighs {now:.4g} of the round, not {was:.4g}: {why}"
             self._add(replace(given, weight=weight))
-        return self._inner.finish()
+        return super().finish()
