@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from llmchain_fed.tracking.trackio import Trackio
     from llmchain_fed.training.evaluation import evaluate_locally
     from llmchain_fed.training.loop import TrainingConfig, train_locally
+    from llmchain_fed.updates.collection import Collection, Combined
     from llmchain_fed.updates.server_optimizers import (
         DiLoCo,
         FedAdagrad,
@@ -72,11 +73,14 @@ if TYPE_CHECKING:
         Reptile,
         TorchServerOptimizer,
     )
+    from llmchain_fed.updates.transforms import UpdateTransform
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Callback": "federated.callbacks",
+    "Collection": "updates.collection",
+    "Combined": "updates.collection",
     "ConsoleTable": "tracking.console",
     "DataReport": "data.encoding",
     "DiLoCo": "updates.server_optimizers",
@@ -103,6 +107,7 @@ _HOMES = {
     "TorchServerOptimizer": "updates.server_optimizers",
     "Trackio": "tracking.trackio",
     "TrainingConfig": "training.loop",
+    "UpdateTransform": "updates.transforms",
     "evaluate_locally": "training.evaluation",
     "list_chains": "library",
     "list_prompts": "library",
@@ -116,6 +121,8 @@ __all__ = [
     "ChainFileError",
     "ChatTemplateError",
     "CheckpointError",
+    "Collection",
+    "Combined",
     "ConfigError",
     "ConsoleTable",
     "ContractError",
@@ -167,6 +174,7 @@ __all__ = [
     "UnsayableError",
     "UnsupportedModelError",
     "UpdateRefusedError",
+    "UpdateTransform",
     "WeightsMismatchError",
     "__version__",
     "evaluate_locally",

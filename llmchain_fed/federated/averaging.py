@@ -42,10 +42,12 @@ from llmchain_fed.federated.settings import make_settings
 from llmchain_fed.federated.target import Target
 from llmchain_fed.training import trainable
 from llmchain_fed.training.loop import TrainingConfig
-from llmchain_fed.updates.aggregation import Aggregation, Weighting
+from llmchain_fed.updates.aggregation import Weighting
 from llmchain_fed.updates.aggregation.base import Rule
 from llmchain_fed.updates.codecs.base import Codec
+from llmchain_fed.updates.collection import Collection
 from llmchain_fed.updates.server_optimizers import ServerOptimizer
+from llmchain_fed.updates.transforms import UpdateTransform, checked_transforms
 
 
 class FederatedAveraging(ManualRounds):
@@ -67,12 +69,14 @@ class FederatedAveraging(ManualRounds):
         batch_size: examples per optimizer step.
         training: Everything else about local training.
         aggregation: "fedavg", "fednova"; for LoRA "fedit", "ffa", "rolora", "fedsa", "fedsvd", "fedex", "flora",
-            "flexlora" (what each promises: `llmchain_fed.updates.aggregation`); or an object with `start`.
+            "flexlora" (what each promises: `llmchain_fed.updates.aggregation`); or your own `Collection` or `Rule`.
         server_optimizer: Moves the global weights along the mean update (`FedAdam()`, `DiLoCo()` …); None loads the
             mean itself.
         codec: What updates travel as: "bf16", "int8", "int4", "topk" or "topk:0.01", with error feedback; None sends
             the trained values bit by bit.
         broadcast_codec: Likewise for changes of the global weights on their way to the participants.
+        transforms: What happens to an update at its participant before it is sent, one after the other and before the
+            codec: `UpdateTransform` objects of your own, for participants of this process.
         personal: `Ditto(lam=…)`: every participant also trains a personal adapter.
         runtime: Where participants run; None is this process.
         evaluation: What held-out loss is measured on: a share of each participant's examples set apart (0.1), a mapping
@@ -117,10 +121,11 @@ class FederatedAveraging(ManualRounds):
         lr: float | None = None,
         batch_size: int | None = None,
         training: TrainingConfig | None = None,
-        aggregation: str | Aggregation | Rule = "fedavg",
+        aggregation: str | Collection | Rule = "fedavg",
         server_optimizer: ServerOptimizer | None = None,
         codec: str | Codec | None = None,
         broadcast_codec: str | Codec | None = None,
+        transforms: Sequence[UpdateTransform] = (),
         personal: Ditto | None = None,
         runtime: Transport | None = None,
         evaluation: float | Mapping[str, Examples] | Examples | None = None,
@@ -157,6 +162,13 @@ class FederatedAveraging(ManualRounds):
         if runtime is not None and self._cluster is None and named_participants:
             msg = "give participants (they run in this process) or a runtime (which knows its own), not both."
             raise ConfigError(msg)
+        self._transforms = checked_transforms(transforms)
+        if transforms and runtime is not None and self._cluster is None:
+            msg = (
+                "transforms are code, and no code travels to the participants that a runtime brings. Leave them out, "
+                "use codec=, or let participants= run in this process."
+            )
+            raise ConfigError(msg)
         if runtime is not None and not isinstance(runtime, (Cluster, InProcess)):
             check_travels(self._training)
         evaluator = Evaluator(self._target, evaluation, samples=samples, seed=seed)
@@ -171,6 +183,7 @@ class FederatedAveraging(ManualRounds):
             server_optimizer=server_optimizer,
             codec=codec,
             broadcast_codec=broadcast_codec,
+            transforms=self._transforms,
             personal=personal,
             weighting=weighting,
             max_weight_share=max_weight_share,
@@ -368,4 +381,6 @@ class FederatedAveraging(ManualRounds):
                 self._screen.report(name, report)
 
     def _peer(self, participant: Participant) -> Client:
-        return Client(self._target, participant, self._training, global_states=self._global_states)
+        return Client(
+            self._target, participant, self._training, global_states=self._global_states, transforms=self._transforms
+        )

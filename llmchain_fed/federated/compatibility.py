@@ -15,17 +15,26 @@ Knows what rules, codecs, server optimizers and personal models promise. Knows n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.client.personalization import Ditto
 from llmchain_fed.training.loop import TrainingConfig
-from llmchain_fed.updates.aggregation.base import LoraLayout, Rule
+from llmchain_fed.updates.aggregation import AGGREGATIONS
+from llmchain_fed.updates.aggregation.base import Rule
+from llmchain_fed.updates.codecs import CODECS
 from llmchain_fed.updates.codecs.base import Codec
+from llmchain_fed.updates.lora_layout import LoraLayout
+from llmchain_fed.updates.serialization import TensorInfo
 from llmchain_fed.updates.server_optimizers import Reptile
+from llmchain_fed.updates.transforms import UpdateTransform
 
-_FINE = ("bf16", "int8")  # codecs precise enough to go without error feedback
+_SUMMABLE = [name for name, rule in AGGREGATIONS.items() if rule.summable]
+_MIXED = [repr(name) for name, rule in AGGREGATIONS.items() if rule.mixed_ranks]
+_LINEAR = [
+    name for name, rule in AGGREGATIONS.items() if rule.lora and rule.summable and not (rule.regauges or rule.personal)
+]
 
 
 def check(
@@ -37,6 +46,9 @@ def check(
     server_optimizer: Any,
     ditto: Ditto | None,
     training: Sequence[TrainingConfig],
+    transforms: Sequence[UpdateTransform],
+    model: Mapping[str, TensorInfo],
+    max_weight_share: float | None,
 ) -> None:
     """Makes sure that a federation's options agree, before anything starts.
 
@@ -45,11 +57,11 @@ def check(
     """
     rule.check(layout)
     name = rule.name
-    if server_optimizer is not None and not rule.linear:
+    if server_optimizer is not None and rule.keeps_product:
         _refuse(
             f"aggregation={name!r} and a server optimizer",
             "it would move A and B apart, and their product would no longer be the participants' mean",
-            "Leave server_optimizer out, or use a rule that is linear: fedit, ffa, rolora",
+            f"Leave server_optimizer out, or use a rule that is linear: {', '.join(_LINEAR)}",
         )
     if server_optimizer is not None and rule.regauges and not isinstance(server_optimizer, Reptile):
         _refuse(
@@ -57,14 +69,30 @@ def check(
             "it writes the factors anew every round, so a momentum of the round before points elsewhere",
             "Use Reptile(step_size=…), which keeps none, or leave server_optimizer out",
         )
-    if codec is not None and rule.regauges and codec.name not in _FINE:
+    _check_codecs(rule, codec, broadcast_codec)
+    if any(config.keep_optimizer for config in training) and (rule.regauges or rule.alternates):
+        _refuse(
+            f"aggregation={name!r} and keep_optimizer",
+            "the kept moments belong to the factors of the round before, which are others now",
+            "Leave keep_optimizer out",
+        )
+    if ditto is not None:
+        _check_ditto(rule, layout)
+    for transform in transforms:
+        _check_transform(transform, rule, model)
+    _check_payload(rule, model, codec, max_weight_share, transforms)
+
+
+def _check_codecs(rule: Rule, codec: Codec | None, broadcast_codec: Codec | None) -> None:
+    name = rule.name
+    if codec is not None and rule.regauges and codec.needs_feedback:
         _refuse(
             f"aggregation={name!r} and codec={codec.name!r}",
             "it writes the factors anew every round, so what a codec left out in one round means nothing in the next, "
             "and error feedback cannot bring it back",
-            f"Use {' or '.join(_FINE)}",
+            f"Use {' or '.join(name for name, made in CODECS.items() if not made().needs_feedback)}",
         )
-    if broadcast_codec is not None and (rule.regauges or not rule.linear):
+    if broadcast_codec is not None and (rule.regauges or rule.keeps_product):
         why = "it writes the factors anew every round, so coding their change would blur the whole model"
         if not rule.regauges:
             why = "it takes the global factors from participants, who never saw what the codec had left out"
@@ -73,14 +101,51 @@ def check(
             why,
             "Leave broadcast_codec out; codec= for updates is fine",
         )
-    if any(config.keep_optimizer for config in training) and (rule.regauges or name == "rolora"):
+
+
+def _check_payload(
+    rule: Rule,
+    model: Mapping[str, TensorInfo],
+    codec: Codec | None,
+    max_weight_share: float | None,
+    transforms: Sequence[UpdateTransform],
+) -> None:
+    asked = rule.collection().payload(model) is not None
+    if asked and codec is not None:
         _refuse(
-            f"aggregation={name!r} and keep_optimizer",
-            "the kept moments belong to the factors of the round before, which are others now",
-            "Leave keep_optimizer out",
+            f"aggregation={rule.name!r} and codec={codec.name!r}",
+            "the rule asks for a payload of its own, which no codec makes",
+            "Leave codec out",
         )
-    if ditto is not None:
-        _check_ditto(rule, layout)
+    if max_weight_share is not None and (asked or any(transform.needs_sum for transform in transforms)):
+        _refuse(
+            "max_weight_share and updates that are only summed",
+            "a hub that sees no single update cannot cut the weight of one",
+            "Leave max_weight_share out",
+        )
+    if transforms and asked is transforms[-1].keeps_names:
+        wanted = "a payload of its own" if asked else "values" if codec is None else "a delta for the codec"
+        _refuse(
+            f"aggregation={rule.name!r} and transform {transforms[-1].name!r:.80} at the end",
+            f"asked for is {wanted}, and the transform makes something else",
+            "Use those that belong together",
+        )
+
+
+def _check_transform(transform: UpdateTransform, rule: Rule, model: Mapping[str, TensorInfo]) -> None:
+    what = f"aggregation={rule.name!r} and transform {transform.name!r:.80}"
+    if transform.needs_sum and not rule.summable:
+        _refuse(
+            what,
+            "only the sum of its outcomes means something, and the rule does not say that a sum is all it needs",
+            f"Use {_either(_SUMMABLE)}, or declare your own rule summable if it is",
+        )
+    if transform.carries(model) and rule.regauges:
+        _refuse(
+            what,
+            "the rule writes the factors anew every round, so what the transform carries means nothing in the next one",
+            f"Use {_either(_LINEAR)}",
+        )
 
 
 def _check_ditto(rule: Rule, layout: LoraLayout | None) -> None:
@@ -89,12 +154,12 @@ def _check_ditto(rule: Rule, layout: LoraLayout | None) -> None:
         _refuse(what, "personal models are LoRA adapters beside one base", "Give the chain a plain LoRA adapter")
     if rule.personal:
         _refuse(what, "its B is personal already", "Leave personal out: with_adapter(name) answers with it")
-    if rule.regauges or not rule.linear:
+    if rule.regauges or rule.keeps_product:
         _refuse(
             what,
             "it rewrites the global factors or moves part of them into a remainder, so a personal model pulled towards "
             "them would be pulled to something else",
-            "Use fedit, ffa or rolora, or fed.personalize() after the last round",
+            f"Use {_either(_LINEAR)}, or fed.personalize() after the last round",
         )
 
 
@@ -109,7 +174,7 @@ def check_rank(rule: Rule, participant: str, rank: int | None, layout: LoraLayou
     if not rule.mixed_ranks:
         msg = (
             f"participant {participant!r} trains rank {rank}, and aggregation={rule.name!r} needs one rank for all: "
-            "factors of different shapes have no mean. Use 'flora' or 'flexlora'."
+            f"factors of different shapes have no mean. Use {_either(_MIXED)}."
         )
         raise ConfigError(msg)
     if layout is None or layout.rank is None or rank > layout.rank:
@@ -118,6 +183,10 @@ def check_rank(rule: Rule, participant: str, rank: int | None, layout: LoraLayou
             f"{layout.rank if layout else 'no LoRA'}: it must be the largest. Give the chain a LoraConfig of that rank."
         )
         raise ConfigError(msg)
+
+
+def _either(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _refuse(what: str, why: str, remedy: str) -> None:

@@ -20,11 +20,14 @@ from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.updates import server_optimizers
 from llmchain_fed.updates.aggregation import Weighting, make_aggregation
-from llmchain_fed.updates.aggregation.base import LoraLayout, Rule
+from llmchain_fed.updates.aggregation.base import Rule
 from llmchain_fed.updates.aggregation.weight_share import checked_share
 from llmchain_fed.updates.codecs import make_codec, spec
 from llmchain_fed.updates.codecs.base import Codec
+from llmchain_fed.updates.lora_layout import LoraLayout
+from llmchain_fed.updates.serialization import describe
 from llmchain_fed.updates.server_optimizers import ResumableServerOptimizer, ServerOptimizer
+from llmchain_fed.updates.transforms import UpdateTransform
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Settings:
     retries: int
     seed: int
     max_weight_share: float | None = None
+    transforms: tuple[UpdateTransform, ...] = ()
 
 
 def make_settings(
@@ -96,6 +100,9 @@ def make_settings(
         server_optimizer=optimizer,
         ditto=personal,
         training=configs,
+        transforms=given["transforms"],
+        model=describe(model.trainable_parameters()),
+        max_weight_share=given["max_weight_share"],
     )
     per_round = given["participants_per_round"]
     return Settings(
@@ -114,4 +121,5 @@ def make_settings(
         retries=retries,
         seed=given["seed"],
         max_weight_share=checked_share(given["max_weight_share"]),
+        transforms=given["transforms"],
     )

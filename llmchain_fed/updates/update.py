@@ -3,9 +3,9 @@
 Knows named tensors and counts. Knows nothing about training, aggregation or how bytes travel.
 
 Without a codec an update carries the trained values bit by bit; together with the broadcast it names, that is the
-delta (`Update.delta`). A float32 difference would not give the trained values back: 0.5 → 1e-6 needs more digits than a
+delta. A float32 difference would not give the trained values back: 0.5 → 1e-6 needs more digits than a
 float32 near −0.5 has, and one participant would no longer equal plain fine-tuning. With a codec it carries the delta's
-codes, and what they decode to is added to where the participant started.
+codes, and what they decode to is added to where the participant started. A collection may ask for a payload of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from llmchain_fed.untrusted import Strict, checked, shown
 from llmchain_fed.updates import serialization
 from llmchain_fed.updates.codecs.base import Codec
 from llmchain_fed.updates.serialization import TensorInfo
+from llmchain_fed.updates.transforms import added
 
 MAX_EXAMPLES = 10**9
 """examples or tokens that one participant may hold"""
@@ -76,10 +77,6 @@ class Update:
     num_tokens: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     codec: str | None = None
-
-    def delta(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Local − global, in float32, for the global `state` the participant started from."""
-        return {n: t.float() - state[n].float() for n, t in self.tensors.items()}
 
     def to_bytes(self) -> bytes:
         """Safetensors with a JSON header; what is counted as bytes up."""
@@ -174,7 +171,7 @@ class Expected:
         if self.codec is None:
             return tensors
         delta = self.codec.decode(tensors, self.layout)
-        return {n: (self.start[n].float() + change).to(self.layout[n].dtype) for n, change in delta.items()}
+        return added(self.start, delta)
 
     def check_header(self, found: Mapping[str, Any]) -> UpdateHeader:
         """Who, when, over what, and plausible counts.

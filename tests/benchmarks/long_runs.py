@@ -31,8 +31,9 @@ from transformers.utils import logging as transformers_logging
 from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, TrainingConfig, train_locally
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.updates.aggregation import make_aggregation
-from llmchain_fed.updates.aggregation.base import Contribution, LoraLayout, Round
 from llmchain_fed.updates.aggregation.gap import AggregationGap
+from llmchain_fed.updates.collection import Contribution, Round
+from llmchain_fed.updates.lora_layout import LoraLayout
 
 PAIRS = [(f"Save the page number {i}", f"Enregistrer la page numéro {i}") for i in range(48)]
 
@@ -88,7 +89,7 @@ def combine(rule: str, folder: Path, count: int) -> None:
         for k in range(count):
             collector.add(Contribution(load_file(folder / str(k)), 48.0, 6))
         began = time.perf_counter()
-        outcome = collector.combine()
+        outcome = collector.finish()
         seconds[0] = time.perf_counter() - began
         return outcome
 

@@ -144,6 +144,7 @@ def aggregate(updates: str) -> None:
     """
     from llmchain_fed.updates import serialization
     from llmchain_fed.updates.aggregation import RunningMean
+    from llmchain_fed.updates.collection import Contribution
     from llmchain_fed.updates.update import Expected, Update
 
     count = int(updates)
@@ -165,15 +166,15 @@ def aggregate(updates: str) -> None:
     def stream() -> None:
         accumulator = RunningMean()
         for i in range(count):
-            accumulator.add(arrived[i % 4], 96.0)
-        accumulator.result()
+            accumulator.add(Contribution(arrived[i % 4], 96.0))
+        accumulator.finish()
 
     def stream_bytes() -> None:
         accumulator = RunningMean()
         for i in range(count):
             update = Update.from_bytes(packed[i % 4], wanted)
-            accumulator.add(update.tensors, float(update.num_examples))
-        accumulator.result()
+            accumulator.add(Contribution(update.tensors, float(update.num_examples)))
+        accumulator.finish()
 
     copy(), stream(), stream_bytes()
     measured: dict[str, list[float]] = {"copy": [], "ours": [], "from_bytes": []}

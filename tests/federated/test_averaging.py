@@ -42,6 +42,7 @@ from llmchain_fed.errors import (
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
 from llmchain_fed.federated.participant import hold_out
 from llmchain_fed.federated.runtime import InProcess
+from llmchain_fed.updates.collection import Collection, Combined
 
 FAST = TrainingConfig(optimizer="sgd", learning_rate=0.05, batch_size=16)
 SHARES = {"a": PAIRS[:5], "b": PAIRS[5:9], "c": PAIRS[9:]}
@@ -783,17 +784,17 @@ def test_a_server_optimizer_of_ones_own(lr, battery):
 def test_an_aggregation_of_ones_own(make_chain):
     """The seam: the last update wins; the weights are exactly that participant's."""
 
-    class Last:
+    class Last(Collection):
         name = "last"
 
-        def start(self, state):
-            return self
+        def zero(self, about):
+            self.kept = {}
 
-        def add(self, tensors, weight):
-            self.kept = {n: t.clone() for n, t in tensors.items()}
+        def add(self, given):
+            self.kept = {n: t.clone() for n, t in given.tensors.items()}
 
-        def result(self):
-            return self.kept
+        def finish(self):
+            return Combined(self.kept)
 
     chain = make_chain()
     federation(chain, aggregation=Last()).fit(rounds=1)

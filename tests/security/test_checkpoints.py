@@ -38,7 +38,7 @@ from llmchain_fed.federated.checkpoint import files as checkpoint
 from llmchain_fed.federated.checkpoint import fitting
 from llmchain_fed.federated.checkpoint.manager import read_for
 from llmchain_fed.federated.client.state import Progress
-from llmchain_fed.updates.aggregation.base import A, B
+from llmchain_fed.updates.lora_layout import A, B
 
 FOLDER = "round-000002"
 
@@ -518,7 +518,7 @@ def test_a_personal_adapter_may_be_as_wide_as_a_remainder_beside_it_makes_it():
 
     def check(rank):
         own = {f"x.{A}": torch.zeros(rank, 4), f"x.{B}": torch.zeros(6, rank)}
-        fitting._check_progress(0, Progress(personal=own), shapes, ["x"])
+        fitting._check_progress(0, Progress(personal=own), shapes, ["x"], {})
 
     check(2)
     check(6)

@@ -15,8 +15,8 @@ from tiny import PAIRS
 from llmchain_fed import FederatedAveraging
 from llmchain_fed.errors import ConfigError, FederationError
 from llmchain_fed.updates import server_optimizers
-from llmchain_fed.updates.aggregation import AGGREGATIONS, RunningMean, make_aggregation, weighted_average
-from llmchain_fed.updates.aggregation.base import Contribution, Round
+from llmchain_fed.updates.aggregation import AGGREGATIONS, RunningMean, make_aggregation
+from llmchain_fed.updates.collection import Collection, Combined, Contribution, Round
 from llmchain_fed.updates.server_optimizers import FedAvgM
 
 SHAPES = {"a": (3, 4), "b": (5,), "scalar": (), "c.weight": (2, 1, 3)}
@@ -38,6 +38,13 @@ def block_of(state):
     flat = torch.cat([t.reshape(-1) for t in state.values()])
     parts = torch.split(flat, [t.numel() for t in state.values()])
     return {n: part.view(t.shape) for (n, t), part in zip(state.items(), parts, strict=True)}
+
+
+def weighted_average(pairs):
+    mean = RunningMean()
+    for state, weight in pairs:
+        mean.add(Contribution(state, weight))
+    return mean.finish().values
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 200])
@@ -106,13 +113,13 @@ def test_nothing_is_shared_with_what_came_in():
     one, two = states(2)
     kept = {n: t.clone() for n, t in one.items()}
     mean = RunningMean()
-    mean.add(one, 1)
-    mean.add(two, 1)
+    mean.add(Contribution(one, 1))
+    mean.add(Contribution(two, 1))
     assert all(torch.equal(one[n], kept[n]) for n in one)
-    first = mean.result()
+    first = mean.finish().values
     one["b"].fill_(9e9)
     first["a"].fill_(9e9)
-    again = mean.result()
+    again = mean.finish().values
     assert float(again["a"].abs().max()) < 10
     assert float(again["b"].abs().max()) < 10
 
@@ -120,16 +127,16 @@ def test_nothing_is_shared_with_what_came_in():
 def test_a_single_update_is_not_handed_through_by_reference():
     (state,) = states(1)
     mean = RunningMean()
-    mean.add(state, 5)
+    mean.add(Contribution(state, 5))
     state["b"].zero_()
-    assert float(mean.result()["b"].abs().max()) > 0
+    assert float(mean.finish().values["b"].abs().max()) > 0
 
 
 def test_an_accumulator_holds_one_state_however_many_come():
     """The updates are let go as soon as they are in, and what is held does not grow."""
     mean, sizes, alive = RunningMean(), [], []
     for state in states(60):
-        mean.add(state, 1)
+        mean.add(Contribution(state, 1))
         alive += [weakref.ref(t) for t in state.values()]
         sizes.append(len(pickle.dumps(mean)))
     del state
@@ -143,11 +150,11 @@ def test_a_weight_that_is_no_positive_number_is_refused(weight):
     one, two = states(2)
     mean = RunningMean()
     with pytest.raises(FederationError, match="positive and finite"):
-        mean.add(one, weight)
-    mean.add(one, 2)
+        mean.add(Contribution(one, weight))
+    mean.add(Contribution(one, 2))
     with pytest.raises(FederationError, match="positive and finite"):
-        mean.add(two, weight)
-    assert all(torch.equal(mean.result()[n], one[n]) for n in one)
+        mean.add(Contribution(two, weight))
+    assert all(torch.equal(mean.finish().values[n], one[n]) for n in one)
 
 
 @pytest.mark.parametrize(
@@ -164,12 +171,12 @@ def test_states_that_do_not_fit_leave_the_mean_as_it_was(change):
     """No broadcasting: (1,) into (2, 1, 3) would work in torch and mean nothing."""
     one, two = states(2)
     mean = RunningMean()
-    mean.add(one, 1)
+    mean.add(Contribution(one, 1))
     with pytest.raises(FederationError, match=r"differ|shape"):
-        mean.add(change(two), 1)
-    assert all(torch.equal(mean.result()[n], one[n]) for n in one)
-    mean.add(two, 1)
-    torch.testing.assert_close(mean.result()["a"], (one["a"] + two["a"]) / 2)
+        mean.add(Contribution(change(two), 1))
+    assert all(torch.equal(mean.finish().values[n], one[n]) for n in one)
+    mean.add(Contribution(two, 1))
+    torch.testing.assert_close(mean.finish().values["a"], (one["a"] + two["a"]) / 2)
 
 
 def test_no_update_is_no_mean():
@@ -185,31 +192,30 @@ def test_rules_by_name():
     assert {name: make_aggregation(name).name for name in AGGREGATIONS} == {name: name for name in wanted}
     with pytest.raises(ConfigError, match=r"unknown aggregation 'fedprox'. Valid: fedavg, fedex, fedit, fednova"):
         make_aggregation("fedprox")
-    with pytest.raises(ConfigError, match="object with start"):
+    with pytest.raises(ConfigError, match="a Collection with zero, add and finish"):
         make_aggregation(3)
 
 
 def test_a_rule_of_ones_own_combines_as_it_says():
-    class Largest:
+    class Largest(Collection):
         name = "largest"
 
-        def start(self, state):
-            self.found = dict(state)
-            return self
+        def zero(self, about):
+            self.found = dict(about.state)
 
-        def add(self, tensors, weight):
-            self.found = {n: torch.maximum(t, self.found[n]) for n, t in tensors.items()}
+        def add(self, given):
+            self.found = {n: torch.maximum(t, self.found[n]) for n, t in given.tensors.items()}
 
-        def result(self):
-            return self.found
+        def finish(self):
+            return Combined(self.found)
 
     rule = make_aggregation(Largest())
     collector = rule.begin(Round({"w": torch.tensor([0.0, 9.0])}, None))
     collector.add(Contribution({"w": torch.tensor([5.0, 1.0])}, 1.0))
-    assert (rule.name, collector.combine().values["w"].tolist()) == ("largest", [5.0, 9.0])
+    assert (rule.name, collector.finish().values["w"].tolist()) == ("largest", [5.0, 9.0])
 
 
-class Wrong:
+class Wrong(Collection):
     """A rule of one's own whose result is not what it should be."""
 
     name = "wrong"
@@ -217,29 +223,36 @@ class Wrong:
     def __init__(self, answer):
         self.answer = answer
 
-    def start(self, state):
+    def zero(self, about):
         self.tensors = {}
-        return self
 
-    def add(self, tensors, weight):
-        self.tensors = dict(tensors)
+    def add(self, given):
+        self.tensors = dict(given.tensors)
 
-    def result(self):
+    def finish(self):
         return self.answer(self.tensors)
 
 
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (lambda _: None, r"aggregation 'wrong' returned NoneType\. It must return a mapping of names to tensors"),
+        (lambda _: None, r"aggregation 'wrong': finish\(\) returned NoneType\. It must return Combined"),
+        (lambda tensors: tensors, r"aggregation 'wrong': finish\(\) returned dict\. It must return Combined"),
         (
-            lambda tensors: {n: t.numpy() for n, t in tensors.items()},
+            lambda _: Combined(None),
+            r"aggregation 'wrong' returned NoneType\. It must return a mapping of names to tensors",
+        ),
+        (
+            lambda tensors: Combined({n: t.numpy() for n, t in tensors.items()}),
             r"returned ndarray for .* Make it a torch\.Tensor",
         ),
-        (lambda tensors: {"x": torch.ones(1)}, r"1 tensors \['x'\] are not in the global weights"),
-        (lambda tensors: {n: t.flatten()[:1] for n, t in tensors.items()}, r"has shape \(1,\), the global weights' is"),
+        (lambda tensors: Combined({"x": torch.ones(1)}), r"1 tensors \['x'\] are not in the global weights"),
+        (
+            lambda tensors: Combined({n: t.flatten()[:1] for n, t in tensors.items()}),
+            r"has shape \(1,\), the global weights' is",
+        ),
     ],
-    ids=["nothing", "numpy", "other names", "other shapes"],
+    ids=["nothing", "a dict", "no values", "numpy", "other names", "other shapes"],
 )
 @pytest.mark.parametrize("options", [{}, {"broadcast_codec": "int8"}, {"server_optimizer": FedAvgM()}], ids=repr)
 def test_a_rule_of_ones_own_that_returns_no_weights_fails_its_round(answer, reason, options, make_chain):
@@ -254,32 +267,32 @@ def test_a_rule_of_ones_own_that_returns_no_weights_fails_its_round(answer, reas
 
 
 def test_a_rule_of_ones_own_may_write_into_what_it_is_given():
-    class Sum:
-        def start(self, state):
-            self.total = state
-            return self
+    class Sum(Collection):
+        def zero(self, about):
+            self.total = about.state
 
-        def add(self, tensors, weight):
-            for name, tensor in tensors.items():
+        def add(self, given):
+            for name, tensor in given.tensors.items():
                 self.total[name].add_(tensor)
 
-        def result(self):
-            return self.total
+        def finish(self):
+            return Combined(self.total)
 
     state = {"w": torch.tensor([1.0, 2.0])}
     collector = make_aggregation(Sum()).begin(Round(state, None))
     collector.add(Contribution({"w": torch.tensor([5.0, 1.0])}, 1.0))
     assert torch.equal(state["w"], torch.tensor([1.0, 2.0]))
-    assert torch.equal(collector.combine().values["w"], torch.tensor([6.0, 3.0]))
+    assert torch.equal(collector.finish().values["w"], torch.tensor([6.0, 3.0]))
 
 
-def test_a_rule_of_ones_own_that_starts_nothing_is_refused_before_anything_is_trained(make_chain):
-    class Nothing:
-        def start(self, state):
-            return None
+def test_a_rule_of_ones_own_is_a_collection_or_refused_before_anything_is_trained(make_chain):
+    class Nearly:
+        def zero(self, about): ...
+        def add(self, given): ...
+        def finish(self): ...
 
-    with pytest.raises(ConfigError, match=r"aggregation 'Nothing': start\(\) returns an object with add and result"):
-        FederatedAveraging(make_chain(), participants={"a": PAIRS[:3]}, aggregation=Nothing(), progress=False)
+    with pytest.raises(ConfigError, match=r"a Collection with zero, add and finish, or a Rule, got <"):
+        FederatedAveraging(make_chain(), participants={"a": PAIRS[:3]}, aggregation=Nearly(), progress=False)
 
 
 def test_fedit_is_for_lora():

@@ -17,7 +17,7 @@ from tiny import PAIRS
 from llmchain_fed import FederatedAveraging
 from llmchain_fed.errors import ConfigError, FederationError, UpdateRefusedError
 from llmchain_fed.updates import serialization
-from llmchain_fed.updates.codecs import CODECS, make_codec, ratio, spec
+from llmchain_fed.updates.codecs import CODECS, make_codec, spec
 from llmchain_fed.updates.codecs.base import encoded_bytes
 from llmchain_fed.updates.codecs.error_feedback import encode_with_feedback
 from llmchain_fed.updates.codecs.quantization import BF16, Int4, Int8
@@ -262,7 +262,6 @@ def test_bytes_are_what_the_formula_says_and_what_the_wire_carries(codec, most):
     }[codec.name]
     infos = {n: TensorInfo(torch.bfloat16, s) for n, s in shapes.items()}
     assert encoded_bytes(codec, infos) == formula
-    assert ratio(codec, infos) == formula / (4 * total)
     tensors = delta(shapes=shapes)
     started = time.perf_counter()
     parts = codec.encode(tensors)
@@ -275,10 +274,6 @@ def test_bytes_are_what_the_formula_says_and_what_the_wire_carries(codec, most):
     assert found == codec.layout(infos)
     back, direct = codec.decode(serialization.values(data, found), infos), codec.decode(parts, infos)
     assert all(torch.equal(back[n], direct[n]) for n in direct)
-
-
-def test_a_ratio_of_nothing():
-    assert ratio(Int8(), {}) == ratio(Int8(), {"none": TensorInfo(torch.float32, (0,))}) == 1.0
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -603,7 +598,7 @@ def test_torchs_default_type_plays_no_role(codec, dtype):
 
 def test_a_codec_of_ones_own():
     class Plain:
-        name, lossy_feedback = "plain", True
+        name, lossy_feedback, needs_feedback = "plain", True, False
 
         def layout(self, infos):
             return dict(infos)

@@ -24,9 +24,10 @@ from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.target import Target
-from llmchain_fed.updates.aggregation import AGGREGATIONS
-from llmchain_fed.updates.aggregation.base import Contribution, LoraLayout, Round
+from llmchain_fed.updates.aggregation import AGGREGATIONS, RunningMean, make_aggregation
 from llmchain_fed.updates.aggregation.gap import AggregationGap
+from llmchain_fed.updates.collection import Contribution, Round
+from llmchain_fed.updates.lora_layout import LoraLayout
 from llmchain_fed.updates.low_rank import Factors, Stack, covariance, norms_of_mean, stack
 
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -460,7 +461,7 @@ def test_what_goes_to_the_remainder_takes_no_more_memory_than_the_participants_f
     collector = AGGREGATIONS[name].begin(Round(start, LAYOUT, expected=3))
     for seed in (1, 2, 3):
         collector.add(given(random_state(seed)))
-    for layer, factors in collector.combine().remainder.items():
+    for layer, factors in collector.finish().remainder.items():
         m, n = SHAPES[layer]
         held = sum(t.untyped_storage().nbytes() for t in (factors.b, factors.a))
         assert held == 3 * 4 * (m + n) * 4  # participants × rank × (m + n) × bytes
@@ -495,7 +496,7 @@ def combined(name, contributions, start, number=0):
         names = [n for n in contribution.tensors if part == "all" or n.endswith(A if part == "A" else B)]
         tensors = {n: contribution.tensors[n] for n in names}
         collector.add(Contribution(tensors, contribution.weight, contribution.steps, contribution.scaling))
-    outcome = collector.combine()
+    outcome = collector.finish()
     values = start | outcome.values
     if rule.refactor is not None:
         values = rule.refactor(values, LAYOUT)
@@ -573,15 +574,45 @@ def test_a_weight_that_is_no_share_is_refused_and_the_rest_stands(name, weight):
     start, client = random_state(0), random_state(1)
     collector = AGGREGATIONS[name].begin(Round(start, LAYOUT))
     with pytest.raises(FederationError, match="no update"):
-        collector.combine()
+        collector.finish()
     collector.add(given(client))
     with pytest.raises(FederationError, match="positive and finite"):
         collector.add(given(random_state(2), weight))
-    outcome = collector.combine()
+    outcome = collector.finish()
     found = product(start | outcome.values, LAYOUT.scaling)
     for layer, more in outcome.remainder.items():
         found[layer] = found[layer] + more.b.double() @ more.a.double()
     assert furthest(found, product(client, LAYOUT.scaling)) < 1e-4
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_a_rule_is_summable_if_one_update_can_be_the_mean_of_all(name):
+    """What a hub that sees nothing but a weighted sum can do: the declaration is true of every rule, either way."""
+    start, clients = random_state(0, far=0.3), [random_state(i, far=0.3) for i in (1, 2, 3)]
+    weights, steps = (1, 5, 2), (3, 7, 4)
+    mean = {n: sum(w / 8 * c[n].double() for w, c in zip(weights, clients, strict=True)).float() for n in start}
+    parts = [given(c, w, steps=s) for c, w, s in zip(clients, weights, steps, strict=True)]
+    apart, *_ = combined(name, parts, start)
+    at_once, *_ = combined(name, [given(mean, 8, steps=4)], start)
+    distance = furthest(apart, at_once)
+    assert distance < 1e-5 if AGGREGATIONS[name].summable else distance > 1e-2
+    assert not make_aggregation(RunningMean()).summable, "somebody's own rule must say so itself"
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_what_a_rule_declares_of_its_outcome_is_so(name):
+    rule, start, ranks = AGGREGATIONS[name], random_state(0), (4, 2, 3)
+    if not rule.mixed_ranks:
+        ranks = (4, 4, 4)
+    own = [None if rank == 4 else {"x": 2.0, "y": 0.5} for rank in ranks]
+    clients = [given(random_state(i, rank), 1.0, s) for i, (rank, s) in enumerate(zip(ranks, own, strict=True))]
+    _, values, remainder = combined(name, clients, start)
+    grown = rule.remainder_rank(ranks) if rule.remainder_rank is not None else 0
+    assert [more.rank for more in remainder.values()] == ([grown] * len(SHAPES) if grown else [])
+    assert rule.restarts == all(not bool(t.any()) for n, t in values.items() if n.endswith(B))
+    unshared = [n for n in start if rule.shares(0) != "all" and not n.endswith(A if rule.shares(0) == "A" else B)]
+    assert rule.rewrites or all(torch.equal(values[n], start[n]) for n in unshared)
+    assert rule.alternates == (name == "rolora")
 
 
 @pytest.mark.parametrize("shares", [[0.2, 0.5, 0.3]])
@@ -624,7 +655,7 @@ def test_flora_starts_anew_as_peft_does_and_differently_every_round():
     for number, seed in ((0, 0), (1, 0), (0, 1), (0, 0)):
         collector = AGGREGATIONS["flora"].begin(Round(start, layout, number, seed))
         collector.add(given(start))
-        fresh = collector.combine().values["x" + A]
+        fresh = collector.finish().values["x" + A]
         assert float(fresh.abs().max()) <= 1 / math.sqrt(400)
         assert float(fresh.var()) == pytest.approx(1 / (3 * 400), rel=0.05)
         assert torch.equal(found.setdefault((number, seed), fresh), fresh)
@@ -993,7 +1024,7 @@ def test_no_rule_multiplies_factors_out(rule):
         for state in states[1:]:
             collector.add(given({name: state[name] for name in names}))
             gap.add(given(state))
-        outcome = collector.combine()
+        outcome = collector.finish()
         values = states[0] | outcome.values
         if chosen.refactor is not None:
             chosen.refactor(values, layout)
@@ -1045,7 +1076,7 @@ def test_fednova_refuses_an_update_without_steps_and_the_rest_stands(steps):
     collector.add(given(client, steps=4))
     with pytest.raises(FederationError, match="divides by local steps"):
         collector.add(given(random_state(2), steps=steps))
-    assert furthest(collector.combine().values, client) < 1e-6
+    assert furthest(collector.finish().values, client) < 1e-6
 
 
 # --- server optimizers on factors -------------------------------------------------------------------------------------

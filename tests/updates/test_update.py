@@ -97,13 +97,6 @@ def test_many_types_and_sizes_travel_together():
     assert all(torch.equal(got.tensors[n], state[n]) and got.tensors[n].dtype == state[n].dtype for n in state)
 
 
-def test_the_delta_is_local_minus_global():
-    start = {n: torch.full_like(t, 0.25) for n, t in STATE.items()}
-    delta = update().delta(start)
-    assert torch.equal(delta["a.weight"], torch.arange(6.0).reshape(2, 3) / 7 - 0.25)
-    assert all(d.dtype == torch.float32 for d in delta.values())
-
-
 def test_values_whose_sum_overflows_are_still_finite():
     state = {"w": torch.full((4,), 3e38)}
     assert torch.equal(Update.from_bytes(update(state).to_bytes(), expected(state)).tensors["w"], state["w"])

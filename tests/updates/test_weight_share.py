@@ -4,6 +4,7 @@ Belongs here: how weights are cut, and that rounds use them. Does not: weights a
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from llmchain_fed import ConfigError, FederatedAveraging, TrainingConfig
 from llmchain_fed.federated.checkpoint.contents import Decisive
 from llmchain_fed.runtimes.federation_file import FederationFile
 from llmchain_fed.updates.aggregation import weight_share
-from llmchain_fed.updates.aggregation.base import Contribution
 from llmchain_fed.updates.aggregation.weight_share import SMALLEST, CappedWeights, Share, cut
+from llmchain_fed.updates.collection import Collection, Combined, Contribution
 
 SGD = TrainingConfig(optimizer="sgd", learning_rate=0.05, batch_size=64)
 SHARES = {"a": PAIRS[:1], "b": PAIRS[1:3], "c": PAIRS[3:5], "large": PAIRS[5:]}  # 1, 2, 2 and 7 of 12
@@ -55,20 +56,35 @@ def test_cutting_and_handing_on_is_one_threshold(weights, share):
         assert found == weights, "weights that fit are left alone"
 
 
+class Seen(Collection):
+    """Who was added by which weight."""
+
+    def __init__(self):
+        self.weights = []
+
+    def zero(self, about): ...
+
+    def add(self, given):
+        self.weights.append((given.participant, given.weight))
+
+    def finish(self):
+        return Combined({})
+
+
 @settings(max_examples=200, deadline=None, database=None)
 @given(st.lists(st.integers(1, 10**9), min_size=1, max_size=20), st.sampled_from([0.1, 0.3, 0.5, 1.0]))
 def test_only_updates_that_may_be_cut_are_kept(weights, share):
     named = {str(i): w for i, w in enumerate(weights)}
-    held, passed, most = CappedWeights(share), {}, 0
+    inner, most = Seen(), 0
+    held = CappedWeights(inner, share)
     for name, weight in named.items():
-        light = held.push(name, Contribution({}, weight))
-        passed |= {light[0]: light[1].weight} if light is not None else {}
+        held.add(Contribution({}, weight, participant=name))
         most = max(most, len(held._kept))
     assert most <= math.ceil(1 / share)
-    final = cut(named, share)
-    late = {n: given.weight for n, given in held.release(final)}
-    assert passed | late == final
-    assert not passed.keys() & late.keys()
+    assert all(weight == named[name] for name, weight in inner.weights)
+    held.finish()
+    assert dict(inner.weights) == held.weights == cut(named, share)
+    assert len(inner.weights) == len(named)
 
 
 def trained_apart(make_chain):
@@ -128,10 +144,8 @@ def test_every_rule_weighs_the_same_way(rule, make_chain):
 
         def begin():
             opened = inner()
-            add = opened._collector.add
-            opened._collector.add = lambda g: add(
-                Contribution(g.tensors, 10 / 3 if g.weight == 7 else g.weight, g.steps, g.scaling)
-            )
+            add = opened._collection.add
+            opened._collection.add = lambda g: add(replace(g, weight=10 / 3 if g.weight == 7 else g.weight))
             return opened
 
         patch.setattr(other._server, "begin", begin)
@@ -178,4 +192,4 @@ def test_a_share_of_nothing_is_none_wherever_it_is_given(share, make_chain):
         FederatedAveraging(make_chain(), participants=SHARES, max_weight_share=share, progress=False)
     for model in (Decisive, FederationFile):
         assert model.model_fields["max_weight_share"].annotation == Share | None
-    assert CappedWeights(SMALLEST)._most == 10**6
+    assert CappedWeights(Seen(), SMALLEST)._most == 10**6

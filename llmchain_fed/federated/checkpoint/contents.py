@@ -43,6 +43,7 @@ class Decisive(Strict):
     weighting: Literal["examples", "tokens", "equal"]
     max_weight_share: Share | None = None
     codec: _Word | None
+    transforms: Annotated[list[_Word], FailFast(), Field(max_length=100)]
     broadcast_codec: _Word | None
     server_optimizer: _Numbers | _Code | None
     personal: Annotated[dict[_Word, Any], Field(max_length=len(Ditto.model_fields))] | None

@@ -29,8 +29,10 @@ from llmchain_fed.model.weights import all_finite
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import decoding, shown
 from llmchain_fed.updates import serialization
-from llmchain_fed.updates.aggregation.base import A, B, at_rank, selected
+from llmchain_fed.updates.lora_layout import A, B, at_rank, selected
 from llmchain_fed.updates.low_rank import full_rank
+from llmchain_fed.updates.serialization import TensorInfo
+from llmchain_fed.updates.transforms import carried_by
 
 _Shape = tuple[int, ...]
 _SLACK = 64 * 2**20  # bytes
@@ -147,10 +149,12 @@ def check_state(server: Server, name: str, state: bytes, rank: int | None, compl
     try:
         with decoding(what, CheckpointError):
             own = shapes if rank is None else {n: at_rank(n, shape, rank) for n, shape in shapes.items()}
+            infos = {n: TensorInfo(torch.float32, shape) for n, shape in own.items()}
+            carried = carried_by(server.settings.transforms, infos)
             header, _ = serialization.inspect(state, max_bytes=len(state))
             tasks.checked_header("personal_state", header)  # as the participant will read it
             for number, progress in membership.progress_of(state).items():
-                _check_progress(number, progress, own, layers)
+                _check_progress(number, progress, own, layers, carried)
                 if progress.optimizer_state is not None and isinstance(peer, Client):
                     types = {n: parameter.dtype for n, parameter in server.model.trainable_parameters().items()}
                     trained = selected(shapes, server.settings.rule.trains(completed))
@@ -161,12 +165,19 @@ def check_state(server: Server, name: str, state: bytes, rank: int | None, compl
         raise CheckpointError(msg) from None
 
 
-def _check_progress(number: int, progress: Progress, shapes: Mapping[str, _Shape], layers: Iterable[str]) -> None:
+def _check_progress(
+    number: int,
+    progress: Progress,
+    shapes: Mapping[str, _Shape],
+    layers: Iterable[str],
+    carried: Mapping[str, TensorInfo],
+) -> None:
     if not -1 <= number < 2**63 or not 0 <= progress.next_step <= _MOST_STEPS:
         msg = f"round {shown(number)}, step {shown(progress.next_step)}"
         raise CheckpointError(msg)
     adapter = {f"{layer}.{part}" for layer in layers for part in (A, B)}
     for kind, kept in progress.kept().items():
+        allowed = {n: info.shape for n, info in carried.items()} if kind == "carried" else shapes
         whole = {"ditto": shapes.keys(), "personal": adapter}.get(kind)
         if kept and whole is not None and kept.keys() != whole:
             msg = f"{kind} has other tensors than the model"
@@ -178,10 +189,10 @@ def _check_progress(number: int, progress: Progress, shapes: Mapping[str, _Shape
                 msg = f"{kind}/{shown(layer)} has rank {rank[layer]:,}, of which {most:,} can mean something"
                 raise CheckpointError(msg)
         for name, value in kept.items():
-            wanted = shapes.get(name, ())
+            wanted = allowed.get(name, ())
             if kind == "personal":  # the remainder of then stands beside its factors
                 wanted = at_rank(name, wanted, rank[name.rpartition(".lora_")[0]])
-            if name not in shapes or tuple(value.shape) != wanted or not value.is_floating_point():
+            if name not in allowed or tuple(value.shape) != wanted or not value.is_floating_point():
                 msg = f"{kind}/{shown(name)} is {value.dtype} of shape {shown(tuple(value.shape))}, not of {wanted}"
                 raise CheckpointError(msg)
             if not all_finite(value):

@@ -178,6 +178,9 @@ class CheckpointManager:
         if decisive["aggregation"] not in AGGREGATIONS and "aggregation" not in given:
             msg = f"the run's aggregation, {shown(decisive['aggregation'])!r}, was code: pass aggregation= again."
             raise CheckpointError(msg)
+        if decisive["transforms"] and "transforms" not in given:
+            msg = f"the run's transforms, {shown(decisive['transforms'])}, were code: pass transforms= again."
+            raise CheckpointError(msg)
         return found, merged | dict(given) | {"training": training}, found.federation
 
     def go_on(self, found: Contents, members: Members = "same") -> None:

@@ -49,6 +49,7 @@ def decisive(settings: Settings) -> dict[str, Any]:
         "weighting": settings.weighting,
         "max_weight_share": settings.max_weight_share,
         "codec": spec(settings.codec),
+        "transforms": [transform.name for transform in settings.transforms],
         "broadcast_codec": spec(settings.broadcast_codec),
         "server_optimizer": optimizer.settings()
         if isinstance(optimizer, ResumableServerOptimizer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from typing import Any
@@ -34,8 +34,9 @@ from llmchain_fed.federated.target import Target, check_contract
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import decoding, shown
 from llmchain_fed.updates import serialization
-from llmchain_fed.updates.aggregation.base import selected
+from llmchain_fed.updates.lora_layout import selected
 from llmchain_fed.updates.serialization import TensorInfo
+from llmchain_fed.updates.transforms import UpdateTransform, carried_by
 
 
 class Client(ClientWork):
@@ -47,6 +48,7 @@ class Client(ClientWork):
         config: How to train; the participant's own options go first. None: as the hub says in its hello.
         samples: Held-out examples that may leave with the chain's answers, at most; None is as many as are asked for.
         held: What this process's participants have been sent; None makes one for this participant alone.
+        transforms: What happens to an update before it is sent, one after the other.
 
     Raises:
         ConfigError: The participant's own options are not valid.
@@ -60,8 +62,9 @@ class Client(ClientWork):
         *,
         samples: int | None = None,
         global_states: GlobalStateCache | None = None,
+        transforms: Sequence[UpdateTransform] = (),
     ) -> None:
-        super().__init__(target, participant, config or TrainingConfig(), samples=samples)
+        super().__init__(target, participant, config or TrainingConfig(), samples=samples, transforms=transforms)
         self._told = config is None
         self._global_states = global_states or GlobalStateCache(target.model, most=Limits().max_states)
         self._evaluations, self._counting = 0, threading.Lock()
@@ -322,7 +325,7 @@ class Client(ClientWork):
                 msg = f"the personal_state message gives nothing back and brings {len(infos)} tensors."
                 raise FederationError(msg)
             return None
-        given_state.check_layout(header["progress"], infos, layout)
+        given_state.check_layout(header["progress"], infos, layout, carried_by(self._transforms, layout.values))
         found = private_state.read(header["progress"], serialization.values(payload, infos))
         if self._told:
             given_state.check_values(found, self._config, layout)

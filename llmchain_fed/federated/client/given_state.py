@@ -18,7 +18,7 @@ from llmchain_fed.federated.protocol.expected import Layout
 from llmchain_fed.model.weights import all_finite
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import shown
-from llmchain_fed.updates.aggregation.base import PARTS, A, B, selected
+from llmchain_fed.updates.lora_layout import PARTS, A, B, selected
 from llmchain_fed.updates.low_rank import full_rank
 from llmchain_fed.updates.serialization import TensorInfo
 
@@ -27,13 +27,19 @@ _KEPT = {"Adam": _ADAM, "AdamW": _ADAM, "SGD": ("momentum_buffer",)}
 _REMEDY = "Give back what this participant gave."
 
 
-def check_layout(progress: Mapping[str, Any], infos: Mapping[str, TensorInfo], layout: Layout) -> None:
+def check_layout(
+    progress: Mapping[str, Any],
+    infos: Mapping[str, TensorInfo],
+    layout: Layout,
+    carried: Mapping[str, TensorInfo],
+) -> None:
     """Makes sure, before a value is read, that the tensors are those of a state of this participant's.
 
     Args:
         progress: Round → where it stood, as the header has it.
         infos: What tensors there are.
         layout: Of the trainable state.
+        carried: What transforms of its updates may carry.
 
     Raises:
         ParticipantError: They are not.
@@ -46,7 +52,7 @@ def check_layout(progress: Mapping[str, Any], infos: Mapping[str, TensorInfo], l
             _refuse(f"{shown(name)} belongs to none of its rounds")
         if kind in KINDS:
             found.setdefault((number, kind), set()).add(key)
-            if not _is_own(kind, key, info, layout.values):
+            if carried.get(key) != info if kind == "carried" else not _is_own(kind, key, info, layout.values):
                 _refuse(f"{shown(name)} is {info.dtype} {shown(info.shape)}, which no tensor of that name is here")
         elif progress[number].get("optimizer") is None or not (kind.isascii() and kind.isdecimal()):
             _refuse(f"{shown(name)} belongs to no optimizer")

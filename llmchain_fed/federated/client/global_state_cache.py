@@ -16,8 +16,8 @@ from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.protocol.global_state import GlobalState, parted
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.untrusted import shown
-from llmchain_fed.updates.aggregation.base import Part, selected
 from llmchain_fed.updates.codecs import make_codec
+from llmchain_fed.updates.lora_layout import Part, selected
 from llmchain_fed.updates.low_rank import Factors, stack
 from llmchain_fed.updates.serialization import describe, not_finite
 

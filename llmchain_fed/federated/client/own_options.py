@@ -9,7 +9,7 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.target import Target
 from llmchain_fed.training.loop import TrainingConfig
-from llmchain_fed.updates.aggregation.base import LoraLayout
+from llmchain_fed.updates.lora_layout import LoraLayout
 
 
 def own_scaling(target: Target, participant: Participant) -> dict[str, float] | None:

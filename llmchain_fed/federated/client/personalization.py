@@ -19,7 +19,7 @@ from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training.evaluation import evaluate_locally
 from llmchain_fed.training.loop import TrainingConfig, TrainingResult, train_locally
-from llmchain_fed.updates.aggregation.base import A, B
+from llmchain_fed.updates.lora_layout import A, B
 from llmchain_fed.updates.low_rank import Factors, stack
 
 MOST_STEPS = 10_000

@@ -18,7 +18,7 @@ from llmchain_fed.data.encoding import EncodedExamples
 from llmchain_fed.errors import ParticipantError
 from llmchain_fed.updates import serialization
 
-KINDS = ("residual", "private", "ditto", "personal")
+KINDS = ("carried", "private", "ditto", "personal")
 """of named tensors that stay with a participant"""
 
 
@@ -30,8 +30,8 @@ class Progress:
     """batches that rounds of `max_steps` have consumed"""
     optimizer_state: dict[str, Any] | None = field(default=None, repr=False)
     """`torch.optim.Optimizer.state_dict()`, where it is kept"""
-    residual: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    """what a lossy codec has left out so far"""
+    carried: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """what transforms of its updates carry, as "transform/name"; "residual/…" is what a lossy codec has left out"""
     private: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """trained tensors that are never shared (FedSA-LoRA's B)"""
     ditto: dict[str, Tensor] = field(default_factory=dict, repr=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -29,9 +29,10 @@ from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.target import Target
 from llmchain_fed.training.evaluation import evaluate_locally
 from llmchain_fed.training.loop import TrainingConfig, TrainingResult, train_locally
-from llmchain_fed.updates.aggregation.base import selected
 from llmchain_fed.updates.codecs import make_codec
-from llmchain_fed.updates.codecs.error_feedback import encode_with_feedback
+from llmchain_fed.updates.codecs.error_feedback import Encoding
+from llmchain_fed.updates.lora_layout import selected
+from llmchain_fed.updates.transforms import Origin, UpdateTransform, added, checked_transforms, transformed
 from llmchain_fed.updates.update import Update
 
 
@@ -43,14 +44,22 @@ class ClientWork:
         participant: Whose examples.
         config: How to train; the participant's own options go first.
         samples: Held-out examples that may leave with the chain's answers, at most; None is as many as are asked for.
+        transforms: What happens to an update before it is sent, one after the other.
 
     Raises:
-        ConfigError: The participant's own options are not valid.
+        ConfigError: The participant's own options, or the transforms, are not valid.
     """
 
     def __init__(
-        self, target: Target, participant: Participant, config: TrainingConfig, *, samples: int | None
+        self,
+        target: Target,
+        participant: Participant,
+        config: TrainingConfig,
+        *,
+        samples: int | None,
+        transforms: Sequence[UpdateTransform] = (),
     ) -> None:
+        self._transforms = checked_transforms(transforms)
         self._target, self._model = target, target.model
         self._participant, self._name = participant, participant.name
         self._samples = samples
@@ -97,13 +106,14 @@ class ClientWork:
         trained, result = self._trained(header, state, progress, place, check)
         shared = {n: trained[n] for n in selected(trained, header.get("shares", "all"))}
         private = {n: t for n, t in trained.items() if n not in shared} if progress.private or _keeps(header) else {}
-        codec = make_codec(header.get("codec"))
-        parts, residual = shared, progress.residual
-        if codec is not None:
-            delta = {n: t.float() - state.values[n].float() for n, t in shared.items()}
-            carried = {n: residual[n] for n in shared if n in residual} if header.get("feedback") else None
-            parts, _, left = encode_with_feedback(codec, delta, carried or None)
-            residual = residual | left if header.get("feedback") else {}
+        codec, start = make_codec(header.get("codec")), {n: state.values[n] for n in shared}
+        transforms = [*self._transforms, *([Encoding(codec, feedback=bool(header.get("feedback")))] if codec else [])]
+        parts, carried = shared, progress.carried
+        if transforms:  # else values travel bit by bit, which a difference would not give back
+            delta = {n: t.float() - start[n].float() for n, t in shared.items()}
+            origin = Origin(self._name, number, result.examples, result.tokens, start)
+            parts, carried = transformed(transforms, delta, origin, carried)
+            parts = added(start, parts) if transforms[-1].keeps_names else parts
         pulled, own = progress.ditto, progress.personal
         if "ditto" in header:
             ditto, data = Ditto(**header["ditto"]), self._data.train()
@@ -124,7 +134,7 @@ class ClientWork:
         answer = update.to_bytes()
         kept = {r: p for r, p in self._progress.items() if p is progress}
         self._kept |= private.keys()
-        now = Progress(result.next_step, result.optimizer_state, residual, private, pulled, own)
+        now = Progress(result.next_step, result.optimizer_state, carried, private, pulled, own)
         self._progress = kept | {number: now}
         return answer
 

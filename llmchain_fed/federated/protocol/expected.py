@@ -15,8 +15,8 @@ from llmchain_fed.federated.client.global_state_cache import CODED, Version
 from llmchain_fed.federated.protocol.global_state import REMAINDER_A, REMAINDER_B
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.untrusted import shown
-from llmchain_fed.updates.aggregation.base import A, B, Part, at_rank, selected
 from llmchain_fed.updates.codecs import make_codec
+from llmchain_fed.updates.lora_layout import A, B, Part, at_rank, selected
 from llmchain_fed.updates.low_rank import full_rank
 from llmchain_fed.updates.serialization import TensorInfo, describe
 

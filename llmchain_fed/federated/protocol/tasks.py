@@ -15,8 +15,8 @@ from llmchain_fed.errors import ConfigError, FederationError
 from llmchain_fed.federated.target import ContractData, Digest
 from llmchain_fed.training.loss import Precision
 from llmchain_fed.untrusted import Strict
-from llmchain_fed.updates.aggregation.base import Part
 from llmchain_fed.updates.codecs import make_codec
+from llmchain_fed.updates.lora_layout import Part
 
 MAX_HELLO = 2**16
 """bytes: a contract, the options of training and an id"""

@@ -21,9 +21,9 @@ from llmchain_fed.federated.runtime import InProcess, Operation, Transport
 from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.model.weights import change_stamp
 from llmchain_fed.updates import serialization
-from llmchain_fed.updates.aggregation.base import PARTS, LoraLayout, selected
 from llmchain_fed.updates.codecs import spec
 from llmchain_fed.updates.codecs.base import Codec
+from llmchain_fed.updates.lora_layout import PARTS, LoraLayout, selected
 from llmchain_fed.updates.low_rank import Factors
 
 _NOTHING = -1  # held by a participant that must be sent everything

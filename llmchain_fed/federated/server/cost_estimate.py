@@ -20,8 +20,8 @@ from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.untrusted import Strict, checked, decoding
 from llmchain_fed.updates import serialization
-from llmchain_fed.updates.aggregation.base import Part, selected
 from llmchain_fed.updates.codecs.base import Codec, encoded_bytes
+from llmchain_fed.updates.lora_layout import Part, selected
 from llmchain_fed.updates.serialization import TensorInfo
 from llmchain_fed.updates.update import MAX_EXAMPLES, MAX_SECONDS
 
@@ -118,7 +118,9 @@ def _infos(server: Server, node: str | None, part: Part) -> dict[str, TensorInfo
 
 
 def _update_bytes(server: Server, node: str, number: int) -> int:
-    return _message_bytes(_infos(server, node, server.settings.rule.shares(number)), server.settings.codec)
+    rule, codec = server.settings.rule, server.settings.codec
+    values = _infos(server, node, rule.shares(number))
+    return _message_bytes(dict(rule.collection().payload(values) or values), codec)
 
 
 class _Downlink:
@@ -172,24 +174,23 @@ class _Downlink:
 
     def close(self, number: int, nodes: list[str]) -> None:
         """A round of these participants is over."""
-        whole = self._rule.refactor is not None or not self._rule.linear
-        part: Part = "all" if whole else self._rule.shares(number)
-        self._changes.append("A" if self._rule.name == "flora" and self._zero_b() else part)
+        part: Part = "all" if self._rule.rewrites else self._rule.shares(number)
+        self._changes.append("A" if self._rule.restarts and self._zero_b() else part)
         self._remainder.grow(nodes)
 
     def _zero_b(self) -> bool:
-        """Whether B is zero before the round, as FLoRA leaves it: what does not change does not travel."""
+        """Whether B is zero before the round, as the rule leaves it: what does not change does not travel."""
         values = self._server.broadcast.state_for()
         return bool(self._changes) or not any(bool(values[n].any()) for n in selected(values, "B"))
 
 
 class _Remainder:
-    """How the frozen remainder of FedEx and FLoRA grows: by rank, up to what its matrix can hold."""
+    """How the frozen remainder grows: by rank, up to what its matrix can hold."""
 
     def __init__(self, server: Server) -> None:
         layout = server.settings.layout
-        self._server, self._rule = server, server.settings.rule.name
-        layers = layout.layers if layout is not None and self._rule in ("fedex", "flora") else []
+        self._server, self._more = server, server.settings.rule.remainder_rank
+        layers = layout.layers if layout is not None and self._more is not None else []
         pairs = [layout.factors(server.broadcast.state_for(), layer) for layer in layers] if layout is not None else []
         self._sides = [(p.b.shape[0] + p.a.shape[1], p.full_rank) for p in pairs]
         self._layers = layers
@@ -201,11 +202,10 @@ class _Remainder:
     def grow(self, nodes: list[str]) -> None:
         """A round of these participants."""
         layout = self._server.settings.layout
-        if layout is None or not self._sides:
+        if layout is None or self._more is None:
             return
         own = [self._server.broadcast.rank_of(node) or layout.rank or 0 for node in nodes]
-        more = sum(own) if self._rule == "flora" else sum(own[1:])
-        former = self._ranks[-1]
+        more, former = self._more(own), self._ranks[-1]
         fits = [rank + more <= most for rank, (_, most) in zip(former, self._sides, strict=True)]
         self._since.append([rank if fit else 0 for rank, fit in zip(former, fits, strict=True)])
         self._ranks.append([min(r + more, most) for r, (_, most) in zip(former, self._sides, strict=True)])
@@ -245,5 +245,5 @@ def _timed_steps(server: Server, nodes: list[str]) -> list[tuple[float, int]]:
 def _memory(server: Server, updates: int) -> int:
     model = sum(p.numel() * p.element_size() for p in server.model.parameters())
     state = sum(t.numel() * t.element_size() for t in server.broadcast.state_for().values())
-    keeps = updates if not server.settings.rule.linear else state
+    keeps = updates if server.settings.rule.keeps_updates else state
     return model + 4 * state + keeps  # what participants hold, where the round began, its mean, a message

@@ -6,14 +6,11 @@ result is loaded, a round has changed nothing.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmchain_fed.errors import (
@@ -26,30 +23,27 @@ from llmchain_fed.errors import (
 )
 from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.server.broadcast import Broadcast
+from llmchain_fed.federated.server.diagnostics import Diagnostics, Seen
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import decoding, one_line
-from llmchain_fed.updates import serialization
 from llmchain_fed.updates.aggregation import Weighting
-from llmchain_fed.updates.aggregation.base import Combined, Contribution, Round, Rule, selected
-from llmchain_fed.updates.aggregation.gap import AggregationGap
-from llmchain_fed.updates.aggregation.weight_share import CappedWeights, cut
+from llmchain_fed.updates.aggregation.base import Rule
+from llmchain_fed.updates.aggregation.gap import WithGap
+from llmchain_fed.updates.aggregation.weight_share import CappedWeights
 from llmchain_fed.updates.codecs import spec
 from llmchain_fed.updates.codecs.base import Codec
-from llmchain_fed.updates.coordinates import Rows, cosine
-from llmchain_fed.updates.serialization import TensorInfo
+from llmchain_fed.updates.collection import Ask, Collection, Combined, Contribution, Round
+from llmchain_fed.updates.lora_layout import selected
+from llmchain_fed.updates.serialization import TensorInfo, describe
 from llmchain_fed.updates.update import Expected, Update
 
-LARGEST_NORM = 1e12
-"""of one tensor's distance from the global weights: beyond it no training ends, and float32's squares near their end"""
 _REASONS = 20  # participants whose reasons one error lists
 _REASON = 300  # characters of each
-_COORDINATES = 1024
-_SEEN = 1e-9  # a share that differs by less is the same
 _GENEROUS = 10  # times the steps asked for: a participant may have options of its own
 
 
 class OpenRound:
-    """Collects a round's updates.
+    """Collects a round's updates: each is verified, decoded to values, added, and let go.
 
     Args:
         about: The round as its rule sees it.
@@ -73,28 +67,24 @@ class OpenRound:
         training: Callable[[str], TrainingConfig],
         max_share: float | None = None,
     ) -> None:
-        self._training = training
-        self._capped = CappedWeights(max_share) if max_share is not None else None
-        self.about, self.number = about, about.number
+        self.number = about.number
         self.start = broadcast.state_for()
         """where participants start: the global state, or with a broadcast codec what they decoded of it"""
         self.records: dict[str, ParticipantRecord] = {}
         self.spent = False
         """whether its updates have been combined: rules may use them up"""
         self._broadcast, self._base, self._rule, self._weighting, self._codec = broadcast, base, rule, weighting, codec
-        self.part = rule.shares(about.number)
-        self._names = selected(self.start, self.part)
-        self._collector = rule.begin(replace(about, state=self.start))
-        measured = about.layout is not None and not about.layout.refused and self.part == "all" and rule.linear
-        self._gap = AggregationGap(about.layout) if measured and about.layout is not None else None
-        self._gap_found: float | None = None
-        self._comparable = True
-        total = sum(self.start[n].numel() for n in self._names)
-        self._stride = max(1, math.ceil(total / _COORDINATES))
-        self._coordinates = Rows()
+        self._training, self._about = training, replace(about, state=self.start)
+        self._names = selected(self.start, rule.shares(self.number))
+        collection = rule.begin(self._about)
+        self._layouts: dict[int | None, Mapping[str, TensorInfo]] = {}
+        self._diagnostics: Diagnostics | None = None  # of single updates, where the hub sees them
+        if collection.payload(describe({n: self.start[n] for n in self._names})) is None:
+            self._diagnostics = Diagnostics(self.start, self._names)
+            collection = self._with_gap = WithGap(collection, rule, about)
+        self._capped = CappedWeights(collection, max_share) if max_share is not None else None
+        self._collection: Collection = self._capped or collection
         self._weights: dict[str, float] = {}
-        self._layouts: dict[int | None, dict[str, TensorInfo]] = {}
-        self._owners: dict[bytes, str] = {}  # content of an update → who sent it first
 
     @property
     def header(self) -> dict[str, Any]:
@@ -104,7 +94,7 @@ class OpenRound:
             "round": self.number,
             "base": self._base,
             "trains": self._rule.trains(self.number),
-            "shares": self.part,
+            "shares": self._rule.shares(self.number),
             "codec": spec(self._codec),
             "feedback": self._codec is not None and self._codec.lossy_feedback and not self._rule.regauges,
         }
@@ -112,13 +102,22 @@ class OpenRound:
     def largest_update(self, names: Iterable[str] = ()) -> int:
         """bytes: what no update of this round exceeds, from whoever of these it comes."""
         longest = max(names, key=lambda name: len(json.dumps(name)), default="")
-        return Expected(longest, self.number, self._base, self._layout(None, self.start), codec=self._codec).max_bytes
+        return self._expected(longest, None, self.start).max_bytes
 
-    def _layout(self, rank: int | None, start: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
-        """Type and shape of what a participant of this rank is asked for; None is the common one."""
+    def _expected(
+        self,
+        name: str,
+        rank: int | None,
+        start: Mapping[str, Tensor],
+        num_examples: int | None = None,
+        num_tokens: int | None = None,
+    ) -> Expected:
+        """What the update of a participant of this rank must be; None is the common one."""
         if rank not in self._layouts:
-            self._layouts[rank] = serialization.describe({n: start[n] for n in self._names})
-        return self._layouts[rank]
+            values = describe({n: start[n] for n in self._names})
+            self._layouts[rank] = self._collection.payload(values) or values
+        layout = self._layouts[rank]
+        return Expected(name, self.number, self._base, layout, num_examples, num_tokens, self._codec, start)
 
     def accept(
         self,
@@ -153,18 +152,27 @@ class OpenRound:
         record.bytes_up += len(answer)
         try:
             start = self._broadcast.state_for(name)
-            layout = self._layout(self._broadcast.rank_of(name), start)
-            expected = Expected(name, self.number, self._base, layout, num_examples, num_tokens, self._codec, start)
-            with decoding("its update", UpdateRefusedError):
-                update = Update.from_bytes(answer, expected)
-                delta_norms, coordinates = self._distances(update, start)
-                self._check_steps(update)
-            self._take(name, update, coordinates)
-            self._note(record, name, update, delta_norms, coordinates)
+            expected = self._expected(name, self._broadcast.rank_of(name), start, num_examples, num_tokens)
+            update, seen = self._verified(answer, expected)
+            self._add(update)
+            self._note(record, update, seen)
         except LLMChainFedError as error:
             record.status, record.reason = "refused", told_of(error)
         self.records[name] = record
+        self._record_refusals()
         return record
+
+    def _verified(self, answer: bytes, expected: Expected) -> tuple[Update, Seen | None]:
+        """The update in a message, its codec's parts decoded to values, and what can be seen of it.
+
+        Raises:
+            UpdateRefusedError: It is not what was asked for, or nothing that training makes.
+        """
+        with decoding("its update", UpdateRefusedError):
+            update = Update.from_bytes(answer, expected)
+            seen = self._diagnostics.look(update, expected.start) if self._diagnostics is not None else None
+            self._check_steps(update)
+        return update, seen
 
     def _check_steps(self, update: Update) -> None:
         """Makes sure that a participant says it took no more steps than it was asked for, its own options allowed for.
@@ -182,56 +190,31 @@ class OpenRound:
             )
             raise UpdateRefusedError(msg)
 
-    def _take(self, name: str, update: Update, coordinates: Tensor) -> None:
+    def _add(self, update: Update) -> None:
+        name = update.participant
         weight = float({"examples": update.num_examples, "tokens": update.num_tokens, "equal": 1}[self._weighting])
         steps = int(update.metrics["steps"]) if "steps" in update.metrics else None
         scaling = self._broadcast.scaling_of(name)
-        given = Contribution(update.tensors, weight, steps, scaling)
-        if self._capped is None:
-            self._collector.add(given)
-        else:
-            check = getattr(self._collector, "check", None)  # before it is kept: later it could not be refused
-            if check is not None:
-                check(given)
-        if scaling is not None:
-            self._gap, self._comparable = None, False  # factors of different ranks have no mean
-        if self._comparable:
-            self._coordinates.add(name, coordinates)
+        self._collection.add(Contribution(update.tensors, weight, steps, scaling, name))
         self._weights[name] = weight
-        if self._capped is None:
-            self._measure_gap(given)
-        elif (light := self._capped.push(name, given)) is not None:
-            self._add_late(*light)
 
-    def _measure_gap(self, given: Contribution) -> None:
-        if self._gap is not None:
-            self._gap.add(given)
+    def _note(self, record: ParticipantRecord, update: Update, seen: Seen | None) -> None:
+        """Fills in the record of an update that was added."""
+        record.status = "trained"
+        record.examples, record.tokens = update.num_examples, update.num_tokens
+        record.train_loss = update.metrics.get("train_loss")
+        record.steps = int(update.metrics["steps"]) if "steps" in update.metrics else None
+        record.seconds = update.metrics.get("seconds")
+        if self._diagnostics is not None and seen is not None:
+            own_rank = self._broadcast.scaling_of(update.participant) is not None
+            self._diagnostics.note(record, update.participant, *seen, own_rank=own_rank)
 
-    def _add_late(self, name: str, given: Contribution) -> None:
-        """One that was kept until its weight was known."""
-        try:
-            self._collector.add(given)
-        except LLMChainFedError as error:
-            self.records[name].status, self.records[name].reason = "refused", told_of(error)
+    def _record_refusals(self) -> None:
+        """Says so of updates that were kept until their weights were known, and could not be used then."""
+        while self._capped is not None and self._capped.refused:
+            name, error = self._capped.refused.popitem()
             del self._weights[name]
-        else:
-            self._measure_gap(given)
-
-    def _release(self) -> None:
-        """Adds the updates that were kept, at weights of which none passes its share, and says so in their records."""
-        if self._capped is None:
-            return
-        former, share = self._weights, self._capped.share
-        total = math.fsum(former.values())
-        self._weights = cut(former, share)
-        new_total = math.fsum(self._weights.values())
-        few = len(former) * share <= 1
-        why = "as all do, for they are too few" if few else f"max_weight_share={share:g}"
-        for name, given in self._capped.release(self._weights):
-            self._add_late(name, given)
-            was, now = former[name] / total, given.weight / new_total
-            if abs(was - now) > _SEEN and (few or given.weight != former[name]):
-                self.records[name].notes.append(f"its update weighs {now:.4g} of the round, not {was:.4g}: {why}")
+            self.records[name].status, self.records[name].reason = "refused", told_of(error)
 
     def refuse_twice(self, name: str) -> None:
         """Makes sure that no update of this participant is in yet; one that could not be used may come again.
@@ -244,57 +227,17 @@ class OpenRound:
             msg = f"participant {name!r} has already trained in this round. Call step() to close the round first."
             raise DuplicateParticipantError(msg)
 
-    def _distances(self, update: Update, start: Mapping[str, Tensor]) -> tuple[dict[str, float], Tensor]:
-        """L2 norm of local − global per tensor, and some of its coordinates.
-
-        Raises:
-            UpdateRefusedError: A distance is beyond `LARGEST_NORM`.
-        """
-        norms, coordinates = {}, []
-        for key in self._names:  # one order for all: safetensors files come back in an order of their own
-            delta = update.tensors[key].float() - start[key].float()
-            norms[key] = norm = float(torch.linalg.vector_norm(delta))
-            if not norm <= LARGEST_NORM:  # this way round NaN is wrong, too
-                far = f"its distance from the global weights is {norm:.3g} in {key}"
-                msg = f"{far}: beyond {LARGEST_NORM:.0e} no training ends, and sums are no longer finite."
-                raise UpdateRefusedError(msg)
-            coordinates.append(delta.reshape(-1)[:: self._stride])
-        return norms, torch.cat(coordinates)
-
-    def _note(
-        self,
-        record: ParticipantRecord,
-        name: str,
-        update: Update,
-        delta_norms: Mapping[str, float],
-        coordinates: Tensor,
-    ) -> None:
-        """Fills in the record, learning guards included."""
-        norm = math.hypot(*delta_norms.values())
-        record.status = "trained"
-        record.examples, record.tokens = update.num_examples, update.num_tokens
-        record.train_loss = update.metrics.get("train_loss")
-        record.steps = int(update.metrics["steps"]) if "steps" in update.metrics else None
-        record.seconds = update.metrics.get("seconds")
-        record.update_norm = norm
-        untouched = sorted(key for key, value in delta_norms.items() if value == 0)
-        if norm == 0:
-            record.notes.append("its update is zero: nothing was learnt")
-        elif untouched:
-            record.notes.append(f"{len(untouched)} tensors never changed, such as {untouched[0]}")
-        # Every tensor's norm and a thousand coordinates, to the bit: what is equal in these was not trained apart.
-        seen = coordinates.numpy().tobytes() + repr(list(delta_norms.values())).encode()
-        twin = self._owners.setdefault(hashlib.blake2b(seen, digest_size=16).digest(), name)
-        if twin != name and norm > 0:
-            record.notes.append(f"its update equals {twin!r}'s: the same data or a copied answer")
-
     @property
     def trained(self) -> list[str]:
         """Whose updates are in."""
         return [name for name, record in self.records.items() if record.status == "trained"]
 
-    def aggregate(self, quorum: int) -> Combined:
+    def aggregate(self, quorum: int, ask: Ask) -> Combined:
         """The combined values; fills in every record's cosine to the mean.
+
+        Args:
+            quorum: Updates without which the round fails.
+            ask: The way to the participants, for a collection that needs something beside their updates.
 
         Raises:
             QuorumError: Too few updates are in; every reason is listed.
@@ -304,25 +247,21 @@ class OpenRound:
             reasons = {n: r.reason for n, r in self.records.items() if r.reason}
             raise too_few(self.number, len(trained), quorum, reasons, "usable updates")
         self.spent = True
-        self._release()
-        trained = self.trained
-        combined = self._collector.combine()
-        self._gap_found = combined.gap
-        if self._comparable:
-            total = math.fsum(self._weights.values())
-            rows = (self._coordinates[n] * (self._weights[n] / total) for n in trained)
-            mean = sum(rows, torch.zeros(()))
-            for name in trained:
-                self.records[name].cosine_to_mean = cosine(self._coordinates[name], mean)
+        self._collection.between(ask)
+        combined = self._collection.finish()
+        self._rule.check_outcome(combined, self._about)
+        if self._capped is not None:
+            self._record_refusals()
+            self._weights = self._capped.weights
+            for name, note in self._capped.notes.items():
+                self.records[name].notes.append(note)
+        if self._diagnostics is not None:
+            self._diagnostics.compare({name: self.records[name] for name in self.trained}, self._weights)
         return combined
 
     def gap(self) -> float | None:
-        """‖mean(BA) − B̄·Ā‖ / ‖mean(BA)‖; 0 where participants shared one factor, None where it means nothing."""
-        if self.about.layout is None or self.about.layout.refused or not self._comparable:
-            return None
-        if self.part != "all":
-            return None if self._rule.personal else 0.0
-        return self._gap.value() if self._gap is not None else self._gap_found
+        """‖mean(BA) − B̄·Ā‖ / ‖mean(BA)‖; None where it means nothing, or no single update is seen."""
+        return self._with_gap.gap() if self._diagnostics is not None else None
 
 
 def too_few(

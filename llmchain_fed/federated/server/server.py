@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from llmchain_fed.federated.history import History, ParticipantRecord, RoundReco
 from llmchain_fed.federated.options import sampled
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import MAX_AGGREGATION
-from llmchain_fed.federated.runtime import InProcess, Transport
+from llmchain_fed.federated.runtime import InProcess, Operation, Transport
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.client_manager import ClientManager
 from llmchain_fed.federated.server.dispatch import Dispatcher
@@ -34,8 +34,7 @@ from llmchain_fed.training.batch_sampler import seed_of
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import printable
 from llmchain_fed.updates import serialization, server_optimizers
-from llmchain_fed.updates.aggregation import AGGREGATIONS
-from llmchain_fed.updates.aggregation.base import Round
+from llmchain_fed.updates.collection import Round
 
 UNUSABLE = "the updates of this round cannot be combined"
 
@@ -255,11 +254,15 @@ class Server:
         found = (r.participants[name].status for r in reversed(self.history.rounds) if name in r.participants)
         return any(status != "absent" for status in found)
 
+    def _ask(self, op: str, messages: Mapping[str, bytes]) -> dict[str, bytes | Exception]:
+        """Sends participants a message each, and waits for all answers."""
+        return dict(self.transport.call(cast(Operation, op), list(messages), messages, self.settings.deadline))
+
     def _next_state(self, opened: OpenRound, former: GlobalState) -> GlobalState:
         settings = self.settings
-        combined = opened.aggregate(settings.quorum)
+        combined = opened.aggregate(settings.quorum, self._ask)
         values = combined.values
-        if settings.broadcast_codec is not None and settings.rule.linear:
+        if settings.broadcast_codec is not None:
             # participants started from what they decoded: what they learnt is added to the weights as they really are,
             # whose distance from that copy the next broadcast brings
             values = {
@@ -267,14 +270,13 @@ class Server:
                 for n, v in values.items()
             }
         # code of a user's own may fail as it likes: what it raises, or the model's own check, is raised
-        ours = AGGREGATIONS.get(settings.rule.name) is settings.rule
-        if ours:
+        if not settings.rule.own:
             _check_finite(values)
         moved = server_optimizers.apply(settings.server_optimizer, former.values, values)
         if settings.rule.refactor is not None and settings.layout is not None:
             moved = settings.rule.refactor(moved, settings.layout)
         new = GlobalState(moved, former.plus(combined.remainder))
-        if ours:
+        if not settings.rule.own:
             remainder = {n + part: t for n, f in new.remainder.items() for part, t in ((" B", f.b), (" A", f.a))}
             _check_finite({**(moved if settings.rule.refactor is not None else {}), **remainder})
         return new

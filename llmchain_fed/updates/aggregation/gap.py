@@ -1,20 +1,46 @@
 """AggregationGap: how much averaging LoRA factors apart leaves out, measured in every round.
 
-Knows factors. Knows nothing about which rule is in use: the gap says whether an exact one could matter.
+Knows factors, and which part of them a rule shares. The gap says whether an exact rule could matter.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from llmchain_fed.updates.aggregation.base import Contribution, LoraLayout
+from llmchain_fed.updates.aggregation.base import Rule
+from llmchain_fed.updates.collection import Around, Collection, Combined, Contribution, Round
+from llmchain_fed.updates.lora_layout import LoraLayout
 from llmchain_fed.updates.low_rank import Factors, as_shares, norms_of_mean
 
 _KEPT = 16  # participants whose factors are kept for the exact figure
 _COLUMNS = 32  # of the sketch that replaces them beyond
+
+
+class Norms:
+    """Both norms of the gap's fraction, layer by layer."""
+
+    def __init__(self) -> None:
+        self._whole: list[float] = []
+        self._left_out: list[float] = []
+
+    def add(self, parts: Sequence[Factors], shares: Sequence[float], scaling: float) -> None:
+        """Takes in one layer: the participants' factors, and what each of them counts."""
+        self.add_norms(*norms_of_mean(parts, shares), scaling)
+
+    def add_norms(self, whole: float, left_out: float, scaling: float) -> None:
+        """Takes in one layer's norms, of the mean product and of what averaging the factors apart leaves out of it."""
+        self._whole.append(scaling * whole)
+        self._left_out.append(scaling * left_out)
+
+    def ratio(self) -> float | None:
+        """The gap over the layers that were added; None where all of them are zero."""
+        whole = math.hypot(*self._whole)
+        found = math.hypot(*self._left_out) / whole if whole > 0 else math.nan
+        return found if math.isfinite(found) else None
 
 
 class AggregationGap:
@@ -45,19 +71,13 @@ class AggregationGap:
     def value(self) -> float | None:
         """The gap; None where there is no update, or where all of them are zero."""
         if self._sketch is not None:
-            return _ratio(*self._sketch.norms())
-        if not self._kept:
-            return None
-        shares = as_shares([given.weight for given in self._kept])
-        left_out, whole = [], []
-        for layer in self._layout.layers:
-            scaling = self._layout.scaling[layer]
+            return self._sketch.norms().ratio()
+        shares, norms = as_shares([given.weight for given in self._kept]), Norms()
+        for layer in self._layout.layers if self._kept else ():
             pairs = [self._layout.factors(given.tensors, layer) for given in self._kept]
             parts = [Factors(p.b.float(), p.a.float()) for p in pairs]
-            both, apart = norms_of_mean(parts, shares)
-            left_out.append(scaling * apart)
-            whole.append(scaling * both)
-        return _ratio(math.hypot(*left_out), math.hypot(*whole))
+            norms.add(parts, shares, self._layout.scaling[layer])
+        return norms.ratio()
 
 
 class _Sketch:
@@ -80,15 +100,14 @@ class _Sketch:
             for total, part in zip(self._sums[layer], parts, strict=True):
                 total.add_(part, alpha=given.weight)
 
-    def norms(self) -> tuple[float, float]:
-        left_out, whole = [], []
+    def norms(self) -> Norms:
+        found = Norms()
         for layer, sums in self._sums.items():
             product, b, a = (part / self._total for part in sums)
-            apart = b @ (a @ self._gaussian(a.shape[1]))
-            scaling = self._layout.scaling[layer]
-            left_out.append(scaling * float(torch.linalg.vector_norm(product - apart)))
-            whole.append(scaling * float(torch.linalg.vector_norm(product)))
-        return math.hypot(*left_out), math.hypot(*whole)
+            apart = product - b @ (a @ self._gaussian(a.shape[1]))
+            whole, left_out = (float(torch.linalg.vector_norm(part)) for part in (product, apart))
+            found.add_norms(whole, left_out, self._layout.scaling[layer])
+        return found
 
     def _gaussian(self, n: int) -> Tensor:
         """(n, 32), the same for every participant."""
@@ -97,6 +116,42 @@ class _Sketch:
         return self._columns[n]
 
 
-def _ratio(left_out: float, whole: float) -> float | None:
-    found = left_out / whole if whole > 0 else math.nan
-    return found if math.isfinite(found) else None
+class WithGap(Around):
+    """A collection, and beside it the gap of what it is given.
+
+    Args:
+        inner: That collection, of a round that has begun.
+        rule: Whose it is.
+        about: The round.
+    """
+
+    def __init__(self, inner: Collection, rule: Rule, about: Round) -> None:
+        super().__init__(inner)
+        self._personal, self._part = rule.personal, rule.shares(about.number)
+        self._plain = about.layout is not None and not about.layout.refused
+        self._gap: AggregationGap | None = None
+        self._measured: float | None = None
+        if about.layout is not None and self._plain and self._part == "all" and not rule.keeps_updates:
+            self._gap = AggregationGap(about.layout)
+
+    def add(self, given: Contribution) -> None:
+        """Hands it on, and measures it where ranks are one."""
+        super().add(given)
+        if given.scaling is not None:
+            self._gap = None  # factors of different ranks have no mean
+        elif self._gap is not None:
+            self._gap.add(given)
+
+    def finish(self) -> Combined:
+        """What the inner one makes."""
+        found = super().finish()
+        self._measured = getattr(found, "gap", None)
+        return found
+
+    def gap(self) -> float | None:
+        """The round's; 0 where participants shared one factor, None where it means nothing."""
+        if not self._plain:
+            return None
+        if self._part != "all":
+            return None if self._personal else 0.0
+        return self._gap.value() if self._gap is not None else self._measured

@@ -13,23 +13,24 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.errors import FederationError
-from llmchain_fed.updates.aggregation.base import A, B, Combined, Contribution, LoraLayout, Round
+from llmchain_fed.updates.aggregation.gap import Norms
 from llmchain_fed.updates.aggregation.mean import RunningMean
-from llmchain_fed.updates.low_rank import Stack, as_shares, norms_of_mean
+from llmchain_fed.updates.collection import Collection, Combined, Contribution, Round
+from llmchain_fed.updates.lora_layout import A, B, LoraLayout
+from llmchain_fed.updates.low_rank import Stack, as_shares
 
 
-class _Kept:
+class _Kept(Collection):
     """Keeps every contribution until all are in, and gives its memory back layer by layer while they are combined."""
 
-    def __init__(self, round_: Round) -> None:
-        assert round_.layout is not None  # Rule.check has made sure
-        self.round, self.layout = round_, round_.layout
+    def zero(self, about: Round) -> None:
+        """Begins a round of LoRA factors."""
+        assert about.layout is not None  # Rule.check has made sure
+        self.round, self.layout = about, about.layout
         self._weights: list[float] = []
         self._scaling: list[Mapping[str, float]] = []
         self._stacks: dict[str, Stack] = {}
-        self._one_rank = True
-        self._left_out: list[float] = []
-        self._whole: list[float] = []
+        self._norms: Norms | None = Norms()
 
     def add(self, given: Contribution) -> None:
         """Keeps it; a weight that is no share of anything is refused."""
@@ -38,7 +39,8 @@ class _Kept:
             raise FederationError(msg)
         self._weights.append(given.weight)
         self._scaling.append(given.scaling or self.layout.scaling)
-        self._one_rank = self._one_rank and given.scaling is None
+        if given.scaling is not None:
+            self._norms = None  # factors of different ranks have no mean
         for layer in self.layout.layers:
             if layer not in self._stacks:
                 rank = self.layout.factors(self.round.state, layer).rank
@@ -54,10 +56,8 @@ class _Kept:
         for layer in self.layout.layers:
             found = self._stacks.pop(layer)
             scales = [share * scaling[layer] for share, scaling in zip(shares, self._scaling, strict=True)]
-            if self._one_rank:
-                whole, left_out = norms_of_mean(found.parts(), shares)
-                self._whole.append(self.layout.scaling[layer] * whole)
-                self._left_out.append(self.layout.scaling[layer] * left_out)
+            if self._norms is not None:
+                self._norms.add(found.parts(), shares, self.layout.scaling[layer])
             yield layer, found, scales
 
     def _room(self) -> dict[str, Tensor]:
@@ -72,24 +72,22 @@ class _Kept:
         return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
     def _gap(self) -> float | None:
-        """‖mean(BA) − B̄·Ā‖ / ‖mean(BA)‖ over the layers seen; None where ranks differ."""
-        whole = math.hypot(*self._whole) if self._one_rank else 0.0
-        gap = math.hypot(*self._left_out) / whole if whole > 0 else math.nan
-        return gap if math.isfinite(gap) else None
+        """Over the layers seen; None where ranks differ."""
+        return self._norms.ratio() if self._norms is not None else None
 
 
 class FedEx(_Kept):
     """A ← Ā, B ← B̄, and what that leaves out, s·(mean(BA) − B̄·Ā), goes to the frozen remainder (arXiv 2410.09432)."""
 
-    def combine(self) -> Combined:
+    def finish(self) -> Combined:
         """The mean factors, and the remainder's increment of rank (K−1)·r per layer."""
         shares = as_shares(self._weights or [1.0])
         values, remainder = self._room(), {}
         for layer, parts, _ in self._layers():
             mean = RunningMean()
             for part, weight in zip(parts.parts(), self._weights, strict=True):
-                mean.add({B: part.b, A: part.a}, weight)
-            for name, tensor in mean.result().items():
+                mean.add(Contribution({B: part.b, A: part.a}, weight))
+            for name, tensor in mean.finish().values.items():
                 values[f"{layer}.{name}"].copy_(tensor)
             left_out = parts.centre(shares, self.layout.scaling[layer])
             if left_out.rank:
@@ -100,7 +98,7 @@ class FedEx(_Kept):
 class FLoRA(_Kept):
     """The stack Σ p_k s_k B_k·A_k goes to the frozen remainder, and LoRA starts anew (arXiv 2409.05976)."""
 
-    def combine(self) -> Combined:
+    def finish(self) -> Combined:
         """A fresh random A, a zero B, and the stack of rank Σ r_k per layer."""
         values, remainder = self._room(), {}
         for layer, parts, scales in self._layers():
@@ -117,7 +115,7 @@ class FlexLoRA(_Kept):
     values left out).
     """
 
-    def combine(self) -> Combined:
+    def finish(self) -> Combined:
         """B = U·S/s and A = Vᵀ, cut to the adapter's rank."""
         values = self._room()
         for layer, parts, scales in self._layers():

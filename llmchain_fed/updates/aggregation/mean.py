@@ -1,45 +1,51 @@
 """RunningMean: Σ n_k/n · w_k over updates as they arrive, without keeping them.
 
-Pure numbers over named tensors. Knows nothing about rules, rounds or participants.
+Pure numbers over named tensors. Knows nothing about rules or participants.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from llmchain_fed.errors import FederationError
+from llmchain_fed.updates.collection import Collection, Combined, Contribution, Round
 from llmchain_fed.updates.serialization import side_by_side
 
 
-class RunningMean:
+class RunningMean(Collection):
     """Σ n_k/n · w_k, kept up to date update by update (West 1979), in float32 or better.
 
     The running form needs no total beforehand, holds one state however many updates come, and is exact where it should
     be: one update gives its own values bit by bit, and so do identical ones.
 
     >>> mean = RunningMean()
-    >>> mean.add({"w": torch.tensor([1.0])}, weight=1)
-    >>> mean.add({"w": torch.tensor([5.0])}, weight=3)
-    >>> mean.result()["w"]
+    >>> mean.add(Contribution({"w": torch.tensor([1.0])}, weight=1))
+    >>> mean.add(Contribution({"w": torch.tensor([5.0])}, weight=3))
+    >>> mean.finish().values["w"]
     tensor([4.])
     """
 
     def __init__(self) -> None:
+        self.zero()
+
+    def zero(self, about: Round | None = None) -> None:  # noqa: ARG002 (a mean needs nothing but what is added)
+        """Forgets what was added."""
         self._mean: dict[str, Tensor] = {}
         self._block: Tensor | None = None
         self._dtypes: dict[str, torch.dtype] = {}
         self._total = 0.0
 
-    def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
+    def add(self, given: Contribution) -> None:
         """Takes one participant's values in.
 
         Raises:
             FederationError: The weight is not a positive finite number, or names or shapes differ from the first ones.
         """
+        tensors, weight = given.tensors, given.weight
         if not (math.isfinite(weight) and weight > 0):
             msg = f"an update's weight must be positive and finite, got {weight}. Use its number of examples."
             raise FederationError(msg)
@@ -77,7 +83,7 @@ class RunningMean:
         parts = torch.split(self._block, [t.numel() for t in tensors.values()])
         self._mean = {name: part.view(t.shape) for (name, t), part in zip(tensors.items(), parts, strict=True)}
 
-    def result(self) -> dict[str, Tensor]:
+    def finish(self) -> Combined:
         """The mean in the updates' own types.
 
         Raises:
@@ -86,19 +92,4 @@ class RunningMean:
         if not self._mean:
             msg = "there is no update to average."
             raise FederationError(msg)
-        return {name: mean.to(self._dtypes[name], copy=True) for name, mean in self._mean.items()}
-
-
-def weighted_average(states: Iterable[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
-    """Σ n_k/n · w_k over (values, n_k) pairs, one at a time.
-
-    Raises:
-        FederationError: No pair, a weight that is not positive, or states that do not fit each other.
-
-    >>> weighted_average([({"w": torch.tensor([0.0])}, 1), ({"w": torch.tensor([3.0])}, 2)])["w"]
-    tensor([2.])
-    """
-    mean = RunningMean()
-    for state, weight in states:
-        mean.add(state, weight)
-    return mean.result()
+        return Combined({name: mean.to(self._dtypes[name], copy=True) for name, mean in self._mean.items()})

@@ -16,18 +16,20 @@ however many participants there are.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated
 
 from pydantic import Field
 
-from llmchain_fed.errors import ConfigError
-from llmchain_fed.updates.aggregation.base import Contribution
+from llmchain_fed.errors import ConfigError, LLMChainFedError
+from llmchain_fed.updates.collection import Around, Collection, Combined, Contribution
 
 SMALLEST = 1e-6
 """a share of one in a million: no round has more participants, and 1/share is a count"""
 Share = Annotated[float, Field(ge=SMALLEST, le=1)]
+_SEEN = 1e-9  # a share that differs by less is the same
 _NEARLY = 1e-9  # 1/c is meant to be whole where c is 0.1
 
 
@@ -63,31 +65,56 @@ def cut(weights: Mapping[str, float], share: float) -> dict[str, float]:
     return dict.fromkeys(weights, 1.0)
 
 
-class CappedWeights:
-    """Keeps the updates of a round whose weight may have to be cut.
+class CappedWeights(Around):
+    """A collection whose weights are cut; it keeps the updates of a round whose weight may have to be.
 
     Args:
+        inner: That collection, of a round that has begun.
         share: The largest that a weight may have.
     """
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, inner: Collection, share: float) -> None:
+        super().__init__(inner)
         self.share = share
         self._most = int(1 / share + _NEARLY)
-        self._kept: list[tuple[float, int, str, Contribution]] = []  # a heap: the least weight first
+        self._kept: list[tuple[float, int, Contribution]] = []  # a heap: the least weight first
         self._count = 0
+        self.weights: dict[str, float] = {}
+        """participant → what its update weighs; final after `finish`"""
+        self.notes: dict[str, str] = {}
+        """participant → what its record should say of its weight"""
+        self.refused: dict[str, LLMChainFedError] = {}
+        """participant → why its update, which was kept until then, could not be used after all"""
 
-    def push(self, name: str, given: Contribution) -> tuple[str, Contribution] | None:
-        """Takes one in; gives back one whose weight will not be cut, whoever else comes."""
+    def add(self, given: Contribution) -> None:
+        """Takes one in, and hands on one whose weight will not be cut, whoever else comes."""
+        self.check(given)  # before it is kept: later it could not be refused
         self._count += 1
-        item = (given.weight, -self._count, name, given)
+        self.weights[given.participant] = given.weight
+        item = (given.weight, -self._count, given)
         if len(self._kept) < self._most:
             heapq.heappush(self._kept, item)
-            return None
-        _, _, other, least = heapq.heappushpop(self._kept, item)
-        return other, least
+        else:
+            self._add(heapq.heappushpop(self._kept, item)[2])
 
-    def release(self, weights: Mapping[str, float]) -> list[tuple[str, Contribution]]:
-        """Those that are kept, with these weights, in the order in which they came."""
-        found = sorted(self._kept, key=lambda item: -item[1])
-        self._kept = []
-        return [(name, replace(given, weight=weights[name])) for _, _, name, given in found]
+    def _add(self, given: Contribution) -> None:
+        try:
+            super().add(given)
+        except LLMChainFedError as error:
+            self.refused[given.participant] = error
+            del self.weights[given.participant]
+
+    def finish(self) -> Combined:
+        """Adds those that were kept, in the order in which they came, at weights of which none passes its share."""
+        former, late = self.weights, sorted(self._kept, key=lambda item: -item[1])
+        self.weights, self._kept = cut(former, self.share), []
+        total, new_total = math.fsum(former.values()), math.fsum(self.weights.values())
+        few = len(former) * self.share <= 1
+        why = "as all do, for they are too few" if few else f"max_weight_share={self.share:g}"
+        for _, _, given in late:
+            name, weight = given.participant, self.weights[given.participant]
+            was, now = given.weight / total, weight / new_total
+            if abs(was - now) > _SEEN and (few or weight != given.weight):
+                self.notes[name] = f"its update weighs {now:.4g} of the round, not {was:.4g}: {why}"
+            self._add(replace(given, weight=weight))
+        return super().finish()

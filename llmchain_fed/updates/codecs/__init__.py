@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping
 
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.untrusted import shown
-from llmchain_fed.updates.codecs.base import Codec, encoded_bytes, sizes_of
+from llmchain_fed.updates.codecs.base import Codec
 from llmchain_fed.updates.codecs.quantization import BF16, Int4, Int8
 from llmchain_fed.updates.codecs.sparsification import TopK
-from llmchain_fed.updates.serialization import TensorInfo
 
 _LONGEST = 40  # characters of a codec's name and option
 
@@ -41,8 +40,9 @@ def make_codec(choice: str | Codec | None) -> Codec | None:
         return None
     if not isinstance(choice, str):
         methods = all(callable(getattr(choice, method, None)) for method in ("layout", "encode", "decode"))
-        if isinstance(choice, type) or not methods or not all(hasattr(choice, a) for a in ("name", "lossy_feedback")):
-            msg = f"{choice!r:.80} is no object with name, lossy_feedback, layout, encode and decode. {valid}"
+        said = ("name", "lossy_feedback", "needs_feedback")
+        if isinstance(choice, type) or not methods or not all(hasattr(choice, each) for each in said):
+            msg = f"{choice!r:.80} is no object with {', '.join(said)}, layout, encode and decode. {valid}"
             raise ConfigError(msg)
         return choice
     name, colon, option = choice.partition(":")
@@ -79,14 +79,3 @@ def spec(codec: Codec | None) -> str | None:
         msg = f"{codec!r:.80} is code of your own, and no code travels to participants. {_VALID}."
         raise ConfigError(msg)
     return found
-
-
-def ratio(codec: Codec, infos: Mapping[str, TensorInfo]) -> float:
-    """Bytes of the parts over bytes of the same values in float32; 1 where there is no value.
-
-    >>> import torch
-    >>> ratio(Int8(), {"w": TensorInfo(torch.float32, (256, 256))})
-    0.25390625
-    """
-    plain = 4 * sum(sizes_of(infos).values())
-    return encoded_bytes(codec, infos) / plain if plain else 1.0

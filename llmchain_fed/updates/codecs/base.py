@@ -40,6 +40,10 @@ class Codec(Protocol):
     def lossy_feedback(self) -> bool:
         """Whether what it leaves out is kept and added to the next round's delta."""
 
+    @property
+    def needs_feedback(self) -> bool:
+        """Whether it leaves out so much that nothing good is learnt where that cannot be kept."""
+
     def layout(self, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         """Type and shape of every part, from names and shapes alone; the types of `infos` play no role."""
 

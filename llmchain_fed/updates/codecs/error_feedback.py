@@ -12,7 +12,37 @@ from torch import Tensor
 
 from llmchain_fed.errors import FederationError
 from llmchain_fed.updates.codecs.base import Codec
-from llmchain_fed.updates.serialization import describe
+from llmchain_fed.updates.serialization import TensorInfo, describe
+from llmchain_fed.updates.transforms import RESIDUAL, Origin, UpdateTransform
+
+
+class Encoding(UpdateTransform):
+    """A delta as a codec's parts; what they leave out is carried to the next round, unless that is not wanted.
+
+    Args:
+        codec: Makes the parts.
+        feedback: Whether to carry.
+    """
+
+    name = RESIDUAL
+    keeps_names = False
+
+    def __init__(self, codec: Codec, *, feedback: bool) -> None:
+        self._codec, self._feedback = codec, feedback
+
+    def carries(self, infos: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+        """A float32 residual of every tensor."""
+        return {name: TensorInfo(torch.float32, info.shape) for name, info in infos.items() if self._feedback}
+
+    def apply(
+        self,
+        delta: Mapping[str, Tensor],
+        origin: Origin,  # noqa: ARG002
+        carried: Mapping[str, Tensor],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The parts of delta + residual, and the next residual; those of tensors not sent in this round stay."""
+        parts, _, left = encode_with_feedback(self._codec, delta, carried if self._feedback else None)
+        return parts, left if self._feedback else {}
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ class BF16:
 
     name: ClassVar[str] = "bf16"
     lossy_feedback: ClassVar[bool] = False
+    needs_feedback: ClassVar[bool] = False
 
     def layout(self, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         """`values` bfloat16 (N,)."""
@@ -70,6 +71,7 @@ class Int8:
 
     name: ClassVar[str] = "int8"
     lossy_feedback: ClassVar[bool] = True
+    needs_feedback: ClassVar[bool] = False
     _levels: ClassVar[int] = 127
     block: int = 256
 
@@ -130,6 +132,7 @@ class Int4(Int8):
     """
 
     name: ClassVar[str] = "int4"
+    needs_feedback: ClassVar[bool] = True
     _levels: ClassVar[int] = 7
     block: int = 64
 

@@ -35,6 +35,7 @@ class TopK:
 
     name: ClassVar[str] = "topk"
     lossy_feedback: ClassVar[bool] = True
+    needs_feedback: ClassVar[bool] = True
     ratio: float = 0.1
 
     def __post_init__(self) -> None:

@@ -187,7 +187,8 @@ def test_residuals_of_those_who_stay_are_sent_and_newcomers_have_none(make_chain
     codec, decoded = make_codec("int8"), {}
     for name, examples in NOW["all three"].items():
         own, _ = trained(make_chain(), start, examples, name, SGD)
-        residual = kept[name].residual if name in kept else {}
+        carried = kept[name].carried if name in kept else {}
+        residual = {n.removeprefix("residual/"): t for n, t in carried.items()}
         assert bool(residual) == (name != "d")
         delta = {n: t - start[n] + residual.get(n, 0) for n, t in own.items()}
         back = codec.decode(codec.encode(delta), serialization.describe(delta))
@@ -653,7 +654,7 @@ def test_a_state_for_other_data_keeps_all_but_the_place_in_them():
     for kind, found in kept.kept().items():
         assert_tensors_equal(found, progress.kept()[kind])
     assert read({"options", "examples"})[1].optimizer_state is None
-    assert read({"options"})[1].residual
+    assert read({"options"})[1].carried
     for what in ("rank", "alpha"):
         assert read({what})[1] == Progress(5)
 

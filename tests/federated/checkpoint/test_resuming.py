@@ -633,13 +633,10 @@ class Halfway:
 ADAGRAD = {"optimizer": torch.optim.Adagrad, "lr": 0.01}
 
 
-class Mine:
+class Mine(RunningMean):
     """An aggregation of one's own."""
 
     name = "mine"
-
-    def start(self, state):
-        return RunningMean()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,149 @@
+"""UpdateTransform: what happens to an update at its participant, between "trained" and "sent".
+
+Knows named tensors and counts. Knows nothing of training, of messages or of what the hub does with the outcome.
+
+Transforms come one after the other, a codec's encoding last. What comes out of all of them is added to where the
+participant started and travels as values, unless the last one makes something else of it: a codec's parts, or what the
+collection at the hub asks for (`Collection.payload`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llmchain_fed.errors import ConfigError, FederationError
+from llmchain_fed.model.weights import all_finite
+from llmchain_fed.updates.serialization import TensorInfo, describe
+
+RESIDUAL = "residual"
+"""the name of what a codec carries, and of no other transform"""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Whose update it is, and what it is a difference to."""
+
+    participant: str
+    number: int
+    """the round's, 0 for the first"""
+    examples: int
+    """that the participant trained on: what the hub may weigh its update by"""
+    tokens: int
+    start: Mapping[str, Tensor] = field(repr=False)
+    """where the participant started: the shared tensors' global values"""
+
+
+class UpdateTransform(ABC):
+    """Delta → delta at a participant; what it needs of a federation stands in its attributes.
+
+    One object serves all participants and rounds: what it keeps from round to round it gives back as tensors, which
+    stay with their participant, go into a checkpoint with its state, and are dropped with a round that came to nothing.
+    """
+
+    name: str
+    """what errors call it, and by which what it carries is found again; one of a kind in a federation"""
+    keeps_names: bool = True
+    """whether what comes out is a delta again: the same names and shapes, finite floats"""
+    needs_sum: bool = False
+    """whether single outcomes mean nothing and only their sum does: the rule must be `summable`"""
+
+    def carries(self, infos: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:  # noqa: ARG002
+        """Type (a float) and shape of all it may carry from round to round, by its own names, for such a delta.
+
+        A rule that writes the factors anew every round goes with none that carries anything.
+        """
+        return {}
+
+    @abstractmethod
+    def apply(
+        self, delta: Mapping[str, Tensor], origin: Origin, carried: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Makes an outcome of a delta, and what is carried to the next round.
+
+        Args:
+            delta: float32 by name, local − global; not to be changed.
+            origin: Whose it is.
+            carried: From the round before; empty in the first one.
+
+        Raises:
+            FederationError: It cannot; the participant is not in this round.
+        """
+
+
+def checked_transforms(transforms: Iterable[UpdateTransform]) -> tuple[UpdateTransform, ...]:
+    """The transforms, if each has a name of its own and can use what comes out of the one before.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    found = tuple(transforms)
+    for transform in found:
+        if not isinstance(transform, UpdateTransform) or not isinstance(getattr(transform, "name", None), str):
+            msg = f"transforms are UpdateTransform objects with a name, got {transform!r:.80}."
+            raise ConfigError(msg)
+        if (
+            transform.name in ("", RESIDUAL)
+            or "/" in transform.name
+            or [t.name for t in found].count(transform.name) > 1
+        ):
+            msg = (
+                f"a transform needs a name of its own without '/', other than {RESIDUAL!r}, got {transform.name!r:.80}."
+            )
+            raise ConfigError(msg)
+    if not all(transform.keeps_names for transform in found[:-1]):
+        msg = "a transform that makes something else than a delta is the last one: no other can use that. Put it last."
+        raise ConfigError(msg)
+    return found
+
+
+def carried_by(transforms: Iterable[UpdateTransform], infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """All that they, and a codec beside them, may carry for such tensors, as "transform/name"."""
+    found = {f"{RESIDUAL}/{n}": TensorInfo(torch.float32, info.shape) for n, info in infos.items()}
+    return found | {f"{t.name}/{n}": info for t in transforms for n, info in t.carries(infos).items()}
+
+
+def transformed(
+    transforms: Sequence[UpdateTransform], delta: dict[str, Tensor], origin: Origin, carried: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What comes out of all of them, and all that they carry, as "transform/name".
+
+    Args:
+        transforms: One after the other.
+        delta: The true one.
+        origin: Whose it is.
+        carried: From the round before; what is of none of these transforms is handed on.
+
+    Raises:
+        FederationError: One of them cannot, or makes what it says it does not make; nothing has changed.
+    """
+    left = {key: t for key, t in carried.items() if key.partition("/")[0] not in {each.name for each in transforms}}
+    for transform in transforms:
+        prefix, infos = f"{transform.name}/", describe(delta)
+        own = {key.removeprefix(prefix): t for key, t in carried.items() if key.startswith(prefix)}
+        outcome, kept = transform.apply(delta, origin, own)
+        if transform.keeps_names:
+            _check_delta(transform.name, outcome, infos)
+        left |= {prefix + name: tensor for name, tensor in kept.items()}
+        delta = outcome
+    return delta, left
+
+
+def added(start: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values that travel in place of a delta, in the types of where it started."""
+    return {name: (start[name].float() + change).to(start[name].dtype) for name, change in delta.items()}
+
+
+def _check_delta(name: str, outcome: Mapping[str, Tensor], infos: Mapping[str, TensorInfo]) -> None:
+    found = {n: tuple(t.shape) for n, t in outcome.items()}
+    if found != {n: info.shape for n, info in infos.items()}:
+        msg = f"transform {name!r:.80} makes other tensors than it is given. Set keeps_names = False if it means to."
+        raise FederationError(msg)
+    wrong = next((n for n, t in outcome.items() if not t.is_floating_point() or not all_finite(t)), None)
+    if wrong is not None:
+        msg = f"transform {name!r:.80} makes {wrong} NaN, infinite or no float, which nobody could use."
+        raise FederationError(msg)
