@@ -449,7 +449,7 @@ def test_what_a_rank_holds_and_what_the_leader_asks_is_read_as_strictly():
 def test_pieces_of_a_body_are_given_to_whom_they_are_for():
     parts, which = ranks.distinct({"a": b"1", "b": b"23"}, ["a", "b"])
     sizes = [len(p) for p in parts]
-    task = ranks.Task(op="train", nodes=["a", "b"], timeout=None, which=which, sizes=sizes)
+    task = ranks.RankTask(op="train", nodes=["a", "b"], timeout=None, which=which, sizes=sizes)
     assert ranks.by_node(b"".join(parts), task, {"a": 1, "b": 1}) == {"a": b"1", "b": b"23"}
     for body, hosted in ((b"12", {"a": 1, "b": 1}), (b"123", {"a": 1})):
         with pytest.raises(FederationError, match="a task that makes no sense"):

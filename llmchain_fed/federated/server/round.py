@@ -25,6 +25,7 @@ from llmchain_fed.errors import (
     UpdateRefusedError,
 )
 from llmchain_fed.federated.history import ParticipantRecord, told_of
+from llmchain_fed.federated.protocol.tasks import TrainTask
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import decoding, one_line
@@ -96,23 +97,28 @@ class OpenRound:
         self._layouts: dict[int | None, dict[str, TensorInfo]] = {}
         self._owners: dict[bytes, str] = {}  # content of an update → who sent it first
 
-    @property
-    def header(self) -> dict[str, Any]:
-        """What a participant is told to do."""
-        return {
-            "kind": "task",
-            "round": self.number,
-            "base": self._base,
-            "trains": self._rule.trains(self.number),
-            "shares": self.part,
-            "codec": spec(self._codec),
-            "feedback": self._codec is not None and self._codec.lossy_feedback and not self._rule.regauges,
-        }
+    def task(self, **more: Any) -> TrainTask:
+        """What a participant is told to do; rounds count from 1 in messages.
+
+        Raises:
+            FederationError: What is told beside the round's own makes no sense.
+        """
+        return TrainTask.of(
+            round=self.number + 1,
+            base=self._base,
+            trains=self._rule.trains(self.number),
+            shares=self.part,
+            codec=spec(self._codec),
+            feedback=self._codec is not None and self._codec.lossy_feedback and not self._rule.regauges,
+            **more,
+        )
 
     def largest_update(self, names: Iterable[str] = ()) -> int:
         """bytes: what no update of this round exceeds, from whoever of these it comes."""
         longest = max(names, key=lambda name: len(json.dumps(name)), default="")
-        return Expected(longest, self.number, self._base, self._layout(None, self.start), codec=self._codec).max_bytes
+        return Expected(
+            longest, self.number + 1, self._base, self._layout(None, self.start), codec=self._codec
+        ).max_bytes
 
     def _layout(self, rank: int | None, start: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
         """Type and shape of what a participant of this rank is asked for; None is the common one."""
@@ -154,7 +160,7 @@ class OpenRound:
         try:
             start = self._broadcast.state_for(name)
             layout = self._layout(self._broadcast.rank_of(name), start)
-            expected = Expected(name, self.number, self._base, layout, num_examples, num_tokens, self._codec, start)
+            expected = Expected(name, self.number + 1, self._base, layout, num_examples, num_tokens, self._codec, start)
             with decoding("its update", UpdateRefusedError):
                 update = Update.from_bytes(answer, expected)
                 delta_norms, coordinates = self._distances(update, start)
