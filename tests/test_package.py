@@ -70,6 +70,7 @@ PUBLIC = [
     "RawText",
     "RecipeError",
     "Reptile",
+    "Site",
     "TemplatedTwiceError",
     "TensorBoard",
     "TorchDistributed",

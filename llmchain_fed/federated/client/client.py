@@ -62,7 +62,7 @@ class Client:
         """whether a hub says how it trains"""
         self.config = own_config(config or TrainingConfig(), participant)
         """how it trains, its own options included"""
-        self.data = LocalData(target, participant, self.config)
+        self.data: LocalData = LocalData(target, participant, self.config)
         self.scaling = own_scaling(target, participant)
         """layer → s, where its LoRA rank is its own"""
         self.limits: Limits | None = None
@@ -80,8 +80,10 @@ class Client:
         self._evaluations, self._counting = 0, threading.Lock()
 
     def handle(self, op: str, payload: bytes) -> bytes:
-        """Answers one operation. What is refused has changed nothing: neither weights, nor where the participant
-        stands, nor what of the global state it has.
+        """Answers one operation.
+
+        What is refused has changed nothing: neither weights, nor where the participant stands, nor what of the global
+        state it has.
 
         Args:
             op: Its name: `hello` compares contracts and says what the participant has; `train`, `evaluate` and others

@@ -31,7 +31,7 @@ _KEPT = {"Adam": _ADAM, "AdamW": _ADAM, "SGD": ("momentum_buffer",)}
 _REMEDY = "Give back what this participant gave."
 
 
-def check(client: Client, task: PersonalStateTask, layout: Layout, infos: Mapping[str, TensorInfo]) -> None:
+def check(_client: Client, task: PersonalStateTask, layout: Layout, infos: Mapping[str, TensorInfo]) -> None:
     """Makes sure, before a value is read, that what is given back can be this participant's.
 
     Raises:

@@ -1,5 +1,4 @@
-"""Personal models: what one participant learns for itself, beside or after the global model. The operations
-`personalize` and `curve`.
+"""The operations `personalize` and `curve`, and Ditto: what one participant learns for itself.
 
 Knows local training, adapters and one participant's data. Knows nothing about other participants.
 """
@@ -171,7 +170,7 @@ def steps_config(config: TrainingConfig, steps: int, lr: float | None) -> Traini
 # --- the operations ---------------------------------------------------------------------------------------------------
 
 
-def check(client: Client, task: PersonalizeTask, layout: Layout, infos: Mapping[str, TensorInfo]) -> None:
+def check(client: Client, task: PersonalizeTask, _layout: Layout, _infos: Mapping[str, TensorInfo]) -> None:
     """Makes sure that a personal model may be trained: its mean training loss is told, of these examples.
 
     Raises:
@@ -184,7 +183,7 @@ def check(client: Client, task: PersonalizeTask, layout: Layout, infos: Mapping[
         limits.check_steps(task.steps)
 
 
-def check_curve(client: Client, task: CurveTask, layout: Layout, infos: Mapping[str, TensorInfo]) -> None:
+def check_curve(client: Client, task: CurveTask, _layout: Layout, _infos: Mapping[str, TensorInfo]) -> None:
     """Makes sure that a curve may be measured.
 
     Raises:

@@ -115,7 +115,7 @@ def pack(progress: Mapping[int, Progress], *, new_pass: bool = False) -> bytes:
                         values.setdefault(str(index), {})[key] = value
             optimizer = KeptOptimizer.model_construct(values=values, param_groups=item.optimizer_state["param_groups"])
         places[str(number)] = Place.model_construct(next_step=item.next_step, optimizer=optimizer)
-    said = {"progress": places} | ({"new_pass": True} if new_pass else {})
+    said: dict[str, Any] = {"progress": places} | ({"new_pass": True} if new_pass else {})
     return messages.write(PersonalStateTask.model_construct(**said), tensors)
 
 

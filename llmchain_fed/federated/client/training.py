@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # --- what may be asked ------------------------------------------------------------------------------------------------
 
 
-def check(client: Client, task: TrainTask, layout: Layout, infos: Mapping[str, TensorInfo]) -> None:
+def check(client: Client, task: TrainTask, layout: Layout, _infos: Mapping[str, TensorInfo]) -> None:
     """Makes sure, before a value is read, that a training may be asked.
 
     Raises:
@@ -84,7 +84,7 @@ def _check_kept(client: Client, task: TrainTask, layout: Layout, progress: Progr
         raise FederationError(msg)
 
 
-def check_time_step(client: Client, task: TimeStepTask, layout: Layout, infos: Mapping[str, TensorInfo]) -> None:
+def check_time_step(client: Client, _task: TimeStepTask, _layout: Layout, _infos: Mapping[str, TensorInfo]) -> None:
     """Makes sure that steps may be timed.
 
     Raises:

@@ -111,7 +111,7 @@ class EvaluateAnswer(Answer):
 
     @classmethod
     def longest(cls, samples: int) -> int:
-        """bytes that one with so many samples may have."""
+        """Bytes that one with so many samples may have."""
         return 2**16 + _PER_SAMPLE * samples
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NoReturn, cast
+from typing import NoReturn
 
 from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.protocol.global_state import REMAINDER_A, REMAINDER_B
@@ -124,7 +124,7 @@ class Layout:
         wanted: dict[str, TensorInfo] = {}
         codec = make_codec(header.coded)
         for number, names in (header.coded_names or {}).items():
-            chosen = selected(self.values, cast(Part, names)) if isinstance(names, str) else names
+            chosen = selected(self.values, names) if isinstance(names, str) else names
             strange = sorted(set(chosen) - self.values.keys())
             if strange or not chosen or len(set(chosen)) < len(chosen) or codec is None:
                 _refuse(f"codes tensors that are not trained here, or twice: {shown(strange or chosen)}")
