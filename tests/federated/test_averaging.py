@@ -495,7 +495,7 @@ def test_train_sends_everything_to_one_that_lost_what_it_held(loses, make_chain,
     asked = fed.fit(rounds=1)[0].trained
     name = next(n for n in SHARES if (n in asked) == (loses == "what it was sent"))
     if loses == "what it was sent":
-        fed._held.forget()
+        fed._global_states.forget()
     start, payloads, inner = chain.model.trainable_state(), [], fed._peers[name].handle
 
     def handle(op, payload):
@@ -871,7 +871,7 @@ def test_a_share_held_out_is_never_trained_on(make_chain):
     chain = make_chain()
     pairs = [*PAIRS, *PAIRS[:3]]  # duplicates must not stand on both sides
     fed = federation(chain, {"a": pairs}, evaluation=0.25)
-    participant = fed._peers["a"]._participant
+    participant = fed._peers["a"].participant
     train, held_out = ({e.inputs for e in side} for side in (participant.examples, participant.held_out))
     assert not train & held_out
     assert train | held_out == {text for text, _ in PAIRS}
@@ -880,7 +880,7 @@ def test_a_share_held_out_is_never_trained_on(make_chain):
     assert record.participants["a"].examples == len(participant.examples)
     assert record.held_out_after is not None
     twin = federation(make_chain(), {"a": pairs}, evaluation=0.25)
-    assert {e.inputs for e in twin._peers["a"]._participant.held_out} == held_out
+    assert {e.inputs for e in twin._peers["a"].participant.held_out} == held_out
     other = {frozenset(e.inputs for e in hold_out(Participant("a", pairs), 0.25, chain, s).held_out) for s in range(5)}
     assert len(other) > 1
 

@@ -17,7 +17,9 @@ from liars import federation
 from llmchain_fed import untrusted
 from llmchain_fed.data.encoding import DataReport
 from llmchain_fed.federated.server import client_manager
-from llmchain_fed.federated.server.client_manager import ABSENCE, Hello
+from llmchain_fed.federated.client.overlap import Overlap
+from llmchain_fed.federated.protocol.answers import Introduction
+from llmchain_fed.federated.server.client_manager import ABSENCE
 
 CONTRACT = {"base": "b" * 64, "adapter": "a" * 64, "prompt": "p", "tokenizer": "t", "version": "1"}
 HONEST = {
@@ -41,23 +43,23 @@ def read(data):
         assert len(refused) < 1000
         assert untrusted.printable(refused) == refused
         return None
-    assert isinstance(found, Hello)
+    assert isinstance(found, Introduction)
     assert type(found.held_out) is bool
     for count in (found.num_examples, found.num_tokens, found.held_out_tokens):
         assert count is None or (type(count) is int and 1 <= count <= 10**9)
     assert found.rank is None or 1 <= found.rank <= 2**16
     assert found.alpha is None or (found.rank and 1e-3 <= found.alpha <= 2**16)
-    assert found.report is None or (found.report.used, found.report.completion_tokens) == (
+    assert found.data_report is None or (found.data_report.used, found.data_report.completion_tokens) == (
         found.num_examples, found.num_tokens,
     )  # fmt: skip
     return found
 
 
 def test_an_honest_hello_is_read():
-    assert read(json.dumps(HONEST).encode()) == Hello(
-        True, 5, 40, 9, DataReport(used=5, empty=1, completion_tokens=40), "h" * 16, 2, 4, "o" * 16,
-        client_manager.Overlap(0, 1, 2),
-    )  # fmt: skip
+    found = read(json.dumps(HONEST).encode())
+    assert found.model_dump() == HONEST
+    assert found.data_report == DataReport(used=5, empty=1, completion_tokens=40)
+    assert found.overlapping == Overlap(0, 1, 2)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,10 @@ def test_the_options_that_travel_are_those_of_a_training():
 def test_a_field_of_a_training_has_its_type_and_its_range(field, peer, target):
     for value in messages.WRONG_FIELDS[field]:
         text = refused(peer, "train", messages.task(target.model, **{field: value}))
-        assert any(words in text for words in (f"`{field}", f"another {field}", "no JSON of ours", "about a state of"))
+        assert any(
+            words in text
+            for words in (f"`{field}", f"another {field}", "no JSON of ours", "about a state of", "the state of")
+        )
     still_works(peer, target)
 
 
@@ -212,7 +215,9 @@ def test_invented_ranks_and_other_hubs_leave_no_states_behind():
         state = {n: torch.zeros_like(t) for n, t in target.model.trainable_state().items()}
     for number in range(40):
         text = f"2x{2.0 + number * 1e-9!r}"
-        peer.handle("train", messages.task(target.model, state, version=f"hub{number // 20}/1/{text}", round=number + 1))
+        peer.handle(
+            "train", messages.task(target.model, state, version=f"hub{number // 20}/1/{text}", round=number + 1)
+        )
     assert len(peer.global_states._states) <= Policy().max_states
     for rank in ("3x2.0", "2x5.0", "", "2xnan", "2xinf"):
         refused(peer, "train", messages.task(target.model, state, version=f"hub9/1/{rank}"))
@@ -227,9 +232,7 @@ def test_a_personal_state_that_is_given_back_is_one_of_this_participants(peer, t
     first = sorted(target.model.trainable_state())[0]
     nan = torch.full_like(target.model.trainable_state()[first], float("nan"))
     refused(peer, "personal_state", serialization.pack({f"0/private/{first}": nan}, head))
-    assert peer.handle(
-        "personal_state", peer.handle("personal_state", serialization.pack({}, {}))
-    )
+    assert peer.handle("personal_state", peer.handle("personal_state", serialization.pack({}, {})))
 
 
 def test_an_optimizer_comes_back_with_the_settings_it_has_here(target):
