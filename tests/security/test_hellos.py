@@ -16,9 +16,9 @@ from liars import federation
 
 from llmchain_fed import untrusted
 from llmchain_fed.data.encoding import DataReport
-from llmchain_fed.federated.server import client_manager
 from llmchain_fed.federated.client.overlap import Overlap
 from llmchain_fed.federated.protocol.answers import Introduction
+from llmchain_fed.federated.server import client_manager
 from llmchain_fed.federated.server.client_manager import ABSENCE
 
 CONTRACT = {"base": "b" * 64, "adapter": "a" * 64, "prompt": "p", "tokenizer": "t", "version": "1"}

@@ -1,7 +1,7 @@
 """A site's policy against a hub that asks for more: nothing private leaves, and each refusal names its option.
 
-Belongs here: what a `SiteServer` with a policy refuses of well-formed messages, its counters, its files. Does not: messages
-that are malformed (test_peer_messages), frames and sockets (test_server).
+Belongs here: what a `SiteServer` with a policy refuses of well-formed messages, its counters, its files. Does not:
+messages that are malformed (test_peer_messages), frames and sockets (test_server).
 """
 
 import json
@@ -24,8 +24,8 @@ from llmchain_fed import ConfigError, Participant, cli
 from llmchain_fed.data.encoding import collate
 from llmchain_fed.errors import DeadlineError, PolicyError
 from llmchain_fed.federated.client.client import Client
-from llmchain_fed.federated.protocol.versions import STALE
 from llmchain_fed.federated.client.limits import Limits
+from llmchain_fed.federated.protocol.versions import STALE
 from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.site.explaining import explain
 from llmchain_fed.runtimes.site.policy import Audit, Policy
@@ -229,7 +229,8 @@ REFUSED = {
     "a personal model's rate": ({"max_learning_rate": 0.1}, {}, {"op": "personalize", "steps": 1, "lr": 0.2},
                                 "max_learning_rate"),
     "a curve's steps": ({"max_steps": 3}, {}, {"op": "curve", "steps": [0, 4]}, "max_steps"),
-    "a curve's rate": ({"max_learning_rate": 0.1}, {}, {"op": "curve", "steps": [0, 1], "lr": 0.2}, "max_learning_rate"),
+    "a curve's rate": ({"max_learning_rate": 0.1}, {}, {"op": "curve", "steps": [0, 1], "lr": 0.2},
+                       "max_learning_rate"),
     "a curve's losses": ({"max_evaluations": 2}, {}, {"op": "curve", "steps": [0, 1, 2]}, "max_evaluations"),
     "trial steps": ({"max_steps": 2, "optimizers": ("sgd",)}, {}, {"op": "time_step"}, "optimizers"),
     "steps beside the training": ({"max_steps": 3}, {}, {"ditto": {"lam": 0.1, "max_steps": 2}}, "max_steps"),

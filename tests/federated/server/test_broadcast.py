@@ -6,20 +6,20 @@ numbers into codes (test_codecs), or what rules do with what arrives (test_lora_
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
+from other_work import does
 from tiny import PAIRS
 
 from llmchain_fed import ConfigError, FedAdam, FederatedAveraging, FederationError, Participant, TrainingConfig
-from llmchain_fed.federated.client import operations, training
+from llmchain_fed.federated.client import training
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.global_state_cache import GlobalStateCache
 from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import TimeStepTask
-from llmchain_fed.federated.protocol.versions import STALE
+from llmchain_fed.federated.protocol.versions import STALE, Version
 from llmchain_fed.federated.runtime import InProcess, payload_for
 from llmchain_fed.federated.server.broadcast import Broadcast, Known
 from llmchain_fed.federated.target import Target
@@ -337,10 +337,9 @@ def test_a_remainder_that_somebody_wrote_into_is_sent_anew(write, make_model):
 
 
 @pytest.mark.parametrize("version", ["x", "x/y/", "", 3, "x/-1/"])
-def test_a_version_that_is_none_is_refused(version, make_model):
-    held = GlobalStateCache(make_model(lora=True))
+def test_a_version_that_is_none_is_refused(version):
     with pytest.raises(FederationError, match="names no version"):
-        held.receive({"version": version, "against": None}, {})
+        Version.read(version)
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4", "topk:0.2"])
@@ -415,18 +414,6 @@ def test_codecs_go_with_every_rule(rule, codec, make_chain):
     assert ups[1] < {"bf16": 0.6, "int8": 0.4}[codec] * ups[0]
 
 
-def asked_of(fed, name, monkeypatch, asked=lambda task: task, said=lambda answer: answer):
-    """One participant is asked for something else, or says something else."""
-    honest = operations.task_type("train")
-
-    def work(client, task, state):
-        if client is not fed._peers[name]:
-            return honest.work(client, task, state)
-        return said(honest.work(client, asked(task), state))
-
-    monkeypatch.setitem(operations._TYPES, "train", replace(honest, work=work))
-
-
 def test_error_feedback_sends_what_was_left_out(make_chain, monkeypatch):
     """The sum of what arrived, and the residual a participant keeps, is the sum of what it learnt."""
     chain = make_chain(lora=True)
@@ -453,7 +440,11 @@ def test_error_feedback_sends_what_was_left_out(make_chain, monkeypatch):
 
 def test_a_codec_that_the_participant_did_not_use_is_refused(make_chain, monkeypatch):
     fed, _ = federation(make_chain(lora=True), codec="int8", quorum=1)
-    asked_of(fed, "b", monkeypatch, lambda task: task.model_copy(update={"codec": None, "feedback": False}))
+
+    def without(client, task, state):
+        return training.train(client, task.model_copy(update={"codec": None, "feedback": False}), state)
+
+    does(monkeypatch, fed._peers["b"], without)
     fed.fit(1)
     record = fed.history[0].participants["b"]
     assert record.status == "refused"
@@ -605,12 +596,13 @@ def test_steps_that_nobody_asked_for_are_refused(steps, make_chain, monkeypatch)
     federation(honest, {n: SHARES[n] for n in "ac"}, aggregation="fednova")[0].fit(1)
     fed, _ = federation(chain, aggregation="fednova")
 
-    def lie(answer):
+    def lie(client, task, state):
+        answer = training.train(client, task, state)
         head, infos = inspect(answer, max_bytes=len(answer))
         head["metrics"]["steps"] = steps
         return pack(values(answer, infos), head)
 
-    asked_of(fed, "b", monkeypatch, said=lie)
+    does(monkeypatch, fed._peers["b"], lie)
     fed.fit(1)
     record = fed.history[0].participants["b"]
     assert record.status == "refused"

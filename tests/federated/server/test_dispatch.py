@@ -14,7 +14,7 @@ from llmchain_fed import (
     FederatedAveraging,
     QuorumError,
 )
-from llmchain_fed.federated.client import joining
+from llmchain_fed.federated.client import joining, training
 from llmchain_fed.federated.server import dispatch
 
 
@@ -103,9 +103,7 @@ def test_a_late_update_is_dropped_recorded_and_not_asked_for_again(make_chain):
 
 
 def test_a_participant_gives_up_by_itself_when_the_deadline_is_over(make_chain, monkeypatch):
-    from llmchain_fed.federated.client import work
-
-    inner = work.train_locally
+    inner = training.train_locally
 
     def slow(*args, before_step, **options):
         def step():
@@ -115,7 +113,7 @@ def test_a_participant_gives_up_by_itself_when_the_deadline_is_over(make_chain, 
 
         return inner(*args, before_step=step, **options)
 
-    monkeypatch.setattr(work, "train_locally", slow)
+    monkeypatch.setattr(training, "train_locally", slow)
     chain = make_chain(lora=True)
     fed = FederatedAveraging(chain, participants=SHARES, training=TRAINING, deadline=0.2, progress=False)
     fed.fit(1)

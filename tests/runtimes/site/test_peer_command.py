@@ -186,7 +186,7 @@ def ask(transport, op, payload=b"x", **options):
 
 def test_a_round_is_two_lines_and_what_a_hub_measures_none(site):
     transport, screen, _ = site(Echo())
-    for number in range(3):
+    for number in (1, 2, 3):
         ask(transport, "train", task(round=number))
         ask(transport, "evaluate", task(round=number))
     assert [line.split(",")[0] for line in screen] == [

@@ -258,7 +258,7 @@ def test_a_request_is_written_down_before_it_is_worked_on(serve):
     inner = peer.handle
     path = serve("a", peer)
     peer.handle = lambda op, payload: seen.append(audit(serve.folder, "a")[-1]) or inner(op, payload)
-    dict(SocketTransport({"a": path}).call("train", ["a"], task(round=4)))
+    dict(SocketTransport({"a": path}).call("train", ["a"], task(round=5)))
     assert (seen[0]["op"], seen[0]["round"], seen[0]["status"]) == ("train", 5, "began")
 
 
@@ -314,12 +314,8 @@ def test_slices_of_a_call_that_was_replaced_or_dropped_change_nothing(serve):
 
 def test_work_that_is_given_up_before_its_first_step_does_not_run_to_its_end(make_chain):
     peer = Client(Target.of(make_chain(lora=True)), Participant("a", PAIRS), TRAINING)
-    from llmchain_fed.updates import serialization
-
     chain = make_chain(lora=True)
-    payload = serialization.pack(
-        chain.model.trainable_state(), {"round": 0, "base": chain.model.fingerprint(), "seconds": None}
-    )
+    payload = messages.write(TrainTask(round=1, base=chain.model.fingerprint()), chain.model.trainable_state())
     peer.give_up()
     with pytest.raises(DeadlineError):
         peer.handle("train", payload)
@@ -457,7 +453,7 @@ def test_another_setting_of_the_same_adapter_is_another_contract(change, make_ch
 
     ours, theirs = (Target.of(make_chain(lora=lora_config(**c))) for c in ({}, change))
     with pytest.raises(ContractError, match=r"another contract \(adapter: "):
-        check_contract("x", site=theirs.contract(), hub=ours.contract())
+        check_contract("x", site=theirs.contract(), server=ours.contract())
 
 
 def test_another_tokenizer_is_another_contract_and_the_same_one_loaded_again_is_not(make_chain, tmp_path):
