@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from llmchain_fed.federated.client.operations import register_task
-from llmchain_fed.federated.protocol.answers import Answer
+from llmchain_fed.federated.protocol.answers import TaskAnswer
 from llmchain_fed.federated.protocol.tasks import Task
 
 
@@ -17,7 +17,7 @@ class StatisticsTask(Task):
     at_least: Annotated[int, Field(ge=0, le=10**6)] = 0
 
 
-class StatisticsAnswer(Answer):
+class StatisticsAnswer(TaskAnswer):
     """Counts, and no text."""
 
     max_bytes = 200

@@ -23,7 +23,7 @@ from llmchain_fed.federated.client.own_options import own_config, own_scaling
 from llmchain_fed.federated.client.state import ProgressByRound
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.protocol import messages
-from llmchain_fed.federated.protocol.answers import Answer
+from llmchain_fed.federated.protocol.answers import TaskAnswer
 from llmchain_fed.federated.protocol.expected import Layout
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import HelloTask, StateTask, StopTask, Task, TensorTask
@@ -122,7 +122,7 @@ class Client:
         with self._at_own_rank():
             return _told(kind.work(self, task, state))
 
-    def _plain(self, kind: TaskType, payload: bytes) -> Answer | bytes:
+    def _plain(self, kind: TaskType, payload: bytes) -> TaskAnswer | bytes:
         """The work of a task without tensors."""
         task: Task
         if kind.task is HelloTask:
@@ -130,7 +130,7 @@ class Client:
         else:
             task = messages.read(kind.task, payload)
         self._spend(kind.measures(self, task))
-        answer: Answer | bytes = kind.work(self, task)
+        answer: TaskAnswer | bytes = kind.work(self, task)
         return answer
 
     def _admitted(self, kind: TaskType, of: type[TensorTask], payload: bytes) -> tuple[messages.Header, Layout]:
@@ -241,5 +241,5 @@ class Client:
             yield
 
 
-def _told(answer: Answer | bytes) -> bytes:
-    return messages.write_answer(answer) if isinstance(answer, Answer) else answer
+def _told(answer: TaskAnswer | bytes) -> bytes:
+    return messages.write_answer(answer) if isinstance(answer, TaskAnswer) else answer

@@ -3,7 +3,8 @@
 Knows tasks and who does their work. Knows nothing of how messages come, or of what a site's policy allows: that names
 operations as they are called here.
 
-Another operation needs no change in this package: a `Task` with its fields, an `Answer` with its own, a function, and
+Another operation needs no change in this package: a `Task` with its fields, a `TaskAnswer` with its own, a function,
+and
 
     register_task(Statistics, statistics)
 
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmchain_fed.errors import ConfigError, FederationError
 from llmchain_fed.federated.client import evaluation, given_state, joining, personalization, training
-from llmchain_fed.federated.protocol.answers import Answer
+from llmchain_fed.federated.protocol.answers import TaskAnswer
 from llmchain_fed.federated.protocol.tasks import (
     CurveTask,
     EvaluateTask,
@@ -47,7 +48,7 @@ class TaskType:
     """An operation: its task's fields, and what a client does."""
 
     task: type[Task]
-    work: Callable[..., Answer | bytes]
+    work: Callable[..., TaskAnswer | bytes]
     """`work(client, task)`; for a `StateTask` `work(client, task, state)`"""
     check: Callable[..., None] | None = None
     """`check(client, task, layout, infos)`: whether a `TensorTask` may be asked, before a value of it is read"""
@@ -60,7 +61,7 @@ _TYPES: dict[str, TaskType] = {}
 
 def register_task(
     task: type[TaskT],
-    work: Callable[..., Answer | bytes],
+    work: Callable[..., TaskAnswer | bytes],
     *,
     check: Callable[..., None] | None = None,
     measures: Callable[[Client, TaskT], int] | None = None,

@@ -24,13 +24,13 @@ _PER_SAMPLE = 2**18  # bytes of a held-out example with its answer
 _MOST_SAMPLES = 100_000
 
 
-class Answer(Strict):
+class TaskAnswer(Strict):
     """What a participant answers, as JSON."""
 
     max_bytes: ClassVar[int] = 2**20
 
 
-class Introduction(Answer):
+class Introduction(TaskAnswer):
     """What a participant says of itself when it joins: counts and digests."""
 
     max_bytes = 2**16  # an honest one has some two thousand
@@ -99,7 +99,7 @@ class SampleAnswer(Strict):
     answer: str
 
 
-class EvaluateAnswer(Answer):
+class EvaluateAnswer(TaskAnswer):
     """A held-out loss, and samples; `finiteness.read` reads the loss."""
 
     loss: float | None
@@ -126,7 +126,7 @@ def _loss(found: Any) -> float:
 Loss = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(_loss)]
 
 
-class SideBySideAnswer(Answer):
+class SideBySideAnswer(TaskAnswer):
     """Held-out losses side by side, of what there is."""
 
     base: Loss = 0.0
@@ -138,7 +138,7 @@ class SideBySideAnswer(Answer):
         return self.model_dump(by_alias=True, exclude_unset=True)
 
 
-class PersonalizeAnswer(Answer):
+class PersonalizeAnswer(TaskAnswer):
     """What fine-tuning for one participant did."""
 
     train_loss: Loss
@@ -154,13 +154,13 @@ class CurvePoint(Strict):
     loss: Loss
 
 
-class CurveAnswer(Answer):
+class CurveAnswer(TaskAnswer):
     """Held-out losses over steps of adaptation."""
 
     curve: list[CurvePoint] = Field(max_length=MAX_CURVE, fail_fast=True)
 
 
-class TimeStepAnswer(Answer):
+class TimeStepAnswer(TaskAnswer):
     """What a participant says of its steps."""
 
     max_bytes = 2**12
@@ -171,7 +171,7 @@ class TimeStepAnswer(Answer):
     """a round"""
 
 
-class Nothing(Answer):
+class Nothing(TaskAnswer):
     """The answer to a stop."""
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import FederationError, LLMChainFedError, ParticipantError
-from llmchain_fed.federated.protocol.answers import Answer, Introduction
+from llmchain_fed.federated.protocol.answers import Introduction, TaskAnswer
 from llmchain_fed.federated.protocol.finiteness import spelled
 from llmchain_fed.federated.protocol.tasks import (
     REMEDY,
@@ -35,7 +35,7 @@ from llmchain_fed.updates.serialization import TensorInfo
 
 TaskT = TypeVar("TaskT", bound=Task)
 TensorTaskT = TypeVar("TensorTaskT", bound=TensorTask)
-AnswerT = TypeVar("AnswerT", bound=Answer)
+AnswerT = TypeVar("AnswerT", bound=TaskAnswer)
 _STATE = "state"
 _LONGEST_HEADER = 2**22  # bytes that are read for an operator's sake
 
@@ -168,7 +168,7 @@ def _what(kind: type[Task]) -> str:
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-def write_answer(answer: Answer) -> bytes:
+def write_answer(answer: TaskAnswer) -> bytes:
     """An answer as bytes: JSON, with words for losses that are not finite."""
     return json.dumps(spelled(answer.model_dump(by_alias=True, exclude_unset=True))).encode()
 

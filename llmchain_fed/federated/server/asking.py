@@ -11,13 +11,13 @@ from typing import TypeVar
 from llmchain_fed.errors import ConfigError, FederationError, LLMChainFedError, ParticipantError
 from llmchain_fed.federated.history import told_of
 from llmchain_fed.federated.protocol import messages
-from llmchain_fed.federated.protocol.answers import Answer
+from llmchain_fed.federated.protocol.answers import TaskAnswer
 from llmchain_fed.federated.protocol.tasks import StateTask, Task
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server.server import Server
 
 TaskT = TypeVar("TaskT", bound=StateTask)
-AnswerT = TypeVar("AnswerT", bound=Answer)
+AnswerT = TypeVar("AnswerT", bound=TaskAnswer)
 
 
 def ask(

@@ -30,7 +30,7 @@ from llmchain_fed.updates.codecs.base import Codec
 from llmchain_fed.updates.low_rank import Factors
 
 
-class Known(NamedTuple):
+class KnownVersion(NamedTuple):
     """Which version of the global state a participant is known to have.
 
     | what it has | `version` | `found` | a message to it |
@@ -114,7 +114,7 @@ class Broadcast:
         self._remainder: dict[str, _Grown] = {}
         self._codes: list[_Codes] = []
         self._codes_since = 0  # the version from which on they are all there
-        self._known: dict[str, Known] = {}
+        self._known: dict[str, KnownVersion] = {}
         self._ranks: dict[str, tuple[int, Mapping[str, float]]] = {}
 
     # --- what there is ----------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ class Broadcast:
         if rank is not None and self.layout is not None:
             self._ranks[node] = (rank, self.layout.scaling_at(rank, alpha))
         elif holds is not None and holds == self._start:
-            self._known[node] = Known(0, found=True)
+            self._known[node] = KnownVersion(0, found=True)
 
     def call(
         self,
@@ -247,10 +247,10 @@ class Broadcast:
             for node, answer in self._attendance.following(task.operation, waiting, answers):
                 bytes_sent[node] += len(payloads[node])
                 if isinstance(answer, bytes) and answer == STALE and attempt == 0:
-                    self._known[node] = Known()
+                    self._known[node] = KnownVersion()
                     stale.append(node)
                     continue
-                self._known[node] = Known(self._number) if isinstance(answer, bytes) else Known()
+                self._known[node] = KnownVersion(self._number) if isinstance(answer, bytes) else KnownVersion()
                 yield Sent(node, answer, bytes_sent[node])
             waiting = stale
 
@@ -260,21 +260,21 @@ class Broadcast:
 
     def lacks(self, node: str) -> tuple[StateHeader, dict[str, Tensor]]:
         """What a message would bring to a node now: what its tensors make of the global state, and the tensors."""
-        return self._brought(self._known.get(node, Known()), node)
+        return self._brought(self._known.get(node, KnownVersion()), node)
 
     def _payloads(self, nodes: Sequence[str], task: StateTask) -> dict[str, bytes]:
-        made: dict[tuple[Known, Any], bytes] = {}
+        made: dict[tuple[KnownVersion, Any], bytes] = {}
         found = {}
         for node in nodes:
             rank = self._ranks.get(node)
-            key = (self._known.get(node, Known()), (rank[0], next(iter(rank[1].values()))) if rank else None)
+            key = (self._known.get(node, KnownVersion()), (rank[0], next(iter(rank[1].values()))) if rank else None)
             if key not in made:
                 state, tensors = self._brought(key[0], node)
                 made[key] = messages.write(task, tensors, state)
             found[node] = made[key]
         return found
 
-    def _brought(self, known: Known, node: str) -> tuple[StateHeader, dict[str, Tensor]]:
+    def _brought(self, known: KnownVersion, node: str) -> tuple[StateHeader, dict[str, Tensor]]:
         rank = self.rank_of(node)
         suffix = "" if rank is None else f"{rank}x{next(iter(self._ranks[node][1].values()))!r}"
         head: dict[str, Any] = {"version": str(Version(self._token, self._number, suffix))}

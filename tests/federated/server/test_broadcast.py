@@ -21,7 +21,7 @@ from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import TimeStepTask
 from llmchain_fed.federated.protocol.versions import STALE, Version
 from llmchain_fed.federated.runtime import InProcess, payload_for
-from llmchain_fed.federated.server.broadcast import Broadcast, Known
+from llmchain_fed.federated.server.broadcast import Broadcast, KnownVersion
 from llmchain_fed.federated.target import Target
 from llmchain_fed.updates.codecs import make_codec
 from llmchain_fed.updates.codecs.quantization import Int4
@@ -233,7 +233,7 @@ def deliver(broadcast, held, node="a"):
     header = messages.read_header(TimeStepTask, message)
     state = held.receive(header.state, messages.read_tensors(message, header))
     if state is not None:
-        broadcast._known[node] = Known(broadcast.number)
+        broadcast._known[node] = KnownVersion(broadcast.number)
     return state, len(message)
 
 
