@@ -16,9 +16,10 @@ from liars import federation
 
 from llmchain_fed import untrusted
 from llmchain_fed.data.encoding import DataReport
+from llmchain_fed.errors import ParticipantError
 from llmchain_fed.federated.client.overlap import Overlap
+from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.answers import Introduction
-from llmchain_fed.federated.server import client_manager
 from llmchain_fed.federated.server.client_manager import ABSENCE
 
 CONTRACT = {"base": "b" * 64, "adapter": "a" * 64, "prompt": "p", "tokenizer": "t", "version": "1"}
@@ -35,8 +36,8 @@ def read(data):
     refused = ""
     with within(2):
         try:
-            with untrusted.decoding("it", client_manager.ParticipantError):
-                found = client_manager._read("p", data, CONTRACT)
+            with untrusted.decoding("it", ParticipantError):
+                found = messages.read_introduction(data, "p", CONTRACT)
         except ABSENCE as error:
             refused = str(error)
     if refused:
@@ -90,7 +91,7 @@ def test_an_honest_hello_is_read():
 )
 def test_what_a_participant_may_not_say(changes, why):
     with pytest.raises(ABSENCE) as error:
-        client_manager._read("p", answers.said(HONEST, **changes), CONTRACT)
+        messages.read_introduction(answers.said(HONEST, **changes), "p", CONTRACT)
     assert why in str(error.value)
     assert len(str(error.value)) < 600
     assert untrusted.printable(str(error.value)) == str(error.value)

@@ -31,6 +31,7 @@ from llmchain_fed.federated.protocol.versions import STALE
 from llmchain_fed.federated.target import Target
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import decoding
+from llmchain_fed.updates import serialization
 
 
 class Client:
@@ -110,15 +111,15 @@ class Client:
         task = header.task
         if not isinstance(task, StateTask):
             with decoding(what, FederationError):
-                return _told(kind.work(self, task, layout, messages.read_tensors(payload, header)))
+                return _told(kind.work(self, task, layout, serialization.values(payload, header.infos)))
         with self.model.exclusive(), decoding(what, FederationError):
-            tensors = messages.read_tensors(payload, header)
+            tensors = serialization.values(payload, header.infos)
             del payload  # of full weights, a copy less while they are trained
             state = self.global_states.receive(header.state, tensors)
         if state is None:
             return STALE
         del tensors
-        self._spend(kind.measures(self, task))
+        self._spend(task.losses)
         with self._at_own_rank():
             return _told(kind.work(self, task, state))
 
@@ -129,7 +130,7 @@ class Client:
             task = messages.read_hello(payload, self.name, self.target.contract())
         else:
             task = messages.read(kind.task, payload)
-        self._spend(kind.measures(self, task))
+        self._spend(task.losses)
         answer: TaskAnswer | bytes = kind.work(self, task)
         return answer
 
@@ -158,7 +159,7 @@ class Client:
             raise FederationError(msg)
         if kind.check is not None:
             kind.check(self, task, layout, header.infos)
-        self._spend(kind.measures(self, task), count=False)
+        self._spend(task.losses, count=False)
         return header, layout
 
     def obey(self, limits: Limits) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmchain_fed.errors import ConfigError, FederationError
 from llmchain_fed.federated.client import evaluation, given_state, joining, personalization, training
@@ -37,11 +36,6 @@ from llmchain_fed.federated.protocol.tasks import (
 )
 from llmchain_fed.untrusted import shown
 
-if TYPE_CHECKING:
-    from llmchain_fed.federated.client.client import Client
-
-TaskT = TypeVar("TaskT", bound=Task)
-
 
 @dataclass(frozen=True)
 class TaskType:
@@ -52,27 +46,24 @@ class TaskType:
     """`work(client, task)`; for a `StateTask` `work(client, task, state)`"""
     check: Callable[..., None] | None = None
     """`check(client, task, layout, infos)`: whether a `TensorTask` may be asked, before a value of it is read"""
-    measures: Callable[[Client, Any], int] = lambda _client, _task: 0
-    """how many held-out losses the answer tells, at weights of the hub's choice"""
 
 
 _TYPES: dict[str, TaskType] = {}
 
 
 def register_task(
-    task: type[TaskT],
+    task: type[Task],
     work: Callable[..., TaskAnswer | bytes],
     *,
     check: Callable[..., None] | None = None,
-    measures: Callable[[Client, TaskT], int] | None = None,
 ) -> None:
     """Lets clients of this process answer one more operation.
 
     Args:
         task: Its fields, with their types and ranges; `task.operation` is the name by which a policy allows it.
-        work: What a client does: `work(client, task)`, or `work(client, task, state)` where it is a `StateTask`.
+        work: What a client does: `work(client, task)`, or `work(client, task, state)` where it is a `StateTask`. It
+            keeps to `client.limits` by itself, and lets no text leave.
         check: `check(client, task, layout, infos)` of a `StateTask`: raises where it may not be asked.
-        measures: How many held-out losses its answer tells, of which a policy allows so many (`max_evaluations`).
 
     Raises:
         ConfigError: The name is none or is taken, or the task brings tensors that are no global state.
@@ -87,7 +78,7 @@ def register_task(
     if issubclass(task, TensorTask) and not issubclass(task, (StateTask, PersonalStateTask)):
         msg = f"{task.__name__} brings tensors of which nothing is known. Make it a Task, or a StateTask."
         raise ConfigError(msg)
-    _TYPES[name] = TaskType(task, work, check, measures or TaskType.measures)
+    _TYPES[name] = TaskType(task, work, check)
 
 
 def operations() -> tuple[str, ...]:
@@ -109,20 +100,10 @@ def task_type(operation: str) -> TaskType:
 
 register_task(HelloTask, joining.join)
 register_task(TrainTask, training.train, check=training.check)
-register_task(
-    PersonalizeTask,
-    personalization.personalize,
-    check=personalization.check,
-    measures=lambda client, _: int(client.data.holds_out),
-)
-register_task(EvaluateTask, evaluation.evaluate, measures=lambda _client, _task: 1)
-register_task(SideBySideTask, evaluation.side_by_side, measures=lambda _client, _task: 1)
-register_task(
-    CurveTask,
-    personalization.curve,
-    check=personalization.check_curve,
-    measures=lambda _, task: len(task.steps),
-)
+register_task(PersonalizeTask, personalization.personalize, check=personalization.check)
+register_task(EvaluateTask, evaluation.evaluate)
+register_task(SideBySideTask, evaluation.side_by_side)
+register_task(CurveTask, personalization.curve, check=personalization.check_curve)
 register_task(TimeStepTask, training.time_step, check=training.check_time_step)
 register_task(PersonalStateTask, given_state.exchange, check=given_state.check)
 register_task(StopTask, joining.leave)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -34,14 +34,12 @@ from llmchain_fed.updates import serialization
 from llmchain_fed.updates.serialization import TensorInfo
 
 TaskT = TypeVar("TaskT", bound=Task)
-TensorTaskT = TypeVar("TensorTaskT", bound=TensorTask)
 AnswerT = TypeVar("AnswerT", bound=TaskAnswer)
 _STATE = "state"
 _LONGEST_HEADER = 2**22  # bytes that are read for an operator's sake
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What stands before a message's tensors."""
 
     task: TensorTask
@@ -111,7 +109,7 @@ def read_hello(payload: bytes, name: str, contract: Mapping[str, Any]) -> HelloT
     return checked(kind, found, what=_what(kind), error=FederationError, remedy=REMEDY)
 
 
-def read_header(kind: type[TensorTask], payload: bytes, max_header: int | None = None) -> Header:
+def read_header(kind: type[TensorTask], payload: bytes, max_header: int = serialization.MAX_HEADER) -> Header:
     """The fields of a task with tensors, before a value of these is read.
 
     Args:
@@ -123,17 +121,11 @@ def read_header(kind: type[TensorTask], payload: bytes, max_header: int | None =
         FederationError: See `read`; or a combination of fields that makes no sense.
         UpdateRefusedError: It is no safetensors of ours.
     """
-    longest = len(payload) if max_header is None else max_header
-    found, infos = serialization.inspect(payload, max_bytes=len(payload), max_header=longest)
+    found, infos = serialization.inspect(payload, max_bytes=len(payload), max_header=max_header)
     said = found.pop(_STATE, {}) if issubclass(kind, StateTask) else {}
     task = checked(kind, found, what=_what(kind), error=FederationError, remedy=REMEDY)
     state = checked(StateHeader, said, what=f"the state of {_what(kind)}", error=FederationError, remedy=REMEDY)
     return Header(task, state, infos)
-
-
-def read_tensors(payload: bytes, header: Header) -> dict[str, Tensor]:
-    """The tensors of a message whose header was checked."""
-    return serialization.values(payload, header.infos)
 
 
 def read_personal_state(payload: bytes) -> tuple[PersonalStateTask, dict[str, Tensor]]:
@@ -145,7 +137,7 @@ def read_personal_state(payload: bytes) -> tuple[PersonalStateTask, dict[str, Te
     with decoding("the personal state", FederationError):
         header = read_header(PersonalStateTask, payload)
         assert isinstance(header.task, PersonalStateTask)
-        return header.task, read_tensors(payload, header)
+        return header.task, serialization.values(payload, header.infos)
 
 
 def glance(kind: type[Task], payload: bytes | bytearray) -> Glance:
@@ -190,8 +182,8 @@ def read_answer(kind: type[AnswerT], data: bytes, what: str, longest: int | None
         return checked(kind, found, what=what, error=ParticipantError)
 
 
-def check_introduction(data: bytes, name: str, contract: Mapping[str, Any]) -> None:
-    """Makes sure that a participant is who it should be, on this contract, before another field is looked at.
+def read_introduction(data: bytes, name: str, contract: Mapping[str, Any]) -> Introduction:
+    """What a participant says of itself. Who it is, and on which contract, is looked at before another field.
 
     Args:
         data: What it answered to a hello.
@@ -200,10 +192,11 @@ def check_introduction(data: bytes, name: str, contract: Mapping[str, Any]) -> N
 
     Raises:
         ContractError: It stands on another one.
-        ParticipantError: It calls itself otherwise.
+        ParticipantError: It calls itself otherwise, or what it says makes no sense.
     """
     found = serialization.read_json(data, most=Introduction.max_bytes)
     if (own := found.get("participant")) != name:
         msg = f"the peer at {name!r} calls itself {shown(own)!r}: start it with the name of its node."
         raise ParticipantError(msg)
     check_contract(name, site=found.get("contract"), server=contract)
+    return checked(Introduction, found, what=f"what {name!r} says it holds", error=ParticipantError)

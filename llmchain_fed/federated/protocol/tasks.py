@@ -7,7 +7,6 @@ becomes bytes stands in `messages`, what it is answered with in `answers`, what 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
@@ -65,6 +64,13 @@ class Task(Strict):
     """bytes that its JSON may have"""
     counts_as_training: ClassVar[bool] = False
     """whether it is one of the trainings of which a site's policy allows so many (`max_rounds`)"""
+    measured: ClassVar[int] = 0
+    """held-out losses that its answer tells, of which a site's policy allows so many (`max_evaluations`)"""
+
+    @property
+    def losses(self) -> int:
+        """The same; of a task that does not know before it is asked, as its fields say."""
+        return self.measured
 
     @classmethod
     def of(cls, error: type[LLMChainFedError] = FederationError, /, **fields: Any) -> Self:
@@ -193,6 +199,7 @@ class PersonalizeTask(StateTask):
 
     operation = "personalize"
     counts_as_training = True
+    measured = 1
 
     steps: _Steps
     lr: _Rate | None = None
@@ -206,6 +213,11 @@ class CurveTask(StateTask):
 
     steps: Annotated[list[_Count], Field(min_length=1, max_length=MAX_CURVE, fail_fast=True)]
     lr: _Rate | None = None
+
+    @property
+    def losses(self) -> int:
+        """One for each point."""
+        return len(self.steps)
 
     @model_validator(mode="after")
     def _increases(self) -> Self:
@@ -228,6 +240,7 @@ class EvaluateTask(StateTask):
     """Measure the held-out loss, with answers to some examples."""
 
     operation = "evaluate"
+    measured = 1
 
     samples: int = Field(default=0, ge=0, le=10**9)
     sample_tokens: int | None = Field(default=None, ge=1, le=2**20)
@@ -243,6 +256,7 @@ class SideBySideTask(StateTask):
     """Measure the held-out loss of the base, of the global model and of the personal one."""
 
     operation = "side_by_side"
+    measured = 1
 
 
 # --- where a participant stands ---------------------------------------------------------------------------------------
@@ -276,23 +290,6 @@ class PersonalStateTask(TensorTask):
         if self.new_pass and self.progress is None:
             _refuse("`new_pass` is said of a `progress`, and none is given")
         return self
-
-
-TASKS: Mapping[str, type[Task]] = {
-    task.operation: task
-    for task in (
-        HelloTask,
-        TrainTask,
-        PersonalizeTask,
-        EvaluateTask,
-        SideBySideTask,
-        CurveTask,
-        TimeStepTask,
-        PersonalStateTask,
-        StopTask,
-    )
-}
-"""those of this package, by the operation's name"""
 
 
 def _refuse(why: str) -> None:

@@ -7,8 +7,7 @@ that it can check.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from llmchain_fed.errors import (
     ContractError,
@@ -121,7 +120,7 @@ class ClientManager:
                 if isinstance(answer, Exception):
                     raise answer
                 with decoding(f"what {shown(node)!r} answers to hello", ParticipantError):
-                    found = _read(node, answer, contract)
+                    found = messages.read_introduction(answer, node, contract)
             except ABSENCE as error:
                 found = error
             except LLMChainFedError:
@@ -153,14 +152,3 @@ class ClientManager:
         if (why := self.absent.get(node)) is None:
             return ParticipantRecord("idle")
         return ParticipantRecord("absent", self.attendance.told(node, told_of(why)))
-
-
-def _read(node: str, answer: bytes, contract: Mapping[str, Any]) -> Introduction:
-    """What a participant says of itself, if it is who it should be and stands on this contract.
-
-    Raises:
-        ContractError: It stands on another one.
-        ParticipantError: It is somebody else, or what it says makes no sense.
-    """
-    messages.check_introduction(answer, node, contract)
-    return messages.read_answer(Introduction, answer, f"what {node!r} says it holds")

@@ -231,7 +231,7 @@ def both_ends(make_model, codec=None):
 def deliver(broadcast, held, node="a"):
     message = broadcast.message(node, TimeStepTask(round=1, base="b"))
     header = messages.read_header(TimeStepTask, message)
-    state = held.receive(header.state, messages.read_tensors(message, header))
+    state = held.receive(header.state, values(message, header.infos))
     if state is not None:
         broadcast._known[node] = KnownVersion(broadcast.number)
     return state, len(message)
