@@ -72,6 +72,7 @@ PUBLIC = [
     "RawText",
     "RecipeError",
     "Reptile",
+    "Site",
     "TemplatedTwiceError",
     "TensorBoard",
     "TorchDistributed",
