@@ -9,12 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from pydantic import Field
 from torch import Tensor
 
-from llmchain_fed._config import FrozenConfig
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.client.data import LocalData
+from llmchain_fed.federated.options import Ditto
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training.evaluation import evaluate_locally
@@ -23,23 +22,6 @@ from llmchain_fed.updates.aggregation.base import A, B
 from llmchain_fed.updates.low_rank import Factors, stack
 
 MOST_STEPS = 10_000
-
-
-class Ditto(FrozenConfig):
-    """Every participant also trains a personal model, which is pulled to the global one (arXiv 2012.04221).
-
-    The personal model minimises its own loss + λ/2·‖v − w‖², with w the global weights of the round; the global model
-    is trained as without it. λ = 0 is local training alone. With SGD a step needs lr·λ < 2. All of the personal adapter
-    is trained, also under `ffa` and `rolora`, which train one factor of the global one.
-
-    >>> Ditto(lam=0.5)
-    Ditto(lam=0.5)
-    """
-
-    lam: float = Field(default=0.1, ge=0.0, le=1e6, allow_inf_nan=False)
-    """λ; 0.1 is NVFlare's default"""
-    max_steps: int | None = Field(default=None, ge=1)
-    """optimizer steps of the personal model a round; as many as the global training's by default"""
 
 
 @contextmanager

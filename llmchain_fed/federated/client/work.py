@@ -21,8 +21,9 @@ from llmchain_fed.federated.client import personalization
 from llmchain_fed.federated.client.data import LocalData
 from llmchain_fed.federated.client.limits import Counted, Limits, counted, refuse
 from llmchain_fed.federated.client.own_options import own_config, own_scaling
-from llmchain_fed.federated.client.personalization import Ditto, loaded
+from llmchain_fed.federated.client.personalization import loaded
 from llmchain_fed.federated.client.state import Progress
+from llmchain_fed.federated.options import Ditto
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.protocol.finiteness import told
 from llmchain_fed.federated.protocol.global_state import GlobalState

@@ -22,25 +22,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from llmchain_fed.errors import ConfigError
 from llmchain_fed.updates.aggregation.base import Contribution
 
 SMALLEST = 1e-6
 """a share of one in a million: no round has more participants, and 1/share is a count"""
 Share = Annotated[float, Field(ge=SMALLEST, le=1)]
 _NEARLY = 1e-9  # 1/c is meant to be whole where c is 0.1
-
-
-def checked_share(share: float | None) -> float | None:
-    """`max_weight_share`, if it is a share.
-
-    Raises:
-        ConfigError: It is none.
-    """
-    if share is not None and (type(share) not in (int, float) or not SMALLEST <= share <= 1):
-        msg = f"max_weight_share is a share from {SMALLEST} to 1, such as 0.5, or None, got {share!r:.80}."
-        raise ConfigError(msg)
-    return share
 
 
 def cut(weights: Mapping[str, float], share: float) -> dict[str, float]:
