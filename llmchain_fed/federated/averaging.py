@@ -17,33 +17,20 @@ from llmchain_fed.federated.callback_list import Callbacks
 from llmchain_fed.federated.callbacks import RunInfo
 from llmchain_fed.federated.checkpoint.manager import CheckpointManager
 from llmchain_fed.federated.checkpoint.membership import Members, checked_members
-from llmchain_fed.federated.client.client import Client
-from llmchain_fed.federated.client.global_state_cache import GlobalStateCache
-from llmchain_fed.federated.fit import Patience, checked_patience, run_rounds
+from llmchain_fed.federated.fit import Fit, check_rounds
 from llmchain_fed.federated.history import History, RoundRecord
 from llmchain_fed.federated.manual_round import ManualRounds
-from llmchain_fed.federated.participant import Participant, as_participants
+from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.reporting.screen import Screen
-from llmchain_fed.federated.runtime import Cluster, InProcess, Transport
+from llmchain_fed.federated.runtime import Cluster, InProcess
 from llmchain_fed.federated.server import personalization
+from llmchain_fed.federated.server.assembly import assemble
 from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.federated.server.cost_estimate import Plan, plan_of
-from llmchain_fed.federated.server.divergence import OnDivergence, checked_on_divergence
-from llmchain_fed.federated.server.evaluation import Evaluator
+from llmchain_fed.federated.server.divergence import OnDivergence
 from llmchain_fed.federated.server.personalization import Personalized, SideBySide
 from llmchain_fed.federated.server.replication import Replication
-from llmchain_fed.federated.server.server import Server
-from llmchain_fed.federated.settings import (
-    FederationConfig,
-    FederationOptions,
-    check_counts,
-    config_of,
-    settings_of,
-    signature_of,
-    training_of,
-)
-from llmchain_fed.federated.target import Target
-from llmchain_fed.training import trainable
+from llmchain_fed.federated.settings import FederationConfig, FederationOptions, signature_of
 from llmchain_fed.training.evaluation import EvaluationResult, evaluate_locally
 
 
@@ -66,8 +53,7 @@ class FederatedAveraging(ManualRounds):
         **options: What `FederationConfig` says, where each is explained: `training` or `lr` and `batch_size` for it,
             `aggregation`, `codec`, `evaluation`, `seed` … Also `runtime`: where participants run, by default this
             process; `callbacks`, told of every round and of who is out or back: TensorBoard, MLflow, Trackio,
-            ConsoleTable, or your own `Callback`; and `progress`: shows on stderr a line per round, one when somebody
-            goes out and one when it is back; on a terminal or in a notebook a progress bar, too.
+            ConsoleTable, or your own `Callback`; and `progress`, which shows each round, and who goes out, on stderr.
 
     Raises:
         ChainFileError, RecipeError: `model` is a chain that `save` could not write, so what is learnt would be lost.
@@ -89,44 +75,19 @@ class FederatedAveraging(ManualRounds):
         checkpoint_dir: str | Path | None = None,
         **options: Unpack[FederationOptions],
     ) -> None:
-        self._training = training_of(options, optimizer)
-        config = config_of(options, self._training)
-        self._given = model
-        self._target = Target.of(model)
-        self._model = self._target.model
-        trainable.admit(self._model)
-        self._target.check_savable()
         Callbacks(callbacks := options.get("callbacks", ()))  # refuses what is none
-        trainable.check_batches(self._model, self._training.micro_batch_size or self._training.batch_size)
-        self._global_states = GlobalStateCache(self._model)
-        named_participants, runtime = as_participants(participants), options.get("runtime")
-        self._cluster = runtime if isinstance(runtime, Cluster) else None
-        here = runtime is None or isinstance(runtime, InProcess)
-        if runtime is not None and self._cluster is None and named_participants:
-            msg = "give participants (they run in this process) or a runtime (which knows its own), not both."
-            raise ConfigError(msg)
-        if config.optimizer is not None and not here and self._cluster is None:
-            msg = (
-                f"optimizer={self._training.optimizer!r:.60} cannot be told to participants elsewhere, because no code "
-                "travels. Name it: 'adamw', 'adam' or 'sgd'."
-            )
-            raise ConfigError(msg)
-        samples = config.samples if config.samples is not None else int(here)
-        evaluator = Evaluator(self._target, options.get("evaluation"), samples=samples, seed=config.seed)
-        self._peers = {name: self._peer(p) for name, p in evaluator.divide(named_participants).items()}
-        settings = settings_of(config, options, self._training, self._model, self._peers.values())
-        if self._cluster is not None:
-            self._cluster.host(self._peers)
-        self._transport: Transport = runtime if runtime is not None else InProcess(self._peers)
-        check_counts(config, len(self._transport.nodes()))
-        self._server = Server(self._target, self._transport, evaluator, settings)
-        self._screen = Screen(self.attendance, elsewhere=not here) if options.get("progress", True) else None
+        made = assemble(model, participants, optimizer, options)
+        self._given, self._server, self._peers, self._peer = model, made.server, made.clients, made.client
+        self._transport = made.server.transport
+        cluster = self._transport if isinstance(self._transport, Cluster) else None
+        elsewhere = not isinstance(self._transport, InProcess)
+        self._screen = Screen(self.attendance, elsewhere=elsewhere) if options.get("progress", True) else None
         self._callbacks = Callbacks(callbacks, (self._screen,) if self._screen is not None else ())
         self.attendance.listen(self._callbacks.attendance_changed)
-        self._server.begin()  # refuses a rule that does not fit the model now, not after the first round's training
-        leads = self._cluster is None or self._cluster.leads
-        self._checkpoints = CheckpointManager(self._server, checkpoint_dir, leads=leads, shown=self._show_adapters)
-        self._replication = Replication(self._server, self._cluster, self._show_adapters)
+        self._checkpoints = CheckpointManager(
+            self._server, checkpoint_dir, leads=cluster is None or cluster.leads, shown=self._show_adapters
+        )
+        self._replication = Replication(self._server, cluster, self._show_adapters)
         self._open, self._opened = None, 0.0
 
     @classmethod
@@ -175,10 +136,8 @@ class FederatedAveraging(ManualRounds):
 
     def __repr__(self) -> str:
         names = self._transport.nodes()
-        shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
-        return (
-            f"FederatedAveraging({self._model!r}, {len(names)} participants ({shown}), {self.round} rounds completed)"
-        )
+        people = f"{len(names)} participants ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
+        return f"FederatedAveraging({self._server.model!r}, {people}, {self.round} rounds completed)"
 
     def get_model(self) -> Any:
         """What was passed in: the same object, with the global weights in it."""
@@ -224,15 +183,10 @@ class FederatedAveraging(ManualRounds):
         Raises:
             ConfigError: No rounds, or no participants.
         """
-        self._check_rounds("plan", rounds)
+        check_rounds("plan", rounds, self._server)
+        self._check_closed()
 
-        def work() -> dict[str, Any]:
-            self._join()
-            return asdict(plan_of(self._server, rounds))
-
-        return Plan(**self._everywhere(work))
-
-    # --- the whole loop ---------------------------------------------------------------------------------------------
+        return Plan(**self._together(lambda: asdict(plan_of(self._server, rounds))))
 
     def fit(
         self,
@@ -243,7 +197,7 @@ class FederatedAveraging(ManualRounds):
         on_divergence: OnDivergence = "warn",
         of: int | None = None,
     ) -> History:
-        """Runs `rounds` more rounds.
+        """Runs `rounds` more rounds; gives back the history, of earlier calls too.
 
         A federation diverges where the held-out loss of all together is above 1.5 × the best so far, the loss before
         the first round included, for two rounds in a row, or is not finite. The round's record and its line say so; a
@@ -257,9 +211,6 @@ class FederatedAveraging(ManualRounds):
                 nobody's training loss stayed finite.
             of: How many rounds the whole federation has, where this is a part of them: for the screen and callbacks.
 
-        Returns:
-            The history, of earlier calls too.
-
         Raises:
             ConfigError: No rounds or no participants; `patience` or "stop" without evaluation; a `min_delta` below 0;
                 another `on_divergence`.
@@ -268,39 +219,20 @@ class FederatedAveraging(ManualRounds):
             FederationError: A round opened by `train()` is not closed.
             CheckpointError: A checkpoint cannot be written; the round itself is kept.
         """
-        self._check_rounds("fit", rounds)
-        # participants elsewhere may hold out examples of their own
-        measured = self._server.evaluator.active or not isinstance(self._transport, InProcess)
-        stop = checked_patience(patience, min_delta, measured=measured)
-        if stop is not None:
-            stop.go_on(self._server.patience)
-        stops = checked_on_divergence(on_divergence, measured=measured)
-        self._everywhere(lambda: self._lead(rounds, stop, stops=stops, of=of))
+        check_rounds("fit", rounds, self._server)
+        self._check_closed()
+        fit = Fit.asked(self._server, rounds, patience=patience, min_delta=min_delta, on_divergence=on_divergence)
+
+        def lead() -> None:
+            self._checkpoints.check_directory()  # here, where the other processes of a script hear of what it raises
+            self.history.stopped_early = None
+            options = {"model": self._server.model.name, **self._checkpoints.described()}
+            info = RunInfo(options, tuple(self._transport.nodes()), self.round, rounds, of, self.attendance)
+            begins = self._callbacks.round_begins
+            self._callbacks.watch(info, self.history, lambda: fit.run(self._join, begins, self._completed))
+
+        self._replication.do(lead)
         return self.history
-
-    def _everywhere(self, work: Callable[[], Any]) -> Any:
-        return self._replication.do(work)
-
-    def _lead(self, rounds: int, patience: Patience | None, *, stops: bool, of: int | None) -> None:
-        self._checkpoints.check_directory()  # here, where the other processes of a script hear of what it raises
-        self.history.stopped_early = None
-        options = {"model": self._model.name, **self._checkpoints.described()}
-        info = RunInfo(options, tuple(self._transport.nodes()), self.round, rounds, of, self.attendance)
-
-        def run() -> None:
-            run_rounds(
-                self._server,
-                rounds,
-                patience,
-                stops=stops,
-                join=self._join,
-                begins=self._callbacks.round_begins,
-                completed=self._completed,
-            )
-
-        self._callbacks.watch(info, self.history, run)
-
-    # --- personal models --------------------------------------------------------------------------------------------
 
     def personalize(self, participant: Any, *, steps: int, lr: float | None = None) -> Personalized:
         """Fine-tunes a personal adapter for one participant, from the present global weights, where its data is.
@@ -319,13 +251,12 @@ class FederatedAveraging(ManualRounds):
         self._check_closed()
 
         def work() -> dict[str, Any]:
-            self._join()
             found = personalization.personalize(self._server, str(participant), steps, lr)
             self._show_adapters()
             self._checkpoints.save()
             return asdict(found)
 
-        return Personalized(**self._everywhere(work))
+        return Personalized(**self._together(work))
 
     def side_by_side(self, participants: Iterable[Any] | None = None) -> SideBySide:
         """Held-out loss of the bare base, the global and the personal model, side by side, per participant.
@@ -340,14 +271,9 @@ class FederatedAveraging(ManualRounds):
         if participants is not None and not isinstance(participants, Iterable):
             msg = f"side_by_side takes the names of participants, got {participants!r:.80}. Pass ['a', 'b'] or 'a'."
             raise ConfigError(msg)
-        given = [participants] if isinstance(participants, str) else participants
-        names = [str(p) for p in given] if given is not None else None
-
-        def work() -> dict[str, dict[str, float]]:
-            self._join()
-            return personalization.compare(self._server, names)
-
-        return SideBySide(self._everywhere(work))
+        names = [participants] if isinstance(participants, str) else participants
+        names = [str(name) for name in names] if names is not None else None
+        return SideBySide(self._together(lambda: personalization.compare(self._server, names)))
 
     def adaptation_curve(
         self, participant: Any, *, steps: Sequence[int] = (0, 1, 2, 4, 8), lr: float | None = None
@@ -365,14 +291,8 @@ class FederatedAveraging(ManualRounds):
         self._check_closed()
         if isinstance(participant, Participant):
             return personalization.curve_of_stranger(self._server, participant, steps, lr)
-
-        def work() -> dict[int, float]:
-            self._join()
-            return personalization.curve(self._server, str(participant), steps, lr)
-
-        return {int(k): loss for k, loss in self._everywhere(work).items()}  # JSON made text of the counts
-
-    # --- rounds that were ---------------------------------------------------------------------------------------------
+        found = self._together(lambda: personalization.curve(self._server, str(participant), steps, lr))
+        return {int(k): loss for k, loss in found.items()}  # JSON made text of the counts
 
     def roll_back(self, to: int) -> None:
         """Takes the federation back to the end of an earlier round, as its checkpoint holds it; later ones are dropped.
@@ -396,8 +316,6 @@ class FederatedAveraging(ManualRounds):
         """
         self._checkpoints.promote(round, name)
 
-    # --- what they share ---------------------------------------------------------------------------------------------
-
     def _completed(self, record: RoundRecord) -> None:
         """After a round: checkpoint, personal adapters, and those who watch, even if the write failed."""
         try:
@@ -411,14 +329,14 @@ class FederatedAveraging(ManualRounds):
         for peer in self._peers.values():
             peer.show_adapter(self.round)
 
-    def _check_rounds(self, what: str, rounds: int) -> None:
-        if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
-            msg = f"{what} takes at least one round, got rounds={rounds!r}."
-            raise ConfigError(msg)
-        if not self._transport.nodes():
-            msg = "there is nobody to learn from. Pass participants={name: examples, …}, or use train() and step()."
-            raise ConfigError(msg)
-        self._check_closed()
+    def _together(self, work: Callable[[], Any]) -> Any:
+        """What work gives once everybody has joined, in every process of the script."""
+
+        def joined() -> Any:
+            self._join()
+            return work()
+
+        return self._replication.do(joined)
 
     def _join(self) -> None:
         newcomers = self._server.join()
@@ -427,9 +345,6 @@ class FederatedAveraging(ManualRounds):
             report = self.data_reports.get(name)
             if report is not None and self._screen is not None:
                 self._screen.report(name, report)
-
-    def _peer(self, participant: Participant) -> Client:
-        return Client(self._target, participant, self._training, global_states=self._global_states)
 
 
 FederatedAveraging.__signature__ = signature_of(FederatedAveraging.__init__)  # with every option, for a notebook

@@ -8,54 +8,90 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from llmchain_fed.errors import ConfigError, QuorumError
 from llmchain_fed.federated.history import RoundRecord
+from llmchain_fed.federated.runtime import InProcess
+from llmchain_fed.federated.server.divergence import OnDivergence, checked_on_divergence
 from llmchain_fed.federated.server.pooling import stands_still
 from llmchain_fed.federated.server.server import Server
 
 
-def run_rounds(
-    server: Server,
-    rounds: int,
-    patience: Patience | None,
-    *,
-    stops: bool,
-    join: Callable[[], object],
-    begins: Callable[[int, tuple[str, ...]], object],
-    completed: Callable[[RoundRecord], object],
-) -> None:
-    """Runs rounds until there were so many, or one is a reason to stop, which the history says.
+@dataclass(frozen=True)
+class Fit:
+    """So many rounds, and what ends them early."""
 
-    Args:
-        server: Runs each of them.
-        rounds: How many.
-        patience: Says when held-out loss has stopped improving; None never does.
-        stops: Whether a round that diverges is the last.
-        join: Lets participants join before each.
-        begins: Is told of each before it is run: its number, counted from 1, and who is asked.
-        completed: Is told of each afterwards.
+    server: Server
+    rounds: int
+    patience: Patience | None
+    stops: bool
+    """whether a round that diverges is the last"""
+
+    @classmethod
+    def asked(
+        cls, server: Server, rounds: int, *, patience: int | None, min_delta: float, on_divergence: OnDivergence
+    ) -> Fit:
+        """The fit that a user asks for; it counts on where an interrupted one was.
+
+        Raises:
+            ConfigError: An option makes no sense; see `FederatedAveraging.fit`.
+        """
+        # participants elsewhere may hold out examples of their own
+        measured = server.evaluator.active or not isinstance(server.transport, InProcess)
+        stop = checked_patience(patience, min_delta, measured=measured)
+        if stop is not None:
+            stop.go_on(server.patience)
+        return cls(server, rounds, stop, checked_on_divergence(on_divergence, measured=measured))
+
+    def run(
+        self,
+        join: Callable[[], object],
+        begins: Callable[[int, tuple[str, ...]], object],
+        completed: Callable[[RoundRecord], object],
+    ) -> None:
+        """Runs them; where it stops early the history says why.
+
+        Args:
+            join: Lets participants join before each round.
+            begins: Is told of each before it is run: its number, counted from 1, and who is asked.
+            completed: Is told of each afterwards.
+        """
+        server, patience = self.server, self.patience
+        for left in reversed(range(self.rounds)):
+            join()  # a round's seconds begin with its broadcast: an engine's start is not a round's cost
+            try:
+                record = server.run_round(begins)
+            except QuorumError:
+                if not self.stops or server.diverged is None:
+                    raise
+                server.history.stopped_early = server.diverged
+                break
+            losses = (record.held_out_before, record.held_out_after)
+            over = patience is not None and patience.over(
+                *losses, believed=server.evaluator.is_shared or patience.is_believed(record)
+            )
+            why = server.diverged if self.stops and server.diverged else str(patience) if over else None
+            server.patience = patience.state() if patience is not None and why is None and left else []
+            completed(record)
+            if why is not None:
+                server.history.stopped_early = why if left else None  # the last round ends it anyway
+                break
+        server.patience = []
+
+
+def check_rounds(what: str, rounds: int, server: Server) -> None:
+    """Makes sure that there are rounds to run, and somebody to run them with.
+
+    Raises:
+        ConfigError: There are not.
     """
-    for left in reversed(range(rounds)):
-        join()  # a round's seconds begin with its broadcast: an engine's start is not a round's cost
-        try:
-            record = server.run_round(begins)
-        except QuorumError:
-            if not stops or server.diverged is None:
-                raise
-            server.history.stopped_early = server.diverged
-            break
-        losses = (record.held_out_before, record.held_out_after)
-        over = patience is not None and patience.over(
-            *losses, believed=server.evaluator.is_shared or patience.is_believed(record)
-        )
-        why = server.diverged if stops and server.diverged else str(patience) if over else None
-        server.patience = patience.state() if patience is not None and why is None and left else []
-        completed(record)
-        if why is not None:
-            server.history.stopped_early = why if left else None  # the last round ends it anyway
-            break
-    server.patience = []
+    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
+        msg = f"{what} takes at least one round, got rounds={rounds!r}."
+        raise ConfigError(msg)
+    if not server.transport.nodes():
+        msg = "there is nobody to learn from. Pass participants={name: examples, …}, or use train() and step()."
+        raise ConfigError(msg)
 
 
 class Patience:

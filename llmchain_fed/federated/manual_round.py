@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmchain_fed.data.encoding import Examples
@@ -26,12 +26,10 @@ class ManualRounds(ABC):
 
     _server: Server
     _peers: dict[str, Client]
+    _peer: Callable[[Participant], Client]
     _transport: Transport
     _open: OpenRound | None
     _opened: float
-
-    @abstractmethod
-    def _peer(self, participant: Participant) -> Client: ...
 
     @abstractmethod
     def _join(self) -> None: ...

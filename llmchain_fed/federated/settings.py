@@ -7,26 +7,20 @@ runs with (`settings_of`). Knows nothing about how rounds are run. A new option 
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, TypedDict, TypeVar, cast
+from typing import Annotated, Any, Final, TypedDict, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_serializer, field_validator
 
 from llmchain_fed._config import FrozenConfig, unknown_option
 from llmchain_fed.data.encoding import Examples
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.federated import compatibility
 from llmchain_fed.federated.callbacks import Callback
-from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.options import Ditto
 from llmchain_fed.federated.runtime import Transport
-from llmchain_fed.model.adapters import GLOBAL
-from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training.loop import TrainingConfig
-from llmchain_fed.untrusted import shown
 from llmchain_fed.updates import server_optimizers
 from llmchain_fed.updates.aggregation import AGGREGATIONS, Aggregation, Weighting, make_aggregation
 from llmchain_fed.updates.aggregation.base import LoraLayout, Rule
@@ -244,52 +238,6 @@ def config_of(options: FederationOptions, training: TrainingConfig) -> Federatio
     return FederationConfig(**plain)
 
 
-def config_from(data: object) -> FederationConfig:
-    """The options that a checkpoint holds, each of them there and in its range.
-
-    Raises:
-        ConfigError: They are not.
-    """
-    if not isinstance(data, dict) or data.keys() != FederationConfig.model_fields.keys():
-        names = data.keys() ^ FederationConfig.model_fields.keys() if isinstance(data, dict) else data
-        msg = f"it is no mapping of all options and no other ({shown(names, 200)})"
-        raise ConfigError(msg)
-    config = FederationConfig(**data)
-    for name in ("codec", "broadcast_codec"):
-        make_codec(getattr(config, name))
-    settings = config.server_optimizer
-    if isinstance(settings, dict) and server_optimizers.is_known(settings):
-        server_optimizers.from_settings(settings)
-    return config
-
-
-def options_again(config: FederationConfig, given: FederationOptions, optimizer: Any) -> FederationOptions:
-    """The options with which a federation goes on: those of then, and over them what is given again.
-
-    Args:
-        config: Of then.
-        given: Now.
-        optimizer: The participants' of now, where it is given.
-
-    Raises:
-        ConfigError: What is code, or examples, is not given again.
-    """
-    merged: dict[str, Any] = {name: getattr(config, name) for name in FederationConfig.model_fields}
-    merged |= given
-    if merged.pop("optimizer") is not None and optimizer is None and given.get("training") is None:
-        merged["optimizer"] = config.optimizer
-    if given.get("training") is None:
-        short = {"learning_rate": given.get("lr"), "batch_size": given.get("batch_size"), "optimizer": optimizer}
-        merged["training"] = config.training.replace(**{n: value for n, value in short.items() if value is not None})
-    for name, value in merged.items():
-        if isinstance(value, str) and (value == EXAMPLES or value.startswith(CODE)):
-            msg = f"the run's {name} was {value}. Pass {name}= again."
-            raise ConfigError(msg)
-    if isinstance(settings := merged["server_optimizer"], dict):
-        merged["server_optimizer"] = server_optimizers.from_settings(settings)
-    return cast(FederationOptions, merged)
-
-
 def _code(name: str, options: str = "") -> str:
     return f"{CODE}{name[:200]}{options[: 2**14]} (give it again on resume)"
 
@@ -313,70 +261,6 @@ class Settings:
     retries: int
     seed: int
     max_weight_share: float | None
-
-
-def settings_of(
-    config: FederationConfig,
-    options: FederationOptions,
-    training: TrainingConfig,
-    model: LocalModel,
-    peers: Iterable[Client],
-) -> Settings:
-    """The settings, if they make sense for this model and these participants.
-
-    Args:
-        config: The options as they can be written down.
-        options: The same as they were given, with what is code.
-        training: How participants train.
-        model: What is trained.
-        peers: Participants of this process, who may have options of their own.
-
-    Raises:
-        ConfigError: Two contradict each other.
-    """
-    if model.adapter not in (None, GLOBAL):
-        msg = (
-            f"this chain answers with the adapter {model.adapter!r}, and a federation trains the chain's own. Pass the "
-            "chain itself; personalize() makes adapters for participants."
-        )
-        raise ConfigError(msg)
-    rule, layout = make_aggregation(options.get("aggregation", "fedavg")), LoraLayout.of(model)
-    optimizer, personal = options.get("server_optimizer"), config.personal
-    codec, broadcast_codec = make_codec(config.codec), make_codec(config.broadcast_codec)
-    configs = [training]
-    for peer in peers:
-        if peer.participant.name == GLOBAL and (rule.personal or personal is not None):
-            msg = f"no participant can have personal models as {GLOBAL!r}: that is the federation's own adapter."
-            raise ConfigError(msg)
-        compatibility.check_rank(rule, peer.participant.name, peer.participant.rank, layout)
-        configs.append(peer.config)
-    compatibility.check(
-        rule,
-        layout,
-        codec=codec,
-        broadcast_codec=broadcast_codec,
-        server_optimizer=optimizer,
-        ditto=personal,
-        training=configs,
-    )
-    return Settings(
-        config=config,
-        rule=rule,
-        layout=layout,
-        training=training,
-        codec=codec,
-        broadcast_codec=broadcast_codec,
-        # its own copy: the memory of another federation, or of a run before, must not move this one's weights
-        server_optimizer=copy.deepcopy(optimizer) if isinstance(optimizer, ResumableServerOptimizer) else optimizer,
-        weighting=config.weighting,
-        personal=personal,
-        per_round=config.participants_per_round,
-        quorum=config.quorum,
-        deadline=config.deadline,
-        retries=config.retries,
-        seed=config.seed,
-        max_weight_share=config.max_weight_share,
-    )
 
 
 def sampled(wanted: float | None, present: int) -> int:

@@ -10,19 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import FailFast, Field
 
-from llmchain_fed.errors import CheckpointError
+from llmchain_fed.errors import CheckpointError, ConfigError
 from llmchain_fed.federated.checkpoint.files import MANIFEST, Checkpoint
 from llmchain_fed.federated.history import History
 from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Name, Texts
 from llmchain_fed.federated.participant import Alpha, Rank
 from llmchain_fed.federated.protocol.tasks import FederationId
-from llmchain_fed.federated.settings import FederationConfig, config_from
+from llmchain_fed.federated.settings import CODE, EXAMPLES, FederationConfig, FederationOptions
 from llmchain_fed.federated.target import ContractData
 from llmchain_fed.untrusted import Strict, checked, shown
+from llmchain_fed.updates import server_optimizers
+from llmchain_fed.updates.codecs import make_codec
 
 PartT = TypeVar("PartT", bound=Strict)
 _Word = Annotated[str, Field(max_length=200)]
@@ -97,7 +99,7 @@ class Contents:
             history = History.from_dict(about.history, what=what, error=CheckpointError, remedy=found.remedy)
         _check(found, about, history)
         with _said_of(found, "config"):
-            config = config_from(about.config)
+            config = _config_of(about.config)
         return cls(
             found,
             about.contract,
@@ -122,10 +124,56 @@ def identity(about: Mapping[str, Any]) -> tuple[FederationConfig, list[str]]:
     names = {"names": about.get("participants")}
     found = checked(_Participants, names, what=f"{MANIFEST}, `about.participants`,", error=CheckpointError)
     try:
-        return config_from(about.get("config")), found.names
+        return _config_of(about.get("config")), found.names
     except Exception as error:
         msg = f"{MANIFEST}, `about.config`, makes no sense: {shown(str(error), 300).rstrip('.')}."
         raise CheckpointError(msg) from None
+
+
+def _config_of(data: object) -> FederationConfig:
+    """The options that a checkpoint holds, each of them there and in its range.
+
+    Raises:
+        ConfigError: They are not.
+    """
+    if not isinstance(data, dict) or data.keys() != FederationConfig.model_fields.keys():
+        names = data.keys() ^ FederationConfig.model_fields.keys() if isinstance(data, dict) else data
+        msg = f"it is no mapping of all options and no other ({shown(names, 200)})"
+        raise ConfigError(msg)
+    config = FederationConfig(**data)
+    for name in ("codec", "broadcast_codec"):
+        make_codec(getattr(config, name))
+    settings = config.server_optimizer
+    if isinstance(settings, dict) and server_optimizers.is_known(settings):
+        server_optimizers.from_settings(settings)
+    return config
+
+
+def options_again(config: FederationConfig, given: FederationOptions, optimizer: Any) -> FederationOptions:
+    """The options with which a federation goes on: those of then, and over them what is given again.
+
+    Args:
+        config: Of then.
+        given: Now.
+        optimizer: The participants' of now, where it is given.
+
+    Raises:
+        ConfigError: What is code, or examples, is not given again.
+    """
+    merged: dict[str, Any] = {name: getattr(config, name) for name in FederationConfig.model_fields}
+    merged |= given
+    if merged.pop("optimizer") is not None and optimizer is None and given.get("training") is None:
+        merged["optimizer"] = config.optimizer
+    if given.get("training") is None:
+        short = {"learning_rate": given.get("lr"), "batch_size": given.get("batch_size"), "optimizer": optimizer}
+        merged["training"] = config.training.replace(**{n: value for n, value in short.items() if value is not None})
+    for name, value in merged.items():
+        if isinstance(value, str) and (value == EXAMPLES or value.startswith(CODE)):
+            msg = f"the run's {name} was {value}. Pass {name}= again."
+            raise ConfigError(msg)
+    if isinstance(settings := merged["server_optimizer"], dict):
+        merged["server_optimizer"] = server_optimizers.from_settings(settings)
+    return cast(FederationOptions, merged)
 
 
 def _part(found: Checkpoint, model: type[PartT], part: Any, name: str) -> PartT:

@@ -14,14 +14,14 @@ import torch
 from llmchain_fed.errors import CheckpointError, ConfigError, UnsupportedModelError
 from llmchain_fed.federated.checkpoint import files, fitting, membership
 from llmchain_fed.federated.checkpoint import state as resuming
-from llmchain_fed.federated.checkpoint.contents import Contents
+from llmchain_fed.federated.checkpoint.contents import Contents, options_again
 from llmchain_fed.federated.checkpoint.membership import Members, MembershipChange
 from llmchain_fed.federated.client.personalization import with_remainder
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server.client_manager import Hello
 from llmchain_fed.federated.server.server import Server
-from llmchain_fed.federated.settings import FederationOptions, options_again
+from llmchain_fed.federated.settings import FederationOptions
 from llmchain_fed.federated.target import Target
 from llmchain_fed.model.local_model import LocalModel
 
