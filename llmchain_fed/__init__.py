@@ -49,9 +49,9 @@ if TYPE_CHECKING:
     from llmchain_fed.data.encoding import DataReport, Example, RawText
     from llmchain_fed.federated.averaging import FederatedAveraging
     from llmchain_fed.federated.callbacks import Callback
-    from llmchain_fed.federated.client.personalization import Ditto
     from llmchain_fed.federated.history import History
     from llmchain_fed.federated.learning import FederatedLearning
+    from llmchain_fed.federated.options import Ditto
     from llmchain_fed.federated.participant import Participant
     from llmchain_fed.library import list_chains, list_prompts, load_chain, load_prompt
     from llmchain_fed.model.local_model import LocalModel
@@ -85,7 +85,7 @@ _HOMES = {
     "ConsoleTable": "tracking.console",
     "DataReport": "data.encoding",
     "DiLoCo": "updates.server_optimizers",
-    "Ditto": "federated.client.personalization",
+    "Ditto": "federated.options",
     "Example": "data.encoding",
     "FedAdagrad": "updates.server_optimizers",
     "FedAdam": "updates.server_optimizers",

@@ -230,7 +230,7 @@ def test_4b_rows_and_embeddings_trained_by_lora(options, tied, tmp_path):
         chain, participants=PAIRS, lr=1e-2, batch_size=4, evaluation=held_out, progress=False
     )
     federation.fit(2)
-    assert federation.compare()["a"]["base"] == pytest.approx(plain, abs=1e-5)
+    assert federation.side_by_side()["a"]["base"] == pytest.approx(plain, abs=1e-5)
     loaded = saved(chain, tmp_path)
     assert own_loss(loaded.model.module, tokenizer) == pytest.approx(own_loss(chain.model.module, tokenizer), abs=1e-5)
     assert own_loss(chain.model.module, tokenizer) < plain

@@ -128,7 +128,7 @@ def _begun(found: Any, chain: Any, runtime: Any, results: Any, members: Any, **m
     """The federation, where its newest checkpoint has it."""
     from llmchain_fed.federated.averaging import FederatedAveraging
 
-    options = found.loop_options() | more
+    options = found.options() | more
     if results.rounds:
         return FederatedAveraging.resume(results.checkpoints, chain, runtime=runtime, members=members, **options)
     return FederatedAveraging(chain, runtime=runtime, checkpoint_dir=results.checkpoints, **options)

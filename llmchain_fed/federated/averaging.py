@@ -1,53 +1,37 @@
-"""FederatedAveraging: the object people hold. Options in, rounds out; the loop itself is the hub's.
+"""FederatedAveraging: the object people hold. Options in, rounds out.
 
-Knows the options, the hub, checkpoints and callbacks. Knows nothing about how participants train or where they run.
+Knows the options, the server, checkpoints and callbacks. Knows nothing about how participants train or where they run.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self, Unpack
 
-from llmchain_fed._config import unknown_option
-from llmchain_fed.data.encoding import Examples
-from llmchain_fed.errors import ConfigError, QuorumError
+from llmchain_fed.data.encoding import DataReport, Examples
+from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.callback_list import Callbacks
-from llmchain_fed.federated.callbacks import Callback, RunInfo
+from llmchain_fed.federated.callbacks import RunInfo
 from llmchain_fed.federated.checkpoint.manager import CheckpointManager
 from llmchain_fed.federated.checkpoint.membership import Members, checked_members
-from llmchain_fed.federated.client.client import Client
-from llmchain_fed.federated.client.global_state_cache import GlobalStateCache
-from llmchain_fed.federated.client.personalization import Ditto
+from llmchain_fed.federated.fit import Fit, check_rounds
 from llmchain_fed.federated.history import History, RoundRecord
 from llmchain_fed.federated.manual_round import ManualRounds
-from llmchain_fed.federated.options import (
-    Patience,
-    check_numbers,
-    check_travels,
-    checked_patience,
-    checked_quorum,
-    sample_size,
-    training_of,
-)
-from llmchain_fed.federated.participant import Participant, as_participants
+from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.reporting.screen import Screen
-from llmchain_fed.federated.runtime import Cluster, InProcess, Transport
-from llmchain_fed.federated.server.divergence import OnDivergence, checked_on_divergence
-from llmchain_fed.federated.server.evaluation import Evaluator
+from llmchain_fed.federated.runtime import Cluster, InProcess
+from llmchain_fed.federated.server import personalization
+from llmchain_fed.federated.server.assembly import assemble
+from llmchain_fed.federated.server.attendance import Attendance
+from llmchain_fed.federated.server.cost_estimate import Plan, plan_of
+from llmchain_fed.federated.server.divergence import OnDivergence
+from llmchain_fed.federated.server.personalization import Personalized, SideBySide
 from llmchain_fed.federated.server.replication import Replication
-from llmchain_fed.federated.server.round import OpenRound
-from llmchain_fed.federated.server.server import Server
-from llmchain_fed.federated.settings import make_settings
-from llmchain_fed.federated.target import Target
-from llmchain_fed.training import trainable
-from llmchain_fed.training.loop import TrainingConfig
-from llmchain_fed.updates.aggregation import Weighting
-from llmchain_fed.updates.aggregation.base import Rule
-from llmchain_fed.updates.codecs.base import Codec
-from llmchain_fed.updates.collection import Collection
-from llmchain_fed.updates.server_optimizers import ServerOptimizer
-from llmchain_fed.updates.transforms import UpdateTransform, checked_transforms
+from llmchain_fed.federated.settings import FederationConfig, FederationOptions, signature_of
+from llmchain_fed.training.evaluation import EvaluationResult, evaluate_locally
 
 
 class FederatedAveraging(ManualRounds):
@@ -65,43 +49,11 @@ class FederatedAveraging(ManualRounds):
         model: A chain (also wrapped by `with_config` or `with_fallbacks`), an LLM, a LocalModel or a torch module.
         participants: Name → examples, or a list of `Participant`; with `runtime=TorchDistributed()` those of this rank.
         optimizer: The participants': a name, a torch.optim class, or an instance taken as the template.
-        lr: Their learning rate.
-        batch_size: examples per optimizer step.
-        training: Everything else about local training.
-        aggregation: "fedavg", "fednova"; for LoRA "fedit", "ffa", "rolora", "fedsa", "fedsvd", "fedex", "flora",
-            "flexlora" (what each promises: `llmchain_fed.updates.aggregation`); or your own `Collection` or `Rule`.
-        server_optimizer: Moves the global weights along the mean update (`FedAdam()`, `DiLoCo()` …); None loads the
-            mean itself.
-        codec: What updates travel as: "bf16", "int8", "int4", "topk" or "topk:0.01", with error feedback; None sends
-            the trained values bit by bit.
-        broadcast_codec: Likewise for changes of the global weights on their way to the participants.
-        transforms: What happens to an update at its participant before it is sent, one after the other and before the
-            codec: `UpdateTransform` objects of your own, for participants of this process.
-        personal: `Ditto(lam=…)`: every participant also trains a personal adapter.
-        runtime: Where participants run; None is this process.
-        evaluation: What held-out loss is measured on: a share of each participant's examples set apart (0.1), a mapping
-            name → examples, or one set of examples for all.
-        weighting: What an update counts by: "examples" (n_k), "tokens" or "equal". Counts are what a participant
-            declares when it joins; nobody else can know them.
-        max_weight_share: The largest share of a round that one update may weigh, such as 0.4. What is cut from it goes
-            to the others in the proportion of their weights; where no more than 1/share take part, all weigh the same.
-            Up to 1/share updates are kept until all are in. None sets no limit.
-        participants_per_round: How many are sampled each round: a count, or a share as a float.
-        quorum: Participants, and updates, without which a round fails; 1 by default: a round goes on with one alone.
-            Who is out meanwhile, and why, stands in `attendance`.
-        deadline: seconds a round's training may take; who is later is dropped and recorded. None sets none, and yet
-            nobody in another process is waited for longer than a day: 24 hours are also what a site's policy lets one
-            training take (`max_seconds`), unless its operator says otherwise.
-        retries: How often a participant that could not be reached, or failed elsewhere, is asked again in a round.
-        samples: held-out examples per participant whose answers are recorded before and after each round.
-        checkpoint_dir: Where a checkpoint is written after each round; `FederatedAveraging.resume` goes on from it. A
-            server optimizer of your own needs `state_dict` and `load_state_dict` for that, or starts its memory anew.
-        keep_checkpoints: How many of the newest are kept; None keeps all.
-        callbacks: Told of every round, and of who is out or back: TensorBoard, MLflow, Trackio, ConsoleTable, or your
-            own `Callback`.
-        seed: Decides sampling, the order of data and dropout.
-        progress: Shows on stderr a line per round, one when somebody goes out and one when it is back; on a terminal or
-            in a notebook a progress bar, too.
+        checkpoint_dir: Where a checkpoint is written after each round; `FederatedAveraging.resume` goes on from it.
+        **options: What `FederationConfig` says, where each is explained: `training` or `lr` and `batch_size` for it,
+            `aggregation`, `codec`, `evaluation`, `seed` … Also `runtime`: where participants run, by default this
+            process; `callbacks`, told of every round and of who is out or back: TensorBoard, MLflow, Trackio,
+            ConsoleTable, or your own `Callback`; and `progress`, which shows each round, and who goes out, on stderr.
 
     Raises:
         ChainFileError, RecipeError: `model` is a chain that `save` could not write, so what is learnt would be lost.
@@ -112,112 +64,31 @@ class FederatedAveraging(ManualRounds):
         UnsupportedModelError: `model` is none of the above, or one that cannot be trained here (see `train_locally`).
     """
 
+    __signature__: ClassVar[inspect.Signature]
+
     def __init__(
         self,
         model: Any,
         *,
         participants: Mapping[Any, Any] | Iterable[Participant] | None = None,
         optimizer: Any = None,
-        lr: float | None = None,
-        batch_size: int | None = None,
-        training: TrainingConfig | None = None,
-        aggregation: str | Collection | Rule = "fedavg",
-        server_optimizer: ServerOptimizer | None = None,
-        codec: str | Codec | None = None,
-        broadcast_codec: str | Codec | None = None,
-        transforms: Sequence[UpdateTransform] = (),
-        personal: Ditto | None = None,
-        runtime: Transport | None = None,
-        evaluation: float | Mapping[str, Examples] | Examples | None = None,
-        weighting: Weighting = "examples",
-        max_weight_share: float | None = None,
-        participants_per_round: int | float | None = None,
-        quorum: int = 1,
-        deadline: float | None = None,
-        retries: int = 0,
-        samples: int = 1,
         checkpoint_dir: str | Path | None = None,
-        keep_checkpoints: int | None = 3,
-        callbacks: Sequence[Callback] = (),
-        seed: int = 0,
-        progress: bool = True,
-        **unknown: Any,
+        **options: Unpack[FederationOptions],
     ) -> None:
-        federation = unknown.pop("_federation", None)
-        for name in unknown:
-            known = set(type(self).__init__.__annotations__) - {"return", "unknown"}
-            raise ConfigError(f"{type(self).__name__}: {unknown_option(name, known)}")  # noqa: EM102
-        check_numbers(samples, seed)
-        self._given = model
-        self._target = Target.of(model)
-        self._model = self._target.model
-        trainable.admit(self._model)
-        self._target.check_savable()
-        Callbacks(callbacks)  # refuses what is none
-        self._training = training_of(training, optimizer=optimizer, lr=lr, batch_size=batch_size, seed=seed)
-        trainable.check_batches(self._model, self._training.micro_batch_size or self._training.batch_size)
-        self._global_states = GlobalStateCache(self._model)
-        named_participants = as_participants(participants)
-        self._cluster = runtime if isinstance(runtime, Cluster) else None
-        if runtime is not None and self._cluster is None and named_participants:
-            msg = "give participants (they run in this process) or a runtime (which knows its own), not both."
-            raise ConfigError(msg)
-        self._transforms = checked_transforms(transforms)
-        if transforms and runtime is not None and self._cluster is None:
-            msg = (
-                "transforms are code, and no code travels to the participants that a runtime brings. Leave them out, "
-                "use codec=, or let participants= run in this process."
-            )
-            raise ConfigError(msg)
-        if runtime is not None and not isinstance(runtime, (Cluster, InProcess)):
-            check_travels(self._training)
-        evaluator = Evaluator(self._target, evaluation, samples=samples, seed=seed)
-        self._peers = {name: self._peer(p) for name, p in evaluator.divide(named_participants).items()}
-        available = len(self._peers) if runtime is None else 0 if self._cluster is not None else len(runtime.nodes())
-        settings = make_settings(
-            self._model,
-            self._training,
-            self._peers.values(),
-            available,
-            aggregation=aggregation,
-            server_optimizer=server_optimizer,
-            codec=codec,
-            broadcast_codec=broadcast_codec,
-            transforms=self._transforms,
-            personal=personal,
-            weighting=weighting,
-            max_weight_share=max_weight_share,
-            participants_per_round=participants_per_round,
-            quorum=quorum,
-            deadline=deadline,
-            retries=retries,
-            seed=seed,
-        )
-        if self._cluster is not None:
-            self._cluster.host(self._peers)
-            available = len(self._cluster.nodes())
-            checked_quorum(quorum, sample_size(participants_per_round, available), available)
-        self._transport: Transport = runtime if runtime is not None else InProcess(self._peers)
-        self._server = Server(self._target, self._transport, evaluator, settings, federation)
+        Callbacks(callbacks := options.get("callbacks", ()))  # refuses what is none
+        made = assemble(model, participants, optimizer, options)
+        self._given, self._server, self._peers, self._peer = model, made.server, made.clients, made.client
+        self._transport = made.server.transport
+        cluster = self._transport if isinstance(self._transport, Cluster) else None
         elsewhere = not isinstance(self._transport, InProcess)
-        self._screen = Screen(self.attendance, elsewhere=elsewhere) if progress else None
+        self._screen = Screen(self.attendance, elsewhere=elsewhere) if options.get("progress", True) else None
         self._callbacks = Callbacks(callbacks, (self._screen,) if self._screen is not None else ())
         self.attendance.listen(self._callbacks.attendance_changed)
-        self._server.begin()  # refuses a rule that does not fit the model now, not after the first round's training
-        options = {"samples": samples, "quorum": quorum, "deadline": deadline, "retries": retries}
-        options["evaluation"] = evaluation if isinstance(evaluation, float) else None
         self._checkpoints = CheckpointManager(
-            self._server,
-            checkpoint_dir,
-            keep_checkpoints,
-            options,
-            given=evaluation is not None,
-            leads=self._cluster is None or self._cluster.leads,
-            shown=self._show_adapters,
+            self._server, checkpoint_dir, leads=cluster is None or cluster.leads, shown=self._show_adapters
         )
-        self._replication = Replication(self._server, self._cluster, self._show_adapters)
-        self._open: OpenRound | None = None
-        self._opened = 0.0
+        self._replication = Replication(self._server, cluster, self._show_adapters)
+        self._open, self._opened = None, 0.0
 
     @classmethod
     def resume(
@@ -226,9 +97,10 @@ class FederatedAveraging(ManualRounds):
         model: Any,
         *,
         participants: Mapping[Any, Any] | Iterable[Participant] | None = None,
+        optimizer: Any = None,
         round: int | None = None,  # noqa: A002 (the field's own word)
         members: Members = "same",
-        **options: Any,
+        **options: Unpack[FederationOptions],
     ) -> Self:
         """Goes on from a checkpoint: with the same examples, bit for bit as if the run had never stopped.
 
@@ -244,6 +116,7 @@ class FederatedAveraging(ManualRounds):
             checkpoint_dir: That of the run; it goes on writing there.
             model: The same chain as then; its weights are replaced by the checkpoint's.
             participants: The same as then, or with `members="changed"` those who take part from now on.
+            optimizer: The participants', where it was code.
             round: Which checkpoint; None is the newest.
             members: "same" refuses other participants, or other counts of examples, than the checkpoint's;
                 "changed" goes on with them. `participants_per_round` may then be given anew.
@@ -255,23 +128,65 @@ class FederatedAveraging(ManualRounds):
             ConfigError: `members` is neither of the two; or an option does not fit the participants there are now.
         """
         members = checked_members(members)
-        found, merged, federation = CheckpointManager.read(checkpoint_dir, round, options, model)
-        made = cls(model, participants=participants, checkpoint_dir=checkpoint_dir, _federation=federation, **merged)
+        found, merged = CheckpointManager.read(checkpoint_dir, round, options, optimizer, model)
+        made = cls(model, participants=participants, optimizer=optimizer, checkpoint_dir=checkpoint_dir, **merged)
+        made._server.client_manager.federation = found.federation
         made._checkpoints.go_on(found, members)
         return made
 
     def __repr__(self) -> str:
         names = self._transport.nodes()
-        shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
-        return (
-            f"FederatedAveraging({self._model!r}, {len(names)} participants ({shown}), {self.round} rounds completed)"
-        )
+        people = f"{len(names)} participants ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
+        return f"FederatedAveraging({self._server.model!r}, {people}, {self.round} rounds completed)"
 
     def get_model(self) -> Any:
         """What was passed in: the same object, with the global weights in it."""
         return self._given
 
-    # --- the whole loop ---------------------------------------------------------------------------------------------
+    @property
+    def config(self) -> FederationConfig:
+        """The options that decide how it goes on; what is code stands there by its name."""
+        return self._server.settings.config
+
+    @property
+    def round(self) -> int:
+        """Rounds completed."""
+        return self._server.round
+
+    @property
+    def history(self) -> History:
+        """The rounds so far."""
+        return self._server.history
+
+    @property
+    def attendance(self) -> Attendance:
+        """Who is in and out, since when and why first, and who is waited for."""
+        return self._server.client_manager.attendance
+
+    @property
+    def data_reports(self) -> dict[str, DataReport]:
+        """What became of each participant's examples, once they have joined."""
+        return self._server.data_reports
+
+    def evaluate(self, data: Examples) -> EvaluationResult:
+        """Held-out loss of the current global weights on any examples, in nats per completion token.
+
+        Raises:
+            DataError: The examples cannot be used.
+        """
+        target, longest = self._server.target, self._server.settings.training.max_length
+        return evaluate_locally(target.model, data, prompt=target.prompt, max_length=longest)
+
+    def plan(self, rounds: int) -> Plan:
+        """What so many rounds will take: bytes, memory, and time from one timed optimizer step.
+
+        Raises:
+            ConfigError: No rounds, or no participants.
+        """
+        check_rounds("plan", rounds, self._server)
+        self._check_closed()
+
+        return Plan(**self._together(lambda: asdict(plan_of(self._server, rounds))))
 
     def fit(
         self,
@@ -282,7 +197,7 @@ class FederatedAveraging(ManualRounds):
         on_divergence: OnDivergence = "warn",
         of: int | None = None,
     ) -> History:
-        """Runs `rounds` more rounds.
+        """Runs `rounds` more rounds; gives back the history, of earlier calls too.
 
         A federation diverges where the held-out loss of all together is above 1.5 × the best so far, the loss before
         the first round included, for two rounds in a row, or is not finite. The round's record and its line say so; a
@@ -296,9 +211,6 @@ class FederatedAveraging(ManualRounds):
                 nobody's training loss stayed finite.
             of: How many rounds the whole federation has, where this is a part of them: for the screen and callbacks.
 
-        Returns:
-            The history, of earlier calls too.
-
         Raises:
             ConfigError: No rounds or no participants; `patience` or "stop" without evaluation; a `min_delta` below 0;
                 another `on_divergence`.
@@ -307,48 +219,102 @@ class FederatedAveraging(ManualRounds):
             FederationError: A round opened by `train()` is not closed.
             CheckpointError: A checkpoint cannot be written; the round itself is kept.
         """
-        self._check_rounds("fit", rounds)
-        # participants elsewhere may hold out examples of their own
-        measured = self._server.evaluator.active or not isinstance(self._transport, InProcess)
-        stop = checked_patience(patience, min_delta, measured=measured)
-        if stop is not None:
-            stop.go_on(self._server.patience)
-        stops = checked_on_divergence(on_divergence, measured=measured)
-        self._everywhere(lambda: self._lead(rounds, stop, stops=stops, of=of))
+        check_rounds("fit", rounds, self._server)
+        self._check_closed()
+        fit = Fit.asked(self._server, rounds, patience=patience, min_delta=min_delta, on_divergence=on_divergence)
+
+        def lead() -> None:
+            self._checkpoints.check_directory()  # here, where the other processes of a script hear of what it raises
+            self.history.stopped_early = None
+            options = {"model": self._server.model.name, **self._checkpoints.described()}
+            info = RunInfo(options, tuple(self._transport.nodes()), self.round, rounds, of, self.attendance)
+            begins = self._callbacks.round_begins
+            self._callbacks.watch(info, self.history, lambda: fit.run(self._join, begins, self._completed))
+
+        self._replication.do(lead)
         return self.history
 
-    def _everywhere(self, work: Callable[[], Any]) -> Any:
-        return self._replication.do(work)
+    def personalize(self, participant: Any, *, steps: int, lr: float | None = None) -> Personalized:
+        """Fine-tunes a personal adapter for one participant, from the present global weights, where its data is.
 
-    def _lead(self, rounds: int, patience: Patience | None, *, stops: bool, of: int | None) -> None:
-        self._checkpoints.check_directory()  # here, where the other processes of a script hear of what it raises
-        self.history.stopped_early = None
-        options = {"model": self._model.name, **self._checkpoints.described()}
-        info = RunInfo(options, tuple(self._transport.nodes()), self.round, rounds, of, self.attendance)
-        self._callbacks.watch(info, self.history, lambda: self._rounds(rounds, patience, stops=stops))
+        In the process that hosts the participant, `chain.with_adapter(name)` answers with it from then on.
 
-    def _rounds(self, rounds: int, patience: Patience | None, *, stops: bool) -> None:
-        server = self._server
-        for left in reversed(range(rounds)):
-            self._join()  # a round's seconds begin with its broadcast: an engine's start is not a round's cost
-            try:
-                record = server.run_round(self._callbacks.round_begins)
-            except QuorumError:
-                if not stops or server.diverged is None:
-                    raise
-                self.history.stopped_early = server.diverged
-                break
-            losses = (record.held_out_before, record.held_out_after)
-            over = patience is not None and patience.over(
-                *losses, believed=server.evaluator.is_shared or patience.is_believed(record)
-            )
-            why = server.diverged if stops and server.diverged else str(patience) if over else None
-            server.patience = patience.state() if patience is not None and why is None and left else []
-            self._completed(record)
-            if why is not None:
-                self.history.stopped_early = why if left else None  # the last round ends it anyway
-                break
-        server.patience = []
+        Args:
+            participant: Its name.
+            steps: optimizer steps.
+            lr: Learning rate; the participant's own by default.
+
+        Raises:
+            ConfigError: Nobody of that name; no LoRA adapter; or a rule whose participants are personal already.
+            FederationError: The participant cannot be reached, or its training failed.
+        """
+        self._check_closed()
+
+        def work() -> dict[str, Any]:
+            found = personalization.personalize(self._server, str(participant), steps, lr)
+            self._show_adapters()
+            self._checkpoints.save()
+            return asdict(found)
+
+        return Personalized(**self._together(work))
+
+    def side_by_side(self, participants: Iterable[Any] | None = None) -> SideBySide:
+        """Held-out loss of the bare base, the global and the personal model, side by side, per participant.
+
+        Args:
+            participants: Names, or one; everyone who holds out examples by default.
+
+        Raises:
+            ConfigError: Nobody of that name holds out examples.
+        """
+        self._check_closed()
+        if participants is not None and not isinstance(participants, Iterable):
+            msg = f"side_by_side takes the names of participants, got {participants!r:.80}. Pass ['a', 'b'] or 'a'."
+            raise ConfigError(msg)
+        names = [participants] if isinstance(participants, str) else participants
+        names = [str(name) for name in names] if names is not None else None
+        return SideBySide(self._together(lambda: personalization.compare(self._server, names)))
+
+    def adaptation_curve(
+        self, participant: Any, *, steps: Sequence[int] = (0, 1, 2, 4, 8), lr: float | None = None
+    ) -> dict[int, float]:
+        """Held-out loss after k optimizer steps from the global weights, for each k: how fast somebody adapts.
+
+        Args:
+            participant: A name, or a `Participant` with `held_out` that takes no part in the federation.
+            steps: The values of k.
+            lr: Learning rate; the participant's own by default.
+
+        Raises:
+            ConfigError: Nothing to measure on, no counts, or a learning rate that is none.
+        """
+        self._check_closed()
+        if isinstance(participant, Participant):
+            return personalization.curve_of_stranger(self._server, participant, steps, lr)
+        found = self._together(lambda: personalization.curve(self._server, str(participant), steps, lr))
+        return {int(k): loss for k, loss in found.items()}  # JSON made text of the counts
+
+    def roll_back(self, to: int) -> None:
+        """Takes the federation back to the end of an earlier round, as its checkpoint holds it; later ones are dropped.
+
+        Raises:
+            CheckpointError: There is no checkpoint of that round, or it is damaged; nothing has changed.
+        """
+        self._check_closed()
+        self._checkpoints.roll_back(to)
+
+    def promote(self, round: int, name: str = "promoted") -> None:  # noqa: A002 (the field's own word)
+        """Makes a round's global weights a resident adapter: `chain.with_adapter(name)` serves it while rounds go on.
+
+        Args:
+            round: The current one, or one whose checkpoint is kept.
+            name: The adapter's.
+
+        Raises:
+            CheckpointError: There is no checkpoint of that round.
+            UnsupportedModelError: The model has no LoRA adapter.
+        """
+        self._checkpoints.promote(round, name)
 
     def _completed(self, record: RoundRecord) -> None:
         """After a round: checkpoint, personal adapters, and those who watch, even if the write failed."""
@@ -363,14 +329,14 @@ class FederatedAveraging(ManualRounds):
         for peer in self._peers.values():
             peer.show_adapter(self.round)
 
-    def _check_rounds(self, what: str, rounds: int) -> None:
-        if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
-            msg = f"{what} takes at least one round, got rounds={rounds!r}."
-            raise ConfigError(msg)
-        if not self._transport.nodes():
-            msg = "there is nobody to learn from. Pass participants={name: examples, …}, or use train() and step()."
-            raise ConfigError(msg)
-        self._check_closed()
+    def _together(self, work: Callable[[], Any]) -> Any:
+        """What work gives once everybody has joined, in every process of the script."""
+
+        def joined() -> Any:
+            self._join()
+            return work()
+
+        return self._replication.do(joined)
 
     def _join(self) -> None:
         newcomers = self._server.join()
@@ -380,7 +346,5 @@ class FederatedAveraging(ManualRounds):
             if report is not None and self._screen is not None:
                 self._screen.report(name, report)
 
-    def _peer(self, participant: Participant) -> Client:
-        return Client(
-            self._target, participant, self._training, global_states=self._global_states, transforms=self._transforms
-        )
+
+FederatedAveraging.__signature__ = signature_of(FederatedAveraging.__init__)  # with every option, for a notebook

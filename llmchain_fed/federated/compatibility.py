@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.federated.client.personalization import Ditto
+from llmchain_fed.federated.options import Ditto
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.updates.aggregation import AGGREGATIONS
 from llmchain_fed.updates.aggregation.base import Rule

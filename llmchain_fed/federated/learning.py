@@ -6,11 +6,13 @@ Knows FederatedAveraging and nothing below it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Unpack
 
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.averaging import FederatedAveraging
 from llmchain_fed.federated.history import History, RoundRecord
+from llmchain_fed.federated.settings import FederationOptions
 
 
 class FederatedLearning:
@@ -20,17 +22,28 @@ class FederatedLearning:
         model: As for `FederatedAveraging`.
         data_loader: One source per participant: a mapping, a list, or a single DataLoader for a single participant.
         optimizer: The participants' template.
+        checkpoint_dir: As for `FederatedAveraging`.
         **options: Further options of `FederatedAveraging`.
     """
 
-    def __init__(self, model: Any, data_loader: Any, optimizer: Any = None, **options: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        data_loader: Any,
+        optimizer: Any = None,
+        *,
+        checkpoint_dir: str | Path | None = None,
+        **options: Unpack[FederationOptions],
+    ) -> None:
         if "participants" in options:
             msg = "the participants are the data loaders. Pass data_loader, or use FederatedAveraging(participants=…)."
             raise ConfigError(msg)
         if not isinstance(data_loader, Mapping):
             sources = data_loader if isinstance(data_loader, (list, tuple)) else [data_loader]
             data_loader = dict(enumerate(sources))
-        self.federation = FederatedAveraging(model, participants=data_loader, optimizer=optimizer, **options)
+        self.federation = FederatedAveraging(
+            model, participants=data_loader, optimizer=optimizer, checkpoint_dir=checkpoint_dir, **options
+        )
 
     def train(self, epoch: int) -> RoundRecord:
         """One round over all participants.

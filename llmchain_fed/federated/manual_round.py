@@ -6,12 +6,12 @@ Knows the hub and this process's participants. Knows nothing about checkpoints, 
 from __future__ import annotations
 
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from llmchain_fed.data.encoding import Examples
 from llmchain_fed.errors import ConfigError, FederationError, NothingTrainedError, QuorumError
-from llmchain_fed.federated.between_rounds import BetweenRounds
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
 from llmchain_fed.federated.participant import Participant
@@ -19,17 +19,21 @@ from llmchain_fed.federated.protocol.tasks import TrainTask
 from llmchain_fed.federated.protocol.versions import STALE
 from llmchain_fed.federated.runtime import InProcess, Transport
 from llmchain_fed.federated.server.round import OpenRound
+from llmchain_fed.federated.server.server import Server
 
 
-class ManualRounds(BetweenRounds):
+class ManualRounds(ABC):
     """The part of `FederatedAveraging` in which the caller says who trains when."""
 
+    _server: Server
+    _peers: dict[str, Client]
+    _peer: Callable[[Participant], Client]
     _transport: Transport
     _open: OpenRound | None
     _opened: float
 
     @abstractmethod
-    def _peer(self, participant: Participant) -> Client: ...
+    def _join(self) -> None: ...
 
     @abstractmethod
     def _completed(self, record: RoundRecord) -> None: ...

@@ -6,19 +6,21 @@ Knows options and paths. Knows nothing of how a federation runs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import AfterValidator, Field
 
 from llmchain_fed._config import FrozenConfig, read_options
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.federated.client.personalization import Ditto
+from llmchain_fed.federated.settings import (
+    FederationConfig,
+    FederationOptions,
+    check_counts,
+    config_of,
+    training_of,
+)
 from llmchain_fed.runtimes.names import check_name
-from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import decoding, shown
-from llmchain_fed.updates.aggregation import Weighting, make_aggregation
-from llmchain_fed.updates.aggregation.weight_share import Share
-from llmchain_fed.updates.codecs import make_codec
 from llmchain_fed.updates.server_optimizers import ServerOptimizer, from_settings
 
 _LONGEST = 10.0**9  # seconds; some thirty years
@@ -32,7 +34,7 @@ def _bounded(path: Path) -> Path:
 
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
-Place = Annotated[Path, AfterValidator(_bounded)]
+Place = Annotated[Path, Field(strict=False), AfterValidator(_bounded)]
 
 
 class HubOptions(FrozenConfig):
@@ -51,8 +53,8 @@ class HubOptions(FrozenConfig):
     """seconds to wait for all sites before the first job; six times as long while nobody is there at all"""
 
 
-class FederationFile(FrozenConfig):
-    """A federation as a file; options that are left out are those of `FederatedAveraging`."""
+class FederationFile(FederationConfig):
+    """A federation as a file: the options of `FederationConfig`, and what they are for."""
 
     chain: str = Field(min_length=1, max_length=4096)
     """a recipe's name, or a folder that `chain.save` wrote, relative to the file"""
@@ -64,26 +66,10 @@ class FederationFile(FrozenConfig):
     checkpoint_dir: Place | None = None
     """where a checkpoint is written after each round, relative to the file; by default `checkpoints` in `out`. Started
     again, the federation goes on"""
-    keep_checkpoints: int | None = Field(default=3, ge=1)
-    aggregation: Name = "fedavg"
-    codec: Name | None = None
-    """what updates travel as: bf16, int8, int4, topk:<ratio>"""
-    broadcast_codec: Name | None = None
-    server_optimizer: dict[str, Any] | None = None
-    """its class and options, such as {class: FedAdam, lr: 0.01}"""
-    personal: Ditto | None = None
-    """a personal model at every site, such as {lam: 0.1}"""
-    training: TrainingConfig = TrainingConfig()
-    participants_per_round: int | float | None = None
-    quorum: int = Field(default=1, ge=1)
-    deadline: float | None = Field(default=None, gt=0, le=_LONGEST)
-    """seconds a round's training may take"""
-    retries: int = Field(default=1, ge=0, le=1000)
-    weighting: Weighting = "examples"
-    max_weight_share: Share | None = None
-    """the largest share of a round that one site's update may weigh"""
-    samples: int = Field(default=0, ge=0, le=10_000)
-    seed: int = 0
+    optimizer: None = None
+    """no file holds code: `training: {optimizer: adamw}` names one"""
+    evaluation: None = None
+    """sites hold out examples of their own"""
 
     @classmethod
     def read(cls, path: str | Path) -> FederationFile:
@@ -98,9 +84,6 @@ class FederationFile(FrozenConfig):
 
     @classmethod
     def _of(cls, options: dict[str, Any], here: Path) -> FederationFile:
-        for name, kind in (("hub", HubOptions), ("training", TrainingConfig), ("personal", Ditto)):
-            if isinstance(options.get(name), dict):
-                options[name] = kind(**options[name])
         found = cls(**options)
         for site in found.hub.sites:
             check_name(site)
@@ -111,29 +94,32 @@ class FederationFile(FrozenConfig):
             chain=chain,
             checkpoint_dir=here / (found.checkpoint_dir or found.out / "checkpoints"),
         )
-        make_aggregation(moved.aggregation)
-        for choice in (moved.codec, moved.broadcast_codec):
-            make_codec(choice)
-        moved.loop_options()
-        if moved.quorum > len(moved.hub.sites):
-            msg = f"a quorum of {moved.quorum} can never be met by {len(moved.hub.sites)} sites."
-            raise ConfigError(msg)
+        moved.written()
+        check_counts(moved, len(moved.hub.sites))
         return moved
 
-    def loop_options(self) -> dict[str, Any]:
+    def options(self) -> FederationOptions:
         """What `FederatedAveraging` is given."""
-        names = ["training", "participants_per_round", "quorum", "deadline", "retries", "weighting", "samples", "seed"]
-        names += ["max_weight_share", "aggregation", "codec", "broadcast_codec", "personal", "keep_checkpoints"]
-        optimizer = _server_optimizer(self.server_optimizer) if self.server_optimizer is not None else None
-        return {name: getattr(self, name) for name in names} | {"server_optimizer": optimizer}
+        names = FederationConfig.model_fields.keys() - {"optimizer", "evaluation"}
+        given = {name: getattr(self, name) for name in sorted(names)}
+        if self.server_optimizer is not None:
+            given["server_optimizer"] = _server_optimizer(self.server_optimizer)
+        return cast(FederationOptions, given)
+
+    def written(self) -> FederationConfig:
+        """The same as a checkpoint of it holds them.
+
+        Raises:
+            ConfigError: There is no such rule, codec or server optimizer.
+        """
+        options = self.options()
+        return config_of(options, training_of(options))
 
 
-def _server_optimizer(settings: dict[str, Any]) -> ServerOptimizer:
+def _server_optimizer(settings: dict[str, Any] | str) -> ServerOptimizer:
     """The optimizer that a file describes; what a user's own code may be, a file can not."""
-    if not isinstance(settings.get("class"), str):
-        msg = (
-            f"server_optimizer: `class` is {shown(settings.get('class'))}. Write a name, such as "
-            "{class: FedAdam, lr: 0.01}."
-        )
+    if not isinstance(settings, dict) or not isinstance(settings.get("class"), str):
+        found = settings.get("class") if isinstance(settings, dict) else settings
+        msg = f"server_optimizer: `class` is {shown(found)}. Write a name, such as {{class: FedAdam, lr: 0.01}}."
         raise ConfigError(msg)
     return from_settings(settings)

@@ -19,14 +19,9 @@ from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.checkpoint import files as checkpoint
 from llmchain_fed.federated.checkpoint.contents import identity
-from llmchain_fed.federated.checkpoint.state import decisive
-from llmchain_fed.federated.options import training_of
-from llmchain_fed.federated.settings import Settings
 from llmchain_fed.runtimes.federation_file import FederationFile
 from llmchain_fed.storage.own_files import write_whole
 from llmchain_fed.untrusted import Strict, checked, read_file, read_json, shown
-from llmchain_fed.updates.aggregation import make_aggregation
-from llmchain_fed.updates.codecs import make_codec
 
 _WHOLE = 2**26  # bytes of a file that are all read; of a larger one its size, its beginning and its end
 _PART = 2**20
@@ -51,8 +46,8 @@ def check(file: FederationFile, checkpoints: Path, start: Path, *, members: str 
         CheckpointError: The newest checkpoint is damaged.
         ConfigError: It is another federation's.
     """
-    then, there = identity(checkpoint.about(checkpoints))
-    now = json.loads(json.dumps(decisive(_settings(file))))
+    config, there = identity(checkpoint.about(checkpoints))
+    then, now = config.decisive(), file.written().decisive()
     asked = {name for name in then if members == "same" or name != "participants_per_round"}
     wrong = [
         f"{name}: {shown(repr(then[name]), 200)} there, {shown(repr(now[name]), 200)} here"
@@ -113,23 +108,3 @@ def _noted(start: Path) -> dict[str, str]:
         )
     except ConfigError:
         return {}
-
-
-def _settings(file: FederationFile) -> Settings:
-    options = file.loop_options()
-    return Settings(
-        rule=make_aggregation(options["aggregation"]),
-        layout=None,
-        training=training_of(file.training, optimizer=None, lr=None, batch_size=None, seed=file.seed),
-        weighting=file.weighting,
-        codec=make_codec(file.codec),
-        broadcast_codec=make_codec(file.broadcast_codec),
-        server_optimizer=options["server_optimizer"],
-        personal=file.personal,
-        per_round=file.participants_per_round,
-        quorum=file.quorum,
-        deadline=file.deadline,
-        retries=file.retries,
-        seed=file.seed,
-        max_weight_share=file.max_weight_share,
-    )

@@ -203,11 +203,11 @@ def test_losses_side_by_side_show_what_is_not_finite(make_chain):
     fed = federation(chain, [Participant("a", A, REST)])
     fed.fit(rounds=1)
     handle = spoil(chain, float("nan"))
-    table = fed.compare()
+    table = fed.side_by_side()
     handle.remove()
     assert math.isnan(table["a"]["global"])
     assert "nan" in repr(table)
-    assert math.isfinite(fed.compare()["a"]["global"])
+    assert math.isfinite(fed.side_by_side()["a"]["global"])
 
 
 @pytest.mark.parametrize("again", [None, 2, 5], ids=["in one process", "resumed while it holds", "resumed after it"])

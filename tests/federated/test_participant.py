@@ -13,7 +13,7 @@ from tiny import PAIRS
 
 from llmchain_fed import FederatedAveraging, Participant, TrainingConfig
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.federated.client.personalization import Ditto
+from llmchain_fed.federated.options import Ditto
 from llmchain_fed.federated.participant import as_participants
 
 

@@ -109,9 +109,9 @@ def test_personalizing_again_starts_from_the_global_weights_again(make_chain):
         (lambda f: f.personalize("a", steps=1, lr=-1.0), ConfigError, "lr is a positive number"),
         (lambda f: f.personalize("a", steps=1, lr=True), ConfigError, "lr is a positive number, got True"),
         (lambda f: f.personalize("a", steps=1, lr=10**400), ConfigError, "lr is a positive number"),
-        (lambda f: f.compare(["a"]), ConfigError, r"\['a'\] hold out no examples"),
-        (lambda f: f.compare("abc"), ConfigError, r"\['abc'\] hold out no examples"),
-        (lambda f: f.compare(3), ConfigError, "compare takes the names of participants, got 3"),
+        (lambda f: f.side_by_side(["a"]), ConfigError, r"\['a'\] hold out no examples"),
+        (lambda f: f.side_by_side("abc"), ConfigError, r"\['abc'\] hold out no examples"),
+        (lambda f: f.side_by_side(3), ConfigError, "side_by_side takes the names of participants, got 3"),
         (lambda f: f.adaptation_curve("a"), ConfigError, "holds out no examples"),
         (lambda f: f.adaptation_curve("a", steps=[-1]), ConfigError, "counts of 0 or more"),
         (lambda f: f.adaptation_curve("a", steps=5), ConfigError, "counts of 0 or more.*got 5"),
@@ -163,7 +163,7 @@ def test_losses_side_by_side_are_those_of_the_three_models(make_chain):
     fed = federation(chain, evaluation=held_out)
     fed.fit(2)
     fed.personalize("a", steps=4)
-    found = fed.compare()
+    found = fed.side_by_side()
     assert list(found) == ["a", "b"]
     for name, pairs in held_out.items():
         assert found[name]["base"] == pytest.approx(loss(plain.model, pairs, plain), abs=1e-6)
@@ -173,7 +173,7 @@ def test_losses_side_by_side_are_those_of_the_three_models(make_chain):
     assert len({round(v, 6) for v in found["a"].values()}) == 3
     assert repr(found).splitlines()[0].split() == ["participant", "base", "global", "personal"]
     assert "<td>b</td>" in found._repr_html_()
-    assert list(fed.compare(["b"])) == list(fed.compare("b")) == ["b"]
+    assert list(fed.side_by_side(["b"])) == list(fed.side_by_side("b")) == ["b"]
 
 
 # --- Ditto ------------------------------------------------------------------------------------------------------------
@@ -377,7 +377,7 @@ def test_personal_models_over_a_remainder_of_an_earlier_federation_carry_it(opti
     still = ADAM.replace(learning_rate=1e-12)
     fed = federation(chain, training=still, evaluation={"a": PAIRS[:4]}, **options)
     fed.fit(1)
-    found = fed.compare()["a"]
+    found = fed.side_by_side()["a"]
     assert found["personal"] == pytest.approx(found["global"], abs=1e-5)
     assert abs(found["base"] - found["global"]) > 1e-3
 

@@ -113,7 +113,7 @@ def test_rules_codecs_server_optimizers_and_personal_models(sites, tmp_path):
         assert [r.held_out_after for r in across.history] == pytest.approx(losses[variant], rel=1e-5), variant
         if variant == "fedsa":  # its peers never share what they kept then: the next federation has new ones
             federation.change_chain(tiny_chain("causal", lora=True))
-    table = across.compare()  # the last variant is Ditto's: personal models at the sites, measured there
+    table = across.side_by_side()  # the last variant is Ditto's: personal models at the sites, measured there
     assert {n: set(found) for n, found in table.items()} == {n: {"base", "global", "personal"} for n in HELD_OUT}
     found = across.personalize("b", steps=2)
     assert set(found.losses) == {"base", "global", "personal"}

@@ -189,7 +189,7 @@ def test_what_is_asked_between_rounds_ends_in_one_error(answer, make_chain):
     for ask in (
         lambda: fed.adaptation_curve("liar", steps=(0, 1)),
         lambda: fed.personalize("liar", steps=1),
-        lambda: fed.compare(["liar"]),
+        lambda: fed.side_by_side(["liar"]),
     ):
         with within(20), pytest.raises(ParticipantError) as error:
             ask()

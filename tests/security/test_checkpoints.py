@@ -184,7 +184,7 @@ def _many_people(content):
 
 
 def _many_unknown(content):
-    content["about"]["options"] |= {f"option{n}": 0 for n in range(120_000)}
+    content["about"]["config"] |= {f"option{n}": 0 for n in range(120_000)}
 
 
 def _many_holdings(content):
@@ -197,7 +197,7 @@ def _named_twice(content):
 
 def _argument(name, value):
     def change(content):
-        content["about"]["options"][name] = value
+        content["about"]["config"][name] = value
 
     return change
 
@@ -208,7 +208,7 @@ MEANINGS = {
     "120,000 options": _many_unknown,
     "50,000 holdings": _many_holdings,
     "a participant twice": _named_twice,
-    "a share of nothing": lambda content: content["about"]["decisive"].update(max_weight_share=5e-324),
+    "a share of nothing": lambda content: content["about"]["config"].update(max_weight_share=5e-324),
     "a federation's id with a space": lambda content: content["about"].update(federation="a b"),
     "a contract of words": lambda content: content["about"]["contract"].update(base="x" * 129),
     "checkpoint_dir": _argument("checkpoint_dir", "/tmp/elsewhere"),
@@ -225,16 +225,16 @@ MEANINGS = {
     "patience of words": lambda content: content["about"].update(patience=["a", "b"]),
     "patience without end": lambda content: content["about"].update(patience=[0.0] * 200_000),
     "a file of another name": lambda content: content["files"].update({"../../x.safetensors": "0" * 64}),
-    "an optimizer's class": lambda content: content["about"]["decisive"].update(
+    "an optimizer's class": lambda content: content["about"]["config"].update(
         training={"optimizer": {"class": ["os.system"], "options": ""}}
     ),
-    "torch.optim's module": lambda content: content["about"]["decisive"].update(
+    "torch.optim's module": lambda content: content["about"]["config"].update(
         server_optimizer={"class": "TorchServerOptimizer", "optimizer": "os.system", "options": {}}
     ),
-    "no optimizer": lambda content: content["about"]["decisive"].update(
+    "no optimizer": lambda content: content["about"]["config"].update(
         server_optimizer={"class": "TorchServerOptimizer"}
     ),
-    "an option that is a mapping": lambda content: content["about"]["decisive"].update(
+    "an option that is a mapping": lambda content: content["about"]["config"].update(
         server_optimizer={"class": "FedAdam", "lr": {"a": 1}}
     ),
 }

@@ -21,7 +21,7 @@ from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, train_tokenizer, wit
 
 from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, TrainingConfig
 from llmchain_fed.federated.checkpoint import files
-from llmchain_fed.federated.client.personalization import Ditto
+from llmchain_fed.federated.options import Ditto
 from llmchain_fed.updates.server_optimizers import FedAdam
 
 ROUNDS = 6

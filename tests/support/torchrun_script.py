@@ -94,7 +94,7 @@ def run_variants(report: dict, runtime: TorchDistributed, mine: dict, folder: Pa
         report[variant] = hashes(chain, mine) | {"losses": [r.held_out_after for r in fed.history]}
         runtime = TorchDistributed()
     report["personalized"] = asdict(fed.personalize("d", steps=2))  # on every rank, where `d` is on one
-    report["compared"] = {n: dict(found) for n, found in fed.compare().items()}
+    report["compared"] = {n: dict(found) for n, found in fed.side_by_side().items()}
     report["curve"] = fed.adaptation_curve("b", steps=(0, 2))
     report["planned"] = fed.plan(rounds=5).bytes_up
     chain = tiny_chain("causal", lora=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import PAIRS
 
 from llmchain_fed import ConfigError, FederatedAveraging, TrainingConfig
-from llmchain_fed.federated.checkpoint.contents import Decisive
+from llmchain_fed.federated.settings import FederationConfig
 from llmchain_fed.runtimes.federation_file import FederationFile
 from llmchain_fed.updates.aggregation import weight_share
 from llmchain_fed.updates.aggregation.weight_share import SMALLEST, CappedWeights, Share, cut
@@ -190,6 +190,6 @@ def test_it_goes_on_after_a_checkpoint(make_chain, tmp_path):
 def test_a_share_of_nothing_is_none_wherever_it_is_given(share, make_chain):
     with pytest.raises(ConfigError, match="max_weight_share"):
         FederatedAveraging(make_chain(), participants=SHARES, max_weight_share=share, progress=False)
-    for model in (Decisive, FederationFile):
+    for model in (FederationConfig, FederationFile):
         assert model.model_fields["max_weight_share"].annotation == Share | None
     assert CappedWeights(Seen(), SMALLEST)._most == 10**6

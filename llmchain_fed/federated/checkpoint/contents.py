@@ -10,58 +10,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import FailFast, Field
 
 from llmchain_fed.errors import CheckpointError, ConfigError
 from llmchain_fed.federated.checkpoint.files import MANIFEST, Checkpoint
-from llmchain_fed.federated.client.personalization import Ditto
 from llmchain_fed.federated.history import History
-from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Count, Name, Texts
+from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Name, Texts
 from llmchain_fed.federated.participant import Alpha, Rank
 from llmchain_fed.federated.protocol.tasks import FederationId
+from llmchain_fed.federated.settings import CODE, EXAMPLES, FederationConfig, FederationOptions
 from llmchain_fed.federated.target import ContractData
-from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import Strict, checked, shown
 from llmchain_fed.updates import server_optimizers
-from llmchain_fed.updates.aggregation.weight_share import Share
 from llmchain_fed.updates.codecs import make_codec
 
 PartT = TypeVar("PartT", bound=Strict)
 _Word = Annotated[str, Field(max_length=200)]
-_Code = Annotated[str, Field(max_length=2**16)]  # a description of somebody's own code: it is shown and compared
 _Positive = Annotated[int, Field(ge=1, lt=2**63)]
 _Numbers = Annotated[dict[Name, Any], Field(max_length=1_000_000)]
-
-
-class Decisive(Strict):
-    """The options that decide how a federation goes on; what is code stands there by its name."""
-
-    aggregation: _Code
-    training: Annotated[dict[_Word, Any], Field(max_length=len(TrainingConfig.model_fields))]
-    weighting: Literal["examples", "tokens", "equal"]
-    max_weight_share: Share | None = None
-    codec: _Word | None
-    transforms: Annotated[list[_Word], FailFast(), Field(max_length=100)]
-    broadcast_codec: _Word | None
-    server_optimizer: _Numbers | _Code | None
-    personal: Annotated[dict[_Word, Any], Field(max_length=len(Ditto.model_fields))] | None
-    participants_per_round: _Positive | Annotated[float, Field(gt=0, le=1)] | None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
-
-
-class Options(Strict):
-    """The other options of a federation that are written; no other argument of it can stand in a checkpoint."""
-
-    samples: Count
-    quorum: _Positive
-    deadline: Annotated[float, Field(gt=0)] | None
-    retries: Count
-    evaluation: Annotated[float, Field(gt=0, lt=1)] | None
-    keep_checkpoints: _Positive | None
-    evaluated: bool
-    """whether held-out examples were given"""
 
 
 class Holding(Strict):
@@ -74,13 +42,6 @@ class Holding(Strict):
     options: _Word | None
 
 
-class _NamedOptimizer(Strict):
-    """A participants' optimizer that is code."""
-
-    class_: _Code = Field(alias="class")
-    options: _Code
-
-
 class _Participants(Strict):
     names: Annotated[list[Name], FailFast(), Field(max_length=MOST_PARTICIPANTS)]
 
@@ -89,8 +50,7 @@ class _About(Strict):
     """All that a manifest says beside names of files, its parts as they were found."""
 
     contract: Any
-    decisive: Any
-    options: Any
+    config: Any
     participants: Annotated[list[Name], FailFast(), Field(max_length=MOST_PARTICIPANTS)]
     federation: FederationId
     holdings: Annotated[dict[Name, Any], Field(max_length=MOST_PARTICIPANTS)]
@@ -107,8 +67,7 @@ class Contents:
 
     found: Checkpoint
     contract: Mapping[str, str]
-    decisive: Mapping[str, Any]
-    options: Mapping[str, Any]
+    config: FederationConfig
     participants: list[str]
     federation: str
     holdings: Mapping[str, Mapping[str, Any]]
@@ -133,20 +92,18 @@ class Contents:
         """
         about = _part(found, _About, found.about, "")
         _part(found, ContractData, about.contract, "contract")
-        decisive = _part(found, Decisive, about.decisive, "decisive")
-        _part(found, Options, about.options, "options")
         for name, holding in about.holdings.items():
             _part(found, Holding, holding, f"holdings.{shown(name)}")
         with _said_of(found, "history"):
             what = f"{found.where}: {MANIFEST}, `about.history`,"
             history = History.from_dict(about.history, what=what, error=CheckpointError, remedy=found.remedy)
         _check(found, about, history)
-        _check_options(found, decisive)
+        with _said_of(found, "config"):
+            config = _config_of(about.config)
         return cls(
             found,
             about.contract,
-            about.decisive,
-            about.options,
+            config,
             about.participants,
             about.federation,
             about.holdings,
@@ -158,16 +115,68 @@ class Contents:
         )
 
 
-def identity(about: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
-    """The options that decide how a federation goes on, and who takes part, of a checkpoint of which no more is read.
+def identity(about: Mapping[str, Any]) -> tuple[FederationConfig, list[str]]:
+    """The options, and who takes part, of a checkpoint of which no more is read.
 
     Raises:
         CheckpointError: A field is unknown or missing, of another type or out of range.
     """
-    checked(Decisive, about.get("decisive"), what=f"{MANIFEST}, `about.decisive`,", error=CheckpointError)
     names = {"names": about.get("participants")}
     found = checked(_Participants, names, what=f"{MANIFEST}, `about.participants`,", error=CheckpointError)
-    return about["decisive"], found.names
+    try:
+        return _config_of(about.get("config")), found.names
+    except Exception as error:
+        msg = f"{MANIFEST}, `about.config`, makes no sense: {shown(str(error), 300).rstrip('.')}."
+        raise CheckpointError(msg) from None
+
+
+def _config_of(data: object) -> FederationConfig:
+    """The options that a checkpoint holds, each of them there and in its range.
+
+    Raises:
+        ConfigError: They are not.
+    """
+    if not isinstance(data, dict) or data.keys() != FederationConfig.model_fields.keys():
+        names = data.keys() ^ FederationConfig.model_fields.keys() if isinstance(data, dict) else data
+        msg = f"it is no mapping of all options and no other ({shown(names, 200)})"
+        raise ConfigError(msg)
+    config = FederationConfig(**data)
+    for name in ("codec", "broadcast_codec"):
+        make_codec(getattr(config, name))
+    settings = config.server_optimizer
+    if isinstance(settings, dict) and server_optimizers.is_known(settings):
+        server_optimizers.from_settings(settings)
+    return config
+
+
+def options_again(config: FederationConfig, given: FederationOptions, optimizer: Any) -> FederationOptions:
+    """The options with which a federation goes on: those of then, and over them what is given again.
+
+    Args:
+        config: Of then.
+        given: Now.
+        optimizer: The participants' of now, where it is given.
+
+    Raises:
+        ConfigError: What is code, or examples, is not given again.
+    """
+    merged: dict[str, Any] = {name: getattr(config, name) for name in FederationConfig.model_fields}
+    merged |= given
+    if merged.pop("optimizer") is not None and optimizer is None and given.get("training") is None:
+        merged["optimizer"] = config.optimizer
+    if given.get("training") is None:
+        short = {"learning_rate": given.get("lr"), "batch_size": given.get("batch_size"), "optimizer": optimizer}
+        merged["training"] = config.training.replace(**{n: value for n, value in short.items() if value is not None})
+    if config.transforms and "transforms" not in given:
+        msg = f"the run's transforms were code: {', '.join(config.transforms)}. Pass transforms= again."
+        raise ConfigError(msg)
+    for name, value in merged.items():
+        if isinstance(value, str) and (value == EXAMPLES or value.startswith(CODE)):
+            msg = f"the run's {name} was {value}. Pass {name}= again."
+            raise ConfigError(msg)
+    if isinstance(settings := merged["server_optimizer"], dict):
+        merged["server_optimizer"] = server_optimizers.from_settings(settings)
+    return cast(FederationOptions, merged)
 
 
 def _part(found: Checkpoint, model: type[PartT], part: Any, name: str) -> PartT:
@@ -189,30 +198,6 @@ def _check(found: Checkpoint, about: _About, history: History) -> None:
     if wrong is not None:
         msg = f"{MANIFEST} makes no sense: {wrong}"
         raise found.unusable(msg)
-
-
-def _check_options(found: Checkpoint, decisive: Decisive) -> None:
-    """What has a reader of its own is read by it."""
-    training = dict(decisive.training)
-    if isinstance(training.get("optimizer"), dict):
-        _part(found, _NamedOptimizer, training.pop("optimizer"), "decisive.training.optimizer")
-    for name, value in training.items():
-        with _said_of(found, f"decisive.training.{shown(name)}"):
-            if isinstance(value, (dict, list)) or name not in TrainingConfig.model_fields:
-                msg = f"{shown(value)} is no option of a TrainingConfig"
-                raise ConfigError(msg)
-    with _said_of(found, "decisive.training"):
-        TrainingConfig(**training)
-    with _said_of(found, "decisive.codec"):
-        make_codec(decisive.codec)
-    with _said_of(found, "decisive.broadcast_codec"):
-        make_codec(decisive.broadcast_codec)
-    if decisive.personal is not None:
-        with _said_of(found, "decisive.personal"):
-            Ditto(**decisive.personal)
-    if isinstance(decisive.server_optimizer, dict) and server_optimizers.is_known(decisive.server_optimizer):
-        with _said_of(found, "decisive.server_optimizer"):
-            server_optimizers.from_settings(decisive.server_optimizer)
 
 
 @contextmanager

@@ -87,9 +87,10 @@ def copy_of(contents: Contents, model: LocalModel) -> dict[str, Tensor]:
         CheckpointError: See `state_of`.
     """
     found = dict(contents.found.tensors.get("copy", {}))
-    if contents.decisive["broadcast_codec"] is None and not found:
+    coded = contents.config.broadcast_codec is not None
+    if not coded and not found:
         return {}
-    _check_named(contents, "copy", found, model.trainable_parameters() if contents.decisive["broadcast_codec"] else {})
+    _check_named(contents, "copy", found, model.trainable_parameters() if coded else {})
     return found
 
 

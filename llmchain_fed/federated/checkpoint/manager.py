@@ -14,31 +14,16 @@ import torch
 from llmchain_fed.errors import CheckpointError, ConfigError, UnsupportedModelError
 from llmchain_fed.federated.checkpoint import files, fitting, membership
 from llmchain_fed.federated.checkpoint import state as resuming
-from llmchain_fed.federated.checkpoint.contents import Contents
+from llmchain_fed.federated.checkpoint.contents import Contents, options_again
 from llmchain_fed.federated.checkpoint.membership import Members, MembershipChange
-from llmchain_fed.federated.client.personalization import Ditto, with_remainder
+from llmchain_fed.federated.client.personalization import with_remainder
 from llmchain_fed.federated.protocol.answers import Introduction
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server.server import Server
+from llmchain_fed.federated.settings import FederationOptions
 from llmchain_fed.federated.target import Target
 from llmchain_fed.model.local_model import LocalModel
-from llmchain_fed.training.loop import TrainingConfig
-from llmchain_fed.untrusted import shown
-from llmchain_fed.updates import server_optimizers
-from llmchain_fed.updates.aggregation import AGGREGATIONS
-
-_SHORT = {"optimizer": "optimizer", "lr": "learning_rate", "batch_size": "batch_size"}
-"""options of a federation → those of its training"""
-_RESTORED = (
-    "aggregation",
-    "weighting",
-    "max_weight_share",
-    "codec",
-    "broadcast_codec",
-    "participants_per_round",
-    "seed",
-)
 
 
 class CheckpointManager:
@@ -47,34 +32,20 @@ class CheckpointManager:
     Args:
         server: Whose state is kept.
         directory: Where; None writes none.
-        keep: How many of the newest; None keeps all.
-        options: Of the federation, as JSON, beside those that decide its future.
-        given: Whether held-out examples were given.
         leads: Whether this process writes; the others of a cluster only read.
         shown: Called once participants stand where a checkpoint had them: their personal models become adapters.
 
     Raises:
-        ConfigError: `keep` is no count, `directory` no path.
+        ConfigError: `directory` is no path.
         CheckpointError: The directory holds rounds already, which a run that begins anew would mix with its own.
     """
 
     def __init__(
-        self,
-        server: Server,
-        directory: str | Path | None,
-        keep: int | None,
-        options: Mapping[str, Any],
-        *,
-        given: bool,
-        leads: bool,
-        shown: Callable[[], object],
+        self, server: Server, directory: str | Path | None, *, leads: bool, shown: Callable[[], object]
     ) -> None:
-        if keep is not None and (type(keep) is not int or keep < 1):
-            msg = f"keep_checkpoints is a count of at least 1, or None for all, got {keep!r}."
-            raise ConfigError(msg)
-        self._server, self._keep, self._leads, self._shown = server, keep, leads, shown
+        self._server, self._leads, self._shown = server, leads, shown
+        self._keep = server.settings.config.keep_checkpoints
         self._directory = _path(directory) if directory is not None else None
-        self._options = dict(options) | {"keep_checkpoints": keep, "evaluated": given}
         self._states: dict[str, bytes] = {}
         self._waiting: dict[str, bytes] = {}
         self._holdings: dict[str, Any] = {}
@@ -89,10 +60,10 @@ class CheckpointManager:
     def described(self) -> dict[str, Any]:
         """The federation's options, flat, for those who watch it."""
         found: dict[str, Any] = {}
-        for name, value in resuming.decisive(self._server.settings).items():
+        for name, value in self._server.settings.config.model_dump(mode="json").items():
             nested = value if isinstance(value, dict) else {"": value}
             found |= {f"{name}.{key}" if key else name: v for key, v in nested.items()}
-        return found | {"fingerprint": self._server.model.fingerprint()} | self._options
+        return found | {"fingerprint": self._server.model.fingerprint()}
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -105,7 +76,7 @@ class CheckpointManager:
         if self._directory is None or not self._leads:
             return
         self.check_directory()
-        made = resuming.checkpoint_of(self._server, self._options, self._states, self._asked)
+        made = resuming.checkpoint_of(self._server, self._states, self._asked)
         # before it is written: what fails once the folder has its name leaves a round that is this run's own
         self._states, self._asked, self._begun = dict(made.participants), made.round, True
         files.write(self._directory, made, keep=self._keep)
@@ -139,14 +110,15 @@ class CheckpointManager:
 
     @staticmethod
     def read(
-        directory: str | Path, number: int | None, given: Mapping[str, Any], model: Any
-    ) -> tuple[Contents, dict[str, Any], str]:
-        """A checkpoint, the options to go on with, and the federation's id.
+        directory: str | Path, number: int | None, given: FederationOptions, optimizer: Any, model: Any
+    ) -> tuple[Contents, FederationOptions]:
+        """A checkpoint, and the options to go on with.
 
         Args:
             directory: The run's.
             number: Which round; None is the newest.
             given: Options that were given again, which go first.
+            optimizer: The participants', where it was given again.
             model: What goes on, which says how large a checkpoint can be.
 
         Raises:
@@ -154,34 +126,10 @@ class CheckpointManager:
             CheckpointError: See `checkpoint.read` and `Contents.of`; or an option is missing that no file holds.
         """
         found = read_for(Target.of(model).model, _path(directory), number)
-        decisive, options = found.decisive, dict(found.options)
-        evaluated = options.pop("evaluated")
-        if evaluated and options["evaluation"] is None and "evaluation" not in given:
-            msg = "the run had held-out examples of its own, which no checkpoint holds. Pass evaluation= again."
-            raise CheckpointError(msg)
-        merged = options | {name: decisive[name] for name in _RESTORED if name in decisive}
-        if decisive["personal"] is not None:
-            merged["personal"] = Ditto(**decisive["personal"])
-        training = given.get("training")
-        if training is None:
-            again = {field: given[name] for name, field in _SHORT.items() if given.get(name) is not None}
-            laid = decisive["training"] | again
-            if isinstance(laid.get("optimizer"), dict):
-                msg = f"the run's optimizer was code ({shown(laid['optimizer']['class'])}): pass it again."
-                raise CheckpointError(msg)
-            training = TrainingConfig(**laid)
-        if decisive["server_optimizer"] is not None and "server_optimizer" not in given:
-            try:
-                merged["server_optimizer"] = server_optimizers.from_settings(decisive["server_optimizer"])
-            except ConfigError as error:
-                raise CheckpointError(str(error)) from None
-        if decisive["aggregation"] not in AGGREGATIONS and "aggregation" not in given:
-            msg = f"the run's aggregation, {shown(decisive['aggregation'])!r}, was code: pass aggregation= again."
-            raise CheckpointError(msg)
-        if decisive["transforms"] and "transforms" not in given:
-            msg = f"the run's transforms, {shown(decisive['transforms'])}, were code: pass transforms= again."
-            raise CheckpointError(msg)
-        return found, merged | dict(given) | {"training": training}, found.federation
+        try:
+            return found, options_again(found.config, given, optimizer)
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from None
 
     def go_on(self, found: Contents, members: Members = "same") -> None:
         """Puts the hub where the checkpoint was; later ones are dropped with the next one that is written.

@@ -24,12 +24,8 @@ from llmchain_fed.federated.protocol.tasks import PersonalStateTask
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server.client_manager import ABSENCE
 from llmchain_fed.federated.server.server import Server
-from llmchain_fed.federated.settings import Settings
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates import server_optimizers
-from llmchain_fed.updates.aggregation import AGGREGATIONS
-from llmchain_fed.updates.aggregation.base import Rule
-from llmchain_fed.updates.codecs import spec
 from llmchain_fed.updates.server_optimizers import ResumableServerOptimizer
 
 _UNTOLD = asdict(ParticipantRecord())
@@ -42,53 +38,13 @@ class OtherExamplesError(ParticipantError):
     """A participant holds something else than when the federation was interrupted."""
 
 
-def decisive(settings: Settings) -> dict[str, Any]:
-    """The options that decide how a federation goes on, as JSON; what is code stands there by its name."""
-    optimizer = settings.server_optimizer
-    training = settings.training.to_plain()
-    return {
-        "aggregation": _name_of(settings.rule),
-        "training": training if training is not None else _named_training(settings),
-        "weighting": settings.weighting,
-        "max_weight_share": settings.max_weight_share,
-        "codec": spec(settings.codec),
-        "transforms": [transform.name for transform in settings.transforms],
-        "broadcast_codec": spec(settings.broadcast_codec),
-        "server_optimizer": optimizer.settings()
-        if isinstance(optimizer, ResumableServerOptimizer)
-        else _kind(optimizer),
-        "personal": settings.personal.model_dump() if settings.personal is not None else None,
-        "participants_per_round": settings.per_round,
-        "seed": settings.seed,
-    }
-
-
-def _name_of(rule: Rule) -> str:
-    """One of those that are known by name, or that it is code."""
-    return rule.name if AGGREGATIONS.get(rule.name) is rule else f"code: {rule.name}"
-
-
-def _named_training(settings: Settings) -> dict[str, Any]:
-    given = {n: getattr(settings.training, n) for n in sorted(settings.training.model_fields_set) if n != "optimizer"}
-    optimizer = settings.training.optimizer
-    kind = optimizer if isinstance(optimizer, type) else type(optimizer)
-    return given | {"optimizer": {"class": kind.__qualname__, "options": repr(getattr(optimizer, "defaults", {}))}}
-
-
-def _kind(value: Any) -> str | None:
-    return None if value is None else type(value).__qualname__
-
-
-def checkpoint_of(
-    server: Server, options: Mapping[str, Any], former: Mapping[str, bytes], since: int | None = None
-) -> Checkpoint:
+def checkpoint_of(server: Server, former: Mapping[str, bytes], since: int | None = None) -> Checkpoint:
     """Everything a hub needs to go on as if it had never stopped.
 
     Participants are asked where they stand; who does not answer, or may not, is as in `former` or keeps it for itself.
 
     Args:
         server: After a whole round.
-        options: What the federation was made with, as JSON.
         former: Participants' states as they were asked for last.
         since: After how many rounds that was.
     """
@@ -118,8 +74,7 @@ def checkpoint_of(
             server.notes[name] = f"the checkpoint of round {server.round} holds {what} of it ({told_of(answer)[:80]})"
     about = {
         "contract": server.target.contract(),
-        "decisive": decisive(settings),
-        "options": dict(options),
+        "config": settings.config.model_dump(mode="json"),
         "participants": server.transport.nodes(),
         "federation": server.client_manager.federation,
         "holdings": {n: holding(h) for n, h in server.client_manager.joined.items()},
@@ -193,7 +148,7 @@ def check_but_members(server: Server, found: Contents) -> MembershipChange:
         divided=server.evaluator.holds_out_a_share,
     )
     if sampled in others:
-        change.sampled = found.decisive[sampled], server.settings.per_round
+        change.sampled = found.config.participants_per_round, server.settings.per_round
     return change
 
 
@@ -203,8 +158,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _other_options(server: Server, found: Contents) -> dict[str, str]:
-    now = json.loads(json.dumps(decisive(server.settings)))
-    then = found.decisive
+    now, then = server.settings.config.decisive(), found.config.decisive()
     return {
         k: f"{k}: {shown(repr(v), 200)} there, {shown(repr(now.get(k)), 200)} here"
         for k, v in then.items()

@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
 from torch import Tensor
 
-from llmchain_fed._config import FrozenConfig
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.client.data import LocalData
 from llmchain_fed.federated.client.state import Progress
+from llmchain_fed.federated.options import Ditto
 from llmchain_fed.federated.protocol.answers import CurveAnswer, PersonalizeAnswer, SideBySideAnswer
 from llmchain_fed.federated.protocol.expected import Layout
 from llmchain_fed.federated.protocol.finiteness import spelled
@@ -33,23 +32,6 @@ if TYPE_CHECKING:
     from llmchain_fed.federated.client.client import Client
 
 MOST_STEPS = 10_000
-
-
-class Ditto(FrozenConfig):
-    """Every participant also trains a personal model, which is pulled to the global one (arXiv 2012.04221).
-
-    The personal model minimises its own loss + λ/2·‖v − w‖², with w the global weights of the round; the global model
-    is trained as without it. λ = 0 is local training alone. With SGD a step needs lr·λ < 2. All of the personal adapter
-    is trained, also under `ffa` and `rolora`, which train one factor of the global one.
-
-    >>> Ditto(lam=0.5)
-    Ditto(lam=0.5)
-    """
-
-    lam: float = Field(default=0.1, ge=0.0, le=1e6, allow_inf_nan=False)
-    """λ; 0.1 is NVFlare's default"""
-    max_steps: int | None = Field(default=None, ge=1)
-    """optimizer steps of the personal model a round; as many as the global training's by default"""
 
 
 @contextmanager

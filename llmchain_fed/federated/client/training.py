@@ -15,8 +15,9 @@ from torch import Tensor
 from llmchain_fed.errors import FederationError, PolicyError
 from llmchain_fed.federated.client import given_state, personalization
 from llmchain_fed.federated.client.limits import Counted, counted, steps_of
-from llmchain_fed.federated.client.personalization import Ditto, loaded
+from llmchain_fed.federated.client.personalization import loaded
 from llmchain_fed.federated.client.state import Progress
+from llmchain_fed.federated.options import Ditto
 from llmchain_fed.federated.protocol.answers import TimeStepAnswer
 from llmchain_fed.federated.protocol.expected import Layout
 from llmchain_fed.federated.protocol.global_state import GlobalState

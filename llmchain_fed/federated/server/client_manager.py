@@ -39,23 +39,16 @@ class ClientManager:
         transport: The way to them.
         trainee: What is trained, whose contract all must share.
         training: How they train; told to those in other processes.
-        federation: Its id, where one goes on.
         aggregation: The rule's name, which a site's policy may ask for.
     """
 
     def __init__(
-        self,
-        transport: Transport,
-        target: Target,
-        training: TrainingConfig,
-        federation: str | None = None,
-        *,
-        aggregation: str | None = None,
+        self, transport: Transport, target: Target, training: TrainingConfig, *, aggregation: str | None = None
     ) -> None:
         self._transport, self._target, self._aggregation = transport, target, aggregation
         self._training = training.to_plain()
-        self.federation = federation or secrets.token_hex(8)
-        """tells this federation from an earlier one of the same participants"""
+        self.federation = secrets.token_hex(8)
+        """tells this federation from an earlier one of the same participants; one that goes on keeps its own"""
         self.attendance = Attendance()
         """who is in and out since when, and why first; everybody who asks participants reports to it"""
         self.joined: dict[str, Introduction] = {}

@@ -18,7 +18,6 @@ from llmchain_fed.errors import QuorumError, UpdateRefusedError
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.overlap import crossing, overlap
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
-from llmchain_fed.federated.options import sampled
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import MAX_AGGREGATION, TrainTask
 from llmchain_fed.federated.runtime import InProcess, Transport
@@ -28,7 +27,7 @@ from llmchain_fed.federated.server.dispatch import Dispatcher
 from llmchain_fed.federated.server.divergence import Divergence, nothing_finite
 from llmchain_fed.federated.server.evaluation import Evaluator, Measurement
 from llmchain_fed.federated.server.round import OpenRound
-from llmchain_fed.federated.settings import Settings
+from llmchain_fed.federated.settings import Settings, sampled
 from llmchain_fed.federated.target import Target
 from llmchain_fed.training.batch_sampler import seed_of
 from llmchain_fed.training.loop import TrainingConfig
@@ -47,21 +46,13 @@ class Server:
         transport: The way to the participants.
         evaluator: What held-out loss is measured on.
         settings: The options.
-        federation: The federation's id, where an earlier run goes on.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        transport: Transport,
-        evaluator: Evaluator,
-        settings: Settings,
-        federation: str | None = None,
-    ) -> None:
+    def __init__(self, target: Target, transport: Transport, evaluator: Evaluator, settings: Settings) -> None:
         self.target, self.model, self.transport = target, target.model, transport
         self.evaluator, self.settings = evaluator, settings
         rule = printable(settings.rule.name, MAX_AGGREGATION)[:MAX_AGGREGATION] or None
-        self.client_manager = ClientManager(transport, target, settings.training, federation, aggregation=rule)
+        self.client_manager = ClientManager(transport, target, settings.training, aggregation=rule)
         self.broadcast = Broadcast(settings.broadcast_codec, settings.layout, self.client_manager.attendance)
         self.dispatcher = Dispatcher(
             transport, self.client_manager, self.broadcast, settings.rule, settings.deadline, settings.retries

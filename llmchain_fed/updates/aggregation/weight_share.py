@@ -23,7 +23,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from llmchain_fed.errors import ConfigError, LLMChainFedError
+from llmchain_fed.errors import LLMChainFedError
 from llmchain_fed.updates.collection import Around, Collection, Combined, Contribution
 
 SMALLEST = 1e-6
@@ -31,18 +31,6 @@ SMALLEST = 1e-6
 Share = Annotated[float, Field(ge=SMALLEST, le=1)]
 _SEEN = 1e-9  # a share that differs by less is the same
 _NEARLY = 1e-9  # 1/c is meant to be whole where c is 0.1
-
-
-def checked_share(share: float | None) -> float | None:
-    """`max_weight_share`, if it is a share.
-
-    Raises:
-        ConfigError: It is none.
-    """
-    if share is not None and (type(share) not in (int, float) or not SMALLEST <= share <= 1):
-        msg = f"max_weight_share is a share from {SMALLEST} to 1, such as 0.5, or None, got {share!r:.80}."
-        raise ConfigError(msg)
-    return share
 
 
 def cut(weights: Mapping[str, float], share: float) -> dict[str, float]:

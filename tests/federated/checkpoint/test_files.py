@@ -20,7 +20,7 @@ from llmchain_fed import FederatedAveraging, TrainingConfig
 from llmchain_fed.errors import CheckpointError, ConfigError
 from llmchain_fed.federated.checkpoint import files as checkpoint
 from llmchain_fed.federated.checkpoint.files import Checkpoint
-from llmchain_fed.federated.client.personalization import Ditto
+from llmchain_fed.federated.options import Ditto
 from llmchain_fed.updates.server_optimizers import FedAdam
 
 KEPT = TrainingConfig(

@@ -25,8 +25,8 @@ from llmchain_fed import FederatedAveraging, Participant, train_locally
 from llmchain_fed.errors import CheckpointError, ConfigError, DataError, TransportError
 from llmchain_fed.federated.checkpoint import files, membership
 from llmchain_fed.federated.client import state as private_state
-from llmchain_fed.federated.client.personalization import Ditto
 from llmchain_fed.federated.client.state import Progress
+from llmchain_fed.federated.options import Ditto
 from llmchain_fed.updates import serialization
 from llmchain_fed.updates.codecs import make_codec
 from llmchain_fed.updates.server_optimizers import FedAdam

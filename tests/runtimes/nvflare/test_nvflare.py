@@ -414,7 +414,7 @@ def test_a_federation_file_with_a_mistake_names_it(tmp_path, run_here):
     for change, wanted in {
         "qorum: 2": "unknown option `qorum`; did you mean `quorum`",
         "rounds: 0": "`rounds`",
-        "quorum: 9": "quorum of 9 can never be met by 2 sites",
+        "quorum: 9": "quorum of 9 can never be met by 2 participants",
         "hub: {admin: x, sites: [a], port: 3}": "unknown option `port`",
         "hub: {admin: x, sites: []}": "`sites`",
         "training: {lerning_rate: 1}": "did you mean `learning_rate`",

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, train_tokenizer, with_lora
 
 from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, TorchServerOptimizer, TrainingConfig
-from llmchain_fed.federated.client.personalization import Ditto
+from llmchain_fed.federated.options import Ditto
 from llmchain_fed.updates.server_optimizers import FedAdam
 
 SHARES = {"a": PAIRS[:6], "b": PAIRS[6:]}
