@@ -1,4 +1,4 @@
-"""docs/options.md out of the fields of `FederationConfig`: `python tests/support/options_table.py > docs/options.md`."""
+"""docs/options.md out of FederationConfig's fields: `python tests/support/options_table.py > docs/options.md`."""
 
 import ast
 import inspect
