@@ -499,4 +499,4 @@ def test_a_bare_module_over_ready_tensors_follows_the_same_law():
     gradient = 2 * x.T @ (x @ w0 - y) / len(y)  # the pooled mean: n_k/n weighs the participants' means right
     torch.testing.assert_close(module.w.detach().double(), w0 - 0.1 * gradient, rtol=1e-5, atol=1e-6)
     assert fed.get_model() is module
-    assert isinstance(fed._model, LocalModel)
+    assert isinstance(fed._server.model, LocalModel)

@@ -57,7 +57,7 @@ def test_a_fit_is_told_from_beginning_to_end(make_chain):
     ]  # fmt: skip
     options = watch.run.options
     assert (options["aggregation"], options["codec"], options["training.learning_rate"]) == ("ffa", "int8", 0.05)
-    assert options["fingerprint"] == fed._model.fingerprint()
+    assert options["fingerprint"] == fed._server.model.fingerprint()
 
 
 def test_several_are_told_in_their_order_and_one_alone_needs_no_list(make_chain):

@@ -112,7 +112,7 @@ def test_counts_are_those_of_sets_of_texts(make_chain):
 )
 def test_counts_from_elsewhere_are_read_with_bounds(said, make_chain):
     fed = federation(make_chain(), [Participant("a", A, REST)])
-    contract = fed._target.contract()
+    contract = fed._server.target.contract()
     hello = {"participant": "a", "contract": contract, "held_out": True, "overlap": [1, 1, 4]}
     assert client_manager._read("a", json.dumps(hello).encode(), contract).overlap == Overlap(1, 1, 4)
     assert client_manager._read("a", json.dumps(hello | {"overlap": None}).encode(), contract).overlap is None

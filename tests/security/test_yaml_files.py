@@ -35,7 +35,7 @@ server_optimizer: {class: FedAdam, lr: 0.01}
 personal: {lam: 0.1}
 training: {learning_rate: 5e-3, batch_size: 2, epochs: 2}
 participants_per_round: 0.5
-quorum: 2
+quorum: 1
 deadline: 60
 retries: 1
 weighting: examples

@@ -1,4 +1,4 @@
-"""The fields of `FederationConfig` as a page: `python tests/support/options_table.py > docs/options.md`."""
+"""docs/options.md out of FederationConfig's fields: `python tests/support/options_table.py > docs/options.md`."""
 
 import ast
 import inspect

@@ -18,10 +18,12 @@ from llmchain_fed.errors import CheckpointError, ConfigError
 from llmchain_fed.federated.checkpoint.files import MANIFEST, Checkpoint
 from llmchain_fed.federated.history import History
 from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Name, Texts
+from llmchain_fed.federated.options import Ditto
 from llmchain_fed.federated.participant import Alpha, Rank
 from llmchain_fed.federated.protocol.tasks import FederationId
 from llmchain_fed.federated.settings import CODE, EXAMPLES, FederationConfig, FederationOptions
 from llmchain_fed.federated.target import ContractData
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.untrusted import Strict, checked, shown
 from llmchain_fed.updates import server_optimizers
 from llmchain_fed.updates.codecs import make_codec
@@ -140,6 +142,10 @@ def _config_of(data: object) -> FederationConfig:
         names = data.keys() ^ FederationConfig.model_fields.keys() if isinstance(data, dict) else data
         msg = f"it is no mapping of all options and no other ({shown(names, 200)})"
         raise ConfigError(msg)
+    for name, most in (("training", len(TrainingConfig.model_fields)), ("personal", len(Ditto.model_fields))):
+        if isinstance(data[name], dict) and len(data[name]) > most:  # each unknown one would become an error object
+            msg = f"`{name}` has {len(data[name]):,} options, of which there are {most}"
+            raise ConfigError(msg)
     config = FederationConfig(**data)
     for name in ("codec", "broadcast_codec"):
         make_codec(getattr(config, name))

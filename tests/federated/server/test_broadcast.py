@@ -120,7 +120,7 @@ def test_a_participant_that_lost_what_it_held_is_sent_all(rule, make_chain):
     fed, wire = federation(chain, aggregation=rule)
     fed.fit(3)
     wire.of("train")
-    fed._global_states.forget()
+    next(iter(fed._peers.values())).global_states.forget()
     fed.fit(1)
     answers = wire.of("train")
     assert len(answers) == 4  # one that was stale, its repetition, and two that then found it in the process
@@ -137,7 +137,7 @@ def test_who_missed_rounds_is_sent_what_changed_since(make_chain):
     fed.fit(5)
     other, _ = federation(twin, **options)
     for _ in range(5):
-        other._global_states.forget()  # everything is sent whole every time
+        next(iter(other._peers.values())).global_states.forget()  # everything is sent whole every time
         other.fit(1)
     assert_equal(chain.model.trainable_state(), twin.model.trainable_state())
 
@@ -152,7 +152,7 @@ def test_weights_that_the_user_changes_between_rounds_reach_the_participants(mak
     other, _ = federation(twin)
     other.fit(1)
     twin.model.load_state(state)
-    other._global_states.forget()
+    next(iter(other._peers.values())).global_states.forget()
     other.fit(1)
     assert_equal(chain.model.trainable_state(), twin.model.trainable_state())
 
@@ -506,9 +506,9 @@ def test_the_projection_is_what_the_ledger_says_afterwards(rule, codec, evaluate
     held_out = dict.fromkeys(SHARES, PAIRS[:2]) if evaluates else None
     options = {"aggregation": rule, "codec": codec, "samples": 0, "evaluation": held_out}
     fed, _ = federation(make_chain(lora=True), **options)
-    start = fed._model.trainable_state()
-    plan, parameters = fed.plan(rounds=4), sum(p.numel() * 4 for p in fed._model.parameters())
-    assert_equal(fed._model.trainable_state(), start)
+    start = fed._server.model.trainable_state()
+    plan, parameters = fed.plan(rounds=4), sum(p.numel() * 4 for p in fed._server.model.parameters())
+    assert_equal(fed._server.model.trainable_state(), start)
     assert fed.round == 0
     fed.fit(4)
     up = sum(r.bytes_up for r in fed.history)

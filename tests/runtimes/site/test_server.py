@@ -380,7 +380,7 @@ def federation(serve, make_chain, policies=None, hub=None, **options):
 
 
 def test_peers_behind_sockets_learn_what_peers_in_this_process_learn(serve, make_chain):
-    fed = federation(serve, make_chain)
+    fed = federation(serve, make_chain, samples=1)
     history = fed.fit(3)
     alone = make_chain(lora=True)
     reference = FederatedAveraging(
@@ -398,7 +398,7 @@ def test_peers_behind_sockets_learn_what_peers_in_this_process_learn(serve, make
 
 
 def test_a_policy_without_samples_lets_numbers_leave_and_no_text(serve, make_chain):
-    fed = federation(serve, make_chain, {"b": Policy()})
+    fed = federation(serve, make_chain, {"b": Policy()}, samples=1)
     record = fed.fit(1)[0]
     assert record.held_out_after is not None
     assert record.samples == []
