@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from llmchain_fed.library import list_chains, list_prompts, load_chain, load_prompt
     from llmchain_fed.model.local_model import LocalModel
     from llmchain_fed.runtimes.nvflare.transport import NVFlare
+    from llmchain_fed.runtimes.site.site import Site
     from llmchain_fed.runtimes.torch_distributed import TorchDistributed
     from llmchain_fed.tracking.console import ConsoleTable
     from llmchain_fed.tracking.mlflow import MLflow
@@ -102,6 +103,7 @@ _HOMES = {
     "Participant": "federated.participant",
     "RawText": "data.encoding",
     "Reptile": "updates.server_optimizers",
+    "Site": "runtimes.site.site",
     "TensorBoard": "tracking.tensorboard",
     "TorchDistributed": "runtimes.torch_distributed",
     "TorchServerOptimizer": "updates.server_optimizers",
@@ -163,6 +165,7 @@ __all__ = [
     "RawText",
     "RecipeError",
     "Reptile",
+    "Site",
     "TemplatedTwiceError",
     "TensorBoard",
     "TorchDistributed",

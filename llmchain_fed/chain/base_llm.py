@@ -16,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from llmchain_fed._config import explain, unknown_option
 from llmchain_fed.errors import ConfigError, UnsupportedModelError
-from llmchain_fed.model import chat_template
-from llmchain_fed.model.generation.answers import GenerationOptions, checked_stops
+from llmchain_fed.model import chat_template, control_tokens
+from llmchain_fed.model.generation.answers import GenerationOptions
+from llmchain_fed.model.generation.stop_strings import checked_stops
 from llmchain_fed.model.local_model import LocalModel
 
 OPTIONS = frozenset(GenerationOptions.model_fields)
@@ -139,6 +140,11 @@ class LocalLanguageModel(BaseModel):
     @abstractmethod
     def adds_special_tokens(self) -> bool:
         """Whether the tokenizer adds its special tokens to that text."""
+
+    def all_controls(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Control tokens of any text, the model's and this face's, and all added tokens."""
+        added = control_tokens.added_tokens(self.model.tokenizer).values()
+        return self.model.control_tokens() | self.own_controls, frozenset(t for t in added if t.strip())
 
     @property
     def own_controls(self) -> frozenset[str]:

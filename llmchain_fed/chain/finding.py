@@ -13,8 +13,9 @@ from langchain_core.runnables import Runnable, RunnableSequence, RunnableWithFal
 from langchain_core.runnables.base import RunnableBindingBase
 
 from llmchain_fed.chain.base_llm import Bare, LocalLanguageModel
+from llmchain_fed.chain.bindings import below_bindings, with_face_fields
 from llmchain_fed.chain.llm import LocalLLM
-from llmchain_fed.chain.llm_chain import LLMChain, below_bindings, with_face_fields
+from llmchain_fed.chain.llm_chain import LLMChain
 from llmchain_fed.recipes.parsers import StripOutputParser
 
 

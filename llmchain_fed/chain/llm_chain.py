@@ -6,7 +6,7 @@ Knows LangChain's prompts, parsers and Runnables. Knows nothing about examples, 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -14,30 +14,28 @@ from langchain_core.language_models import BaseLanguageModel
 from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
 from langchain_core.prompt_values import PromptValue
 from langchain_core.prompts import BasePromptTemplate, PromptTemplate
-from langchain_core.runnables import Runnable, RunnableConfig, RunnableWithFallbacks
+from langchain_core.runnables import Runnable
 from langchain_core.runnables.base import RunnableBindingBase
 from pydantic import SkipValidation
 from typing_extensions import override
 
 from llmchain_fed._config import unknown_option
-from llmchain_fed.chain.base_llm import LocalLanguageModel, check_saved, saved_fields
+from llmchain_fed.chain.base_llm import check_saved, saved_fields
+from llmchain_fed.chain.bindings import below_bindings, bound_kwargs, with_face_fields
+from llmchain_fed.chain.call_kwargs import ChainInput, RunnableWithCallKwargs
 from llmchain_fed.chain.chat import LocalChatModel
 from llmchain_fed.chain.llm import LocalLLM
 from llmchain_fed.chain.prompt_step import PromptStep, mark_values
 from llmchain_fed.chain.saving import directory as saving
 from llmchain_fed.chain.saving import model as saved_model
-from llmchain_fed.errors import ChainFileError, ConfigError, PromptVariablesError, RecipeError, UnsupportedModelError
-from llmchain_fed.model import control_tokens
+from llmchain_fed.errors import ConfigError, PromptVariablesError, UnsupportedModelError
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.recipes.parsers import StripOutputParser, make_parser, parser_name
 from llmchain_fed.recipes.prompts import prompt_from_data, prompt_to_data
 from llmchain_fed.recipes.schema import ParserName
-from llmchain_fed.untrusted import shown
-
-ChainInput = dict[str, Any] | str
 
 
-class LLMChain(RunnableBindingBase[ChainInput, Any]):
+class LLMChain(RunnableWithCallKwargs):
     r"""`prompt | llm | parser`, and the same object after a federation has trained its model.
 
     Every Runnable verb works, sync and async, and call-time keywords (`stop`, `max_new_tokens` …) reach the model;
@@ -71,10 +69,7 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         parser: Runnable[Any, Any] = output_parser if output_parser is not None else StrOutputParser()
         kwargs = dict(llm_kwargs or {})
         for name in options.keys() - RunnableBindingBase.model_fields.keys():
-            known = {"llm", "prompt", "output_parser", "llm_kwargs", *RunnableBindingBase.model_fields} - {
-                "bound",
-                "kwargs",
-            }
+            known = LLMChain.model_fields.keys() - {"bound", "kwargs"}
             raise ConfigError(f"LLMChain: {unknown_option(name, known)}")  # noqa: EM102
         if options.get("kwargs"):
             msg = f"LLMChain: `kwargs` {options['kwargs']!r} would never reach the model. Pass them as llm_kwargs."
@@ -211,7 +206,7 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
             return face.render(value.to_messages(), **self._rendering_kwargs())
         if face.control_tokens == "template":
             return value.to_string()
-        return mark_values(self.prompt, inputs, value.to_string(), lambda: _controls(face))
+        return mark_values(self.prompt, inputs, value.to_string(), face.all_controls)
 
     def generation_options(self) -> dict[str, Any]:
         """Keywords for `model.generate` that give the answers this chain gives."""
@@ -242,90 +237,13 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
     __str__ = __repr__
 
     @override
-    def bind(self, **kwargs: Any) -> Self:
-        """The same chain with these keywords for every call to its model; what it renders and saves has them, too."""
-        return self._with(kwargs)
-
     def _with(self, kwargs: dict[str, Any]) -> Self:
-        """This chain with a call's keywords bound to its model; modules are shared, so this is cheap."""
         return self._rebound(self.llm, self.llm_kwargs | kwargs) if kwargs else self
 
     def _rebound(self, llm: Runnable[Any, Any], llm_kwargs: dict[str, Any]) -> Self:
         """The same prompt, parser and configuration around this model and these keywords."""
         bound = _steps(self.prompt, llm, llm_kwargs, self.output_parser)
         return self.model_copy(update={"llm": llm, "llm_kwargs": llm_kwargs, "bound": bound})
-
-    @override
-    def invoke(self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        return super(LLMChain, self._with(kwargs)).invoke(input, config)
-
-    @override
-    async def ainvoke(self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        return await super(LLMChain, self._with(kwargs)).ainvoke(input, config)
-
-    @override
-    def batch(
-        self, inputs: list[ChainInput], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
-    ) -> list[Any]:
-        return super(LLMChain, self._with(kwargs)).batch(inputs, config, return_exceptions=return_exceptions)
-
-    @override
-    async def abatch(
-        self, inputs: list[ChainInput], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
-    ) -> list[Any]:
-        return await super(LLMChain, self._with(kwargs)).abatch(inputs, config, return_exceptions=return_exceptions)
-
-    @override
-    def batch_as_completed(self, inputs: Sequence[ChainInput], config: Any = None, **kwargs: Any) -> Iterator[Any]:
-        exceptions = {k: kwargs.pop(k) for k in ("return_exceptions",) if k in kwargs}
-        yield from super(LLMChain, self._with(kwargs)).batch_as_completed(inputs, config, **exceptions)
-
-    @override
-    async def abatch_as_completed(
-        self, inputs: Sequence[ChainInput], config: Any = None, **kwargs: Any
-    ) -> AsyncIterator[Any]:
-        exceptions = {k: kwargs.pop(k) for k in ("return_exceptions",) if k in kwargs}
-        async for item in super(LLMChain, self._with(kwargs)).abatch_as_completed(inputs, config, **exceptions):
-            yield item
-
-    @override
-    def stream(self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
-        yield from super(LLMChain, self._with(kwargs)).stream(input, config)
-
-    @override
-    async def astream(
-        self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any
-    ) -> AsyncIterator[Any]:
-        async for item in super(LLMChain, self._with(kwargs)).astream(input, config):
-            yield item
-
-    @override
-    def transform(
-        self, input: Iterator[ChainInput], config: RunnableConfig | None = None, **kwargs: Any
-    ) -> Iterator[Any]:
-        yield from super(LLMChain, self._with(kwargs)).transform(input, config)
-
-    @override
-    async def atransform(
-        self, input: AsyncIterator[ChainInput], config: RunnableConfig | None = None, **kwargs: Any
-    ) -> AsyncIterator[Any]:
-        async for item in super(LLMChain, self._with(kwargs)).atransform(input, config):
-            yield item
-
-    @override
-    def stream_events(self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        chain, own = self._with_events(kwargs)
-        return super(LLMChain, chain).stream_events(input, config, **own)
-
-    @override
-    def astream_events(self, input: ChainInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        chain, own = self._with_events(kwargs)
-        return super(LLMChain, chain).astream_events(input, config, **own)
-
-    def _with_events(self, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """`_with`, but the keywords that select events are not the model's."""
-        own = {k: v for k, v in kwargs.items() if k == "version" or k.startswith(("include_", "exclude_"))}
-        return self._with({k: v for k, v in kwargs.items() if k not in own}), own
 
     # --- the verbs people know from the legacy class ----------------------------------------------------------------
 
@@ -384,14 +302,7 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
 
     def _all_llm_kwargs(self) -> dict[str, Any]:
         """Also those bound to the model before it came into the chain."""
-        found, kwargs = self.llm, dict(self.llm_kwargs)
-        while isinstance(found, (RunnableBindingBase, RunnableWithFallbacks)):
-            if isinstance(found, RunnableWithFallbacks):
-                found = found.runnable
-                continue
-            kwargs = {**found.kwargs, **kwargs}
-            found = found.bound
-        return kwargs
+        return {**bound_kwargs(self.llm), **self.llm_kwargs}
 
     @classmethod
     def load(cls, directory: str | Path, *, model: LocalModel | None = None) -> LLMChain:
@@ -409,18 +320,12 @@ class LLMChain(RunnableBindingBase[ChainInput, Any]):
         file = saving.read(path)
         kind = LocalChatModel if file.face == "chat" else LocalLLM
         # everything that can be wrong with the data is found before the weights are read
-        try:
+        with saving.refusing():
             prompt, parser = prompt_from_data(file.prompt), make_parser(cast(ParserName, file.parser))
             check_saved(kind, file.options, file.llm_kwargs)
-        except (ConfigError, RecipeError) as error:
-            msg = f"{saving.RECIPE}: {shown(str(error), 500)}. Only save() writes it; save the chain again."
-            raise ChainFileError(msg) from None
         loaded = saved_model.load(path, file.model, model)
-        try:
+        with saving.refusing():
             face = kind(model=loaded, **file.options)
-        except ConfigError as error:
-            msg = f"{saving.RECIPE}: {shown(str(error), 500)}. Only save() writes it; save the chain again."
-            raise ChainFileError(msg) from None
         return cls(llm=face, prompt=prompt, output_parser=parser, llm_kwargs=file.llm_kwargs)
 
 
@@ -431,27 +336,6 @@ def _steps(
     face = below_bindings(llm)
     first: Runnable[Any, Any] = prompt
     if isinstance(face, LocalLLM) and face.control_tokens == "text":
-        first = PromptStep(prompt=prompt, controls=lambda: _controls(face))
+        first = PromptStep(prompt=prompt, controls=face.all_controls)
     steps: Runnable[Any, Any] = first | (llm.bind(**llm_kwargs) if llm_kwargs else llm) | parser
     return steps
-
-
-def _controls(face: LocalLanguageModel) -> tuple[frozenset[str], frozenset[str]]:
-    added = control_tokens.added_tokens(face.model.tokenizer).values()
-    return face.model.control_tokens() | face.own_controls, frozenset(t for t in added if t.strip())
-
-
-def below_bindings(llm: Any) -> Any:
-    """What `bind`, `with_config`, `with_retry` and `with_fallbacks` have been put around."""
-    while isinstance(llm, (RunnableBindingBase, RunnableWithFallbacks)):
-        # by class: RunnableWithFallbacks forwards unknown attributes, `bound` too, to what is within
-        llm = llm.runnable if isinstance(llm, RunnableWithFallbacks) else llm.bound
-    return llm
-
-
-def with_face_fields(llm: Any, **fields: Any) -> Any:
-    """The same model under the same bindings, with other fields of its face."""
-    if isinstance(llm, RunnableWithFallbacks):
-        return llm.model_copy(update={"runnable": with_face_fields(llm.runnable, **fields)})
-    inner = isinstance(llm, RunnableBindingBase)
-    return llm.model_copy(update={"bound": with_face_fields(llm.bound, **fields)} if inner else fields)

@@ -13,7 +13,6 @@ from llmchain_fed.cli.chains import check, load
 from llmchain_fed.cli.console import say
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.stopping import Stopped, stopping
-from llmchain_fed.untrusted import one_line
 
 if TYPE_CHECKING:
     from llmchain_fed.runtimes.site.policy import Policy
@@ -100,34 +99,23 @@ def _peer(
 
     import torch
 
-    from llmchain_fed.federated.client.client import Client
     from llmchain_fed.federated.target import Target
-    from llmchain_fed.runtimes.site.log import SiteLog
-    from llmchain_fed.runtimes.site.server import Site
+    from llmchain_fed.runtimes.site.site import Site
 
     if threads is not None:
         torch.set_num_threads(threads)
     target = Target.of(load(chain))
     if share is not None:
         participant = hold_out(participant, share, target.prompt, seed=0)
-    worker = Client(target, participant, None, samples=rules.samples)
-    examples = worker.inspect()  # reads them now: what is wrong with them is not found out in round 1
-    for warning in warnings.of_examples(data, held_out, worker.data.overlap()):
+    site = Site(target, participant, policy=rules, audit=written, say=say)
+    for warning in warnings.of_examples(data, held_out, site.client.data.overlap()):
         say(f"warning: {warning}")
-    contract = target.contract()
-    say(f"{name}: {examples}")
-    say("contract: " + ", ".join(f"{key} {value[:12]}" for key, value in contract.items()))
+    say(f"{name}: {site.examples}")
+    say("contract: " + ", ".join(f"{key} {value[:12]}" for key, value in target.contract().items()))
     say(f"policy: {_in_words(rules, policy)}")
     say(f"audit: {audit}")
     say(f"listening at {socket}")
-    about = {
-        "name": one_line(name, 250),
-        "examples": worker.data.count(),
-        "held_out": worker.data.holds_out,
-        "audit": one_line(audit.absolute(), 4000),
-        "contract": contract,
-    }
-    Site(worker, rules, written, SiteLog(say, about)).serve(socket)
+    site.serve(socket)
 
 
 def _in_words(rules: Policy, file: Path | None) -> str:

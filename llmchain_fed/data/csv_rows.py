@@ -28,7 +28,7 @@ def read_csv(file: TextIO, name: str) -> Iterator[tuple[int, Any]]:
     """Every row by its columns' names, with the line in which it begins.
 
     Raises:
-        DataError: A record that is none, or has other columns than the first line names.
+        DataError: A record cannot be read, or has other columns than the first line names.
     """
     records = _records(file, name)
     line, header, _ = next(records, (1, None, ""))
@@ -103,7 +103,7 @@ def _check_header(header: list[str], name: str, line: int) -> None:
     """Makes sure that every column has a name of its own.
 
     Raises:
-        DataError: One has none, or another's; or the columns are not separated by commas.
+        DataError: A column has no name or another's, or the columns are not separated by commas.
     """
     if header[0].lower().startswith("sep="):
         refuse(name, line, f"is a spreadsheet's note {header[0]!r:.80} and names no columns. Delete it")

@@ -165,14 +165,14 @@ def encode_examples(
     """Renders and tokenises every example; prompt and completion apart, joined as ids, the end token appended.
 
     Args:
-        source: See `read_examples`.
-        model: Whose tokenizer to use.
-        prompt: What renders inputs.
+        source: The forms are those of `read_examples`.
+        model: Its tokenizer is used.
+        prompt: It renders the inputs.
         max_length: tokens; longer examples are left out and counted. The model's context is the outer limit.
 
     Raises:
         DataError: See `read_examples`.
-        UnsupportedModelError: A token that the model's embedding has no row for.
+        UnsupportedModelError: The model's embedding has no row for some token.
     """
     report, texts, completions, kinds = DataReport(), [], [], []
     for number, example in enumerate(read_examples(source, prompt)):
@@ -251,7 +251,7 @@ def bucketed_order(lengths: Sequence[int], batch_size: int, rng: random.Random) 
     Args:
         lengths: tokens per example.
         batch_size: examples per batch; the remainder makes one smaller batch.
-        rng: Where all randomness comes from.
+        rng: All randomness comes from it.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i] * rng.uniform(0.95, 1.05), i))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -263,7 +263,7 @@ def unwrap(model: Any, prompt: Prompt | None) -> tuple[LocalModel, Prompt | None
     """The LocalModel in what may be a chain or a face, and what renders its prompts: itself unless another is given.
 
     Raises:
-        UnsupportedModelError: Neither a LocalModel nor something that has one as `.model`.
+        UnsupportedModelError: It is neither a LocalModel nor has one as `.model`.
     """
     if isinstance(model, LocalModel):
         return model, prompt

@@ -136,7 +136,7 @@ def prompt_text(example: Example | RawText, prompt: Prompt | None) -> str:
     """The text that the model sees before the completion.
 
     Raises:
-        DataError: Variables, and nothing to render them.
+        DataError: The example has variables, and there is nothing to render them.
     """
     if isinstance(example, RawText):
         return example.prompt
@@ -161,13 +161,13 @@ def read_examples(source: Examples, prompt: Prompt | None = None) -> Iterator[Ex
     CSV file so do the words that programs write for it, such as NaN, NA or NULL, unless they stand in quotes.
 
     Args:
-        source: Where they come from.
-        prompt: What renders inputs; without one a string is the final prompt itself.
+        source: The examples come from it, in any of these forms.
+        prompt: It renders the inputs; without one a string is the final prompt itself.
 
     Raises:
-        DataError: Not a source of examples, or an entry of none of these forms; its position is named.
-        PromptVariablesError: Variables other than the prompt's.
-        TemplatedTwiceError: A value that already carries the template's text.
+        DataError: It is no source of examples, or an entry has none of these forms; its position is named.
+        PromptVariablesError: An example has other variables than the prompt.
+        TemplatedTwiceError: A value already carries the template's text.
     """
     for place, item in numbered(source):
         try:

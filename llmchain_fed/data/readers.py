@@ -30,7 +30,7 @@ def numbered(source: Any) -> Iterator[tuple[str, Any]]:
         source: A path of a .jsonl or .csv file, a pandas or polars frame, a pyarrow table, or any iterable of rows.
 
     Raises:
-        DataError: None of these, or a file that is not as it should be.
+        DataError: It is none of these, or a file is not as it should be.
     """
     if isinstance(source, (str, Path)):
         path = Path(source)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from llmchain_fed.errors import UnsayableError
-from llmchain_fed.model.generation.answers import checked_stops
+from llmchain_fed.model.generation.stop_strings import checked_stops
 from llmchain_fed.model.local_model import LocalModel
 
 Reason = Literal["holds_end", "holds_stop", "stripped", "not_decodable", "forbidden"]
@@ -41,10 +41,10 @@ class Banned:
     """What the generation settings keep out of an answer.
 
     Args:
-        tokens: Ids that never come.
-        first: Ids that do not come first.
-        sequences: Runs of ids that never come.
-        ngram: tokens: no run of this length comes twice; 0 is off.
+        tokens: These ids never come.
+        first: These ids do not come first.
+        sequences: These runs of ids never come.
+        ngram: tokens: No run of this length comes twice; 0 is off.
     """
 
     tokens: frozenset[int] = frozenset()
@@ -78,8 +78,8 @@ class Saying:
     """The test for one way of answering.
 
     Args:
-        model: Whose tokens.
-        prompt: A chain or face, whose stop strings and parser count; None for the model's own answers.
+        model: Its tokens and settings make the answer.
+        prompt: A chain or face, whose stop strings and parser count; None is the model's own answers.
     """
 
     def __init__(self, model: LocalModel, prompt: Any) -> None:
@@ -127,13 +127,13 @@ def check_tolerance(unsayable: int, used: int, first: str, tolerance: float | No
     """Makes sure that few enough completions were left out because no answer could be theirs.
 
     Args:
-        unsayable: How many.
-        used: How many are left.
-        first: `Saying.explain` of the first.
-        tolerance: The share that may be; None is any.
+        unsayable: So many completions were left out.
+        used: So many are left.
+        first: `Saying.explain` says this of the first one left out.
+        tolerance: At most this share of all may be left out; None is any.
 
     Raises:
-        UnsayableError: More.
+        UnsayableError: More than this share were left out.
     """
     total = unsayable + used
     if tolerance is not None and unsayable > tolerance * total:

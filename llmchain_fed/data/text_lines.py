@@ -46,7 +46,7 @@ def numbered_lines(file: TextIO, name: str) -> Iterator[tuple[int, str]]:
     """Every line with its number; memory is taken for one of them.
 
     Raises:
-        DataError: A line of more than `LONGEST` characters.
+        DataError: A line has more than `LONGEST` characters.
     """
     number = 0
     while line := file.readline(LONGEST + 1):

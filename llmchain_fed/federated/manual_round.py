@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
 from llmchain_fed.data.encoding import Examples
 from llmchain_fed.errors import ConfigError, FederationError, NothingTrainedError, QuorumError
 from llmchain_fed.federated.between_rounds import BetweenRounds
 from llmchain_fed.federated.client.client import Client
-from llmchain_fed.federated.client.global_state_cache import STALE
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
 from llmchain_fed.federated.participant import Participant
+from llmchain_fed.federated.protocol.tasks import TrainTask
+from llmchain_fed.federated.protocol.versions import STALE
 from llmchain_fed.federated.runtime import InProcess, Transport
 from llmchain_fed.federated.server.round import OpenRound
 
@@ -66,7 +66,7 @@ class ManualRounds(BetweenRounds):
         if peer is None:
             peer = self._peer(participant)
         with peer.taking(participant):
-            update, sent = self._asked(peer, self._server.header(opened))  # what it raises is the caller's to see
+            update, sent = self._asked(peer, self._server.task(opened))  # what it raises is the caller's to see
         if self._open is None:
             self._open, self._opened = opened, time.perf_counter()
         if name not in self._peers:
@@ -76,19 +76,19 @@ class ManualRounds(BetweenRounds):
         self._server.client_manager.leave(name)  # it may hold another number of examples now: the next round asks anew
         return record
 
-    def _asked(self, peer: Client, header: Mapping[str, Any]) -> tuple[bytes, int]:
+    def _asked(self, peer: Client, task: TrainTask) -> tuple[bytes, int]:
         """A participant's update, and the bytes that went to it; one that lost what it held is sent everything."""
         broadcast, participant = self._server.broadcast, peer.participant
         name, rank, alpha = participant.name, participant.rank, participant.alpha
         if rank is not None or broadcast.scaling_of(name) is not None:  # else it holds what it is known to hold
             broadcast.joined(name, None, rank, alpha)
-        message = broadcast.message(name, header)
-        answer = peer.handle("train", message)
+        message = broadcast.message(name, task)
+        answer = peer.handle(task.operation, message)
         if answer != STALE:
             return answer, len(message)
         broadcast.joined(name, None, rank, alpha)
-        everything = broadcast.message(name, header)
-        return peer.handle("train", everything), len(message) + len(everything)
+        everything = broadcast.message(name, task)
+        return peer.handle(task.operation, everything), len(message) + len(everything)
 
     def step(self) -> RoundRecord:
         """Averages what has been trained since the last step and loads it: w = Σ n_k/n · w_k.

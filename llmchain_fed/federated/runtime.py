@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from llmchain_fed.errors import DeadlineError, FederationError
 
-Operation = Literal["hello", "train", "evaluate", "personal_state", "stop"]
-OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+Operation = str
+"""the name of what a participant can be asked, such as "train"; see `client.operations`"""
 Payload = bytes | Mapping[str, bytes]
 
 

@@ -21,16 +21,13 @@ from llmchain_fed.model.generation import fields, padding
 from llmchain_fed.model.generation.answers import (
     Completion,
     GenerationOptions,
-    Settling,
-    StopOnText,
-    checked_stops,
     chunks,
-    cut_at_stop,
     evaluating,
     pad_rows,
     seeded,
     stream_text,
 )
+from llmchain_fed.model.generation.stop_strings import Settling, StopOnText, checked_stops, cut_at_stop
 from llmchain_fed.model.tokens import Tokens
 
 Kind = Literal["causal", "seq2seq"]
@@ -97,7 +94,7 @@ class Answering:
         A causal prompt never ends in an end token, which some tokenizers append: the answer has yet to come.
 
         Args:
-            texts: Prompts as text.
+            texts: The prompts as text.
             add_special_tokens: False for text that carries its special tokens already (a rendered chat template).
 
         Raises:
@@ -109,8 +106,8 @@ class Answering:
         """Completions → token ids with the end token behind each, so that the model learns to stop.
 
         Args:
-            texts: Completions. What in them spells a control token is encoded as text.
-            controls: Control tokens beside `control_tokens()`: those that a chat template writes.
+            texts: The completions. What in them spells a control token is encoded as text.
+            controls: These are control tokens beside `control_tokens()`: those that a chat template writes.
         """
         return self._tokens.encode_completions(texts, controls)
 
@@ -139,14 +136,14 @@ class Answering:
         """The answers to `prompts`, in their order, without the prompts.
 
         Args:
-            prompts: Rendered texts.
-            stop: Strings before which an answer ends.
+            prompts: The rendered texts.
+            stop: An answer ends before these strings.
             add_special_tokens: See `encode`.
-            batch_size: Prompts computed together.
+            batch_size: So many prompts are computed together.
             **options: Fields of `GenerationOptions`: `max_new_tokens=256`, `temperature=0.0`, `num_beams=1` …
 
         Raises:
-            ConfigError: An unknown option or a value out of range.
+            ConfigError: An option is unknown or a value out of range.
             PromptTooLongError: A prompt leaves no room in the context.
             UnsupportedModelError: A prompt holds a token that the model's embedding has no row for.
         """
@@ -197,7 +194,7 @@ class Answering:
         iterator stops the computation at the next token. The generator's return value is the `Completion`.
 
         Raises:
-            ConfigError: An unknown option or a value out of range.
+            ConfigError: An option is unknown or a value out of range.
             PromptTooLongError: The prompt leaves no room in the context.
         """
         settings, stops = self._settled_options(stop, options)

@@ -97,7 +97,7 @@ def check_switches(given: Mapping[str, Any], template: str, name: str) -> None:
     """Makes sure that every switch is one of the template's, and data.
 
     Raises:
-        ConfigError: It is not: it would have no effect.
+        ConfigError: A switch is none of the template's, so that it would have no effect, or is no data.
     """
     if not given:
         return
@@ -131,15 +131,15 @@ def render(
     """Messages → the text up to where the answer begins; a last message of the assistant's is a begun answer.
 
     Args:
-        tokenizer: Whose template.
-        messages: In transformers' form.
-        given: The template's switches.
+        tokenizer: Its chat template is used.
+        messages: The messages in transformers' form.
+        given: The values of the template's switches.
         controls: The model's own control tokens; the template's are added.
-        name: What to call the model in errors.
+        name: Errors call the model by this name.
 
     Raises:
         ChatTemplateError: The template refuses the messages, or something in it fails.
-        ConfigError: A switch that the template does not have.
+        ConfigError: The template does not have such a switch.
         UnsupportedModelError: The tokenizer has no chat template.
     """
     template = template_of(tokenizer, name)

@@ -99,8 +99,8 @@ def encode(tokenizer: Any, text: Rendered, **options: Any) -> list[int]:
 
     Args:
         tokenizer: A Hugging Face tokenizer; it is not changed.
-        text: What to encode.
-        **options: For the tokenizer's call; `text_target=True` encodes it as a target.
+        text: The text to encode.
+        **options: The tokenizer's call takes them; `text_target=True` encodes the text as a target.
 
     Raises:
         DataError: The tokenizer knows no other way to write such a place.
@@ -124,7 +124,7 @@ def _around(tokenizer: Any, *, target: bool) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer puts before and behind any text now.
 
     Raises:
-        DataError: They cannot be told apart from the text.
+        DataError: The control tokens cannot be told apart from the text.
     """
     for text in ("a", "1", "."):
         given = {"text_target": text} if target else {"text": text}

@@ -49,9 +49,9 @@ def load_base(name_or_path: str, *, dtype: torch.dtype, by_name: bool = False) -
     """The bare module on the CPU, in evaluation mode; one with a name remembers what it was when it was loaded.
 
     Args:
-        name_or_path: Hub id, folder or embedded name.
-        dtype: Of the weights.
-        by_name: A folder that the working directory happens to hold under a hub's id is not meant.
+        name_or_path: A hub id, a folder or an embedded name.
+        dtype: The weights get this type.
+        by_name: If true, a folder that happens to lie under a hub's id in the working directory is not meant.
 
     Raises:
         UnsupportedModelError: There is no such model, none with safetensors weights, one that brings code, or one
@@ -88,7 +88,7 @@ def _check_source(path: str) -> None:
     """Makes sure that what lies there is a model, not what leads elsewhere; code there is never run.
 
     Raises:
-        UnsupportedModelError: It is an adapter, or a file leads to code or out of the folder.
+        UnsupportedModelError: An adapter lies there, or a file leads to code or out of the folder.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -115,7 +115,7 @@ def _check_complete(module: nn.Module, missing: AbstractSet[str], name: str) -> 
     """Makes sure that no parameter is one that transformers has made up, for want of weights; tied ones are none.
 
     Raises:
-        UnsupportedModelError: Some are.
+        UnsupportedModelError: transformers has made up some parameters.
     """
     made_up = sorted(missing & {n for n, _ in module.named_parameters(remove_duplicate=False)})
     if made_up:

@@ -33,7 +33,7 @@ class LocalModel(AdapterViews, Answering):
     Args:
         module: The module. Its trainable parameters (those that require a gradient) are what a federation learns.
         tokenizer: Its tokenizer; without one only ready tensors can be used.
-        name: What to call it in logs and saved chains; by default the module's own name.
+        name: Logs and saved chains call it by this name; by default it is the module's own.
         reference: Hub id or embedded name under which anybody finds the same base; None: a saved chain brings it along.
 
     Raises:
@@ -76,12 +76,12 @@ class LocalModel(AdapterViews, Answering):
         """Loads a model by hub id, folder, or the embedded name `"smollm2-135m-instruct"`.
 
         Args:
-            name_or_path: What to load. Weights are read from safetensors only, code never; a folder that leads to code
-                or to another place is refused, and what lies in it beside a model's own files is not looked at.
+            name_or_path: The model to load. Weights are read from safetensors only, code never; a folder that leads to
+                code or to another place is refused, and what lies in it beside a model's own files is not looked at.
             lora: Adds this adapter and trains it alone. Its random start is drawn from a fixed seed, so that every
                 participant and every rerun starts from the same one.
-            dtype: Of the base; float32 by default. An adapter is kept in float32.
-            device: Where to put it; by default CUDA or MPS when there is one, else the CPU.
+            dtype: The base gets this type, by default float32. An adapter is kept in float32.
+            device: The model is put there; by default on CUDA or MPS when there is one, else the CPU.
 
         Raises:
             ConfigError: `lora` is no LoraConfig, or one that cannot be right here; found before any weights are read.
@@ -173,7 +173,7 @@ class LocalModel(AdapterViews, Answering):
         """Makes `state` the trainable weights; all of it or, if it does not fit, nothing.
 
         Raises:
-            WeightsMismatchError: Other names, other shapes, not floating point, NaN or infinite values.
+            WeightsMismatchError: Names or shapes differ, or values are not finite floats.
         """
         with self._lock:
             parameters = self.trainable_parameters()

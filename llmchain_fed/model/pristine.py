@@ -115,7 +115,7 @@ def apply(base: Any, tensors: Mapping[str, Tensor], vocabulary: int | None, conf
     """Makes a pristine base the changed one.
 
     Raises:
-        ChainFileError: The changes are another base's.
+        ChainFileError: The changes belong to another base.
     """
     if vocabulary is not None:
         # rows that the base does not have are all among the changes; memory is taken for no others

@@ -23,14 +23,14 @@ def mark_foreign(text: str, controls: Iterable[str], renders: Iterable[Callable[
     """`text`, as `Rendered` where foreign text spells a control token in it.
 
     Args:
-        text: What the template made of the true values.
-        controls: The control tokens.
+        text: The template made this of the true values.
+        controls: All control tokens of the model and its template.
         renders: Each renders the template anew with its foreign texts changed by the function that it is given; the
             first whose result has the shape of `text` counts. A template that looks into its values may make another
             shape of other values: the later ones change less.
 
     Raises:
-        ChatTemplateError: None has the shape of `text`.
+        ChatTemplateError: No rendering has the shape of `text`.
     """
     controls = frozenset(controls)
     spelled = occurrences(text, controls)

@@ -21,7 +21,7 @@ class Tokens:
 
     Args:
         tokenizer: A Hugging Face tokenizer, or None where only ready tensors are used.
-        module: The module it belongs to.
+        module: The tokenizer belongs to this module.
     """
 
     def __init__(self, tokenizer: Any, module: nn.Module) -> None:
@@ -86,8 +86,8 @@ class Tokens:
         """Completions → ids with the end token behind each.
 
         Args:
-            texts: Completions; one that spells a control token is encoded as the text it is.
-            controls: Control tokens beside the model's own: those that a chat template writes.
+            texts: The completions; one that spells a control token is encoded as the text it is.
+            controls: These are control tokens beside the model's own: those that a chat template writes.
         """
         known = {*self.control_tokens(), *controls}
         texts = [foreign_text(text, known) for text in texts]

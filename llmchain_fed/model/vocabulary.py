@@ -18,12 +18,12 @@ def check(model: Any, prompts: Iterable[Sequence[int]], completions: Iterable[Se
     """Makes sure that the model can look up every token of these rows, and be taught those of the completions.
 
     Args:
-        model: A LocalModel.
-        prompts: Token ids.
-        completions: Token ids.
+        model: The LocalModel that looks them up.
+        prompts: The token ids of each prompt.
+        completions: The token ids of each completion.
 
     Raises:
-        UnsupportedModelError: A token has no row; it is named.
+        UnsupportedModelError: A token has no row; the message names it.
     """
     _check_decoder(model)
     for rows, limit, where in (
@@ -39,7 +39,7 @@ def _check_decoder(model: Any) -> None:
     """Makes sure that what an encoder-decoder puts before and behind labels by itself has a row.
 
     Raises:
-        UnsupportedModelError: It has none.
+        UnsupportedModelError: One of them has no row.
     """
     config, limit = getattr(model.module, "config", None), output_rows(model.module)
     if not getattr(config, "is_encoder_decoder", False) or limit is None:
@@ -71,8 +71,8 @@ def usable_pad(module: nn.Module, wanted: Sequence[int]) -> int:
     """The first id of `wanted` that has a row, else 0: padding stands behind the mask, and is looked up all the same.
 
     Args:
-        module: What is given the padding.
-        wanted: The padding token's id, then the end tokens', which nothing is read behind either.
+        module: The module that is given the padding.
+        wanted: The padding token's id comes first, then the end tokens', which nothing is read behind either.
     """
     rows = input_rows(module)
     return next((i for i in wanted if rows is None or 0 <= i < rows), 0)

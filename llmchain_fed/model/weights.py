@@ -76,11 +76,11 @@ def trainable_parameters(module: nn.Module, adapters: Sequence[str] | None = Non
     """Stable name → parameter, for every parameter that requires a gradient; tied ones once.
 
     Args:
-        module: Where to look.
-        adapters: Whose parameters count; by default the active adapters'. Those of no adapter count as well.
+        module: Its parameters are looked through.
+        adapters: Their parameters count, by default the active ones'. Those of no adapter count as well.
 
     Raises:
-        UnsupportedModelError: Two of them share a stable name, because several adapters are trained at once.
+        UnsupportedModelError: Two parameters share a stable name, because several adapters are trained at once.
     """
     adapters = adapter_names(module) if adapters is None else adapters
     found: dict[str, nn.Parameter] = {}
@@ -112,9 +112,9 @@ def deciding_parameters(
     """Stable name → parameter, for all that can differ over one base: the trainable ones and these adapters'.
 
     Args:
-        module: Where to look.
-        adapters: The adapters that answer; by default the active ones.
-        with_others: Adapters that answer along with them; their parameters keep the adapter's name.
+        module: Its parameters are looked through.
+        adapters: These adapters answer; by default the active ones do.
+        with_others: These adapters answer along with them; their parameters keep the adapter's name.
     """
     adapters = adapter_names(module) if adapters is None else adapters
     named = _parameters_without(module, _other_adapters(module, {*adapters, *with_others}))
@@ -142,7 +142,7 @@ def check_state(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -
     """Makes sure that a state fits, before any of it is used.
 
     Raises:
-        WeightsMismatchError: Missing or extra names, another shape, not floating point, NaN or infinite values.
+        WeightsMismatchError: Names are missing or too many, a shape differs, or values are not finite floats.
     """
     missing, extra = sorted(parameters.keys() - state.keys()), sorted(state.keys() - parameters.keys())
     if missing or extra:

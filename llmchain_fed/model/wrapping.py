@@ -58,12 +58,12 @@ def wrap(module: Any, config: PeftConfig, *, quiet: bool = False) -> PeftModel:
     """`get_peft_model`, with its random start drawn from a fixed seed.
 
     Args:
-        module: What gets the adapter.
-        config: Of the adapter.
-        quiet: Where PEFT's warnings were given before.
+        module: The module gets the adapter.
+        config: The adapter's configuration.
+        quiet: If true, PEFT's warnings were given before and are not repeated.
 
     Raises:
-        UnsupportedModelError: This adapter does not fit this module; why, and which modules it has to offer.
+        UnsupportedModelError: This adapter does not fit this module; the message says why, and which modules it has.
     """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # peft 0.21 asks transformers 5.23 for an old name; nobody who uses this package can do anything about it

@@ -30,7 +30,14 @@ _KNOCK = 0.7  # seconds for the hub's port to be reached
 _FROZEN = 120.0  # seconds after which an engine that has written nothing hangs: it does every ten, or every minute
 _LITTLE = 200e6  # bytes on a disk
 _SHORT = 300  # characters of a reason
-_DOING = {"hello": "to take part", "train": "to train", "evaluate": "to evaluate", "personal_state": "for its state"}
+_DOING = {
+    "hello": "to take part",
+    "train": "to train",
+    "personalize": "for a personal model",
+    "evaluate": "to evaluate",
+    "side_by_side": "to evaluate",
+    "personal_state": "for its state",
+}
 _VERBS = {
     "starting": "starting",
     "joining": "asking who takes part in round {next}",

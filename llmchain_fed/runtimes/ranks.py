@@ -46,7 +46,7 @@ class Homes(untrusted.Strict):
         return self
 
 
-class Task(untrusted.Strict):
+class RankTask(untrusted.Strict):
     """The leader to a rank: these participants do this; the body holds their payloads."""
 
     op: Annotated[str, Field(max_length=64)]
@@ -93,7 +93,7 @@ def distinct(payload: Payload, names: list[str]) -> tuple[list[bytes], list[int]
     return parts, which
 
 
-def by_node(body: bytes, task: Task, hosted: Mapping[str, Any]) -> Payload:
+def by_node(body: bytes, task: RankTask, hosted: Mapping[str, Any]) -> Payload:
     """The reverse of `distinct`.
 
     Raises:

@@ -181,8 +181,8 @@ class TorchDistributed:
         """
         self._check_usable()
         while True:
-            head, body = self._receive(LEADER, ranks.Task, ranks.Ended, most=machine_memory())
-            if not isinstance(head, ranks.Task):
+            head, body = self._receive(LEADER, ranks.RankTask, ranks.Ended, most=machine_memory())
+            if not isinstance(head, ranks.RankTask):
                 assert isinstance(head, ranks.Ended)
                 adopt(body)
                 if head.error is not None:

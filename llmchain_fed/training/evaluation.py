@@ -44,7 +44,7 @@ def evaluate_locally(
     """Mean negative log-likelihood per completion token over all examples.
 
     Raises:
-        EmptyParticipantError: Not a single usable example.
+        EmptyParticipantError: Not a single example is usable.
         DataError: See `read_examples`.
         UnsupportedModelError: See `train_locally`.
     """

@@ -6,10 +6,7 @@ Knows torch optimizers and batches. Knows nothing of LangChain, other participan
 from __future__ import annotations
 
 import copy
-import hashlib
-import itertools
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,13 +16,10 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.data.encoding import (
-    IGNORE,
     DataReport,
     EncodedExamples,
     Examples,
     Prompt,
-    bucketed_order,
-    collate,
     encode_examples,
     is_ready_tensors,
     unwrap,
@@ -36,10 +30,13 @@ from llmchain_fed.model.generation.answers import seeded
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.model.weights import all_finite
 from llmchain_fed.training import running_state, trainable
+from llmchain_fed.training.batch_sampler import BatchSampler, Place, seed_of
+from llmchain_fed.training.batches import Batch, batches_of, batches_per_pass
 from llmchain_fed.training.config import TrainingConfig
-from llmchain_fed.training.loss import computing_in, on_device, summed_loss
+from llmchain_fed.training.gradient_step import GradientStep, StepResult, mean_loss_gradient
+from llmchain_fed.training.loss import computing_in
 
-__all__ = ["TrainingConfig", "TrainingResult", "batches_of", "encoded", "no_examples", "seed_of", "train_locally"]
+__all__ = ["TrainingConfig", "TrainingResult", "encoded", "no_examples", "train_locally"]
 
 
 @dataclass
@@ -47,13 +44,13 @@ class TrainingResult:
     """What one call of `train_locally` did. The model holds the trained weights."""
 
     loss: float
-    """nats per completion token, mean over the steps"""
+    """nats per completion token, mean over `losses`; 0 where there is none"""
     losses: list[float]
-    """nats per completion token, per step"""
+    """nats per completion token, per step that had examples"""
     examples: int
-    """usable examples the participant holds (n_k)"""
+    """usable examples that the participant has (n_k)"""
     tokens: int
-    """completion tokens the participant holds"""
+    """completion tokens that the participant has"""
     steps: int
     seconds: float
     next_step: int
@@ -74,6 +71,8 @@ def train_locally(
     optimizer_state: dict[str, Any] | None = None,
     before_step: Callable[[], None] | None = None,
     anchor: Mapping[str, Tensor] | None = None,
+    gradient_step: GradientStep = mean_loss_gradient,
+    batch_sampler: BatchSampler | None = None,
 ) -> TrainingResult:
     """Fine-tunes the model's trainable weights in place on one participant's examples.
 
@@ -83,20 +82,23 @@ def train_locally(
     norms) stay in evaluation mode.
 
     Args:
-        model: What to train, a LocalModel or a chain over one; held exclusively meanwhile, and left in evaluation mode.
+        model: The LocalModel to train, or a chain over one; it is locked meanwhile and left in evaluation mode.
         examples: Any form that `read_examples` takes, ready `EncodedExamples`, or a DataLoader of ready tensors.
-        config: How to train.
-        prompt: What renders the examples' inputs; the chain itself, where one is given.
-        participant: Whose data this is; part of the randomness.
-        round: Which round this is; part of the randomness.
-        first_step: With `max_steps`: how many batches earlier rounds have consumed.
-        optimizer_state: To go on with instead of a fresh optimizer.
-        before_step: Called before every optimizer step; what it raises ends the training, and the weights are as
-            before the call.
+        config: The options of the training.
+        prompt: It renders the examples' inputs; by default the chain does, where one is given.
+        participant: Whose data this is, which the randomness follows from.
+        round: The round, counted from 0, which the randomness follows from.
+        first_step: How many batches earlier rounds have consumed; it counts with `max_steps` alone.
+        optimizer_state: The state that the optimizer goes on from; None is a fresh optimizer.
+        before_step: It is called before every optimizer step; what it raises ends the training, and the weights
+            are as before the call.
         anchor: What `proximal_mu` pulls towards, by stable name; None is where the training began.
+        gradient_step: It makes a gradient of each batch.
+        batch_sampler: It draws the batches; None is `length_buckets`, or the DataLoader itself.
 
     Raises:
-        EmptyParticipantError: Not a single usable example.
+        ConfigError: A DataLoader and a `batch_sampler` are given.
+        EmptyParticipantError: Not a single example is usable.
         NonFiniteLossError: The loss or a weight became NaN or infinite; the weights are as before the call.
         DataError: See `read_examples`.
         UnsayableError: More completions than `config.tolerance` could never be an answer.
@@ -105,19 +107,35 @@ def train_locally(
             the message names: tokens that see later ones, running statistics …
     """
     config = config or TrainingConfig()
+    place = Place(participant, round, first_step)
     model, prompt = unwrap(model, prompt)
     trainable.admit(model)
     data = encoded(examples, model, prompt, config.max_length, tolerance=config.tolerance)
     if isinstance(data, EncodedExamples):
         trainable.check_batches(model, min(config.micro_batch_size or config.batch_size, len(data)))
+    batches = batches_of(data, config, place, batch_sampler)
     parameters = model.trainable_parameters()
     with model.exclusive():
+        started = time.perf_counter()
         before = {n: p.detach().clone() for n, p in parameters.items()}
-        buffers = {n: b.detach().clone() for n, b in model.module.named_buffers()}
         try:
             pulled_to = before if anchor is None else {n: anchor[n].to(before[n]) for n in before}
-            return _train(
-                model, data, config, pulled_to, buffers, participant, round, first_step, optimizer_state, before_step
+            optimizer = config.make_optimizer(list(parameters.values()))
+            if optimizer_state is not None:
+                # a copy, because torch keeps the tensors it is given and changes them
+                optimizer.load_state_dict(copy.deepcopy(optimizer_state))
+            done = _train(model, batches, config, place, optimizer, pulled_to, gradient_step, before_step)
+            report = data.report if isinstance(data, EncodedExamples) else _report(data, done, config, participant)
+            return TrainingResult(
+                loss=sum(done.losses) / len(done.losses) if done.losses else 0.0,
+                losses=done.losses,
+                examples=report.used,
+                tokens=report.completion_tokens,
+                steps=done.steps,
+                seconds=time.perf_counter() - started,
+                next_step=first_step + done.steps,
+                report=report,
+                optimizer_state=copy.deepcopy(optimizer.state_dict()) if config.keep_optimizer else None,
             )
         except BaseException:
             with torch.no_grad():
@@ -125,50 +143,56 @@ def train_locally(
                     parameter.copy_(before[name])
             raise
         finally:
-            for name, buffer in model.module.named_buffers():
-                if name in buffers and buffers[name].shape == buffer.shape:  # some are made by the forward pass
-                    buffer.copy_(buffers[name])
             model.module.eval()
+
+
+@dataclass
+class _Done:
+    """What has come by in one call."""
+
+    losses: list[float] = field(default_factory=list)
+    steps: int = 0
+    examples: int = 0
+    tokens: int = 0
+
+    def add(self, batch: Batch, result: StepResult) -> None:
+        self.steps += 1
+        self.examples, self.tokens = self.examples + result.examples, self.tokens + result.tokens
+        if batch.rows is None or batch.rows:  # an empty batch has no loss
+            self.losses.append(result.loss)
 
 
 def _train(
     model: LocalModel,
-    data: EncodedExamples | Any,
+    batches: Iterator[Batch],
     config: TrainingConfig,
+    place: Place,
+    optimizer: torch.optim.Optimizer,
     anchor: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
-    participant: str,
-    round_number: int,
-    first_step: int,
-    optimizer_state: dict[str, Any] | None,
+    gradient_step: GradientStep,
     before_step: Callable[[], None] | None,
-) -> TrainingResult:
-    started = time.perf_counter()
-    parameters = model.trainable_parameters()
-    optimizer = config.make_optimizer(list(parameters.values()))
-    if optimizer_state is not None:
-        # a copy, because torch keeps the tensors it is given and changes them
-        optimizer.load_state_dict(copy.deepcopy(optimizer_state))
-    losses: list[float] = []
-    count = _Count()
+) -> _Done:
+    parameters, done = model.trainable_parameters(), _Done()
     still = trainable.admit(model)
-    model.module.train()
-    running_state.keep_still(model.module, still)
     with (
-        seeded(seed_of(config.seed, participant, round_number), model.device),
+        running_state.restored(model.module) as buffers,
+        seeded(seed_of(config.seed, place.participant, place.round), model.device),
         computing_in(config.precision, model.module),
     ):
-        for batches in _steps(data, model, config, participant, round_number, first_step):
+        model.module.train()
+        running_state.keep_still(model.module, still)
+        for batch in batches:
             if before_step is not None:
                 before_step()
             optimizer.zero_grad(set_to_none=True)
-            loss = _accumulate(model, batches, count)
-            if not losses:  # what the trial at the door did not show
+            result = gradient_step(model, batch, config)
+            if not done.steps:  # what the trial at the door did not show
                 running_state.check_unchanged(model.module, buffers)
-            if not math.isfinite(loss):
+            done.add(batch, result)
+            if not math.isfinite(result.loss):
                 msg = (
-                    f"the loss of {participant!r} became {loss} at step {len(losses) + 1} of round "
-                    f"{round_number}, so its weights are worthless. "
+                    f"the loss of {place.participant!r} became {result.loss} at step {done.steps} of round "
+                    f"{place.round + 1}, so its weights are worthless. "
                     "Lower the learning rate or set max_grad_norm."
                 )
                 raise NonFiniteLossError(msg)
@@ -180,124 +204,24 @@ def _train(
             if config.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
             optimizer.step()
-            losses.append(loss)
         optimizer.zero_grad(set_to_none=True)
     spoilt = next((name for name, p in parameters.items() if not all_finite(p.detach())), None)
     if spoilt is not None:
-        msg = f"{spoilt} of {participant!r} is not finite at the end. Lower the learning rate or set max_grad_norm."
+        msg = (
+            f"{spoilt} of {place.participant!r} is not finite at the end. Lower the learning rate or set max_grad_norm."
+        )
         raise NonFiniteLossError(msg)
-    if not count.tokens:
-        why = "the DataLoader's batches carry no label" if losses else "the DataLoader gave no batch"
+    return done
+
+
+def _report(loader: Any, done: _Done, config: TrainingConfig, participant: str) -> DataReport:
+    """What a DataLoader has for one pass, from what came by over how often it came by."""
+    if not done.tokens:
+        why = "the DataLoader's batches carry no label" if done.steps else "the DataLoader gave no batch"
         raise EmptyParticipantError(no_examples(participant, why))
-    report = data.report if isinstance(data, EncodedExamples) else _report(data, count, config, len(losses))
-    return TrainingResult(
-        loss=sum(losses) / len(losses),
-        losses=losses,
-        examples=report.used,
-        tokens=report.completion_tokens,
-        steps=len(losses),
-        seconds=time.perf_counter() - started,
-        next_step=first_step + len(losses),
-        report=report,
-        optimizer_state=copy.deepcopy(optimizer.state_dict()) if config.keep_optimizer else None,
-    )
-
-
-@dataclass
-class _Count:
-    examples: int = 0
-    tokens: int = 0
-
-
-def _report(loader: Any, count: _Count, config: TrainingConfig, steps: int) -> DataReport:
-    """What a DataLoader holds, from what came by over how often it came by."""
-    per_pass = _length(loader)
-    passes = steps / per_pass if per_pass else config.epochs or 1
-    return DataReport(used=round(count.examples / passes), completion_tokens=round(count.tokens / passes))
-
-
-def _accumulate(model: LocalModel, batches: list[dict[str, Tensor]], count: _Count) -> float:
-    """Gradients of the mean loss over all tokens of one step's forward passes; returns that loss."""
-    batches = [on_device(batch, model.device) for batch in batches]
-    total = sum(int((b["labels"] != IGNORE).sum()) for b in batches) if len(batches) > 1 else 0
-    loss = 0.0
-    for batch in batches:
-        summed, tokens = summed_loss(model.module, batch)
-        if not tokens:
-            continue
-        mean = summed / (total or tokens)
-        mean.backward()  # type: ignore[no-untyped-call]
-        loss += float(mean.detach())
-        count.tokens += tokens
-        count.examples += len(batch["labels"])
-    return loss
-
-
-def _steps(
-    data: EncodedExamples | Any,
-    model: LocalModel,
-    config: TrainingConfig,
-    participant: str,
-    round_number: int,
-    first_step: int,
-) -> Iterator[list[dict[str, Tensor]]]:
-    """The forward passes of each optimizer step."""
-    if not isinstance(data, EncodedExamples):
-        length = _length(data)
-        start = first_step % length if length else first_step
-        stop = start + config.max_steps if config.max_steps else None
-        for batch in itertools.islice(_passes(data, config), start if stop else 0, stop):
-            yield [batch]
-        return
-    lengths = data.lengths()
-    for rows in batches_of(lengths, config, participant, round_number, first_step):
-        size = config.micro_batch_size or len(rows)
-        yield [collate([data[i] for i in rows[at : at + size]], model) for at in range(0, len(rows), size)]
-
-
-def _passes(loader: Any, config: TrainingConfig) -> Iterator[Any]:
-    """The batches of a DataLoader, over and over with `max_steps`; an empty one ends at once."""
-    for _ in itertools.count() if config.max_steps else range(config.epochs or 1):
-        empty = True
-        for batch in loader:
-            empty = False
-            yield batch
-        if empty:
-            return
-
-
-def _length(loader: Any) -> int | None:
-    """Batches per pass; None where the DataLoader's dataset does not know."""
-    try:
-        return len(loader)
-    except TypeError:
-        return None
-
-
-def batches_of(
-    lengths: list[int], config: TrainingConfig, participant: str, round_number: int, first_step: int
-) -> Iterator[list[int]]:
-    """Which examples each optimizer step of a round is made of, as rows."""
-    if config.max_steps is None:
-        for epoch in range(config.epochs or 1):
-            rng = random.Random(seed_of(config.seed, participant, round_number, epoch))  # noqa: S311 (order, no secret)
-            yield from bucketed_order(lengths, config.batch_size, rng)
-        return
-    # The stream of all passes does not depend on the round: rounds walk on through it.
-    per_pass = -(-len(lengths) // config.batch_size)
-    step = first_step
-    while step < first_step + config.max_steps:
-        rng = random.Random(seed_of(config.seed, participant, "pass", step // per_pass))  # noqa: S311 (order, no secret)
-        order = bucketed_order(lengths, config.batch_size, rng)[step % per_pass :]
-        order = order[: first_step + config.max_steps - step]
-        yield from order
-        step += len(order)
-
-
-def seed_of(*parts: object) -> int:
-    """63 bits from any values, the same on every machine and in every process."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    per_pass = batches_per_pass(loader)
+    passes = done.steps / per_pass if per_pass else config.epochs or 1
+    return DataReport(used=round(done.examples / passes), completion_tokens=round(done.tokens / passes))
 
 
 def encoded(
@@ -311,14 +235,14 @@ def encoded(
     """Examples in the form the loop takes; a DataLoader stays as it is.
 
     Args:
-        examples: See `train_locally`.
-        model: Whose tokens.
-        prompt: What renders inputs.
-        max_length: tokens beyond which an example is left out.
+        examples: The forms are those of `train_locally`.
+        model: Its tokens are the ones encoded.
+        prompt: It renders the inputs.
+        max_length: tokens: An example with more of them is left out.
         tolerance: The share of completions that may be left out because no answer could be theirs; None is any.
 
     Raises:
-        EmptyParticipantError: Not a single usable example.
+        EmptyParticipantError: Not a single example is usable.
         UnsayableError: More completions than `tolerance` could never be an answer.
         DataError: See `read_examples`.
     """

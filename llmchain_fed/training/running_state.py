@@ -28,8 +28,8 @@ def still_parts(module: nn.Module, run: Callable[[], object] | None) -> list[str
     part in evaluation mode whose parameters are not trained (the base under an adapter).
 
     Args:
-        module: In the modes in which its owner handed it over; they, and every buffer, are as before afterwards.
-        run: One forward pass; None where nobody knows what the module takes, and torch's own layers alone are found.
+        module: It is in the modes in which its owner handed it over; they, and every buffer, are as before afterwards.
+        run: It makes one forward pass; None where nobody knows what the module takes: only torch's layers are found.
 
     Raises:
         UnsupportedModelError: Training would change some part's state; the message names the part and the remedy.
@@ -62,7 +62,7 @@ def check_unchanged(module: nn.Module, before: Mapping[str, Tensor]) -> None:
     """Makes sure that no persistent buffer has changed in training so far; the others may be caches.
 
     Raises:
-        UnsupportedModelError: One has; the message names it and the remedy.
+        UnsupportedModelError: A buffer has changed; the message names it and the remedy.
     """
     now = {name: b for name, b in module.named_buffers() if _is_persistent(module, name)}
     if changed := _different(before, now):
@@ -76,8 +76,7 @@ def changed_buffers(module: nn.Module, run: Callable[[], object]) -> set[str]:
     A cache (rotary frequencies, a mask) changes at most once for one input: a buffer that no file holds counts only
     when the same pass changes it twice.
     """
-    start = _copies(module)
-    try:
+    with restored(module) as start:
         run()
         first = _copies(module)
         changed = _different(start, first)
@@ -86,9 +85,17 @@ def changed_buffers(module: nn.Module, run: Callable[[], object]) -> set[str]:
             run()
             kept |= changed & _different(first, _copies(module))
         return kept
+
+
+@contextmanager
+def restored(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Every buffer has its value back afterwards; copies of the former values are given."""
+    start = _copies(module)
+    try:
+        yield start
     finally:
         for name, buffer in module.named_buffers():
-            if name in start and start[name].shape == buffer.shape:
+            if name in start and start[name].shape == buffer.shape:  # some are made by the forward pass
                 buffer.copy_(start[name])
 
 

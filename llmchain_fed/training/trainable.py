@@ -83,7 +83,7 @@ def check_batches(model: LocalModel, examples_a_pass: int) -> None:
     """Makes sure that padding, where batches have any, leaves the loss alone.
 
     Raises:
-        UnsupportedModelError: It does not, and several examples share a forward pass.
+        UnsupportedModelError: Padding changes the loss, and several examples share a forward pass.
     """
     if examples_a_pass > 1 and not pads(model):
         msg = (

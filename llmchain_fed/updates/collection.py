@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from llmchain_fed.training.loop import seed_of
+from llmchain_fed.training.batch_sampler import seed_of
 from llmchain_fed.updates.lora_layout import LoraLayout
 from llmchain_fed.updates.low_rank import Factors
 from llmchain_fed.updates.serialization import TensorInfo

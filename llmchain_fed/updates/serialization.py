@@ -103,6 +103,20 @@ def inspect(
     return header, {name: TensorInfo(DTYPES[t.dtype], t.shape) for name, t in found.items()}
 
 
+def peek(header: bytes | bytearray) -> dict[str, Any]:
+    """Our header within a safetensors header, of which nothing else is looked at.
+
+    Raises:
+        ParticipantError: There is none.
+    """
+    found = read_json(bytes(header), most=len(header))
+    inner = found["__metadata__"][_KEY] if isinstance(found.get("__metadata__"), dict) else None
+    if not isinstance(inner, str):
+        msg = f"the safetensors header has no {_KEY!r}."
+        raise ParticipantError(msg)
+    return untrusted.read_json(inner, most=len(header), what="the header of the message", error=ParticipantError)
+
+
 def largest(infos: Mapping[str, TensorInfo], own: Mapping[str, Any]) -> tuple[int, int]:
     """Bytes of the longest header that `pack` makes of such tensors, and of their values: no message of them has more.
 

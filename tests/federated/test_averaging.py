@@ -10,6 +10,7 @@ import re
 import pytest
 import torch
 from langchain_core.runnables import RunnableLambda
+from other_work import does
 from tiny import PAIRS, TEMPLATE
 from torch.utils.data import DataLoader
 
@@ -39,6 +40,7 @@ from llmchain_fed.errors import (
     UnsupportedModelError,
     WeightsMismatchError,
 )
+from llmchain_fed.federated.client import operations
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
 from llmchain_fed.federated.participant import hold_out
 from llmchain_fed.federated.runtime import InProcess
@@ -496,7 +498,7 @@ def test_train_sends_everything_to_one_that_lost_what_it_held(loses, make_chain,
     asked = fed.fit(rounds=1)[0].trained
     name = next(n for n in SHARES if (n in asked) == (loses == "what it was sent"))
     if loses == "what it was sent":
-        fed._held.forget()
+        fed._global_states.forget()
     start, payloads, inner = chain.model.trainable_state(), [], fed._peers[name].handle
 
     def handle(op, payload):
@@ -623,7 +625,7 @@ def test_a_participant_whose_training_raises_is_recorded_and_the_round_goes_on(m
     def fail(*_args):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(fed._peers["b"], "_train", fail)
+    does(monkeypatch, fed._peers["b"], fail)
     history = fed.fit(rounds=1)
     record = history[0].participants["b"]
     assert (record.status, record.reason, record.bytes_up) == ("failed", "RuntimeError: out of memory", 0)
@@ -646,8 +648,8 @@ def test_ctrl_c_leaves_the_last_completed_round(where, battery, monkeypatch):
     start = chain.model.trainable_state()
     calls = []
     peer = fed._peers["b" if where != "evaluation" else "a"]
-    name = "_evaluate" if where == "evaluation" else "_train"
-    inner = getattr(peer, name)
+    op = "evaluate" if where == "evaluation" else "train"
+    inner = operations.task_type(op).work
 
     def interrupt(*arguments):
         calls.append(1)
@@ -656,7 +658,7 @@ def test_ctrl_c_leaves_the_last_completed_round(where, battery, monkeypatch):
             raise KeyboardInterrupt
         return inner(*arguments)
 
-    monkeypatch.setattr(peer, name, interrupt)
+    does(monkeypatch, peer, interrupt, op)
     with pytest.raises(KeyboardInterrupt):
         fed.fit(rounds=5)
     completed = 0 if where == "first round" else 2
@@ -684,7 +686,7 @@ def test_going_on_after_an_interruption_is_as_if_there_had_been_none(make_chain,
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fed._peers["c"], "_train", interrupt)
+    does(monkeypatch, fed._peers["c"], interrupt)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             fed.fit(rounds=1)
@@ -716,7 +718,7 @@ def test_the_quorum_counts_usable_updates(make_chain, monkeypatch):
     chain = make_chain()
     start = chain.model.trainable_state()
     fed = federation(chain, quorum=3)
-    monkeypatch.setattr(fed._peers["b"], "_train", lambda *_: 1 / 0)
+    does(monkeypatch, fed._peers["b"], lambda *_: 1 / 0)
     with pytest.raises(QuorumError, match=r"2 usable updates, the quorum is 3 \(b: ZeroDivisionError"):
         fed.fit(rounds=1)
     assert_equal(chain.model.trainable_state(), start)
@@ -872,7 +874,7 @@ def test_a_share_held_out_is_never_trained_on(make_chain):
     chain = make_chain()
     pairs = [*PAIRS, *PAIRS[:3]]  # duplicates must not stand on both sides
     fed = federation(chain, {"a": pairs}, evaluation=0.25)
-    participant = fed._peers["a"]._participant
+    participant = fed._peers["a"].participant
     train, held_out = ({e.inputs for e in side} for side in (participant.examples, participant.held_out))
     assert not train & held_out
     assert train | held_out == {text for text, _ in PAIRS}
@@ -881,7 +883,7 @@ def test_a_share_held_out_is_never_trained_on(make_chain):
     assert record.participants["a"].examples == len(participant.examples)
     assert record.held_out_after is not None
     twin = federation(make_chain(), {"a": pairs}, evaluation=0.25)
-    assert {e.inputs for e in twin._peers["a"]._participant.held_out} == held_out
+    assert {e.inputs for e in twin._peers["a"].participant.held_out} == held_out
     other = {frozenset(e.inputs for e in hold_out(Participant("a", pairs), 0.25, chain, s).held_out) for s in range(5)}
     assert len(other) > 1
 

@@ -7,6 +7,7 @@ import io
 
 import pytest
 import torch
+from other_work import does
 from tiny import PAIRS
 
 from llmchain_fed import Callback, ConfigError, ConsoleTable, FederatedAveraging, TensorBoard, TrainingConfig
@@ -86,7 +87,7 @@ def test_an_error_of_the_loop_is_told_and_raised(make_chain, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fed._peers["b"], "_train", interrupt)
+    does(monkeypatch, fed._peers["b"], interrupt)
     with pytest.raises(KeyboardInterrupt):
         fed.fit(1)
     assert watch.log[-1][1:] == ("error", "KeyboardInterrupt")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from other_work import does
 from resumed_runs import Elsewhere, Interrupt, assert_same
 from tiny import PAIRS
 from tqdm import tqdm
@@ -305,7 +306,7 @@ def test_training_that_is_finite_for_nobody_fails_the_round_or_stops(make_chain)
 def test_another_failure_is_still_an_error(make_chain, monkeypatch):
     fed = federation(make_chain(), training=GENTLE)
     for peer in fed._peers.values():
-        monkeypatch.setattr(peer, "_train", lambda *_: 1 / 0)
+        does(monkeypatch, peer, lambda *_: 1 / 0)
     with pytest.raises(QuorumError, match="ZeroDivisionError"):
         fed.fit(rounds=2, on_divergence="stop")
     assert fed.history.stopped_early is None

@@ -9,6 +9,7 @@ from itertools import islice
 
 import pytest
 import torch
+from other_work import does
 from tiny import PAIRS
 
 from llmchain_fed import (
@@ -144,7 +145,7 @@ def test_a_participant_elsewhere_that_fails_is_an_error_by_name(make_chain):
     class Broken(InProcess):
         def call(self, op, nodes, payload, timeout=None):
             for node, answer in super().call(op, nodes, payload, timeout):
-                yield node, RuntimeError("out of memory") if op == "train" else answer
+                yield node, RuntimeError("out of memory") if op == "personalize" else answer
 
     chain = make_chain(lora=True)
     fed = federation(chain)
@@ -250,7 +251,7 @@ def test_an_interrupted_round_leaves_personal_models_as_they_were(make_chain, mo
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fed._peers["c"], "_train", interrupt)
+    does(monkeypatch, fed._peers["c"], interrupt)
     with pytest.raises(KeyboardInterrupt):
         fed.fit(1)
     assert_equal(chain.model.adapter_state("a"), kept)
@@ -386,7 +387,7 @@ def test_personalizing_after_an_interrupted_round(make_chain, monkeypatch):
     fed, smooth = federation(chain), federation(twin)
     for one in (fed, smooth):
         one.fit(1)
-    monkeypatch.setattr(fed._peers["c"], "_train", lambda *_: 1 / 0)
+    does(monkeypatch, fed._peers["c"], lambda *_: 1 / 0)
     fed._server.settings.__dict__["quorum"] = 3
     with pytest.raises(FederationError, match="quorum"):
         fed.fit(1)

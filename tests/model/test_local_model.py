@@ -25,7 +25,7 @@ from llmchain_fed.errors import (
     UnsupportedModelError,
     WeightsMismatchError,
 )
-from llmchain_fed.model.generation.answers import safe_length
+from llmchain_fed.model.generation.stop_strings import safe_length
 
 STATE_OF_LORA = {
     f"model.layers.{layer}.{block}.{name}.lora_{factor}.weight"

@@ -18,7 +18,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llmchain_fed import LocalModel
-from llmchain_fed.model.generation.answers import Settling, StopOnText, cut_at_stop, safe_length
+from llmchain_fed.model.generation.stop_strings import Settling, StopOnText, cut_at_stop, safe_length
 
 FAMILIES = ["byte-level", "llama", "unigram", "wordpiece"]
 MARK, SPECIAL, ROLE = "<stop>", "<unseen>", " <|end of turn|> "

@@ -19,6 +19,8 @@ from llmchain_fed import ConsoleTable, History, untrusted
 from llmchain_fed.errors import ConfigError, ParticipantError
 from llmchain_fed.federated.callbacks import metrics_of, notes_of, samples_of
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord, Sample
+from llmchain_fed.federated.protocol.answers import CurveAnswer, PersonalizeAnswer, SideBySideAnswer
+from llmchain_fed.federated.protocol.messages import read_answer
 from llmchain_fed.federated.server import evaluation, personalization
 from llmchain_fed.federated.server.pooling import capped, pooled
 from llmchain_fed.updates.codecs import make_codec
@@ -62,18 +64,22 @@ def asked(read, data):
     return None
 
 
+def curve_of(data, steps):
+    return personalization._curve(read_answer(CurveAnswer, data, "it"), steps, "p")
+
+
 READERS = {
-    "losses": (LOSSES, lambda data: personalization._checked(personalization.LossesAnswer, data, "p").by_kind()),
-    "tuned": (TUNED, lambda data: personalization._checked(personalization.FineTunedAnswer, data, "p")),
-    "curve": (CURVE, lambda data: personalization._curve(data, [0, 2], "p")),
-    "point": (CURVE["curve"][0], lambda data: personalization._curve(b'{"curve":[' + data + b"]}", [0], "p")),
+    "losses": (LOSSES, lambda data: read_answer(SideBySideAnswer, data, "it").by_kind()),
+    "tuned": (TUNED, lambda data: read_answer(PersonalizeAnswer, data, "it")),
+    "curve": (CURVE, lambda data: curve_of(data, [0, 2])),
+    "point": (CURVE["curve"][0], lambda data: curve_of(b'{"curve":[' + data + b"]}", [0])),
 }
 
 
 def test_honest_answers_are_read():
     assert evaluated(json.dumps(EVALUATION).encode())["loss"] == 2.5
     assert evaluated(json.dumps(EVALUATION).encode(), 20)["tokens"] == 20, "no more than it declared when it joined"
-    assert personalization._checked(personalization.LossesAnswer, json.dumps(LOSSES).encode(), "p").by_kind() == {
+    assert READERS["losses"][1](json.dumps(LOSSES).encode()) == {
         "base": 4.0, "global": 2.0, "personal": math.inf,
     }  # fmt: skip
     assert asked(READERS["tuned"][1], json.dumps(TUNED).encode()).losses.by_kind()["personal"] == math.inf
@@ -176,7 +182,9 @@ def test_what_a_participant_weighs_in_the_pool(tokens):
     "answer", [b"", b"[]", b'{"curve": [{"steps": [1], "loss": 1}]}', b'{"base": -1}', b"\xff", b'{"a":' * 99999]
 )
 def test_what_is_asked_between_rounds_ends_in_one_error(answer, make_chain):
-    fed = federation(make_chain(lora=True), {op: lambda _: answer for op in ("train", "evaluate")}, held_out=True)
+    fed = federation(
+        make_chain(lora=True), {op: lambda _: answer for op in ("personalize", "curve", "side_by_side")}, held_out=True
+    )
     before = fed.get_model().model.weights_hash
     for ask in (
         lambda: fed.adaptation_curve("liar", steps=(0, 1)),
@@ -191,10 +199,10 @@ def test_what_is_asked_between_rounds_ends_in_one_error(answer, make_chain):
 
 @pytest.mark.parametrize("said", [{"seconds": "x"}, {"steps": [1]}, {"seconds": -1.0}, {"steps": 10**30}, {"x": 1}])
 def test_a_plan_passes_over_times_that_make_no_sense(said, make_chain):
-    fed = federation(make_chain(lora=True), {"train": lambda honest: answers.said(json.loads(honest), **said)})
+    fed = federation(make_chain(lora=True), {"time_step": lambda honest: answers.said(json.loads(honest), **said)})
     fed._transport._peers = {"liar": fed._transport.peers["liar"]}  # the one that is timed in this process
     assert fed.plan(2).seconds is None
-    fed = federation(make_chain(lora=True), {"train": lambda _: b'{"seconds": 1e999, "steps": 1}'})
+    fed = federation(make_chain(lora=True), {"time_step": lambda _: b'{"seconds": 1e999, "steps": 1}'})
     fed._transport._peers = {"liar": fed._transport.peers["liar"]}
     assert "inf" not in str(fed.plan(2))
 

@@ -19,8 +19,7 @@ from llmchain_fed.errors import FederationError, ParticipantError
 from llmchain_fed.federated.checkpoint import contents
 from llmchain_fed.federated.client import given_state, global_state_cache
 from llmchain_fed.federated.participant import ALPHAS, LARGEST_RANK
-from llmchain_fed.federated.protocol import tasks
-from llmchain_fed.federated.server import client_manager
+from llmchain_fed.federated.protocol import answers, tasks
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import Strict, checked, parse_json, shown
 from llmchain_fed.updates import serialization
@@ -68,8 +67,16 @@ def _fields(model: type[Strict]) -> dict[str, Any]:
 
 def test_the_walk_sees_what_is_there():
     names = {model.__qualname__ for model in MODELS}
-    assert {"EvaluationAnswer", "CurveAnswer", "HelloAnswer", "TrainMessage", "StateMessage", "Greeting"} <= names
-    assert {"UpdateHeader", "RoundData", "_About", "_Manifest", "AdapterSettings", "ChainFile", "Task"} <= names
+    assert {
+        "EvaluateAnswer",
+        "CurveAnswer",
+        "Introduction",
+        "TrainTask",
+        "PersonalStateTask",
+        "StateHeader",
+        "Greeting",
+    } <= names
+    assert {"UpdateHeader", "RoundData", "_About", "_Manifest", "AdapterSettings", "ChainFile", "RankTask"} <= names
     assert [kind["type"] for kind in _fields(_Loose)["both"]] == ["dict", "list"]
 
 
@@ -157,11 +164,11 @@ def _schema(model: type[Strict], field: str) -> Any:
 
 
 def test_a_hello_a_message_and_a_checkpoint_agree_on_what_they_share():
-    assert _schema(tasks.HelloMessage, "contract") == _schema(client_manager.HelloAnswer, "contract")
-    ids = [_schema(model, "federation") for model in (tasks.HelloMessage, contents._About)]
+    assert _schema(tasks.HelloTask, "contract") == _schema(answers.Introduction, "contract")
+    ids = [_schema(model, "federation") for model in (tasks.HelloTask, contents._About)]
     assert ids[0] == ids[1]
     for field in ("rank", "alpha"):
-        ranges = [_schema(model, field)["anyOf"] for model in (client_manager.HelloAnswer, contents.Holding)]
+        ranges = [_schema(model, field)["anyOf"] for model in (answers.Introduction, contents.Holding)]
         assert ranges[0] == ranges[1]
     holding = {"examples": 1, "tokens": 1, "rank": 1, "alpha": 1.0, "options": None}
     assert _told(contents.Holding, holding) == ""

@@ -26,7 +26,7 @@ from llmchain_fed.runtimes.messaging import chunked_calls, error_codes, frames, 
 from llmchain_fed.runtimes.nvflare.link import Link
 from llmchain_fed.runtimes.site.log import NOBODY, SiteLog
 from llmchain_fed.runtimes.site.policy import Audit, Policy
-from llmchain_fed.runtimes.site.server import Site
+from llmchain_fed.runtimes.site.server import SiteServer
 from llmchain_fed.runtimes.torch_distributed import TorchDistributed
 
 MB = 2**20
@@ -82,7 +82,7 @@ class Echo:
 
 
 def site(policy=None):
-    return Site(Echo(), policy or Policy(error_messages=True), Audit(None))
+    return SiteServer(Echo(), policy or Policy(error_messages=True), Audit(None))
 
 
 @functools.cache
@@ -152,7 +152,7 @@ def test_a_head_with_a_field_that_is_none_of_its_own_is_refused():
 
 
 def test_a_note_of_the_bridge_and_a_callers_name_are_printable_in_the_audit_file(tmp_path):
-    of = Site(Echo(), Policy(), Audit(tmp_path / "audit.jsonl"))
+    of = SiteServer(Echo(), Policy(), Audit(tmp_path / "audit.jsonl"))
     reply = answered(of, frames.pack({"do": "refused", "caller": "\x1b[2J\u202eb", "bytes": 7, "count": 3}))
     assert reply.state == "noted"
     (line,) = [json.loads(text) for text in (tmp_path / "audit.jsonl").read_text().splitlines()]
@@ -162,7 +162,7 @@ def test_a_note_of_the_bridge_and_a_callers_name_are_printable_in_the_audit_file
 def test_a_hub_cannot_ask_how_a_site_stands(tmp_path):
     """Its name, paths, refusals and counts are its operator's: what comes through the bridge never reaches them."""
     about = NOBODY | {"name": "St-Josef", "audit": "/srv/secret", "contract": {"base": "1e1c"}}
-    of = Site(Echo(), Policy(), Audit(tmp_path / "audit.jsonl"), SiteLog(lambda _: None, about))
+    of = SiteServer(Echo(), Policy(), Audit(tmp_path / "audit.jsonl"), SiteLog(lambda _: None, about))
     asked = frames.pack({"do": "status"})
     assert heads.read_status(of.answer(asked)).name == "St-Josef"
     for count, caller in enumerate(("server", "b", "St-Josef"), 1):
@@ -449,7 +449,7 @@ def test_what_a_rank_holds_and_what_the_leader_asks_is_read_as_strictly():
 def test_pieces_of_a_body_are_given_to_whom_they_are_for():
     parts, which = ranks.distinct({"a": b"1", "b": b"23"}, ["a", "b"])
     sizes = [len(p) for p in parts]
-    task = ranks.Task(op="train", nodes=["a", "b"], timeout=None, which=which, sizes=sizes)
+    task = ranks.RankTask(op="train", nodes=["a", "b"], timeout=None, which=which, sizes=sizes)
     assert ranks.by_node(b"".join(parts), task, {"a": 1, "b": 1}) == {"a": b"1", "b": b"23"}
     for body, hosted in ((b"12", {"a": 1, "b": 1}), (b"123", {"a": 1})):
         with pytest.raises(FederationError, match="a task that makes no sense"):

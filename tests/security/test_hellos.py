@@ -16,8 +16,11 @@ from liars import federation
 
 from llmchain_fed import untrusted
 from llmchain_fed.data.encoding import DataReport
-from llmchain_fed.federated.server import client_manager
-from llmchain_fed.federated.server.client_manager import ABSENCE, Hello
+from llmchain_fed.errors import ParticipantError
+from llmchain_fed.federated.client.overlap import Overlap
+from llmchain_fed.federated.protocol import messages
+from llmchain_fed.federated.protocol.answers import Introduction
+from llmchain_fed.federated.server.client_manager import ABSENCE
 
 CONTRACT = {"base": "b" * 64, "adapter": "a" * 64, "prompt": "p", "tokenizer": "t", "version": "1"}
 HONEST = {
@@ -33,31 +36,31 @@ def read(data):
     refused = ""
     with within(2):
         try:
-            with untrusted.decoding("it", client_manager.ParticipantError):
-                found = client_manager._read("p", data, CONTRACT)
+            with untrusted.decoding("it", ParticipantError):
+                found = messages.read_introduction(data, "p", CONTRACT)
         except ABSENCE as error:
             refused = str(error)
     if refused:
         assert len(refused) < 1000
         assert untrusted.printable(refused) == refused
         return None
-    assert isinstance(found, Hello)
+    assert isinstance(found, Introduction)
     assert type(found.held_out) is bool
     for count in (found.num_examples, found.num_tokens, found.held_out_tokens):
         assert count is None or (type(count) is int and 1 <= count <= 10**9)
     assert found.rank is None or 1 <= found.rank <= 2**16
     assert found.alpha is None or (found.rank and 1e-3 <= found.alpha <= 2**16)
-    assert found.report is None or (found.report.used, found.report.completion_tokens) == (
+    assert found.data_report is None or (found.data_report.used, found.data_report.completion_tokens) == (
         found.num_examples, found.num_tokens,
     )  # fmt: skip
     return found
 
 
 def test_an_honest_hello_is_read():
-    assert read(json.dumps(HONEST).encode()) == Hello(
-        True, 5, 40, 9, DataReport(used=5, empty=1, completion_tokens=40), "h" * 16, 2, 4, "o" * 16,
-        client_manager.Overlap(0, 1, 2),
-    )  # fmt: skip
+    found = read(json.dumps(HONEST).encode())
+    assert found.model_dump() == HONEST
+    assert found.data_report == DataReport(used=5, empty=1, completion_tokens=40)
+    assert found.overlapping == Overlap(0, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,7 @@ def test_an_honest_hello_is_read():
 )
 def test_what_a_participant_may_not_say(changes, why):
     with pytest.raises(ABSENCE) as error:
-        client_manager._read("p", answers.said(HONEST, **changes), CONTRACT)
+        messages.read_introduction(answers.said(HONEST, **changes), "p", CONTRACT)
     assert why in str(error.value)
     assert len(str(error.value)) < 600
     assert untrusted.printable(str(error.value)) == str(error.value)

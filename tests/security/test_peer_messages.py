@@ -1,6 +1,6 @@
 """What a hub, or somebody who speaks like one, may send a participant: an answer, or one error and no change.
 
-Belongs here: messages into `Client.handle` and `Site.answer`. Does not: what a policy refuses of honest messages
+Belongs here: messages into `Client.handle` and `SiteServer.answer`. Does not: what a policy refuses of honest messages
 (test_policy).
 """
 
@@ -21,17 +21,18 @@ from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, train_tokenizer, wit
 from llmchain_fed import LLMChain, LocalLLM, LocalModel, Participant
 from llmchain_fed.errors import FederationError, LLMChainFedError
 from llmchain_fed.federated.client.client import Client
+from llmchain_fed.federated.client.operations import operations
 from llmchain_fed.federated.protocol.tasks import TrainingOptions
 from llmchain_fed.federated.target import Target
 from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.site.policy import Audit, Policy
-from llmchain_fed.runtimes.site.server import Site
+from llmchain_fed.runtimes.site.server import SiteServer
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import printable
 from llmchain_fed.updates import serialization
 from llmchain_fed.updates.low_rank import full_rank
 
-OPEN = Policy(operations=("hello", "train", "evaluate", "personal_state", "stop"), max_rounds=None, samples=9)
+OPEN = Policy(operations=operations(), max_rounds=None, samples=9)
 
 
 def make_target(rank=None):
@@ -58,18 +59,18 @@ def peer(target):
 
 def stands(peer):
     """All that a message could change: weights, remainder, adapters, progress, what is held, how it trains."""
-    model = peer._model
+    model = peer.model
     progress = {
         n: (
             p.next_step,
             p.optimizer_state,
             {k: {n: t.clone() for n, t in kept.items()} for k, kept in p.kept().items()},
         )
-        for n, p in peer._progress.items()
+        for n, p in peer.progress.rounds.items()
     }
-    held = {rank: (version, dict(state.values)) for rank, (version, state) in peer._held._states.items()}
+    held = {rank: (version, dict(state.values)) for rank, (version, state) in peer.global_states._states.items()}
     return model.weights_hash, tuple(model.adapters), sorted(model.remainder()), progress, held, (
-        peer._federation, repr(peer._config), peer._aggregation, peer._data._max_length,
+        peer.federation, repr(peer.config), peer.aggregation, peer.data._max_length,
     )  # fmt: skip
 
 
@@ -113,7 +114,10 @@ def test_the_options_that_travel_are_those_of_a_training():
 def test_a_field_of_a_training_has_its_type_and_its_range(field, peer, target):
     for value in messages.WRONG_FIELDS[field]:
         text = refused(peer, "train", messages.task(target.model, **{field: value}))
-        assert any(words in text for words in (f"`{field}", f"another {field}", "no JSON of ours", "about a state of"))
+        assert any(
+            words in text
+            for words in (f"`{field}", f"another {field}", "no JSON of ours", "about a state of", "the state of")
+        )
     still_works(peer, target)
 
 
@@ -129,9 +133,13 @@ def test_a_field_that_is_missing_is_named(field, peer, target):
     assert f"`{field}`" in refused(peer, "train", serialization.pack(serialization.values(payload, infos), header))
 
 
-def test_an_evaluation_has_fields_of_its_own(peer, target):
-    for fields in messages.WRONG_EVALUATIONS:
-        refused(peer, "evaluate", messages.evaluation(target.model, **fields))
+@pytest.mark.parametrize("op", messages.WRONG_TASKS)
+def test_other_operations_have_fields_of_their_own(op, peer, target):
+    for fields in messages.WRONG_TASKS[op]:
+        refused(peer, op, messages.task(target.model, **fields))
+
+
+def test_an_evaluation_of_the_right_fields_is_answered(peer, target):
     assert json.loads(peer.handle("evaluate", messages.evaluation(target.model)))["tokens"] > 0
 
 
@@ -153,7 +161,7 @@ def test_examples_that_other_limits_leave_out_are_there_again_after_a_refused_he
     assert peer.data.train().report.used == 8
 
 
-@pytest.mark.parametrize("op", ["hello", "train", "evaluate", "personal_state", "stop"])
+@pytest.mark.parametrize("op", operations())
 @pytest.mark.parametrize("kind", messages.RAW)
 def test_bytes_that_are_no_message(kind, op, peer):
     refused(peer, op, messages.RAW[kind])
@@ -195,7 +203,7 @@ def test_a_difference_is_to_what_is_held_and_codes_are_what_their_codec_makes(pe
         (full | {"version": "hub/3/4x2.0"}, model.trainable_state()),
     ]:
         refused(peer, "train", messages.task(model, tensors, **header))
-    assert peer.handle("train", messages.task(model, {}, **changed, round=1)) != b'{"stale": true}'
+    assert peer.handle("train", messages.task(model, {}, **changed, round=2)) != b'{"stale": true}'
     stale = messages.task(model, {}, version="hub/9/", against="other/1/")
     assert peer.handle("train", stale) == b'{"stale": true}'
 
@@ -203,28 +211,28 @@ def test_a_difference_is_to_what_is_held_and_codes_are_what_their_codec_makes(pe
 def test_invented_ranks_and_other_hubs_leave_no_states_behind():
     target = make_target()
     peer = peer_of(target, rank=2, alpha=4.0)
-    with target.model.resized(2, peer._scaling):
+    with target.model.resized(2, peer.scaling):
         state = {n: torch.zeros_like(t) for n, t in target.model.trainable_state().items()}
     for number in range(40):
         text = f"2x{2.0 + number * 1e-9!r}"
-        peer.handle("train", messages.task(target.model, state, version=f"hub{number // 20}/1/{text}", round=number))
-    assert len(peer._held._states) <= Policy().max_states
+        peer.handle(
+            "train", messages.task(target.model, state, version=f"hub{number // 20}/1/{text}", round=number + 1)
+        )
+    assert len(peer.global_states._states) <= Policy().max_states
     for rank in ("3x2.0", "2x5.0", "", "2xnan", "2xinf"):
         refused(peer, "train", messages.task(target.model, state, version=f"hub9/1/{rank}"))
 
 
 def test_a_personal_state_that_is_given_back_is_one_of_this_participants(peer, target):
     for fields in messages.WRONG_STATES:
-        refused(peer, "personal_state", serialization.pack({}, {"kind": "personal_state"} | fields))
+        refused(peer, "personal_state", serialization.pack({}, fields))
     head = {"progress": {"0": {"next_step": 0, "optimizer": None}}}
     for name in messages.WRONG_STATE_TENSORS:
         refused(peer, "personal_state", serialization.pack({name: torch.zeros(2)}, head))
     first = sorted(target.model.trainable_state())[0]
     nan = torch.full_like(target.model.trainable_state()[first], float("nan"))
     refused(peer, "personal_state", serialization.pack({f"0/private/{first}": nan}, head))
-    assert peer.handle(
-        "personal_state", peer.handle("personal_state", serialization.pack({}, {"kind": "personal_state"}))
-    )
+    assert peer.handle("personal_state", peer.handle("personal_state", serialization.pack({}, {})))
 
 
 def test_an_optimizer_comes_back_with_the_settings_it_has_here(target):
@@ -232,25 +240,25 @@ def test_an_optimizer_comes_back_with_the_settings_it_has_here(target):
     kept = messages.TRAINING | {"keep_optimizer": True}
     peer.handle("hello", messages.hello(target, training=kept))
     peer.handle("train", messages.task(target.model))
-    given = peer.handle("personal_state", serialization.pack({}, {"kind": "personal_state"}))
+    given = peer.handle("personal_state", serialization.pack({}, {}))
     header, infos = serialization.inspect(given, max_bytes=10**7)
     tensors = serialization.values(given, infos)
     assert peer.handle("personal_state", given) == given
 
     def changed(change, **other):
         found = copy.deepcopy(header)
-        change(found["progress"]["0"]["optimizer"]["param_groups"][0])
+        change(found["progress"]["1"]["optimizer"]["param_groups"][0])
         return serialization.pack(tensors | other, found)
 
     refused(peer, "personal_state", changed(lambda group: group.update(lr=1e9)))
     refused(peer, "personal_state", changed(lambda group: group.update(params=[0])))
     refused(peer, "personal_state", changed(lambda group: group.pop("betas")))
-    refused(peer, "personal_state", changed(lambda group: None, **{"0/0/step": torch.tensor(-1.0)}))
-    short = {n: t for n, t in tensors.items() if n != "0/0/exp_avg"}
+    refused(peer, "personal_state", changed(lambda group: None, **{"1/0/step": torch.tensor(-1.0)}))
+    short = {n: t for n, t in tensors.items() if n != "1/0/exp_avg"}
     refused(peer, "personal_state", serialization.pack(short, header))
-    refused(peer, "train", messages.task(target.model, round=1, trains="A", shares="A"))
-    still = peer.handle("train", messages.task(target.model, round=1))
-    assert serialization.inspect(still, max_bytes=10**7)[0]["round"] == 1
+    refused(peer, "train", messages.task(target.model, round=2, trains="A", shares="A"))
+    still = peer.handle("train", messages.task(target.model, round=2))
+    assert serialization.inspect(still, max_bytes=10**7)[0]["round"] == 2
 
 
 def test_a_round_that_asks_for_a_part_that_is_not_there():
@@ -272,15 +280,15 @@ values = st.recursive(
     max_leaves=6,
 )  # fmt: skip
 FIELDS = [
-    "kind", "round", "base", "seconds", "trains", "shares", "codec", "feedback", "version", "against", "coded",
-    "coded_names", "appended", "ditto", "personal", "curve", "lr", "time_step", "samples", "sample_tokens",
-    "side_by_side", "progress", "new_pass", "contract", "training", "federation", "aggregation", "more",
+    "kind", "round", "base", "seconds", "trains", "shares", "codec", "feedback", "state", "ditto", "steps", "lr",
+    "samples", "sample_tokens", "progress", "new_pass", "contract", "training", "federation", "aggregation", "more",
 ]  # fmt: skip
 plausible = st.sampled_from([
     "all", "A", "B", "int8", "topk:0.1", "hub/1/", "start:00", True, False, 0, 1, 2, 2**31, 1e-3, [0, 1], {"steps": 1},
     {"lam": 0.1}, {"1": "all"}, "evaluate", "task", "personal_state", None, {"0": {"next_step": 1, "optimizer": None}},
 ])  # fmt: skip
-mutation = st.dictionaries(st.sampled_from(FIELDS), values | plausible, max_size=4)
+states = st.dictionaries(st.sampled_from(sorted(messages.OF_THE_STATE)), values | plausible, max_size=3)
+mutation = st.dictionaries(st.sampled_from(FIELDS), values | plausible | states, max_size=4)
 cut = st.tuples(st.integers(0, 10**6), st.binary(min_size=1, max_size=6))
 
 
@@ -307,7 +315,11 @@ def test_mutated_messages_are_answered_or_refused_by_one_error():
     honest = {
         "train": messages.task(target.model),
         "evaluate": messages.evaluation(target.model),
-        "personal_state": serialization.pack({}, {"kind": "personal_state"}),
+        "personal_state": serialization.pack({}, {}),
+        "personalize": messages.task(target.model, steps=1),
+        "curve": messages.task(target.model, steps=[0, 1]),
+        "side_by_side": messages.task(target.model),
+        "time_step": messages.task(target.model),
     }
     read = {op: serialization.inspect(payload, max_bytes=10**7) for op, payload in honest.items()}
 
@@ -352,7 +364,7 @@ def test_a_site_answers_whatever_it_is_sent_and_goes_on():
     target = make_target()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "audit.jsonl"
-        site = Site(Client(target, Participant("a", PAIRS[:8], held_out=PAIRS[8:]), None), OPEN, Audit(log))
+        site = SiteServer(Client(target, Participant("a", PAIRS[:8], held_out=PAIRS[8:]), None), OPEN, Audit(log))
         calls = iter(range(10**6))
 
         def ask(op, payload):

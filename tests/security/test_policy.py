@@ -1,7 +1,7 @@
 """A site's policy against a hub that asks for more: nothing private leaves, and each refusal names its option.
 
-Belongs here: what a `Site` with a policy refuses of well-formed messages, its counters, its files. Does not: messages
-that are malformed (test_peer_messages), frames and sockets (test_server).
+Belongs here: what a `SiteServer` with a policy refuses of well-formed messages, its counters, its files. Does not:
+messages that are malformed (test_peer_messages), frames and sockets (test_server).
 """
 
 import json
@@ -24,19 +24,18 @@ from llmchain_fed import ConfigError, Participant, cli
 from llmchain_fed.data.encoding import collate
 from llmchain_fed.errors import DeadlineError, PolicyError
 from llmchain_fed.federated.client.client import Client
-from llmchain_fed.federated.client.global_state_cache import STALE
 from llmchain_fed.federated.client.limits import Limits
+from llmchain_fed.federated.protocol.versions import STALE
 from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.site.explaining import explain
 from llmchain_fed.runtimes.site.policy import Audit, Policy
-from llmchain_fed.runtimes.site.server import Site
+from llmchain_fed.runtimes.site.server import SiteServer
 from llmchain_fed.training.loop import encoded
 from llmchain_fed.untrusted import printable
 from llmchain_fed.updates import serialization
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-ALL = ("hello", "train", "evaluate", "personal_state", "stop")
 
 
 class Asker:
@@ -46,7 +45,7 @@ class Asker:
         self.target, self.model = target, target.model
         participant = participant or Participant("a", PAIRS[:8], held_out=PAIRS[8:])
         self.peer = Client(target, participant, None)
-        self.site = Site(self.peer, policy or Policy(), Audit(audit))
+        self.site = SiteServer(self.peer, policy or Policy(), Audit(audit))
         self.left, self.calls = [], 0
 
     def __call__(self, op, payload):
@@ -74,12 +73,15 @@ class Asker:
     def train(self, **header):
         return self("train", messages.task(self.model, **header))
 
+    def on_state(self, op, **fields):
+        return self(op, messages.task(self.model, **fields))
+
     def evaluate(self, **header):
         return self("evaluate", messages.evaluation(self.model, **header))
 
     @property
     def private(self):
-        return {n: t for p in self.peer._progress.values() for n, t in p.private.items()}
+        return {n: t for p in self.peer.progress.rounds.values() for n, t in p.private.items()}
 
 
 def tensors_of(update):
@@ -104,7 +106,7 @@ def three_rounds_of_a(target, policy=None):
     ask = Asker(target, policy)
     assert isinstance(ask.hello(aggregation="fedsa"), bytes)
     for number in range(3):
-        assert isinstance(ask.train(round=number, shares="A"), bytes)
+        assert isinstance(ask.train(round=number + 1, shares="A"), bytes)
     private = ask.private
     assert len(private) == 6
     assert not holds(private, ask.left)
@@ -116,13 +118,13 @@ def three_rounds_of_a(target, policy=None):
 def test_what_a_participant_kept_for_itself_does_not_leave_when_it_is_asked_for_later(shares, name, target):
     ask, private = three_rounds_of_a(target)
     assert isinstance(ask.hello(aggregation=name, training={"learning_rate": 1e-30}), bytes)
-    kind, message = ask.train(round=3, shares=shares)
+    kind, message = ask.train(round=4, shares=shares)
     assert kind == "PolicyError"
     assert "policy.aggregations: " in message or "what is private never leaves" in message
-    for extra in ({"trains": "B", "shares": "B"}, {"codec": "int8"}, {"codec": "bf16"}, {"round": 0}, {"round": 9}):
-        ask.train(**({"round": 3, "shares": shares} | extra))
+    for extra in ({"trains": "B", "shares": "B"}, {"codec": "int8"}, {"codec": "bf16"}, {"round": 1}, {"round": 9}):
+        ask.train(**({"round": 4, "shares": shares} | extra))
     assert not holds(private, ask.left)
-    assert ask.peer._latest().private.keys() == private.keys()
+    assert ask.peer.progress.before()[1].private.keys() == private.keys()
 
 
 def test_another_federation_a_stop_or_a_round_of_before_makes_nothing_that_was_private_anew(target):
@@ -130,7 +132,7 @@ def test_another_federation_a_stop_or_a_round_of_before_makes_nothing_that_was_p
     ways = (
         lambda ask: ask.hello(federation="another"),
         lambda ask: (ask("stop", b"{}"), ask.hello()),
-        lambda ask: ask.train(round=0, trains="A", shares="A"),
+        lambda ask: ask.train(round=1, trains="A", shares="A"),
     )
     for forget in ways:
         ask, private = three_rounds_of_a(target)
@@ -138,12 +140,12 @@ def test_another_federation_a_stop_or_a_round_of_before_makes_nothing_that_was_p
         for number in range(3):
             for federation in ("another", "a third"):
                 ask.hello(federation=federation)
-                kind, message = ask.train(round=number, shares="all")
+                kind, message = ask.train(round=number + 1, shares="all")
                 assert kind == "PolicyError"
                 assert "Start its peer anew" in message
         assert not holds(private, ask.left)
         ask.hello(aggregation="fedsa")
-        assert isinstance(ask.train(round=0, shares="A"), bytes)
+        assert isinstance(ask.train(round=1, shares="A"), bytes)
 
 
 @pytest.mark.parametrize(
@@ -168,23 +170,24 @@ def test_no_step_undoes_those_before_it_so_that_the_last_examples_alone_were_the
 def test_a_personal_models_training_loss_is_of_enough_examples_too(target):
     ask = Asker(target, Policy(min_examples_per_update=4))
     assert isinstance(ask.hello(training={"batch_size": 2}), bytes)
-    kind, message = ask.train(personal={"steps": 1})
+    kind, message = ask.on_state("personalize", steps=1)
     assert kind == "PolicyError"
     assert message.startswith("policy.min_examples_per_update: ")
-    assert isinstance(ask.train(personal={"steps": 2}), bytes)
+    assert isinstance(ask.on_state("personalize", steps=2), bytes)
 
 
 def test_other_answers_tell_numbers_alone(target):
     ask, private = three_rounds_of_a(target)
     answers = [
-        ask.evaluate(round=3), ask.evaluate(round=3, side_by_side=True), ask.evaluate(samples=3, round=3),
-        ask.train(round=3, curve=[0, 1]), ask.train(round=3, personal={"steps": 1}), ask.train(round=3, time_step=True),
+        ask.evaluate(round=4), ask.on_state("side_by_side", round=4), ask.evaluate(samples=3, round=4),
+        ask.on_state("curve", round=4, steps=[0, 1]), ask.on_state("personalize", round=4, steps=1),
+        ask.on_state("time_step", round=4),
     ]  # fmt: skip
     for answer in answers:
         said = json.loads(answer)
         assert not {"samples"} & said.keys() or said["samples"] == []
         assert len(answer) < 400
-    assert ask("personal_state", serialization.pack({}, {"kind": "personal_state"}))[0] == "PolicyError"
+    assert ask("personal_state", serialization.pack({}, {}))[0] == "PolicyError"
     assert not holds(private, ask.left)
     assert not any(text.encode() in b"".join(ask.left) for pair in PAIRS for text in pair)
 
@@ -193,9 +196,9 @@ def test_dittos_model_does_not_leave(target):
     ask = Asker(target)
     ask.hello()
     ask.train(ditto={"lam": 0.1})
-    kept = dict(ask.peer._latest().ditto)
+    kept = dict(ask.peer.progress.before()[1].ditto)
     ask.hello(training={"learning_rate": 1e-30})
-    ask.train(round=1)
+    ask.train(round=2)
     assert kept
     assert not holds(kept, ask.left)
 
@@ -222,13 +225,14 @@ REFUSED = {
     "a codec": ({"codecs": ("none",)}, {}, {"codec": "int8"}, "codecs"),
     "no codec": ({"codecs": ("int8",)}, {}, {}, "codecs"),
     "a codec with an option": ({"codecs": ("none",)}, {}, {"codec": "topk:0.1"}, "codecs"),
-    "a personal model's steps": ({"max_steps": 3}, {}, {"personal": {"steps": 4}}, "max_steps"),
-    "a personal model's rate": ({"max_learning_rate": 0.1}, {}, {"personal": {"steps": 1, "lr": 0.2}},
+    "a personal model's steps": ({"max_steps": 3}, {}, {"op": "personalize", "steps": 4}, "max_steps"),
+    "a personal model's rate": ({"max_learning_rate": 0.1}, {}, {"op": "personalize", "steps": 1, "lr": 0.2},
                                 "max_learning_rate"),
-    "a curve's steps": ({"max_steps": 3}, {}, {"curve": [0, 4]}, "max_steps"),
-    "a curve's rate": ({"max_learning_rate": 0.1}, {}, {"curve": [0, 1], "lr": 0.2}, "max_learning_rate"),
-    "a curve's losses": ({"max_evaluations": 2}, {}, {"curve": [0, 1, 2]}, "max_evaluations"),
-    "trial steps": ({"max_steps": 2, "optimizers": ("sgd",)}, {}, {"time_step": True}, "optimizers"),
+    "a curve's steps": ({"max_steps": 3}, {}, {"op": "curve", "steps": [0, 4]}, "max_steps"),
+    "a curve's rate": ({"max_learning_rate": 0.1}, {}, {"op": "curve", "steps": [0, 1], "lr": 0.2},
+                       "max_learning_rate"),
+    "a curve's losses": ({"max_evaluations": 2}, {}, {"op": "curve", "steps": [0, 1, 2]}, "max_evaluations"),
+    "trial steps": ({"max_steps": 2, "optimizers": ("sgd",)}, {}, {"op": "time_step"}, "optimizers"),
     "steps beside the training": ({"max_steps": 3}, {}, {"ditto": {"lam": 0.1, "max_steps": 2}}, "max_steps"),
 }  # fmt: skip
 
@@ -240,14 +244,14 @@ def test_a_refusal_names_its_option_and_changes_nothing(case, target):
     before = target.model.weights_hash
     found = ask.hello(training=training)
     if isinstance(found, bytes):
-        found = ask.train(**header)
+        found = ask.on_state(**({"op": "train"} | header))
     kind, message = found
     assert kind == "PolicyError"
     assert message.startswith(f"policy.{option}: ")
     assert len(message) < 300
     assert target.model.weights_hash == before
-    assert list(ask.peer._progress) == [-1]
-    assert ask.peer._held._states == {}
+    assert list(ask.peer.progress.rounds) == [0]
+    assert ask.peer.global_states._states == {}
 
 
 def test_operations_bytes_and_rounds_are_named_too(target):
@@ -283,10 +287,10 @@ def test_a_step_on_what_is_left_of_a_pass_is_an_update_of_too_few(target):
     """Three examples in steps of two: every second step of one round each would be a single example's gradient."""
     ask = Asker(target, participant=Participant("a", PAIRS[:3]))
     ask.hello(training={"batch_size": 2, "max_steps": 1, "epochs": None})
-    assert isinstance(ask.train(round=0), bytes)
-    assert ask.train(round=1)[1].startswith("policy.min_examples_per_update: an update would be made of 1 different")
-    ask.hello(training={"batch_size": 2, "max_steps": 2, "epochs": None})
     assert isinstance(ask.train(round=1), bytes)
+    assert ask.train(round=2)[1].startswith("policy.min_examples_per_update: an update would be made of 1 different")
+    ask.hello(training={"batch_size": 2, "max_steps": 2, "epochs": None})
+    assert isinstance(ask.train(round=2), bytes)
 
 
 def test_a_length_that_leaves_one_example_is_refused(target):
@@ -327,7 +331,7 @@ def test_a_dataloaders_examples_are_counted_before_an_update_leaves(batch_size, 
         assert isinstance(found, bytes)
     else:
         assert found[1].startswith(f"policy.{option}: ")
-        assert list(ask.peer._progress) == [-1]
+        assert list(ask.peer.progress.rounds) == [0]
 
 
 def test_a_dataloader_without_end_is_ended(target):
@@ -349,8 +353,10 @@ def test_training_ends_after_the_policys_seconds_without_any_deadline(target):
     ask = Asker(target, Policy(max_seconds=0.2))
     ask.hello(training={"max_steps": 9_000, "epochs": None})
     started = time.monotonic()
-    for header in ({}, {"personal": {"steps": 9_000}}, {"curve": [0, 9_000]}):
-        assert ask.train(seconds=None, **header)[1].startswith("policy.max_seconds: training takes more than the 0.2 s")
+    for op, fields in (("train", {}), ("personalize", {"steps": 9_000}), ("curve", {"steps": [0, 9_000]})):
+        assert ask.on_state(op, seconds=None, **fields)[1].startswith(
+            "policy.max_seconds: training takes more than the 0.2 s"
+        )
     assert time.monotonic() - started < 10
     assert ask.train(seconds=0.01)[0] == "DeadlineError"
 
@@ -362,12 +368,14 @@ def test_nothing_a_hub_sends_gives_evaluations_back(target):
     ask = Asker(target, Policy(max_evaluations=6))
     ask.hello()
     assert isinstance(ask.evaluate(), bytes)
-    assert isinstance(ask.evaluate(side_by_side=True), bytes)
-    assert isinstance(ask.train(curve=[0, 1]), bytes)
-    assert isinstance(ask.train(personal={"steps": 1}), bytes)
+    assert isinstance(ask.on_state("side_by_side"), bytes)
+    assert isinstance(ask.on_state("curve", steps=[0, 1]), bytes)
+    assert isinstance(ask.on_state("personalize", steps=1), bytes)
     ask("stop", b"{}")
     ask.hello(federation="another")
-    assert ask.train(curve=[0, 1])[1].startswith("policy.max_evaluations: 2 more held-out losses are asked for after 5")
+    assert ask.on_state("curve", steps=[0, 1])[1].startswith(
+        "policy.max_evaluations: 2 more held-out losses are asked for after 5"
+    )
     assert isinstance(ask.evaluate(), bytes)
     ask("stop", b"{}")
     ask.hello(federation="a-third")
@@ -408,7 +416,7 @@ def test_a_difference_to_what_is_not_held_tells_no_loss_and_costs_none(target):
 
 def test_no_race_gets_more_than_is_allowed_and_what_is_replaced_counts():
     op, peer = "train", Slow()
-    site = Site(peer, Policy(max_rounds=5), Audit(None))
+    site = SiteServer(peer, Policy(max_rounds=5), Audit(None))
     began, inner = [], peer.handle
     peer.handle = lambda asked, payload: began.append(asked) or inner(asked, payload)
 
@@ -553,7 +561,7 @@ def test_a_round_of_many_nines_leaves_its_lines_and_is_answered(target, tmp_path
     ask.train(round=2**31)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [e["status"] for e in lines] == ["began", "answered"] + ["began", "failed"] * 2 + ["began", "answered"]
-    assert lines[-1]["round"] == 2**31 + 1
+    assert lines[-1]["round"] == 2**31
 
 
 def test_what_a_policy_refuses_stands_in_the_audit_file_and_text_in_it_is_short_and_printable(target, tmp_path):

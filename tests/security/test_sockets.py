@@ -21,7 +21,7 @@ from llmchain_fed.errors import ConfigError, TransportError
 from llmchain_fed.runtimes.messaging import channel, frames
 from llmchain_fed.runtimes.nvflare.link import Link
 from llmchain_fed.runtimes.site.policy import Audit, Policy
-from llmchain_fed.runtimes.site.server import Site, check_socket
+from llmchain_fed.runtimes.site.server import SiteServer, check_socket
 
 ROOT = os.geteuid() == 0
 
@@ -41,7 +41,7 @@ class Echo:
 def path(tmp_path_factory):
     """Where a site listens."""
     found = tmp_path_factory.mktemp("s") / "a.sock"
-    threading.Thread(target=Site(Echo(), Policy(), Audit(None)).serve, args=(found,), daemon=True).start()
+    threading.Thread(target=SiteServer(Echo(), Policy(), Audit(None)).serve, args=(found,), daemon=True).start()
     until = time.monotonic() + 5
     while time.monotonic() < until:
         with suppress(ConfigError):

@@ -8,7 +8,9 @@ from tiny import PAIRS
 
 from llmchain_fed import FederatedAveraging, TrainingConfig
 from llmchain_fed.federated.callbacks import Callback
+from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.global_state import GlobalState, named
+from llmchain_fed.federated.protocol.tasks import PersonalStateTask
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.updates import serialization
 
@@ -27,7 +29,7 @@ SHARES = {"a": PAIRS[:5], "b": PAIRS[5:9], "c": PAIRS[9:]}
 _MEASURED = {"seconds", "training_seconds", "evaluation_seconds", "bytes_up", "bytes_down", "evaluation_bytes"}
 
 
-_ASK = serialization.pack({}, {"kind": "personal_state"})
+_ASK = messages.write(PersonalStateTask())
 
 
 def federation(chain, participants=SHARES, **options):

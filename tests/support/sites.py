@@ -9,6 +9,7 @@ from llmchain_fed.errors import (
     DeadlineError,
     TransportError,
 )
+from llmchain_fed.federated.client.operations import operations
 from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.messaging.chunked_calls import ChunkedCalls
 from llmchain_fed.runtimes.site.policy import Policy
@@ -17,7 +18,7 @@ from llmchain_fed.runtimes.site.server import check_socket
 TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=4, epochs=2)
 
 
-OPEN = Policy(operations=("hello", "train", "evaluate", "personal_state", "stop"), samples=9, error_messages=True)
+OPEN = Policy(operations=operations(), samples=9, error_messages=True)
 
 
 class Echo:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from llmchain_fed import (
     TrainingConfig,
     load_chain,
 )
-from llmchain_fed.federated.client.client import Client
+from llmchain_fed.federated.client import operations
 from llmchain_fed.updates.server_optimizers import from_settings
 
 SHARES = {"a": PAIRS[:5], "b": PAIRS[5:8], "c": PAIRS[8:], "d": PAIRS[2:6]}
@@ -126,10 +126,10 @@ def misbehave(kind: str | None, rank: int, by: list[int], out: Path) -> None:
         return
     if kind == "no-data":
         raise FileNotFoundError("no such file: patients.jsonl")
-    inner = Client._train
+    honest = operations.task_type("train")
 
-    def die(self, header, state):
-        if header["round"] == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    def die(client, task, state):
+        if task.round == 2 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             if kind == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             if kind == "freeze":
@@ -145,9 +145,9 @@ def misbehave(kind: str | None, rank: int, by: list[int], out: Path) -> None:
             until = time.monotonic() + 6.0 + 2 * rank
             while time.monotonic() < until:
                 torch.ones(500, 500) @ torch.ones(500, 500)
-        return inner(self, header, state)
+        return honest.work(client, task, state)
 
-    Client._train = die
+    operations._TYPES["train"] = replace(honest, work=die)
 
 
 def main() -> None:

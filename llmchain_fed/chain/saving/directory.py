@@ -17,21 +17,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from llmchain_fed.chain.saving import (
-    adapter as saved_adapter,
-)
-from llmchain_fed.chain.saving import (
-    fields,
-)
-from llmchain_fed.chain.saving import (
-    model as saved_model,
-)
-from llmchain_fed.chain.saving import (
-    tokenizer as saved_tokenizer,
-)
+from llmchain_fed.chain.saving import adapter as saved_adapter
+from llmchain_fed.chain.saving import fields
+from llmchain_fed.chain.saving import model as saved_model
+from llmchain_fed.chain.saving import tokenizer as saved_tokenizer
 from llmchain_fed.chain.saving.fields import ModelData
 from llmchain_fed.chain.saving.model import CHANGES, FOLDERS
-from llmchain_fed.errors import ChainFileError
+from llmchain_fed.errors import ChainFileError, ConfigError, RecipeError
 from llmchain_fed.model.folder import files as folder_files
 from llmchain_fed.model.folder import settings, tokenizer, weights
 from llmchain_fed.model.folder.files import SAVE_AGAIN
@@ -58,6 +50,20 @@ class ChainFile(Strict):
     model: ModelData
     files: Annotated[dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]], Field(max_length=100_000)]
     """path within the directory → SHA-256 of its content"""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """What the data of `chain.yaml` cannot mean is this file's error.
+
+    Raises:
+        ChainFileError: Inside, an option, a prompt or a parser was refused.
+    """
+    try:
+        yield
+    except (ConfigError, RecipeError) as error:
+        msg = f"{RECIPE}: {shown(str(error), 500)}. Only save() writes it; save the chain again."
+        raise ChainFileError(msg) from None
 
 
 def write(directory: Path, model: LocalModel, **parts: Any) -> None:

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from llmchain_fed.errors import CheckpointError, LLMChainFedError
-from llmchain_fed.federated.checkpoint import membership
 from llmchain_fed.federated.checkpoint.contents import Contents
 from llmchain_fed.federated.checkpoint.files import FileSizes
+from llmchain_fed.federated.client import state as private_state
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.state import Progress
-from llmchain_fed.federated.protocol import tasks
 from llmchain_fed.federated.protocol.global_state import GlobalState, parted
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server.server import Server
@@ -28,7 +27,6 @@ from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.model.weights import all_finite
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import decoding, shown
-from llmchain_fed.updates import serialization
 from llmchain_fed.updates.lora_layout import A, B, at_rank, selected
 from llmchain_fed.updates.low_rank import full_rank
 from llmchain_fed.updates.serialization import TensorInfo
@@ -151,9 +149,7 @@ def check_state(server: Server, name: str, state: bytes, rank: int | None, compl
             own = shapes if rank is None else {n: at_rank(n, shape, rank) for n, shape in shapes.items()}
             infos = {n: TensorInfo(torch.float32, shape) for n, shape in own.items()}
             carried = carried_by(server.settings.transforms, infos)
-            header, _ = serialization.inspect(state, max_bytes=len(state))
-            tasks.checked_header("personal_state", header)  # as the participant will read it
-            for number, progress in membership.progress_of(state).items():
+            for number, progress in private_state.unpack(state).items():  # as the participant will read it
                 _check_progress(number, progress, own, layers, carried)
                 if progress.optimizer_state is not None and isinstance(peer, Client):
                     types = {n: parameter.dtype for n, parameter in server.model.trainable_parameters().items()}
@@ -172,7 +168,7 @@ def _check_progress(
     layers: Iterable[str],
     carried: Mapping[str, TensorInfo],
 ) -> None:
-    if not -1 <= number < 2**63 or not 0 <= progress.next_step <= _MOST_STEPS:
+    if not 0 <= number < 2**63 or not 0 <= progress.next_step <= _MOST_STEPS:
         msg = f"round {shown(number)}, step {shown(progress.next_step)}"
         raise CheckpointError(msg)
     adapter = {f"{layer}.{part}" for layer in layers for part in (A, B)}

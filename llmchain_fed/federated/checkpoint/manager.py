@@ -17,9 +17,9 @@ from llmchain_fed.federated.checkpoint import state as resuming
 from llmchain_fed.federated.checkpoint.contents import Contents
 from llmchain_fed.federated.checkpoint.membership import Members, MembershipChange
 from llmchain_fed.federated.client.personalization import Ditto, with_remainder
+from llmchain_fed.federated.protocol.answers import Introduction
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.runtime import InProcess
-from llmchain_fed.federated.server.client_manager import Hello
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.federated.target import Target
 from llmchain_fed.model.local_model import LocalModel
@@ -207,10 +207,10 @@ class CheckpointManager:
                 msg = "members='changed' goes on with those who take part from now on: pass participants=…."
                 raise ConfigError(msg)
         holdings = {n: held for n, held in found.holdings.items() if n in nodes}
-        hellos: dict[str, Hello] = server.client_manager.joined  # others say what they hold when they join
+        hellos: dict[str, Introduction] = server.client_manager.joined  # others say what they hold when they join
         if here:
             asked = dict(server.client_manager.ask(nodes if change else list(holdings)))
-            hellos = {n: answer for n, answer in asked.items() if isinstance(answer, Hello)}
+            hellos = {n: answer for n, answer in asked.items() if isinstance(answer, Introduction)}
         if change is None:
             resuming.check_holdings(hellos, holdings, found)
         fitting.check_participants(found, server, membership.different(hellos, holdings).keys())
@@ -254,7 +254,7 @@ class CheckpointManager:
             self._compare(there)
             self._tell([n for n in there if n in self._owed])
 
-    def _send_away(self, there: Mapping[str, Hello]) -> None:
+    def _send_away(self, there: Mapping[str, Introduction]) -> None:
         """Whoever is not as it was is absent, and its record says why: one alone does not end the others' run."""
         others = {} if self._change is not None else membership.different(there, self._holdings)
         if self._found is None or len(there) - len(others) < self._server.settings.quorum:
@@ -263,7 +263,7 @@ class CheckpointManager:
             why = resuming.other_holdings(name, others[name], self._found)
             self._server.client_manager.leave(name, resuming.OtherExamplesError(why))
 
-    def _compare(self, hellos: Mapping[str, Hello]) -> None:
+    def _compare(self, hellos: Mapping[str, Introduction]) -> None:
         """Refuses, or takes note of, what participants hold that is not what they held."""
         if self._change is None:
             assert self._found is not None

@@ -12,11 +12,10 @@ from typing import Any, Literal, cast, get_args
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.client import state as private_state
 from llmchain_fed.federated.client.state import Progress
-from llmchain_fed.federated.server.client_manager import Hello
-from llmchain_fed.updates import serialization
+from llmchain_fed.federated.protocol.answers import Introduction
 
 Members = Literal["same", "changed"]
-START = private_state.pack({-1: Progress()})
+START = private_state.pack({0: Progress()})
 """the state of a participant that has not trained yet"""
 
 
@@ -35,7 +34,7 @@ def checked_members(choice: str) -> Members:
     raise ConfigError(msg)
 
 
-def holding(hello: Hello) -> dict[str, Any]:
+def holding(hello: Introduction) -> dict[str, Any]:
     """What of a participant decides how it goes on, as far as it says so."""
     return {
         "examples": hello.num_examples,
@@ -46,7 +45,7 @@ def holding(hello: Hello) -> dict[str, Any]:
     }
 
 
-def different(hellos: Mapping[str, Hello], holdings: Mapping[str, Any]) -> dict[str, dict[str, tuple[Any, Any]]]:
+def different(hellos: Mapping[str, Introduction], holdings: Mapping[str, Any]) -> dict[str, dict[str, tuple[Any, Any]]]:
     """Participant → what it holds otherwise than a checkpoint says: (then, now).
 
     Args:
@@ -61,16 +60,6 @@ def different(hellos: Mapping[str, Hello], holdings: Mapping[str, Any]) -> dict[
     return found
 
 
-def progress_of(state: bytes) -> dict[int, Progress]:
-    """Round → where a participant stands, as it gave it.
-
-    Raises:
-        FederationError: The bytes are none of ours.
-    """
-    header, infos = serialization.inspect(state, max_bytes=len(state))
-    return private_state.read(header.get("progress"), serialization.values(state, infos))
-
-
 def adapted(state: bytes, changes: Collection[str]) -> bytes:
     """A participant's state at a checkpoint, for what it holds now.
 
@@ -78,7 +67,7 @@ def adapted(state: bytes, changes: Collection[str]) -> bytes:
     optimizer begins anew: it would bring the old ones back. With another rank or alpha all tensors do: their shapes,
     or what they mean, are other ones.
     """
-    found = progress_of(state)
+    found = private_state.unpack(state)
     if {"rank", "alpha"} & set(changes):
         found = {number: Progress(progress.next_step) for number, progress in found.items()}
     elif "options" in changes:
@@ -88,7 +77,7 @@ def adapted(state: bytes, changes: Collection[str]) -> bytes:
 
 def has_own(state: bytes) -> bool:
     """Whether there is a personal model in a participant's state."""
-    return any(progress.has_own for progress in progress_of(state).values())
+    return any(progress.has_own for progress in private_state.unpack(state).values())
 
 
 @dataclass

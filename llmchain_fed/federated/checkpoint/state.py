@@ -17,13 +17,16 @@ from llmchain_fed.federated.checkpoint.files import Checkpoint
 from llmchain_fed.federated.checkpoint.fitting import check_state, copy_of, limits_of, state_of
 from llmchain_fed.federated.checkpoint.membership import START, MembershipChange, different, holding
 from llmchain_fed.federated.history import ParticipantRecord, told_of
+from llmchain_fed.federated.protocol import messages
+from llmchain_fed.federated.protocol.answers import Introduction
 from llmchain_fed.federated.protocol.global_state import GlobalState, named
+from llmchain_fed.federated.protocol.tasks import PersonalStateTask
 from llmchain_fed.federated.runtime import InProcess
-from llmchain_fed.federated.server.client_manager import ABSENCE, Hello
+from llmchain_fed.federated.server.client_manager import ABSENCE
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.federated.settings import Settings
 from llmchain_fed.untrusted import shown
-from llmchain_fed.updates import serialization, server_optimizers
+from llmchain_fed.updates import server_optimizers
 from llmchain_fed.updates.aggregation import AGGREGATIONS
 from llmchain_fed.updates.aggregation.base import Rule
 from llmchain_fed.updates.codecs import spec
@@ -94,9 +97,7 @@ def checkpoint_of(
     optimizer = settings.server_optimizer
     memory, numbers = optimizer.state_dict() if isinstance(optimizer, ResumableServerOptimizer) else ({}, {})
     blobs = dict(former)
-    ask = serialization.pack(
-        {}, {"kind": "personal_state", "round": server.round}
-    )  # before it: an interrupted one does not count
+    ask = messages.write(PersonalStateTask(round=server.round + 1))  # before it: an interrupted one does not count
     asked = [n for n in server.transport.nodes() if _stands_elsewhere(server, n, former, since)]
     if hasattr(server.transport, "expect"):
         server.transport.expect(
@@ -290,7 +291,7 @@ def begun_by_then(
     return {n: states.get(n, START) for n in nodes if n in states or n in joined or n not in trained}
 
 
-def check_holdings(hellos: Mapping[str, Hello], holdings: Mapping[str, Any], found: Contents) -> None:
+def check_holdings(hellos: Mapping[str, Introduction], holdings: Mapping[str, Any], found: Contents) -> None:
     """Makes sure that participants hold what they held.
 
     Args:
@@ -335,7 +336,7 @@ def as_before(server: Server) -> Iterator[None]:
     former, undo = GlobalState.of(server.model), server_optimizers.snapshot(server.settings.server_optimizer)
     kept, sent = dict(vars(server)), dict(vars(server.broadcast))
     here = isinstance(server.transport, InProcess)
-    ask = serialization.pack({}, {"kind": "personal_state", "round": server.round})
+    ask = messages.write(PersonalStateTask(round=server.round + 1))
     stood = dict(server.transport.call("personal_state", server.transport.nodes(), ask)) if here else {}
     try:
         yield

@@ -1,34 +1,65 @@
-"""A participant's state as a hub gives it back: whether it can be one of this participant's.
+"""The operation `personal_state`: a hub asks where a participant stands, or gives back what can be this participant's.
 
-Knows named tensors, optimizers by name, and their states. Knows nothing of messages or of how training goes on.
+Knows named tensors, optimizers by name, and their states. Knows nothing of how training goes on.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from llmchain_fed.errors import ParticipantError
-from llmchain_fed.federated.client.state import KINDS, Progress
+from llmchain_fed.errors import FederationError, ParticipantError
+from llmchain_fed.federated.client.state import KINDS, Progress, ProgressByRound, at_new_pass, pack, read
 from llmchain_fed.federated.protocol.expected import Layout
+from llmchain_fed.federated.protocol.tasks import PersonalStateTask, ProgressData
 from llmchain_fed.model.weights import all_finite
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates.lora_layout import PARTS, A, B, selected
 from llmchain_fed.updates.low_rank import full_rank
 from llmchain_fed.updates.serialization import TensorInfo
+from llmchain_fed.updates.transforms import carried_by
+
+if TYPE_CHECKING:
+    from llmchain_fed.federated.client.client import Client
 
 _ADAM = ("exp_avg", "exp_avg_sq", "step")
 _KEPT = {"Adam": _ADAM, "AdamW": _ADAM, "SGD": ("momentum_buffer",)}
 _REMEDY = "Give back what this participant gave."
 
 
+def check(client: Client, task: PersonalStateTask, layout: Layout, infos: Mapping[str, TensorInfo]) -> None:
+    """Makes sure, before a value is read, that what is given back can be this participant's.
+
+    Raises:
+        FederationError: Tensors that belong to nothing.
+        ParticipantError: It cannot.
+    """
+    if task.progress is not None:
+        check_layout(task.progress, infos, layout, carried_by(client.transforms, layout.values))
+    elif infos:
+        msg = f"the personal_state message gives nothing back and brings {len(infos)} tensors."
+        raise FederationError(msg)
+
+
+def exchange(client: Client, task: PersonalStateTask, layout: Layout, tensors: Mapping[str, Tensor]) -> bytes:
+    """Stands where the message says, if it says so; and says where it stands."""
+    if task.progress is not None:
+        given = read(task.progress, tensors)
+        if client.follows:
+            check_values(given, client.config, layout)
+        if task.new_pass:
+            given = at_new_pass(given, client.data.train(), client.config.batch_size)
+        client.progress = ProgressByRound(given)
+    return pack(dict([client.progress.before(task.round)]))
+
+
 def check_layout(
-    progress: Mapping[str, Any],
+    progress: Mapping[str, ProgressData],
     infos: Mapping[str, TensorInfo],
     layout: Layout,
     carried: Mapping[str, TensorInfo],
@@ -54,7 +85,7 @@ def check_layout(
             found.setdefault((number, kind), set()).add(key)
             if carried.get(key) != info if kind == "carried" else not _is_own(kind, key, info, layout.values):
                 _refuse(f"{shown(name)} is {info.dtype} {shown(info.shape)}, which no tensor of that name is here")
-        elif progress[number].get("optimizer") is None or not (kind.isascii() and kind.isdecimal()):
+        elif progress[number].optimizer is None or not (kind.isascii() and kind.isdecimal()):
             _refuse(f"{shown(name)} belongs to no optimizer")
         elif len(kind) > 9 or info.shape not in shapes or not info.dtype.is_floating_point:
             _refuse(f"{shown(name)} is {info.dtype} {shown(info.shape)}, which no optimizer's state is here")

@@ -6,58 +6,21 @@ hold the same states once.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self, cast
+from typing import cast
 
 from torch import Tensor
 
 from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.protocol.global_state import GlobalState, parted
+from llmchain_fed.federated.protocol.tasks import StateHeader
+from llmchain_fed.federated.protocol.versions import CODED, START, Version
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates.codecs import make_codec
 from llmchain_fed.updates.lora_layout import Part, selected
 from llmchain_fed.updates.low_rank import Factors, stack
 from llmchain_fed.updates.serialization import describe, not_finite
-
-STALE = b'{"stale": true}'
-"""the answer of a participant that does not hold what a difference is against: the hub then sends all"""
-_START = "start:"
-_VERSION = re.compile(r"([^/]{1,64})/([0-9]{1,12})/([^/]{0,64})")
-CODED = "coded/"
-"""begins the names of a codec's parts in a message"""
-
-
-class Version(NamedTuple):
-    """Names a global state among those of one hub and one rank."""
-
-    server: str
-    """one run of one hub: after a restart the same number may mean another state"""
-    number: int
-    rank: str
-    """of the participant's factors, empty for the common one"""
-
-    def __str__(self) -> str:
-        return f"{self.server}/{self.number}/{self.rank}"
-
-    @classmethod
-    def read(cls, text: str) -> Self:
-        """From its text.
-
-        Raises:
-            FederationError: It is none.
-        """
-        found = _VERSION.fullmatch(text) if isinstance(text, str) else None
-        if found is None:
-            msg = f"{shown(text)} names no version of the global state."
-            raise FederationError(msg)
-        return cls(found[1], int(found[2]), found[3])
-
-
-def start_version(digest: str) -> str:
-    """The name of the state a participant has before it was sent any: the first that its hub publishes."""
-    return _START + digest
 
 
 class GlobalStateCache:
@@ -76,16 +39,16 @@ class GlobalStateCache:
         self.most = most
         self._states: dict[str, tuple[Version, GlobalState]] = {}
 
-    def receive(self, header: Mapping[str, Any], tensors: dict[str, Tensor]) -> GlobalState | None:
+    def receive(self, header: StateHeader, tensors: dict[str, Tensor]) -> GlobalState | None:
         """The state a message stands for; None where it is a difference to one that is not held.
 
         Raises:
             FederationError: The message contradicts itself, or a value is not finite; what was held is held.
         """
         _check_finite(tensors)
-        if header.get("version") is None:
+        if header.version is None:
             return GlobalState(*parted(tensors))
-        version, against = Version.read(header["version"]), header.get("against")
+        version, against = Version.read(header.version), header.against
         known = self._states.get(version.rank)
         if known is not None and known[0] == version:
             return known[1]
@@ -115,33 +78,28 @@ class GlobalStateCache:
     def _since(self, against: str, version: Version) -> tuple[GlobalState, int] | None:
         """A state between the two versions, and its number; None where none is held."""
         known = self._states.get(version.rank)
-        first = against.startswith(_START)
+        first = against.startswith(START)
         oldest = Version(version.server, 0, version.rank) if first else Version.read(against)
         if known is not None and oldest <= known[0] <= version and known[0].server == version.server:
             return known[1], known[0].number
-        if not first or self._model.weights_hash != against.removeprefix(_START):
+        if not first or self._model.weights_hash != against.removeprefix(START):
             return None
         own = GlobalState.of(self._model)  # whose remainder is the module's own: others may write into that
         return GlobalState(own.values, {n: Factors(f.b.clone(), f.a.clone()) for n, f in own.remainder.items()}), 0
 
 
-def coded_parts(parts: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-    """A codec's parts under the names they have in a message: those of the change that made version `number`."""
-    return {f"{CODED}{number}/{name}": part for name, part in parts.items()}
-
-
-def _changed(former: GlobalState, number: int, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GlobalState:
+def _changed(former: GlobalState, number: int, header: StateHeader, tensors: Mapping[str, Tensor]) -> GlobalState:
     """The former state with those of a message's changes that are newer."""
     values, remainder = parted({n: t for n, t in tensors.items() if not n.startswith(CODED)})
     new_values = dict(former.values)
-    changes: Mapping[str, Any] = header.get("coded_names") or {}
+    changes = header.coded_names or {}
     for newer in sorted(int(key) for key in changes if int(key) > number):
-        new_values |= _decoded(new_values, header["coded"], changes[str(newer)], _parts_of(tensors, newer))
+        new_values |= _decoded(new_values, header.coded, changes[str(newer)], _parts_of(tensors, newer))
     if values.keys() - new_values.keys():
         msg = f"the message changes {sorted(values.keys() - new_values.keys())[:3]}, which it did not bring before."
         raise FederationError(msg)
     new_values |= values
-    begins: Mapping[str, int] = header.get("appended") or {}
+    begins = header.appended or {}
     found: dict[str, Factors] = dict(former.remainder)
     for layer, factors in remainder.items():
         rank = begins.get(layer, 0)
@@ -158,7 +116,7 @@ def _parts_of(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
 
 
 def _decoded(
-    values: Mapping[str, Tensor], codec: str, names: str | list[str], parts: Mapping[str, Tensor]
+    values: Mapping[str, Tensor], codec: str | None, names: str | list[str], parts: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The named values with a coded change added."""
     made = make_codec(codec)

@@ -7,7 +7,7 @@ policy is made of these limits and of what it answers at all.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import ConfigDict, Field, StringConstraints
@@ -16,8 +16,10 @@ from torch.utils.data import DataLoader
 from llmchain_fed._config import FrozenConfig
 from llmchain_fed.data.encoding import IGNORE, EncodedExamples
 from llmchain_fed.errors import PolicyError
+from llmchain_fed.federated.protocol.tasks import TrainTask
+from llmchain_fed.training.batch_sampler import Place, length_buckets
 from llmchain_fed.training.config import DEFAULT_LEARNING_RATE
-from llmchain_fed.training.loop import TrainingConfig, batches_of
+from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates.aggregation import AGGREGATIONS
 
@@ -145,7 +147,7 @@ class Limits(FrozenConfig):
             PolicyError: It will not.
         """
         if isinstance(data, EncodedExamples):
-            rows = batches_of(data.lengths(), config, participant, number, first_step)
+            rows = length_buckets(data, config, Place(participant, number, first_step))
             self.check_examples(_distinct(data, rows, self.min_examples_per_update))
 
     def check_codec(self, codec: str | None) -> None:
@@ -168,21 +170,21 @@ class Limits(FrozenConfig):
             said = shown(name) if name is not None else "a rule without a name"
             refuse("aggregations", f"{said} is asked for, allowed are {', '.join(self.aggregations) or 'none'}")
 
-    def check_parts(self, name: str | None, header: Mapping[str, Any]) -> None:
+    def check_parts(self, name: str | None, task: TrainTask) -> None:
         """Makes sure that a round trains and shares what the rule that the hub named does.
 
         Args:
             name: As its hello said; whether it told the truth is seen by this alone.
-            header: Of the training.
+            task: The training.
 
         Raises:
             PolicyError: It does not.
         """
         self.check_aggregation(name)
         rule = AGGREGATIONS.get(name) if name is not None else None
-        asked = header.get("trains", "all"), header.get("shares", "all")
+        asked = task.trains, task.shares
         if rule is not None:
-            said = rule.trains(header["round"]), rule.shares(header["round"])
+            said = rule.trains(task.index), rule.shares(task.index)
         elif self.aggregations is not None:
             said = "all", "all"
         else:

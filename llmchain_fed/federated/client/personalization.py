@@ -1,13 +1,14 @@
-"""Personal models: what one participant learns for itself, beside or after the global model.
+"""The operations `personalize` and `curve`, and Ditto: what one participant learns for itself.
 
-Knows local training, adapters and one participant's data. Knows nothing about rounds, messages or other participants.
+Knows local training, adapters and one participant's data. Knows nothing about other participants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 from torch import Tensor
@@ -15,12 +16,21 @@ from torch import Tensor
 from llmchain_fed._config import FrozenConfig
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.client.data import LocalData
+from llmchain_fed.federated.client.state import Progress
+from llmchain_fed.federated.protocol.answers import CurveAnswer, PersonalizeAnswer, SideBySideAnswer
+from llmchain_fed.federated.protocol.expected import Layout
+from llmchain_fed.federated.protocol.finiteness import spelled
 from llmchain_fed.federated.protocol.global_state import GlobalState
+from llmchain_fed.federated.protocol.tasks import CurveTask, PersonalizeTask
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training.evaluation import evaluate_locally
 from llmchain_fed.training.loop import TrainingConfig, TrainingResult, train_locally
 from llmchain_fed.updates.lora_layout import A, B
 from llmchain_fed.updates.low_rank import Factors, stack
+from llmchain_fed.updates.serialization import TensorInfo
+
+if TYPE_CHECKING:
+    from llmchain_fed.federated.client.client import Client
 
 MOST_STEPS = 10_000
 
@@ -155,3 +165,74 @@ def steps_config(config: TrainingConfig, steps: int, lr: float | None) -> Traini
         options["learning_rate"] = lr
     found: TrainingConfig = config.replace(**options)
     return found
+
+
+# --- the operations ---------------------------------------------------------------------------------------------------
+
+
+def check(client: Client, task: PersonalizeTask, _layout: Layout, _infos: Mapping[str, TensorInfo]) -> None:
+    """Makes sure that a personal model may be trained: its mean training loss is told, of these examples.
+
+    Raises:
+        PolicyError: The limits do not allow it.
+    """
+    data, limits = client.data.train(), client.limits
+    if limits is not None:
+        limits.check_training(client.config, task.lr)
+        limits.check_update(data, steps_config(client.config, task.steps, task.lr), client.name, task.index, 0)
+        limits.check_steps(task.steps)
+
+
+def check_curve(client: Client, task: CurveTask, _layout: Layout, _infos: Mapping[str, TensorInfo]) -> None:
+    """Makes sure that a curve may be measured.
+
+    Raises:
+        PolicyError: The limits do not allow it.
+    """
+    client.data.train()
+    if client.limits is not None:
+        client.limits.check_training(client.config, task.lr)
+        client.limits.check_steps(task.steps[-1])
+
+
+def personalize(client: Client, task: PersonalizeTask, state: GlobalState) -> PersonalizeAnswer:
+    """Makes a personal model from the global one, and says what that did to the held-out loss."""
+    config = steps_config(client.config, task.steps, task.lr)
+    place = {"participant": client.name, "round": task.index, "before_step": client.watch(task.seconds)}
+    values, result = fine_tune(client.model, state, client.data.train(), config, **place)
+    answer = {"train_loss": spelled(result.loss), "steps": result.steps, "seconds": result.seconds}
+    progress = replace(client.progress.before(task.round)[1], personal=values)
+    if client.data.holds_out:
+        answer["losses"] = losses(client, state, progress)
+    client.progress.personalized(task.round, values)
+    return PersonalizeAnswer(**answer)
+
+
+def curve(client: Client, task: CurveTask, state: GlobalState) -> CurveAnswer:
+    """Held-out losses over steps of adaptation: it counts as a training, and ends when that would."""
+    config = steps_config(client.config, max(1, *task.steps), task.lr).replace(max_steps=1)
+    place = {"participant": client.name, "round": task.index, "before_step": client.watch(task.seconds)}
+    points = adaptation_curve(client.model, state, client.data, config, task.steps, **place)
+    return CurveAnswer(curve=spelled(points))
+
+
+def losses(client: Client, state: GlobalState, progress: Progress) -> SideBySideAnswer:
+    """The held-out losses of what there is, with the personal model that is in this progress."""
+    if progress.has_own:
+        add_adapter(client, own_model(client, progress, state))
+    name = client.name if progress.has_own else None
+    return SideBySideAnswer(**spelled(side_by_side(client.model, state, name, client.data, client.config)))
+
+
+def own_model(client: Client, progress: Progress, state: GlobalState) -> Mapping[str, Tensor]:
+    """The personal model's factors as one adapter that needs no remainder beside it; there is one."""
+    if progress.personal:
+        return progress.personal
+    own = {**state.values, **progress.private} if progress.private else progress.ditto
+    return with_remainder(own, state.remainder, client.scaling or client.model.lora_scaling())
+
+
+def add_adapter(client: Client, values: Mapping[str, Tensor]) -> None:
+    """Makes the personal model an adapter of this process's model, by the participant's name."""
+    client.model.add_adapter(client.name, values, scaling=client.scaling)
+    client.shown = True

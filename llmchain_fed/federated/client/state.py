@@ -16,7 +16,8 @@ from torch import Tensor
 
 from llmchain_fed.data.encoding import EncodedExamples
 from llmchain_fed.errors import ParticipantError
-from llmchain_fed.updates import serialization
+from llmchain_fed.federated.protocol import messages
+from llmchain_fed.federated.protocol.tasks import KeptOptimizer, PersonalStateTask, ProgressData
 
 KINDS = ("carried", "private", "ditto", "personal")
 """of named tensors that stay with a participant"""
@@ -49,31 +50,73 @@ class Progress:
         return {kind: getattr(self, kind) for kind in KINDS}
 
 
+class ProgressByRound:
+    """Where a participant stands, by the rounds that it trained in. An interrupted round has not happened.
+
+    Whether a round counts, only what is asked next tells: a later round says that it does, the same one again that it
+    was interrupted. So two are kept: after the latest round, and before it. Rounds count from 1; 0 is the beginning.
+
+    | it trained in | it is asked about | it stands |
+    |---|---|---|
+    | nothing | any round | at its start |
+    | 1, 2 | 3, or no round in particular | as after 2 |
+    | 1, 2 | 2 again | as after 1 |
+    | 1, 2, 3 | 2: the hub went back further than is kept | at its start |
+    """
+
+    def __init__(self, rounds: Mapping[int, Progress] | None = None) -> None:
+        self.rounds: dict[int, Progress] = dict(rounds or {0: Progress()})
+
+    def before(self, number: int | None = None) -> tuple[int, Progress]:
+        """The latest round that counts before this one, and where it ended; None is the latest of all."""
+        at = max((r for r in self.rounds if number is None or r < number), default=0)
+        return at, self.rounds.get(at, Progress())
+
+    def trained(self, number: int, former: Progress, now: Progress) -> None:
+        """A round is done, which began at `former`."""
+        self.rounds = {r: p for r, p in self.rounds.items() if p is former} | {number: now}
+
+    def personalized(self, number: int, values: dict[str, Tensor]) -> Progress:
+        """Another personal model, made before this round; all else stays."""
+        at, progress = self.before(number)
+        self.rounds = self.rounds | {at: replace(progress, personal=values)}
+        return self.rounds[at]
+
+    def without_optimizers(self) -> ProgressByRound:
+        """The same, for other training options than an optimizer was made with."""
+        return ProgressByRound({n: replace(p, optimizer_state=None) for n, p in self.rounds.items()})
+
+    @property
+    def private(self) -> set[str]:
+        """Names of tensors that were never shared."""
+        return set().union(*(p.private for p in self.rounds.values()))
+
+
 def pack(progress: Mapping[int, Progress], *, new_pass: bool = False) -> bytes:
-    """Round → progress as bytes.
+    """Round → progress as a message that gives it back.
 
     Args:
         progress: Of one participant.
         new_pass: Whether whoever is given it shall begin a new pass over its data, which is other data than then.
     """
     tensors: dict[str, Tensor] = {}
-    header: dict[str, Any] = {}
+    places: dict[str, ProgressData] = {}
     for number, item in progress.items():
-        header[str(number)] = {"next_step": item.next_step, "optimizer": None}
         for kind, kept in item.kept().items():
-            tensors |= {f"{number}/{kind}/{n}": t.detach().cpu().contiguous() for n, t in kept.items()}
-        if item.optimizer_state is None:
-            continue
-        values: dict[str, dict[str, Any]] = {}
-        for index, state in item.optimizer_state["state"].items():
-            for key, value in state.items():
-                if isinstance(value, Tensor):
-                    tensors[f"{number}/{index}/{key}"] = value.detach().cpu().contiguous()
-                else:
-                    values.setdefault(str(index), {})[key] = value
-        header[str(number)]["optimizer"] = {"values": values, "param_groups": item.optimizer_state["param_groups"]}
-    head = {"kind": "personal_state", "progress": header}
-    return serialization.pack(tensors, head | {"new_pass": True} if new_pass else head)
+            tensors |= {f"{number}/{kind}/{n}": t.detach().cpu() for n, t in kept.items()}
+        optimizer = None
+        if item.optimizer_state is not None:
+            values: dict[str, dict[str, Any]] = {}
+            for index, state in item.optimizer_state["state"].items():
+                for key, value in state.items():
+                    if isinstance(value, Tensor):
+                        tensors[f"{number}/{index}/{key}"] = value.detach().cpu()
+                    else:
+                        values.setdefault(str(index), {})[key] = value
+            optimizer = KeptOptimizer.model_construct(values=values, param_groups=item.optimizer_state["param_groups"])
+        places[str(number)] = ProgressData.model_construct(next_step=item.next_step, optimizer=optimizer)
+    said: dict[str, Any] = {"progress": places} | ({"new_pass": True} if new_pass else {})
+    return messages.write(PersonalStateTask.model_construct(**said), tensors)
 
 
 def at_new_pass(progress: Mapping[int, Progress], data: Any, batch_size: int) -> dict[int, Progress]:
@@ -91,19 +134,19 @@ def at_new_pass(progress: Mapping[int, Progress], data: Any, batch_size: int) ->
     return {n: replace(item, next_step=-(-item.next_step // per_pass) * per_pass) for n, item in progress.items()}
 
 
-def read(header: Any, tensors: Mapping[str, Tensor]) -> dict[int, Progress]:
-    """The reverse of `pack`, from the header's `progress` and the tensors.
+def read(progress: Mapping[str, ProgressData] | None, tensors: Mapping[str, Tensor]) -> dict[int, Progress]:
+    """The reverse of `pack`, from the message's `progress` and its tensors.
 
     Raises:
         ParticipantError: They do not fit together.
     """
     try:
-        found = {int(n): Progress(int(item["next_step"])) for n, item in header.items()}
-        for number, item in header.items():
-            if item["optimizer"] is None:
-                continue
-            state = {int(i): dict(values) for i, values in item["optimizer"]["values"].items()}
-            found[int(number)].optimizer_state = {"state": state, "param_groups": item["optimizer"]["param_groups"]}
+        found = {int(number): Progress(place.next_step) for number, place in (progress or {}).items()}
+        for number, place in (progress or {}).items():
+            if place.optimizer is not None:
+                state = {int(i): dict(values) for i, values in place.optimizer.values.items()}
+                kept_groups = place.optimizer.param_groups
+                found[int(number)].optimizer_state = {"state": state, "param_groups": kept_groups}
         for name, tensor in tensors.items():
             number, index, key = name.split("/", 2)
             if index in KINDS:
@@ -117,7 +160,17 @@ def read(header: Any, tensors: Mapping[str, Tensor]) -> dict[int, Progress]:
         if not found:
             msg = "no round"
             raise KeyError(msg)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         msg = f"the personal state cannot be read ({type(error).__name__}: {error})."
         raise ParticipantError(msg) from None
     return found
+
+
+def unpack(state: bytes) -> dict[int, Progress]:
+    """Round → where a participant stands, as it answered or as a checkpoint has it: the reverse of `pack`.
+
+    Raises:
+        FederationError: The bytes are none of ours.
+    """
+    task, tensors = messages.read_personal_state(state)
+    return read(task.progress, tensors)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from typing import NoReturn
 
 from llmchain_fed.errors import FederationError
-from llmchain_fed.federated.client.global_state_cache import CODED, Version
 from llmchain_fed.federated.protocol.global_state import REMAINDER_A, REMAINDER_B
+from llmchain_fed.federated.protocol.tasks import StateHeader
+from llmchain_fed.federated.protocol.versions import CODED, Version
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates.codecs import make_codec
@@ -52,29 +53,29 @@ class Layout:
         """Bytes that the header of a message over this state may have: names several times over, and some more."""
         return 2**20 + 4096 * len(self.values)
 
-    def check(self, header: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> None:
+    def check(self, header: StateHeader, infos: Mapping[str, TensorInfo]) -> None:
         """Makes sure that a message brings what its header says and this state has, and nothing else.
 
         Args:
-            header: Checked by `messages.checked_header`.
+            header: What it says that its tensors make of the state.
             infos: What tensors the message has.
 
         Raises:
             FederationError: A tensor too many or too few, of another type or shape, or a state of another rank.
         """
-        if "version" in header:
-            self._check_rank(header["version"])
+        if header.version is not None:
+            self._check_rank(header.version)
         coded = {n: i for n, i in infos.items() if n.startswith(CODED)}
         remainder = {n: i for n, i in infos.items() if n.endswith((REMAINDER_A, REMAINDER_B)) and n not in coded}
         values = {n: i for n, i in infos.items() if n not in coded and n not in remainder}
         if strange := sorted(values.keys() - self.values.keys()):
             _refuse(f"brings {len(strange)} tensors that are not trained here, such as {shown(strange[0])}")
-        if "against" not in header and (missing := sorted(self.values.keys() - values.keys())):
+        if header.against is None and (missing := sorted(self.values.keys() - values.keys())):
             _refuse(f"is the whole state and lacks {len(missing)} tensors of it, such as {shown(missing[0])}")
         for name, info in values.items():
             if info != self.values[name]:
                 _refuse(f"brings {name} as {_told(info)}, where it is {_told(self.values[name])} here")
-        self._check_remainder(remainder, header.get("appended", {}))
+        self._check_remainder(remainder, header.appended or {})
         self._check_coded(coded, header)
 
     def check_part(self, part: Part) -> None:
@@ -119,11 +120,11 @@ class Layout:
             if whole > most:
                 _refuse(f"brings {shown(layer)}'s remainder to rank {whole:,}, of which {most:,} can mean something")
 
-    def _check_coded(self, infos: Mapping[str, TensorInfo], header: Mapping[str, Any]) -> None:
+    def _check_coded(self, infos: Mapping[str, TensorInfo], header: StateHeader) -> None:
         wanted: dict[str, TensorInfo] = {}
-        codec = make_codec(header.get("coded"))
-        for number, names in header.get("coded_names", {}).items():
-            chosen = selected(self.values, cast(Part, names)) if isinstance(names, str) else names
+        codec = make_codec(header.coded)
+        for number, names in (header.coded_names or {}).items():
+            chosen = selected(self.values, names) if isinstance(names, str) else names
             strange = sorted(set(chosen) - self.values.keys())
             if strange or not chosen or len(set(chosen)) < len(chosen) or codec is None:
                 _refuse(f"codes tensors that are not trained here, or twice: {shown(strange or chosen)}")

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from llmchain_fed.federated.history import History, RoundRecord
     from llmchain_fed.federated.server.attendance import Attendance, AttendanceChange
 
-_DOING = {"hello": "joining", "train": "training", "evaluate": "evaluating", "personal_state": "checkpoint"}
+_DOING = {
+    "hello": "joining",
+    "train": "training",
+    "personalize": "personalizing",
+    "evaluate": "evaluating",
+    "side_by_side": "evaluating",
+    "time_step": "timing a step",
+    "personal_state": "checkpoint",
+}
 _POSTFIX = 60  # characters
 
 

@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llmchain_fed import untrusted
 from llmchain_fed.errors import FederationError
-from llmchain_fed.federated.client.global_state_cache import STALE, Version, coded_parts, start_version
+from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.global_state import GlobalState, is_start_of, named
-from llmchain_fed.federated.runtime import InProcess, Operation, Transport
+from llmchain_fed.federated.protocol.tasks import StateHeader, StateTask
+from llmchain_fed.federated.protocol.versions import STALE, Version, coded_parts, start_version
+from llmchain_fed.federated.runtime import InProcess, Transport
 from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.model.weights import change_stamp
 from llmchain_fed.updates import serialization
@@ -26,8 +29,19 @@ from llmchain_fed.updates.codecs.base import Codec
 from llmchain_fed.updates.lora_layout import PARTS, LoraLayout, selected
 from llmchain_fed.updates.low_rank import Factors
 
-_NOTHING = -1  # held by a participant that must be sent everything
-_FIRST = -2  # the first state, which a participant found in its own model
+
+class KnownVersion(NamedTuple):
+    """Which version of the global state a participant is known to have.
+
+    | what it has | `version` | `found` | a message to it |
+    |---|---|---|---|
+    | nothing that is known: it is new, was lost, or said that it is stale | None | False | brings everything |
+    | the first state, which it found in its own model | 0 | True | what changed since, against `start:<digest>` |
+    | what it was sent last | its number | False | what changed since, against that version |
+    """
+
+    version: int | None = None
+    found: bool = False
 
 
 class Sent(NamedTuple):
@@ -100,7 +114,7 @@ class Broadcast:
         self._remainder: dict[str, _Grown] = {}
         self._codes: list[_Codes] = []
         self._codes_since = 0  # the version from which on they are all there
-        self._held: dict[str, int] = {}
+        self._known: dict[str, KnownVersion] = {}
         self._ranks: dict[str, tuple[int, Mapping[str, float]]] = {}
 
     # --- what there is ----------------------------------------------------------------------------------------------
@@ -135,7 +149,7 @@ class Broadcast:
         self._number += 1
         self._source |= {n: state.values[n] for n in changed}
         if gone:  # rare, after rolling back
-            self._held = {}
+            self._known = {}
         if self._codec is not None and changed:
             self._encode(changed, state)
         else:
@@ -189,30 +203,28 @@ class Broadcast:
             rank: Its own LoRA rank, if it has one.
             alpha: Likewise.
         """
-        self._held.pop(node, None)
+        self._known.pop(node, None)
         self._ranks.pop(node, None)
         if rank is not None and self.layout is not None:
             self._ranks[node] = (rank, self.layout.scaling_at(rank, alpha))
         elif holds is not None and holds == self._start:
-            self._held[node] = _FIRST
+            self._known[node] = KnownVersion(0, found=True)
 
     def call(
         self,
         transport: Transport,
-        op: Operation,
+        task: StateTask,
         nodes: Sequence[str],
-        header: Mapping[str, Any],
         timeout: float | None = None,
         *,
         largest: int | None = None,
     ) -> Iterator[Sent]:
-        """Lets nodes do `op` on the global state; yields their answers as `Transport.call` does.
+        """Lets nodes do a task on the global state; yields their answers as `Transport.call` does.
 
         Args:
             transport: The way to them.
-            op: What to do.
+            task: What to do.
             nodes: Who should.
-            header: What else the message says.
             timeout: seconds to wait for an answer.
             largest: bytes an answer may have, where the transport guards that.
         """
@@ -221,70 +233,70 @@ class Broadcast:
         # One after the other where they are asked so anyway: a stale one is asked again at once, and updates come in
         # one order whoever held what, so that a resumed run adds them as an uninterrupted one does.
         for group in [[n] for n in nodes] if isinstance(transport, InProcess) else [list(nodes)]:
-            yield from self._call(transport, op, group, header, timeout)
+            yield from self._call(transport, task, group, timeout)
 
-    def _call(
-        self, transport: Transport, op: Operation, nodes: list[str], header: Mapping[str, Any], timeout: float | None
-    ) -> Iterator[Sent]:
+    def _call(self, transport: Transport, task: StateTask, nodes: list[str], timeout: float | None) -> Iterator[Sent]:
         bytes_sent = dict.fromkeys(nodes, 0)
         waiting = nodes
         for attempt in range(2):
-            messages = self._messages(waiting, header)
+            payloads = self._payloads(waiting, task)
             stale = []
-            alike = len({id(m) for m in messages.values()}) == 1
-            payload: Any = next(iter(messages.values())) if alike else messages
-            answers = transport.call(op, waiting, payload, timeout) if waiting else ()
-            for node, answer in self._attendance.following(op, waiting, answers):
-                bytes_sent[node] += len(messages[node])
+            alike = len({id(m) for m in payloads.values()}) == 1
+            payload: Any = next(iter(payloads.values())) if alike else payloads
+            answers = transport.call(task.operation, waiting, payload, timeout) if waiting else ()
+            for node, answer in self._attendance.following(task.operation, waiting, answers):
+                bytes_sent[node] += len(payloads[node])
                 if isinstance(answer, bytes) and answer == STALE and attempt == 0:
-                    self._held[node] = _NOTHING
+                    self._known[node] = KnownVersion()
                     stale.append(node)
                     continue
-                if isinstance(answer, bytes):
-                    self._held[node] = self._number
-                else:
-                    self._held[node] = _NOTHING
+                self._known[node] = KnownVersion(self._number) if isinstance(answer, bytes) else KnownVersion()
                 yield Sent(node, answer, bytes_sent[node])
             waiting = stale
 
-    def message(self, node: str, header: Mapping[str, Any]) -> bytes:
+    def message(self, node: str, task: StateTask) -> bytes:
         """The one message for one node."""
-        return self._messages([node], header)[node]
+        return self._payloads([node], task)[node]
 
-    def _messages(self, nodes: Sequence[str], header: Mapping[str, Any]) -> dict[str, bytes]:
-        made: dict[tuple[int, Any], bytes] = {}
+    def lacks(self, node: str) -> tuple[StateHeader, dict[str, Tensor]]:
+        """What a message would bring to a node now: what its tensors make of the global state, and the tensors."""
+        return self._brought(self._known.get(node, KnownVersion()), node)
+
+    def _payloads(self, nodes: Sequence[str], task: StateTask) -> dict[str, bytes]:
+        made: dict[tuple[KnownVersion, Any], bytes] = {}
         found = {}
         for node in nodes:
             rank = self._ranks.get(node)
-            key = (self._held.get(node, _NOTHING), (rank[0], next(iter(rank[1].values()))) if rank else None)
+            key = (self._known.get(node, KnownVersion()), (rank[0], next(iter(rank[1].values()))) if rank else None)
             if key not in made:
-                made[key] = self._pack(key[0], node, header)
+                state, tensors = self._brought(key[0], node)
+                made[key] = messages.write(task, tensors, state)
             found[node] = made[key]
         return found
 
-    def _pack(self, held: int, node: str, header: Mapping[str, Any]) -> bytes:
+    def _brought(self, known: KnownVersion, node: str) -> tuple[StateHeader, dict[str, Tensor]]:
         rank = self.rank_of(node)
         suffix = "" if rank is None else f"{rank}x{next(iter(self._ranks[node][1].values()))!r}"
-        head = dict(header) | {"version": str(Version(self._token, self._number, suffix)), "against": None}
-        if held != _NOTHING:
-            known_as = start_version(self._start) if held == _FIRST else str(Version(self._token, held, suffix))
-            head["against"] = known_as
-        since = max(held, 0) if held != _NOTHING else -1
+        head: dict[str, Any] = {"version": str(Version(self._token, self._number, suffix))}
+        if known.version is not None:
+            version = str(Version(self._token, known.version, suffix))
+            head["against"] = start_version(self._start) if known.found else version
+        since = -1 if known.version is None else known.version
         changed = [n for n, stamp in self._stamps.items() if stamp > since]
         tensors: dict[str, Tensor] = {}
         codes = [codes for codes in self._codes if codes.number > since]
-        known = held != _NOTHING and since >= self._codes_since and rank is None
-        if known and sum(c.nbytes for c in codes) < sum(self._values[n].nbytes for n in changed):
+        all_there = known.version is not None and since >= self._codes_since and rank is None
+        if all_there and sum(c.nbytes for c in codes) < sum(self._values[n].nbytes for n in changed):
             head |= {"coded": spec(self._codec), "coded_names": {str(c.number): self._named(c.names) for c in codes}}
             for each in codes:
                 tensors |= coded_parts(each.parts, each.number)
                 changed = [n for n in changed if n not in each.names]
         values = self.state_for(node)
         tensors |= {n: values[n] for n in changed}
-        begins = {n: rank for n, known in self._remainder.items() if (rank := known.after(since)) is not None}
-        tensors |= named({n: self._remainder[n].factors.beyond(rank) for n, rank in begins.items()})
-        head["appended"] = {n: rank for n, rank in begins.items() if rank}
-        return serialization.pack({n: t.contiguous() for n, t in tensors.items()}, head)
+        begins = {n: first for n, grown in self._remainder.items() if (first := grown.after(since)) is not None}
+        tensors |= named({n: self._remainder[n].factors.beyond(first) for n, first in begins.items()})
+        head["appended"] = {n: first for n, first in begins.items() if first}
+        return untrusted.checked(StateHeader, head, what="the state of a message", error=FederationError), tensors
 
     def _named(self, names: list[str]) -> str | list[str]:
         """Shorter, where they are one of the usual parts."""
@@ -302,4 +314,4 @@ class Broadcast:
         self._remainder = {n: _Grown(f, ((0, 0),)) for n, f in state.remainder.items()}
         self._token = secrets.token_hex(8)
         self._number, self._start, self._stamps = 0, "", dict.fromkeys(self._values, 0)
-        self._held, self._codes, self._codes_since = {}, [], 0
+        self._known, self._codes, self._codes_since = {}, [], 0

@@ -5,38 +5,25 @@ Knows the hub's sizes. Trains one step and throws it away.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from pydantic import Field
-
-from llmchain_fed.errors import ParticipantError
 from llmchain_fed.federated.history import size
+from llmchain_fed.federated.protocol.answers import TimeStepAnswer
 from llmchain_fed.federated.protocol.global_state import GlobalState, parted
+from llmchain_fed.federated.protocol.tasks import TimeStepTask
 from llmchain_fed.federated.runtime import InProcess
+from llmchain_fed.federated.server.asking import ask, task_now
 from llmchain_fed.federated.server.server import Server
-from llmchain_fed.untrusted import Strict, checked, decoding
 from llmchain_fed.updates import serialization
 from llmchain_fed.updates.codecs.base import Codec, encoded_bytes
 from llmchain_fed.updates.lora_layout import Part, selected
 from llmchain_fed.updates.serialization import TensorInfo
-from llmchain_fed.updates.update import MAX_EXAMPLES, MAX_SECONDS
 
 _HEADER = 400  # bytes: what a message says beside its tensors' names
 _ENTRY = 90  # bytes: what it says of a tensor beside its name
-_ANSWER = 2**12  # bytes of what a participant says of its steps
-
-
-class TimedStep(Strict):
-    """What a participant says of its steps."""
-
-    seconds: float = Field(ge=0, le=MAX_SECONDS)
-    """of one"""
-    steps: int = Field(ge=0, le=MAX_EXAMPLES)
-    """a round"""
 
 
 @dataclass(frozen=True)
@@ -139,11 +126,11 @@ class _Downlink:
         self._begins: dict[str, list[int]] = {}  # and from which rank on the remainder
         self._sizes: dict[str, int] = {}
         for node in nodes:
-            message = server.broadcast.message(node, {})
-            header, infos = serialization.inspect(message, max_bytes=len(message))
-            values, remainder = parted(serialization.values(message, infos))
-            self._first[node], self._sizes[node] = set(values), len(message)
-            self._begins[node] = self._remainder.begins(remainder.keys(), header["appended"])
+            state, tensors = server.broadcast.lacks(node)
+            values, remainder = parted(tensors)
+            size = len(server.broadcast.message(node, task_now(server, TimeStepTask)))
+            self._first[node], self._sizes[node] = set(values), size
+            self._begins[node] = self._remainder.begins(remainder.keys(), state.appended or {})
         self._asked = dict.fromkeys(nodes, 0)  # closed rounds that it has been sent
         self._changes: list[Part] = []  # of each closed round
 
@@ -231,16 +218,9 @@ class _Remainder:
 
 def _timed_steps(server: Server, nodes: list[str]) -> list[tuple[float, int]]:
     """(seconds of a step, steps a round) where somebody says so."""
-    found = []
-    header = {"kind": "task", "round": server.round, "base": server.model.fingerprint(), "time_step": True}
-    for sent in server.broadcast.call(server.transport, "train", nodes, header, server.settings.deadline):
-        if isinstance(sent.answer, bytes):  # one that makes no sense is as good as none
-            what = f"what {sent.node!r} says of its steps"
-            with contextlib.suppress(ParticipantError), decoding(what, ParticipantError):
-                plain = serialization.read_json(sent.answer, most=_ANSWER)
-                said = checked(TimedStep, plain, what=what, error=ParticipantError)
-                found += [(said.seconds, said.steps)] if said.steps else []
-    return found
+    answers = ask(server, task_now(server, TimeStepTask), TimeStepAnswer, nodes)
+    # one that makes no sense is as good as none
+    return [(said.seconds, said.steps) for _, said in answers if isinstance(said, TimeStepAnswer) and said.steps]
 
 
 def _memory(server: Server, updates: int) -> int:

@@ -6,12 +6,11 @@ Knows the transport, the roster and the clock. Knows nothing about aggregation o
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from llmchain_fed.errors import ConfigError, DeadlineError, ParticipantError, TransportError
 from llmchain_fed.federated.compatibility import check_rank
 from llmchain_fed.federated.history import ParticipantRecord
+from llmchain_fed.federated.protocol.tasks import TrainTask
 from llmchain_fed.federated.runtime import Transport
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.client_manager import ClientManager
@@ -79,13 +78,13 @@ class Dispatcher:
                 self._broadcast.joined(name, hello.holds, hello.rank, hello.alpha)
         return [name for name in newcomers if name in self._client_manager.joined]
 
-    def train(self, opened: OpenRound, chosen: list[str], header: Mapping[str, Any]) -> None:
+    def train(self, opened: OpenRound, chosen: list[str], task: TrainTask) -> None:
         """Lets the chosen train and hands their answers to the round as they arrive.
 
         Args:
             opened: The round.
             chosen: Who shall train.
-            header: What they are told.
+            task: What they are told.
         """
         until = time.monotonic() + self._deadline if self._deadline is not None else None
         waiting, sent = chosen, dict.fromkeys(chosen, 0)
@@ -99,7 +98,7 @@ class Dispatcher:
             asked = [name for name in waiting if name in self._client_manager.joined]
             missed = {name: self._client_manager.absent[name] for name in waiting if name not in asked}
             calls = self._broadcast.call(
-                self._transport, "train", asked, header, _left(until), largest=opened.largest_update(asked)
+                self._transport, task, asked, _left(until), largest=opened.largest_update(asked)
             )
             for name, answer, size in calls:
                 sent[name] += size if not isinstance(answer, TransportError) else 0  # whether it came there at all

@@ -10,51 +10,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pydantic import Field
-
 from llmchain_fed.data.encoding import Examples
-from llmchain_fed.errors import ConfigError, LLMChainFedError, ParticipantError
+from llmchain_fed.errors import ConfigError, LLMChainFedError
 from llmchain_fed.federated.history import History, RoundRecord, Sample, told_of
 from llmchain_fed.federated.participant import Participant, hold_out
-from llmchain_fed.federated.protocol import finiteness
+from llmchain_fed.federated.protocol import finiteness, messages
+from llmchain_fed.federated.protocol.answers import EvaluateAnswer, Introduction
 from llmchain_fed.federated.protocol.finiteness import told
 from llmchain_fed.federated.protocol.global_state import GlobalState
+from llmchain_fed.federated.protocol.tasks import EvaluateTask
 from llmchain_fed.federated.runtime import Transport
 from llmchain_fed.federated.server.broadcast import Broadcast
-from llmchain_fed.federated.server.client_manager import Hello
 from llmchain_fed.federated.server.pooling import HALF, WHOLE, pooled
 from llmchain_fed.federated.target import Target
 from llmchain_fed.training.evaluation import evaluate_locally
 from llmchain_fed.training.loop import encoded
-from llmchain_fed.untrusted import Strict, checked, decoding, one_line, printable
-from llmchain_fed.updates import serialization
-from llmchain_fed.updates.update import MAX_EXAMPLES
+from llmchain_fed.untrusted import one_line, printable
 
 _SAMPLE_TOKENS = 32
 _LONGEST = 10_000  # characters of a text that came from elsewhere
 _SHORT = 1000  # and of one that says what went wrong
-_ANSWER = 2**16  # bytes that an answer may have without samples
-_PER_SAMPLE = 2**18  # and for each of them
-_MOST_SAMPLES = 100_000
-
-
-class SampleAnswer(Strict):
-    """A held-out example and what the chain made of it."""
-
-    prompt: str
-    reference: str
-    answer: str
-
-
-class EvaluationAnswer(Strict):
-    """What a participant answers to `evaluate`: all its fields, with their types; `finiteness.read` reads the loss."""
-
-    loss: float | None
-    not_finite: str | None = None
-    tokens: int = Field(ge=1, le=MAX_EXAMPLES)
-    examples: int | None = Field(default=None, ge=1, le=MAX_EXAMPLES)
-    samples: list[SampleAnswer] = Field(default_factory=list, max_length=_MOST_SAMPLES, fail_fast=True)
-    samples_error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +121,7 @@ class Evaluator:
         self,
         transport: Transport,
         broadcast: Broadcast,
-        joined: Mapping[str, Hello],
+        joined: Mapping[str, Introduction],
         number: int,
         timeout: float | None = None,
     ) -> Measurement | None:
@@ -156,7 +131,7 @@ class Evaluator:
             transport: The way to the participants.
             broadcast: Sends them what they lack of the global state.
             joined: Who takes part.
-            number: Rounds completed with these weights.
+            number: Rounds completed with these weights; the next one is what participants are told.
             timeout: seconds to wait for their answers.
         """
         holders = [n for n, hello in joined.items() if hello.held_out]
@@ -170,9 +145,10 @@ class Evaluator:
         started = time.perf_counter()
         found = Measurement()
         if holders:
-            header = {"kind": "evaluate", "round": number, "base": model.fingerprint()}
-            header |= {"samples": self._samples, "sample_tokens": _SAMPLE_TOKENS}
-            for name, answer, size in broadcast.call(transport, "evaluate", holders, header, timeout):
+            task = EvaluateTask.of(
+                round=number + 1, base=model.fingerprint(), samples=self._samples, sample_tokens=_SAMPLE_TOKENS
+            )
+            for name, answer, size in broadcast.call(transport, task, holders, timeout):
                 found.own[name] = _read(answer, self._samples, joined[name].held_out_tokens)
                 found.bytes[name] = size + (0 if isinstance(answer, Exception) else len(answer))
         if self.is_shared:
@@ -248,12 +224,11 @@ def _read(answer: bytes | Exception, samples: int, declared: int | None = None) 
     if isinstance(answer, Exception):
         return {"error": told_of(answer)}
     try:
-        with decoding("its evaluation", ParticipantError):
-            plain = serialization.read_json(answer, most=_ANSWER + _PER_SAMPLE * samples)
-            loss = finiteness.read(plain)
-            found = checked(EvaluationAnswer, plain, what="its evaluation", error=ParticipantError)
+        longest = EvaluateAnswer.longest(samples)
+        found = messages.read_answer(EvaluateAnswer, answer, "its evaluation", longest)
     except LLMChainFedError as error:
         return {"error": one_line(error, _SHORT)}
+    loss = finiteness.read({"loss": found.loss, "not_finite": found.not_finite})
     if loss is None:
         return {"error": f"its evaluation makes no sense: a loss of {found.loss} ({one_line(found.not_finite, 80)})"}
     kept: dict[str, Any] = loss | {"tokens": min(found.tokens, declared or found.tokens)}

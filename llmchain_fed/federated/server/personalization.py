@@ -1,6 +1,7 @@
 """Personalizing: asks participants for personal models and for losses side by side, and reads what they answer.
 
-Knows the hub and the messages. Knows nothing about how a participant trains for itself: that is `personal`.
+Knows the hub, tasks and answers. Knows nothing about how a participant trains for itself: that is the client's
+`personalization`.
 """
 
 from __future__ import annotations
@@ -9,71 +10,18 @@ import html
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, Field
-
-from llmchain_fed.errors import ConfigError, FederationError, LLMChainFedError, ParticipantError
+from llmchain_fed.errors import ConfigError, ParticipantError
 from llmchain_fed.federated.client.client import Client
-from llmchain_fed.federated.history import told_of
 from llmchain_fed.federated.participant import Participant
-from llmchain_fed.federated.protocol import finiteness
-from llmchain_fed.federated.protocol.tasks import MAX_CURVE
-from llmchain_fed.federated.runtime import InProcess, Operation
+from llmchain_fed.federated.protocol import messages
+from llmchain_fed.federated.protocol.answers import CurveAnswer, PersonalizeAnswer, SideBySideAnswer
+from llmchain_fed.federated.protocol.tasks import CurveTask, PersonalizeTask, SideBySideTask
+from llmchain_fed.federated.server.asking import ask_one, task_now
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.model.adapters import GLOBAL
-from llmchain_fed.untrusted import Strict, checked, decoding
-from llmchain_fed.updates import serialization
-from llmchain_fed.updates.update import MAX_SECONDS
 
-ModelT = TypeVar("ModelT", bound=BaseModel)
 _KINDS = ("base", "global", "personal")
-_ANSWER = 2**20  # bytes: losses at some thousand counts of steps
-
-
-def _loss(found: Any) -> float:
-    if (number := finiteness.number(found)) is None:
-        msg = "no loss"
-        raise ValueError(msg)
-    return number
-
-
-# a loss of a model that has diverged is NaN, and shown as that
-Loss = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(_loss)]
-
-
-class LossesAnswer(Strict):
-    """Held-out losses side by side, of what there is."""
-
-    base: Loss = 0.0
-    global_: Loss = Field(default=0.0, alias="global")
-    personal: Loss = 0.0
-
-    def by_kind(self) -> dict[str, float]:
-        """Those that were sent."""
-        return self.model_dump(by_alias=True, exclude_unset=True)
-
-
-class FineTunedAnswer(Strict):
-    """What fine-tuning for one participant did."""
-
-    train_loss: Loss
-    steps: int = Field(default=0, ge=0)
-    seconds: float = Field(ge=0, le=MAX_SECONDS)
-    losses: LossesAnswer = LossesAnswer()
-
-
-class CurvePoint(Strict):
-    """A held-out loss after so many steps."""
-
-    steps: int = Field(ge=0)
-    loss: Loss
-
-
-class CurveAnswer(Strict):
-    """Held-out losses over steps of adaptation."""
-
-    curve: list[CurvePoint] = Field(max_length=MAX_CURVE, fail_fast=True)
 
 
 class SideBySide(Mapping[str, Mapping[str, float]]):
@@ -145,8 +93,8 @@ def personalize(server: Server, participant: str, steps: int, lr: float | None) 
         msg = f"steps is a count of at least 1, got {steps!r}."
         raise ConfigError(msg)
     _check_lr(lr)
-    answer = _ask(server, "train", participant, {"personal": {"steps": steps, "lr": lr}})
-    found = _checked(FineTunedAnswer, answer, participant)
+    task = task_now(server, PersonalizeTask, steps=steps, lr=lr)
+    found = ask_one(server, task, PersonalizeAnswer, participant)
     return Personalized(participant, steps, found.train_loss, found.seconds, found.losses.by_kind())
 
 
@@ -157,8 +105,8 @@ def compare(server: Server, participants: Sequence[str] | None) -> dict[str, dic
     if strangers := [n for n in wanted if n not in holders]:
         msg = f"{strangers} hold out no examples. Those who do: {', '.join(holders) or 'nobody; pass evaluation='}."
         raise ConfigError(msg)
-    asked = ((n, _ask(server, "evaluate", n, {"side_by_side": True})) for n in wanted)
-    return {n: _checked(LossesAnswer, answer, n).by_kind() for n, answer in asked}
+    task = task_now(server, SideBySideTask)
+    return {name: ask_one(server, task, SideBySideAnswer, name).by_kind() for name in wanted}
 
 
 def curve(server: Server, participant: str, steps: Sequence[int], lr: float | None) -> dict[int, float]:
@@ -168,7 +116,8 @@ def curve(server: Server, participant: str, steps: Sequence[int], lr: float | No
     if not server.client_manager.joined[participant].held_out if participant in server.client_manager.joined else False:
         msg = f"participant {participant!r} holds out no examples to measure on. Pass evaluation=, or held_out=."
         raise ConfigError(msg)
-    return _curve(_ask(server, "train", participant, {"curve": wanted, "lr": lr}), wanted, participant)
+    task = task_now(server, CurveTask, steps=wanted, lr=lr)
+    return _curve(ask_one(server, task, CurveAnswer, participant), wanted, participant)
 
 
 def curve_of_stranger(
@@ -184,41 +133,15 @@ def curve_of_stranger(
         msg = f"{participant.name!r} takes part already: pass its name, or give the newcomer another."
         raise ConfigError(msg)
     peer = Client(server.target, participant, server.settings.training)  # what it is sent, it alone holds
-    header = _header(server) | {"curve": wanted, "lr": lr}
+    task = task_now(server, CurveTask, steps=wanted, lr=lr)
     server.publish()
     server.broadcast.joined(participant.name, None, participant.rank, participant.alpha)
     try:
-        answer = peer.handle("train", server.broadcast.message(participant.name, header))
+        answer = peer.handle(task.operation, server.broadcast.message(participant.name, task))
     finally:  # whoever trains under this name later has a rank of its own
         server.broadcast.joined(participant.name, None, None, None)
-    return _curve(answer, wanted, participant.name)
-
-
-def _header(server: Server) -> dict[str, Any]:
-    return {
-        "kind": "task",
-        "round": server.round,
-        "base": server.model.fingerprint(),
-        "seconds": server.settings.deadline,
-    }
-
-
-def _ask(server: Server, op: Operation, participant: str, what: Mapping[str, Any]) -> bytes:
-    if participant not in server.client_manager.joined:
-        why = server.client_manager.absent.get(participant)
-        there = ", ".join(server.client_manager.joined) or "nobody"
-        reason = told_of(why) if why is not None else "nobody of that name"
-        msg = f"participant {participant!r} is not there ({reason}). There: {there}."
-        raise ConfigError(msg) if why is None else FederationError(msg)
-    server.publish()
-    header = _header(server) | dict(what)
-    (sent,) = server.broadcast.call(server.transport, op, [participant], header, server.settings.deadline)
-    if isinstance(sent.answer, Exception):
-        if isinstance(server.transport, InProcess) and isinstance(sent.answer, LLMChainFedError):
-            raise sent.answer
-        msg = f"participant {participant!r}: {told_of(sent.answer)}"
-        raise FederationError(msg) from sent.answer
-    return sent.answer
+    what = f"what {participant.name!r} answers"
+    return _curve(messages.read_answer(CurveAnswer, answer, what), wanted, participant.name)
 
 
 def _checked_steps(steps: Sequence[int]) -> list[int]:
@@ -236,22 +159,10 @@ def _check_lr(lr: float | None) -> None:
         raise ConfigError(msg)
 
 
-def _curve(answer: bytes, wanted: list[int], participant: str) -> dict[int, float]:
-    points = _checked(CurveAnswer, answer, participant).curve
-    measured = sorted(point.steps for point in points)
+def _curve(answer: CurveAnswer, wanted: list[int], participant: str) -> dict[int, float]:
+    measured = sorted(point.steps for point in answer.curve)
     if measured != wanted:
         msg = f"{participant!r} measured at {measured!s:.80}, asked for was {wanted!s:.80}."
         raise ParticipantError(msg)
-    found = {point.steps: point.loss for point in points}
+    found = {point.steps: point.loss for point in answer.curve}
     return {k: found[k] for k in wanted}
-
-
-def _checked(model: type[ModelT], answer: bytes, participant: str) -> ModelT:
-    """A participant's answer, of which every field has its type and its range.
-
-    Raises:
-        ParticipantError: It makes no sense.
-    """
-    what = f"what {participant!r} answers"
-    with decoding(what, ParticipantError):
-        return checked(model, serialization.read_json(answer, most=_ANSWER), what=what, error=ParticipantError)

@@ -22,6 +22,7 @@ from llmchain_fed.errors import (
     UpdateRefusedError,
 )
 from llmchain_fed.federated.history import ParticipantRecord, told_of
+from llmchain_fed.federated.protocol.tasks import TrainTask
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.diagnostics import Diagnostics, Seen
 from llmchain_fed.training.loop import TrainingConfig
@@ -86,18 +87,21 @@ class OpenRound:
         self._collection: Collection = self._capped or collection
         self._weights: dict[str, float] = {}
 
-    @property
-    def header(self) -> dict[str, Any]:
-        """What a participant is told to do."""
-        return {
-            "kind": "task",
-            "round": self.number,
-            "base": self._base,
-            "trains": self._rule.trains(self.number),
-            "shares": self._rule.shares(self.number),
-            "codec": spec(self._codec),
-            "feedback": self._codec is not None and self._codec.lossy_feedback and not self._rule.regauges,
-        }
+    def task(self, **more: Any) -> TrainTask:
+        """What a participant is told to do; rounds count from 1 in messages.
+
+        Raises:
+            FederationError: What is told beside the round's own makes no sense.
+        """
+        return TrainTask.of(
+            round=self.number + 1,
+            base=self._base,
+            trains=self._rule.trains(self.number),
+            shares=self._rule.shares(self.number),
+            codec=spec(self._codec),
+            feedback=self._codec is not None and self._codec.lossy_feedback and not self._rule.regauges,
+            **more,
+        )
 
     def largest_update(self, names: Iterable[str] = ()) -> int:
         """bytes: what no update of this round exceeds, from whoever of these it comes."""
@@ -118,7 +122,7 @@ class OpenRound:
             payload = self._collection.payload(values)
             self._layouts[rank] = values if payload is None else payload
         layout = self._layouts[rank]
-        return Expected(name, self.number, self._base, layout, num_examples, num_tokens, self._codec, start)
+        return Expected(name, self.number + 1, self._base, layout, num_examples, num_tokens, self._codec, start)
 
     def accept(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -20,8 +20,8 @@ from llmchain_fed.federated.client.overlap import crossing, overlap
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
 from llmchain_fed.federated.options import sampled
 from llmchain_fed.federated.protocol.global_state import GlobalState
-from llmchain_fed.federated.protocol.tasks import MAX_AGGREGATION
-from llmchain_fed.federated.runtime import InProcess, Operation, Transport
+from llmchain_fed.federated.protocol.tasks import MAX_AGGREGATION, TrainTask
+from llmchain_fed.federated.runtime import InProcess, Transport
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.client_manager import ClientManager
 from llmchain_fed.federated.server.dispatch import Dispatcher
@@ -30,7 +30,8 @@ from llmchain_fed.federated.server.evaluation import Evaluator, Measurement
 from llmchain_fed.federated.server.round import OpenRound
 from llmchain_fed.federated.settings import Settings
 from llmchain_fed.federated.target import Target
-from llmchain_fed.training.loop import TrainingConfig, seed_of
+from llmchain_fed.training.batch_sampler import seed_of
+from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import printable
 from llmchain_fed.updates import serialization, server_optimizers
 from llmchain_fed.updates.collection import Round
@@ -96,7 +97,7 @@ class Server:
             if former != counts:
                 self.notes[name] = f"joined with {former[0]} examples before, and with {counts[0]} now"
                 self._declared[name] = counts
-        reports = {n: self.client_manager.joined[n].report for n in newcomers}
+        reports = {n: self.client_manager.joined[n].data_report for n in newcomers}
         self.data_reports |= {n: report for n, report in reports.items() if report is not None}
         return newcomers
 
@@ -129,12 +130,12 @@ class Server:
         self.broadcast.publish(state, self.model.weights_hash)
         return state
 
-    def header(self, opened: OpenRound) -> dict[str, Any]:
+    def task(self, opened: OpenRound) -> TrainTask:
         """What participants are told to do in a round."""
-        header = opened.header | {"seconds": self.settings.deadline}
+        more: dict[str, Any] = {"seconds": self.settings.deadline}
         if self.settings.personal is not None:
-            header["ditto"] = self.settings.personal.model_dump()
-        return header
+            more["ditto"] = self.settings.personal.model_dump()
+        return opened.task(**more)
 
     def run_round(self, begins: Callable[[int, tuple[str, ...]], object]) -> RoundRecord:
         """One round with those who are there.
@@ -151,7 +152,7 @@ class Server:
         begins(self.round + 1, tuple(chosen))
         before = self.measure(self.round)
         opened = self.begin()
-        self.dispatcher.train(opened, chosen, self.header(opened))
+        self.dispatcher.train(opened, chosen, self.task(opened))
         others = {name: self.client_manager.record_of(name) for name in nodes if name not in opened.records}
         self.diverged = None
         try:
@@ -226,7 +227,7 @@ class Server:
         """Says of those whose first round this is what is both trained on and held out."""
         new = [n for n in record.participants if n in self.client_manager.joined and not self._has_been_there(n)]
         for name in new:
-            own = self.client_manager.joined[name].overlap
+            own = self.client_manager.joined[name].overlapping
             record.participants[name].notes += own.notes() if own is not None else []
         if not new or not isinstance(self.transport, InProcess):
             return  # what others hold in another process, nobody here knows
@@ -255,7 +256,7 @@ class Server:
 
     def _ask(self, op: str, messages: Mapping[str, bytes]) -> dict[str, bytes | Exception]:
         """Sends participants a message each, and waits for all answers."""
-        return dict(self.transport.call(cast(Operation, op), list(messages), messages, self.settings.deadline))
+        return dict(self.transport.call(op, list(messages), messages, self.settings.deadline))
 
     def _next_state(self, opened: OpenRound, former: GlobalState) -> GlobalState:
         settings = self.settings

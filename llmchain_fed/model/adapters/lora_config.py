@@ -189,7 +189,7 @@ def check_config(config: Any) -> None:
     """Makes sure that an adapter of this configuration works, before any weights are read.
 
     Raises:
-        ConfigError: It is no LoraConfig, or holds a value that does not work here.
+        ConfigError: The configuration is no LoraConfig, or has a value that does not work here.
     """
     if not isinstance(config, PeftConfig):
         msg = f"lora takes a peft.LoraConfig, got {type(config).__name__} {config!r:.60}. Pass LoraConfig(r=8, …)."
@@ -202,7 +202,7 @@ def check_module(module: nn.Module) -> None:
     """Makes sure that adapters in a module are ones that can be switched, trained and saved.
 
     Raises:
-        UnsupportedModelError: LoRA layers without a PeftModel around them, or a configuration that does not work.
+        UnsupportedModelError: LoRA layers have no PeftModel around them, or a configuration does not work.
     """
     outer = unwrapped(module)
     if not isinstance(outer, PeftModel):

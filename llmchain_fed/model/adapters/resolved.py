@@ -193,7 +193,7 @@ def check_names(module: nn.Module, resolved: Resolved) -> None:
     PEFT also takes a name for the end of a longer one, and the keys of its patterns for regular expressions.
 
     Raises:
-        ChainFileError: It would find more, or a name is none that a saved adapter may hold.
+        ChainFileError: PEFT would find more, or a saved adapter may not hold such a name.
     """
     base = cast(Any, unwrapped(module)).get_base_model()
     everything = {re.sub(r"(\.base_layer)+(?=\.|$)", "", n) for n, _ in base.named_modules() if n}

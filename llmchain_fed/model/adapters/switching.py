@@ -162,8 +162,8 @@ def lora_layers(module: nn.Module, key: str) -> dict[str, Any]:
     """Stable name → LoRA layer, for the layers that this adapter has factors in; `key` is PEFT's name for it.
 
     Raises:
-        UnsupportedModelError: There is none, or the adapter is more than two factors a layer (DoRA, LoRA on embeddings
-            or convolutions, with a bias), so that factors alone cannot stand for it.
+        UnsupportedModelError: There is no such layer, or the adapter is more than two factors a layer (DoRA, LoRA on
+            embeddings or convolutions, with a bias), so that factors alone cannot stand for it.
     """
     found = registry_of(module)
     layers = {n: layer for n, layer in found.layers.items() if key in layer._get_available_adapters()}
@@ -190,7 +190,7 @@ def one(module: nn.Module, keys: Sequence[str]) -> str:
     """The adapter, where exactly one is meant.
 
     Raises:
-        UnsupportedModelError: None, or several at once.
+        UnsupportedModelError: No adapter is active, or several are.
     """
     registry_of(module)
     if len(keys) != 1:
@@ -209,9 +209,9 @@ def activated(module: nn.Module, keys: Sequence[str], *, ordinary: bool) -> Iter
     PEFT's own `set_adapter` also sets every flag, which takes 40 ms over the 210 layers of SmolLM2; this takes one.
 
     Args:
-        module: Held exclusively by the caller.
-        keys: PEFT's names; none is the bare base.
-        ordinary: With the remainder, and off where the user has switched all adapters off.
+        module: The caller has its lock.
+        keys: PEFT's names of the adapters; an empty sequence is the bare base.
+        ordinary: The remainder answers too, and nothing does where the user has switched all adapters off.
 
     Raises:
         UnsupportedModelError: An adapter is merged into the base, and another is to answer.
@@ -269,7 +269,7 @@ def check_unmerged(found: AdapterRegistry) -> None:
     """Makes sure that the base weights are the base's.
 
     Raises:
-        UnsupportedModelError: An adapter is merged into them.
+        UnsupportedModelError: An adapter is merged into the base weights.
     """
     merged = next((name for name, layer in found.layers.items() if layer.merged_adapters), None)
     if merged is not None:

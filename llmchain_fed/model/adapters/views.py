@@ -89,15 +89,15 @@ class AdapterViews:
         """Makes or overwrites a resident adapter, frozen and in float32; all of it or, if it does not fit, nothing.
 
         Args:
-            name: Any text but `"global"`.
+            name: The adapter's name may be any text but `"global"`.
             state: `<layer>.lora_A.weight` (r, n) and `<layer>.lora_B.weight` (m, r) for every layer of the trained
                 adapter; ranks may differ from it and from layer to layer.
-            scaling: What B·A is multiplied by, one number or one a layer; by default the trained adapter's.
+            scaling: B·A is multiplied by this, one number or one a layer; by default by the trained adapter's.
 
         Raises:
             ConfigError: The name is taken by the trained adapter, or is no text.
-            WeightsMismatchError: Other names or shapes, not floating point, NaN or infinite values.
-            UnsupportedModelError: No LoRA, one beyond two factors a layer (DoRA, embeddings), or a merged one.
+            WeightsMismatchError: Names or shapes differ, or values are not finite floats.
+            UnsupportedModelError: It has no LoRA, one beyond two factors a layer (DoRA, embeddings) or a merged one.
         """
         with self._lock:
             residents.add(self.module, self._primary, name, state, scaling)
@@ -106,7 +106,7 @@ class AdapterViews:
         """Takes a resident adapter away; views of it raise from now on.
 
         Raises:
-            ConfigError: There is none of this name, or it is the trained one.
+            ConfigError: There is no adapter of this name, or it is the trained one.
         """
         with self._lock:
             residents.remove(self.module, self._primary, name)
@@ -141,8 +141,8 @@ class AdapterViews:
         adapter and not without one. Layers may have any rank or none.
 
         Raises:
-            WeightsMismatchError: A layer that the adapter is not in, another shape, NaN or infinite values.
-            UnsupportedModelError: No plain LoRA adapter, or a merged one.
+            WeightsMismatchError: The adapter is not in some layer, a shape is another, or values are NaN or infinite.
+            UnsupportedModelError: The model has no plain LoRA adapter, or it is merged.
         """
         with self._lock:
             residents.load_remainder(self.module, self._primary, factors)

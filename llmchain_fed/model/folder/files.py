@@ -46,7 +46,7 @@ def plain_files(folder: Path, *, error: ErrorType) -> list[str]:
     """Paths within a folder, sorted; every entry is a regular file or a folder of them.
 
     Raises:
-        ErrorType: A link, a pipe or a device, or more files and levels than a saved chain has.
+        ErrorType: There is a link, a pipe or a device, or more files and levels than a saved chain has.
     """
     found: list[str] = []
     folders = [(folder, 0)]
@@ -76,8 +76,8 @@ def check_written(names: Iterable[str], *, error: ErrorType) -> None:
     """Makes sure that `save` could have written every file, going by its name alone.
 
     Args:
-        names: Paths within a saved chain, such as "base/config.json".
-        error: Raised, with the file's name.
+        names: The paths within a saved chain, such as "base/config.json".
+        error: This is raised, with the file's name.
     """
     for name in names:
         part, _, rest = name.partition("/")
@@ -93,8 +93,8 @@ def check_own(folder: Path, *, error: ErrorType) -> None:
     What is in the folder beside a model's own files is not looked at.
 
     Args:
-        folder: Of a model; one in the hub's cache may link to the blobs beside it.
-        error: Raised for a file that leads elsewhere, with the remedy.
+        folder: A model's folder; one in the hub's cache may link to the blobs beside it.
+        error: This is raised for a file that leads elsewhere, with the remedy.
     """
     for name, why in _REDIRECTING.items():
         if os.path.lexists(folder / name):

@@ -63,8 +63,8 @@ def check_saved(folder: Path, *, error: ErrorType) -> None:
     """Makes sure that the settings in `base/` and `tokenizer/` of a saved chain are data about this folder alone.
 
     Args:
-        folder: Of the chain; its files are regular ones that `save` may write.
-        error: Raised with file and key.
+        folder: The chain's folder; its files are regular ones that `save` may write.
+        error: This is raised with file and key.
     """
     for part, name in (("base", "config.json"), ("tokenizer", "tokenizer_config.json")):
         if (found := _read(folder / part / name, error)) is not None:
@@ -86,8 +86,8 @@ def check_writable(config: Any, *, error: ErrorType) -> None:
     """Makes sure that a model's configuration, once saved, is one that `check_saved` lets through.
 
     Args:
-        config: transformers' object.
-        error: Raised with the field and what to do.
+        config: The configuration as transformers' object.
+        error: This is raised with the field and what to do.
     """
     written = _without(json.loads(config.to_json_string()))
     remedy = "Change or remove that field of module.config: it means nothing to a model that is loaded as data."
@@ -98,11 +98,11 @@ def check_implementations(config: Any, *, what: str) -> None:
     """Makes sure that a configuration names no code of a hub's for its attention or its experts.
 
     Args:
-        config: transformers' object, before a model is made of it.
-        what: Holds it, for the message.
+        config: The configuration as transformers' object, before a model is made of it.
+        what: The message says that this has the configuration.
 
     Raises:
-        UnsupportedModelError: It does.
+        UnsupportedModelError: The configuration names such code.
     """
     for key, value in _pairs(_fields(config)):
         _check_implementation(key, value, what, UnsupportedModelError)

@@ -23,9 +23,9 @@ def check(folder: Path, *, remedy: str, error: ErrorType) -> None:
     """Makes sure that the tokenizer in a folder, if it has one in this form, can be read in bounded time and memory.
 
     Args:
-        folder: Where `tokenizer.json` may lie.
-        remedy: A sentence on what to do.
-        error: Raised with the file and what is wrong with it.
+        folder: `tokenizer.json` may lie in it.
+        remedy: This sentence says what to do.
+        error: This is raised with the file and what is wrong with it.
     """
     path = folder / "tokenizer.json"
     if not path.exists():

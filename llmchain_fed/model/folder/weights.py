@@ -28,7 +28,7 @@ def headers(path: Path, *, error: ErrorType) -> dict[str, TensorHeader]:
     """The tensors of one safetensors file; values are not read.
 
     Raises:
-        ErrorType: It is none, its header is larger than 8 MB, or tensors and file do not agree.
+        ErrorType: The file is no safetensors file, its header is larger than 8 MB, or tensors and file do not agree.
     """
     what = shown(str(path), 300)
     try:
@@ -67,8 +67,8 @@ def check_fits(folder: Path, *, error: ErrorType) -> None:
     What transformers does not find it makes up, and takes the memory for it.
 
     Args:
-        folder: With settings that have been checked.
-        error: Raised with both sizes.
+        folder: Its settings have been checked.
+        error: This is raised with both sizes.
     """
     check_index(folder, error=error)
     stored = [tensor for file in folder.glob("*.safetensors") for tensor in headers(file, error=error).values()]

@@ -123,8 +123,8 @@ def shipped(own: Any, *, sampling: bool, beams: bool) -> dict[str, Any]:
 
     Args:
         own: The module's `generation_config`, or None.
-        sampling: Whether answers are sampled.
-        beams: Whether several beams are searched.
+        sampling: It says whether answers are sampled.
+        beams: It says whether several beams are searched.
     """
     if own is None:
         return {}
@@ -164,7 +164,7 @@ def overridden(own: Any, options: Any, explicit: Collection[str]) -> dict[str, A
     Args:
         own: The module's `generation_config`, or None.
         options: The `GenerationOptions` of the call.
-        explicit: Options that the caller has chosen; they override nothing without being asked.
+        explicit: The caller has chosen these options; they override nothing without being asked.
     """
     sampling, beams = options.temperature > 0, options.num_beams > 1
     found = {}
@@ -193,10 +193,10 @@ def say(model: str, others: Mapping[str, Any], idle: Mapping[str, Any], *, said:
     """Logs what a model ships and its answers do not follow, each field once.
 
     Args:
-        model: Its name.
-        others: From `overridden`.
-        idle: From `without_effect`.
-        said: Fields that were said before; those said now are added.
+        model: The model's name.
+        others: The fields that `overridden` found.
+        idle: The fields that `without_effect` found.
+        said: These fields were said before; those said now are added.
     """
     others = {n: v for n, v in others.items() if n not in said}
     idle = {n: v for n, v in idle.items() if n not in said}
@@ -263,11 +263,11 @@ def check_ids(values: Mapping[str, Any], rows: int | None) -> None:
     """Makes sure that tokens which the model ships have a row in it.
 
     Args:
-        values: From `shipped`.
-        rows: Tokens that the model tells apart; None: unknown.
+        values: The fields that `shipped` found.
+        rows: The model tells so many tokens apart; None is unknown.
 
     Raises:
-        ConfigError: A token id beyond them.
+        ConfigError: A token id is beyond them.
     """
     for name in ("bad_words_ids", "sequence_bias"):
         _check_ids(name, [i for ids in _sequences(values.get(name)) for i in ids], rows)

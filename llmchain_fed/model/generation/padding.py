@@ -30,10 +30,10 @@ def sharing(module: Any, rows: Sequence[Sequence[int]], *, pad: int, left: bool)
     as text answer otherwise in a batch of unequal prompts than alone; some (RWKV in transformers 5) in any batch.
 
     Args:
-        module: What generates; on its device, held exclusively.
-        rows: Ids of some prompts; a piece of one makes the trial.
-        pad: The padding token.
-        left: Padding goes in front, as for every decoder-only model.
+        module: It generates on its device; the caller has its lock.
+        rows: The ids of some prompts; a piece of one makes the trial.
+        pad: The id of the padding token.
+        left: If true, padding goes in front, as for every decoder-only model.
     """
     known = _known.get(module)
     if known is None:
@@ -84,9 +84,9 @@ def same(ours: Tensor, theirs: Tensor, *, exact: bool = False, half: bool = Fals
     """Whether logits are equal up to the rounding of another shape of batch.
 
     Args:
-        ours: Logits.
-        theirs: Logits of the same shape.
-        exact: A tenth of the tolerance.
+        ours: The logits of one computation.
+        theirs: The logits of another, of the same shape.
+        exact: If true, the tolerance is a tenth.
         half: They were computed in half precision, whose rounding adds up over the layers: their distance as a whole
             counts, a fifth of their spread at most; those of shifted positions are as far apart as strangers.
     """

@@ -52,7 +52,7 @@ def from_data(data: Mapping[str, Any]) -> GenerationConfig:
     """The configuration that `to_data` read, every field as it was, also what transformers calls invalid.
 
     Raises:
-        ValueError: A field that transformers does not know, or a value that is no data.
+        ValueError: transformers does not know a field, or a value is no data.
     """
     if strange := sorted(map(str, data.keys() - set(names()))):
         msg = f"transformers' GenerationConfig has no field {strange[:3]}"
@@ -72,7 +72,7 @@ def _plain(value: Any) -> Any:
     """The same in None, bool, int, float, text, list and dict.
 
     Raises:
-        TypeError: It is something else.
+        TypeError: The value is something else.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmchain_fed.federated.runtime import OPERATIONS
+from llmchain_fed.federated.client.operations import operations
 from llmchain_fed.runtimes.site.policy import Policy
 
 LIMITATIONS = (
@@ -34,7 +34,7 @@ def explain(policy: Policy) -> list[str]:
 
 
 def _answers(policy: Policy) -> dict[str, str]:
-    refused = [op for op in OPERATIONS if op not in policy.operations]
+    refused = [op for op in operations() if op not in policy.operations]
     stays = "; where this site stands (optimizer, residual, personal model) stays here"
     stays = stays if "personal_state" in refused else ""
     times = "as often as it is asked" if policy.max_rounds is None else f"{policy.max_rounds:,} times at most"

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmchain_fed.errors import PolicyError
-from llmchain_fed.runtimes.site.policy import is_harmless
+from llmchain_fed.federated.protocol.messages import Glance
+from llmchain_fed.runtimes.site.policy import counts_as_training, is_harmless
 from llmchain_fed.untrusted import one_line
 
 _LONGEST = 1000  # characters of a refusal
@@ -47,24 +48,22 @@ class SiteLog:
         """A hub asked something."""
         self._heard = time.time()
 
-    def began(self, op: str, asked: Mapping[str, Any]) -> None:
+    def began(self, op: str, asked: Glance) -> None:
         """A request is being worked on.
 
         Args:
             op: Which operation.
-            asked: What is known of it: `round`; of a hello, `federation` and `rule`.
+            asked: What is known of it.
         """
-        number = asked.get("round")  # as a hub says
+        number = asked.round  # as a hub says
         self._working = op, number if number is not None and 0 <= number < _MOST_ROUNDS else None, time.time()
-        if op == "train":
-            self._say(f"training begins{_round(asked)}")
+        if counts_as_training(op):
+            self._say(f"{_said(op)} begins{_round(asked)}")
 
-    def ended(
-        self, op: str, asked: Mapping[str, Any], seconds: float, error: BaseException | None, *, given_up: bool
-    ) -> None:
+    def ended(self, op: str, asked: Glance, seconds: float, error: BaseException | None, *, given_up: bool) -> None:
         """It was answered, failed, or nobody waited for it any more."""
         self._working = None, None, None
-        what = "training" if op == "train" else op
+        what = _said(op)
         if error is None and not given_up:
             self._trouble = {other: why for other, why in self._trouble.items() if other != op}
         if given_up:
@@ -74,20 +73,20 @@ class SiteLog:
         elif error is not None:
             why = type(error).__name__ + (f": {error}" if is_harmless(error) else "; the audit file has its message")
             self._failed(op, f"{what} failed: {why}")
-            if op == "train":
-                self._say(f"training failed{_round(asked)} after {seconds:.1f} s: {one_line(why, _LONGEST)}")
+            if counts_as_training(op):
+                self._say(f"{what} failed{_round(asked)} after {seconds:.1f} s: {one_line(why, _LONGEST)}")
             else:
                 self._once(f"{what} failed: {one_line(why, _LONGEST)}", f"{what} {type(error).__name__}")
-        elif op == "train":
-            self._say(f"training ends{_round(asked)}, {seconds:.1f} s")
-        elif op == "hello" and (found := (asked.get("federation"), asked.get("rule"))) != self._greeted:
+        elif counts_as_training(op):
+            self._say(f"{what} ends{_round(asked)}, {seconds:.1f} s")
+        elif op == "hello" and (found := (asked.federation, asked.rule)) != self._greeted:
             self._greeted = found
             self._say(f"hub greets: federation {one_line(found[0], 64)}, rule {one_line(found[1] or 'its own', 100)}")
 
     def refused(self, error: PolicyError, op: str) -> None:
         """What was asked is not allowed; an audit file that cannot be written is told by itself."""
         self._last_refusal = one_line(error, _LONGEST)
-        self._failed(op, f"{'training' if op == 'train' else op} refused: {self._last_refusal}")
+        self._failed(op, f"{_said(op)} refused: {self._last_refusal}")
         if error.__cause__ is None or not isinstance(error.__cause__, OSError):
             self._once(f"refused: {self._last_refusal}", self._last_refusal.split(":")[0])
 
@@ -115,5 +114,9 @@ class SiteLog:
             self._say(f"{line} ({count:,} times so far)")
 
 
-def _round(asked: Mapping[str, Any]) -> str:
-    return f": round {asked['round']}" if "round" in asked else ""
+def _said(op: str) -> str:
+    return "training" if op == "train" else op
+
+
+def _round(asked: Glance) -> str:
+    return f": round {asked.round}" if asked.round is not None else ""

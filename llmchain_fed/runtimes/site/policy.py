@@ -14,21 +14,33 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from llmchain_fed import untrusted
 from llmchain_fed._config import parse_options, unknown_option
 from llmchain_fed.errors import ConfigError, ContractError, DeadlineError, PolicyError, TransportError
 from llmchain_fed.federated.client.limits import Limits, refuse
-from llmchain_fed.federated.runtime import Operation
+from llmchain_fed.federated.client.operations import operations, task_type
 from llmchain_fed.untrusted import printable, shown
 
 # Their messages name options, digests and times, never a value of an example.
 _HARMLESS = (ConfigError, ContractError, DeadlineError, PolicyError, TransportError)
 _LONGEST = 2000  # characters of a text in the audit file
 _REMEDY = "Correct that line; `llmchain-fed policy explain FILE` says what a file lets happen."
+
+
+def _known(operation: str) -> str:
+    if operation not in operations():
+        msg = f"no operation is called {shown(operation, 40)!r}; there are {', '.join(operations())}"
+        raise ValueError(msg)
+    return operation
+
+
+def counts_as_training(operation: str) -> bool:
+    """Whether an operation is one of the trainings of which a policy allows so many."""
+    return operation in operations() and task_type(operation).task.counts_as_training
 
 
 class Policy(Limits):
@@ -40,10 +52,14 @@ class Policy(Limits):
     Policy(max_evaluations=42, max_rounds=20)
     """
 
-    operations: tuple[Operation, ...] = Field(default=("hello", "train", "evaluate", "stop"), strict=False)
+    operations: tuple[Annotated[str, AfterValidator(_known)], ...] = Field(
+        default=("hello", "train", "personalize", "evaluate", "side_by_side", "curve", "time_step", "stop"),
+        strict=False,
+    )
     """which operations are answered; `personal_state` lets the hub keep this site's optimizer and place in the data"""
     max_rounds: int | None = Field(default=1_000, ge=0, le=10**9)
-    """trainings this peer does before it must be started again; None is no limit"""
+    """trainings this peer does before it must be started again, personal models, curves and trial steps included; None
+    is no limit"""
     max_payload_bytes: int = Field(default=2**30, ge=1, le=2**40)
     """bytes of a request: global weights of a larger model need more"""
     error_messages: bool = False
@@ -96,7 +112,7 @@ class Policy(Limits):
             refuse("operations", f"this site does not answer {shown(op, 40)!r}, allowed are {allowed}")
         if num_bytes > self.max_payload_bytes:
             refuse("max_payload_bytes", f"{num_bytes:,} bytes are sent, at most {self.max_payload_bytes:,} are allowed")
-        if op == "train" and self.max_rounds is not None and rounds >= self.max_rounds:
+        if counts_as_training(op) and self.max_rounds is not None and rounds >= self.max_rounds:
             refuse(
                 "max_rounds",
                 f"this site has trained {rounds:,} times, at most {self.max_rounds:,} are allowed until its peer is "
@@ -133,14 +149,14 @@ class Audit:
     """
 
     def __init__(self, path: str | Path | None, say: Callable[[str], None] = lambda _: None) -> None:
-        self._path = Path(path) if path is not None else None
+        self.path = Path(path) if path is not None else None
         self._lock, self._say = threading.Lock(), say
         self._broken = False
-        if self._path is not None:
+        if self.path is not None:
             try:
                 os.close(self._open())
             except (OSError, ValueError) as error:
-                where, folder = shown(str(self._path), 300), self._path.absolute().parent
+                where, folder = shown(str(self.path), 300), self.path.absolute().parent
                 remedy = "" if folder.is_dir() else f" Make its folder first: mkdir -p {shlex.quote(str(folder))}"
                 msg = f"the audit file {where} cannot be written: {_said(error)}.{shown(remedy, 400)}"
                 raise ConfigError(msg) from error
@@ -151,7 +167,7 @@ class Audit:
         Raises:
             AuditError: It cannot be written: what is not written down is not answered.
         """
-        if self._path is None:
+        if self.path is None:
             return
         kept = {name: _bounded(value) for name, value in entry.items()}
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds")} | kept)
@@ -188,9 +204,9 @@ class Audit:
 
     def _open(self) -> int:
         """A descriptor to append with. Made anew each time, so that a file moved away by log rotation stays whole."""
-        assert self._path is not None
+        assert self.path is not None
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-        descriptor = os.open(self._path, flags, 0o600)  # without waiting for who might read a pipe
+        descriptor = os.open(self.path, flags, 0o600)  # without waiting for who might read a pipe
         try:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink > 1:

@@ -1,4 +1,4 @@
-"""Site: a participant's long-lived process. Serves one peer behind a UNIX socket, under the site's policy.
+"""SiteServer: a participant's long-lived process. Serves one peer behind a UNIX socket, under the site's policy.
 
 Knows frames, the policy and a peer's `handle`. Knows nothing of the engine that brings the frames, or of models: the
 peer has loaded its model before, and keeps it while engines, jobs and hubs come and go.
@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from llmchain_fed import untrusted
-from llmchain_fed.errors import ConfigError, LLMChainFedError, PolicyError, TransportError
+from llmchain_fed.errors import ConfigError, PolicyError, TransportError
 from llmchain_fed.federated.client.limits import Limits
-from llmchain_fed.federated.protocol import tasks
+from llmchain_fed.federated.client.operations import task_type
+from llmchain_fed.federated.protocol.messages import glance
 from llmchain_fed.federated.runtime import TaskHandler
 from llmchain_fed.runtimes.messaging import error_codes, frames, heads
 from llmchain_fed.runtimes.messaging.channel import Channel
 from llmchain_fed.runtimes.site.log import NOBODY, SiteLog
-from llmchain_fed.runtimes.site.policy import Audit, Policy
+from llmchain_fed.runtimes.site.policy import Audit, Policy, counts_as_training
 
 _LONGEST_WAIT = 30.0  # seconds a poll may block
 _EACH = 100  # malformed frames that have a line each in the audit file
-_LONGEST_HEADER = 2**22  # bytes that are read for the audit file's sake
 _CLOSING = 6.0  # seconds in which running work has come to its next step; whoever stopped the process waits for ten
 
 
@@ -72,7 +72,7 @@ class _Call:
         return payload
 
 
-class Site:
+class SiteServer:
     """Answers frames: a call's payload comes in slices, is worked on, and its answer is fetched in slices.
 
     One call at a time: a newer one replaces the former, whose work is given up, because whoever asked no longer waits.
@@ -240,7 +240,9 @@ class Site:
                     return
                 call.state = "working"
                 self._peer.take_up()  # under the lock: who replaces or drops this call comes after
-                self._trainings += call.op == "train"  # also where it is given up: what it was asked, it was asked
+                self._trainings += counts_as_training(
+                    call.op
+                )  # also where it is given up: what it was asked, it was asked
             answer, error = b"", None
             try:
                 answer = self._answer_to(call)
@@ -253,14 +255,14 @@ class Site:
 
     def _answer_to(self, call: _Call) -> bytes:
         """What the peer answers; begun and ended in the audit file, or not at all."""
-        asked = _asked(call.op, call.payload)
-        entry = {"op": call.op, "bytes_in": len(call.payload), "caller": call.caller} | asked
+        asked = glance(task_type(call.op).task, call.payload)
+        entry = {"op": call.op, "bytes_in": len(call.payload), "caller": call.caller} | asked.told()
         self._audit.write(**entry, status="began")
         self._log.began(call.op, asked)
         began = time.monotonic()
         answer, raised = b"", None
         try:
-            answer = self._peer.handle(call.op, call.take())  # type: ignore[arg-type]
+            answer = self._peer.handle(call.op, call.take())
         except BaseException as error:
             raised = error
         spent = round(time.monotonic() - began, 3)
@@ -301,22 +303,6 @@ class Site:
     def _converse(self, channel: Channel) -> None:
         with channel, suppress(OSError, EOFError):
             channel.send_bytes(self.answer(channel.recv_bytes(frames.MAX_OUTER, frames.TRANSFER)), frames.TRANSFER)
-
-
-def _asked(op: str, payload: bytearray) -> dict[str, Any]:
-    """Which round, or which federation greets by which rule; of a payload that may be anything."""
-    with suppress(LLMChainFedError, KeyError, TypeError):
-        if op == "hello":
-            hello = tasks.checked_hello(tasks.read_hello(bytes(payload)))
-            return {"federation": hello.federation, "rule": hello.aggregation}
-        size = int.from_bytes(payload[:8], "little")
-        if op not in ("train", "evaluate") or not len(payload) - size >= 8 or size > _LONGEST_HEADER:
-            return {}
-        limits: Any = {"most": _LONGEST_HEADER, "what": "the message", "error": TransportError}
-        header = untrusted.read_json(payload[8 : 8 + size], **limits)["__metadata__"]["llmchain_fed"]
-        number = untrusted.read_json(header, **limits).get("round")
-        return {"round": number + 1} if type(number) is int else {}
-    return {}
 
 
 def check_socket(path: str | Path) -> None:

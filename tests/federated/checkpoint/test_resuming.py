@@ -44,7 +44,7 @@ from llmchain_fed.updates.aggregation.mean import RunningMean
 from llmchain_fed.updates.server_optimizers import DiLoCo, FedAdam, FedYogi, Reptile, TorchServerOptimizer
 
 RANKS = [Participant("a", PAIRS[:5], rank=2), Participant("b", PAIRS[5:9], rank=4), Participant("c", PAIRS[9:], rank=1)]
-_ODD = serialization.pack({}, {"kind": "personal_state", "progress": {"1": {"next_step": "7", "optimizer": None}}})
+_ODD = serialization.pack({}, {"progress": {"1": {"next_step": "7", "optimizer": None}}})
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from other_work import does
 from scripted import BROKEN, CUT, REFUSED, SHARES, TRAINING, federation, statuses
 from tiny import PAIRS
 
@@ -343,7 +344,7 @@ def test_a_participant_of_this_process_that_fails_is_told_of_with_its_own_error(
         make_chain(lora=True), participants=people, training=TRAINING, progress=False, callbacks=[watch]
     )
     with monkeypatch.context() as patch:
-        patch.setattr(fed._peers["b"], "_train", lambda *_: 1 / 0)
+        does(patch, fed._peers["b"], lambda *_: 1 / 0)
         fed.fit(2)
     fed.fit(1)
     assert watch.changes == ["b out", "b in"]

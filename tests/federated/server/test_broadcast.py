@@ -9,14 +9,19 @@ import shutil
 
 import pytest
 import torch
+from other_work import does
 from tiny import PAIRS
 
 from llmchain_fed import ConfigError, FedAdam, FederatedAveraging, FederationError, Participant, TrainingConfig
+from llmchain_fed.federated.client import training
 from llmchain_fed.federated.client.client import Client
-from llmchain_fed.federated.client.global_state_cache import STALE, GlobalStateCache
+from llmchain_fed.federated.client.global_state_cache import GlobalStateCache
+from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.global_state import GlobalState
+from llmchain_fed.federated.protocol.tasks import TimeStepTask
+from llmchain_fed.federated.protocol.versions import STALE, Version
 from llmchain_fed.federated.runtime import InProcess, payload_for
-from llmchain_fed.federated.server.broadcast import Broadcast
+from llmchain_fed.federated.server.broadcast import Broadcast, KnownVersion
 from llmchain_fed.federated.target import Target
 from llmchain_fed.updates.codecs import make_codec
 from llmchain_fed.updates.codecs.quantization import Int4
@@ -115,7 +120,7 @@ def test_a_participant_that_lost_what_it_held_is_sent_all(rule, make_chain):
     fed, wire = federation(chain, aggregation=rule)
     fed.fit(3)
     wire.of("train")
-    fed._held.forget()
+    fed._global_states.forget()
     fed.fit(1)
     answers = wire.of("train")
     assert len(answers) == 4  # one that was stale, its repetition, and two that then found it in the process
@@ -132,7 +137,7 @@ def test_who_missed_rounds_is_sent_what_changed_since(make_chain):
     fed.fit(5)
     other, _ = federation(twin, **options)
     for _ in range(5):
-        other._held.forget()  # everything is sent whole every time
+        other._global_states.forget()  # everything is sent whole every time
         other.fit(1)
     assert_equal(chain.model.trainable_state(), twin.model.trainable_state())
 
@@ -147,7 +152,7 @@ def test_weights_that_the_user_changes_between_rounds_reach_the_participants(mak
     other, _ = federation(twin)
     other.fit(1)
     twin.model.load_state(state)
-    other._held.forget()
+    other._global_states.forget()
     other.fit(1)
     assert_equal(chain.model.trainable_state(), twin.model.trainable_state())
 
@@ -160,7 +165,7 @@ class Processes:
         for group in groups:
             target = Target.of(make_chain(lora=True))
             held = GlobalStateCache(target.model)
-            self.peers |= {n: Client(target, Participant(n, shares[n]), None, held=held) for n in group}
+            self.peers |= {n: Client(target, Participant(n, shares[n]), None, global_states=held) for n in group}
 
     def nodes(self):
         return list(self.peers)
@@ -224,11 +229,11 @@ def both_ends(make_model, codec=None):
 
 
 def deliver(broadcast, held, node="a"):
-    message = broadcast.message(node, {"kind": "task"})
-    header, infos = inspect(message, max_bytes=len(message))
-    state = held.receive(header, values(message, infos))
+    message = broadcast.message(node, TimeStepTask(round=1, base="b"))
+    header = messages.read_header(TimeStepTask, message)
+    state = held.receive(header.state, values(message, header.infos))
     if state is not None:
-        broadcast._held[node] = broadcast.number
+        broadcast._known[node] = KnownVersion(broadcast.number)
     return state, len(message)
 
 
@@ -332,10 +337,9 @@ def test_a_remainder_that_somebody_wrote_into_is_sent_anew(write, make_model):
 
 
 @pytest.mark.parametrize("version", ["x", "x/y/", "", 3, "x/-1/"])
-def test_a_version_that_is_none_is_refused(version, make_model):
-    held = GlobalStateCache(make_model(lora=True))
+def test_a_version_that_is_none_is_refused(version):
     with pytest.raises(FederationError, match="names no version"):
-        held.receive({"version": version, "against": None}, {})
+        Version.read(version)
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4", "topk:0.2"])
@@ -410,36 +414,38 @@ def test_codecs_go_with_every_rule(rule, codec, make_chain):
     assert ups[1] < {"bf16": 0.6, "int8": 0.4}[codec] * ups[0]
 
 
-def test_error_feedback_sends_what_was_left_out(make_chain):
+def test_error_feedback_sends_what_was_left_out(make_chain, monkeypatch):
     """The sum of what arrived, and the residual a participant keeps, is the sum of what it learnt."""
     chain = make_chain(lora=True)
     fed, _ = federation(chain, {"a": PAIRS[:4]}, codec="int4")
     peer, learnt, arrived = fed._peers["a"], None, None
-    inner = peer._trained
+    inner = training.trained_values
 
-    def watch(header, state, *rest):
+    def watch(client, task, state, *rest):
         nonlocal learnt
-        trained, result = inner(header, state, *rest)
+        trained, result = inner(client, task, state, *rest)
         change = {n: t - state.values[n] for n, t in trained.items()}
         learnt = change if learnt is None else {n: learnt[n] + c for n, c in change.items()}
         return trained, result
 
-    peer._trained = watch
+    monkeypatch.setattr(training, "trained_values", watch)
     start = chain.model.trainable_state()
     fed.fit(6)
     arrived = {n: t - start[n] for n, t in chain.model.trainable_state().items()}
-    carried = peer._latest().carried
+    carried = peer.progress.before()[1].carried
     residual = {name.removeprefix("residual/"): tensor for name, tensor in carried.items()}
     assert sum(float(r.norm()) for r in residual.values()) > 0
     for name in start:
         torch.testing.assert_close(arrived[name] + residual[name], learnt[name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_codec_that_the_participant_did_not_use_is_refused(make_chain):
+def test_a_codec_that_the_participant_did_not_use_is_refused(make_chain, monkeypatch):
     fed, _ = federation(make_chain(lora=True), codec="int8", quorum=1)
-    peer = fed._peers["b"]
-    inner = peer._train
-    peer._train = lambda header, state: inner(header | {"codec": None}, state)
+
+    def without(client, task, state):
+        return training.train(client, task.model_copy(update={"codec": None, "feedback": False}), state)
+
+    does(monkeypatch, fed._peers["b"], without)
     fed.fit(1)
     record = fed.history[0].participants["b"]
     assert record.status == "refused"
@@ -585,21 +591,19 @@ def test_mixed_ranks_are_sent_their_own_size(make_chain):
 
 
 @pytest.mark.parametrize("steps", [1e6, 1e300, -1.0, 2.5])
-def test_steps_that_nobody_asked_for_are_refused(steps, make_chain):
+def test_steps_that_nobody_asked_for_are_refused(steps, make_chain, monkeypatch):
     """FedNova divides by them; one participant must not move the others' weights by lying, nor end the round."""
     honest, chain = make_chain(lora=True), make_chain(lora=True)
     federation(honest, {n: SHARES[n] for n in "ac"}, aggregation="fednova")[0].fit(1)
     fed, _ = federation(chain, aggregation="fednova")
-    peer = fed._peers["b"]
-    inner = peer._train
 
-    def lie(header, state):
-        answer = inner(header, state)
+    def lie(client, task, state):
+        answer = training.train(client, task, state)
         head, infos = inspect(answer, max_bytes=len(answer))
         head["metrics"]["steps"] = steps
         return pack(values(answer, infos), head)
 
-    peer._train = lie
+    does(monkeypatch, fed._peers["b"], lie)
     fed.fit(1)
     record = fed.history[0].participants["b"]
     assert record.status == "refused"

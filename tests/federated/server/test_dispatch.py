@@ -14,6 +14,7 @@ from llmchain_fed import (
     FederatedAveraging,
     QuorumError,
 )
+from llmchain_fed.federated.client import joining, training
 from llmchain_fed.federated.server import dispatch
 
 
@@ -46,14 +47,16 @@ def test_who_joins_again_with_other_counts_is_noted(make_chain, monkeypatch):
     fed, transport = federation(make_chain, {"train": {"b": [None, CUT]}}, retries=0)
     fed.fit(2)
     peer = transport.peers["b"]
-    introduction = peer._introduction
+    introduction = joining.introduction
 
-    def more(*args):
-        said = introduction(*args)
-        report = said["report"] | {"used": 4000, "completion_tokens": 36_000}
-        return said | {"num_examples": 4000, "num_tokens": 36_000, "report": report}
+    def more(client, config):
+        said = introduction(client, config)
+        if client is not peer:
+            return said
+        report = said.report | {"used": 4000, "completion_tokens": 36_000}
+        return said.model_copy(update={"num_examples": 4000, "num_tokens": 36_000, "report": report})
 
-    monkeypatch.setattr(peer, "_introduction", more)
+    monkeypatch.setattr(joining, "introduction", more)
     fed.fit(1)
     notes = fed.history[-1].participants["b"].notes
     assert "joined with 4 examples before, and with 4000 now" in notes, (notes, fed.history[-1].participants["b"])
@@ -100,9 +103,7 @@ def test_a_late_update_is_dropped_recorded_and_not_asked_for_again(make_chain):
 
 
 def test_a_participant_gives_up_by_itself_when_the_deadline_is_over(make_chain, monkeypatch):
-    from llmchain_fed.federated.client import work
-
-    inner = work.train_locally
+    inner = training.train_locally
 
     def slow(*args, before_step, **options):
         def step():
@@ -112,7 +113,7 @@ def test_a_participant_gives_up_by_itself_when_the_deadline_is_over(make_chain, 
 
         return inner(*args, before_step=step, **options)
 
-    monkeypatch.setattr(work, "train_locally", slow)
+    monkeypatch.setattr(training, "train_locally", slow)
     chain = make_chain(lora=True)
     fed = FederatedAveraging(chain, participants=SHARES, training=TRAINING, deadline=0.2, progress=False)
     fed.fit(1)

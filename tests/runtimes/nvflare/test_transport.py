@@ -16,6 +16,7 @@ import pytest
 
 from llmchain_fed import NVFlare
 from llmchain_fed.errors import ConfigError, TransportError
+from llmchain_fed.federated.client.operations import operations
 from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.messaging.chunked_calls import ChunkedCalls
 from llmchain_fed.runtimes.nvflare import bridge as bridges
@@ -24,9 +25,9 @@ from llmchain_fed.runtimes.nvflare.engine_state import SeenSite
 from llmchain_fed.runtimes.nvflare.sites import Sites
 from llmchain_fed.runtimes.nvflare.supervision.reaching import Hindrance
 from llmchain_fed.runtimes.site.policy import Audit, Policy
-from llmchain_fed.runtimes.site.server import Site
+from llmchain_fed.runtimes.site.server import SiteServer
 
-OPEN = Policy(operations=["hello", "train", "evaluate", "personal_state", "stop"])
+OPEN = Policy(operations=operations())
 
 
 class Echo:
@@ -59,7 +60,7 @@ class Engine:
         self.lost, self.deadly = 0, None
         """how often a job's process at the hub was lost; by a frame with this in it"""
         self.peers = {name: Echo(seconds) for name in names}
-        self.sites = {n: Site(p, OPEN, Audit(folder / f"{n}.jsonl")) for n, p in self.peers.items()}
+        self.sites = {n: SiteServer(p, OPEN, Audit(folder / f"{n}.jsonl")) for n, p in self.peers.items()}
         self.over = set()
 
     def connected(self):
@@ -95,7 +96,7 @@ class Engine:
             )
         )
         time.sleep(self.begin)
-        hub = bridges.Hub(path, run)
+        hub = bridges.HubBridge(path, run)
         for _ in range(100):
             with suppress(TransportError, OSError, EOFError), frames.dial(path) as driver:
                 driver.send_bytes(frames.pack({"run": run, "sites": names}))
@@ -220,7 +221,7 @@ def exchange_with(sites, gone=(), told=None):
 
 
 def sites_in(folder, **seconds):
-    return {n: Site(Echo(s), OPEN, Audit(folder / f"{n}.jsonl")) for n, s in seconds.items()}
+    return {n: SiteServer(Echo(s), OPEN, Audit(folder / f"{n}.jsonl")) for n, s in seconds.items()}
 
 
 def test_who_gives_no_answer_is_told_while_the_others_work_and_answers_keep_their_order(tmp_path, monkeypatch):
@@ -263,7 +264,7 @@ def bridge_of_a_site(tmp_path, monkeypatch):
     path = tmp_path / "a.sock"
     monkeypatch.setenv(job.SOCKET, str(path))
     monkeypatch.setattr(bridges, "collab", SimpleNamespace(caller="server"))
-    site = bridges.Site()
+    site = bridges.SiteBridge()
 
     def call(*seconds):
         return frames.read(site.exchange(frames.pack({"do": "ping"}), *seconds))[0]["error"]

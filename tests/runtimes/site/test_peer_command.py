@@ -29,7 +29,7 @@ from llmchain_fed.runtimes.overview import ask_status
 from llmchain_fed.runtimes.site import warnings
 from llmchain_fed.runtimes.site.log import SiteLog
 from llmchain_fed.runtimes.site.policy import Audit, Policy
-from llmchain_fed.runtimes.site.server import Site
+from llmchain_fed.runtimes.site.server import SiteServer
 
 SLOW = TRAINING.replace(epochs=None, max_steps=9_000)
 ABOUT = {"name": "a", "examples": 3, "held_out": True, "audit": "/var/a.jsonl", "contract": {"base": "1e1c"}}
@@ -172,7 +172,7 @@ def site(tmp_path):
 
     def start(peer, policy=OPEN):
         screen, path = Screen(), tmp_path / "a.sock"
-        served = Site(peer, policy, Audit(tmp_path / "a.jsonl", screen), SiteLog(screen, ABOUT))
+        served = SiteServer(peer, policy, Audit(tmp_path / "a.jsonl", screen), SiteLog(screen, ABOUT))
         threading.Thread(target=served.serve, args=(path,), daemon=True).start()
         answering(path)
         return SocketTransport({"a": path}), screen, served
@@ -186,7 +186,7 @@ def ask(transport, op, payload=b"x", **options):
 
 def test_a_round_is_two_lines_and_what_a_hub_measures_none(site):
     transport, screen, _ = site(Echo())
-    for number in range(3):
+    for number in (1, 2, 3):
         ask(transport, "train", task(round=number))
         ask(transport, "evaluate", task(round=number))
     assert [line.split(",")[0] for line in screen] == [

@@ -24,12 +24,14 @@ from llmchain_fed.errors import (
     TransportError,
 )
 from llmchain_fed.federated.client.client import Client
+from llmchain_fed.federated.protocol import messages
+from llmchain_fed.federated.protocol.tasks import PersonalStateTask, TrainTask
 from llmchain_fed.federated.reporting import lines
 from llmchain_fed.federated.target import Target, check_contract
 from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.messaging.chunked_calls import ChunkedCalls
 from llmchain_fed.runtimes.site.policy import Audit, Policy
-from llmchain_fed.runtimes.site.server import Site, check_socket
+from llmchain_fed.runtimes.site.server import SiteServer, check_socket
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def serve(tmp_path_factory):
 
     def start(name, peer, policy=OPEN):
         path = folder / f"{name}.sock"
-        site = Site(peer, policy, Audit(folder / f"{name}.jsonl"))
+        site = SiteServer(peer, policy, Audit(folder / f"{name}.jsonl"))
         threading.Thread(target=site.serve, args=(path,), daemon=True).start()
         return answering(path)
 
@@ -256,7 +258,7 @@ def test_a_request_is_written_down_before_it_is_worked_on(serve):
     inner = peer.handle
     path = serve("a", peer)
     peer.handle = lambda op, payload: seen.append(audit(serve.folder, "a")[-1]) or inner(op, payload)
-    dict(SocketTransport({"a": path}).call("train", ["a"], task(round=4)))
+    dict(SocketTransport({"a": path}).call("train", ["a"], task(round=5)))
     assert (seen[0]["op"], seen[0]["round"], seen[0]["status"]) == ("train", 5, "began")
 
 
@@ -312,12 +314,8 @@ def test_slices_of_a_call_that_was_replaced_or_dropped_change_nothing(serve):
 
 def test_work_that_is_given_up_before_its_first_step_does_not_run_to_its_end(make_chain):
     peer = Client(Target.of(make_chain(lora=True)), Participant("a", PAIRS), TRAINING)
-    from llmchain_fed.updates import serialization
-
     chain = make_chain(lora=True)
-    payload = serialization.pack(
-        chain.model.trainable_state(), {"round": 0, "base": chain.model.fingerprint(), "seconds": None}
-    )
+    payload = messages.write(TrainTask(round=1, base=chain.model.fingerprint()), chain.model.trainable_state())
     peer.give_up()
     with pytest.raises(DeadlineError):
         peer.handle("train", payload)
@@ -446,7 +444,7 @@ def test_a_peer_with_another_contract_is_absent_by_name_and_the_others_learn(ser
     assert f"out: c (refused: {said}" in lines.beginning_of(["a", "b"], reasons), "a list has room for what differs"
     # a peer that does not compare is found out by the hub
     with pytest.raises(ContractError, match=rf"^another contract \(prompt: {at_c}… at d, {at_hub}… at the hub\)"):
-        check_contract("d", site=other.contract(), hub=Target.of(make_chain(lora=True)).contract())
+        check_contract("d", site=other.contract(), server=Target.of(make_chain(lora=True)).contract())
 
 
 @pytest.mark.parametrize("change", [{"lora_alpha": 64}, {"use_rslora": True}, {"lora_dropout": 0.1}])
@@ -455,7 +453,7 @@ def test_another_setting_of_the_same_adapter_is_another_contract(change, make_ch
 
     ours, theirs = (Target.of(make_chain(lora=lora_config(**c))) for c in ({}, change))
     with pytest.raises(ContractError, match=r"another contract \(adapter: "):
-        check_contract("x", site=theirs.contract(), hub=ours.contract())
+        check_contract("x", site=theirs.contract(), server=ours.contract())
 
 
 def test_another_tokenizer_is_another_contract_and_the_same_one_loaded_again_is_not(make_chain, tmp_path):
@@ -467,15 +465,15 @@ def test_another_tokenizer_is_another_contract_and_the_same_one_loaded_again_is_
     chain.model.tokenizer = copy.deepcopy(chain.model.tokenizer)  # the fixture's is everybody's
     ours = Target.of(chain).contract()
     chain.save(tmp_path / "c")
-    check_contract("it", site=ours, hub=Target.of(LLMChain.load(tmp_path / "c")).contract())
+    check_contract("it", site=ours, server=Target.of(LLMChain.load(tmp_path / "c")).contract())
     other = make_chain(lora=True)
     other.model.tokenizer = copy.deepcopy(other.model.tokenizer)
     other.model.tokenizer.add_tokens(["<new>"])
     with pytest.raises(ContractError, match=r"another contract \(tokenizer"):
-        check_contract("it", site=ours, hub=Target.of(other).contract())
+        check_contract("it", site=ours, server=Target.of(other).contract())
     # what is kept of a tokenizer is not kept when tokens are added to the same object
     chain.model.tokenizer.add_tokens(["<new>"])
-    check_contract("it", site=Target.of(other).contract(), hub=Target.of(chain).contract())
+    check_contract("it", site=Target.of(other).contract(), server=Target.of(chain).contract())
 
 
 def test_what_a_participant_adds_to_its_evaluation_is_not_believed():
@@ -600,14 +598,12 @@ def test_personal_state_goes_out_and_comes_back_bit_by_bit(make_chain):
 
     def task(chain, number):
         state = chain.model.trainable_state()
-        return serialization.pack(
-            state, {"kind": "task", "round": number, "base": chain.model.fingerprint(), "seconds": None}
-        )
+        return messages.write(TrainTask(round=number, base=chain.model.fingerprint()), state)
 
     chain = make_chain(lora=True)
     first, second = peer(), peer()
-    first.handle("train", task(chain, 0))
-    ask = serialization.pack({}, {"kind": "personal_state"})
+    first.handle("train", task(chain, 1))
+    ask = messages.write(PersonalStateTask())
     kept = first.handle("personal_state", ask)
     assert second.handle("personal_state", ask) != kept
     assert second.handle("personal_state", kept) == kept
@@ -615,9 +611,9 @@ def test_personal_state_goes_out_and_comes_back_bit_by_bit(make_chain):
     def values(update):
         return serialization.values(update, serialization.inspect(update, max_bytes=len(update))[1])
 
-    ours, theirs = values(first.handle("train", task(chain, 1))), values(second.handle("train", task(chain, 1)))
+    ours, theirs = values(first.handle("train", task(chain, 2))), values(second.handle("train", task(chain, 2)))
     assert all((ours[n] == theirs[n]).all() for n in ours)
-    fresh = values(peer().handle("train", task(chain, 1)))
+    fresh = values(peer().handle("train", task(chain, 2)))
     assert any((ours[n] != fresh[n]).any() for n in ours)
     assert first.handle("stop", b"{}") == b"{}"
     assert first.handle("personal_state", ask) == peer().handle("personal_state", ask)

@@ -20,15 +20,20 @@ def hello(target, **changes):
     return json.dumps(said | {"aggregation": "fedavg"} | changes).encode()
 
 
+STATE = {"version": None, "against": None, "appended": {}}
+OF_THE_STATE = {*STATE, "coded", "coded_names"}
+
+
 def task(model, tensors=None, **header):
-    """A training, or with kind="evaluate" an evaluation, on the model's own state."""
-    head = {"kind": "task", "round": 0, "base": model.fingerprint(), "seconds": 60.0, "version": None, "against": None}
-    state = model.trainable_state() if tensors is None else tensors
-    return serialization.pack(state, head | {"appended": {}} | header)
+    """A task on the model's own state, a training unless its fields are another operation's."""
+    head = {"round": 1, "base": model.fingerprint(), "seconds": 60.0}
+    head |= {"state": STATE | {name: value for name, value in header.items() if name in OF_THE_STATE}}
+    head |= {name: value for name, value in header.items() if name not in OF_THE_STATE}
+    return serialization.pack(model.trainable_state() if tensors is None else tensors, head)
 
 
 def evaluation(model, **header):
-    return task(model, **({"kind": "evaluate", "samples": 0, "sample_tokens": 8} | header))
+    return task(model, **({"samples": 0, "sample_tokens": 8} | header))
 
 
 def raw(header_json, layout=None, body=b""):
@@ -39,7 +44,7 @@ def raw(header_json, layout=None, body=b""):
 
 # what each field of a training may not be; the field's name stands in the refusal
 WRONG_FIELDS = {
-    "round": [None, -1, 1.5, "0", True, BIG, [0], {}],
+    "round": [None, -1, 0, 1.5, "1", True, BIG, [1], {}],
     "base": [None, "another", 3, "x" * 10_000],
     "seconds": [-1, 0, "5", True, [5]],
     "trains": ["C", "", 1, ["A"], "ALL"],
@@ -52,22 +57,18 @@ WRONG_FIELDS = {
     "coded_names": [{"1": "all"}, {"x": "all"}, [], {"1": []}],
     "appended": [{"nobody": 1}, {"x": -1}, {"x": BIG}, [1], {"x": True}],
     "ditto": [{"lam": -1}, {"lam": "a"}, {"lam": 0.1, "max_steps": 0}, {"lam": 0.1, "more": 1}, 3, []],
-    "personal": [{}, {"steps": 0}, {"steps": "2"}, {"steps": 2, "lr": -1}, {"steps": True}, 2, {"steps": 2, "x": 1}],
-    "curve": [[], [-1], ["1"], [1.5], 3, [2, 1], [1, 1], [True], {"steps": [1]}],
-    "lr": [1e-3, "fast", -1],  # of a curve that there is not
-    "time_step": [False, 1, "yes"],
     "kind": ["update", "evaluate", 3],
     "more": [1],
     "": [1],
     "samples": [1],
+    "personal": [{"steps": 1}],  # of other operations
+    "curve": [[1]],
+    "lr": [1e-3],
+    "time_step": [True],
+    "state": [None, [], "all", {"more": 1}, {"version": 3}],
 }
 
 COMBINATIONS = [
-    {"personal": {"steps": 1}, "curve": [1]},
-    {"curve": [1], "time_step": True},
-    {"personal": {"steps": 1}, "shares": "all"},
-    {"curve": [1], "codec": "int8"},
-    {"time_step": True, "ditto": {"lam": 0.1}},
     {"trains": "A", "shares": "B"},
     {"trains": "B", "shares": "A"},
     {"feedback": True, "codec": None},
@@ -75,11 +76,25 @@ COMBINATIONS = [
     {"against": "a/1/"},
 ]
 
-WRONG_EVALUATIONS = [
-    {"samples": -1}, {"samples": "3"}, {"samples": True}, {"samples": BIG}, {"samples": 2, "sample_tokens": None},
-    {"sample_tokens": 0}, {"sample_tokens": 1.5}, {"side_by_side": 1}, {"side_by_side": True, "samples": 2},
-    {"curve": [1]}, {"round": None}, {"round": -3}, {"kind": "hello"}, {"personal": {"steps": 1}}, {"more": 1},
-]  # fmt: skip
+# what the fields of other operations may not be
+WRONG_TASKS = {
+    "evaluate": [
+        {"samples": -1}, {"samples": "3"}, {"samples": True}, {"samples": BIG}, {"samples": 2, "sample_tokens": None},
+        {"sample_tokens": 0}, {"sample_tokens": 1.5}, {"side_by_side": True}, {"steps": [1]}, {"round": None},
+        {"round": -3}, {"round": 0}, {"kind": "hello"}, {"personal": {"steps": 1}}, {"more": 1}, {"shares": "all"},
+    ],
+    "side_by_side": [{"samples": 2}, {"round": "1"}, {"base": 3}, {"more": 1}],
+    "personalize": [
+        {}, {"steps": 0}, {"steps": "2"}, {"steps": 2, "lr": -1}, {"steps": True}, {"steps": [2]}, {"steps": 2, "x": 1},
+        {"steps": BIG}, {"steps": 2, "lr": "fast"}, {"steps": 1, "shares": "all"}, {"steps": 1, "codec": "int8"},
+    ],
+    "curve": [
+        {}, {"steps": []}, {"steps": [-1]}, {"steps": ["1"]}, {"steps": [1.5]}, {"steps": 3}, {"steps": [2, 1]},
+        {"steps": [1, 1]}, {"steps": [True]}, {"steps": {"1": 1}}, {"steps": [1], "lr": -1}, {"steps": [1], "lr": "x"},
+        {"steps": [1], "codec": "int8"}, {"steps": list(range(10_002))}, {"steps": [BIG]},
+    ],
+    "time_step": [{"time_step": True}, {"steps": 1}, {"ditto": {"lam": 0.1}}, {"seconds": 0}],
+}  # fmt: skip
 
 WRONG_HELLOS = [
     {"training": {"optimizer": "torch.optim.SGD"}}, {"training": {"optimizer": {"class": "SGD"}}},
@@ -167,7 +182,9 @@ WRONG_STATES = [
     {"progress": {"0": {"next_step": 0, "optimizer": {"values": {}, "param_groups": [{"lr": 100.0, "params": [0]}]}}}},
     {"progress": {"0": {"next_step": 0, "optimizer": {"values": {"x": {}}, "param_groups": []}}}},
     {"progress": {"9" * 4000: {"next_step": 0, "optimizer": None}}}, {"progress": {"0": None}},
-    {"new_pass": True}, {"new_pass": 1}, {"round": "0"}, {"round": -1}, {"round": True}, {"more": 1}, {"kind": "task"},
+    {"progress": {"-1": {"next_step": 0, "optimizer": None}}}, {"state": {}},
+    {"new_pass": True}, {"new_pass": 1}, {"round": "1"}, {"round": -1}, {"round": 0}, {"round": True}, {"more": 1},
+    {"kind": "task"},
 ]  # fmt: skip
 WRONG_STATE_TENSORS = [
     "0/private/nobody", "0/ditto/nobody", "0/residual/", "0/personal", "0//x", "1/private/x", "x/private/x",

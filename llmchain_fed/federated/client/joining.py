@@ -1,0 +1,87 @@
+"""The operations `hello` and `stop`: a participant takes part in a federation as its hub says, or no more.
+
+Knows training options, contracts and a client's data. Knows nothing of rounds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from llmchain_fed.data.encoding import EncodedExamples
+from llmchain_fed.errors import ConfigError
+from llmchain_fed.federated.client.limits import steps_of
+from llmchain_fed.federated.client.own_options import own_config
+from llmchain_fed.federated.client.state import ProgressByRound
+from llmchain_fed.federated.protocol.answers import Introduction, Nothing
+from llmchain_fed.federated.protocol.tasks import HelloTask, StopTask
+from llmchain_fed.training.loop import TrainingConfig
+
+if TYPE_CHECKING:
+    from llmchain_fed.federated.client.client import Client
+
+
+def join(client: Client, task: HelloTask) -> Introduction:
+    """Follows the federation's options from now on, and says what the participant holds.
+
+    Raises:
+        ConfigError: The options make no sense.
+        PolicyError: The limits do not allow them.
+    """
+    config, limits = _config_for(client, task), client.limits
+    if limits is not None:
+        limits.check_aggregation(task.aggregation)
+        limits.check_training(config)
+    with client.data.limiting(config):
+        data = client.data.train()
+        if limits is not None:
+            limits.check_usable(data)
+            limits.check_steps(steps_of(data, config))
+        answer = introduction(client, config)
+    if client.federation not in (None, task.federation):
+        client.progress = ProgressByRound()  # another federation begins: nothing is carried over
+    elif config != client.config:  # an optimizer goes on with the settings it was made with
+        client.progress = client.progress.without_optimizers()
+    client.config, client.aggregation, client.federation = config, task.aggregation, task.federation
+    return answer
+
+
+def leave(client: Client, _task: StopTask) -> Nothing:
+    """Forgets the federation."""
+    client.progress, client.federation = ProgressByRound(), None
+    client.global_states.forget()
+    return Nothing()
+
+
+def introduction(client: Client, config: TrainingConfig) -> Introduction:
+    """What a participant says of itself: counts and digests."""
+    data, participant = client.data.train(), client.participant
+    said: dict[str, Any] = {
+        "participant": client.name,
+        "contract": client.target.contract(),
+        "held_out": client.data.holds_out,
+        "holds": client.model.weights_hash,
+        "rank": participant.rank,
+        "alpha": participant.alpha,
+        "options": hashlib.sha256(repr(config).encode()).hexdigest()[:16],
+    }
+    if isinstance(data, EncodedExamples):
+        said["num_examples"], said["num_tokens"] = len(data), data.report.completion_tokens
+        said["report"] = asdict(data.report)
+    held_out = client.data.held_out() if client.data.holds_out else None
+    if isinstance(held_out, EncodedExamples):  # by which its held-out loss counts
+        said["held_out_examples"], said["held_out_tokens"] = len(held_out), held_out.report.completion_tokens
+    if (found := client.data.overlap()) is not None:
+        said["overlap"] = found.to_plain()
+    return Introduction(**said)
+
+
+def _config_for(client: Client, task: HelloTask) -> TrainingConfig:
+    """The federation's training options, the participant's own over them; its own alone in the hub's process."""
+    if not client.follows:
+        return client.config
+    if task.training is None:
+        msg = f"the hub did not say how {client.name!r} should train."
+        raise ConfigError(msg)
+    return own_config(TrainingConfig(**task.training.model_dump(exclude_unset=True)), client.participant)

@@ -1,0 +1,59 @@
+"""Versions: names of global states, so that a message can bring what changed since one that is held already.
+
+Knows texts and names of tensors. Knows nothing of who holds which state.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple, Self
+
+from torch import Tensor
+
+from llmchain_fed.errors import FederationError
+from llmchain_fed.untrusted import shown
+
+STALE = b'{"stale": true}'
+"""the answer of a participant that does not hold what a difference is against: the hub then sends all"""
+START = "start:"
+"""begins the name of the state that a participant has before it was sent any"""
+CODED = "coded/"
+"""begins the names of a codec's parts in a message"""
+_VERSION = re.compile(r"([^/]{1,64})/([0-9]{1,12})/([^/]{0,64})")
+
+
+class Version(NamedTuple):
+    """Names a global state among those of one hub and one rank."""
+
+    server: str
+    """one run of one hub: after a restart the same number may mean another state"""
+    number: int
+    rank: str
+    """of the participant's factors, empty for the common one"""
+
+    def __str__(self) -> str:
+        return f"{self.server}/{self.number}/{self.rank}"
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """From its text.
+
+        Raises:
+            FederationError: It is none.
+        """
+        found = _VERSION.fullmatch(text) if isinstance(text, str) else None
+        if found is None:
+            msg = f"{shown(text)} names no version of the global state."
+            raise FederationError(msg)
+        return cls(found[1], int(found[2]), found[3])
+
+
+def start_version(digest: str) -> str:
+    """The name of the state a participant has before it was sent any: the first that its hub publishes."""
+    return START + digest
+
+
+def coded_parts(parts: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """A codec's parts under the names they have in a message: those of the change that made version `number`."""
+    return {f"{CODED}{number}/{name}": part for name, part in parts.items()}

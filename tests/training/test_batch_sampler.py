@@ -1,0 +1,78 @@
+"""BatchSampler: a draw of somebody's own, outside the package; what the package's own draws stands in test_loop."""
+
+import random
+
+import pytest
+import torch
+from tiny import PAIRS
+from torch.utils.data import DataLoader
+
+from llmchain_fed import ConfigError, TrainingConfig, train_locally
+from llmchain_fed.data.encoding import encode_examples
+from llmchain_fed.training.batch_sampler import Place, seed_of
+from llmchain_fed.training.gradient_step import mean_loss_gradient
+
+
+class Poisson:
+    """Every example is in every batch with probability batch size / n, independently; a batch may be empty."""
+
+    def __call__(self, examples, config, place):
+        count = len(examples)
+        share = config.batch_size / count
+        steps = config.max_steps or (config.epochs or 1) * -(-count // config.batch_size)
+        for step in range(place.first_step, place.first_step + steps):
+            rng = random.Random(seed_of(config.seed, place.participant, place.round, step))
+            yield [i for i in range(count) if rng.random() < share]
+
+
+def drawn(chain, config, **place):
+    """The rows of each batch that a step was given, by what is in them, and the result."""
+    encoded, seen = encode_examples(PAIRS, chain.model, chain), []
+    numbers = {repr(encoded[i]): i for i in range(len(encoded))}
+
+    def note(model, batch, config):
+        seen.append([numbers[repr(row)] for row in batch.rows])
+        return mean_loss_gradient(model, batch, config)
+
+    result = train_locally(
+        chain.model, PAIRS, config, prompt=chain, gradient_step=note, batch_sampler=Poisson(), **place
+    )
+    return seen, result
+
+
+def test_a_poisson_draw_reaches_the_step_as_it_is(make_chain):
+    """The batches are the sampler's own, the empty ones too, and their losses' mean is over the others."""
+    config = TrainingConfig(batch_size=1, max_steps=40, optimizer="sgd", learning_rate=1e-3, seed=3)
+    seen, result = drawn(make_chain(), config, participant="p", round=2, first_step=5)
+    assert seen == list(Poisson()(range(12), config, Place("p", 2, 5)))
+    filled = [rows for rows in seen if rows]
+    assert 0 < len(filled) < len(seen) == 40 == result.steps
+    assert any(len(rows) > 1 for rows in filled)
+    assert (result.next_step, len(result.losses), result.examples) == (45, len(filled), 12)
+    assert result.loss == pytest.approx(sum(result.losses) / len(filled))
+
+
+def test_the_place_decides_the_draw_and_a_rerun_is_bit_identical(make_chain):
+    config = TrainingConfig(batch_size=4, max_steps=6, learning_rate=1e-2)
+    places = [{}, {}, {"participant": "b"}, {"round": 1}, {"first_step": 6}]
+    chains = [make_chain() for _ in places]
+    draws = [drawn(chain, config, **place)[0] for chain, place in zip(chains, places, strict=True)]
+    assert draws[0] == draws[1]
+    first, second = (chain.model.trainable_state() for chain in chains[:2])
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    assert len({repr(rows) for rows in draws[1:]}) == 4
+
+
+def test_a_poisson_draw_has_the_rate_that_it_says():
+    """12 examples at 1/4 over 4,000 steps: each 1,000 times, within five standard deviations of a binomial."""
+    config = TrainingConfig(batch_size=3, max_steps=4000)
+    counts = [0] * 12
+    for rows in Poisson()(range(12), config, Place()):
+        for row in rows:
+            counts[row] += 1
+    assert all(abs(count - 1000) < 5 * (4000 * 0.25 * 0.75) ** 0.5 for count in counts)
+
+
+def test_a_sampler_for_a_dataloader_is_refused(make_chain):
+    with pytest.raises(ConfigError, match=r"DataLoader draws its batches itself.*Give the examples"):
+        train_locally(make_chain(), DataLoader([]), batch_sampler=Poisson())
