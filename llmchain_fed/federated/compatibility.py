@@ -11,6 +11,9 @@ Knows what rules, codecs, server optimizers and personal models promise. Knows n
 | fedsvd | no | bf16, int8 | no | Reptile alone | no | no | yes |
 | fedex | no | yes | no | no | yes | no | yes |
 | flora, flexlora | yes | bf16, int8 | no | no | no | no | yes |
+
+A transform that carries something from round to round goes where error feedback goes: not with fedsvd, flora, flexlora.
+One that needs a sum goes with the rules that say they are summable: fedavg, fedit, ffa, rolora, fedsa, fedsvd.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class Collection(ABC):
         """
 
     def payload(self, layout: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo] | None:  # noqa: ARG002
-        """Type and shape of what an update brings, where that is not the trained values themselves.
+        """Type and shape of what an update brings, where that is not the trained values themselves; {} is a receipt.
 
         Participants then need a transform that makes it (`UpdateTransform`, with `keeps_names` off), and the hub looks
         at no single update: no norm, no cosine, no gap.

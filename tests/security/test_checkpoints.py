@@ -382,6 +382,9 @@ def _shaped(part):
 KEPT_TENSORS = {
     "a residual of another shape": _shaped("/residual/"),
     "a residual that is NaN": _filled("/residual/", float("nan")),
+    "what no transform here carries": lambda t: t.update(
+        {some("/residual/")(t).replace("residual", "half"): torch.zeros(2)}
+    ),
     "a personal model of another shape": _shaped("/ditto/"),
     "a personal model that is NaN": _filled("/ditto/", float("nan")),
     "half a personal model": lambda t: t.pop(some("/ditto/")(t)),

@@ -15,9 +15,10 @@ from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.target import Target
+from llmchain_fed.updates import serialization
 from llmchain_fed.updates.aggregation import RunningMean
 from llmchain_fed.updates.aggregation.base import Rule
-from llmchain_fed.updates.collection import Collection, Combined
+from llmchain_fed.updates.collection import Collection, Combined, Contribution
 from llmchain_fed.updates.serialization import TensorInfo
 from llmchain_fed.updates.transforms import UpdateTransform
 
@@ -181,6 +182,68 @@ def test_a_sum_that_stays_masked_changes_nothing(make_chain):
         masked(chain, MaskedSum(), gone=["a"], silent=["b"]).fit(1)
     after = chain.model.trainable_state()
     assert all(torch.equal(after[n], t) for n, t in before.items())
+
+
+class Receipt(UpdateTransform):
+    """Keeps the update, until the hub has heard from all who trained."""
+
+    name, keeps_names = "receipt", False
+
+    def __init__(self):
+        self.kept = {}
+
+    def apply(self, delta, origin, carried):
+        self.kept[origin.participant] = delta
+        return {}, {}
+
+    def telling(self, client):
+        me, inner = client.participant.name, client.handle
+
+        def handle(op, sent):
+            return serialization.pack(self.kept.pop(me), {}) if op == "hand over" else inner(op, sent)
+
+        client.handle = handle
+
+
+class AllOrNone(Collection):
+    """Asks for updates only once it knows whose they are."""
+
+    def zero(self, about):
+        self.about, self.weights, self.mean = about, {}, RunningMean()
+
+    def payload(self, layout):
+        return {}
+
+    def add(self, given):
+        self.weights[given.participant] = given.weight
+
+    def between(self, ask):
+        for name, data in ask(
+            "hand over", dict.fromkeys(self.weights, json.dumps(sorted(self.weights)).encode())
+        ).items():
+            _, infos = serialization.inspect(data, max_bytes=len(data))
+            self.mean.add(Contribution(serialization.values(data, infos), self.weights[name]))
+
+    def finish(self):
+        change = self.mean.finish().values
+        return Combined({n: self.about.state[n] + t for n, t in change.items()})
+
+
+def test_updates_may_come_only_after_all_have_trained(make_chain):
+    """A round's update is a receipt of no tensors; what is summed comes with a task of the collection's own."""
+    chain, other, receipt = make_chain(lora=True), make_chain(lora=True), Receipt()
+    options = {"participants": SHARES, "training": SGD, "progress": False}
+    fed = FederatedAveraging(chain, aggregation=AllOrNone(), transforms=[receipt], **options)
+    for peer in fed._peers.values():
+        receipt.telling(peer)
+    history = fed.fit(2)
+    smooth = plain(other, SHARES).fit(2)
+    theirs = other.model.trainable_state()
+    for name, tensor in chain.model.trainable_state().items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
+    assert [(r.trained, r.notes) for r in history] == [(["a", "b", "c"], [])] * 2
+    assert history[0].bytes_up < smooth[0].bytes_up / 10
+    assert receipt.kept == {}
 
 
 @pytest.mark.parametrize("share", [None, 0.5])

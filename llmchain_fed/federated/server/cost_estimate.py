@@ -107,7 +107,8 @@ def _infos(server: Server, node: str | None, part: Part) -> dict[str, TensorInfo
 def _update_bytes(server: Server, node: str, number: int) -> int:
     rule, codec = server.settings.rule, server.settings.codec
     values = _infos(server, node, rule.shares(number))
-    return _message_bytes(dict(rule.collection().payload(values) or values), codec)
+    payload = rule.collection().payload(values)
+    return _message_bytes(values if payload is None else dict(payload), codec)
 
 
 class _Downlink:

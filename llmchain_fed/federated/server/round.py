@@ -119,7 +119,8 @@ class OpenRound:
         """What the update of a participant of this rank must be; None is the common one."""
         if rank not in self._layouts:
             values = describe({n: start[n] for n in self._names})
-            self._layouts[rank] = self._collection.payload(values) or values
+            payload = self._collection.payload(values)
+            self._layouts[rank] = values if payload is None else payload
         layout = self._layouts[rank]
         return Expected(name, self.number + 1, self._base, layout, num_examples, num_tokens, self._codec, start)
 
