@@ -69,7 +69,7 @@ class ManualRounds(ABC):
         participant = Participant(name, local_data)
         if peer is None:
             peer = self._peer(participant)
-        with peer.taking(participant):
+        with peer.data.taking(participant):
             update, sent = self._asked(peer, self._server.task(opened))  # what it raises is the caller's to see
         if self._open is None:
             self._open, self._opened = opened, time.perf_counter()

@@ -16,8 +16,8 @@ from llmchain_fed.data.encoding import collate, encode_examples
 from llmchain_fed.errors import ParticipantError
 from llmchain_fed.federated.client.overlap import Overlap, crossing, overlap
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
-from llmchain_fed.federated.protocol import finiteness
-from llmchain_fed.federated.server import client_manager, evaluation
+from llmchain_fed.federated.protocol import finiteness, messages
+from llmchain_fed.federated.server import evaluation
 from llmchain_fed.federated.server.pooling import HALF, WHOLE
 
 
@@ -114,10 +114,11 @@ def test_counts_from_elsewhere_are_read_with_bounds(said, make_chain):
     fed = federation(make_chain(), [Participant("a", A, REST)])
     contract = fed._server.target.contract()
     hello = {"participant": "a", "contract": contract, "held_out": True, "overlap": [1, 1, 4]}
-    assert client_manager._read("a", json.dumps(hello).encode(), contract).overlap == Overlap(1, 1, 4)
-    assert client_manager._read("a", json.dumps(hello | {"overlap": None}).encode(), contract).overlap is None
+    assert messages.read_introduction(json.dumps(hello).encode(), "a", contract).overlapping == Overlap(1, 1, 4)
+    nothing = json.dumps(hello | {"overlap": None}).encode()
+    assert messages.read_introduction(nothing, "a", contract).overlapping is None
     with pytest.raises(ParticipantError, match="makes no sense"):
-        client_manager._read("a", json.dumps(hello | {"overlap": said}).encode(), contract)
+        messages.read_introduction(json.dumps(hello | {"overlap": said}).encode(), "a", contract)
 
 
 # --- losses that are not finite -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 from llmchain_fed.errors import DeadlineError, FederationError
 from llmchain_fed.federated.client import personalization
@@ -172,14 +172,6 @@ class Client:
         self.samples = limits.samples if self.samples is None else min(self.samples, limits.samples)
         self.global_states.most = limits.max_states
 
-    def inspect(self) -> str:
-        """What became of the examples, in a line; reads them.
-
-        Raises:
-            DataError: They cannot be used.
-        """
-        return self.data.inspect()
-
     def give_up(self) -> None:
         """Ends the work that runs in another thread at its next step: nobody waits for its result any more."""
         self._given_up.set()
@@ -187,10 +179,6 @@ class Client:
     def take_up(self) -> None:
         """Lets work that comes from now on run to its end again."""
         self._given_up.clear()
-
-    def taking(self, participant: Participant) -> AbstractContextManager[None]:
-        """Other examples from now on, unless what is done within fails; optimizer and position are kept."""
-        return self.data.taking(participant)
 
     def show_adapter(self, completed: int) -> None:
         """Makes the personal model, if there is one, an adapter of this process's model, by the participant's name.

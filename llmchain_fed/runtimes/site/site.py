@@ -51,7 +51,7 @@ class Site:
         self._say = say
         target = chain if isinstance(chain, Target) else Target.of(chain)
         self.client = Client(target, participant, None, samples=self.policy.samples)
-        self.examples = self.client.inspect()
+        self.examples = self.client.data.inspect()
         """what became of the examples, in a line"""
 
     def serve(self, socket: str | Path) -> None:

@@ -236,9 +236,9 @@ def test_data_that_has_grown_is_walked_through_as_a_whole(count, make_chain, tmp
     fed.fit(rounds=1)
     own, result = trained(make_chain(), start, examples, "a", config, 1, first_step=begins)
     assert_close(weights_of(fed), own)
-    assert standing(fed)["a"][0]["1"]["next_step"] == result.next_step
+    assert standing(fed)["a"][0]["2"]["next_step"] == result.next_step
     again = resumed(tmp_path, make_chain(), {"a": examples}, members="same")
-    assert standing(again)["a"][0]["1"]["next_step"] == result.next_step
+    assert standing(again)["a"][0]["2"]["next_step"] == result.next_step
 
 
 # --- what goes on, and what does not ----------------------------------------------------------------------------------
