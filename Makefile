@@ -26,10 +26,10 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	touch $@
 
 demo: $(VENV)/demo.stamp  ## four publishers teach one model to translate: make demo DEMO="--language de"
-	$(BIN)/python examples/demo.py $(DEMO)
+	$(BIN)/python -m examples.translation.demo $(DEMO)
 
 federation: $(VENV)/federation.stamp  ## hub and three sites on this machine, real processes, TLS: make federation FEDERATION="--rounds 1"
-	$(BIN)/python examples/federation/run.py $(FEDERATION)
+	$(BIN)/python -m examples.federation.run $(FEDERATION)
 
 test: lint types unit notebooks  ## what CI runs
 
@@ -72,10 +72,10 @@ test-architectures: $(VENV)/dev.stamp  ## every text model type of transformers 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m architectures --durations=10 tests/model/test_architectures.py
 
 notebooks: $(VENV)/dev.stamp  ## one thread: tiny models, and two beside a busy core would be many times slower
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=120 examples/*.ipynb
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=120 examples/notebooks/*.ipynb
 
-compare: $(VENV)/demo.stamp  ## base, alone, centralised, six rules, two codecs; writes the README's table to out/arms/
-	$(BIN)/python examples/compare_arms.py $(COMPARE)
+compare: $(VENV)/demo.stamp  ## base, alone, centralised, six rules, two codecs; writes the table of docs/results.md to out/arms/
+	$(BIN)/python -m examples.translation.compare_arms $(COMPARE)
 
 # The peers live in an environment of their own: langchain-huggingface pins huggingface-hub below ours.
 .venv-bench/bench.stamp: tests/benchmarks/peers.txt

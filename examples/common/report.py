@@ -8,6 +8,7 @@ import base64
 import html
 import io
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -105,6 +106,44 @@ were shared.</p></div></header><main><div class="facts">{facts}</div>{body}
     return path
 
 
+def write_picture(
+    path: str | Path, *, title: str, summary_rows: Sequence[Row], samples: Sequence[Row], history_json: Row
+) -> None:
+    """Write the report's plots and one sample of each participant as one small SVG: what fits into a README.
+
+    Args:
+        path: the .svg file; missing folders are made.
+        title: the headline.
+        summary_rows: as for `write_report`.
+        samples: as for `write_report`; the first of each participant is shown.
+        history_json: as for `write_report`.
+    """
+    figure = Figure(figsize=(9, 5.4), layout="constrained", facecolor="white")
+    above, below = figure.subfigures(2, 1, height_ratios=(3, 2))
+    losses, scores = above.subplots(1, 2)
+    _draw_losses(losses, list(history_json.get("rounds") or []))
+    losses.set_title("held-out loss, nats per token", fontsize=10)
+    _draw_bars(scores, *_chrf_columns(summary_rows))
+    scores.set_title("chrF before and after", fontsize=10)
+    for axes in (losses, scores):
+        axes.spines[["top", "right"]].set_visible(False)
+    first = {sample["participant"]: sample for sample in reversed(samples)}
+    keys = ("participant", "prompt", "before", "after", "reference")
+    shown = [
+        [textwrap.shorten(str(first[name][key]), 34, placeholder=" …") for key in keys] for name in reversed(first)
+    ]
+    axes = below.subplots()
+    axes.axis("off")
+    table = axes.table(shown, colLabels=keys, loc="center", cellLoc="left", edges="horizontal")
+    table.auto_set_font_size(value=False)
+    table.set_fontsize(7.5)
+    table.auto_set_column_width(range(len(keys)))
+    figure.suptitle(title)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context({"svg.hashsalt": "report", "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
 def _participants(record: Row) -> dict[str, Row]:
     return {name: values or {} for name, values in (record.get("participants") or {}).items()}
 
@@ -196,6 +235,11 @@ def _round_names(rounds: Sequence[Row]) -> list[str]:
 
 def _loss_plot(rounds: Sequence[Row]) -> str | None:
     figure, axes = _axes()
+    return _uri(figure) if _draw_losses(axes, rounds) else None
+
+
+def _draw_losses(axes: Any, rounds: Sequence[Row]) -> bool:
+    """One curve for each participant; whether there was anything to draw."""
     for i, name in enumerate(dict.fromkeys(name for r in rounds for name in _participants(r))):
         records = [_participants(r).get(name, {}) for r in rounds]
         curve = [records[0].get("held_out_before"), *(record.get("held_out_after") for record in records)]
@@ -203,11 +247,11 @@ def _loss_plot(rounds: Sequence[Row]) -> str | None:
         if not all(map(math.isnan, heights)):
             axes.plot(heights, marker="o", linewidth=2, color=COLOURS[i % len(COLOURS)], label=name)
     if not axes.lines:
-        return None
+        return False
     axes.set_xticks(range(len(rounds) + 1), ["start", *_round_names(rounds)])
     axes.set_xlabel("round")
     axes.legend(frameon=False)
-    return _uri(figure)
+    return True
 
 
 def _bars(names: list[str], groups: dict[str, list[float]], *, axis: str = "") -> str | None:
@@ -215,20 +259,29 @@ def _bars(names: list[str], groups: dict[str, list[float]], *, axis: str = "") -
     if not any(height > 0 for heights in groups.values() for height in heights):
         return None
     figure, axes = _axes()
+    _draw_bars(axes, names, groups)
+    axes.set_xlabel(axis)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    return _uri(figure)
+
+
+def _draw_bars(axes: Any, names: list[str], groups: dict[str, list[float]]) -> None:
     for shift, colour, (group, heights) in zip((-0.2, 0.2), ("#b8c0cc", "#1a936f"), groups.items(), strict=True):
         bars = axes.bar([i + shift for i in range(len(names))], heights, 0.38, color=colour, label=group)
         if len(names) <= 6:
             texts = ["" if math.isnan(height) else f"{height:.3g}" for height in heights]
             axes.bar_label(bars, texts, fontsize=8, padding=2)
     axes.set_xticks(range(len(names)), names, rotation=45 if len(names) > 6 else 0)
-    axes.set_xlabel(axis)
-    figure.legend(loc="outside upper right", ncols=2, frameon=False)
-    return _uri(figure)
 
 
 def _chrf_plot(rows: Sequence[Row]) -> str | None:
+    return _bars(*_chrf_columns(rows))
+
+
+def _chrf_columns(rows: Sequence[Row]) -> tuple[list[str], dict[str, list[float]]]:
+    """The participants' names, and their chrF before and after."""
     columns = {name: [_number(row.get(f"chrf_{name}")) for row in rows] for name in ("before", "after")}
-    return _bars([str(next(iter(row.values()), "")) for row in rows], columns)
+    return [str(next(iter(row.values()), "")) for row in rows], columns
 
 
 def _bytes_plot(rounds: Sequence[Row]) -> str | None:
