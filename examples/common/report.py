@@ -119,8 +119,8 @@ def write_picture(
         history_json: as for `write_report`.
     """
     figure = Figure(figsize=(9, 5.4), layout="constrained", facecolor="white")
-    above, below = figure.subfigures(2, 1, height_ratios=(3, 2))
-    losses, scores = above.subplots(1, 2)
+    grid = figure.add_gridspec(2, 2, height_ratios=(3, 2))
+    losses, scores, texts = (figure.add_subplot(place) for place in (grid[0, 0], grid[0, 1], grid[1, :]))
     _draw_losses(losses, list(history_json.get("rounds") or []))
     losses.set_title("held-out loss, nats per token", fontsize=10)
     _draw_bars(scores, *_chrf_columns(summary_rows))
@@ -132,9 +132,8 @@ def write_picture(
     shown = [
         [textwrap.shorten(str(first[name][key]), 34, placeholder=" …") for key in keys] for name in reversed(first)
     ]
-    axes = below.subplots()
-    axes.axis("off")
-    table = axes.table(shown, colLabels=keys, loc="center", cellLoc="left", edges="horizontal")
+    texts.axis("off")
+    table = texts.table(shown, colLabels=keys, loc="center", cellLoc="left", edges="horizontal")
     table.auto_set_font_size(value=False)
     table.set_fontsize(7.5)
     table.auto_set_column_width(range(len(keys)))
