@@ -79,6 +79,11 @@ def test_the_readme_is_short():
     assert len(README.read_bytes()) <= 7_000
 
 
+def test_every_page_is_in_the_navigation():
+    named = re.findall(r"\b\w+\.md\b", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(named) == [page.name for page in PAGES[1:]]
+
+
 def test_every_command_a_page_names_is_there():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
