@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from llmchain_fed import FederatedAveraging
+import llmchain_fed
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -38,7 +38,7 @@ def run(page, folder):
     program = "import sys\n" + "".join(
         f"exec(compile({chr(10) * (line - 1) + code!r}, {str(page)!r}, 'exec'))\n" for line, code in to_run(page)
     )
-    if not hasattr(FederatedAveraging, "side_by_side"):  # until the rename of `compare` is merged
+    if not hasattr(llmchain_fed.FederatedAveraging, "side_by_side"):  # until the rename of `compare` is merged
         program = program.replace("fed.side_by_side()", "fed.compare()")
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
@@ -121,10 +121,29 @@ def test_every_room_stands_on_the_architecture_page():
     files = {f"llmchain_fed/{path.name}" for path in package.glob("*.py")}
     rooms = {f"{path.parent.relative_to(ROOT)}/" for path in package.rglob("__init__.py")} - {"llmchain_fed/"}
     assert set(re.findall(r"^\| `(llmchain_fed/[^`]*)`", page, re.MULTILINE)) == files | rooms
+
+
+def test_the_drawn_arrows_are_the_imports():
+    """Every import of one room by another is a drawn arrow or follows from some; none is drawn that is not there."""
     drawing = (ROOT / "docs" / "images" / "rooms.svg").read_text(encoding="utf-8")
-    for name in files | rooms - {f for f in files if "__init__" in f}:
-        top = name.split("/")[1].removesuffix(".py")
-        assert top == "__init__" or re.search(rf"\b{top}\b", drawing), f"{top} is not in the drawing"
+    drawn = {tuple(arrow.split()) for arrow in re.findall(r'data-arrow="([^"]+)"', drawing)}
+    for_all = set(re.search(r">([^<]+) \(every room may use these\)", drawing)[1].split(" · "))
+    real = set()
+    for path in (ROOT / "llmchain_fed").rglob("*.py"):
+        room = path.relative_to(ROOT / "llmchain_fed").parts[0].removesuffix(".py")
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        inside = [n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)]
+        for node in (n for n in [*tree.body, *inside] if isinstance(n, ast.ImportFrom) and n.module):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            real |= {(room, name.split(".")[1]) for name in names if name.startswith("llmchain_fed.")}
+    places = {path.name.removesuffix(".py") for path in (ROOT / "llmchain_fed").iterdir()} - {"__init__"}
+    real = {(a, b) for a, b in real if a != b and a in places and b in places - for_all}
+    follow = set(drawn)
+    while more := {(a, d) for a, b in follow for c, d in follow if b == c} - follow:
+        follow |= more
+    assert real - follow == set(), "imports that the drawing does not have"
+    assert drawn - real == set(), "arrows that no import has"
+    assert places - {"__pycache__", "py.typed", "_library"} <= for_all | {room for arrow in drawn for room in arrow}
 
 
 def test_nothing_cites_a_page_outside_the_repository():
@@ -132,3 +151,9 @@ def test_nothing_cites_a_page_outside_the_repository():
     paths = {p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".md", ".yaml")}
     for path in paths - {Path(__file__).resolve()}:
         assert not re.search(r"\bDESIGN\b|house_review", path.read_text(encoding="utf-8")), path
+
+
+def test_the_reference_has_every_public_name():
+    shown = re.findall(r"^::: llmchain_fed\.(\w+)", (ROOT / "docs" / "reference.md").read_text(encoding="utf-8"), re.M)
+    public = {name for name in llmchain_fed.__all__ if not name.endswith("Error")} - {"__version__"}
+    assert set(shown) - {"errors"} == public
