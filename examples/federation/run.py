@@ -1,7 +1,7 @@
 """A federation across organisations, on one machine: a hub, three sites, real processes, TLS on loopback.
 
-    python examples/federation/run.py                # SmolLM2-135M-Instruct, English → French: some minutes
-    python examples/federation/run.py --rounds 1 --train 32 --test 8
+    python -m examples.federation.run                # SmolLM2-135M-Instruct, English → French: some minutes
+    python -m examples.federation.run --rounds 1 --train 32 --test 8
 
 Each step is a command that an operator would type; it is printed before it runs. Only the certificates are made in one
 place here: across organisations each site makes its own key (`llmchain-fed provision`, see README.md beside this file).
@@ -21,11 +21,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from catalogues import split_publishers
-from demo import make_chain, print_results, sample, summary_row, translate
 from transformers.utils import logging as transformers_logging
 
+from examples.common.catalogues import split_publishers
+from examples.common.translation import make_chain, print_results, sample, summary_row, translate
 from llmchain_fed import ConfigError, History, LLMChain
 from llmchain_fed.runtimes.nvflare import engine, kits
 from llmchain_fed.runtimes.site.server import check_socket

@@ -29,7 +29,7 @@ def peer(
     hold_out_share: Annotated[float | None, typer.Option(help="or a share of the examples, such as 0.1")] = None,
     rank: Annotated[int | None, typer.Option(help="a LoRA rank of its own, for the rules flora and flexlora")] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA alpha that goes with it; the chain's by default")] = None,
-    policy: Annotated[Path | None, typer.Option(help="YAML: what may be asked; see the README")] = None,
+    policy: Annotated[Path | None, typer.Option(help="YAML: what may be asked; see docs/organisations.md")] = None,
     audit: Annotated[Path | None, typer.Option(help="a line per request; SOCKET.audit.jsonl by default")] = None,
     threads: Annotated[int | None, typer.Option(help="for torch; all cores by default")] = None,
 ) -> None:

@@ -28,8 +28,8 @@ def prepare(path: str, pairs: str, held_out: str, texts: str, new_tokens: str) -
     """Writes the work that all sides do: PAIRS and HELD_OUT per publisher, TEXTS to generate from."""
     from llmchain_fed.model import embedded
 
-    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-    from catalogues import split_publishers
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from examples.common.catalogues import split_publishers
 
     splits = split_publishers(PUBLISHERS, "fr", train=int(pairs), test=int(held_out))
 

@@ -11,16 +11,12 @@ from types import ModuleType
 import polib
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def catalogues():
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        yield importlib.import_module("catalogues")
-    finally:
-        sys.path.remove(str(EXAMPLES))
+    return importlib.import_module("examples.common.catalogues")
 
 
 @pytest.fixture(scope="module")
@@ -214,10 +210,10 @@ def test_a_split_is_the_same_in_any_order_and_process(catalogues):
     assert one != split(["django", "sphinx", "wagtail"], seed=4)
     assert [len(s.train) for s in one.values()] == [30, 30, 30]
     code = (
-        "import catalogues as c; print({n: (s.train, s.held_out) for n, s in "
+        "import examples.common.catalogues as c; print({n: (s.train, s.held_out) for n, s in "
         "c.split_publishers(['django', 'sphinx', 'wagtail'], 'fr', train=30, test=10, seed=3).items()})"
     )
-    env = {"PYTHONPATH": str(EXAMPLES), "PYTHONHASHSEED": "12345", "PYTHONIOENCODING": "utf-8"}
+    env = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "12345", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == str({name: (s.train, s.held_out) for name, s in one.items()})
 

@@ -542,7 +542,7 @@ def test_trainable_state_is_a_copy(model):
 
 
 def test_a_loaded_state_gives_a_fresh_models_logits(model):
-    """DESIGN §5.4, with the state written into the fresh module by PEFT's or torch's own loader."""
+    """Invariant 4 of docs/architecture.md, the state written into the fresh module by PEFT's or torch's own loader."""
     state = {
         n: t + 0.01 * torch.randn(t.shape, generator=torch.Generator().manual_seed(0))
         for n, t in model.trainable_state().items()

@@ -1,7 +1,7 @@
 """One federation, three runtimes, the same weights after three rounds: real ranks, real sites, tiny models and SmolLM2.
 
-Belongs here: equality across runtimes (DESIGN §5.9). Does not: what a runtime does besides (test_torch_distributed,
-test_nvflare).
+Belongs here: equality across runtimes (invariant 9 of docs/architecture.md). Does not: what a runtime does besides
+(test_torch_distributed, test_nvflare).
 """
 
 import json

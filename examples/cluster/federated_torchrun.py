@@ -1,8 +1,7 @@
 """The demo's publishers as ranks of a torchrun job: every process reads only its own publishers' texts.
 
-    torchrun --nproc-per-node 3 examples/federated_torchrun.py               # SmolLM2-135M-Instruct, LoRA
-    torchrun --nproc-per-node 3 examples/federated_torchrun.py --tiny        # a tiny model, half a minute
-    torchrun --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint host:29400 examples/federated_torchrun.py
+    torchrun --nproc-per-node 3 -m examples.cluster.federated_torchrun          # SmolLM2-135M-Instruct, LoRA
+    torchrun --nproc-per-node 3 -m examples.cluster.federated_torchrun --tiny   # a tiny model, half a minute
 
 Publishers are dealt to ranks in turn, so four publishers on three ranks leave rank 0 with two. Rank 0 averages; after
 `fit` every rank's chain answers with the averaged weights, which the last lines show.
@@ -13,11 +12,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from catalogues import PUBLISHERS, split_alone
 from peft import LoraConfig
-from tiny_model import tiny_model
 from transformers.utils import logging as transformers_logging
 
+from examples.common.catalogues import PUBLISHERS, split_alone
+from examples.common.tiny_model import tiny_model
 from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, TorchDistributed, TrainingConfig
 
 

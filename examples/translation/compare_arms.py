@@ -1,7 +1,7 @@
 """The honest comparison: base, each publisher alone, centralised, and six ways to federate, at equal examples seen.
 
-    python examples/compare_arms.py --seeds 3
-    python examples/compare_arms.py --scan          # which learning rate suits which rule, on a split of its own
+    python -m examples.translation.compare_arms --seeds 3
+    python -m examples.translation.compare_arms --scan   # which learning rate suits which rule, on a split of its own
 
 Every arm takes the same number of optimizer steps one after the other and sees the same number of examples in all:
 K publishers × batch size a step. A federation spreads them over its publishers (K models of one batch each, combined
@@ -19,10 +19,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from catalogues import Split, split_publishers
-from demo import PUBLISHERS, chrf, make_chain, options, translate
 from transformers.utils import logging as transformers_logging
 
+from examples.common.catalogues import Split, split_publishers
+from examples.common.translation import PUBLISHERS, chrf, make_chain, options, translate
 from llmchain_fed import FederatedAveraging, LLMChain, TrainingConfig, evaluate_locally, train_locally
 from llmchain_fed.storage.own_files import write_whole
 

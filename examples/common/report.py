@@ -8,6 +8,7 @@ import base64
 import html
 import io
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +21,8 @@ from llmchain_fed.storage.own_files import write_whole
 
 Row = Mapping[str, Any]
 
+_COLUMNS = {"participant": 0.0, "prompt": 0.11, "before": 0.33, "after": 0.56, "reference": 0.79}
+"""of a picture's samples: where each begins, as a share of the width"""
 COLOURS = ("#3454d1", "#e07a1f", "#1a936f", "#c2338b", "#7a5cc9", "#0f9bb3", "#a23b3b", "#6b7a1e")
 STYLE = """
 *{box-sizing:border-box} body{margin:0;background:#f4f6fa;color:#1c2433;font:16px/1.55 system-ui,sans-serif}
@@ -103,6 +106,41 @@ were shared.</p></div></header><main><div class="facts">{facts}</div>{body}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page)
     return path
+
+
+def write_picture(
+    path: str | Path, *, title: str, summary_rows: Sequence[Row], samples: Sequence[Row], history_json: Row
+) -> None:
+    """Write the report's plots and one sample of each participant as one small SVG: what fits into a README.
+
+    Args:
+        path: the .svg file; missing folders are made.
+        title: the headline.
+        summary_rows: as for `write_report`.
+        samples: as for `write_report`; the first of each participant is shown.
+        history_json: as for `write_report`.
+    """
+    figure = Figure(figsize=(9, 5.4), layout="constrained", facecolor="white")
+    grid = figure.add_gridspec(2, 2, height_ratios=(3, 2))
+    losses, scores, texts = (figure.add_subplot(place) for place in (grid[0, 0], grid[0, 1], grid[1, :]))
+    _draw_losses(losses, list(history_json.get("rounds") or []))
+    losses.set_title("held-out loss, nats per token", fontsize=10)
+    _draw_bars(scores, *_chrf_columns(summary_rows))
+    scores.set_title("chrF before and after", fontsize=10)
+    for axes in (losses, scores):
+        axes.spines[["top", "right"]].set_visible(False)
+    first = {sample["participant"]: sample for sample in reversed(samples)}
+    lines = [dict(zip(_COLUMNS, _COLUMNS, strict=True)), *(first[name] for name in reversed(first))]
+    texts.axis("off")
+    for row, line in enumerate(lines):
+        for key, place in _COLUMNS.items():
+            text = textwrap.shorten(str(line[key]), 32, placeholder=" …")
+            height = 1 - (row + 0.5) / len(lines)
+            texts.text(place, height, text, fontsize=8, weight="normal" if row else "bold", in_layout=False)
+    figure.suptitle(title)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context({"svg.hashsalt": "report", "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def _participants(record: Row) -> dict[str, Row]:
@@ -196,6 +234,11 @@ def _round_names(rounds: Sequence[Row]) -> list[str]:
 
 def _loss_plot(rounds: Sequence[Row]) -> str | None:
     figure, axes = _axes()
+    return _uri(figure) if _draw_losses(axes, rounds) else None
+
+
+def _draw_losses(axes: Any, rounds: Sequence[Row]) -> bool:
+    """One curve for each participant; whether there was anything to draw."""
     for i, name in enumerate(dict.fromkeys(name for r in rounds for name in _participants(r))):
         records = [_participants(r).get(name, {}) for r in rounds]
         curve = [records[0].get("held_out_before"), *(record.get("held_out_after") for record in records)]
@@ -203,11 +246,11 @@ def _loss_plot(rounds: Sequence[Row]) -> str | None:
         if not all(map(math.isnan, heights)):
             axes.plot(heights, marker="o", linewidth=2, color=COLOURS[i % len(COLOURS)], label=name)
     if not axes.lines:
-        return None
+        return False
     axes.set_xticks(range(len(rounds) + 1), ["start", *_round_names(rounds)])
     axes.set_xlabel("round")
     axes.legend(frameon=False)
-    return _uri(figure)
+    return True
 
 
 def _bars(names: list[str], groups: dict[str, list[float]], *, axis: str = "") -> str | None:
@@ -215,20 +258,29 @@ def _bars(names: list[str], groups: dict[str, list[float]], *, axis: str = "") -
     if not any(height > 0 for heights in groups.values() for height in heights):
         return None
     figure, axes = _axes()
+    _draw_bars(axes, names, groups)
+    axes.set_xlabel(axis)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    return _uri(figure)
+
+
+def _draw_bars(axes: Any, names: list[str], groups: dict[str, list[float]]) -> None:
     for shift, colour, (group, heights) in zip((-0.2, 0.2), ("#b8c0cc", "#1a936f"), groups.items(), strict=True):
         bars = axes.bar([i + shift for i in range(len(names))], heights, 0.38, color=colour, label=group)
         if len(names) <= 6:
             texts = ["" if math.isnan(height) else f"{height:.3g}" for height in heights]
             axes.bar_label(bars, texts, fontsize=8, padding=2)
     axes.set_xticks(range(len(names)), names, rotation=45 if len(names) > 6 else 0)
-    axes.set_xlabel(axis)
-    figure.legend(loc="outside upper right", ncols=2, frameon=False)
-    return _uri(figure)
 
 
 def _chrf_plot(rows: Sequence[Row]) -> str | None:
+    return _bars(*_chrf_columns(rows))
+
+
+def _chrf_columns(rows: Sequence[Row]) -> tuple[list[str], dict[str, list[float]]]:
+    """The participants' names, and their chrF before and after."""
     columns = {name: [_number(row.get(f"chrf_{name}")) for row in rows] for name in ("before", "after")}
-    return _bars([str(next(iter(row.values()), "")) for row in rows], columns)
+    return [str(next(iter(row.values()), "")) for row in rows], columns
 
 
 def _bytes_plot(rounds: Sequence[Row]) -> str | None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmchain_fed import LocalModel
+from llmchain_fed.model.loading import add_adapter
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 400) -> PreTrainedTokenizerFast:
@@ -29,8 +31,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 400) -> PreTrainedTo
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>")  # noqa: S106 (a token's text)
 
 
-def tiny_model(texts: Iterable[str], *, seed: int = 0) -> LocalModel:
-    """A random model whose tokenizer knows `texts`; equal arguments give equal weights."""
+def tiny_model(texts: Iterable[str], *, lora: LoraConfig | None = None, seed: int = 0) -> LocalModel:
+    """A random model whose tokenizer knows `texts`, with an untrained adapter; equal arguments give equal weights."""
     tokenizer = train_tokenizer(texts)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -47,4 +49,5 @@ def tiny_model(texts: Iterable[str], *, seed: int = 0) -> LocalModel:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LocalModel(LlamaForCausalLM(config).eval(), tokenizer, name="tiny")
+        module = LlamaForCausalLM(config)
+        return LocalModel((add_adapter(module, lora) if lora else module).eval(), tokenizer, name="tiny")

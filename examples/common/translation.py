@@ -1,26 +1,18 @@
-"""Four software publishers teach one language model to translate, without pooling their texts.
+"""The chain that translates, its scores and its table: what the scripts over the catalogues share.
 
-    python examples/demo.py                    # English → French, SmolLM2-135M-Instruct, LoRA, this machine's cores
-    python examples/demo.py --language de --rounds 2
-
-Prints held-out loss and chrF per publisher before and after, sample translations, bytes and seconds; writes an HTML
-report, the history as JSON and the chain itself to `out/demo/`.
+Knows the chain, the publishers and how a result is shown. Knows nothing about how a federation is run.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import sacrebleu
-from catalogues import Split, split_publishers
 from peft import LoraConfig
-from report import write_report
-from transformers.utils import logging as transformers_logging
 
-from llmchain_fed import FederatedAveraging, History, LLMChain, LocalLLM, TrainingConfig, load_prompt
+from examples.common.catalogues import Split
+from llmchain_fed import History, LLMChain, LocalLLM, load_prompt
 from llmchain_fed.recipes.parsers import StripOutputParser
 
 PUBLISHERS = ("django", "wagtail", "plone", "pretix")
@@ -47,7 +39,7 @@ def chrf(answers: Sequence[str], pairs: Sequence[tuple[str, str]]) -> float:
 
 
 def options(description: str) -> argparse.ArgumentParser:
-    """The options that `compare_arms` has too."""
+    """The options that every script over these publishers has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--language", default="fr", help="target language code, such as fr, de, es, nl, it, pt_BR")
     parser.add_argument("--rounds", type=int, default=3)
@@ -57,65 +49,6 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     return parser
-
-
-def main() -> None:
-    """Runs the demo."""
-    parser = options(__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out/demo"))
-    args = parser.parse_args()
-    transformers_logging.disable_progress_bar()
-    started = time.perf_counter()
-
-    splits = split_publishers(PUBLISHERS, args.language, train=args.train, test=args.test, seed=args.seed)
-    print(f"English → {LANGUAGES.get(args.language, args.language)}: ", end="")
-    print(", ".join(f"{name} {len(s.train)} + {len(s.held_out)} held out" for name, s in splits.items()))
-    print("loading SmolLM2-135M-Instruct (the first time it is dequantised: about 30 s) …", flush=True)
-    chain = make_chain(args.language)
-    print(chain.model)
-
-    print("translating the held-out texts with the untrained model …", flush=True)
-    before = {name: translate(chain, s.held_out) for name, s in splits.items()}
-    federation = FederatedAveraging(
-        chain,
-        participants={name: s.train for name, s in splits.items()},
-        evaluation={name: s.held_out for name, s in splits.items()},
-        training=TrainingConfig(learning_rate=args.lr, batch_size=args.batch_size, precision=args.precision),
-        seed=args.seed,
-        samples=0,
-    )
-    history = federation.fit(rounds=args.rounds)
-    after = {name: translate(chain, s.held_out) for name, s in splits.items()}  # the same object, averaged weights
-
-    rows = [summary_row(name, split, before, after, history) for name, split in splits.items()]
-    samples = [sample(name, i, splits, before, after) for i in range(min(3, args.test)) for name in splits]
-    args.out.mkdir(parents=True, exist_ok=True)
-    chain.save(args.out / "chain")
-    history.save(args.out / "history.json")
-    print_results(rows, samples)
-    seconds = time.perf_counter() - started
-    print(f"\n{seconds:.0f} s in all. No training step saw two publishers' texts; each round they handed over their")
-    print(
-        "trained adapter, two counts and a few losses. The samples are held-out texts, shown because you are all four."
-    )
-
-    notes = [
-        "Command: python examples/demo.py "
-        + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()),
-        "Held-out sources occur in no publisher's training examples. One seed; examples/compare_arms.py has several.",
-        "Updates can leak what they were trained on: this demo protects the texts' location, not every trace of them.",
-    ]
-    title = f"Four publishers, one translator: English → {LANGUAGES.get(args.language, args.language)}"
-    path = write_report(
-        args.out / "report.html",
-        title=title,
-        summary_rows=rows,
-        samples=samples,
-        history_json=history.to_dict(),
-        notes=notes,
-    )
-    print(f"report: {path}\nchain:  {args.out / 'chain'}  (LLMChain.load reads it)")
 
 
 def summary_row(
@@ -172,7 +105,3 @@ def print_results(rows: Sequence[Mapping[str, object]], samples: Sequence[Mappin
 
 def _number(value: object) -> str:
     return f"{value:.2f}" if isinstance(value, float) else "–"
-
-
-if __name__ == "__main__":
-    main()

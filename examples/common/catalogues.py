@@ -4,7 +4,7 @@ The wheels of django, wagtail, plone.app.locales, pretix and sphinx carry their 
 where pip put them, never copied, without importing the packages (whose dependencies may be missing).
 Knows gettext and how to split without leaks. Knows nothing about models, chains or federation.
 
-    python examples/catalogues.py fr de es        # what each publisher has, and what was left out and why
+    python -m examples.common.catalogues fr de es        # what each publisher has, and what was left out and why
 """
 
 import argparse
