@@ -38,8 +38,6 @@ def run(page, folder):
     program = "import sys\n" + "".join(
         f"exec(compile({chr(10) * (line - 1) + code!r}, {str(page)!r}, 'exec'))\n" for line, code in to_run(page)
     )
-    if not hasattr(llmchain_fed.FederatedAveraging, "side_by_side"):  # until the rename of `compare` is merged
-        program = program.replace("fed.side_by_side()", "fed.compare()")
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
     done = subprocess.run(
