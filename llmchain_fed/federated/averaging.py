@@ -22,7 +22,6 @@ from llmchain_fed.federated.history import History, RoundRecord
 from llmchain_fed.federated.manual_round import ManualRounds
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.reporting.screen import Screen
-from llmchain_fed.federated.runtime import Cluster, InProcess
 from llmchain_fed.federated.server import personalization
 from llmchain_fed.federated.server.assembly import assemble
 from llmchain_fed.federated.server.attendance import Attendance
@@ -78,16 +77,13 @@ class FederatedAveraging(ManualRounds):
         Callbacks(callbacks := options.get("callbacks", ()))  # refuses what is none
         made = assemble(model, participants, optimizer, options)
         self._given, self._server, self._peers, self._peer = model, made.server, made.clients, made.client
-        self._transport = made.server.transport
-        cluster = self._transport if isinstance(self._transport, Cluster) else None
-        elsewhere = not isinstance(self._transport, InProcess)
+        self._runtime = made.server.runtime
+        elsewhere = not self._runtime.sequential
         self._screen = Screen(self.attendance, elsewhere=elsewhere) if options.get("progress", True) else None
         self._callbacks = Callbacks(callbacks, (self._screen,) if self._screen is not None else ())
         self.attendance.listen(self._callbacks.attendance_changed)
-        self._checkpoints = CheckpointManager(
-            self._server, checkpoint_dir, leads=cluster is None or cluster.leads, shown=self._show_adapters
-        )
-        self._replication = Replication(self._server, cluster, self._show_adapters)
+        self._checkpoints = CheckpointManager(self._server, checkpoint_dir, shown=self._show_adapters)
+        self._replication = Replication(self._server, self._show_adapters)
         self._open, self._opened = None, 0.0
 
     @classmethod
@@ -135,7 +131,7 @@ class FederatedAveraging(ManualRounds):
         return made
 
     def __repr__(self) -> str:
-        names = self._transport.nodes()
+        names = self._runtime.nodes()
         people = f"{len(names)} participants ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
         return f"FederatedAveraging({self._server.model!r}, {people}, {self.round} rounds completed)"
 
@@ -227,7 +223,7 @@ class FederatedAveraging(ManualRounds):
             self._checkpoints.check_directory()  # here, where the other processes of a script hear of what it raises
             self.history.stopped_early = None
             options = {"model": self._server.model.name, **self._checkpoints.described()}
-            info = RunInfo(options, tuple(self._transport.nodes()), self.round, rounds, of, self.attendance)
+            info = RunInfo(options, tuple(self._runtime.nodes()), self.round, rounds, of, self.attendance)
             begins = self._callbacks.round_begins
             self._callbacks.watch(info, self.history, lambda: fit.run(self._join, begins, self._completed))
 

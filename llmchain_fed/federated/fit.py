@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from llmchain_fed.errors import ConfigError, QuorumError
 from llmchain_fed.federated.history import RoundRecord
-from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server.divergence import OnDivergence, checked_on_divergence
 from llmchain_fed.federated.server.pooling import stands_still
 from llmchain_fed.federated.server.server import Server
@@ -38,7 +37,7 @@ class Fit:
             ConfigError: An option makes no sense; see `FederatedAveraging.fit`.
         """
         # participants elsewhere may hold out examples of their own
-        measured = server.evaluator.active or not isinstance(server.transport, InProcess)
+        measured = server.evaluator.active or not server.runtime.sequential
         stop = checked_patience(patience, min_delta, measured=measured)
         if stop is not None:
             stop.go_on(server.patience)
@@ -89,7 +88,7 @@ def check_rounds(what: str, rounds: int, server: Server) -> None:
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         msg = f"{what} takes at least one round, got rounds={rounds!r}."
         raise ConfigError(msg)
-    if not server.transport.nodes():
+    if not server.runtime.nodes():
         msg = "there is nobody to learn from. Pass participants={name: examples, …}, or use train() and step()."
         raise ConfigError(msg)
 

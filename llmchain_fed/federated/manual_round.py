@@ -16,8 +16,8 @@ from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.protocol.tasks import TrainTask
-from llmchain_fed.federated.protocol.versions import STALE
-from llmchain_fed.federated.runtime import InProcess, Transport
+from llmchain_fed.federated.runtime import InProcess, Runtime
+from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.federated.server.round import OpenRound
 from llmchain_fed.federated.server.server import Server
 
@@ -28,7 +28,7 @@ class ManualRounds(ABC):
     _server: Server
     _peers: dict[str, Client]
     _peer: Callable[[Participant], Client]
-    _transport: Transport
+    _runtime: Runtime
     _open: OpenRound | None
     _opened: float
 
@@ -53,7 +53,7 @@ class ManualRounds(ABC):
             DataError, TrainingError: Its examples or its training failed; nothing has changed.
             ConfigError: The participants run elsewhere (`runtime=`).
         """
-        if not isinstance(self._transport, InProcess):
+        if not self._runtime.sequential:
             msg = "train() works on participants in this process; with runtime=… use fit()."
             raise ConfigError(msg)
         if self._server.evaluator.holds_out_a_share:
@@ -75,24 +75,21 @@ class ManualRounds(ABC):
             self._open, self._opened = opened, time.perf_counter()
         if name not in self._peers:
             self._peers[name] = peer
-            self._transport.add(name, peer)
+            self._runtime.add(name, peer)
         record = opened.accept(name, update, sent=sent)
         self._server.client_manager.leave(name)  # it may hold another number of examples now: the next round asks anew
         return record
 
-    def _asked(self, peer: Client, task: TrainTask) -> tuple[bytes, int]:
-        """A participant's update, and the bytes that went to it; one that lost what it held is sent everything."""
-        broadcast, participant = self._server.broadcast, peer.participant
+    def _asked(self, client: Client, task: TrainTask) -> tuple[bytes, int]:
+        """A participant's update, and the bytes that went to it; it need not have joined."""
+        broadcast, participant = self._server.broadcast, client.participant
         name, rank, alpha = participant.name, participant.rank, participant.alpha
         if rank is not None or broadcast.scaling_of(name) is not None:  # else it holds what it is known to hold
             broadcast.joined(name, None, rank, alpha)
-        message = broadcast.message(name, task)
-        answer = peer.handle(task.operation, message)
-        if answer != STALE:
-            return answer, len(message)
-        broadcast.joined(name, None, rank, alpha)
-        everything = broadcast.message(name, task)
-        return peer.handle(task.operation, everything), len(message) + len(everything)
+        ((_, answer, size),) = broadcast.call(InProcess({name: client}), task, [name], attendance=Attendance())
+        if isinstance(answer, Exception):
+            raise answer
+        return answer, size
 
     def step(self) -> RoundRecord:
         """Averages what has been trained since the last step and loads it: w = Σ n_k/n · w_k.

@@ -19,7 +19,7 @@ from llmchain_fed.data.encoding import Examples
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.callbacks import Callback
 from llmchain_fed.federated.options import Ditto
-from llmchain_fed.federated.runtime import Transport
+from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.updates import server_optimizers
 from llmchain_fed.updates.aggregation import AGGREGATIONS, Weighting, make_aggregation
@@ -163,7 +163,7 @@ class FederationOptions(TypedDict, total=False):
     lr: float | None
     batch_size: int | None
     # beside what is written down
-    runtime: Transport | None
+    runtime: Runtime | None
     callbacks: Sequence[Callback]
     progress: bool
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, FederationError
-from llmchain_fed.federated.runtime import InProcess, Operation, Payload, TaskHandler, payload_for
+from llmchain_fed.federated.runtime import InProcess, Operation, Payload, Runtime, TaskHandler, payload_for
 from llmchain_fed.runtimes import process_group, ranks
 from llmchain_fed.runtimes.heartbeat import Aside
 from llmchain_fed.runtimes.messaging import error_codes
@@ -34,7 +34,7 @@ _OUTCOME, _OUTCOMES = 1.0, 2.0
 _HeadT = TypeVar("_HeadT", bound=Strict)
 
 
-class TorchDistributed:
+class TorchDistributed(Runtime):
     """Every rank runs the same script and holds its own participants; rank 0 also leads the loop and aggregates.
 
     `FederatedAveraging(chain, participants=mine, runtime=TorchDistributed()).fit(3)` on every rank, started by
@@ -60,6 +60,8 @@ class TorchDistributed:
         FederationError: The ranks do not find each other within `timeout`.
     """
 
+    replicated = True
+
     def __init__(self, *, timeout: float = 1800.0, patience: float = 60.0, threads: int | None = None) -> None:
         for name, least, given in (("timeout", 0, timeout), ("patience", 2, patience)):
             if not given > least:
@@ -74,7 +76,7 @@ class TorchDistributed:
         torch.set_num_threads(threads or max(1, process_group.cores() // ranks_here))
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.rank)) % torch.cuda.device_count())
-        self._local = InProcess({})
+        self._own = InProcess({})
         self._homes: dict[str, int] = {}
         self._broken: str | None = None
         self._torn: set[int] = set()
@@ -92,7 +94,7 @@ class TorchDistributed:
         """Whether this is rank 0."""
         return self.rank == LEADER
 
-    def host(self, peers: Mapping[str, TaskHandler]) -> None:
+    def host(self, handlers: Mapping[str, TaskHandler]) -> None:
         """Lets this rank's participants join; every rank calls it once, with its own or with none.
 
         Raises:
@@ -105,9 +107,9 @@ class TorchDistributed:
                 "this TorchDistributed carries a federation already: make one for each, in the same order on all ranks."
             )
             raise ConfigError(msg)
-        self._hosted, self._local = True, InProcess(peers)
+        self._hosted, self._own = True, InProcess(handlers)
         if self.leads:
-            homes: list[tuple[str, int]] = [(name, LEADER) for name in peers]
+            homes: list[tuple[str, int]] = [(name, LEADER) for name in handlers]
             for rank in self._others():
                 joining, _ = self._receive(rank, ranks.Joining, most=0)
                 homes += [(name, rank) for name in joining.names]
@@ -117,7 +119,7 @@ class TorchDistributed:
                 told = {"names": names, "ranks": [home for _, home in homes], "twice": twice}
                 self._send(rank, told, _tensor(b""))
         else:
-            self._send(LEADER, {"names": list(peers)}, _tensor(b""))
+            self._send(LEADER, {"names": list(handlers)}, _tensor(b""))
             found, _ = self._receive(LEADER, ranks.Homes, most=0)
             homes, twice = list(zip(found.names, found.ranks, strict=True)), found.twice
         if twice:
@@ -162,7 +164,7 @@ class TorchDistributed:
             self._send(rank, head, _tensor(parts[0] if len(parts) == 1 else b"".join(parts)))
         outstanding = [(rank, name) for rank in sorted(wanted) for name in wanted[rank]]
         try:
-            yield from self._local.call(op, mine, payload, timeout)
+            yield from self._own.call(op, mine, payload, timeout)
             while outstanding:
                 rank, name = outstanding[0]
                 answer = self._answer(rank, self._sizes.most(op, len(payload_for(payload, name))))
@@ -190,10 +192,10 @@ class TorchDistributed:
                 return
             # all first, then the answers: a send waits until rank 0 comes round to this rank
             with self._making_sense(LEADER):
-                given = ranks.by_node(body, head, self._local.peers)
+                given = ranks.by_node(body, head, self._own.local)
             del body
             op: Any = head.op  # any that the peers know
-            answers = [answer for _, answer in self._local.call(op, head.nodes, given, head.timeout)]
+            answers = [answer for _, answer in self._own.call(op, head.nodes, given, head.timeout)]
             del given
             for answer in answers:
                 error, body = (error_codes.to_plain(answer), b"") if isinstance(answer, Exception) else (None, answer)

@@ -149,7 +149,7 @@ def test_a_participant_elsewhere_that_fails_is_an_error_by_name(make_chain):
 
     chain = make_chain(lora=True)
     fed = federation(chain)
-    fed._server.transport = Broken(fed._peers)
+    fed._server.runtime = Broken(fed._peers)
     with pytest.raises(FederationError, match="'a': RuntimeError: out of memory"):
         fed.personalize("a", steps=1)
 
@@ -322,7 +322,7 @@ def test_the_adaptation_curve_is_the_loss_after_so_many_steps(make_chain):
             train_locally(twin.model, PAIRS[:5], config, prompt=twin, participant="new", round=1)
         assert found == pytest.approx(loss(twin.model, PAIRS[5:8], twin), abs=1e-6)
     assert_equal(chain.model.trainable_state(), before)
-    assert "new" not in fed._transport.nodes()
+    assert "new" not in fed._runtime.nodes()
 
 
 def test_a_participants_own_curve_and_learning_rate(make_chain):

@@ -193,7 +193,7 @@ def test_one_hostile_participant_changes_nothing_for_the_others(make_chain, tmp_
     for text in (repr(history), history._repr_html_(), (tmp_path / "history.json").read_text()):
         assert untrusted.printable(text, 10**7) == text
     made = make_chain(lora=True)
-    again = FederatedAveraging.resume(tmp_path / "with", made, runtime=fed._transport, progress=False)
+    again = FederatedAveraging.resume(tmp_path / "with", made, runtime=fed._runtime, progress=False)
     again.history.save(tmp_path / "history.json")
 
 

@@ -62,7 +62,7 @@ def told(fed) -> Any:
 def standing(fed) -> dict[str, Any]:
     """Where every participant says it stands: place in the data, moments, residual, private and personal tensors."""
     found = {}
-    for name, answer in fed._transport.call("personal_state", fed._transport.nodes(), _ASK):
+    for name, answer in fed._runtime.call("personal_state", fed._runtime.nodes(), _ASK):
         assert isinstance(answer, bytes), answer
         header, infos = serialization.inspect(answer, max_bytes=len(answer))
         found[name] = header["progress"], serialization.values(answer, infos)

@@ -19,7 +19,6 @@ from llmchain_fed.federated.checkpoint.membership import Members, MembershipChan
 from llmchain_fed.federated.client.personalization import with_remainder
 from llmchain_fed.federated.protocol.answers import Introduction
 from llmchain_fed.federated.protocol.global_state import GlobalState
-from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.federated.settings import FederationOptions
 from llmchain_fed.federated.target import Target
@@ -32,7 +31,6 @@ class CheckpointManager:
     Args:
         server: Whose state is kept.
         directory: Where; None writes none.
-        leads: Whether this process writes; the others of a cluster only read.
         shown: Called once participants stand where a checkpoint had them: their personal models become adapters.
 
     Raises:
@@ -40,10 +38,8 @@ class CheckpointManager:
         CheckpointError: The directory holds rounds already, which a run that begins anew would mix with its own.
     """
 
-    def __init__(
-        self, server: Server, directory: str | Path | None, *, leads: bool, shown: Callable[[], object]
-    ) -> None:
-        self._server, self._leads, self._shown = server, leads, shown
+    def __init__(self, server: Server, directory: str | Path | None, *, shown: Callable[[], object]) -> None:
+        self._server, self._leads, self._shown = server, server.runtime.leads, shown
         self._keep = server.settings.config.keep_checkpoints
         self._directory = _path(directory) if directory is not None else None
         self._states: dict[str, bytes] = {}
@@ -145,7 +141,7 @@ class CheckpointManager:
             LLMChainFedError: A participant's own error in this process, such as examples that cannot be used.
         """
         server = self._server
-        nodes, here = server.transport.nodes(), isinstance(server.transport, InProcess)
+        nodes, here = server.runtime.nodes(), server.runtime.sequential
         change = None
         if members == "same":
             resuming.check(server, found)
@@ -259,7 +255,7 @@ class CheckpointManager:
         """
         model = self._server.model
         _check_round("promote", number)
-        if name in self._server.transport.nodes():
+        if name in self._server.runtime.nodes():
             msg = f"{name!r} is a participant, whose personal model would take its place. Choose another name."
             raise ConfigError(msg)
         if not model.adapters:

@@ -21,7 +21,6 @@ from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.answers import Introduction
 from llmchain_fed.federated.protocol.global_state import GlobalState, named
 from llmchain_fed.federated.protocol.tasks import PersonalStateTask
-from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server.client_manager import ABSENCE
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.untrusted import shown
@@ -54,14 +53,11 @@ def checkpoint_of(server: Server, former: Mapping[str, bytes], since: int | None
     memory, numbers = optimizer.state_dict() if isinstance(optimizer, ResumableServerOptimizer) else ({}, {})
     blobs = dict(former)
     ask = messages.write(PersonalStateTask(round=server.round + 1))  # before it: an interrupted one does not count
-    asked = [n for n in server.transport.nodes() if _stands_elsewhere(server, n, former, since)]
-    if hasattr(server.transport, "expect"):
-        server.transport.expect(
-            limits_of(server.model).file, "personal_state"
-        )  # what could not be read again is refused
-    answers = server.transport.call("personal_state", asked, ask, settings.deadline) if asked else ()
+    asked = [n for n in server.runtime.nodes() if _stands_elsewhere(server, n, former, since)]
+    server.runtime.expect(limits_of(server.model).file, "personal_state")  # what could not be read again is refused
+    answers = server.runtime.call("personal_state", asked, ask, settings.deadline) if asked else ()
     for name, answer in server.client_manager.attendance.following("personal_state", asked, answers):
-        if isinstance(answer, bytes) and not isinstance(server.transport, InProcess):
+        if isinstance(answer, bytes) and not server.runtime.sequential:
             hello = server.client_manager.joined.get(name)
             try:  # now: what could not be given back would make all of the checkpoint unusable
                 check_state(server, name, answer, hello.rank if hello is not None else None, server.round)
@@ -75,7 +71,7 @@ def checkpoint_of(server: Server, former: Mapping[str, bytes], since: int | None
     about = {
         "contract": server.target.contract(),
         "config": settings.config.model_dump(mode="json"),
-        "participants": server.transport.nodes(),
+        "participants": server.runtime.nodes(),
         "federation": server.client_manager.federation,
         "holdings": {n: holding(h) for n, h in server.client_manager.joined.items()},
         "history": _short(json.loads(server.history.to_json())),
@@ -120,12 +116,12 @@ def check(server: Server, found: Contents) -> None:
     Raises:
         CheckpointError: Another base, adapter, prompt, set of participants, or option that decides the future.
     """
-    there, here = found.participants, server.transport.nodes()
+    there, here = found.participants, server.runtime.nodes()
     others = ""
     if sorted(there) != sorted(here):
         gone, new = sorted(set(there) - set(here)), sorted(set(here) - set(there))
         others = f"participants: {_listed(gone)} are missing, {_listed(new)} are new"
-    elif there != here and isinstance(server.transport, InProcess):  # asked in their order, whose sums end otherwise
+    elif there != here and server.runtime.sequential:  # asked in their order, whose sums end otherwise
         others = f"participants: in the order {_listed(there)} there, {_listed(here)} here"
     wrong = _other_contract(server, found) + ([others] if others else []) + list(_other_options(server, found).values())
     _refuse(found, wrong, f" {_changed(found)}" if others else "")
@@ -143,8 +139,8 @@ def check_but_members(server: Server, found: Contents) -> MembershipChange:
     change = MembershipChange.between(
         found.round,
         found.participants,
-        server.transport.nodes(),
-        ordered=isinstance(server.transport, InProcess),
+        server.runtime.nodes(),
+        ordered=server.runtime.sequential,
         divided=server.evaluator.holds_out_a_share,
     )
     if sampled in others:
@@ -275,9 +271,9 @@ def give_back(server: Server, names: list[str], states: Mapping[str, bytes]) -> 
     server.notes |= {n: f"{_ITS_OWN} (no checkpoint holds it)" for n in names if n not in states}
     if not known:
         return
-    for name, answer in server.transport.call("personal_state", list(known), known, server.settings.deadline):
+    for name, answer in server.runtime.call("personal_state", list(known), known, server.settings.deadline):
         if isinstance(answer, Exception):
-            if isinstance(server.transport, InProcess) and not isinstance(answer, ABSENCE):
+            if server.runtime.sequential and not isinstance(answer, ABSENCE):
                 raise answer  # this process's own
             kept_from_us = isinstance(answer, PolicyError)
             why = "its policy keeps that from the hub" if kept_from_us else type(answer).__name__
@@ -289,9 +285,9 @@ def as_before(server: Server) -> Iterator[None]:
     """What fails within leaves the hub, its model and its participants in this process where they were."""
     former, undo = GlobalState.of(server.model), server_optimizers.snapshot(server.settings.server_optimizer)
     kept, sent = dict(vars(server)), dict(vars(server.broadcast))
-    here = isinstance(server.transport, InProcess)
+    here = server.runtime.sequential
     ask = messages.write(PersonalStateTask(round=server.round + 1))
-    stood = dict(server.transport.call("personal_state", server.transport.nodes(), ask)) if here else {}
+    stood = dict(server.runtime.call("personal_state", server.runtime.nodes(), ask)) if here else {}
     try:
         yield
     except BaseException:
@@ -300,6 +296,6 @@ def as_before(server: Server) -> Iterator[None]:
         vars(server).update(kept)
         vars(server.broadcast).update(sent)
         states: dict[str, Any] = {name: state for name, state in stood.items() if isinstance(state, bytes)}
-        for _ in server.transport.call("personal_state", list(states), states) if states else ():
+        for _ in server.runtime.call("personal_state", list(states), states) if states else ():
             pass
         raise

@@ -13,7 +13,6 @@ from llmchain_fed.federated.history import told_of
 from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.answers import TaskAnswer
 from llmchain_fed.federated.protocol.tasks import StateTask, Task
-from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server.server import Server
 
 TaskT = TypeVar("TaskT", bound=StateTask)
@@ -33,10 +32,10 @@ def ask(
     """
     names = server.client_manager.present() if participants is None else list(participants)
     if isinstance(task, StateTask):
-        sent = server.broadcast.call(server.transport, task, names, server.settings.deadline)
+        sent = server.broadcast.call(server.runtime, task, names, server.settings.deadline)
         found: Iterator[tuple[str, bytes | Exception]] = ((node, data) for node, data, _ in sent)
     else:
-        found = server.transport.call(task.operation, names, messages.write(task), server.settings.deadline)
+        found = server.runtime.call(task.operation, names, messages.write(task), server.settings.deadline)
         found = server.client_manager.attendance.following(task.operation, names, found)
     for name, data in found:
         if isinstance(data, Exception):
@@ -67,9 +66,7 @@ def ask_one(server: Server, task: StateTask, answer: type[AnswerT], participant:
     ((_, found),) = ask(server, task, answer, [participant])
     if not isinstance(found, Exception):
         return found
-    if isinstance(found, ParticipantError) or (
-        isinstance(server.transport, InProcess) and isinstance(found, LLMChainFedError)
-    ):
+    if isinstance(found, ParticipantError) or (server.runtime.sequential and isinstance(found, LLMChainFedError)):
         raise found
     msg = f"participant {participant!r}: {told_of(found)}"
     raise FederationError(msg) from found

@@ -15,7 +15,7 @@ from llmchain_fed.federated import compatibility
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.global_state_cache import GlobalStateCache
 from llmchain_fed.federated.participant import Participant, as_participants
-from llmchain_fed.federated.runtime import Cluster, InProcess
+from llmchain_fed.federated.runtime import InProcess, Runtime
 from llmchain_fed.federated.server.evaluation import Evaluator
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.federated.settings import (
@@ -63,22 +63,24 @@ def assemble(model: Any, participants: Any, optimizer: Any, options: FederationO
         return Client(target, participant, training, global_states=states, transforms=transforms)
 
     named, runtime = as_participants(participants), options.get("runtime")
-    cluster = runtime if isinstance(runtime, Cluster) else None
-    here = runtime is None or isinstance(runtime, InProcess)
-    if runtime is not None and cluster is None and named:
+    if runtime is not None and not isinstance(runtime, Runtime):
+        msg = f"runtime is TorchDistributed(), NVFlare(…) or another Runtime, got {runtime!r:.80}."
+        raise ConfigError(msg)
+    if runtime is not None and not runtime.replicated and named:
         msg = "give participants (they run in this process) or a runtime (which knows its own), not both."
         raise ConfigError(msg)
-    if not here and cluster is None:
+    here = runtime is None or runtime.sequential
+    if runtime is not None and not here and not runtime.replicated:
         _check_travels(config, training.optimizer, transforms)
     samples = config.samples if config.samples is not None else int(here)
     evaluator = Evaluator(target, options.get("evaluation"), samples=samples, seed=config.seed)
     clients = {name: client(participant) for name, participant in evaluator.divide(named).items()}
     settings = _settings_of(config, options, training, target.model, clients.values())
-    if cluster is not None:
-        cluster.host(clients)
-    transport = runtime if runtime is not None else InProcess(clients)
-    check_counts(config, len(transport.nodes()))
-    server = Server(target, transport, evaluator, settings)
+    runtime = runtime or InProcess(clients)
+    if runtime.replicated:
+        runtime.host(clients)
+    check_counts(config, len(runtime.nodes()))
+    server = Server(target, runtime, evaluator, settings)
     server.begin()  # refuses a rule that does not fit the model now, not after the first round's training
     return Assembled(server, clients, client)
 

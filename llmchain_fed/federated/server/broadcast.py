@@ -20,7 +20,7 @@ from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.global_state import GlobalState, is_start_of, named
 from llmchain_fed.federated.protocol.tasks import StateHeader, StateTask
 from llmchain_fed.federated.protocol.versions import STALE, Version, coded_parts, start_version
-from llmchain_fed.federated.runtime import InProcess, Transport
+from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.model.weights import change_stamp
 from llmchain_fed.updates import serialization
@@ -212,30 +212,34 @@ class Broadcast:
 
     def call(
         self,
-        transport: Transport,
+        runtime: Runtime,
         task: StateTask,
         nodes: Sequence[str],
         timeout: float | None = None,
         *,
         largest: int | None = None,
+        attendance: Attendance | None = None,
     ) -> Iterator[Sent]:
-        """Lets nodes do a task on the global state; yields their answers as `Transport.call` does.
+        """Lets nodes do a task on the global state; yields their answers as `Runtime.call` does.
 
         Args:
-            transport: The way to them.
+            runtime: The way to them.
             task: What to do.
             nodes: Who should.
             timeout: seconds to wait for an answer.
-            largest: bytes an answer may have, where the transport guards that.
+            largest: bytes an answer may have, where the runtime guards that.
+            attendance: Who is told who is asked; by default the federation's, which knows those who take part.
         """
-        if largest is not None and hasattr(transport, "expect"):
-            transport.expect(largest)
+        if largest is not None:
+            runtime.expect(largest)
         # One after the other where they are asked so anyway: a stale one is asked again at once, and updates come in
         # one order whoever held what, so that a resumed run adds them as an uninterrupted one does.
-        for group in [[n] for n in nodes] if isinstance(transport, InProcess) else [list(nodes)]:
-            yield from self._call(transport, task, group, timeout)
+        for group in [[n] for n in nodes] if runtime.sequential else [list(nodes)]:
+            yield from self._call(runtime, task, group, timeout, attendance or self._attendance)
 
-    def _call(self, transport: Transport, task: StateTask, nodes: list[str], timeout: float | None) -> Iterator[Sent]:
+    def _call(
+        self, runtime: Runtime, task: StateTask, nodes: list[str], timeout: float | None, attendance: Attendance
+    ) -> Iterator[Sent]:
         bytes_sent = dict.fromkeys(nodes, 0)
         waiting = nodes
         for attempt in range(2):
@@ -243,8 +247,8 @@ class Broadcast:
             stale = []
             alike = len({id(m) for m in payloads.values()}) == 1
             payload: Any = next(iter(payloads.values())) if alike else payloads
-            answers = transport.call(task.operation, waiting, payload, timeout) if waiting else ()
-            for node, answer in self._attendance.following(task.operation, waiting, answers):
+            answers = runtime.call(task.operation, waiting, payload, timeout) if waiting else ()
+            for node, answer in attendance.following(task.operation, waiting, answers):
                 bytes_sent[node] += len(payloads[node])
                 if isinstance(answer, bytes) and answer == STALE and attempt == 0:
                     self._known[node] = KnownVersion()

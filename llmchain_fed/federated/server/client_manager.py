@@ -22,7 +22,7 @@ from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.answers import Introduction
 from llmchain_fed.federated.protocol.tasks import HelloTask
-from llmchain_fed.federated.runtime import Transport
+from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.federated.target import Target
 from llmchain_fed.training.loop import TrainingConfig
@@ -43,9 +43,9 @@ class ClientManager:
     """
 
     def __init__(
-        self, transport: Transport, target: Target, training: TrainingConfig, *, aggregation: str | None = None
+        self, runtime: Runtime, target: Target, training: TrainingConfig, *, aggregation: str | None = None
     ) -> None:
-        self._transport, self._target, self._aggregation = transport, target, aggregation
+        self._runtime, self._target, self._aggregation = runtime, target, aggregation
         self._training = training.to_plain()
         self.federation = secrets.token_hex(8)
         """tells this federation from an earlier one of the same participants; one that goes on keeps its own"""
@@ -70,7 +70,7 @@ class ClientManager:
         Raises:
             LLMChainFedError: A participant's own error in this process, such as examples that cannot be used.
         """
-        nodes = self._transport.nodes()
+        nodes = self._runtime.nodes()
         self.absent = {n: e for n, e in self.absent.items() if n in nodes}
         self.attendance.expect(nodes)
         for node in () if again else self.attendance.doubtful:
@@ -106,7 +106,7 @@ class ClientManager:
         hello = HelloTask.of(
             contract=contract, training=self._training, federation=self.federation, aggregation=self._aggregation
         )
-        answers = self._transport.call(hello.operation, nodes, messages.write(hello), timeout)
+        answers = self._runtime.call(hello.operation, nodes, messages.write(hello), timeout)
         for node, answer in self.attendance.following(hello.operation, nodes, answers):
             found: Introduction | Exception
             try:
@@ -125,7 +125,7 @@ class ClientManager:
 
     def present(self) -> list[str]:
         """Who can be asked, in the transport's order."""
-        return [node for node in self._transport.nodes() if node in self.joined]
+        return [node for node in self._runtime.nodes() if node in self.joined]
 
     def leave(self, node: str, why: Exception | None = None) -> None:
         """Takes a participant off, so that it is asked anew before the next round."""

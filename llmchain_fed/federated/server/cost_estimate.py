@@ -14,7 +14,6 @@ from llmchain_fed.federated.history import size
 from llmchain_fed.federated.protocol.answers import TimeStepAnswer
 from llmchain_fed.federated.protocol.global_state import GlobalState, parted
 from llmchain_fed.federated.protocol.tasks import TimeStepTask
-from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server.asking import ask, task_now
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.updates import serialization
@@ -64,7 +63,7 @@ def plan_of(server: Server, rounds: int) -> Plan:
     present = server.client_manager.present()
     holders = [n for n in present if server.client_manager.joined[n].held_out]
     server.publish()
-    in_process = isinstance(server.transport, InProcess)
+    in_process = server.runtime.sequential
     timed = _timed_steps(
         server, present[:1] if in_process else present
     )  # before the bytes: it brings the state to them

@@ -11,7 +11,7 @@ from llmchain_fed.errors import ConfigError, DeadlineError, ParticipantError, Tr
 from llmchain_fed.federated.compatibility import check_rank
 from llmchain_fed.federated.history import ParticipantRecord
 from llmchain_fed.federated.protocol.tasks import TrainTask
-from llmchain_fed.federated.runtime import Transport
+from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.client_manager import ClientManager
 from llmchain_fed.federated.server.round import OpenRound, too_few
@@ -34,14 +34,14 @@ class Dispatcher:
 
     def __init__(
         self,
-        transport: Transport,
+        runtime: Runtime,
         client_manager: ClientManager,
         broadcast: Broadcast,
         rule: Rule,
         deadline: float | None,
         retries: int,
     ) -> None:
-        self._transport, self._client_manager, self._broadcast, self._rule = transport, client_manager, broadcast, rule
+        self._runtime, self._client_manager, self._broadcast, self._rule = runtime, client_manager, broadcast, rule
         self._deadline, self._retries = deadline, retries
 
     def join(self, number: int, quorum: int) -> list[str]:
@@ -97,9 +97,7 @@ class Dispatcher:
                 self._join(_left(until), again=True)  # one that has restarted must be told anew how to train
             asked = [name for name in waiting if name in self._client_manager.joined]
             missed = {name: self._client_manager.absent[name] for name in waiting if name not in asked}
-            calls = self._broadcast.call(
-                self._transport, task, asked, _left(until), largest=opened.largest_update(asked)
-            )
+            calls = self._broadcast.call(self._runtime, task, asked, _left(until), largest=opened.largest_update(asked))
             for name, answer, size in calls:
                 sent[name] += size if not isinstance(answer, TransportError) else 0  # whether it came there at all
                 if isinstance(answer, (ParticipantError, TransportError)):

@@ -19,7 +19,7 @@ from llmchain_fed.federated.protocol.answers import EvaluateAnswer, Introduction
 from llmchain_fed.federated.protocol.finiteness import told
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import EvaluateTask
-from llmchain_fed.federated.runtime import Transport
+from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.pooling import HALF, WHOLE, pooled
 from llmchain_fed.federated.target import Target
@@ -119,7 +119,7 @@ class Evaluator:
 
     def measure(
         self,
-        transport: Transport,
+        runtime: Runtime,
         broadcast: Broadcast,
         joined: Mapping[str, Introduction],
         number: int,
@@ -128,7 +128,7 @@ class Evaluator:
         """The weights as they are now; the last answer again if they are the same; None where nothing is held out.
 
         Args:
-            transport: The way to the participants.
+            runtime: The way to the participants.
             broadcast: Sends them what they lack of the global state.
             joined: Who takes part.
             number: Rounds completed with these weights; the next one is what participants are told.
@@ -148,7 +148,7 @@ class Evaluator:
             task = EvaluateTask.of(
                 round=number + 1, base=model.fingerprint(), samples=self._samples, sample_tokens=_SAMPLE_TOKENS
             )
-            for name, answer, size in broadcast.call(transport, task, holders, timeout):
+            for name, answer, size in broadcast.call(runtime, task, holders, timeout):
                 found.own[name] = _read(answer, self._samples, joined[name].held_out_tokens)
                 found.bytes[name] = size + (0 if isinstance(answer, Exception) else len(answer))
         if self.is_shared:

@@ -17,7 +17,9 @@ from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.answers import CurveAnswer, PersonalizeAnswer, SideBySideAnswer
 from llmchain_fed.federated.protocol.tasks import CurveTask, PersonalizeTask, SideBySideTask
+from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server.asking import ask_one, task_now
+from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.model.adapters import GLOBAL
 
@@ -129,17 +131,20 @@ def curve_of_stranger(
     if participant.held_out is None:
         msg = f"participant {participant.name!r} has no held_out= to measure on."
         raise ConfigError(msg)
-    if participant.name in server.transport.nodes():
+    if participant.name in server.runtime.nodes():
         msg = f"{participant.name!r} takes part already: pass its name, or give the newcomer another."
         raise ConfigError(msg)
-    peer = Client(server.target, participant, server.settings.training)  # what it is sent, it alone holds
+    client = Client(server.target, participant, server.settings.training)  # what it is sent, it alone holds
     task = task_now(server, CurveTask, steps=wanted, lr=lr)
     server.publish()
     server.broadcast.joined(participant.name, None, participant.rank, participant.alpha)
     try:
-        answer = peer.handle(task.operation, server.broadcast.message(participant.name, task))
+        way, name = InProcess({participant.name: client}), participant.name
+        ((_, answer, _),) = server.broadcast.call(way, task, [name], attendance=Attendance())
     finally:  # whoever trains under this name later has a rank of its own
         server.broadcast.joined(participant.name, None, None, None)
+    if isinstance(answer, Exception):
+        raise answer
     what = f"what {participant.name!r} answers"
     return _curve(messages.read_answer(CurveAnswer, answer, what), wanted, participant.name)
 

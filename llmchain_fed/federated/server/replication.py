@@ -1,6 +1,6 @@
 """Replication: the processes of one script end every call with the same weights, history and result.
 
-Knows the hub's state as bytes and the cluster that carries it. Knows nothing about what is done in between.
+Knows the hub's state as bytes and the runtime that carries it. Knows nothing about what is done in between.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.history import History
 from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Count, Name
 from llmchain_fed.federated.protocol.global_state import GlobalState, named, parted
-from llmchain_fed.federated.runtime import Cluster
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.untrusted import Strict, checked, decoding
 from llmchain_fed.updates import serialization
@@ -28,12 +27,11 @@ class Replication:
 
     Args:
         server: This process's.
-        cluster: The processes; None where there is only this one.
         adopted: Called on the others once they do.
     """
 
-    def __init__(self, server: Server, cluster: Cluster | None, adopted: Callable[[], object]) -> None:
-        self._server, self._cluster, self._adopted = server, cluster, adopted
+    def __init__(self, server: Server, adopted: Callable[[], object]) -> None:
+        self._server, self._adopted = server, adopted
         self._result: Any = None
 
     def do(self, work: Callable[[], Any]) -> Any:
@@ -42,17 +40,18 @@ class Replication:
         Raises:
             FederationError: On the others, where the work failed or its process is gone.
         """
-        if self._cluster is None:
+        runtime = self._server.runtime
+        if not runtime.replicated:
             return work()
-        if not self._cluster.leads:
-            self._cluster.follow(self._adopt)
+        if not runtime.leads:
+            runtime.follow(self._adopt)
             return self._result
         try:
             found = work()
         except BaseException as error:
-            self._cluster.publish(self._outcome(), error)
+            runtime.publish(self._outcome(), error)
             raise
-        self._cluster.publish(self._outcome(found))
+        runtime.publish(self._outcome(found))
         return found
 
     def _outcome(self, result: Any = None) -> bytes:

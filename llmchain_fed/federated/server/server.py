@@ -20,7 +20,7 @@ from llmchain_fed.federated.client.overlap import crossing, overlap
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import MAX_AGGREGATION, TrainTask
-from llmchain_fed.federated.runtime import InProcess, Transport
+from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.client_manager import ClientManager
 from llmchain_fed.federated.server.dispatch import Dispatcher
@@ -48,14 +48,14 @@ class Server:
         settings: The options.
     """
 
-    def __init__(self, target: Target, transport: Transport, evaluator: Evaluator, settings: Settings) -> None:
-        self.target, self.model, self.transport = target, target.model, transport
+    def __init__(self, target: Target, runtime: Runtime, evaluator: Evaluator, settings: Settings) -> None:
+        self.target, self.model, self.runtime = target, target.model, runtime
         self.evaluator, self.settings = evaluator, settings
         rule = printable(settings.rule.name, MAX_AGGREGATION)[:MAX_AGGREGATION] or None
-        self.client_manager = ClientManager(transport, target, settings.training, aggregation=rule)
+        self.client_manager = ClientManager(runtime, target, settings.training, aggregation=rule)
         self.broadcast = Broadcast(settings.broadcast_codec, settings.layout, self.client_manager.attendance)
         self.dispatcher = Dispatcher(
-            transport, self.client_manager, self.broadcast, settings.rule, settings.deadline, settings.retries
+            runtime, self.client_manager, self.broadcast, settings.rule, settings.deadline, settings.retries
         )
         self.round = 0
         self.history = History()
@@ -96,7 +96,7 @@ class Server:
         """A round that starts at the weights as they are now."""
         settings = self.settings
         self.publish()
-        expected = sampled(settings.per_round, len(self.transport.nodes()))
+        expected = sampled(settings.per_round, len(self.runtime.nodes()))
         about = Round(self.broadcast.state_for(), settings.layout, self.round, settings.seed, expected)
         base = self.model.fingerprint()
         return OpenRound(
@@ -112,7 +112,7 @@ class Server:
 
     def _training_of(self, name: str) -> TrainingConfig:
         """How a participant trains: as all do, or where it is one of this process with its own options over that."""
-        peer = self.transport.peers.get(name) if isinstance(self.transport, InProcess) else None
+        peer = self.runtime.local.get(name)
         return peer.config if isinstance(peer, Client) else self.settings.training
 
     def publish(self) -> GlobalState:
@@ -138,7 +138,7 @@ class Server:
             QuorumError: Too few updates are usable; nothing has changed.
         """
         started = time.perf_counter()
-        nodes = self.transport.nodes()
+        nodes = self.runtime.nodes()
         chosen = self.chosen(self.client_manager.present(), self.round)
         begins(self.round + 1, tuple(chosen))
         before = self.measure(self.round)
@@ -164,7 +164,7 @@ class Server:
     def measure(self, completed: int) -> Measurement | None:
         """Held-out losses under the weights as they are now, which stand after so many rounds."""
         return self.evaluator.measure(
-            self.transport, self.broadcast, self.client_manager.joined, completed, self.settings.deadline
+            self.runtime, self.broadcast, self.client_manager.joined, completed, self.settings.deadline
         )
 
     def close(
@@ -220,11 +220,11 @@ class Server:
         for name in new:
             own = self.client_manager.joined[name].overlapping
             record.participants[name].notes += own.notes() if own is not None else []
-        if not new or not isinstance(self.transport, InProcess):
+        if not new or not self.runtime.local:
             return  # what others hold in another process, nobody here knows
         here = {
             n: p.data
-            for n, p in self.transport.peers.items()
+            for n, p in self.runtime.local.items()
             if isinstance(p, Client) and n in self.client_manager.joined
         }
         shared = self.evaluator.shared()
@@ -247,7 +247,7 @@ class Server:
 
     def _ask(self, op: str, messages: Mapping[str, bytes]) -> dict[str, bytes | Exception]:
         """Sends participants a message each, and waits for all answers."""
-        return dict(self.transport.call(op, list(messages), messages, self.settings.deadline))
+        return dict(self.runtime.call(op, list(messages), messages, self.settings.deadline))
 
     def _next_state(self, opened: OpenRound, former: GlobalState) -> GlobalState:
         settings = self.settings

@@ -58,7 +58,7 @@ def federation(chain, shares=SHARES, **options):
     fed = FederatedAveraging(chain, **options)
     wire = Wire(fed._peers)
     server = fed._server
-    fed._transport = server.transport = server.dispatcher._transport = server.client_manager._transport = wire
+    fed._runtime = server.runtime = server.dispatcher._runtime = server.client_manager._runtime = wire
     return fed, wire
 
 

@@ -117,9 +117,9 @@ def test_a_peer_killed_in_a_round_is_absent_from_it_and_in_the_next(federation, 
     whole = tiny_chain("causal", lora=True)
     reference = alone(whole)
     reference.fit(1)
-    reference._transport.call = without(reference._transport.call, "b")
+    reference._runtime.call = without(reference._runtime.call, "b")
     reference.fit(1)
-    reference._transport.call = reference._transport.call.inner
+    reference._runtime.call = reference._runtime.call.inner
     reference.fit(1)
     assert difference(running.chain.model.trainable_state(), whole.model.trainable_state()) < 1e-5
 

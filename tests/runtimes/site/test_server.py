@@ -433,7 +433,7 @@ def test_a_policy_that_names_the_rule_takes_part_in_it(aggregation, serve, make_
 def test_a_peer_with_another_contract_is_absent_by_name_and_the_others_learn(serve, make_chain):
     fed = federation(serve, make_chain)
     other = Target.of(make_chain(lora=True, prompt="Say: {text}"))
-    fed._transport.exchange.paths["c"] = serve("c", Client(other, Participant("c", PAIRS), None))
+    fed._runtime.exchange.paths["c"] = serve("c", Client(other, Participant("c", PAIRS), None))
     record = fed.fit(1)[0]
     assert record.trained == ["a", "b"]
     assert record.participants["c"].status == "absent"
@@ -513,7 +513,7 @@ def test_slices_shorter_than_asked_for_and_a_fetch_beyond_the_deadline():
 
 def test_a_peer_under_another_name_or_with_impossible_counts_is_absent(serve, make_chain):
     fed = federation(serve, make_chain)
-    paths = fed._transport.exchange.paths
+    paths = fed._runtime.exchange.paths
     paths["c"] = paths["a"]
     record = fed.fit(1)[0]
     assert record.participants["c"].status == "absent"
@@ -531,7 +531,7 @@ def test_a_hello_that_makes_no_sense_is_absence(answer, serve, make_chain):
     fed = federation(serve, make_chain)
     peer = Echo()
     peer.handle = lambda op, payload: answer
-    fed._transport.exchange.paths["x"] = serve("x", peer)
+    fed._runtime.exchange.paths["x"] = serve("x", peer)
     record = fed.fit(1)[0]
     assert record.trained == ["a", "b"]
     assert record.participants["x"].status == "absent"
@@ -547,13 +547,13 @@ def test_a_hello_that_makes_no_sense_is_absence(answer, serve, make_chain):
 )  # fmt: skip
 def test_an_evaluation_that_makes_no_sense_is_noted_and_counts_for_nothing(answer, serve, make_chain):
     fed = federation(serve, make_chain)
-    inner = fed._transport.call
+    inner = fed._runtime.call
 
     def call(op, nodes, payload, timeout=None):
         for name, found in inner(op, nodes, payload, timeout):
             yield name, answer if op == "evaluate" else found
 
-    fed._transport.call = call
+    fed._runtime.call = call
     record = fed.fit(1)[0]
     assert record.trained == ["a", "b"]
     assert record.held_out_after is None
@@ -565,7 +565,7 @@ def test_a_restarted_peer_is_told_anew_and_retries_bring_it_back_in_the_same_rou
     fed.fit(1)
     participant = Participant("a", PAIRS[:6])
     fresh = Client(Target.of(make_chain(lora=True)), participant, None)
-    fed._transport.exchange.paths["a"] = serve("a2", fresh)
+    fed._runtime.exchange.paths["a"] = serve("a2", fresh)
     record = fed.fit(1)[-1]
     assert record.trained == ["b", "a"]
     again = federation(serve_again(serve), make_chain)
