@@ -734,14 +734,14 @@ def test_the_quorum_counts_usable_updates(make_chain, monkeypatch):
 class Processes(InProcess):
     """A cluster whose other processes hear what the leading one, this one, publishes."""
 
-    leads = True
+    replicated = True
 
     def __init__(self):
         super().__init__({})
         self.heard = []
 
-    def host(self, peers):
-        self._peers = dict(peers)
+    def host(self, handlers):
+        self._clients = dict(handlers)
 
     def follow(self, adopt):
         raise AssertionError("this process leads")

@@ -20,7 +20,7 @@ from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import TimeStepTask
 from llmchain_fed.federated.protocol.versions import STALE, Version
-from llmchain_fed.federated.runtime import InProcess, payload_for
+from llmchain_fed.federated.runtime import InProcess, Runtime, payload_for
 from llmchain_fed.federated.server.broadcast import Broadcast, KnownVersion
 from llmchain_fed.federated.target import Target
 from llmchain_fed.updates.codecs import make_codec
@@ -157,7 +157,7 @@ def test_weights_that_the_user_changes_between_rounds_reach_the_participants(mak
     assert_equal(chain.model.trainable_state(), twin.model.trainable_state())
 
 
-class Processes:
+class Processes(Runtime):
     """Participants in groups: each group one model and what it was sent, as a process elsewhere has them."""
 
     def __init__(self, make_chain, groups, shares=SHARES):
