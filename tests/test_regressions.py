@@ -86,14 +86,15 @@ def test_small_steps_add_up_to_no_improvement_only_against_the_last_counted_best
     losses = iter([1 - 0.04 * k for k in range(20)])
     previous = [next(losses)]
 
-    def run_round(bar):
+    def run_round(server, begins, ends):
         after = next(losses)
         record = RoundRecord(round=1, participants={}, held_out_before=previous[0], held_out_after=after)
         previous[0] = after
         fed.history.append(record)
+        ends(record)
         return record
 
-    monkeypatch.setattr(fed._server, "run_round", run_round)
+    monkeypatch.setattr("llmchain_fed.federated.fit.run_round", run_round)
     assert len(fed.fit(rounds=8, patience=2, min_delta=0.05)) == 8
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from llmchain_fed.errors import ConfigError, QuorumError
 from llmchain_fed.federated.history import RoundRecord
+from llmchain_fed.federated.loop import run_round
 from llmchain_fed.federated.server.divergence import OnDivergence, checked_on_divergence
 from llmchain_fed.federated.server.pooling import stands_still
 from llmchain_fed.federated.server.server import Server
@@ -56,27 +57,36 @@ class Fit:
             begins: Is told of each before it is run: its number, counted from 1, and who is asked.
             completed: Is told of each afterwards.
         """
-        server, patience = self.server, self.patience
         for left in reversed(range(self.rounds)):
             join()  # a round's seconds begin with its broadcast: an engine's start is not a round's cost
+            why: list[str] = []
+
+            def ends(record: RoundRecord, left: int = left, why: list[str] = why) -> None:
+                why += self._reasons_to_stop(record)
+                self.server.patience = self.patience.state() if self.patience is not None and not why and left else []
+                completed(record)
+
             try:
-                record = server.run_round(begins)
+                run_round(self.server, begins, ends)
             except QuorumError:
-                if not self.stops or server.diverged is None:
+                if not self.stops or self.server.diverged is None:
                     raise
-                server.history.stopped_early = server.diverged
+                self.server.history.stopped_early = self.server.diverged
                 break
-            losses = (record.held_out_before, record.held_out_after)
-            over = patience is not None and patience.over(
-                *losses, believed=server.evaluator.is_shared or patience.is_believed(record)
-            )
-            why = server.diverged if self.stops and server.diverged else str(patience) if over else None
-            server.patience = patience.state() if patience is not None and why is None and left else []
-            completed(record)
-            if why is not None:
-                server.history.stopped_early = why if left else None  # the last round ends it anyway
+            if why:
+                self.server.history.stopped_early = why[0] if left else None  # the last round ends it anyway
                 break
-        server.patience = []
+        self.server.patience = []
+
+    def _reasons_to_stop(self, record: RoundRecord) -> list[str]:
+        """Why this round is the last, where it is; patience counts it."""
+        server, patience = self.server, self.patience
+        over = patience is not None and patience.over(
+            record.held_out_before,
+            record.held_out_after,
+            believed=server.evaluator.is_shared or patience.is_believed(record),
+        )
+        return [server.diverged] if self.stops and server.diverged else [str(patience)] if over else []
 
 
 def check_rounds(what: str, rounds: int, server: Server) -> None:

@@ -14,11 +14,12 @@ from llmchain_fed.data.encoding import Examples
 from llmchain_fed.errors import ConfigError, FederationError, NothingTrainedError, QuorumError
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
+from llmchain_fed.federated.loop import close_round
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.protocol.tasks import TrainTask
 from llmchain_fed.federated.runtime import InProcess, Runtime
 from llmchain_fed.federated.server.attendance import Attendance
-from llmchain_fed.federated.server.round import OpenRound
+from llmchain_fed.federated.server.round import Arrival, OpenRound
 from llmchain_fed.federated.server.server import Server
 
 
@@ -76,7 +77,7 @@ class ManualRounds(ABC):
         if name not in self._peers:
             self._peers[name] = peer
             self._runtime.add(name, peer)
-        record = opened.accept(name, update, sent=sent)
+        record = opened.accept(Arrival(name, update, sent))
         self._server.client_manager.leave(name)  # it may hold another number of examples now: the next round asks anew
         return record
 
@@ -108,7 +109,7 @@ class ManualRounds(ABC):
             if self._server.evaluator.active:
                 self._join()
             before = self._server.measure(self._server.round)
-            record = self._server.close(self._open, self._opened, before, {})
+            record = close_round(self._server, self._open, self._opened, before, {})
         except BaseException as error:
             if self._open.spent:
                 error.add_note(

@@ -320,7 +320,8 @@ def test_short_options_and_training_say_the_same(make_chain):
         ({"participants": PAIRS}, "list of Participant, got tuple"),
         ({"participants": 5}, "got int"),
         ({"participants": {"": PAIRS}}, "needs a name"),
-        ({"runtime": object()}, "not both"),
+        ({"runtime": object()}, "or another Runtime, got <object"),
+        ({"runtime": InProcess({})}, "not both"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, reason, make_chain):
@@ -552,7 +553,7 @@ def test_train_sends_what_changed_to_one_that_holds_the_rest(make_chain):
     sent = whole.fit(rounds=2)[1].participants["a"].bytes_down
     by_hand.fit(rounds=1)
     assert by_hand.train(SHARES["a"], "a").bytes_down == sent
-    state = whole._model.trainable_state()
+    state = whole.get_model().model.trainable_state()
     assert sent < sum(t.numel() * t.element_size() for t in state.values())
 
 

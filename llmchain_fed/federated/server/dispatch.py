@@ -6,6 +6,7 @@ Knows the transport, the roster and the clock. Knows nothing about aggregation o
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 from llmchain_fed.errors import ConfigError, DeadlineError, ParticipantError, TransportError
 from llmchain_fed.federated.compatibility import check_rank
@@ -14,7 +15,7 @@ from llmchain_fed.federated.protocol.tasks import TrainTask
 from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.client_manager import ClientManager
-from llmchain_fed.federated.server.round import OpenRound, too_few
+from llmchain_fed.federated.server.round import Arrival, too_few
 from llmchain_fed.updates.aggregation.base import Rule
 
 _PAUSE = 2.0  # seconds before the first retry; the n-th waits n times as long
@@ -78,13 +79,13 @@ class Dispatcher:
                 self._broadcast.joined(name, hello.holds, hello.rank, hello.alpha)
         return [name for name in newcomers if name in self._client_manager.joined]
 
-    def train(self, opened: OpenRound, chosen: list[str], task: TrainTask) -> None:
-        """Lets the chosen train and hands their answers to the round as they arrive.
+    def train(self, task: TrainTask, chosen: list[str], largest: int) -> Iterator[Arrival]:
+        """Lets the chosen train; yields what arrives of each of them once, as it arrives, and at last who did not.
 
         Args:
-            opened: The round.
-            chosen: Who shall train.
             task: What they are told.
+            chosen: Who shall train.
+            largest: bytes that no answer exceeds.
         """
         until = time.monotonic() + self._deadline if self._deadline is not None else None
         waiting, sent = chosen, dict.fromkeys(chosen, 0)
@@ -97,25 +98,22 @@ class Dispatcher:
                 self._join(_left(until), again=True)  # one that has restarted must be told anew how to train
             asked = [name for name in waiting if name in self._client_manager.joined]
             missed = {name: self._client_manager.absent[name] for name in waiting if name not in asked}
-            calls = self._broadcast.call(self._runtime, task, asked, _left(until), largest=opened.largest_update(asked))
-            for name, answer, size in calls:
+            for name, answer, size in self._broadcast.call(self._runtime, task, asked, _left(until), largest=largest):
                 sent[name] += size if not isinstance(answer, TransportError) else 0  # whether it came there at all
                 if isinstance(answer, (ParticipantError, TransportError)):
                     self._client_manager.leave(name, answer)
                     missed[name] = answer
                     continue
                 hello = self._client_manager.joined[name]
-                counts = {"num_examples": hello.num_examples, "num_tokens": hello.num_tokens}
-                self._judged(name, answer, opened.accept(name, answer, sent=sent[name], **counts))
+                yield Arrival(name, answer, sent[name], hello.num_examples, hello.num_tokens)
             waiting = list(missed)
             if not waiting:
                 break
-        for name, error in missed.items():
-            self._judged(name, error, opened.accept(name, error, sent=sent[name]))
+        yield from (Arrival(name, error, sent[name]) for name, error in missed.items())
 
-    def _judged(self, name: str, answer: bytes | Exception, record: ParticipantRecord) -> None:
+    def judge(self, arrival: Arrival, record: ParticipantRecord) -> None:
         """Tells what became of an answer; a record begins with the first reason of the absence that it is part of."""
-        attendance = self._client_manager.attendance
+        attendance, (name, answer) = self._client_manager.attendance, arrival[:2]
         if record.status == "trained":
             attendance.worked(name)
         elif isinstance(answer, DeadlineError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -41,6 +41,20 @@ from llmchain_fed.updates.update import Expected, Update
 _REASONS = 20  # participants whose reasons one error lists
 _REASON = 300  # characters of each
 _GENEROUS = 10  # times the steps asked for: a participant may have options of its own
+
+
+class Arrival(NamedTuple):
+    """What came of one participant's training."""
+
+    participant: str
+    answer: bytes | Exception
+    """its update, or why there is none"""
+    bytes_down: int
+    """that went to it for this"""
+    num_examples: int | None = None
+    """that it trains on, as it said when it joined"""
+    num_tokens: int | None = None
+    """likewise, of completions"""
 
 
 class OpenRound:
@@ -124,27 +138,13 @@ class OpenRound:
         layout = self._layouts[rank]
         return Expected(name, self.number + 1, self._base, layout, num_examples, num_tokens, self._codec, start)
 
-    def accept(
-        self,
-        name: str,
-        answer: bytes | Exception,
-        *,
-        num_examples: int | None = None,
-        num_tokens: int | None = None,
-        sent: int = 0,
-    ) -> ParticipantRecord:
-        """Uses one participant's answer, or records why it cannot be used.
-
-        Args:
-            name: Who was asked.
-            answer: The update's bytes, or why there are none.
-            num_examples: What the participant said it holds when it joined.
-            num_tokens: Likewise, completion tokens.
-            sent: bytes that went to it for this.
+    def accept(self, arrival: Arrival) -> ParticipantRecord:
+        """Uses what arrived of a participant, or records why it cannot be used.
 
         Raises:
             DuplicateParticipantError: An answer of its own has been used already.
         """
+        name, answer, sent, num_examples, num_tokens = arrival
         self.refuse_twice(name)
         former = self.records.get(name) or ParticipantRecord()  # of an answer that was of no use: its bytes did travel
         record = ParticipantRecord(bytes_down=former.bytes_down + sent, bytes_up=former.bytes_up)

@@ -1,4 +1,4 @@
-"""Server: the leading side of a federation. Its state between rounds, and one round from broadcast to loaded weights.
+"""Server: the leading side of a federation. Its state between rounds, and the steps that a round is made of.
 
 Knows the seams: transport, rule, codecs, server optimizer, records. Knows nothing about how participants train or where
 they run, nor about when a round is run.
@@ -7,14 +7,14 @@ they run, nor about when a round is run.
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from llmchain_fed.data.encoding import DataReport
-from llmchain_fed.errors import QuorumError, UpdateRefusedError
+from llmchain_fed.errors import UpdateRefusedError
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.overlap import crossing, overlap
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
@@ -24,18 +24,43 @@ from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.client_manager import ClientManager
 from llmchain_fed.federated.server.dispatch import Dispatcher
-from llmchain_fed.federated.server.divergence import Divergence, nothing_finite
+from llmchain_fed.federated.server.divergence import Divergence
 from llmchain_fed.federated.server.evaluation import Evaluator, Measurement
 from llmchain_fed.federated.server.round import OpenRound
 from llmchain_fed.federated.settings import Settings, sampled
 from llmchain_fed.federated.target import Target
+from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training.batch_sampler import seed_of
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import printable
 from llmchain_fed.updates import serialization, server_optimizers
-from llmchain_fed.updates.collection import Round
+from llmchain_fed.updates.collection import Combined, Round
+from llmchain_fed.updates.server_optimizers import ServerOptimizer
 
-UNUSABLE = "the updates of this round cannot be combined"
+
+class Standing:
+    """Where a federation stands before a round's updates are combined.
+
+    Args:
+        model: Whose weights stand there.
+        optimizer: The server's.
+    """
+
+    def __init__(self, model: LocalModel, optimizer: ServerOptimizer | None) -> None:
+        self.state, self._model, self._left = GlobalState.of(model), model, False
+        self.undo = server_optimizers.snapshot(optimizer)
+        """puts the server optimizer's memory back"""
+
+    def leave(self, new: GlobalState) -> None:
+        """Loads other weights."""
+        self._left = True
+        new.load(self._model)
+
+    def restore(self) -> None:
+        """Goes back, also where loading was interrupted."""
+        if self._left:
+            self.state.load(self._model)
+        self.undo()
 
 
 class Server:
@@ -128,30 +153,6 @@ class Server:
             more["ditto"] = self.settings.personal.model_dump()
         return opened.task(**more)
 
-    def run_round(self, begins: Callable[[int, tuple[str, ...]], object]) -> RoundRecord:
-        """One round with those who are there.
-
-        Args:
-            begins: Told the round's number, counted from 1, and who will be asked.
-
-        Raises:
-            QuorumError: Too few updates are usable; nothing has changed.
-        """
-        started = time.perf_counter()
-        nodes = self.runtime.nodes()
-        chosen = self.chosen(self.client_manager.present(), self.round)
-        begins(self.round + 1, tuple(chosen))
-        before = self.measure(self.round)
-        opened = self.begin()
-        self.dispatcher.train(opened, chosen, self.task(opened))
-        others = {name: self.client_manager.record_of(name) for name in nodes if name not in opened.records}
-        self.diverged = None
-        try:
-            return self.close(opened, started, before, others)
-        except QuorumError:
-            self.diverged = nothing_finite(opened.records)
-            raise
-
     def chosen(self, nodes: list[str], number: int) -> list[str]:
         """Who of them is asked in a round."""
         count = sampled(self.settings.per_round, len(nodes))
@@ -167,52 +168,49 @@ class Server:
             self.runtime, self.broadcast, self.client_manager.joined, completed, self.settings.deadline
         )
 
-    def close(
-        self, opened: OpenRound, started: float, before: Measurement | None, idle: Mapping[str, ParticipantRecord]
-    ) -> RoundRecord:
-        """Aggregates and loads; what fails or is interrupted puts weights and server optimizer back.
+    @contextmanager
+    def restoring(self) -> Iterator[Standing]:
+        """Where the federation stands; what fails or is interrupted inside puts weights and server optimizer back."""
+        standing = Standing(self.model, self.settings.server_optimizer)
+        try:
+            yield standing
+        except BaseException:
+            standing.restore()
+            raise
 
-        Updates that cannot be combined, each of which was finite for itself, leave the weights as they were: the round
-        counts, and its record says why.
+    def record_of(self, opened: OpenRound, idle: Mapping[str, ParticipantRecord]) -> RoundRecord:
+        """The record of a round that is aggregated, as far as its updates say.
 
-        Raises:
-            QuorumError: Too few updates are usable.
+        Args:
+            opened: The round.
+            idle: Of those who were not asked.
         """
-        former = GlobalState.of(self.model)
-        undo = server_optimizers.snapshot(self.settings.server_optimizer)
-        try:
-            new, unusable = self._next_state(opened, former), []
-        except UpdateRefusedError as error:
-            undo()
-            new, unusable = former, [f"{UNUSABLE} ({printable(error, 300)}): the weights are as before"]
-        except BaseException:
-            undo()
-            raise
-        try:
-            record = RoundRecord(round=self.round + 1, participants={**opened.records, **idle})
-            for name, note in self.notes.items():
-                if name in record.participants:
-                    record.participants[name].notes.append(note)
-            self._note_overlaps(record)
-            record.aggregation_gap = opened.gap()
-            new.load(self.model)
-            after = self.measure(self.round + 1) if before else None
-            self.evaluator.fill(record, before, after, self.history)
-            record.notes, record.members_changed = [*self.round_notes, *unusable], self.members_changed
-            record.update_norm = serialization.distance(new.values, former.values)
-            record.training_seconds = sum(r.seconds or 0.0 for r in opened.records.values())
-            record.weights_version = self.model.weights_version
-            diverged = self._divergence.look(self.history, record, after)
-            record.notes += [diverged] if diverged else []
-            record.seconds = time.perf_counter() - started
-        except BaseException:
-            former.load(self.model)
-            undo()
-            raise
+        record = RoundRecord(round=self.round + 1, participants={**opened.records, **idle})
+        for name, note in self.notes.items():
+            if name in record.participants:
+                record.participants[name].notes.append(note)
+        self._note_overlaps(record)
+        record.aggregation_gap = opened.gap()
+        record.notes, record.members_changed = list(self.round_notes), self.members_changed
+        record.training_seconds = sum(r.seconds or 0.0 for r in opened.records.values())
+        return record
+
+    def diverges(self, record: RoundRecord, after: Measurement | None) -> str | None:
+        """Why this round is one of a federation that diverges, which its record says as well; None where it is not."""
+        why = self._divergence.look(self.history, record, after)
+        record.notes += [why] if why else []
+        return why
+
+    def complete(self, record: RoundRecord, diverged: str | None) -> None:
+        """The round has happened: it counts, and its record stands in the history."""
         self.round += 1
         self.notes, self.round_notes, self.members_changed, self.diverged = {}, [], False, diverged
         self.history.append(record)
-        return record
+
+    def idle(self, opened: OpenRound) -> dict[str, ParticipantRecord]:
+        """Records of those who were not asked in a round."""
+        manager = self.client_manager
+        return {name: manager.record_of(name) for name in self.runtime.nodes() if name not in opened.records}
 
     def _note_overlaps(self, record: RoundRecord) -> None:
         """Says of those whose first round this is what is both trained on and held out."""
@@ -245,14 +243,18 @@ class Server:
         found = (r.participants[name].status for r in reversed(self.history.rounds) if name in r.participants)
         return any(status != "absent" for status in found)
 
-    def _ask(self, op: str, messages: Mapping[str, bytes]) -> dict[str, bytes | Exception]:
+    def ask(self, op: str, messages: Mapping[str, bytes]) -> dict[str, bytes | Exception]:
         """Sends participants a message each, and waits for all answers."""
         return dict(self.runtime.call(op, list(messages), messages, self.settings.deadline))
 
-    def _next_state(self, opened: OpenRound, former: GlobalState) -> GlobalState:
-        settings = self.settings
-        combined = opened.aggregate(settings.quorum, self._ask)
-        values = combined.values
+    def moved(self, opened: OpenRound, former: GlobalState, combined: Combined) -> GlobalState:
+        """Where the server optimizer moves the global weights to.
+
+        Raises:
+            UpdateRefusedError: What comes out is not finite. Code of a user's own may fail as it likes: what it raises,
+                or the model's own check, is raised.
+        """
+        settings, values = self.settings, combined.values
         if settings.broadcast_codec is not None:
             # participants started from what they decoded: what they learnt is added to the weights as they really are,
             # whose distance from that copy the next broadcast brings
@@ -260,7 +262,6 @@ class Server:
                 n: (former.values[n].float() + (v.float() - opened.start[n].float())).to(v.dtype)
                 for n, v in values.items()
             }
-        # code of a user's own may fail as it likes: what it raises, or the model's own check, is raised
         if not settings.rule.own:
             _check_finite(values)
         moved = server_optimizers.apply(settings.server_optimizer, former.values, values)

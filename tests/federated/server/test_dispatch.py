@@ -165,12 +165,12 @@ def test_a_count_larger_than_who_is_there_asks_them_all(make_chain):
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ({"deadline": 0}, "deadline is a positive number of seconds"),
-        ({"deadline": float("nan")}, "deadline is a positive"),
-        ({"deadline": True}, "deadline is a positive"),
-        ({"deadline": "60"}, "deadline is a positive"),
-        ({"retries": -1}, "retries is a count"),
-        ({"retries": 1.5}, "retries is a count"),
+        ({"deadline": 0}, "`deadline`: Input should be greater than 0"),
+        ({"deadline": float("nan")}, "`deadline`: Input should be a finite number"),
+        ({"deadline": True}, "`deadline`: Input should be a valid number"),
+        ({"deadline": "60"}, "`deadline`: Input should be a valid number"),
+        ({"retries": -1}, "`retries`: Input should be greater than or equal to 0"),
+        ({"retries": 1.5}, "`retries`: Input should be a valid integer"),
         ({"retry": 1}, "unknown option `retry`; did you mean `retries`"),
     ],
 )
