@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self, Unpack
 
@@ -17,6 +18,7 @@ from llmchain_fed.federated.callback_list import Callbacks
 from llmchain_fed.federated.callbacks import RunInfo
 from llmchain_fed.federated.checkpoint.manager import CheckpointManager
 from llmchain_fed.federated.checkpoint.membership import Members, checked_members
+from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.fit import Fit, check_rounds
 from llmchain_fed.federated.history import History, RoundRecord
 from llmchain_fed.federated.manual_round import ManualRounds
@@ -29,6 +31,7 @@ from llmchain_fed.federated.server.cost_estimate import Plan, plan_of
 from llmchain_fed.federated.server.divergence import OnDivergence
 from llmchain_fed.federated.server.personalization import Personalized, SideBySide
 from llmchain_fed.federated.server.replication import Replication
+from llmchain_fed.federated.server.server import Server
 from llmchain_fed.federated.settings import FederationConfig, FederationOptions, signature_of
 from llmchain_fed.training.evaluation import EvaluationResult, evaluate_locally
 
@@ -82,6 +85,7 @@ class FederatedAveraging(ManualRounds):
         self._screen = Screen(self.attendance, elsewhere=elsewhere) if options.get("progress", True) else None
         self._callbacks = Callbacks(callbacks, (self._screen,) if self._screen is not None else ())
         self.attendance.listen(self._callbacks.attendance_changed)
+        self._show_adapters = partial(_show_adapters, made.server, made.clients)  # no method: no cycle
         self._checkpoints = CheckpointManager(self._server, checkpoint_dir, shown=self._show_adapters)
         self._replication = Replication(self._server, self._show_adapters)
         self._open, self._opened = None, 0.0
@@ -320,11 +324,6 @@ class FederatedAveraging(ManualRounds):
             self._show_adapters()
             self._callbacks.round_ended(record, self.history)
 
-    def _show_adapters(self) -> None:
-        """Personal models of this process's participants become adapters of its chain."""
-        for peer in self._peers.values():
-            peer.show_adapter(self.round)
-
     def _together(self, work: Callable[[], Any]) -> Any:
         """What work gives once everybody has joined, in every process of the script."""
 
@@ -341,6 +340,12 @@ class FederatedAveraging(ManualRounds):
             report = self.data_reports.get(name)
             if report is not None and self._screen is not None:
                 self._screen.report(name, report)
+
+
+def _show_adapters(server: Server, clients: Mapping[str, Client]) -> None:
+    """Personal models of this process's participants become adapters of its chain."""
+    for client in clients.values():
+        client.show_adapter(server.round)
 
 
 FederatedAveraging.__signature__ = signature_of(FederatedAveraging.__init__)  # with every option, for a notebook

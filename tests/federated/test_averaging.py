@@ -3,9 +3,11 @@
 Belongs here: the round loop's options and its records. Does not: the laws of averaging (test_invariants).
 """
 
+import gc
 import json
 import math
 import re
+import weakref
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tiny import PAIRS, TEMPLATE
 from torch.utils.data import DataLoader
 
 from llmchain_fed import (
+    Ditto,
     FederatedAveraging,
     FederatedLearning,
     History,
@@ -1156,3 +1159,19 @@ def test_the_first_generator_of_examples_is_read_once(make_chain):
     """Participants may hand over a generator; it serves all rounds."""
     history = federation(make_chain(), {"a": (p for p in PAIRS[:4]), "b": PAIRS[4:]}).fit(rounds=2)
     assert [r.participants["a"].examples for r in history] == [4, 4]
+
+
+@pytest.mark.parametrize("options", [{}, {"personal": Ditto(), "codec": "int8", "broadcast_codec": "int8"}])
+def test_a_federation_that_is_let_go_takes_its_copies_of_the_weights_along(options, make_chain, tmp_path):
+    """At once, not when a collector of cycles comes by: a copy is as large as the model."""
+    chain = make_chain(lora=True)
+    fed = federation(chain, checkpoint_dir=tmp_path, **options)
+    gc.collect()
+    gc.disable()
+    try:
+        fed.fit(1)
+        kept = [weakref.ref(fed._server.broadcast), weakref.ref(fed._server), weakref.ref(fed)]
+        del fed
+        assert [ref() for ref in kept] == [None] * 3
+    finally:
+        gc.enable()
