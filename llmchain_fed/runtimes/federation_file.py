@@ -66,6 +66,7 @@ class FederationFile(FederationConfig):
     checkpoint_dir: Place | None = None
     """where a checkpoint is written after each round, relative to the file; by default `checkpoints` in `out`. Started
     again, the federation goes on"""
+    transforms: None = None
     optimizer: None = None
     """no file holds code: `training: {optimizer: adamw}` names one"""
     evaluation: None = None
@@ -100,7 +101,7 @@ class FederationFile(FederationConfig):
 
     def options(self) -> FederationOptions:
         """What `FederatedAveraging` is given."""
-        names = FederationConfig.model_fields.keys() - {"optimizer", "evaluation"}
+        names = FederationConfig.model_fields.keys() - {"optimizer", "evaluation", "transforms"}
         given = {name: getattr(self, name) for name in sorted(names)}
         if self.server_optimizer is not None:
             given["server_optimizer"] = _server_optimizer(self.server_optimizer)

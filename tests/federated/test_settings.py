@@ -99,7 +99,7 @@ def test_who_decides_the_future_does_so_unless_it_is_said_otherwise():
 
 @pytest.mark.parametrize(("given", "here", "elsewhere"), [(None, 1, 0), (2, 2, 2), (0, 0, 0)])
 def test_samples_are_one_here_and_none_elsewhere(given, here, elsewhere, make_chain):
-    class Elsewhere:
+    class Elsewhere(Runtime):
         def __init__(self, peers):
             self.inner = InProcess(peers)
             self.nodes, self.call, self.close = self.inner.nodes, self.inner.call, self.inner.close

@@ -6,7 +6,7 @@ Knows which parts there are and which of the options each is given. Knows nothin
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ from llmchain_fed.updates.codecs import make_codec
 from llmchain_fed.updates.lora_layout import LoraLayout
 from llmchain_fed.updates.serialization import describe
 from llmchain_fed.updates.server_optimizers import ResumableServerOptimizer
-from llmchain_fed.updates.transforms import UpdateTransform, checked_transforms
+from llmchain_fed.updates.transforms import checked_transforms
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,13 @@ def assemble(model: Any, participants: Any, optimizer: Any, options: FederationO
         raise ConfigError(msg)
     here = runtime is None or runtime.sequential
     if runtime is not None and not here and not runtime.replicated:
-        _check_travels(config, training.optimizer, transforms)
+        _check_travels(config, training.optimizer)
+    if transforms and runtime is not None and not runtime.replicated:
+        msg = (
+            "transforms are code, and no code travels to the participants that a runtime brings. Leave them out, "
+            "use codec=, or let participants= run in this process."
+        )
+        raise ConfigError(msg)
     samples = config.samples if config.samples is not None else int(here)
     evaluator = Evaluator(target, options.get("evaluation"), samples=samples, seed=config.seed)
     clients = {name: client(participant) for name, participant in evaluator.divide(named).items()}
@@ -154,16 +160,10 @@ def _settings_of(
     )
 
 
-def _check_travels(config: FederationConfig, optimizer: Any, transforms: Sequence[UpdateTransform]) -> None:
+def _check_travels(config: FederationConfig, optimizer: Any) -> None:
     if config.optimizer is not None:
         msg = (
             f"optimizer={optimizer!r:.60} cannot be told to participants elsewhere, because no code travels. Name it: "
             "'adamw', 'adam' or 'sgd'."
-        )
-        raise ConfigError(msg)
-    if transforms:
-        msg = (
-            "transforms are code, and no code travels to the participants that a runtime brings. Leave them out, "
-            "use codec=, or let participants= run in this process."
         )
         raise ConfigError(msg)
