@@ -13,10 +13,10 @@ from pathlib import Path
 import options_table
 import pytest
 import torch
+from resumed_runs import Elsewhere
 
 from llmchain_fed import ConfigError, Ditto, FedAdam, FederatedAveraging, TrainingConfig
 from llmchain_fed.federated.checkpoint import files
-from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.settings import FederationConfig, FederationOptions
 from llmchain_fed.runtimes.federation_file import FederationFile
 from llmchain_fed.updates.codecs.sparsification import TopK
@@ -99,11 +99,6 @@ def test_who_decides_the_future_does_so_unless_it_is_said_otherwise():
 
 @pytest.mark.parametrize(("given", "here", "elsewhere"), [(None, 1, 0), (2, 2, 2), (0, 0, 0)])
 def test_samples_are_one_here_and_none_elsewhere(given, here, elsewhere, make_chain):
-    class Elsewhere(Runtime):
-        def __init__(self, peers):
-            self.inner = InProcess(peers)
-            self.nodes, self.call, self.close = self.inner.nodes, self.inner.call, self.inner.close
-
     fed = FederatedAveraging(
         make_chain(), participants=SHARES, evaluation={"a": PAIRS[:3]}, samples=given, progress=False
     )
