@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from llmchain_fed.federated.history import History
     from llmchain_fed.federated.learning import FederatedLearning
     from llmchain_fed.federated.participant import Participant
+    from llmchain_fed.federated.runtime import Runtime
     from llmchain_fed.library import list_chains, list_prompts, load_chain, load_prompt
     from llmchain_fed.model.local_model import LocalModel
     from llmchain_fed.runtimes.nvflare.transport import NVFlare
@@ -98,6 +99,7 @@ _HOMES = {
     "Participant": "federated.participant",
     "RawText": "data.encoding",
     "Reptile": "updates.server_optimizers",
+    "Runtime": "federated.runtime",
     "TensorBoard": "tracking.tensorboard",
     "TorchDistributed": "runtimes.torch_distributed",
     "TorchServerOptimizer": "updates.server_optimizers",
@@ -156,6 +158,7 @@ __all__ = [
     "RawText",
     "RecipeError",
     "Reptile",
+    "Runtime",
     "TemplatedTwiceError",
     "TensorBoard",
     "TorchDistributed",

@@ -70,6 +70,7 @@ PUBLIC = [
     "RawText",
     "RecipeError",
     "Reptile",
+    "Runtime",
     "TemplatedTwiceError",
     "TensorBoard",
     "TorchDistributed",

@@ -6,6 +6,7 @@ Knows the options, the hub, checkpoints and callbacks. Knows nothing about how p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,7 +33,7 @@ from llmchain_fed.federated.options import (
 )
 from llmchain_fed.federated.participant import Participant, as_participants
 from llmchain_fed.federated.reporting.screen import Screen
-from llmchain_fed.federated.runtime import Cluster, InProcess, Transport
+from llmchain_fed.federated.runtime import Runtime, checked_runtime
 from llmchain_fed.federated.server.divergence import OnDivergence, checked_on_divergence
 from llmchain_fed.federated.server.evaluation import Evaluator
 from llmchain_fed.federated.server.replication import Replication
@@ -122,7 +123,7 @@ class FederatedAveraging(ManualRounds):
         codec: str | Codec | None = None,
         broadcast_codec: str | Codec | None = None,
         personal: Ditto | None = None,
-        runtime: Transport | None = None,
+        runtime: Runtime | None = None,
         evaluation: float | Mapping[str, Examples] | Examples | None = None,
         weighting: Weighting = "examples",
         max_weight_share: float | None = None,
@@ -153,15 +154,15 @@ class FederatedAveraging(ManualRounds):
         trainable.check_batches(self._model, self._training.micro_batch_size or self._training.batch_size)
         self._global_states = GlobalStateCache(self._model)
         named_participants = as_participants(participants)
-        self._cluster = runtime if isinstance(runtime, Cluster) else None
-        if runtime is not None and self._cluster is None and named_participants:
-            msg = "give participants (they run in this process) or a runtime (which knows its own), not both."
-            raise ConfigError(msg)
-        if runtime is not None and not isinstance(runtime, (Cluster, InProcess)):
+        self._transport = checked_runtime(runtime)
+        replicated = self._transport.replicated
+        if not (self._transport.sequential or replicated):
             check_travels(self._training)
         evaluator = Evaluator(self._target, evaluation, samples=samples, seed=seed)
         self._peers = {name: self._peer(p) for name, p in evaluator.divide(named_participants).items()}
-        available = len(self._peers) if runtime is None else 0 if self._cluster is not None else len(runtime.nodes())
+        if not replicated:
+            self._transport.host(self._peers)
+        available = 0 if replicated else len(self._transport.nodes())
         settings = make_settings(
             self._model,
             self._training,
@@ -180,29 +181,28 @@ class FederatedAveraging(ManualRounds):
             retries=retries,
             seed=seed,
         )
-        if self._cluster is not None:
-            self._cluster.host(self._peers)
-            available = len(self._cluster.nodes())
+        if replicated:
+            self._transport.host(self._peers)
+            available = len(self._transport.nodes())
             checked_quorum(quorum, sample_size(participants_per_round, available), available)
-        self._transport: Transport = runtime if runtime is not None else InProcess(self._peers)
         self._server = Server(self._target, self._transport, evaluator, settings, federation)
-        elsewhere = not isinstance(self._transport, InProcess)
-        self._screen = Screen(self.attendance, elsewhere=elsewhere) if progress else None
+        self._screen = Screen(self.attendance, elsewhere=not self._transport.sequential) if progress else None
         self._callbacks = Callbacks(callbacks, (self._screen,) if self._screen is not None else ())
         self.attendance.listen(self._callbacks.attendance_changed)
         self._server.begin()  # refuses a rule that does not fit the model now, not after the first round's training
         options = {"samples": samples, "quorum": quorum, "deadline": deadline, "retries": retries}
         options["evaluation"] = evaluation if isinstance(evaluation, float) else None
+        shown = partial(_show_adapters, self._peers, self._server)  # not a method: who is let go must leave no cycle
         self._checkpoints = CheckpointManager(
             self._server,
             checkpoint_dir,
             keep_checkpoints,
             options,
             given=evaluation is not None,
-            leads=self._cluster is None or self._cluster.leads,
-            shown=self._show_adapters,
+            leads=self._transport.leads,
+            shown=shown,
         )
-        self._replication = Replication(self._server, self._cluster, self._show_adapters)
+        self._replication = Replication(self._server, self._transport, shown)
         self._open: OpenRound | None = None
         self._opened = 0.0
 
@@ -296,7 +296,7 @@ class FederatedAveraging(ManualRounds):
         """
         self._check_rounds("fit", rounds)
         # participants elsewhere may hold out examples of their own
-        measured = self._server.evaluator.active or not isinstance(self._transport, InProcess)
+        measured = self._server.evaluator.active or not self._transport.sequential
         stop = checked_patience(patience, min_delta, measured=measured)
         if stop is not None:
             stop.go_on(self._server.patience)
@@ -347,8 +347,7 @@ class FederatedAveraging(ManualRounds):
 
     def _show_adapters(self) -> None:
         """Personal models of this process's participants become adapters of its chain."""
-        for peer in self._peers.values():
-            peer.show_adapter(self.round)
+        _show_adapters(self._peers, self._server)
 
     def _check_rounds(self, what: str, rounds: int) -> None:
         if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
@@ -369,3 +368,8 @@ class FederatedAveraging(ManualRounds):
 
     def _peer(self, participant: Participant) -> Client:
         return Client(self._target, participant, self._training, global_states=self._global_states)
+
+
+def _show_adapters(clients: Mapping[str, Client], server: Server) -> None:
+    for client in clients.values():
+        client.show_adapter(server.round)

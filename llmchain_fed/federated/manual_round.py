@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
 from llmchain_fed.data.encoding import Examples
 from llmchain_fed.errors import ConfigError, FederationError, NothingTrainedError, QuorumError
 from llmchain_fed.federated.between_rounds import BetweenRounds
 from llmchain_fed.federated.client.client import Client
-from llmchain_fed.federated.client.global_state_cache import STALE
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
 from llmchain_fed.federated.participant import Participant
-from llmchain_fed.federated.runtime import InProcess, Transport
+from llmchain_fed.federated.runtime import Runtime
+from llmchain_fed.federated.server.broadcast import Sent
 from llmchain_fed.federated.server.round import OpenRound
 
 
 class ManualRounds(BetweenRounds):
     """The part of `FederatedAveraging` in which the caller says who trains when."""
 
-    _transport: Transport
+    _transport: Runtime
     _open: OpenRound | None
     _opened: float
 
@@ -49,7 +48,7 @@ class ManualRounds(BetweenRounds):
             DataError, TrainingError: Its examples or its training failed; nothing has changed.
             ConfigError: The participants run elsewhere (`runtime=`).
         """
-        if not isinstance(self._transport, InProcess):
+        if not self._transport.sequential:
             msg = "train() works on participants in this process; with runtime=… use fit()."
             raise ConfigError(msg)
         if self._server.evaluator.holds_out_a_share:
@@ -61,34 +60,31 @@ class ManualRounds(BetweenRounds):
         name = str(device_id)
         opened = self._open or self._server.begin()
         opened.refuse_twice(name)
-        peer = self._peers.get(name)
-        participant = Participant(name, local_data)
-        if peer is None:
-            peer = self._peer(participant)
-        with peer.taking(participant):
-            update, sent = self._asked(peer, self._server.header(opened))  # what it raises is the caller's to see
+        known, participant = self._transport.local.get(name), Participant(name, local_data)
+        client = known if isinstance(known, Client) else self._peer(participant)
+        self._transport.host({name: client})
+        try:
+            with client.taking(participant):
+                sent = self._asked(client.participant, self._server.header(opened))
+        except BaseException:
+            self._transport.withdraw(name) if known is None else self._transport.host({name: known})
+            raise
         if self._open is None:
             self._open, self._opened = opened, time.perf_counter()
-        if name not in self._peers:
-            self._peers[name] = peer
-            self._transport.add(name, peer)
-        record = opened.accept(name, update, sent=sent)
+        self._peers[name] = client
+        record = opened.accept(name, sent.answer, sent=sent.bytes)
         self._server.client_manager.leave(name)  # it may hold another number of examples now: the next round asks anew
         return record
 
-    def _asked(self, peer: Client, header: Mapping[str, Any]) -> tuple[bytes, int]:
-        """A participant's update, and the bytes that went to it; one that lost what it held is sent everything."""
-        broadcast, participant = self._server.broadcast, peer.participant
-        name, rank, alpha = participant.name, participant.rank, participant.alpha
+    def _asked(self, participant: Participant, header: dict[str, Any]) -> Sent:
+        """One participant's update; what its training raises is the caller's to see."""
+        broadcast, name, rank = self._server.broadcast, participant.name, participant.rank
         if rank is not None or broadcast.scaling_of(name) is not None:  # else it holds what it is known to hold
-            broadcast.joined(name, None, rank, alpha)
-        message = broadcast.message(name, header)
-        answer = peer.handle("train", message)
-        if answer != STALE:
-            return answer, len(message)
-        broadcast.joined(name, None, rank, alpha)
-        everything = broadcast.message(name, header)
-        return peer.handle("train", everything), len(message) + len(everything)
+            broadcast.joined(name, None, rank, participant.alpha)
+        (sent,) = broadcast.call(self._transport, "train", [name], header)
+        if isinstance(sent.answer, Exception):
+            raise sent.answer
+        return sent
 
     def step(self) -> RoundRecord:
         """Averages what has been trained since the last step and loads it: w = Σ n_k/n · w_k.

@@ -4,13 +4,15 @@ Knows operations and bytes. Knows nothing about models, aggregation or history: 
 runtime is in use, below it nobody knows what a round is.
 """
 
+# ruff: noqa: B027 (what most runtimes need of these methods is nothing)
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, Protocol, get_args
 
-from llmchain_fed.errors import DeadlineError, FederationError
+from llmchain_fed.errors import ConfigError, DeadlineError, FederationError
 
 Operation = Literal["hello", "train", "evaluate", "personal_state", "stop"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
@@ -29,12 +31,40 @@ class TaskHandler(Protocol):
         """Answers one operation; an exception means that the participant is absent from it."""
 
 
-class Transport(Protocol):
-    """Carries an operation to nodes and brings back what they answer, as it arrives."""
+class Runtime(ABC):
+    """Where participants work: carries an operation to them and brings back what they answer, as it arrives.
 
+    One of your own says who there is (`nodes`) and carries a call (`call`); all else has a default, which is that of
+    participants who live in processes of their own. What the loop above does otherwise for one runtime than for another
+    follows from these facts alone, never from its class:
+
+    | it says      | what follows                                                                                   |
+    |--------------|------------------------------------------------------------------------------------------------|
+    | `local`      | their errors are raised as they are, their answers are trusted, their own options are known    |
+    | `sequential` | participants are asked one by one; their order decides the last bits, so a resumed run keeps it |
+    | `replicated` | every process of the script makes the federation; one `leads`, the others `follow`             |
+    """
+
+    sequential: bool = False
+    """whether all participants work in this process, one after the other, in the order in which they are asked"""
+    replicated: bool = False
+    """whether all processes of a script make the same federation, each with participants of its own"""
+
+    @property
+    def local(self) -> Mapping[str, TaskHandler]:
+        """The participants who live in this process, by name; none, unless the runtime hosts them."""
+        return {}
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process runs the loop; where nothing is replicated there is no other one."""
+        return True
+
+    @abstractmethod
     def nodes(self) -> list[str]:
-        """The names that can be called."""
+        """The names of all who can be called."""
 
+    @abstractmethod
     def call(
         self, op: Operation, nodes: Iterable[str], payload: Payload, timeout: float | None = None
     ) -> Iterator[tuple[str, bytes | Exception]]:
@@ -44,60 +74,79 @@ class Transport(Protocol):
         reached, `DeadlineError` where it is late, `ParticipantError` or the error itself where its work failed.
 
         Args:
-            op: What to do.
-            nodes: Who should.
+            op: What they are asked to do.
+            nodes: The names of those who are asked.
             payload: The same bytes for all, or each node's own by name.
             timeout: seconds until an answer is no longer waited for; None waits as long as the node is there.
         """
 
-    def close(self) -> None:
-        """Gives back what the transport holds."""
+    def host(self, clients: Mapping[str, TaskHandler]) -> None:
+        """Lets participants of this process join; where the runtime is replicated, every process calls it once.
 
+        Raises:
+            ConfigError: This runtime knows its own participants and takes no others.
+        """
+        if clients:
+            msg = "give participants (they run in this process) or a runtime (which knows its own), not both."
+            raise ConfigError(msg)
 
-@runtime_checkable
-class Cluster(Transport, Protocol):
-    """A transport between processes that all run the same script, each with participants of its own.
+    def withdraw(self, name: str) -> None:
+        """Lets a participant that was hosted take no part any more; one that was not hosted stays."""
 
-    One process leads: it runs the loop and calls the others. These follow: they answer until the leader publishes how
-    it ended, so that all go on with the same weights and the same history.
-    """
+    def expect(self, num_bytes: int, op: Operation = "train") -> None:
+        """Says how many bytes an answer to `op` may have from now on; a runtime that takes no bytes in needs no limit.
 
-    @property
-    def leads(self) -> bool:
-        """Whether this process runs the loop."""
-
-    def host(self, peers: Mapping[str, TaskHandler]) -> None:
-        """Lets this process's participants join; every process calls it once."""
+        Args:
+            num_bytes: What a larger answer is refused for, before memory is taken for it.
+            op: The operation that is answered.
+        """
 
     def follow(self, adopt: Callable[[bytes], None]) -> None:
-        """Answers the leader's calls until it publishes; `adopt` is given what it published.
+        """Answers the leading process's calls until it publishes; returns at once where nothing is replicated.
+
+        Args:
+            adopt: Is given what the leading process published.
 
         Raises:
             FederationError: The leader failed (its outcome is adopted before this is raised), or is gone.
         """
 
     def publish(self, outcome: bytes, error: BaseException | None = None) -> None:
-        """Ends the others' `follow` with an outcome, and with an error where the leader failed."""
+        """Ends the others' `follow`; does nothing where there are no others.
+
+        Args:
+            outcome: What the others adopt.
+            error: What the leading process failed with.
+        """
+
+    def close(self) -> None:
+        """Gives back what the runtime has taken: connections, threads, files."""
 
 
-class InProcess:
+class InProcess(Runtime):
     """All participants in this process, one after the other on the same module."""
 
-    def __init__(self, peers: Mapping[str, TaskHandler]) -> None:
-        self._peers = dict(peers)
+    sequential = True
 
-    def add(self, name: str, peer: TaskHandler) -> None:
-        """Lets one more participant join."""
-        self._peers[name] = peer
+    def __init__(self, clients: Mapping[str, TaskHandler] | None = None) -> None:
+        self._clients = dict(clients or {})
 
     @property
-    def peers(self) -> Mapping[str, TaskHandler]:
-        """Those who work, by name."""
-        return self._peers
+    def local(self) -> Mapping[str, TaskHandler]:
+        """All there are."""
+        return self._clients
+
+    def host(self, clients: Mapping[str, TaskHandler]) -> None:
+        """Lets participants join; one of a name that is there already takes its place."""
+        self._clients |= clients
+
+    def withdraw(self, name: str) -> None:
+        """Lets a participant take no part any more."""
+        self._clients.pop(name, None)
 
     def nodes(self) -> list[str]:
         """Their names, in the order they were given."""
-        return list(self._peers)
+        return list(self._clients)
 
     def call(
         self, op: Operation, nodes: Iterable[str], payload: Payload, timeout: float | None = None
@@ -105,8 +154,8 @@ class InProcess:
         """Runs `op` for one node after the other.
 
         Args:
-            op: What to do.
-            nodes: Who should.
+            op: What they are asked to do.
+            nodes: The names of those who are asked.
             payload: The same bytes for all, or each node's own by name.
             timeout: seconds each node may take for itself: nobody is late because others came first.
 
@@ -114,13 +163,13 @@ class InProcess:
             FederationError: A node nobody knows.
         """
         for node in nodes:
-            if node not in self._peers:
-                msg = f"there is no participant {node!r}. Known: {', '.join(self._peers)}."
+            if node not in self._clients:
+                msg = f"there is no participant {node!r}. Known: {', '.join(self._clients)}."
                 raise FederationError(msg)
             started = time.monotonic()
             answer: bytes | Exception
             try:
-                answer = self._peers[node].handle(op, payload_for(payload, node))
+                answer = self._clients[node].handle(op, payload_for(payload, node))
                 if timeout is not None and time.monotonic() - started > timeout:
                     msg = f"{node!r} took {time.monotonic() - started:.1f} s, the deadline was {timeout:g} s."
                     answer = DeadlineError(msg)
@@ -128,5 +177,17 @@ class InProcess:
                 answer = error
             yield node, answer
 
-    def close(self) -> None:
-        """Nothing is held."""
+
+def checked_runtime(given: Runtime | None) -> Runtime:
+    """The runtime that was given; this process where none was.
+
+    Raises:
+        ConfigError: It is no `Runtime`.
+    """
+    if given is not None and not isinstance(given, Runtime):
+        msg = (
+            f"runtime is TorchDistributed(), NVFlare(…) or a Runtime of your own, got {given!r:.80}. Leave it out "
+            "to run all participants in this process."
+        )
+        raise ConfigError(msg)
+    return given if given is not None else InProcess()

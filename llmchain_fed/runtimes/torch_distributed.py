@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, FederationError
-from llmchain_fed.federated.runtime import InProcess, Operation, Payload, TaskHandler, payload_for
+from llmchain_fed.federated.runtime import InProcess, Operation, Payload, Runtime, TaskHandler, payload_for
 from llmchain_fed.runtimes import process_group, ranks
 from llmchain_fed.runtimes.heartbeat import Aside
 from llmchain_fed.runtimes.messaging import error_codes
@@ -34,7 +34,7 @@ _OUTCOME, _OUTCOMES = 1.0, 2.0
 _HeadT = TypeVar("_HeadT", bound=Strict)
 
 
-class TorchDistributed:
+class TorchDistributed(Runtime):
     """Every rank runs the same script and holds its own participants; rank 0 also leads the loop and aggregates.
 
     `FederatedAveraging(chain, participants=mine, runtime=TorchDistributed()).fit(3)` on every rank, started by
@@ -74,12 +74,12 @@ class TorchDistributed:
         torch.set_num_threads(threads or max(1, process_group.cores() // ranks_here))
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.rank)) % torch.cuda.device_count())
-        self._local = InProcess({})
+        self._hosted = InProcess()
         self._homes: dict[str, int] = {}
         self._broken: str | None = None
         self._torn: set[int] = set()
         """ranks to which no whole message can be sent any more"""
-        self._hosted = False
+        self._joined = False
         self._sizes = AnswerSizes()
 
     def __repr__(self) -> str:
@@ -87,12 +87,19 @@ class TorchDistributed:
 
     # --- the seam ---------------------------------------------------------------------------------------------------
 
+    replicated = True
+
+    @property
+    def local(self) -> Mapping[str, TaskHandler]:
+        """This rank's participants."""
+        return self._hosted.local
+
     @property
     def leads(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == LEADER
 
-    def host(self, peers: Mapping[str, TaskHandler]) -> None:
+    def host(self, clients: Mapping[str, TaskHandler]) -> None:
         """Lets this rank's participants join; every rank calls it once, with its own or with none.
 
         Raises:
@@ -100,14 +107,14 @@ class TorchDistributed:
             ConfigError: It was called before: one federation an object.
             FederationError: A rank is gone.
         """
-        if self._hosted:
+        if self._joined:
             msg = (
                 "this TorchDistributed carries a federation already: make one for each, in the same order on all ranks."
             )
             raise ConfigError(msg)
-        self._hosted, self._local = True, InProcess(peers)
+        self._joined, self._hosted = True, InProcess(clients)
         if self.leads:
-            homes: list[tuple[str, int]] = [(name, LEADER) for name in peers]
+            homes: list[tuple[str, int]] = [(name, LEADER) for name in clients]
             for rank in self._others():
                 joining, _ = self._receive(rank, ranks.Joining, most=0)
                 homes += [(name, rank) for name in joining.names]
@@ -117,7 +124,7 @@ class TorchDistributed:
                 told = {"names": names, "ranks": [home for _, home in homes], "twice": twice}
                 self._send(rank, told, _tensor(b""))
         else:
-            self._send(LEADER, {"names": list(peers)}, _tensor(b""))
+            self._send(LEADER, {"names": list(clients)}, _tensor(b""))
             found, _ = self._receive(LEADER, ranks.Homes, most=0)
             homes, twice = list(zip(found.names, found.ranks, strict=True)), found.twice
         if twice:
@@ -140,8 +147,8 @@ class TorchDistributed:
         """Lets all ranks work at the same time; yields rank 0's answers first, then the others' in order.
 
         Args:
-            op: What to do.
-            nodes: Who should.
+            op: What they are asked to do.
+            nodes: The names of those who are asked.
             payload: The same bytes for all, or each node's own by name.
             timeout: seconds each participant may take for itself.
 
@@ -162,7 +169,7 @@ class TorchDistributed:
             self._send(rank, head, _tensor(parts[0] if len(parts) == 1 else b"".join(parts)))
         outstanding = [(rank, name) for rank in sorted(wanted) for name in wanted[rank]]
         try:
-            yield from self._local.call(op, mine, payload, timeout)
+            yield from self._hosted.call(op, mine, payload, timeout)
             while outstanding:
                 rank, name = outstanding[0]
                 answer = self._answer(rank, self._sizes.most(op, len(payload_for(payload, name))))
@@ -190,10 +197,10 @@ class TorchDistributed:
                 return
             # all first, then the answers: a send waits until rank 0 comes round to this rank
             with self._making_sense(LEADER):
-                given = ranks.by_node(body, head, self._local.peers)
+                given = ranks.by_node(body, head, self.local)
             del body
             op: Any = head.op  # any that the peers know
-            answers = [answer for _, answer in self._local.call(op, head.nodes, given, head.timeout)]
+            answers = [answer for _, answer in self._hosted.call(op, head.nodes, given, head.timeout)]
             del given
             for answer in answers:
                 error, body = (error_codes.to_plain(answer), b"") if isinstance(answer, Exception) else (None, answer)

@@ -56,7 +56,7 @@ def test_from_elsewhere_one_sees_who_is_out_which_round_it_is_and_what_is_waited
     going_on, there = threading.Event(), threading.Event()
     status = StatusFile(tmp_path / "status.json", rounds=3, about={"jobs": lambda: 1})
     fed, transport = federation(make_chain, {"hello": {"b": [CUT] * 9}}, callbacks=[status])
-    inner = transport.peers["c"].handle
+    inner = transport.local["c"].handle
 
     def handle(op, payload):
         if op == "train" and fed.round == 1:
@@ -64,7 +64,7 @@ def test_from_elsewhere_one_sees_who_is_out_which_round_it_is_and_what_is_waited
             assert going_on.wait(60)
         return inner(op, payload)
 
-    transport.peers["c"].handle = handle
+    transport.local["c"].handle = handle
     running = threading.Thread(target=lambda: [fed.fit(1, of=3) for _ in range(2)])
     running.start()
     try:

@@ -317,7 +317,7 @@ def test_short_options_and_training_say_the_same(make_chain):
         ({"participants": PAIRS}, "list of Participant, got tuple"),
         ({"participants": 5}, "got int"),
         ({"participants": {"": PAIRS}}, "needs a name"),
-        ({"runtime": object()}, "not both"),
+        ({"runtime": object()}, "runtime is TorchDistributed"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, reason, make_chain):
@@ -731,14 +731,11 @@ def test_the_quorum_counts_usable_updates(make_chain, monkeypatch):
 class Processes(InProcess):
     """A cluster whose other processes hear what the leading one, this one, publishes."""
 
-    leads = True
+    replicated = True
 
     def __init__(self):
-        super().__init__({})
+        super().__init__()
         self.heard = []
-
-    def host(self, peers):
-        self._peers = dict(peers)
 
     def follow(self, adopt):
         raise AssertionError("this process leads")

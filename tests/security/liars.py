@@ -4,7 +4,7 @@ from tiny import PAIRS
 
 from llmchain_fed import FederatedAveraging, Participant, TrainingConfig
 from llmchain_fed.federated.client.client import Client
-from llmchain_fed.federated.runtime import InProcess
+from llmchain_fed.federated.runtime import InProcess, Runtime
 from llmchain_fed.federated.target import Target
 
 TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=4, epochs=1)
@@ -28,7 +28,7 @@ class Liar:
         return self.lies[op](answer) if op in self.lies else answer
 
 
-class Elsewhere:
+class Elsewhere(Runtime):
     """The same participants behind a transport that is not this process's own: their errors are theirs."""
 
     def __init__(self, peers):
@@ -39,9 +39,6 @@ class Elsewhere:
 
     def call(self, op, nodes, payload, timeout=None):
         return self._inner.call(op, nodes, payload, timeout)
-
-    def close(self):
-        """Holds nothing."""
 
 
 def federation(chain, lies=None, *, without=(), held_out=False, runtime=InProcess, rank=None, alpha=None, **options):

@@ -192,10 +192,10 @@ def test_what_is_asked_between_rounds_ends_in_one_error(answer, make_chain):
 @pytest.mark.parametrize("said", [{"seconds": "x"}, {"steps": [1]}, {"seconds": -1.0}, {"steps": 10**30}, {"x": 1}])
 def test_a_plan_passes_over_times_that_make_no_sense(said, make_chain):
     fed = federation(make_chain(lora=True), {"train": lambda honest: answers.said(json.loads(honest), **said)})
-    fed._transport._peers = {"liar": fed._transport.peers["liar"]}  # the one that is timed in this process
+    fed._transport._clients = {"liar": fed._transport.local["liar"]}  # the one that is timed in this process
     assert fed.plan(2).seconds is None
     fed = federation(make_chain(lora=True), {"train": lambda _: b'{"seconds": 1e999, "steps": 1}'})
-    fed._transport._peers = {"liar": fed._transport.peers["liar"]}
+    fed._transport._clients = {"liar": fed._transport.local["liar"]}
     assert "inf" not in str(fed.plan(2))
 
 

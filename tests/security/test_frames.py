@@ -385,11 +385,11 @@ def rank_0(sent, leads=True):
     """A TorchDistributed to which a rank sends these tensors, without a process group."""
     found = object.__new__(TorchDistributed)
     found.rank, found.world_size = (0, 2) if leads else (1, 2)
-    found._homes, found._broken, found._torn, found._hosted = {"x": 1}, None, set(), False
     from llmchain_fed.federated.runtime import InProcess
     from llmchain_fed.runtimes.messaging.answer_sizes import AnswerSizes
 
-    found._heartbeat, found._local, found._sizes = None, InProcess({}), AnswerSizes()
+    found._homes, found._broken, found._torn, found._hosted = {"x": 1}, None, set(), InProcess()
+    found._heartbeat, found._joined, found._sizes = None, False, AnswerSizes()
     tensors = iter(sent)
 
     def fill(tensor, rank):

@@ -9,7 +9,7 @@ from tiny import PAIRS
 from llmchain_fed import FederatedAveraging, TrainingConfig
 from llmchain_fed.federated.callbacks import Callback
 from llmchain_fed.federated.protocol.global_state import GlobalState, named
-from llmchain_fed.federated.runtime import InProcess
+from llmchain_fed.federated.runtime import InProcess, Runtime
 from llmchain_fed.updates import serialization
 
 SGD = TrainingConfig(optimizer="sgd", learning_rate=0.05, batch_size=4)
@@ -100,7 +100,7 @@ class Interrupt(Callback):
             raise KeyboardInterrupt
 
 
-class Elsewhere:
+class Elsewhere(Runtime):
     """Participants on a model of their own, who say what they hold once they are asked to join."""
 
     def __init__(self, peers) -> None:
@@ -111,6 +111,3 @@ class Elsewhere:
 
     def call(self, op, nodes, payload, timeout=None):
         return self._inside.call(op, nodes, payload, timeout)
-
-    def close(self):
-        self._inside.close()

@@ -9,6 +9,7 @@ from llmchain_fed.errors import (
     DeadlineError,
     TransportError,
 )
+from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.messaging.chunked_calls import ChunkedCalls
 from llmchain_fed.runtimes.site.policy import Policy
@@ -68,7 +69,7 @@ class Sockets:
         return [(n, answers[n]) for n in nodes]
 
 
-class SocketTransport:
+class SocketTransport(Runtime):
     def __init__(self, paths, patience=10.0):
         self.exchange = Sockets(paths)
         self.calls = ChunkedCalls(self.exchange, patience)
@@ -78,9 +79,6 @@ class SocketTransport:
 
     def call(self, op, nodes, payload, timeout=None):
         return self.calls.call(op, nodes, payload, timeout)
-
-    def close(self):
-        pass
 
 
 def answering(path):

@@ -22,7 +22,6 @@ from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.state import Progress
 from llmchain_fed.federated.protocol import tasks
 from llmchain_fed.federated.protocol.global_state import GlobalState, parted
-from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.model.weights import all_finite
@@ -118,7 +117,7 @@ def check_participants(contents: Contents, server: Server, changed: Collection[s
     Raises:
         CheckpointError: One is none, or of other shapes than its participant's tensors.
     """
-    peers: Mapping[str, Any] = server.transport.peers if isinstance(server.transport, InProcess) else {}
+    peers = server.transport.local
     for name, state in contents.found.participants.items():
         rank = contents.holdings.get(name, {}).get("rank")
         try:

@@ -18,7 +18,6 @@ from llmchain_fed.federated.checkpoint.fitting import check_state, copy_of, limi
 from llmchain_fed.federated.checkpoint.membership import START, MembershipChange, different, holding
 from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.protocol.global_state import GlobalState, named
-from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server.client_manager import ABSENCE, Hello
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.federated.settings import Settings
@@ -97,13 +96,10 @@ def checkpoint_of(
         {}, {"kind": "personal_state", "round": server.round}
     )  # before it: an interrupted one does not count
     asked = [n for n in server.transport.nodes() if _stands_elsewhere(server, n, former, since)]
-    if hasattr(server.transport, "expect"):
-        server.transport.expect(
-            limits_of(server.model).file, "personal_state"
-        )  # what could not be read again is refused
+    server.transport.expect(limits_of(server.model).file, "personal_state")  # what could not be read again is refused
     answers = server.transport.call("personal_state", asked, ask, settings.deadline) if asked else ()
     for name, answer in server.client_manager.attendance.following("personal_state", asked, answers):
-        if isinstance(answer, bytes) and not isinstance(server.transport, InProcess):
+        if isinstance(answer, bytes) and name not in server.transport.local:
             hello = server.client_manager.joined.get(name)
             try:  # now: what could not be given back would make all of the checkpoint unusable
                 check_state(server, name, answer, hello.rank if hello is not None else None, server.round)
@@ -168,7 +164,7 @@ def check(server: Server, found: Contents) -> None:
     if sorted(there) != sorted(here):
         gone, new = sorted(set(there) - set(here)), sorted(set(here) - set(there))
         others = f"participants: {_listed(gone)} are missing, {_listed(new)} are new"
-    elif there != here and isinstance(server.transport, InProcess):  # asked in their order, whose sums end otherwise
+    elif there != here and server.transport.sequential:  # asked in their order, whose sums end otherwise
         others = f"participants: in the order {_listed(there)} there, {_listed(here)} here"
     wrong = _other_contract(server, found) + ([others] if others else []) + list(_other_options(server, found).values())
     _refuse(found, wrong, f" {_changed(found)}" if others else "")
@@ -187,7 +183,7 @@ def check_but_members(server: Server, found: Contents) -> MembershipChange:
         found.round,
         found.participants,
         server.transport.nodes(),
-        ordered=isinstance(server.transport, InProcess),
+        ordered=server.transport.sequential,
         divided=server.evaluator.holds_out_a_share,
     )
     if sampled in others:
@@ -321,7 +317,7 @@ def give_back(server: Server, names: list[str], states: Mapping[str, bytes]) -> 
         return
     for name, answer in server.transport.call("personal_state", list(known), known, server.settings.deadline):
         if isinstance(answer, Exception):
-            if isinstance(server.transport, InProcess) and not isinstance(answer, ABSENCE):
+            if name in server.transport.local and not isinstance(answer, ABSENCE):
                 raise answer  # this process's own
             kept_from_us = isinstance(answer, PolicyError)
             why = "its policy keeps that from the hub" if kept_from_us else type(answer).__name__
@@ -333,9 +329,9 @@ def as_before(server: Server) -> Iterator[None]:
     """What fails within leaves the hub, its model and its participants in this process where they were."""
     former, undo = GlobalState.of(server.model), server_optimizers.snapshot(server.settings.server_optimizer)
     kept, sent = dict(vars(server)), dict(vars(server.broadcast))
-    here = isinstance(server.transport, InProcess)
     ask = serialization.pack({}, {"kind": "personal_state", "round": server.round})
-    stood = dict(server.transport.call("personal_state", server.transport.nodes(), ask)) if here else {}
+    asked = server.transport.nodes() if server.transport.sequential else []
+    stood = dict(server.transport.call("personal_state", asked, ask)) if asked else {}
     try:
         yield
     except BaseException:

@@ -17,7 +17,7 @@ from torch import Tensor
 from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.client.global_state_cache import STALE, Version, coded_parts, start_version
 from llmchain_fed.federated.protocol.global_state import GlobalState, is_start_of, named
-from llmchain_fed.federated.runtime import InProcess, Operation, Transport
+from llmchain_fed.federated.runtime import Operation, Runtime
 from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.model.weights import change_stamp
 from llmchain_fed.updates import serialization
@@ -198,7 +198,7 @@ class Broadcast:
 
     def call(
         self,
-        transport: Transport,
+        transport: Runtime,
         op: Operation,
         nodes: Sequence[str],
         header: Mapping[str, Any],
@@ -206,7 +206,7 @@ class Broadcast:
         *,
         largest: int | None = None,
     ) -> Iterator[Sent]:
-        """Lets nodes do `op` on the global state; yields their answers as `Transport.call` does.
+        """Lets nodes do `op` on the global state; yields their answers as `Runtime.call` does.
 
         Args:
             transport: The way to them.
@@ -214,17 +214,17 @@ class Broadcast:
             nodes: Who should.
             header: What else the message says.
             timeout: seconds to wait for an answer.
-            largest: bytes an answer may have, where the transport guards that.
+            largest: bytes an answer may have.
         """
-        if largest is not None and hasattr(transport, "expect"):
+        if largest is not None:
             transport.expect(largest)
         # One after the other where they are asked so anyway: a stale one is asked again at once, and updates come in
         # one order whoever held what, so that a resumed run adds them as an uninterrupted one does.
-        for group in [[n] for n in nodes] if isinstance(transport, InProcess) else [list(nodes)]:
+        for group in [[n] for n in nodes] if transport.sequential else [list(nodes)]:
             yield from self._call(transport, op, group, header, timeout)
 
     def _call(
-        self, transport: Transport, op: Operation, nodes: list[str], header: Mapping[str, Any], timeout: float | None
+        self, transport: Runtime, op: Operation, nodes: list[str], header: Mapping[str, Any], timeout: float | None
     ) -> Iterator[Sent]:
         bytes_sent = dict.fromkeys(nodes, 0)
         waiting = nodes

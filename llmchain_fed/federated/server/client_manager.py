@@ -27,7 +27,7 @@ from llmchain_fed.errors import (
 from llmchain_fed.federated.client.overlap import Overlap
 from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.participant import Alpha, Rank
-from llmchain_fed.federated.runtime import Transport
+from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.federated.target import ContractData, Digest, Target, check_contract
 from llmchain_fed.training.loop import TrainingConfig
@@ -95,7 +95,7 @@ class ClientManager:
 
     def __init__(
         self,
-        transport: Transport,
+        transport: Runtime,
         target: Target,
         training: TrainingConfig,
         federation: str | None = None,

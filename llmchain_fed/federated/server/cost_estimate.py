@@ -16,7 +16,6 @@ from pydantic import Field
 from llmchain_fed.errors import ParticipantError
 from llmchain_fed.federated.history import size
 from llmchain_fed.federated.protocol.global_state import GlobalState, parted
-from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.untrusted import Strict, checked, decoding
 from llmchain_fed.updates import serialization
@@ -77,10 +76,9 @@ def plan_of(server: Server, rounds: int) -> Plan:
     present = server.client_manager.present()
     holders = [n for n in present if server.client_manager.joined[n].held_out]
     server.publish()
-    in_process = isinstance(server.transport, InProcess)
-    timed = _timed_steps(
-        server, present[:1] if in_process else present
-    )  # before the bytes: it brings the state to them
+    one_by_one = server.transport.sequential
+    # before the bytes: it brings the state to them
+    timed = _timed_steps(server, present[:1] if one_by_one else present)
     downlink, up, down, kept = _Downlink(server, present), 0, 0, 0
     down += sum(map(downlink.ask, holders))
     for number in range(server.round, server.round + rounds):
@@ -93,7 +91,7 @@ def plan_of(server: Server, rounds: int) -> Plan:
     seconds = None
     if timed:
         steps = max(seconds * count for seconds, count in timed)
-        seconds = steps * rounds * (len(server.chosen(present, server.round)) if in_process else 1)
+        seconds = steps * rounds * (len(server.chosen(present, server.round)) if one_by_one else 1)
     return Plan(
         rounds=rounds,
         participants=len(server.chosen(present, server.round)),

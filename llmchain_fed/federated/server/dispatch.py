@@ -12,7 +12,7 @@ from typing import Any
 from llmchain_fed.errors import ConfigError, DeadlineError, ParticipantError, TransportError
 from llmchain_fed.federated.compatibility import check_rank
 from llmchain_fed.federated.history import ParticipantRecord
-from llmchain_fed.federated.runtime import Transport
+from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.client_manager import ClientManager
 from llmchain_fed.federated.server.round import OpenRound, too_few
@@ -35,7 +35,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        transport: Transport,
+        transport: Runtime,
         client_manager: ClientManager,
         broadcast: Broadcast,
         rule: Rule,

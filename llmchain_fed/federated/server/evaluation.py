@@ -19,7 +19,7 @@ from llmchain_fed.federated.participant import Participant, hold_out
 from llmchain_fed.federated.protocol import finiteness
 from llmchain_fed.federated.protocol.finiteness import told
 from llmchain_fed.federated.protocol.global_state import GlobalState
-from llmchain_fed.federated.runtime import Transport
+from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.client_manager import Hello
 from llmchain_fed.federated.server.pooling import HALF, WHOLE, pooled
@@ -144,7 +144,7 @@ class Evaluator:
 
     def measure(
         self,
-        transport: Transport,
+        transport: Runtime,
         broadcast: Broadcast,
         joined: Mapping[str, Hello],
         number: int,

@@ -18,8 +18,10 @@ from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.history import told_of
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.protocol import finiteness
+from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import MAX_CURVE
-from llmchain_fed.federated.runtime import InProcess, Operation
+from llmchain_fed.federated.runtime import InProcess, Operation, Runtime
+from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.model.adapters import GLOBAL
 from llmchain_fed.untrusted import Strict, checked, decoding
@@ -183,24 +185,13 @@ def curve_of_stranger(
     if participant.name in server.transport.nodes():
         msg = f"{participant.name!r} takes part already: pass its name, or give the newcomer another."
         raise ConfigError(msg)
-    peer = Client(server.target, participant, server.settings.training)  # what it is sent, it alone holds
-    header = _header(server) | {"curve": wanted, "lr": lr}
-    server.publish()
-    server.broadcast.joined(participant.name, None, participant.rank, participant.alpha)
-    try:
-        answer = peer.handle("train", server.broadcast.message(participant.name, header))
-    finally:  # whoever trains under this name later has a rank of its own
-        server.broadcast.joined(participant.name, None, None, None)
-    return _curve(answer, wanted, participant.name)
-
-
-def _header(server: Server) -> dict[str, Any]:
-    return {
-        "kind": "task",
-        "round": server.round,
-        "base": server.model.fingerprint(),
-        "seconds": server.settings.deadline,
-    }
+    runtime = InProcess({participant.name: Client(server.target, participant, server.settings.training)})
+    remainder = server.publish().remainder
+    broadcast = Broadcast(None, server.broadcast.layout)  # its own: what the others hold, and who is there, stays
+    broadcast.publish(GlobalState(server.broadcast.state_for(), remainder), "")
+    broadcast.joined(participant.name, None, participant.rank, participant.alpha)
+    what = {"curve": wanted, "lr": lr}
+    return _curve(_answer(server, broadcast, runtime, "train", participant.name, what), wanted, participant.name)
 
 
 def _ask(server: Server, op: Operation, participant: str, what: Mapping[str, Any]) -> bytes:
@@ -211,10 +202,21 @@ def _ask(server: Server, op: Operation, participant: str, what: Mapping[str, Any
         msg = f"participant {participant!r} is not there ({reason}). There: {there}."
         raise ConfigError(msg) if why is None else FederationError(msg)
     server.publish()
-    header = _header(server) | dict(what)
-    (sent,) = server.broadcast.call(server.transport, op, [participant], header, server.settings.deadline)
+    return _answer(server, server.broadcast, server.transport, op, participant, what)
+
+
+def _answer(
+    server: Server, broadcast: Broadcast, runtime: Runtime, op: Operation, participant: str, what: Mapping[str, Any]
+) -> bytes:
+    header = {
+        "kind": "task",
+        "round": server.round,
+        "base": server.model.fingerprint(),
+        "seconds": server.settings.deadline,
+    }
+    (sent,) = broadcast.call(runtime, op, [participant], header | dict(what), server.settings.deadline)
     if isinstance(sent.answer, Exception):
-        if isinstance(server.transport, InProcess) and isinstance(sent.answer, LLMChainFedError):
+        if participant in runtime.local and isinstance(sent.answer, LLMChainFedError):
             raise sent.answer
         msg = f"participant {participant!r}: {told_of(sent.answer)}"
         raise FederationError(msg) from sent.answer

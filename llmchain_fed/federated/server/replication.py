@@ -1,6 +1,6 @@
 """Replication: the processes of one script end every call with the same weights, history and result.
 
-Knows the hub's state as bytes and the cluster that carries it. Knows nothing about what is done in between.
+Knows the server's state as bytes and the runtime that carries it. Knows nothing about what is done in between.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.history import History
 from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Count, Name
 from llmchain_fed.federated.protocol.global_state import GlobalState, named, parted
-from llmchain_fed.federated.runtime import Cluster
+from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.untrusted import Strict, checked, decoding
 from llmchain_fed.updates import serialization
@@ -27,13 +27,13 @@ class Replication:
     """Lets one process work while the others help, and then stand where it does.
 
     Args:
-        server: This process's.
-        cluster: The processes; None where there is only this one.
-        adopted: Called on the others once they do.
+        server: The state of this process.
+        runtime: Says whether there are other processes, and which one leads.
+        adopted: Is called in the others once they stand where the leading one does.
     """
 
-    def __init__(self, server: Server, cluster: Cluster | None, adopted: Callable[[], object]) -> None:
-        self._server, self._cluster, self._adopted = server, cluster, adopted
+    def __init__(self, server: Server, runtime: Runtime, adopted: Callable[[], object]) -> None:
+        self._server, self._runtime, self._adopted = server, runtime, adopted
         self._result: Any = None
 
     def do(self, work: Callable[[], Any]) -> Any:
@@ -42,17 +42,17 @@ class Replication:
         Raises:
             FederationError: On the others, where the work failed or its process is gone.
         """
-        if self._cluster is None:
+        if not self._runtime.replicated:
             return work()
-        if not self._cluster.leads:
-            self._cluster.follow(self._adopt)
+        if not self._runtime.leads:
+            self._runtime.follow(self._adopt)
             return self._result
         try:
             found = work()
         except BaseException as error:
-            self._cluster.publish(self._outcome(), error)
+            self._runtime.publish(self._outcome(), error)
             raise
-        self._cluster.publish(self._outcome(found))
+        self._runtime.publish(self._outcome(found))
         return found
 
     def _outcome(self, result: Any = None) -> bytes:

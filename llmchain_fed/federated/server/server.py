@@ -21,7 +21,7 @@ from llmchain_fed.federated.history import History, ParticipantRecord, RoundReco
 from llmchain_fed.federated.options import sampled
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import MAX_AGGREGATION
-from llmchain_fed.federated.runtime import InProcess, Transport
+from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.client_manager import ClientManager
 from llmchain_fed.federated.server.dispatch import Dispatcher
@@ -53,7 +53,7 @@ class Server:
     def __init__(
         self,
         target: Target,
-        transport: Transport,
+        transport: Runtime,
         evaluator: Evaluator,
         settings: Settings,
         federation: str | None = None,
@@ -121,8 +121,8 @@ class Server:
 
     def _training_of(self, name: str) -> TrainingConfig:
         """How a participant trains: as all do, or where it is one of this process with its own options over that."""
-        peer = self.transport.peers.get(name) if isinstance(self.transport, InProcess) else None
-        return peer.config if isinstance(peer, Client) else self.settings.training
+        client = self.transport.local.get(name)
+        return client.config if isinstance(client, Client) else self.settings.training
 
     def publish(self) -> GlobalState:
         """Makes the weights as they are now what participants are sent."""
@@ -229,13 +229,10 @@ class Server:
         for name in new:
             own = self.client_manager.joined[name].overlap
             record.participants[name].notes += own.notes() if own is not None else []
-        if not new or not isinstance(self.transport, InProcess):
-            return  # what others hold in another process, nobody here knows
-        here = {
-            n: p.data
-            for n, p in self.transport.peers.items()
-            if isinstance(p, Client) and n in self.client_manager.joined
-        }
+        clients = self.transport.local.items() if new else ()  # what others hold in another process, nobody here knows
+        here = {n: c.data for n, c in clients if isinstance(c, Client) and n in self.client_manager.joined}
+        if not here:
+            return
         shared = self.evaluator.shared()
         for name in new:
             found = overlap(here[name].train(), shared) if name in here else None

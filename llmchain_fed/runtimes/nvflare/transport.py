@@ -1,4 +1,4 @@
-"""NVFlare: the transport across organisations. Calls the sites' peers through jobs of the engine that it keeps running.
+"""NVFlare: the runtime across organisations. Calls the sites' peers through jobs of the engine that it keeps running.
 
 Knows sites, jobs and sliced calls. Knows nothing of models or rounds. The loop never notices that a job was replaced:
 peers keep their models and the call they are at, and the driver goes on with it.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmchain_fed.errors import ConfigError, FederationError, TransportError
-from llmchain_fed.federated.runtime import Operation, Payload
+from llmchain_fed.federated.runtime import Operation, Payload, Runtime
 from llmchain_fed.runtimes.messaging.chunked_calls import ChunkedCalls
 from llmchain_fed.runtimes.names import check_name
 from llmchain_fed.runtimes.nvflare import certificates
@@ -33,7 +33,7 @@ _PEERS, _JOBS, _SESSION = 2.0, 2.0, 1.0
 _CHECK = 9.0  # seconds of `check`
 
 
-class NVFlare:
+class NVFlare(Runtime):
     """Participants at several organisations, each behind its own NVFlare site and its own peer process.
 
     `FederatedAveraging(chain, runtime=NVFlare("kits/admin", sites=["org-a", "org-b"])).fit(3)` on the hub's machine,
@@ -139,7 +139,7 @@ class NVFlare:
     def call(
         self, op: Operation, nodes: Iterable[str], payload: Payload, timeout: float | None = None
     ) -> Iterator[tuple[str, bytes | Exception]]:
-        """As `Transport.call`; a site that is not connected is a `TransportError`, not awaited.
+        """As `Runtime.call`; a site that is not connected is a `TransportError`, not awaited.
 
         Raises:
             FederationError: A node nobody knows.

@@ -86,13 +86,13 @@ def test_a_mismatch_at_the_greeting_is_told_before_round_1_begins(make_chain, ca
 
 def test_who_goes_out_in_a_round_is_told_before_the_others_are_done(make_chain):
     fed, transport, watch = watched(make_chain, {"train": {"a": [CUT]}})
-    inner, seen = transport.peers["c"].handle, []
+    inner, seen = transport.local["c"].handle, []
 
     def handle(op, payload):
         seen.append((op, list(watch.told), dict(fed.attendance.absent), fed.attendance.waiting_for))
         return inner(op, payload)
 
-    transport.peers["c"].handle = handle
+    transport.local["c"].handle = handle
     fed.fit(1)
     assert seen[-1] == ("train", [(1, ("a", "b", "c")), "a out"], {"a": f"TransportError: {CUT}"}, {"c": "train"})
     assert fed.attendance.waiting_for == {}
@@ -148,12 +148,12 @@ def test_one_that_is_lost_in_every_training_is_not_told_of_in_every_round(make_c
 
 def test_an_update_that_is_refused_is_an_absence_too(make_chain, monkeypatch):
     fed, transport, watch = watched(make_chain, {})
-    inner, broken = transport.peers["b"].handle, [True, True]
+    inner, broken = transport.local["b"].handle, [True, True]
 
     def handle(op, payload):
         return b"junk" if op == "train" and broken and broken.pop() else inner(op, payload)
 
-    monkeypatch.setattr(transport.peers["b"], "handle", handle)
+    monkeypatch.setattr(transport.local["b"], "handle", handle)
     fed.fit(3)
     assert [s["b"] for s in statuses(fed)] == ["refused", "refused", "trained"]
     assert watch.changes == ["b out", "b in"]

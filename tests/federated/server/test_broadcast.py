@@ -15,7 +15,7 @@ from llmchain_fed import ConfigError, FedAdam, FederatedAveraging, FederationErr
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.global_state_cache import STALE, GlobalStateCache
 from llmchain_fed.federated.protocol.global_state import GlobalState
-from llmchain_fed.federated.runtime import InProcess, payload_for
+from llmchain_fed.federated.runtime import InProcess, Runtime, payload_for
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.target import Target
 from llmchain_fed.updates.codecs import make_codec
@@ -152,7 +152,7 @@ def test_weights_that_the_user_changes_between_rounds_reach_the_participants(mak
     assert_equal(chain.model.trainable_state(), twin.model.trainable_state())
 
 
-class Processes:
+class Processes(Runtime):
     """Participants in groups: each group one model and what it was sent, as a process elsewhere has them."""
 
     def __init__(self, make_chain, groups, shares=SHARES):
@@ -170,9 +170,6 @@ class Processes:
             answer = self.peers[node].handle(op, payload_for(payload, node))
             self.stale += answer == STALE
             yield node, answer
-
-    def close(self):
-        pass
 
 
 @pytest.mark.parametrize("codec", [None, "int8"])

@@ -45,7 +45,7 @@ def test_a_site_that_refuses_to_join_is_asked_once_a_round_and_a_quorum_without_
 def test_who_joins_again_with_other_counts_is_noted(make_chain, monkeypatch):
     fed, transport = federation(make_chain, {"train": {"b": [None, CUT]}}, retries=0)
     fed.fit(2)
-    peer = transport.peers["b"]
+    peer = transport.local["b"]
     introduction = peer._introduction
 
     def more(*args):
