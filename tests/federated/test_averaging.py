@@ -495,7 +495,7 @@ def test_train_sends_everything_to_one_that_lost_what_it_held(loses, make_chain,
     asked = fed.fit(rounds=1)[0].trained
     name = next(n for n in SHARES if (n in asked) == (loses == "what it was sent"))
     if loses == "what it was sent":
-        fed._held.forget()
+        fed._global_states.forget()
     start, payloads, inner = chain.model.trainable_state(), [], fed._peers[name].handle
 
     def handle(op, payload):

@@ -77,7 +77,7 @@ def hub(tmp_path):
     folder = tmp_path / "hub"
     (folder / "ca").mkdir(parents=True)
     (folder / "profile.yaml").write_text("server: {host: hub1}\n")
-    registry.write(folder, registry.Registry())
+    registry.write(folder, registry.CertificateRegistry())
     return folder
 
 
@@ -147,7 +147,7 @@ def test_one_name_has_one_holder(hub, tmp_path):
     given |= {"approved": registry.now(), "until": registry.now()}
     gone = {"revoked": registry.now(), "why": "left"}
     known = [{"name": "org-a"} | given, {"name": "org-b"} | given | gone]
-    registry.write(hub, registry.Registry.model_validate({"certificates": known}))
+    registry.write(hub, registry.CertificateRegistry.model_validate({"certificates": known}))
 
     def approve(name, **options):
         path = tmp_path / f"{name}.request.zip"
@@ -204,7 +204,7 @@ def test_requests_of_any_kind_are_refused_with_one_error():
         path, hub = Path(folder) / "org-a.request.zip", Path(folder) / "hub"
         (hub / "ca").mkdir(parents=True)
         (hub / "profile.yaml").write_text("server: {host: hub1}\n")
-        registry.write(hub, registry.Registry())
+        registry.write(hub, registry.CertificateRegistry())
 
         def refused(data):
             path.write_bytes(data)

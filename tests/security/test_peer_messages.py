@@ -67,7 +67,7 @@ def stands(peer):
         )
         for n, p in peer._progress.items()
     }
-    held = {rank: (version, dict(state.values)) for rank, (version, state) in peer._held._states.items()}
+    held = {rank: (version, dict(state.values)) for rank, (version, state) in peer._global_states._states.items()}
     return model.weights_hash, tuple(model.adapters), sorted(model.remainder()), progress, held, (
         peer._federation, repr(peer._config), peer._aggregation, peer._data._max_length,
     )  # fmt: skip
@@ -208,7 +208,7 @@ def test_invented_ranks_and_other_hubs_leave_no_states_behind():
     for number in range(40):
         text = f"2x{2.0 + number * 1e-9!r}"
         peer.handle("train", messages.task(target.model, state, version=f"hub{number // 20}/1/{text}", round=number))
-    assert len(peer._held._states) <= Policy().max_states
+    assert len(peer._global_states._states) <= Policy().max_states
     for rank in ("3x2.0", "2x5.0", "", "2xnan", "2xinf"):
         refused(peer, "train", messages.task(target.model, state, version=f"hub9/1/{rank}"))
 

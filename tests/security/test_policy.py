@@ -247,7 +247,7 @@ def test_a_refusal_names_its_option_and_changes_nothing(case, target):
     assert len(message) < 300
     assert target.model.weights_hash == before
     assert list(ask.peer._progress) == [-1]
-    assert ask.peer._held._states == {}
+    assert ask.peer._global_states._states == {}
 
 
 def test_operations_bytes_and_rounds_are_named_too(target):

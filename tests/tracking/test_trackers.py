@@ -421,8 +421,8 @@ def trackio_rows(folder):
 def in_trackio(code, folder, **environment):
     pytest.importorskip("trackio")
     head = (
-        "import test_tracking, sys\n"
-        "from test_tracking import fit\n"
+        "import test_trackers, sys\n"
+        "from test_trackers import fit\n"
         "from llmchain_fed.tracking.trackio import Trackio\n"
         "from llmchain_fed.errors import ConfigError\n"
     )

@@ -28,7 +28,7 @@ def write_job(folder: Path, *, name: str, sites: Sequence[str], socket: str, run
         name: The job's name in the engine's lists.
         sites: Where it is deployed; nowhere else.
         socket: The driver's.
-        run: See `bridge.Hub`.
+        run: See `bridge.HubBridge`.
     """
     config = folder / name / "app" / "config"
     config.mkdir(parents=True)

@@ -115,7 +115,7 @@ def test_a_participant_that_lost_what_it_held_is_sent_all(rule, make_chain):
     fed, wire = federation(chain, aggregation=rule)
     fed.fit(3)
     wire.of("train")
-    fed._held.forget()
+    fed._global_states.forget()
     fed.fit(1)
     answers = wire.of("train")
     assert len(answers) == 4  # one that was stale, its repetition, and two that then found it in the process
@@ -132,7 +132,7 @@ def test_who_missed_rounds_is_sent_what_changed_since(make_chain):
     fed.fit(5)
     other, _ = federation(twin, **options)
     for _ in range(5):
-        other._held.forget()  # everything is sent whole every time
+        other._global_states.forget()  # everything is sent whole every time
         other.fit(1)
     assert_equal(chain.model.trainable_state(), twin.model.trainable_state())
 
@@ -147,7 +147,7 @@ def test_weights_that_the_user_changes_between_rounds_reach_the_participants(mak
     other, _ = federation(twin)
     other.fit(1)
     twin.model.load_state(state)
-    other._held.forget()
+    other._global_states.forget()
     other.fit(1)
     assert_equal(chain.model.trainable_state(), twin.model.trainable_state())
 
@@ -160,7 +160,7 @@ class Processes(Runtime):
         for group in groups:
             target = Target.of(make_chain(lora=True))
             held = GlobalStateCache(target.model)
-            self.peers |= {n: Client(target, Participant(n, shares[n]), None, held=held) for n in group}
+            self.peers |= {n: Client(target, Participant(n, shares[n]), None, global_states=held) for n in group}
 
     def nodes(self):
         return list(self.peers)

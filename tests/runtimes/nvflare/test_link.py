@@ -51,8 +51,8 @@ def connect(tmp_path_factory, monkeypatch):
         monkeypatch.setattr(bridges, "collab", collab)
         start.path = tmp_path_factory.mktemp("l") / "hub.sock"
         link = Link(start.path)
-        hub = bridges.Hub(str(start.path), run)
-        thread = threading.Thread(target=bridges.Hub.run, args=(hub,), daemon=True)
+        hub = bridges.HubBridge(str(start.path), run)
+        thread = threading.Thread(target=bridges.HubBridge.run, args=(hub,), daemon=True)
         thread.start()
         assert link.wait(5.0) == ["a", "b"]
         ends.append((link, thread, collab))
@@ -171,7 +171,7 @@ def bridge_of_a_site(tmp_path, monkeypatch):
     """(call as whom with what → the head of the answer, the peer behind it)"""
     peer = Peer(tmp_path / "a.sock")
     monkeypatch.setenv(job.SOCKET, str(tmp_path / "a.sock"))
-    site = bridges.Site()
+    site = bridges.SiteBridge()
 
     def call(caller, frame):
         monkeypatch.setattr(bridges, "collab", SimpleNamespace(caller=caller))

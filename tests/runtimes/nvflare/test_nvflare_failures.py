@@ -241,7 +241,7 @@ def test_a_server_that_stays_away_is_one_clear_error_and_the_weights_are_kept(fe
 def test_a_site_that_refuses_the_job_is_absent_and_the_others_learn(tmp_path_factory):
     federation = Federation(tmp_path_factory.mktemp("f"))
     local = federation.kits["b"] / "local" / "resources.json"
-    local.write_text(local.read_text().replace("llmchain_fed.runtimes.nvflare.bridge.Site", "something.Else"))
+    local.write_text(local.read_text().replace("llmchain_fed.runtimes.nvflare.bridge.SiteBridge", "something.Else"))
     try:
         with federation.start().runtime() as runtime:
             running = Running(federation, runtime, 2)

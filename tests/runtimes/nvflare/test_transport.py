@@ -95,7 +95,7 @@ class Engine:
             )
         )
         time.sleep(self.begin)
-        hub = bridges.Hub(path, run)
+        hub = bridges.HubBridge(path, run)
         for _ in range(100):
             with suppress(TransportError, OSError, EOFError), frames.dial(path) as driver:
                 driver.send_bytes(frames.pack({"run": run, "sites": names}))
@@ -263,7 +263,7 @@ def bridge_of_a_site(tmp_path, monkeypatch):
     path = tmp_path / "a.sock"
     monkeypatch.setenv(job.SOCKET, str(path))
     monkeypatch.setattr(bridges, "collab", SimpleNamespace(caller="server"))
-    site = bridges.Site()
+    site = bridges.SiteBridge()
 
     def call(*seconds):
         return frames.read(site.exchange(frames.pack({"do": "ping"}), *seconds))[0]["error"]

@@ -446,7 +446,7 @@ def test_a_peer_with_another_contract_is_absent_by_name_and_the_others_learn(ser
     assert f"out: c (refused: {said}" in lines.beginning_of(["a", "b"], reasons), "a list has room for what differs"
     # a peer that does not compare is found out by the hub
     with pytest.raises(ContractError, match=rf"^another contract \(prompt: {at_c}… at d, {at_hub}… at the hub\)"):
-        check_contract("d", site=other.contract(), hub=Target.of(make_chain(lora=True)).contract())
+        check_contract("d", site=other.contract(), server=Target.of(make_chain(lora=True)).contract())
 
 
 @pytest.mark.parametrize("change", [{"lora_alpha": 64}, {"use_rslora": True}, {"lora_dropout": 0.1}])
@@ -455,7 +455,7 @@ def test_another_setting_of_the_same_adapter_is_another_contract(change, make_ch
 
     ours, theirs = (Target.of(make_chain(lora=lora_config(**c))) for c in ({}, change))
     with pytest.raises(ContractError, match=r"another contract \(adapter: "):
-        check_contract("x", site=theirs.contract(), hub=ours.contract())
+        check_contract("x", site=theirs.contract(), server=ours.contract())
 
 
 def test_another_tokenizer_is_another_contract_and_the_same_one_loaded_again_is_not(make_chain, tmp_path):
@@ -467,15 +467,15 @@ def test_another_tokenizer_is_another_contract_and_the_same_one_loaded_again_is_
     chain.model.tokenizer = copy.deepcopy(chain.model.tokenizer)  # the fixture's is everybody's
     ours = Target.of(chain).contract()
     chain.save(tmp_path / "c")
-    check_contract("it", site=ours, hub=Target.of(LLMChain.load(tmp_path / "c")).contract())
+    check_contract("it", site=ours, server=Target.of(LLMChain.load(tmp_path / "c")).contract())
     other = make_chain(lora=True)
     other.model.tokenizer = copy.deepcopy(other.model.tokenizer)
     other.model.tokenizer.add_tokens(["<new>"])
     with pytest.raises(ContractError, match=r"another contract \(tokenizer"):
-        check_contract("it", site=ours, hub=Target.of(other).contract())
+        check_contract("it", site=ours, server=Target.of(other).contract())
     # what is kept of a tokenizer is not kept when tokens are added to the same object
     chain.model.tokenizer.add_tokens(["<new>"])
-    check_contract("it", site=Target.of(other).contract(), hub=Target.of(chain).contract())
+    check_contract("it", site=Target.of(other).contract(), server=Target.of(chain).contract())
 
 
 def test_what_a_participant_adds_to_its_evaluation_is_not_believed():

@@ -13,7 +13,7 @@ from nvflare.collab import collab
 from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.nvflare import bridge
 
-honest = bridge.Site.exchange
+honest = bridge.SiteBridge.exchange
 once = threading.Lock()
 
 
@@ -52,4 +52,4 @@ def exchange(self, frame: bytes, seconds: float = 60.0) -> bytes:
     return honest(self, frame, seconds)
 
 
-bridge.Site.exchange = exchange
+bridge.SiteBridge.exchange = exchange
