@@ -16,6 +16,7 @@ from llmchain_fed.cli.chains import check, load
 from llmchain_fed.cli.console import INCOMPLETE, error_line, say
 from llmchain_fed.errors import ContractError, PolicyError, QuorumError, TransportError
 from llmchain_fed.federated.reporting.stderr import show
+from llmchain_fed.federated.runtime import Operation, Runtime
 from llmchain_fed.stopping import Stopped, stopping
 
 _WAITS = re.compile(r"\b[Ww]aiting for |\bthe others wait ")  # of what a transport says: the rest has happened
@@ -171,7 +172,7 @@ def _missing(history: Any, sites: Iterable[str], never: Mapping[str, str]) -> di
     return found
 
 
-class _Away:
+class _Away(Runtime):
     """The sites of a federation that is finished: nobody is asked."""
 
     def __init__(self, sites: Iterable[str]) -> None:
@@ -180,8 +181,5 @@ class _Away:
     def nodes(self) -> list[str]:
         return list(self._sites)
 
-    def call(self, op: str, nodes: Iterable[str], *_: Any) -> Iterator[tuple[str, Exception]]:
+    def call(self, op: Operation, nodes: Iterable[str], *_: Any) -> Iterator[tuple[str, Exception]]:
         yield from ((name, TransportError(f"{name!r} is not asked to {op}.")) for name in nodes)
-
-    def close(self) -> None:
-        """Nothing is held."""

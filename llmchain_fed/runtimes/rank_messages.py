@@ -36,21 +36,26 @@ class RankMessages:
         world_size: How many ranks there are.
         timeout: seconds a rank may work on an answer.
         patience: seconds without a sign of life after which a rank counts as frozen or gone.
+        homes: Participant → its rank, so that a rank's loss names its participants; it may be filled later.
     """
 
-    def __init__(self, group: process_group.Group, rank: int, world_size: int, timeout: float, patience: float) -> None:
+    def __init__(
+        self,
+        group: process_group.Group,
+        rank: int,
+        world_size: int,
+        timeout: float,
+        patience: float,
+        homes: Mapping[str, int],
+    ) -> None:
         self._group, self._heartbeat, self._host = group.messages, group.heartbeat, group.host
         self._leads, self._patience = rank == LEADER, patience
         # Rank 0 may wait for each of the others in turn, so they must be more patient with it than it is with them.
         self._most = timeout if self._leads else timeout * (world_size + 1)
-        self._homes: Mapping[str, int] = {}
+        self._homes = homes
         self._broken: str | None = None
         self.torn: set[int] = set()
         """ranks to which no whole message can be sent any more"""
-
-    def tell_apart(self, homes: Mapping[str, int]) -> None:
-        """Says who is where, so that a rank's loss names its participants."""
-        self._homes = homes
 
     @property
     def over(self) -> bool:

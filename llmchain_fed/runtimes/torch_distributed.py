@@ -54,6 +54,8 @@ class TorchDistributed(Runtime):
         FederationError: The ranks do not find each other within `timeout`.
     """
 
+    replicated = True
+
     def __init__(self, *, timeout: float = 1800.0, patience: float = 60.0, threads: int | None = None) -> None:
         for name, least, given in (("timeout", 0, timeout), ("patience", 2, patience)):
             if not given > least:
@@ -62,13 +64,13 @@ class TorchDistributed(Runtime):
                 raise ConfigError(msg)
         group = process_group.join(timedelta(seconds=timeout))
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._messages = RankMessages(group, self.rank, self.world_size, timeout, patience)
+        self._homes: dict[str, int] = {}
+        self._messages = RankMessages(group, self.rank, self.world_size, timeout, patience, self._homes)
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         torch.set_num_threads(threads or max(1, process_group.cores() // ranks_here))
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.rank)) % torch.cuda.device_count())
         self._hosted = InProcess()
-        self._homes: dict[str, int] = {}
         self._joined = False
         self._sizes = AnswerSizes()
 
@@ -76,8 +78,6 @@ class TorchDistributed(Runtime):
         return f"TorchDistributed(rank {self.rank} of {self.world_size}, {len(self._homes)} participants)"
 
     # --- the seam ---------------------------------------------------------------------------------------------------
-
-    replicated = True
 
     @property
     def local(self) -> Mapping[str, TaskHandler]:
@@ -121,8 +121,7 @@ class TorchDistributed(Runtime):
             both = [rank for name, rank in homes if name == twice[0]]
             msg = f"ranks {both} both have a participant {shown(twice[0])!r}: their updates could not be told apart."
             raise DuplicateParticipantError(msg)
-        self._homes = dict(homes)
-        self._messages.tell_apart(self._homes)
+        self._homes.update(homes)
 
     def nodes(self) -> list[str]:
         """All ranks' participants, in the order of ranks."""

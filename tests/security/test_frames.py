@@ -391,8 +391,7 @@ def rank_0(sent, leads=True):
     found.rank, found.world_size = (0, 2) if leads else (1, 2)
 
     found._homes, found._hosted, found._joined, found._sizes = {"x": 1}, InProcess(), False, AnswerSizes()
-    found._messages = RankMessages(Group(None, None, "rank 0"), found.rank, 2, timeout=60, patience=60)
-    found._messages.tell_apart(found._homes)
+    found._messages = RankMessages(Group(None, None, "rank 0"), found.rank, 2, 60, 60, found._homes)
     tensors = iter(sent)
 
     def fill(tensor, rank):
