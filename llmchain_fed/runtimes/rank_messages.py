@@ -74,11 +74,7 @@ class RankMessages:
     def send(self, rank: int, head: Mapping[str, Any], body: bytes, seconds: float = 0.0) -> bool:
         """Sends two sizes, the JSON head and the body; False where the leader has stopped before it took them.
 
-        Args:
-            rank: The rank that they go to.
-            head: The JSON head.
-            body: What comes after it.
-            seconds: The time in which they must be taken; 0 is as long as the rank may work on an answer.
+        In `seconds` they must be taken; 0 is as long as the rank may work on an answer.
 
         Raises:
             FederationError: The rank is gone, frozen or silent; by its name.

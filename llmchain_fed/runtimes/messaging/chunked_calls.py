@@ -69,7 +69,7 @@ class ChunkedCalls:
     def call(
         self, op: Operation, nodes: Iterable[str], payload: Payload, timeout: float | None
     ) -> Iterator[tuple[str, bytes | Exception]]:
-        """As `Transport.call`; the deadline includes the way there and back.
+        """As `Runtime.call`; the deadline includes the way there and back.
 
         What is done by the deadline is fetched within `patience` seconds after it: a node that is late, or slow to hand
         over its answer, makes nobody else late. Whoever ends the call before its end, as Ctrl-C does, ends what the
