@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from llmchain_fed.federated.learning import FederatedLearning
     from llmchain_fed.federated.options import Ditto
     from llmchain_fed.federated.participant import Participant
+    from llmchain_fed.federated.runtime import Runtime
     from llmchain_fed.library import list_chains, list_prompts, load_chain, load_prompt
     from llmchain_fed.model.local_model import LocalModel
     from llmchain_fed.runtimes.nvflare.transport import NVFlare
@@ -103,6 +104,7 @@ _HOMES = {
     "Participant": "federated.participant",
     "RawText": "data.encoding",
     "Reptile": "updates.server_optimizers",
+    "Runtime": "federated.runtime",
     "Site": "runtimes.site.site",
     "TensorBoard": "tracking.tensorboard",
     "TorchDistributed": "runtimes.torch_distributed",
@@ -165,6 +167,7 @@ __all__ = [
     "RawText",
     "RecipeError",
     "Reptile",
+    "Runtime",
     "Site",
     "TemplatedTwiceError",
     "TensorBoard",

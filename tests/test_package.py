@@ -72,6 +72,7 @@ PUBLIC = [
     "RawText",
     "RecipeError",
     "Reptile",
+    "Runtime",
     "Site",
     "TemplatedTwiceError",
     "TensorBoard",
@@ -226,6 +227,28 @@ def test_the_engine_room_runs_without_langchain():
     code = "import sys, llmchain_fed.training.loop; print([m for m in sys.modules if m.startswith('langchain')])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_loop_never_asks_which_runtime_is_in_use():
+    """What it does otherwise for one than for another follows from what a `Runtime` says of itself."""
+    runtimes = {"InProcess", "TorchDistributed", "NVFlare"}
+    wrong = []
+    for name, path in modules().items():
+        if name.partition(".")[0] != "federated":
+            continue
+        tree = ast.parse(path.read_text())
+        made = {id(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}  # one is made where nobody gave any
+        wrong += [
+            f"{name}:{n.lineno} {ast.unparse(n)}"
+            for n in ast.walk(tree)
+            if (isinstance(n, ast.Name) and n.id in runtimes and id(n) not in made)
+            or (
+                isinstance(n, ast.Call)
+                and ast.unparse(n.func) in ("isinstance", "hasattr", "getattr", "type")
+                and re.search(r"\b_?(transport|runtime)\b", ast.unparse(n.args[0]))
+            )
+        ]
+    assert wrong == []
 
 
 def test_optional_dependencies_are_imported_only_where_they_are_used():

@@ -335,7 +335,7 @@ class FederatedAveraging(ManualRounds):
 
     def _join(self) -> None:
         newcomers = self._server.join()
-        self._checkpoints.give_back(newcomers)
+        self._checkpoints.give_back()
         for name in newcomers:
             report = self.data_reports.get(name)
             if report is not None and self._screen is not None:

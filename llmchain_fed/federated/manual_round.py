@@ -17,8 +17,8 @@ from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
 from llmchain_fed.federated.loop import close_round
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.protocol.tasks import TrainTask
-from llmchain_fed.federated.runtime import InProcess, Runtime
-from llmchain_fed.federated.server.attendance import Attendance
+from llmchain_fed.federated.runtime import Runtime
+from llmchain_fed.federated.server.broadcast import Sent
 from llmchain_fed.federated.server.round import Arrival, OpenRound
 from llmchain_fed.federated.server.server import Server
 
@@ -66,31 +66,31 @@ class ManualRounds(ABC):
         name = str(device_id)
         opened = self._open or self._server.begin()
         opened.refuse_twice(name)
-        peer = self._peers.get(name)
-        participant = Participant(name, local_data)
-        if peer is None:
-            peer = self._peer(participant)
-        with peer.data.taking(participant):
-            update, sent = self._asked(peer, self._server.task(opened))  # what it raises is the caller's to see
+        known, participant = self._runtime.local.get(name), Participant(name, local_data)
+        client = known if isinstance(known, Client) else self._peer(participant)
+        self._runtime.host({name: client})
+        try:
+            with client.data.taking(participant):
+                sent = self._asked(client.participant, self._server.task(opened))
+        except BaseException:
+            self._runtime.withdraw(name) if known is None else self._runtime.host({name: known})
+            raise
         if self._open is None:
             self._open, self._opened = opened, time.perf_counter()
-        if name not in self._peers:
-            self._peers[name] = peer
-            self._runtime.add(name, peer)
-        record = opened.accept(Arrival(name, update, sent))
+        self._peers[name] = client
+        record = opened.accept(Arrival(name, sent.answer, sent.bytes))
         self._server.client_manager.leave(name)  # it may hold another number of examples now: the next round asks anew
         return record
 
-    def _asked(self, client: Client, task: TrainTask) -> tuple[bytes, int]:
-        """A participant's update, and the bytes that went to it; it need not have joined."""
-        broadcast, participant = self._server.broadcast, client.participant
-        name, rank, alpha = participant.name, participant.rank, participant.alpha
-        if rank is not None or broadcast.scaling_of(name) is not None:  # else it holds what it is known to hold
-            broadcast.joined(name, None, rank, alpha)
-        ((_, answer, size),) = broadcast.call(InProcess({name: client}), task, [name], attendance=Attendance())
-        if isinstance(answer, Exception):
-            raise answer
-        return answer, size
+    def _asked(self, participant: Participant, task: TrainTask) -> Sent:
+        """One participant's update; what its training raises is the caller's to see."""
+        broadcast, name, rank = self._server.broadcast, participant.name, participant.rank
+        if rank is not None or broadcast.scaling_of(name) is not None:  # else it has what it is known to have
+            broadcast.joined(name, None, rank, participant.alpha)
+        (sent,) = broadcast.call(self._runtime, task, [name])
+        if isinstance(sent.answer, Exception):
+            raise sent.answer
+        return sent
 
     def step(self) -> RoundRecord:
         """Averages what has been trained since the last step and loads it: w = Σ n_k/n · w_k.

@@ -4,6 +4,7 @@ Knows operations and bytes. Knows nothing about models, aggregation or history: 
 runtime is in use, below it nobody knows what a round is.
 """
 
+# ruff: noqa: B027 (what most runtimes need of these methods is nothing)
 from __future__ import annotations
 
 import time
@@ -11,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
-from llmchain_fed.errors import DeadlineError, FederationError
+from llmchain_fed.errors import ConfigError, DeadlineError, FederationError
 
 Operation = str
 """the name of what a participant can be asked, such as "train"; see `client.operations`"""
@@ -31,29 +32,37 @@ class TaskHandler(Protocol):
 
 
 class Runtime(ABC):
-    """Carries an operation to participants and brings back what they answer, as it arrives.
+    """Where participants work: carries an operation to them and brings back what they answer, as it arrives.
 
-    What a runtime can do stands in its attributes: nobody above asks which one it is.
+    One of your own says who there is (`nodes`) and carries a call (`call`); all else has a default, which is that of
+    participants who live in processes of their own. What the loop above does otherwise for one runtime than for another
+    follows from these facts alone, never from its class:
+
+    | it says      | what follows                                                                                   |
+    |--------------|------------------------------------------------------------------------------------------------|
+    | `local`      | their errors are raised as they are, their answers are trusted, their own options are known    |
+    | `sequential` | participants are asked one by one; their order decides the last bits, so a resumed run keeps it |
+    | `replicated` | every process of the script makes the federation; one `leads`, the others `follow`             |
     """
 
     sequential: bool = False
-    """whether all participants are in this process, asked one after the other, in the order in which they are named"""
+    """whether all participants work in this process, one after the other, in the order in which they are asked"""
     replicated: bool = False
-    """whether several processes run the same script, each with participants of its own: one leads, the others follow"""
+    """whether all processes of a script make the same federation, each with participants of its own"""
 
     @property
     def local(self) -> Mapping[str, TaskHandler]:
-        """Participants whose examples this process may look at, by name."""
+        """The participants who live in this process, by name; none, unless the runtime hosts them."""
         return {}
 
     @property
     def leads(self) -> bool:
-        """Whether this process runs the rounds; of replicated ones a single process does."""
+        """Whether this process runs the loop; where nothing is replicated there is no other one."""
         return True
 
     @abstractmethod
     def nodes(self) -> list[str]:
-        """The names that can be called."""
+        """The names of all who can be called."""
 
     @abstractmethod
     def call(
@@ -65,39 +74,53 @@ class Runtime(ABC):
         reached, `DeadlineError` where it is late, `ParticipantError` or the error itself where its work failed.
 
         Args:
-            op: What to do.
-            nodes: Who should do it.
+            op: What they are asked to do.
+            nodes: The names of those who are asked.
             payload: The same bytes for all, or each node's own by name.
             timeout: seconds until an answer is no longer waited for; None waits as long as the node is there.
         """
 
-    def expect(self, num_bytes: int, op: Operation = "train") -> None:  # noqa: B027 (in one process nothing travels)
-        """Says that no answer to an operation has more bytes, so that a larger one is refused before it is read."""
+    def host(self, clients: Mapping[str, TaskHandler]) -> None:
+        """Lets participants of this process join; where the runtime is replicated, every process calls it once.
 
-    def add(self, name: str, handler: TaskHandler) -> None:
-        """Lets one more participant join; of a sequential runtime."""
-        raise NotImplementedError
+        Raises:
+            ConfigError: This runtime knows its own participants and takes no others.
+        """
+        if clients:
+            msg = "give participants (they run in this process) or a runtime (which knows its own), not both."
+            raise ConfigError(msg)
 
-    def close(self) -> None:  # noqa: B027 (most need nothing)
-        """Gives back what the runtime has opened."""
+    def withdraw(self, name: str) -> None:
+        """Lets a participant that was hosted take no part any more; one that was not hosted stays."""
 
-    # --- of replicated ones -----------------------------------------------------------------------------------------
+    def expect(self, num_bytes: int, op: Operation = "train") -> None:
+        """Says how many bytes an answer to `op` may have from now on; a runtime that takes no bytes in needs no limit.
 
-    def host(self, handlers: Mapping[str, TaskHandler]) -> None:
-        """Lets this process's participants join; every process calls it once."""
-        raise NotImplementedError
+        Args:
+            num_bytes: What a larger answer is refused for, before memory is taken for it.
+            op: The operation that is answered.
+        """
 
     def follow(self, adopt: Callable[[bytes], None]) -> None:
-        """Answers the leader's calls until it publishes; `adopt` is given what it published.
+        """Answers the leading process's calls until it publishes; returns at once where nothing is replicated.
+
+        Args:
+            adopt: Is given what the leading process published.
 
         Raises:
             FederationError: The leader failed (its outcome is adopted before this is raised), or is gone.
         """
-        raise NotImplementedError
 
     def publish(self, outcome: bytes, error: BaseException | None = None) -> None:
-        """Ends the others' `follow` with an outcome, and with an error where the leader failed."""
-        raise NotImplementedError
+        """Ends the others' `follow`; does nothing where there are no others.
+
+        Args:
+            outcome: What the others adopt.
+            error: What the leading process failed with.
+        """
+
+    def close(self) -> None:
+        """Gives back what the runtime has taken: connections, threads, files."""
 
 
 class InProcess(Runtime):
@@ -105,17 +128,21 @@ class InProcess(Runtime):
 
     sequential = True
 
-    def __init__(self, clients: Mapping[str, TaskHandler]) -> None:
-        self._clients = dict(clients)
-
-    def add(self, name: str, handler: TaskHandler) -> None:
-        """Lets one more participant join."""
-        self._clients[name] = handler
+    def __init__(self, clients: Mapping[str, TaskHandler] | None = None) -> None:
+        self._clients = dict(clients or {})
 
     @property
     def local(self) -> Mapping[str, TaskHandler]:
-        """All of them, by name."""
+        """All there are."""
         return self._clients
+
+    def host(self, clients: Mapping[str, TaskHandler]) -> None:
+        """Lets participants join; one of a name that is there already takes its place."""
+        self._clients |= clients
+
+    def withdraw(self, name: str) -> None:
+        """Lets a participant take no part any more."""
+        self._clients.pop(name, None)
 
     def nodes(self) -> list[str]:
         """Their names, in the order they were given."""
@@ -127,8 +154,8 @@ class InProcess(Runtime):
         """Runs `op` for one node after the other.
 
         Args:
-            op: What to do.
-            nodes: Who should.
+            op: What they are asked to do.
+            nodes: The names of those who are asked.
             payload: The same bytes for all, or each node's own by name.
             timeout: seconds each node may take for itself: nobody is late because others came first.
 
@@ -149,3 +176,18 @@ class InProcess(Runtime):
             except Exception as error:
                 answer = error
             yield node, answer
+
+
+def checked_runtime(given: Runtime | None) -> Runtime:
+    """The runtime that was given; this process where none was.
+
+    Raises:
+        ConfigError: It is no `Runtime`.
+    """
+    if given is not None and not isinstance(given, Runtime):
+        msg = (
+            f"runtime is TorchDistributed(), NVFlare(…) or a Runtime of your own, got {given!r:.80}. Leave it out "
+            "to run all participants in this process."
+        )
+        raise ConfigError(msg)
+    return given if given is not None else InProcess()

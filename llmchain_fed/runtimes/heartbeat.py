@@ -70,10 +70,10 @@ class Heartbeat:
 
     Args:
         store: A connection of its own: another's may be in a wait that takes long.
-        rank: This one.
-        watched: The ranks to look at.
+        rank: The rank of this process.
+        watched: The ranks whose signs of life are looked for.
         gone: Whether the store's host has gone, as at a job's end: to ask it then makes torch write a traceback.
-        failed: Told of the store's error, if there is one though its host is there: nobody is watched from then on.
+        failed: Is told of the store's error, if there is one though its host is there: nobody is watched from then on.
     """
 
     def __init__(

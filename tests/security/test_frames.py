@@ -21,9 +21,13 @@ from hypothesis import strategies as st
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import DeadlineError, FederationError, LLMChainFedError, ParticipantError, PolicyError
+from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.runtimes import ranks
 from llmchain_fed.runtimes.messaging import chunked_calls, error_codes, frames, heads
+from llmchain_fed.runtimes.messaging.answer_sizes import AnswerSizes
 from llmchain_fed.runtimes.nvflare.link import Link
+from llmchain_fed.runtimes.process_group import Group
+from llmchain_fed.runtimes.rank_messages import RankMessages
 from llmchain_fed.runtimes.site.log import NOBODY, SiteLog
 from llmchain_fed.runtimes.site.policy import Audit, Policy
 from llmchain_fed.runtimes.site.server import SiteServer
@@ -385,11 +389,9 @@ def rank_0(sent, leads=True):
     """A TorchDistributed to which a rank sends these tensors, without a process group."""
     found = object.__new__(TorchDistributed)
     found.rank, found.world_size = (0, 2) if leads else (1, 2)
-    found._homes, found._broken, found._torn, found._hosted = {"x": 1}, None, set(), False
-    from llmchain_fed.federated.runtime import InProcess
-    from llmchain_fed.runtimes.messaging.answer_sizes import AnswerSizes
 
-    found._heartbeat, found._local, found._sizes = None, InProcess({}), AnswerSizes()
+    found._homes, found._hosted, found._joined, found._sizes = {"x": 1}, InProcess(), False, AnswerSizes()
+    found._messages = RankMessages(Group(None, None, "rank 0"), found.rank, 2, 60, 60, found._homes)
     tensors = iter(sent)
 
     def fill(tensor, rank):
@@ -397,7 +399,7 @@ def rank_0(sent, leads=True):
         assert given.numel() == tensor.numel(), "memory is taken for what comes"
         return given
 
-    found._fill, found._send = fill, lambda *_: None
+    found._messages._fill, found._messages.send = fill, lambda *_: None
     return found
 
 

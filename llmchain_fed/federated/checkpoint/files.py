@@ -79,7 +79,8 @@ class Checkpoint:
     @property
     def remedy(self) -> str:
         """What to do instead of using it."""
-        return _remedy(self.others)
+        remedy = f"Pass round={self.others[-1]} to go on from there" if self.others else "There is no other one"
+        return f"{remedy}, or copy it again."
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,9 @@ def write(directory: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
     """Adds a checkpoint; a process killed at any moment leaves the former ones, and this one whole or not.
 
     Args:
-        directory: Of the federation; made if it is not there.
-        checkpoint: What to write.
-        keep: How many of the newest to keep; None keeps all.
+        directory: The federation's folder; it is made if it is not there.
+        checkpoint: The checkpoint that is added.
+        keep: How many of the newest are kept; None keeps all.
 
     Raises:
         CheckpointError: It cannot be written; what was there is as it was.
@@ -195,9 +196,9 @@ def read(directory: Path, number: int | None = None, limits: FileSizes | None = 
     No link is followed within it, and of a file that is larger than makes sense nothing is read.
 
     Args:
-        directory: Of the federation.
-        number: Which round.
-        limits: What the model of the federation can need; without, files are what fits into memory.
+        directory: The federation's folder.
+        number: The round of the checkpoint.
+        limits: The sizes that a federation of this model can need; without them files are what fits into memory.
 
     Raises:
         CheckpointError: None there, or one with a missing, truncated, altered, oversized or added file. Nothing has
@@ -310,11 +311,6 @@ def _file(folder: Path, name: str, most: int, others: tuple[int, ...]) -> bytes:
 
 def _damaged(folder: Path, what: str, others: tuple[int, ...]) -> CheckpointError:
     return Checkpoint(0, {}, {}, {}, folder, others).unusable(what)
-
-
-def _remedy(others: tuple[int, ...]) -> str:
-    remedy = f"Pass round={others[-1]} to go on from there" if others else "There is no other one"
-    return f"{remedy}, or copy it again."
 
 
 def _file_of(participant: str) -> str:

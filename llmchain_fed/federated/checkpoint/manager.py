@@ -5,7 +5,8 @@ Knows the hub and checkpoints. Knows nothing about how a round is run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from llmchain_fed.errors import CheckpointError, ConfigError, UnsupportedModelEr
 from llmchain_fed.federated.checkpoint import files, fitting, membership
 from llmchain_fed.federated.checkpoint import state as resuming
 from llmchain_fed.federated.checkpoint.contents import Contents, options_again
-from llmchain_fed.federated.checkpoint.membership import Members, MembershipChange
+from llmchain_fed.federated.checkpoint.membership import Members
+from llmchain_fed.federated.checkpoint.resumption import Resumption, forget_adapters
 from llmchain_fed.federated.client.personalization import with_remainder
 from llmchain_fed.federated.protocol.answers import Introduction
 from llmchain_fed.federated.protocol.global_state import GlobalState
@@ -25,12 +27,28 @@ from llmchain_fed.federated.target import Target
 from llmchain_fed.model.local_model import LocalModel
 
 
+class _Rounds(Enum):
+    """Whose rounds lie in the directory, as far as this run knows.
+
+    | state | reached by                 | rounds that lie there                       | a write                     |
+    |-------|----------------------------|---------------------------------------------|-----------------------------|
+    | ANY   | a run that begins anew     | nobody has looked                           | is refused if there are any |
+    | OWN   | a write                    | this run's                                  | adds one                    |
+    | LATER | going on from a checkpoint | this run's, and those of a future that will | adds one, and drops those   |
+    |       |                            | not be                                      | of that future              |
+    """
+
+    ANY = "any"
+    OWN = "own"
+    LATER = "later"
+
+
 class CheckpointManager:
-    """A federation's checkpoints.
+    """Keeps a federation's checkpoints.
 
     Args:
-        server: Whose state is kept.
-        directory: Where; None writes none.
+        server: The server whose state is kept.
+        directory: The folder that checkpoints are written to; None writes none.
         shown: Called once participants stand where a checkpoint had them: their personal models become adapters.
 
     Raises:
@@ -42,16 +60,12 @@ class CheckpointManager:
         self._server, self._leads, self._shown = server, server.runtime.leads, shown
         self._keep = server.settings.config.keep_checkpoints
         self._directory = _path(directory) if directory is not None else None
+        self._rounds = _Rounds.ANY
         self._states: dict[str, bytes] = {}
-        self._waiting: dict[str, bytes] = {}
-        self._holdings: dict[str, Any] = {}
-        self._change: MembershipChange | None = None
-        self._found: Contents | None = None
-        self._owed: set[str] = set()
+        """participants' states as they were asked for last"""
         self._asked: int | None = None
-        self._begun = False
-        self._superseded = False
-        """whether rounds later than the hub's may lie in the directory"""
+        """after how many rounds that was"""
+        self._resumption: Resumption | None = None
 
     def described(self) -> dict[str, Any]:
         """The federation's options, flat, for those who watch it."""
@@ -64,7 +78,7 @@ class CheckpointManager:
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Writes a checkpoint of the hub as it is now, if there is a directory.
+        """Writes a checkpoint of the server as it is now, if there is a directory.
 
         Raises:
             CheckpointError: It cannot be written; former ones are as they were.
@@ -74,17 +88,18 @@ class CheckpointManager:
         self.check_directory()
         made = resuming.checkpoint_of(self._server, self._states, self._asked)
         # before it is written: what fails once the folder has its name leaves a round that is this run's own
-        self._states, self._asked, self._begun = dict(made.participants), made.round, True
+        self._states, self._asked = dict(made.participants), made.round
+        self._rounds = _Rounds.OWN if self._rounds is _Rounds.ANY else self._rounds
         files.write(self._directory, made, keep=self._keep)
         self._drop_later(made.round)
 
     def _drop_later(self, than: int) -> None:
         """Rounds of a future that will not be, once this run has written one of its own in their place."""
         assert self._directory is not None
-        for number in files.rounds(self._directory) if self._superseded else []:
+        for number in files.rounds(self._directory) if self._rounds is _Rounds.LATER else []:
             if number > than:
                 files.remove(self._directory, number)
-        self._superseded = False
+        self._rounds = _Rounds.OWN
 
     def check_directory(self) -> None:
         """Makes sure, before anything is trained, that a run that begins anew has the directory for itself.
@@ -92,7 +107,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: It holds another run's rounds, or cannot be made or written to.
         """
-        if self._directory is None or self._begun or not self._leads:
+        if self._directory is None or self._rounds is not _Rounds.ANY or not self._leads:
             return
         if there := files.rounds(self._directory):
             msg = (
@@ -128,7 +143,7 @@ class CheckpointManager:
             raise CheckpointError(str(error)) from None
 
     def go_on(self, found: Contents, members: Members = "same") -> None:
-        """Puts the hub where the checkpoint was; later ones are dropped with the next one that is written.
+        """Puts the server where the checkpoint was; later ones are dropped with the next one that is written.
 
         Args:
             found: The checkpoint.
@@ -163,71 +178,27 @@ class CheckpointManager:
             with resuming.as_before(server):
                 states = resuming.restore(server, found)
                 self._states = {n: state for n, state in states.items() if n in nodes}
-                self._holdings, self._change, self._found = holdings, change, found
-                self._asked, self._begun, self._superseded = found.round, True, True
-                joined = change.joined if change else ()
-                self._waiting, self._owed = resuming.begun_by_then(server, nodes, self._states, joined), set(nodes)
-                for name in change.left if change is not None else ():
-                    self._forget(name, states)
+                self._asked, self._rounds = found.round, _Rounds.LATER
+                begun = resuming.begun_by_then(server, nodes, self._states, change.joined if change else ())
+                self._resumption = Resumption(server, found, change, holdings, begun)
+                forget_adapters(server.model, change.left if change is not None else (), states)
                 if here:  # at once: `train()` needs nobody to join, and may bring other examples
-                    self._compare(hellos)
-                    self._tell(nodes)
+                    self._resumption.compare(hellos, self._states)
+                    self._resumption.tell(nodes)
                 self._shown()
         except BaseException:
             vars(self).update(former)
             self._shown()
             raise
 
-    def _forget(self, name: str, states: Mapping[str, bytes]) -> None:
-        """Takes the personal model of one who has none any more out of this process's model."""
-        model = self._server.model
-        if name in model.adapters[1:] and name in states and membership.has_own(states[name]):
-            model.remove_adapter(name)
-
-    def give_back(self, newcomers: list[str]) -> None:  # noqa: ARG002
-        """Tells participants that have joined where they stood at the checkpoint.
+    def give_back(self) -> None:
+        """Tells participants that have joined where they stood at the checkpoint that this run goes on from, if any.
 
         Raises:
             CheckpointError: So many hold other examples than they did that those who are left are no quorum.
         """
-        there = (
-            self._server.client_manager.joined
-        )  # not the newcomers alone: an earlier attempt may have failed half way
-        if self._owed or self._holdings:
-            self._send_away(there)
-            self._compare(there)
-            self._tell([n for n in there if n in self._owed])
-
-    def _send_away(self, there: Mapping[str, Introduction]) -> None:
-        """Whoever is not as it was is absent, and its record says why: one alone does not end the others' run."""
-        others = {} if self._change is not None else membership.different(there, self._holdings)
-        if self._found is None or len(there) - len(others) < self._server.settings.quorum:
-            return  # `_compare` says of the first what is to be done
-        for name in others:
-            why = resuming.other_holdings(name, others[name], self._found)
-            self._server.client_manager.leave(name, resuming.OtherExamplesError(why))
-
-    def _compare(self, hellos: Mapping[str, Introduction]) -> None:
-        """Refuses, or takes note of, what participants hold that is not what they held."""
-        if self._change is None:
-            assert self._found is not None
-            resuming.check_holdings(hellos, self._holdings, self._found)
-        else:
-            held = membership.different(hellos, self._holdings)
-            for name in held.keys() & self._states.keys():
-                state = membership.adapted(self._states[name], held[name])
-                if not membership.has_own(state):
-                    self._forget(name, self._states)
-                self._states[name] = self._waiting[name] = state
-            notes, changed = self._change.tell(held)
-            self._server.round_notes += notes
-            self._server.members_changed |= changed
-        self._holdings = {n: held for n, held in self._holdings.items() if n not in hellos}
-
-    def _tell(self, names: list[str]) -> None:
-        resuming.give_back(self._server, names, self._waiting)
-        self._owed -= set(names)
-        self._waiting = {n: blob for n, blob in self._waiting.items() if n not in names}
+        if self._resumption is not None:
+            self._resumption.joined(self._states)
 
     def roll_back(self, to: int) -> None:
         """Takes the hub, and its participants, back to the end of a round.

@@ -15,7 +15,7 @@ from llmchain_fed.federated import compatibility
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.global_state_cache import GlobalStateCache
 from llmchain_fed.federated.participant import Participant, as_participants
-from llmchain_fed.federated.runtime import InProcess, Runtime
+from llmchain_fed.federated.runtime import checked_runtime
 from llmchain_fed.federated.server.evaluation import Evaluator
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.federated.settings import (
@@ -62,28 +62,24 @@ def assemble(model: Any, participants: Any, optimizer: Any, options: FederationO
     def client(participant: Participant) -> Client:
         return Client(target, participant, training, global_states=states, transforms=transforms)
 
-    named, runtime = as_participants(participants), options.get("runtime")
-    if runtime is not None and not isinstance(runtime, Runtime):
-        msg = f"runtime is TorchDistributed(), NVFlare(…) or another Runtime, got {runtime!r:.80}."
-        raise ConfigError(msg)
-    if runtime is not None and not runtime.replicated and named:
+    named, runtime = as_participants(participants), checked_runtime(options.get("runtime"))
+    given = options.get("runtime") is not None and not runtime.replicated
+    if given and named:
         msg = "give participants (they run in this process) or a runtime (which knows its own), not both."
         raise ConfigError(msg)
-    here = runtime is None or runtime.sequential
-    if runtime is not None and not here and not runtime.replicated:
-        _check_travels(config, training.optimizer)
-    if transforms and runtime is not None and not runtime.replicated:
+    if given and transforms:
         msg = (
             "transforms are code, and no code travels to the participants that a runtime brings. Leave them out, "
             "use codec=, or let participants= run in this process."
         )
         raise ConfigError(msg)
-    samples = config.samples if config.samples is not None else int(here)
+    if given and not runtime.sequential:
+        _check_travels(config, training.optimizer)
+    samples = config.samples if config.samples is not None else int(runtime.sequential)
     evaluator = Evaluator(target, options.get("evaluation"), samples=samples, seed=config.seed)
     clients = {name: client(participant) for name, participant in evaluator.divide(named).items()}
     settings = _settings_of(config, options, training, target.model, clients.values())
-    runtime = runtime or InProcess(clients)
-    if runtime.replicated:
+    if not given:
         runtime.host(clients)
     check_counts(config, len(runtime.nodes()))
     server = Server(target, runtime, evaluator, settings)

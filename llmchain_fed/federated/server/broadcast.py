@@ -218,7 +218,6 @@ class Broadcast:
         timeout: float | None = None,
         *,
         largest: int | None = None,
-        attendance: Attendance | None = None,
     ) -> Iterator[Sent]:
         """Lets nodes do a task on the global state; yields their answers as `Runtime.call` does.
 
@@ -228,18 +227,15 @@ class Broadcast:
             nodes: Who should.
             timeout: seconds to wait for an answer.
             largest: bytes an answer may have, where the runtime guards that.
-            attendance: Who is told who is asked; by default the federation's, which knows those who take part.
         """
         if largest is not None:
             runtime.expect(largest)
         # One after the other where they are asked so anyway: a stale one is asked again at once, and updates come in
         # one order whoever held what, so that a resumed run adds them as an uninterrupted one does.
         for group in [[n] for n in nodes] if runtime.sequential else [list(nodes)]:
-            yield from self._call(runtime, task, group, timeout, attendance or self._attendance)
+            yield from self._call(runtime, task, group, timeout)
 
-    def _call(
-        self, runtime: Runtime, task: StateTask, nodes: list[str], timeout: float | None, attendance: Attendance
-    ) -> Iterator[Sent]:
+    def _call(self, runtime: Runtime, task: StateTask, nodes: list[str], timeout: float | None) -> Iterator[Sent]:
         bytes_sent = dict.fromkeys(nodes, 0)
         waiting = nodes
         for attempt in range(2):
@@ -248,7 +244,7 @@ class Broadcast:
             alike = len({id(m) for m in payloads.values()}) == 1
             payload: Any = next(iter(payloads.values())) if alike else payloads
             answers = runtime.call(task.operation, waiting, payload, timeout) if waiting else ()
-            for node, answer in attendance.following(task.operation, waiting, answers):
+            for node, answer in self._attendance.following(task.operation, waiting, answers):
                 bytes_sent[node] += len(payloads[node])
                 if isinstance(answer, bytes) and answer == STALE and attempt == 0:
                     self._known[node] = KnownVersion()

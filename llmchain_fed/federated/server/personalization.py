@@ -16,10 +16,11 @@ from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.answers import CurveAnswer, PersonalizeAnswer, SideBySideAnswer
+from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import CurveTask, PersonalizeTask, SideBySideTask
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server.asking import ask_one, task_now
-from llmchain_fed.federated.server.attendance import Attendance
+from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.model.adapters import GLOBAL
 
@@ -134,19 +135,16 @@ def curve_of_stranger(
     if participant.name in server.runtime.nodes():
         msg = f"{participant.name!r} takes part already: pass its name, or give the newcomer another."
         raise ConfigError(msg)
-    client = Client(server.target, participant, server.settings.training)  # what it is sent, it alone holds
-    task = task_now(server, CurveTask, steps=wanted, lr=lr)
-    server.publish()
-    server.broadcast.joined(participant.name, None, participant.rank, participant.alpha)
-    try:
-        way, name = InProcess({participant.name: client}), participant.name
-        ((_, answer, _),) = server.broadcast.call(way, task, [name], attendance=Attendance())
-    finally:  # whoever trains under this name later has a rank of its own
-        server.broadcast.joined(participant.name, None, None, None)
-    if isinstance(answer, Exception):
-        raise answer
-    what = f"what {participant.name!r} answers"
-    return _curve(messages.read_answer(CurveAnswer, answer, what), wanted, participant.name)
+    name, task = participant.name, task_now(server, CurveTask, steps=wanted, lr=lr)
+    runtime = InProcess({name: Client(server.target, participant, server.settings.training)})
+    remainder = server.publish().remainder
+    broadcast = Broadcast(None, server.broadcast.layout)  # its own: what the others have, and who is there, stays
+    broadcast.publish(GlobalState(server.broadcast.state_for(), remainder), "")
+    broadcast.joined(name, None, participant.rank, participant.alpha)
+    (sent,) = broadcast.call(runtime, task, [name])
+    if isinstance(sent.answer, Exception):
+        raise sent.answer
+    return _curve(messages.read_answer(CurveAnswer, sent.answer, f"what {name!r} answers"), wanted, name)
 
 
 def _checked_steps(steps: Sequence[int]) -> list[int]:

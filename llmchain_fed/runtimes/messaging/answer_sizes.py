@@ -29,7 +29,7 @@ class AnswerSizes:
         """bytes: what no sensible answer to `op` exceeds.
 
         Args:
-            op: What was asked.
+            op: The operation that was asked for.
             payload: bytes that were sent for it.
         """
         if op == "train":  # what is not an update is JSON: a loss, a curve

@@ -55,7 +55,7 @@ class Channel:
 
         Args:
             most: bytes that make sense; a longer one is not received at all.
-            seconds: For all of it.
+            seconds: The time within which all of it must come.
 
         Raises:
             EOFError: The other side went away between two messages.
@@ -182,10 +182,10 @@ class Listener:
     """A listening socket whose callers are heard each in a thread of its own, once they have shown the key.
 
     Args:
-        listening: Bound and listening.
-        path: Where.
-        key: What callers must hold.
-        files: Removed when this is closed, if they are still what they were.
+        listening: The socket, bound and listening.
+        path: The path that it is bound to.
+        key: The key that callers must show.
+        files: The files that are removed when this is closed, if they are still what they were.
     """
 
     def __init__(

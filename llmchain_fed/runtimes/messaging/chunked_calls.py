@@ -53,7 +53,7 @@ class ChunkedCalls:
     gives no answer is told as soon as it is known, while the others still work.
 
     Args:
-        exchange: Carries frames.
+        exchange: Carries a frame to nodes and brings their answers back.
         patience: seconds without an answer after which a node counts as gone.
         farewell: Carries what may as well be lost, and recovers nothing for that; `exchange` by default.
     """

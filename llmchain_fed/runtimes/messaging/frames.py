@@ -50,8 +50,8 @@ def read(frame: bytes | memoryview, *, most: int = _MAX_HEAD) -> tuple[dict[str,
     """The reverse of `pack`; the body is a view.
 
     Args:
-        frame: What came.
-        most: bytes of a head that make sense.
+        frame: The bytes that came.
+        most: bytes that a head may have.
 
     Raises:
         TransportError: It is no frame.

@@ -66,7 +66,7 @@ class SiteBridge:
         but which link broke, before its own patience ends.
 
         Args:
-            frame: For the peer.
+            frame: The frame that goes to the peer.
             seconds: How long the peer may be silent.
         """
         try:
@@ -123,8 +123,8 @@ class HubBridge:
     A driver that goes away is waited for, so that one that is started again finds its job running.
 
     Args:
-        socket: Where the driver listens.
-        run: Which submission of this job it is, for the driver to know it by.
+        socket: The path at which the driver listens.
+        run: The name of this submission of the job, by which the driver knows it.
     """
 
     def __init__(self, socket: str, run: str) -> None:

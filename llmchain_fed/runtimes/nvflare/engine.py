@@ -40,7 +40,7 @@ def check(kit: Path, *, reach: bool = True) -> None:
     """Makes sure that an engine started from this kit can work.
 
     Args:
-        kit: Which.
+        kit: The folder of the kit.
         reach: Whether a site's hub is dialled as well; one that is not up yet is no error, the engine waits for it.
 
     Raises:
@@ -101,11 +101,11 @@ def start(
     """Starts the hub's or a site's engine in the background, after `check`: the command that an operator starts.
 
     Args:
-        kit: Whose.
-        socket: At a site: where its peer listens.
-        authority: At the hub: the authority's folder, whose list then says who may come.
-        environment: Further variables.
-        log: Where its lines go; `engine.log` in the kit by default.
+        kit: The folder of the kit.
+        socket: The path at which a site's peer listens; a hub has none.
+        authority: The authority's folder, whose list says at the hub who may come; a site has none.
+        environment: Variables that the engine is given beside this process's.
+        log: The file that its lines go to; `engine.log` in the kit by default.
 
     Raises:
         ConfigError: See `check`; a site without a socket; the kit's engine runs already.
@@ -149,10 +149,10 @@ def nvflare_command(
     """The command line of NVFlare's process, and the environment variables it needs.
 
     Args:
-        kit: Whose.
-        socket: At a site: where its peer listens.
+        kit: The folder of the kit.
+        socket: The path at which a site's peer listens; a hub has none.
         wire: The descriptor over which it tells its parent, see `keeping.child`.
-        authority: At the hub: the authority's folder.
+        authority: The authority's folder, at the hub.
 
     Raises:
         ConfigError: A site without a socket.

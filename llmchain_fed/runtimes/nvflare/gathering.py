@@ -31,9 +31,9 @@ def in_the_hubs_words(session: EngineSession, name: str, answer: TransportError)
     """Why a call to a site failed, with what the hub's engine knows of that first: it put it out, or lost it.
 
     Args:
-        session: To the engine's server, whose own process writes down what it sees.
-        name: The site's.
-        answer: What the call ended with.
+        session: A session with the engine's server, whose own process writes down what it sees.
+        name: The name of the site.
+        answer: The error that the call ended with.
     """
     state = None
     with suppress(ConfigError):
@@ -50,10 +50,10 @@ class Gathering:
     """Who can be in a job.
 
     Args:
-        session: To the engine's server.
-        sites: All.
+        session: A session with the engine's server.
+        sites: All sites of the federation.
         startup: seconds to wait for those who are not connected; six times as long while nobody is.
-        say: Told for whom it waits.
+        say: Is told for whom this waits.
     """
 
     def __init__(self, session: EngineSession, sites: Sites, *, startup: float, say: Callable[[str], object]) -> None:
@@ -132,8 +132,8 @@ class Gathering:
         """Those of these sites that the engine has heard of since now, once it is there.
 
         Args:
-            names: Which.
-            seconds: What the time was that they are given, for the message.
+            names: The names of the sites.
+            seconds: The time that they are given, for the message.
             until: When it ends, as `time.monotonic` counts.
 
         Raises:

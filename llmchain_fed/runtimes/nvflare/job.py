@@ -24,10 +24,10 @@ def write_job(folder: Path, *, name: str, sites: Sequence[str], socket: str, run
     """Writes the job into `folder/name` and returns that.
 
     Args:
-        folder: Where; it must exist.
+        folder: The folder that it is written to, which must exist.
         name: The job's name in the engine's lists.
-        sites: Where it is deployed; nowhere else.
-        socket: The driver's.
+        sites: The sites that it is deployed at, and no others.
+        socket: The path at which the driver listens.
         run: See `bridge.HubBridge`.
     """
     config = folder / name / "app" / "config"

@@ -51,12 +51,12 @@ class Jobs:
     """Brings jobs up, and up again.
 
     Args:
-        session: To the engine's server.
-        socket: Where the jobs find this process.
-        sites: Who is there; kept up to date.
+        session: A session with the engine's server.
+        socket: The path at which the jobs find this process.
+        sites: Keeps who is there; this keeps it up to date.
         recovery: seconds within which the engine must be back after it went away.
         startup: seconds to wait for sites that are not connected, before the first job and after all were lost.
-        say: Told in a line what is waited for.
+        say: Is told in a line what is waited for.
     """
 
     def __init__(

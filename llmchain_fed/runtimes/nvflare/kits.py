@@ -137,8 +137,8 @@ def configure(kit: Path, *, at: Path | None = None) -> None:
     runs nothing, and is only made this account's alone.
 
     Args:
-        kit: Whose.
-        at: Where it will lie, if that is another place: the engine's settings name it.
+        kit: The folder of the kit.
+        at: The folder that it will lie in, if that is another one: the engine's settings name it.
 
     Raises:
         ConfigError: It is no kit.
@@ -187,9 +187,9 @@ def provision_here(folder: Path, *, sites: Iterable[str], port: int, host: str =
     """All kits of a federation in one place: name → kit, the hub's under "hub", the driver's under "admin".
 
     Args:
-        folder: Where; made if it is missing.
-        sites: Their names.
-        port: The hub's.
+        folder: The folder that they are written to; it is made if it is missing.
+        sites: The names of the sites.
+        port: The port at which the hub listens.
         host: The name by which sites reach it.
 
     Raises:

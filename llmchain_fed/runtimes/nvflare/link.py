@@ -78,7 +78,7 @@ class Link:
     """Listens for bridges and exchanges frames through them.
 
     Args:
-        path: Where to listen.
+        path: The path to listen at.
 
     Raises:
         ConfigError: See `frames.listen`.
@@ -121,8 +121,8 @@ class Link:
         """Carries a frame to nodes, each in the newest job that it is in; what it answered, or why it did not.
 
         Args:
-            nodes: To whom.
-            frame: What.
+            nodes: The names of those it is carried to.
+            frame: The frame, the same for all.
             seconds: How long the engine waits for each.
 
         Returns:

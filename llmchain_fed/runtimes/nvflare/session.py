@@ -35,7 +35,7 @@ class EngineSession:
     """An administrator's session, opened when it is needed and again when it broke.
 
     Args:
-        admin: The administrator's kit.
+        admin: The folder of the administrator's kit.
 
     Raises:
         ConfigError: It is no such kit.

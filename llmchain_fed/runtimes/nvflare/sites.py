@@ -33,7 +33,7 @@ class Sites:
     """Keeps who is there.
 
     Args:
-        names: All sites.
+        names: The names of all sites.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -53,11 +53,11 @@ class Sites:
         self._refused.pop(name, None)
 
     def missed(self, name: str, why: str, *, unreached: bool = False) -> None:
-        """It does not.
+        """A site does not answer.
 
         Args:
-            name: Which.
-            why: For people; it may be the site's own text, and decides nothing.
+            name: The name of the site.
+            why: The reason, for people; it may be the site's own text, and decides nothing.
             unreached: Whether that is what the hub's engine says, which cannot see what is behind it.
         """
         now, why = time.time(), why.rstrip(".")
@@ -82,7 +82,7 @@ class Sites:
         """Whether one that is out may be back.
 
         Args:
-            name: Which.
+            name: The name of the site.
             heard: When the hub's engine last heard of it, in seconds since the epoch; None if that is long ago.
         """
         out = self._out.get(name)

@@ -1,4 +1,4 @@
-"""NVFlare: the transport across organisations. Calls the sites' peers through jobs of the engine that it keeps running.
+"""NVFlare: the runtime across organisations. Calls the sites' peers through jobs of the engine that it keeps running.
 
 Knows sites, jobs and sliced calls. Knows nothing of models or rounds. The loop never notices that a job was replaced:
 peers keep their models and the call they are at, and the driver goes on with it.
