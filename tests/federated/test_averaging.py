@@ -323,7 +323,7 @@ def test_short_options_and_training_say_the_same(make_chain):
         ({"participants": PAIRS}, "list of Participant, got tuple"),
         ({"participants": 5}, "got int"),
         ({"participants": {"": PAIRS}}, "needs a name"),
-        ({"runtime": object()}, "or another Runtime, got <object"),
+        ({"runtime": object()}, "Runtime of your own, got <object"),
         ({"runtime": InProcess({})}, "not both"),
     ],
 )
