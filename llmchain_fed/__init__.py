@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from llmchain_fed.chain.chat import LocalChatModel
     from llmchain_fed.chain.llm import LocalLLM
     from llmchain_fed.chain.llm_chain import LLMChain
-    from llmchain_fed.data.encoding import DataReport, Example, RawText
+    from llmchain_fed.data.encoding import Example, RawText
+    from llmchain_fed.data.report import DataReport
     from llmchain_fed.federated.averaging import FederatedAveraging
     from llmchain_fed.federated.callbacks import Callback
     from llmchain_fed.federated.history import History
@@ -84,7 +85,7 @@ _HOMES = {
     "Collection": "updates.collection",
     "Combined": "updates.collection",
     "ConsoleTable": "tracking.console",
-    "DataReport": "data.encoding",
+    "DataReport": "data.report",
     "DiLoCo": "updates.server_optimizers",
     "Ditto": "federated.options",
     "Example": "data.encoding",

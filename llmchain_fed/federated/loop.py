@@ -36,7 +36,7 @@ def run_round(
         QuorumError: Too few updates are usable; nothing has changed.
     """
     started = time.perf_counter()
-    chosen = server.chosen(server.client_manager.present(), server.round)
+    chosen = server.client_manager.sample(server.settings, server.round)
     begins(server.round + 1, tuple(chosen))
     before = server.measure(server.round)  # held-out losses under the weights as they are
     opened = server.begin()  # the global state is published: participants are sent what they lack of it

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.data.encoding import (
-    DataReport,
     EncodedExamples,
     Examples,
     Prompt,
@@ -24,6 +23,7 @@ from llmchain_fed.data.encoding import (
     is_ready_tensors,
     unwrap,
 )
+from llmchain_fed.data.report import DataReport
 from llmchain_fed.data.sayable import check_tolerance
 from llmchain_fed.errors import EmptyParticipantError, NonFiniteLossError
 from llmchain_fed.model.generation.answers import seeded

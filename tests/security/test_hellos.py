@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from liars import federation
 
 from llmchain_fed import untrusted
-from llmchain_fed.data.encoding import DataReport
+from llmchain_fed.data.report import DataReport
 from llmchain_fed.errors import ParticipantError
 from llmchain_fed.federated.client.overlap import Overlap
 from llmchain_fed.federated.protocol import messages

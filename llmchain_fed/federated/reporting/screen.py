@@ -16,7 +16,7 @@ from llmchain_fed.federated.reporting import lines, stderr
 from llmchain_fed.untrusted import one_line
 
 if TYPE_CHECKING:
-    from llmchain_fed.data.encoding import DataReport
+    from llmchain_fed.data.report import DataReport
     from llmchain_fed.federated.history import History, RoundRecord
     from llmchain_fed.federated.server.attendance import Attendance, AttendanceChange
 

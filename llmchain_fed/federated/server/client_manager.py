@@ -6,6 +6,7 @@ that it can check.
 
 from __future__ import annotations
 
+import random
 import secrets
 from collections.abc import Iterator
 
@@ -24,7 +25,9 @@ from llmchain_fed.federated.protocol.answers import Introduction
 from llmchain_fed.federated.protocol.tasks import HelloTask
 from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.attendance import Attendance
+from llmchain_fed.federated.settings import Settings, sampled
 from llmchain_fed.federated.target import Target
+from llmchain_fed.training.batch_sampler import seed_of
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import decoding, shown
 
@@ -126,6 +129,21 @@ class ClientManager:
     def present(self) -> list[str]:
         """Who can be asked, in the transport's order."""
         return [node for node in self._runtime.nodes() if node in self.joined]
+
+    def sample(self, settings: Settings, number: int) -> list[str]:
+        """Who of those who are there is asked in a round: as many as the options say, drawn from seed and round.
+
+        Args:
+            settings: The federation's.
+            number: The round's, 0 for the first.
+        """
+        present = self.present()
+        count = sampled(settings.per_round, len(present))
+        if count >= len(present):
+            return present
+        rng = random.Random(seed_of(settings.seed, "sample", number))  # noqa: S311 (sampling, no secret)
+        chosen = set(rng.sample(sorted(present), count))
+        return [node for node in present if node in chosen]
 
     def leave(self, node: str, why: Exception | None = None) -> None:
         """Takes a participant off, so that it is asked anew before the next round."""

@@ -70,19 +70,20 @@ def plan_of(server: Server, rounds: int) -> Plan:
     downlink, up, down, kept = _Downlink(server, present), 0, 0, 0
     down += sum(map(downlink.ask, holders))
     for number in range(server.round, server.round + rounds):
-        chosen = server.chosen(present, number)
+        chosen = server.client_manager.sample(server.settings, number)
         down += sum(map(downlink.ask, chosen))
         update = sum(_update_bytes(server, node, number) for node in chosen)
         up, kept = up + update, max(kept, update)
         downlink.close(number, chosen)
         down += sum(map(downlink.ask, holders))
+    sampled = len(server.client_manager.sample(server.settings, server.round))
     seconds = None
     if timed:
         steps = max(seconds * count for seconds, count in timed)
-        seconds = steps * rounds * (len(server.chosen(present, server.round)) if in_process else 1)
+        seconds = steps * rounds * (sampled if in_process else 1)
     return Plan(
         rounds=rounds,
-        participants=len(server.chosen(present, server.round)),
+        participants=sampled,
         bytes_up=up,
         bytes_down=down,
         memory=_memory(server, kept) + 3 * downlink.remainder_bytes,

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from llmchain_fed.data.encoding import DataReport
+from llmchain_fed.data.report import DataReport
 from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.history import History
 from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Count, Name

@@ -6,14 +6,13 @@ they run, nor about when a round is run.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
-from llmchain_fed.data.encoding import DataReport
+from llmchain_fed.data.report import DataReport
 from llmchain_fed.errors import UpdateRefusedError
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.overlap import crossing, overlap
@@ -30,7 +29,6 @@ from llmchain_fed.federated.server.round import OpenRound
 from llmchain_fed.federated.settings import Settings, sampled
 from llmchain_fed.federated.target import Target
 from llmchain_fed.model.local_model import LocalModel
-from llmchain_fed.training.batch_sampler import seed_of
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import printable
 from llmchain_fed.updates import serialization, server_optimizers
@@ -152,15 +150,6 @@ class Server:
         if self.settings.personal is not None:
             more["ditto"] = self.settings.personal.model_dump()
         return opened.task(**more)
-
-    def chosen(self, nodes: list[str], number: int) -> list[str]:
-        """Who of them is asked in a round."""
-        count = sampled(self.settings.per_round, len(nodes))
-        if count >= len(nodes):
-            return nodes
-        rng = random.Random(seed_of(self.settings.seed, "sample", number))  # noqa: S311 (sampling, no secret)
-        chosen = set(rng.sample(sorted(nodes), count))
-        return [node for node in nodes if node in chosen]
 
     def measure(self, completed: int) -> Measurement | None:
         """Held-out losses under the weights as they are now, which stand after so many rounds."""

@@ -1,0 +1,88 @@
+"""DataReport: what became of a participant's examples, as counts; another count is one field here, and where it counts.
+
+Knows nothing of texts or tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+_KEPT = {
+    "duplicate": "the same as one before",
+    "length_out_of_range": "longer or shorter than the settings let an answer be",
+    "raw": "raw text",
+    "prompt_as_input": "with a prompt that goes through the template",
+    "control_text": "with a control token spelled as text",
+}
+_LEFT_OUT = {
+    "empty": "empty",
+    "too_long": "too long",
+    "holds_end": "with an end token within the answer",
+    "holds_stop": "with a stop string within the answer",
+    "stripped": "with white space around the answer",
+    "not_decodable": "with characters that the vocabulary lacks",
+    "forbidden": "with an answer that the settings forbid",
+}
+
+
+@dataclass(slots=True)
+class DataReport:
+    """What became of a participant's examples. Only `used` ones are trained on; nothing is cut."""
+
+    used: int = 0
+    empty: int = 0
+    """left out: a missing or blank completion, prompt or variable"""
+    too_long: int = 0
+    """left out: longer than `max_length` or the model's context"""
+    holds_end: int = 0
+    """left out: an end token within the completion, where an answer would end"""
+    holds_stop: int = 0
+    """left out: a stop string within the completion, before which an answer would end"""
+    stripped: int = 0
+    """left out: white space around the completion, which the parser or the tokenizer takes away"""
+    not_decodable: int = 0
+    """left out: its tokens, decoded, are another text: characters that the vocabulary lacks, lower-cased letters …"""
+    forbidden: int = 0
+    """left out: the generation settings keep an answer from it: a suppressed token, an n-gram that may not repeat …"""
+    duplicate: int = 0
+    """kept: the same prompt and completion occurred before"""
+    length_out_of_range: int = 0
+    """kept: more tokens than `max_new_tokens` or fewer than `min_new_tokens`: an answer would be cut short, or go on"""
+    raw: int = 0
+    """kept: `RawText`, used as it is"""
+    prompt_as_input: int = 0
+    """kept: rows of `prompt` and `completion` whose prompt is the input and goes through the template"""
+    control_text: int = 0
+    """kept: examples that spell a control token where they may not write one; it is encoded as text"""
+    completion_tokens: int = 0
+    """tokens that carry loss, end tokens included"""
+
+    @property
+    def unsayable(self) -> int:
+        """Examples left out because no answer could ever be their completion."""
+        return self.holds_end + self.holds_stop + self.stripped + self.not_decodable + self.forbidden
+
+    @property
+    def worth_saying(self) -> bool:
+        """Whether examples were left out, or taken otherwise than their form suggests."""
+        taken = self.raw + self.prompt_as_input + self.control_text + self.length_out_of_range
+        return bool(self.empty or self.too_long or self.unsayable or taken)
+
+    def in_words(self) -> str:
+        """The same for an operator.
+
+        >>> DataReport(used=12, length_out_of_range=10, too_long=1).in_words()
+        '12 examples (10 of them longer or shorter than the settings let an answer be), 1 more left out (too long)'
+        """
+        counts = {name: getattr(self, name) for name in (*_KEPT, *_LEFT_OUT)}
+        kept = ", ".join(f"{counts[name]:,} of them {text}" for name, text in _KEPT.items() if counts[name])
+        left = {text: counts[name] for name, text in _LEFT_OUT.items() if counts[name]}
+        why = next(iter(left)) if len(left) == 1 else ", ".join(f"{count:,} {text}" for text, count in left.items())
+        used = f"{self.used:,} example{'' if self.used == 1 else 's'}" + (f" ({kept})" if kept else "")
+        return used + (f", {sum(left.values()):,} more left out ({why})" if left else "")
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{f.name}={getattr(self, f.name):,}" for f in fields(self) if getattr(self, f.name) or f.name == "used"
+        ]
+        return f"DataReport({', '.join(shown)})"
