@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from llmchain_fed import TorchDistributed
 from llmchain_fed.errors import FederationError
-from llmchain_fed.runtimes.torch_distributed import _tensor
+from llmchain_fed.runtimes.rank_messages import _tensor
 
 
 def main():
