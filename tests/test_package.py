@@ -184,7 +184,7 @@ def test_every_module_has_its_place():
             assert ast.get_docstring(ast.parse(path.read_text())), f"{name} does not say what it knows"
 
 
-def test_no_room_holds_more_than_a_reader_can_keep_in_mind():
+def test_no_room_has_more_than_a_reader_can_keep_in_mind():
     counts = Counter(path.parent for path in modules().values() if path.name != "__init__.py")
     assert {str(folder): n for folder, n in counts.items() if n > 15} == {}
 
@@ -384,7 +384,7 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_the_wheel_holds_the_package_and_its_recipes_alone(wheel):
+def test_the_wheel_contains_the_package_and_its_recipes_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"llmchain_fed", "llmchain_fed-0.1.0.dist-info"}
     for kind in ("prompts", "chains"):

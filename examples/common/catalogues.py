@@ -174,12 +174,12 @@ def split_publishers(
     if test < 0 or at_least < 1:
         raise ValueError(f"train={train}, test={test}: train must be positive and test not negative.")
     texts = {name: {normalise(m.source): m for m in read_catalogue(name, language)} for name in names}
-    holders: dict[str, list[str]] = {}
+    publishers_of: dict[str, list[str]] = {}
     for name, messages in texts.items():
         for key in messages:
-            holders.setdefault(key, []).append(name)
+            publishers_of.setdefault(key, []).append(name)
     owned: dict[str, list[str]] = {name: [] for name in names}
-    for key, having in holders.items():
+    for key, having in publishers_of.items():
         owned[min(having, key=lambda name: _digest(seed, name, key))].append(key)
     splits = {}
     for name, keys in owned.items():

@@ -79,8 +79,8 @@ def approve(
     """At the hub: shows who asks for what, and signs it once the fingerprint was compared by telephone."""
     from llmchain_fed.runtimes.nvflare.provisioning import authority as authorities
 
-    def confirm(asked: Asked, holder: Certificate | None) -> bool:
-        return _confirm(asked, holder, yes=yes)
+    def confirm(asked: Asked, owner: Certificate | None) -> bool:
+        return _confirm(asked, owner, yes=yes)
 
     signed = authorities.approve(request, authority, _role(role), replace=replace, confirm=confirm)
     typer.echo(f"signed. Send this back (it holds no key): {signed}")
@@ -141,7 +141,7 @@ def revoke(
 
 @app.command("names")
 def names(authority: _Authority) -> None:
-    """At the hub: lists every certificate that was signed, with its holder, its end, and whether it was revoked."""
+    """At the hub: lists every certificate that was signed, with its owner, its end, and whether it was revoked."""
     from llmchain_fed.runtimes.nvflare.provisioning import registry
     from llmchain_fed.runtimes.nvflare.provisioning.sent import by_telephone
 
@@ -180,15 +180,15 @@ def _say_request(made: Path, role: Role, *, replaces: bool = False) -> None:
     )
 
 
-def _confirm(asked: Asked, holder: Certificate | None, *, yes: bool) -> bool:
+def _confirm(asked: Asked, owner: Certificate | None, *, yes: bool) -> bool:
     """Shows what is about to be signed; asks on a terminal."""
     from llmchain_fed.runtimes.nvflare.provisioning.sent import by_telephone
 
     typer.echo(f"{asked.role} {asked.name}, organisation {asked.organisation}, key\n{by_telephone(asked.public_key)}")
-    if holder is not None:
+    if owner is not None:
         typer.echo(
-            f"in place of {holder.name}, organisation {holder.organisation}, approved {holder.approved} by "
-            f"{holder.by}, which is revoked by this; key\n{by_telephone(holder.public_key)}"
+            f"in place of {owner.name}, organisation {owner.organisation}, approved {owner.approved} by "
+            f"{owner.by}, which is revoked by this; key\n{by_telephone(owner.public_key)}"
         )
     if yes:
         return True

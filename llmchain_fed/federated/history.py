@@ -281,10 +281,10 @@ class History:
         for name in names:
             found = [(r.round, r.participants[name]) for r in self.rounds if name in r.participants]
             train = [(n, p.train_loss) for n, p in found if p.train_loss is not None]
-            held = [(n, p.held_out_after) for n, p in found if p.held_out_after is not None]
+            held_out = [(n, p.held_out_after) for n, p in found if p.held_out_after is not None]
             if found and found[0][1].held_out_before is not None:
-                held = [(found[0][0] - 1, found[0][1].held_out_before), *held]
-            for axes, points in ((left, train), (right, held)):
+                held_out = [(found[0][0] - 1, found[0][1].held_out_before), *held_out]
+            for axes, points in ((left, train), (right, held_out)):
                 if points:  # a dollar would begin a formula
                     axes.plot(*zip(*points, strict=True), marker="o", label=one_line(name, 80).replace("$", r"\$"))
         for axes, title in ((left, "training"), (right, "held out")):

@@ -44,7 +44,7 @@ class Results:
         self.start = out / _START
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Within, no other process has these folders; what a killed one left half written is put right.
 
         Raises:
@@ -56,7 +56,7 @@ class Results:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             for folder in {self.out.resolve(): "out", self.checkpoints.resolve(): "checkpoint_dir"}:
-                stack.enter_context(locks.hold(folder / _LOCK, f"the folder {shown(str(folder), 300)!r}"))
+                stack.enter_context(locks.lock(folder / _LOCK, f"the folder {shown(str(folder), 300)!r}"))
             whole_folders.put_right(self.chain)
             own_files.sweep(self.history)
             own_files.sweep(self.status)

@@ -17,7 +17,7 @@ _LONGEST = 20  # digits of a process id
 
 
 @contextmanager
-def hold(path: str | Path, what: str) -> Iterator[None]:
+def lock(path: str | Path, what: str) -> Iterator[None]:
     """Within, no other process can hold the same; killed, a process holds nothing any more.
 
     Args:
@@ -40,7 +40,7 @@ def hold(path: str | Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def hold_folder(folder: Path, what: str) -> Iterator[None]:
+def lock_folder(folder: Path, what: str) -> Iterator[None]:
     """The same for a folder that is there, in which no file is made for it, so that nobody learns who holds it.
 
     Raises:
@@ -63,7 +63,7 @@ def _locked(path: Path, flags: int, what: str, remedy: str) -> Iterator[int]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            msg = f"{what} is in use by {_holder(descriptor)}. {remedy}"
+            msg = f"{what} is in use by {_owner(descriptor)}. {remedy}"
             raise ConfigError(msg) from None
         except OSError as error:
             raise _impossible(path, what, error) from error
@@ -72,7 +72,7 @@ def _locked(path: Path, flags: int, what: str, remedy: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _holder(descriptor: int) -> str:
+def _owner(descriptor: int) -> str:
     try:
         found = os.pread(descriptor, _LONGEST + 1, 0).decode(errors="replace").strip()
     except OSError:  # a folder holds no process's id

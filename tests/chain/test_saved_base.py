@@ -371,7 +371,7 @@ UNSAVABLE = {
 
 
 @pytest.mark.parametrize("what", UNSAVABLE)
-def test_a_model_that_no_file_can_hold_is_refused_before_the_first_round(what, tmp_path):
+def test_a_model_that_no_file_can_store_is_refused_before_the_first_round(what, tmp_path):
     chain = LLMChain(llm=LocalLLM(model=UNSAVABLE[what]()), prompt=TEMPLATE)
     with pytest.raises(ChainFileError):
         chain.save(tmp_path / "chain")
@@ -386,7 +386,7 @@ class Answer(BaseModel):
     text: str
 
 
-def test_a_parser_that_no_file_can_hold_is_refused_before_training(make_model):
+def test_a_parser_that_no_file_can_store_is_refused_before_training(make_model):
     """Behind the chain, or in a pipe, which has no `save`, it is no matter."""
     face, parser = LocalLLM(model=make_model(lora=True)), PydanticOutputParser(pydantic_object=Answer)
     with pytest.raises(RecipeError, match=r"chain \| parser"):

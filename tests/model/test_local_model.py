@@ -83,7 +83,7 @@ def test_answers_are_those_of_the_modules_own_generate(model):
     assert model.generate(PROMPTS, max_new_tokens=12) == [by_hand(model, p, max_new_tokens=12) for p in PROMPTS]
 
 
-def test_answers_hold_neither_prompt_nor_special_tokens(model):
+def test_answers_contain_neither_prompt_nor_special_tokens(model):
     assert model.generate(PROMPTS, max_new_tokens=24) == ANSWERS
 
 
@@ -277,7 +277,7 @@ def test_stop_works_with_beams(model):
         ("é", ["éa"], 0),
     ],
 )
-def test_a_possible_beginning_of_a_stop_is_held_back(text, stops, safe):
+def test_a_possible_beginning_of_a_stop_is_kept_back(text, stops, safe):
     assert safe_length(text, stops) == safe
 
 
@@ -479,18 +479,18 @@ def test_exclusive_keeps_others_out(causal):
     assert done.wait(10)
 
 
-def test_the_version_can_be_read_while_another_thread_holds_the_lock(causal):
+def test_the_version_can_be_read_while_another_thread_has_the_lock(causal):
     """LangChain reads it on the event loop before every call: waiting there would stall every other task."""
-    held, free = threading.Event(), threading.Event()
+    locked, free = threading.Event(), threading.Event()
 
-    def hold():
+    def lock():
         with causal.exclusive():
-            held.set()
+            locked.set()
             free.wait(10)
 
-    worker = threading.Thread(target=hold)
+    worker = threading.Thread(target=lock)
     worker.start()
-    held.wait(10)
+    locked.wait(10)
     read = threading.Thread(target=lambda: causal.weights_version, daemon=True)
     read.start()
     read.join(1)
@@ -609,7 +609,7 @@ def test_a_state_that_does_not_fit_is_refused_whole(model, how):
     assert all(torch.equal(t, before[n]) for n, t in model.trainable_state().items())
 
 
-def test_a_finite_value_that_the_models_type_cannot_hold_is_refused(tokenizer):
+def test_a_finite_value_that_the_models_type_cannot_represent_is_refused(tokenizer):
     model = LocalModel(tiny_module("causal", len(tokenizer)).half(), tokenizer)
     state = {n: t.float() for n, t in model.trainable_state().items()}
     model.load_state(state)

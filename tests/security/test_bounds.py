@@ -168,12 +168,12 @@ def test_a_hello_a_message_and_a_checkpoint_agree_on_what_they_share():
     ids = [_schema(model, "federation") for model in (tasks.HelloTask, contents._About)]
     assert ids[0] == ids[1]
     for field in ("rank", "alpha"):
-        ranges = [_schema(model, field)["anyOf"] for model in (answers.Introduction, contents.Holding)]
+        ranges = [_schema(model, field)["anyOf"] for model in (answers.Introduction, contents.Declaration)]
         assert ranges[0] == ranges[1]
-    holding = {"examples": 1, "tokens": 1, "rank": 1, "alpha": 1.0, "options": None}
-    assert _told(contents.Holding, holding) == ""
+    declaration = {"examples": 1, "tokens": 1, "rank": 1, "alpha": 1.0, "options": None}
+    assert _told(contents.Declaration, declaration) == ""
     for wrong in ({"rank": LARGEST_RANK + 1}, {"alpha": ALPHAS[0] / 2}, {"alpha": 2 * ALPHAS[1]}):
-        assert "`" + next(iter(wrong)) + "`" in _told(contents.Holding, holding | wrong)
+        assert "`" + next(iter(wrong)) + "`" in _told(contents.Declaration, declaration | wrong)
 
 
 # --- values are looked at once ----------------------------------------------------------------------------------------

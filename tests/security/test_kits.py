@@ -140,7 +140,7 @@ def test_a_request_that_says_something_else_than_its_key_signed_is_refused(alter
     told(error.value)
 
 
-def test_one_name_has_one_holder(hub, tmp_path):
+def test_one_name_has_one_owner(hub, tmp_path):
     """Whatever the case of its letters; a certificate that was revoked holds nothing."""
     mark = registry.normal("ab" * 32)
     given = {"role": "site", "organisation": "a", "certificate": mark, "public_key": mark, "by": "me@hub"}

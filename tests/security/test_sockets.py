@@ -192,7 +192,7 @@ def test_a_socket_or_key_of_another_account_is_not_talked_to(whose, path):
 
 
 @pytest.mark.skipif(not ROOT, reason="only root can give a folder to another account")
-def test_a_folder_of_another_account_holds_no_socket_of_ours(path):
+def test_a_folder_of_another_account_has_no_socket_of_ours(path):
     os.chown(path.parent, 65534, 65534)
     with pytest.raises(TransportError, match="belongs to another account"):
         frames.dial(path)

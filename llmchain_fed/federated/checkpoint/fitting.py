@@ -120,7 +120,7 @@ def check_participants(contents: Contents, server: Server, changed: Collection[s
     """
     peers = server.runtime.local
     for name, state in contents.found.participants.items():
-        rank = contents.holdings.get(name, {}).get("rank")
+        rank = contents.declarations.get(name, {}).get("rank")
         try:
             check_state(server, name, state, rank, contents.round, peers.get(name) if name not in changed else None)
         except LLMChainFedError as error:

@@ -165,14 +165,14 @@ class CheckpointManager:
             if not nodes:
                 msg = "members='changed' goes on with those who take part from now on: pass participants=…."
                 raise ConfigError(msg)
-        holdings = {n: held for n, held in found.holdings.items() if n in nodes}
+        declarations = {n: said for n, said in found.declarations.items() if n in nodes}
         hellos: dict[str, Introduction] = server.client_manager.joined  # others say what they hold when they join
         if here:
-            asked = dict(server.client_manager.ask(nodes if change else list(holdings)))
+            asked = dict(server.client_manager.ask(nodes if change else list(declarations)))
             hellos = {n: answer for n, answer in asked.items() if isinstance(answer, Introduction)}
         if change is None:
-            resuming.check_holdings(hellos, holdings, found)
-        fitting.check_participants(found, server, membership.different(hellos, holdings).keys())
+            resuming.check_declarations(hellos, declarations, found)
+        fitting.check_participants(found, server, membership.different(hellos, declarations).keys())
         former = dict(vars(self))
         try:
             with resuming.as_before(server):
@@ -180,7 +180,7 @@ class CheckpointManager:
                 self._states = {n: state for n, state in states.items() if n in nodes}
                 self._asked, self._rounds = found.round, _Rounds.LATER
                 begun = resuming.begun_by_then(server, nodes, self._states, change.joined if change else ())
-                self._resumption = Resumption(server, found, change, holdings, begun)
+                self._resumption = Resumption(server, found, change, declarations, begun)
                 forget_adapters(server.model, change.left if change is not None else (), states)
                 if here:  # at once: `train()` needs nobody to join, and may bring other examples
                     self._resumption.compare(hellos, self._states)

@@ -34,7 +34,7 @@ def checked_members(choice: str) -> Members:
     raise ConfigError(msg)
 
 
-def holding(hello: Introduction) -> dict[str, Any]:
+def declared(hello: Introduction) -> dict[str, Any]:
     """What of a participant decides how it goes on, as far as it says so."""
     return {
         "examples": hello.num_examples,
@@ -45,16 +45,18 @@ def holding(hello: Introduction) -> dict[str, Any]:
     }
 
 
-def different(hellos: Mapping[str, Introduction], holdings: Mapping[str, Any]) -> dict[str, dict[str, tuple[Any, Any]]]:
+def different(
+    hellos: Mapping[str, Introduction], declarations: Mapping[str, Any]
+) -> dict[str, dict[str, tuple[Any, Any]]]:
     """Participant → what it holds otherwise than a checkpoint says: (then, now).
 
     Args:
         hellos: What they say now, by name.
-        holdings: What the checkpoint says; of whom it says nothing, nothing has changed.
+        declarations: What the checkpoint says; of whom it says nothing, nothing has changed.
     """
     found = {}
     for name, hello in hellos.items():
-        then, now = holdings.get(name), holding(hello)
+        then, now = declarations.get(name), declared(hello)
         if then is not None and then != now:
             found[name] = {what: (then.get(what), now[what]) for what in now if then.get(what) != now[what]}
     return found
@@ -113,18 +115,18 @@ class MembershipChange:
         moved = [n for n in there if n in here] != [n for n in here if n in there]
         return cls(number, left, joined, ordered and moved, divided=divided)
 
-    def tell(self, held: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> tuple[list[str], bool]:
+    def tell(self, differences: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> tuple[list[str], bool]:
         """What the next record says of its round, once; and whether anything changed.
 
         Args:
-            held: What participants hold that is new, see `different`.
+            differences: What participants hold that is new, see `different`.
         """
         said = [f"left: {', '.join(self.left)}"] if self.left else []
         said += [f"joined: {', '.join(self.joined)}"] if self.joined else []
         said += ["asked in another order"] if self.reordered else []
         if self.sampled is not None:
             said.append(f"participants_per_round: {self.sampled[0]} then, {self.sampled[1]} now")
-        said += [f"{name} changed: {_in_words(changes)}" for name, changes in held.items()]
+        said += [f"{name} changed: {_in_words(changes)}" for name, changes in differences.items()]
         first, self.told = not self.told, True
         self.left, self.joined, self.reordered, self.sampled = [], [], False, None
         if not said:
@@ -134,7 +136,7 @@ class MembershipChange:
             f"members changed after round {self.round}: {'; '.join(said)}",
             "from here on this is not, bit for bit, the run that was interrupted",
         ]
-        if self.divided and any("examples" in changes for changes in held.values()):
+        if self.divided and any("examples" in changes for changes in differences.values()):
             notes.append("held-out shares are drawn anew from grown data: some of them may have been trained on before")
         return notes, True
 

@@ -15,7 +15,7 @@ from llmchain_fed.errors import CheckpointError, DeadlineError, ParticipantError
 from llmchain_fed.federated.checkpoint.contents import Contents
 from llmchain_fed.federated.checkpoint.files import Checkpoint
 from llmchain_fed.federated.checkpoint.fitting import check_state, copy_of, limits_of, state_of
-from llmchain_fed.federated.checkpoint.membership import START, MembershipChange, different, holding
+from llmchain_fed.federated.checkpoint.membership import START, MembershipChange, declared, different
 from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.answers import Introduction
@@ -73,7 +73,7 @@ def checkpoint_of(server: Server, former: Mapping[str, bytes], since: int | None
         "config": settings.config.model_dump(mode="json"),
         "participants": server.runtime.nodes(),
         "federation": server.client_manager.federation,
-        "holdings": {n: holding(h) for n, h in server.client_manager.joined.items()},
+        "declarations": {n: declared(h) for n, h in server.client_manager.joined.items()},
         "history": _short(json.loads(server.history.to_json())),
         "patience": server.patience,
         "round_notes": server.round_notes,
@@ -241,22 +241,22 @@ def begun_by_then(
     return {n: states.get(n, START) for n in nodes if n in states or n in joined or n not in trained}
 
 
-def check_holdings(hellos: Mapping[str, Introduction], holdings: Mapping[str, Any], found: Contents) -> None:
+def check_declarations(hellos: Mapping[str, Introduction], declarations: Mapping[str, Any], found: Contents) -> None:
     """Makes sure that participants hold what they held.
 
     Args:
         hellos: What they say now, by name.
-        holdings: What a checkpoint says of them.
+        declarations: What a checkpoint says of them.
         found: The checkpoint.
 
     Raises:
         CheckpointError: A participant holds other examples than it did.
     """
-    for name, changes in different(hellos, holdings).items():
-        raise CheckpointError(other_holdings(name, changes, found))
+    for name, changes in different(hellos, declarations).items():
+        raise CheckpointError(other_declaration(name, changes, found))
 
 
-def other_holdings(name: str, changes: Mapping[str, tuple[Any, Any]], found: Contents) -> str:
+def other_declaration(name: str, changes: Mapping[str, tuple[Any, Any]], found: Contents) -> str:
     """Why a participant that holds something else than at a checkpoint does not go on from it, and what to do."""
     said = "; ".join(f"{what}: {shown(then)} then, {now} now" for what, (then, now) in changes.items())
     return (

@@ -61,7 +61,7 @@ def introduction(client: Client, config: TrainingConfig) -> Introduction:
         "participant": client.name,
         "contract": client.target.contract(),
         "held_out": client.data.holds_out,
-        "holds": client.model.weights_hash,
+        "weights_hash": client.model.weights_hash,
         "rank": participant.rank,
         "alpha": participant.alpha,
         "options": hashlib.sha256(repr(config).encode()).hexdigest()[:16],

@@ -194,12 +194,12 @@ class Broadcast:
 
     # --- who holds it -----------------------------------------------------------------------------------------------
 
-    def joined(self, node: str, holds: str | None, rank: int | None, alpha: float | None) -> None:
+    def joined(self, node: str, weights_hash: str | None, rank: int | None, alpha: float | None) -> None:
         """A participant has joined.
 
         Args:
             node: Which.
-            holds: Its own weights' hash, if it said so.
+            weights_hash: Its own weights' hash, if it said so.
             rank: Its own LoRA rank, if it has one.
             alpha: Likewise.
         """
@@ -207,7 +207,7 @@ class Broadcast:
         self._ranks.pop(node, None)
         if rank is not None and self.layout is not None:
             self._ranks[node] = (rank, self.layout.scaling_at(rank, alpha))
-        elif holds is not None and holds == self._start:
+        elif weights_hash is not None and weights_hash == self._start:
             self._known[node] = KnownVersion(0, found=True)
 
     def call(

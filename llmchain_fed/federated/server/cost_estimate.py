@@ -61,21 +61,21 @@ def plan_of(server: Server, rounds: int) -> Plan:
         rounds: How many.
     """
     present = server.client_manager.present()
-    holders = [n for n in present if server.client_manager.joined[n].held_out]
+    with_held_out = [n for n in present if server.client_manager.joined[n].held_out]
     server.publish()
     in_process = server.runtime.sequential
     timed = _timed_steps(
         server, present[:1] if in_process else present
     )  # before the bytes: it brings the state to them
     downlink, up, down, kept = _Downlink(server, present), 0, 0, 0
-    down += sum(map(downlink.ask, holders))
+    down += sum(map(downlink.ask, with_held_out))
     for number in range(server.round, server.round + rounds):
         chosen = server.chosen(present, number)
         down += sum(map(downlink.ask, chosen))
         update = sum(_update_bytes(server, node, number) for node in chosen)
         up, kept = up + update, max(kept, update)
         downlink.close(number, chosen)
-        down += sum(map(downlink.ask, holders))
+        down += sum(map(downlink.ask, with_held_out))
     seconds = None
     if timed:
         steps = max(seconds * count for seconds, count in timed)

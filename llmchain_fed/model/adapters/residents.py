@@ -110,7 +110,7 @@ def remainder(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 def load_remainder(module: nn.Module, primary: Sequence[str], factors: Factors) -> None:
     """Makes `factors` the frozen addition; see `LocalModel.load_remainder`."""
-    if _holds(module, factors):
+    if _has(module, factors):
         return
     model_key = one(module, primary)
     found = registry_of(module)
@@ -125,7 +125,7 @@ def load_remainder(module: nn.Module, primary: Sequence[str], factors: Factors) 
         raise WeightsMismatchError(msg)
     wanted = {n: (b, a) for n, (b, a) in factors.items() if b.numel() or a.numel()}  # rank 0 adds nothing
     wanted = _checked_factors(layers, model_key, wanted)
-    if _holds(module, wanted):
+    if _has(module, wanted):
         return
     if has_remainder(module) and not lora_layers(module, REMAINDER).keys() <= wanted.keys():
         _drop(module, REMAINDER)
@@ -135,7 +135,7 @@ def load_remainder(module: nn.Module, primary: Sequence[str], factors: Factors) 
     settle(module, found)
 
 
-def _holds(module: nn.Module, factors: Factors) -> bool:
+def _has(module: nn.Module, factors: Factors) -> bool:
     """Whether the remainder is this one already."""
     present = lora_layers(module, REMAINDER) if has_remainder(module) else {}
     return present.keys() == factors.keys() and all(

@@ -128,10 +128,10 @@ def shipped(own: Any, *, sampling: bool, beams: bool) -> dict[str, Any]:
     """
     if own is None:
         return {}
-    held = {"model", *(["sampling"] if sampling else []), *(["beams"] if beams else [])}
+    applying = {"model", *(["sampling"] if sampling else []), *(["beams"] if beams else [])}
     known = set(names())
     values = {n: v for n, v in vars(own).items() if n not in METADATA and not n.startswith("_") and v is not None}
-    values = {n: v for n, v in values.items() if n not in known or _field(n).treatment in held}
+    values = {n: v for n, v in values.items() if n not in known or _field(n).treatment in applying}
     return {n: v for n, v in values.items() if n not in known or not _is_empty(v)}
 
 

@@ -113,7 +113,7 @@ def start(
     kit = kit.absolute()
     command, variables = command_of(kit, socket, authority)
     check_folder(kit)
-    with locks.hold(kit / LOCK, f"the kit {kit.name}"):
+    with locks.lock(kit / LOCK, f"the kit {kit.name}"):
         check(kit)
     descriptor = os.open(log or kit / "engine.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(descriptor, "ab") as output:

@@ -119,7 +119,7 @@ def test_names_decide_nothing_about_where_files_are(make_chain, tmp_path):
     assert len(again.history[-1].trained) == len(names)
 
 
-def test_a_text_that_no_encoding_holds_stops_no_run(tmp_path):
+def test_a_text_that_no_encoding_has_stops_no_run(tmp_path):
     """Half a surrogate pair, as a site's JSON may bring one with a sample answer."""
     write(tmp_path, 1, sample="half \ud83d of one, and « all » of 😀")
     assert_reads_as(tmp_path, 1, sample="half \ud83d of one, and « all » of 😀")
@@ -179,7 +179,7 @@ def test_a_directory_that_is_no_path_is_refused(directory, make_chain):
             FederatedAveraging.resume(nowhere, make_chain(), participants=SHARES, progress=False)
 
 
-def test_a_directory_that_no_file_system_holds_is_refused_before_anything_is_trained(make_chain, tmp_path):
+def test_a_directory_that_no_file_system_can_have_is_refused_before_anything_is_trained(make_chain, tmp_path):
     fed = federation(make_chain(), f"{tmp_path}/a\0b")
     with pytest.raises(CheckpointError, match="Choose another checkpoint_dir"):
         fed.fit(rounds=1)

@@ -277,7 +277,7 @@ def test_states_of_the_gone_are_nowhere_any_more(make_chain, tmp_path):
     assert set(stored(tmp_path, AT + 1)[2]) == {"a", "c"}
     about = files.read(tmp_path).about
     assert about["participants"] == ["a", "c"]
-    assert set(about["holdings"]) == {"a", "c"}
+    assert set(about["declarations"]) == {"a", "c"}
     for path in (tmp_path / f"round-{AT + 1:06d}").rglob("*"):
         assert hashlib.sha256(b"b").hexdigest()[:32] not in path.name
 
@@ -599,7 +599,7 @@ def test_rolling_back_beyond_a_change_is_refused_with_the_way(case, make_chain, 
     assert "members changed after round 1" in notes(back, 1)
 
 
-def test_also_where_sites_hold_other_data_now(make_chain, tmp_path):
+def test_also_where_sites_have_other_data_now(make_chain, tmp_path):
     """Told before anything is put back: they have joined, so what they hold is known."""
     begun(make_chain(), tmp_path, keep_checkpoints=None)
     sites = FederatedAveraging(make_chain(), participants=NOW["grown"], progress=False, training=SGD)._peers

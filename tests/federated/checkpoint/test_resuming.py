@@ -798,7 +798,7 @@ def test_other_examples_elsewhere_are_refused_when_they_are_first_counted(change
     assert checkpoint.rounds(kept) == [1, 2]
 
 
-def test_one_who_holds_other_examples_is_absent_and_the_others_go_on(kept, make_chain):
+def test_one_who_has_other_examples_is_absent_and_the_others_go_on(kept, make_chain):
     """One participant's word does not end the run of the others, whose quorum it is not needed for."""
     chain = make_chain(lora=True)
     sites = federation(make_chain(lora=True), {**SHARES, "b": PAIRS[5:8]})._peers
@@ -987,6 +987,6 @@ def test_a_history_that_could_not_be_read_again_is_not_written(make_chain, tmp_p
 
 
 @pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**5000], ids=range(3))
-def test_a_seed_that_no_message_holds_is_refused_at_once(seed, make_chain):
+def test_a_seed_that_no_message_can_carry_is_refused_at_once(seed, make_chain):
     with pytest.raises(ConfigError, match="seed"):
         federation(make_chain(), seed=seed)

@@ -111,7 +111,7 @@ def test_an_operation_that_does_not_exist_and_a_site_nobody_knows(run, runtime):
         list(runtime.call("hello", ["x"], b"{}"))
 
 
-def test_no_process_of_the_engine_holds_torch(run, federation):
+def test_no_process_of_the_engine_has_torch(run, federation):
     engines = []
     for name in ("hub", *SITES):
         root = psutil.Process(federation.engines[name].pid)

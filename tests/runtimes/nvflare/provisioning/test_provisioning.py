@@ -723,7 +723,7 @@ def test_a_name_that_cannot_be_had_is_refused_where_it_is_asked_for(name, tmp_pa
     assert not any(tmp_path.iterdir())
 
 
-def test_the_same_rule_holds_in_a_federations_file_and_for_a_peer(tmp_path):
+def test_the_same_rule_applies_in_a_federations_file_and_to_a_peer(tmp_path):
     for name in ["-a", *NO_NAMES]:
         (warning,) = warnings.of_name(name)
         assert "is no name for a site" in warning
