@@ -364,7 +364,7 @@ def test_no_floor_is_below_a_closed_hole():
     assert [name for name, version in UNSAFE_BELOW.items() if floors()[name] < Version(version)] == []
 
 
-@pytest.mark.skipif("LLMCHAIN_FED_FLOORS" not in os.environ, reason="holds where make test-floors runs")
+@pytest.mark.skipif("LLMCHAIN_FED_FLOORS" not in os.environ, reason="only where make test-floors runs")
 def test_the_lowest_versions_are_the_installed_ones():
     installed = {name: Version(importlib.metadata.version(name)).public for name in PINNED}  # without torch's +cpu
     assert installed == {name: Version(version).public for name, version in PINNED.items()}

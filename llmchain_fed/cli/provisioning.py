@@ -83,7 +83,7 @@ def approve(
         return _confirm(asked, owner, yes=yes)
 
     signed = authorities.approve(request, authority, _role(role), replace=replace, confirm=confirm)
-    typer.echo(f"signed. Send this back (it holds no key): {signed}")
+    typer.echo(f"signed. Send this back (it contains no key): {signed}")
     for warning in authorities.warnings(authority):
         say(f"warning: {warning}")
 
@@ -134,7 +134,7 @@ def revoke(
     ended = authorities.revoke(name, authority, why=why)
     typer.echo(
         f"revoked: {ended.role} {ended.name} ({ended.organisation}), key {by_telephone(ended.public_key)}, approved at "
-        f"{ended.approved}. It holds at the hub's engine that was started with --authority "
+        f"{ended.approved}. It takes effect at the hub's engine that was started with --authority "
         f"{shlex.quote(str(authority))}."
     )
 
@@ -174,7 +174,7 @@ def _say_request(made: Path, role: Role, *, replaces: bool = False) -> None:
     approve += "" if role == "site" else f" --role {role}"
     approve += " --replace" if replaces else ""
     typer.echo(
-        f"send this to the hub (it holds no key), where it is signed by `{approve}`: {made}\n"
+        f"send this to the hub (it contains no key), where it is signed by `{approve}`: {made}\n"
         f"the hub is shown this fingerprint of your key; compare it by telephone:\n"
         f"{by_telephone(read_request(made, role).public_key)}"
     )

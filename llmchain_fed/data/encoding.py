@@ -137,7 +137,7 @@ class DataReport:
 class EncodedExamples:
     """Token ids of all usable examples in one flat tensor, eight numbers of overhead an example.
 
-    `tokens` holds prompt and completion ids alternately; example i's prompt is `tokens[bounds[2i]:bounds[2i+1]]` and
+    `tokens` contains prompt and completion ids alternately; example i's prompt is `tokens[bounds[2i]:bounds[2i+1]]` and
     its completion (with the end token) `tokens[bounds[2i+1]:bounds[2i+2]]`.
     """
 

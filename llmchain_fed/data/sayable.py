@@ -18,8 +18,8 @@ Reason = Literal["contains_end", "contains_stop", "stripped", "not_decodable", "
 """a count of `DataReport`: why a completion cannot be said"""
 
 _MEANING = {
-    "contains_end": "it holds an end token, where an answer would end",
-    "contains_stop": "it holds a stop string, before which an answer would end",
+    "contains_end": "it contains an end token, where an answer would end",
+    "contains_stop": "it contains a stop string, before which an answer would end",
     "stripped": "the white space around it would be another",
     "not_decodable": "its tokens, decoded, are another text",
     "forbidden": "the generation settings keep an answer from it",

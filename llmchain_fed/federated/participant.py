@@ -36,7 +36,7 @@ _HELD_OUT = ("validation", "valid", "val", "dev", "eval", "evaluation", "test", 
 
 @dataclass(frozen=True)
 class Participant:
-    """A device, hospital, publisher or bank that holds examples.
+    """A device, hospital, publisher or bank that has examples.
 
     >>> Participant("django", [("Page locked", "Page verrouillée")])
     Participant('django')

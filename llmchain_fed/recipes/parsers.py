@@ -86,7 +86,7 @@ def parser_name(parser: BaseOutputParser[Any]) -> ParserName:
         if type(parser) is kind and parser == kind():
             return name
     msg = (
-        f"{parser!r} has no name in recipes, which hold no class paths and no parser settings. Use one "
+        f"{parser!r} has no name in recipes, which contain no class paths and no parser settings. Use one "
         f"of {list(_PARSERS)}, or put this parser behind the chain: chain | parser."
     )
     raise RecipeError(msg)

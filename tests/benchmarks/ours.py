@@ -138,7 +138,7 @@ def aggregate(updates: str) -> None:
     """FedAvg over LoRA updates of 5 M float32 values as they arrive, against `copy_` of as many bytes.
 
     The updates are as `Update.from_bytes` hands them to the server. Four distinct ones take turns
-    (80 MB: more than most caches hold), for the average and for the copy.
+    (80 MB: more than most caches can store), for the average and for the copy.
     Bytes are those of the updates, counted once, on both sides. `from_bytes` is the server's whole path:
     check the header, read and check the values, add.
     """

@@ -26,7 +26,7 @@ def french(catalogues: ModuleType):
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, catalogues: ModuleType):
-    """A made-up wheel whose French catalogue holds the given .po text."""
+    """A made-up wheel whose French catalogue contains the given .po text."""
 
     def install(text: str, *, suffix: str = ".po") -> None:
         info, folder = tmp_path / "made-1.dist-info", tmp_path / "made" / "locale" / "fr" / "LC_MESSAGES"

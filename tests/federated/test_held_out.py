@@ -211,7 +211,7 @@ def test_losses_side_by_side_show_what_is_not_finite(make_chain):
     assert math.isfinite(fed.side_by_side()["a"]["global"])
 
 
-@pytest.mark.parametrize("again", [None, 2, 5], ids=["in one process", "resumed while it holds", "resumed after it"])
+@pytest.mark.parametrize("again", [None, 2, 5], ids=["in one process", "resumed while it is so", "resumed after it"])
 def test_who_counts_one_half_is_said_when_that_begins_and_when_it_ends(again, make_chain):
     """A round that failed said nothing, and a hub that resumes knows from its history what was said."""
     evaluator = federation(make_chain(), {"a": A, "b": B})._server.evaluator

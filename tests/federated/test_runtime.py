@@ -119,7 +119,7 @@ def test_a_newcomer_whose_training_fails_takes_no_part(make_chain):
 
 
 def test_of_a_strangers_curve_nothing_stays(make_chain):
-    """Who is there, what they are known to hold and what they are sent next is as if none had been drawn."""
+    """Who is there, what they are known to have and what they are sent next is as if none had been drawn."""
     fed = federation(make_chain(lora=True))
     fed.fit(1)
     broadcast = fed._server.broadcast

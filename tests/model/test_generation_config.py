@@ -1,6 +1,6 @@
 """Every field of a module's own `generation_config`, against plain transformers' `generate`.
 
-Belongs here: what holds, what is overridden, what has no effect, what is said, how it is stored. The table is checked
+Belongs here: what applies, what is overridden, what has no effect, what is said, how it is stored. The table is checked
 against the fields of the installed transformers, so that a new one fails until it has a line. Does not: saved chains
 (test_saving), stop strings (test_stop_strings).
 """
@@ -191,7 +191,7 @@ def test_the_table_knows_every_field():
     assert set(FIELDS) == set(TABLE)
 
 
-# --- what holds -----------------------------------------------------------------------------------------------------
+# --- what applies ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -169,7 +169,7 @@ def test_a_prompt_that_fills_the_context_leaves_room_for_the_rest(causal):
 
 def test_a_prompt_longer_than_the_context_is_refused(causal):
     for call in (lambda p: causal.generate([PROMPTS[0], p]), causal.stream):
-        with pytest.raises(PromptTooLongError, match="128 tokens and the model's context holds 128"):
+        with pytest.raises(PromptTooLongError, match="128 tokens and the model's context takes 128"):
             call("x" * 128)
 
 
@@ -475,7 +475,7 @@ def test_exclusive_keeps_others_out(causal):
     with causal.exclusive():
         worker.start()
         assert not done.wait(0.3)
-        assert causal.generate(PROMPTS[:1], max_new_tokens=24) == ANSWERS[:1]  # the holder itself goes on
+        assert causal.generate(PROMPTS[:1], max_new_tokens=24) == ANSWERS[:1]  # who has the lock goes on
     assert done.wait(10)
 
 
@@ -564,7 +564,7 @@ def test_a_loaded_state_gives_a_fresh_models_logits(model):
 
 
 def test_load_state_keeps_the_parameter_objects(model):
-    """An optimizer that holds them goes on training the same model."""
+    """An optimizer that has them goes on training the same model."""
     before = [id(p) for p in model.parameters()]
     model.load_state({n: torch.zeros_like(t) for n, t in model.trainable_state().items()})
     assert [id(p) for p in model.parameters()] == before

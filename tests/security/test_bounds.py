@@ -104,7 +104,7 @@ HOSTILE = {
 
 
 def _told(model: type[Strict], found: object) -> str:
-    """Why it is refused; nothing where all that it gives is a field that holds any plain data."""
+    """Why it is refused; nothing where all that it gives is a field that contains any plain data."""
     try:
         checked(model, found, what="it", error=ParticipantError)
     except ParticipantError as error:
@@ -206,6 +206,6 @@ def test_tensors_side_by_side_are_looked_at_in_one_pass(monkeypatch):
     global_state_cache._check_finite(tensors := serialization.values(data, infos))
     assert passes == [100]
     tensors["t7"][3] = float("nan")
-    with pytest.raises(FederationError, match="t7 of the global state holds NaN"):
+    with pytest.raises(FederationError, match="t7 of the global state contains NaN"):
         global_state_cache._check_finite(tensors)
     global_state_cache._check_finite({"codes": torch.ones(3, dtype=torch.int8), "scales": torch.ones(2)})

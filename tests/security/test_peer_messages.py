@@ -58,7 +58,7 @@ def peer(target):
 
 
 def stands(peer):
-    """All that a message could change: weights, remainder, adapters, progress, what is held, how it trains."""
+    """All that a message could change: weights, remainder, adapters, progress, what is kept, how it trains."""
     model = peer.model
     progress = {
         n: (

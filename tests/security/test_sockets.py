@@ -105,7 +105,7 @@ def test_the_driver_is_not_blocked_either(tmp_path_factory):
     link = Link(path)
     try:
         strangers = [connected(path) for _ in range(20)]
-        with frames.dial(path):  # holds the key, and is silent
+        with frames.dial(path):  # has the key, and is silent
             bridge = frames.dial(path)
             bridge.send_bytes(frames.pack({"run": "r", "sites": ["a"]}))
             assert link.wait(3.0) == ["a"]
@@ -173,7 +173,7 @@ def test_who_listens_without_the_key_is_told_nothing(path, tmp_path):
                 said.append(other.recv(1000))
 
     threading.Thread(target=hear, daemon=True).start()
-    with pytest.raises(TransportError, match="who listens there holds another key"):
+    with pytest.raises(TransportError, match="who listens there has another key"):
         frames.ask(place, b"secret content")
     impostor.close()
     assert b"secret content" not in b"".join(said)

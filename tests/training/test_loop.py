@@ -363,7 +363,7 @@ def test_a_dataloader_is_used_as_it_is(battery):
 
 @pytest.mark.parametrize(("steps", "stream"), [(3, False), (6, False), (1, False), (3, True)])
 def test_steps_over_a_dataloader_count_what_it_has(steps, stream, make_chain):
-    """n_k is what a participant holds, not what it consumed: twice through the data is not twice the data."""
+    """n_k is what a participant has, not what it consumed: twice through the data is not twice the data."""
     chain = make_chain()
     result = train_locally(
         chain.model, loader_of(chain, PAIRS, stream=stream), TrainingConfig(max_steps=steps, optimizer="sgd")

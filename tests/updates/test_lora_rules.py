@@ -2,7 +2,7 @@
 
 Belongs here: what each rule of `aggregation` promises, through whole rounds and on factors alone; the gap; what travels
 under each rule; personal factors; server optimizers on factors. Does not: which options go together
-(test_compatibility), plain means (test_aggregation), how adapters are held (test_adapters).
+(test_compatibility), plain means (test_aggregation), how adapters are kept (test_adapters).
 """
 
 import copy
@@ -51,7 +51,7 @@ def federation(chain, rule, participants=SHARES, training=FAST, **options):
 
 @dataclass
 class Global:
-    """What a chain holds, copied, so that an outsider can start from it."""
+    """What a chain has, copied, so that an outsider can start from it."""
 
     values: dict
     remainder: dict
@@ -102,7 +102,7 @@ def merged(chain):
 
 
 def by_formula(chain):
-    """Layer → base + s·B·A + remainder in float64, from what the chain says it holds."""
+    """Layer → base + s·B·A + remainder in float64, from what the chain says it has."""
     stored, found = Global.of(chain), {}
     parts = dict(tiny_module(chain.model.kind, len(chain.model.tokenizer)).named_modules())
     for layer, scaling in stored.scaling.items():
@@ -207,7 +207,7 @@ CASES = {
     "fedsvd": Case("fedsvd"),
     "fedex": Case("fedex"),
     "flora": Case("flora"),
-    "flexlora whose rank holds the stack": Case(
+    "flexlora whose rank reaches the stack's": Case(
         "flexlora", {"r": 12, "lora_alpha": 24}, {n: {"rank": 4, "alpha": 8} for n in SHARES}
     ),
     "flora, mixed": Case(

@@ -35,7 +35,7 @@ _Numbers = Annotated[dict[Name, Any], Field(max_length=1_000_000)]
 
 
 class Declaration(Strict):
-    """What a participant said it holds."""
+    """What a participant said of itself when it joined."""
 
     examples: _Positive | None
     tokens: _Positive | None
@@ -133,7 +133,7 @@ def identity(about: Mapping[str, Any]) -> tuple[FederationConfig, list[str]]:
 
 
 def _config_of(data: object) -> FederationConfig:
-    """The options that a checkpoint holds, each of them there and in its range.
+    """The options that a checkpoint contains, each of them there and in its range.
 
     Raises:
         ConfigError: They are not.
@@ -200,7 +200,7 @@ def _check(found: Checkpoint, about: _About, history: History) -> None:
     elif len(about.patience) == 1 or any(type(count) is not int or count < 0 for count in found.about["patience"][1:]):
         wrong = f"`about.patience` is no loss with a count of rounds: {shown(about.patience)}"
     elif strangers := [*(about.declarations.keys() | found.participants.keys()) - set(about.participants)][:1]:
-        wrong = f"{shown(strangers[0])}, of whom it holds something, is not among `about.participants`"
+        wrong = f"{shown(strangers[0])}, of whom it says something, is not among `about.participants`"
     if wrong is not None:
         msg = f"{MANIFEST} makes no sense: {wrong}"
         raise found.unusable(msg)

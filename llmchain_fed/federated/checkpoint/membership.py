@@ -1,4 +1,4 @@
-"""Membership: who is gone, new, or holds something else than a checkpoint says, and what of their states goes on.
+"""Membership: who is gone, new, or has something else than a checkpoint says, and what of their states goes on.
 
 Knows names, counts and private states. Knows nothing about rounds, files or how participants are asked.
 """
@@ -48,7 +48,7 @@ def declared(hello: Introduction) -> dict[str, Any]:
 def different(
     hellos: Mapping[str, Introduction], declarations: Mapping[str, Any]
 ) -> dict[str, dict[str, tuple[Any, Any]]]:
-    """Participant → what it holds otherwise than a checkpoint says: (then, now).
+    """Participant → what it has otherwise than a checkpoint says: (then, now).
 
     Args:
         hellos: What they say now, by name.
@@ -63,7 +63,7 @@ def different(
 
 
 def adapted(state: bytes, changes: Collection[str]) -> bytes:
-    """A participant's state at a checkpoint, for what it holds now.
+    """A participant's state at a checkpoint, for what it has now.
 
     With other examples, or another batch size, it begins a new pass over them. With other training options a kept
     optimizer begins anew: it would bring the old ones back. With another rank or alpha all tensors do: their shapes,
@@ -96,7 +96,7 @@ class MembershipChange:
     divided: bool = False
     """whether held-out examples are a share of each participant's"""
     told: bool = False
-    """whether a record has been given a note of it: what is left are participants who say later what they hold"""
+    """whether a record has been given a note of it: what is left are participants who say later what they have"""
 
     @classmethod
     def between(
@@ -119,7 +119,7 @@ class MembershipChange:
         """What the next record says of its round, once; and whether anything changed.
 
         Args:
-            differences: What participants hold that is new, see `different`.
+            differences: What participants have that is new, see `different`.
         """
         said = [f"left: {', '.join(self.left)}"] if self.left else []
         said += [f"joined: {', '.join(self.joined)}"] if self.joined else []
@@ -130,7 +130,7 @@ class MembershipChange:
         first, self.told = not self.told, True
         self.left, self.joined, self.reordered, self.sampled = [], [], False, None
         if not said:
-            same = f"members as after round {self.round}: nobody left or joined, and all hold as many examples as then"
+            same = f"members as after round {self.round}: nobody left or joined, and all have as many examples as then"
             return ([same] if first else []), False
         notes = [
             f"members changed after round {self.round}: {'; '.join(said)}",

@@ -1,6 +1,6 @@
 """Resumption: what is still to be done, once a server stands where a checkpoint had it, until its participants do, too.
 
-Knows what participants held, and where they stood, at the checkpoint. Knows nothing of files or of when somebody joins.
+Knows what participants had, and where they stood, at the checkpoint. Knows nothing of files or of when somebody joins.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from llmchain_fed.model.local_model import LocalModel
 class Resumption:
     """Compares participants with a checkpoint as they join, and tells them where they stood.
 
-    | a participant                                 | is in                    | what comes next                          |
-    |-----------------------------------------------|--------------------------|------------------------------------------|
-    | has not joined since                          | `_declarations`, `_owed` | when it joins, it is compared and told   |
-    | took no part then                             | `_owed`                  | when it joins, it is told that it begins |
-    | was compared, and the telling was interrupted | `_owed`                  | it is told with the next who join        |
-    | was told                                      | neither                  | nothing: it takes part as any other      |
+    | a participant                             | is in                    | what comes next                        |
+    |-------------------------------------------|--------------------------|----------------------------------------|
+    | has not joined since                      | `_declarations`, `_owed` | when it joins, it is compared and told |
+    | took no part then                         | `_owed`                  | when it joins, it is told to begin     |
+    | was compared; the telling was interrupted | `_owed`                  | it is told with the next who join      |
+    | was told                                  | neither                  | nothing: it takes part as any other    |
 
     Args:
         server: Stands where the checkpoint was.
@@ -54,7 +54,7 @@ class Resumption:
             known: Participants' states as the next checkpoint begins with them; what changes of them is written there.
 
         Raises:
-            CheckpointError: So many hold other examples than they did that those who are left are no quorum.
+            CheckpointError: So many have other examples than they did that those who are left are no quorum.
         """
         if not (self._owed or self._declarations):
             return
@@ -80,7 +80,7 @@ class Resumption:
             known: See `joined`.
 
         Raises:
-            CheckpointError: One holds something else, and members must be those of then.
+            CheckpointError: One has something else, and members must be those of then.
         """
         if self._change is None:
             resuming.check_declarations(hellos, self._declarations, self._found)

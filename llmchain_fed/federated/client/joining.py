@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def join(client: Client, task: HelloTask) -> Introduction:
-    """Follows the federation's options from now on, and says what the participant holds.
+    """Follows the federation's options from now on, and says what the participant has.
 
     Raises:
         ConfigError: The options make no sense.

@@ -139,7 +139,7 @@ class _Downlink:
         return self._remainder.bytes
 
     def ask(self, node: str) -> int:
-        """Bytes of the next message to it, which it then holds."""
+        """Bytes of the next message to it, which it then has."""
         since, begins = self._asked[node], self._begins.pop(node, None)
         first = self._first.pop(node, set())
         self._asked[node] = len(self._changes)
@@ -172,7 +172,7 @@ class _Downlink:
 
 
 class _Remainder:
-    """How the frozen remainder grows: by rank, up to what its matrix can hold."""
+    """How the frozen remainder grows: by rank, up to the rank that its matrix can have."""
 
     def __init__(self, server: Server) -> None:
         layout = server.settings.layout
@@ -226,4 +226,4 @@ def _memory(server: Server, updates: int) -> int:
     model = sum(p.numel() * p.element_size() for p in server.model.parameters())
     state = sum(t.numel() * t.element_size() for t in server.broadcast.state_for().values())
     keeps = updates if server.settings.rule.keeps_updates else state
-    return model + 4 * state + keeps  # what participants hold, where the round began, its mean, a message
+    return model + 4 * state + keeps  # what participants have, where the round began, its mean, a message

@@ -1,6 +1,6 @@
 """Factors in PEFT's layers: resident adapters, the frozen remainder, another rank for a while.
 
-Knows PEFT's LoRA layers and how to write into them. Knows nothing about locks, text or files: who calls holds the
+Knows PEFT's LoRA layers and how to write into them. Knows nothing about locks, text or files: who calls locks the
 module exclusively.
 """
 
@@ -218,7 +218,7 @@ def _write(
     for name, layer in layers.items():
         b, a = factors[name]
         rank = a.shape[0]
-        # The same parameters, where there are any: who holds them goes on with them. Not so the remainder, whose
+        # The same parameters, where there are any: who has them goes on with them. Not so the remainder, whose
         # factors others may have been given, of which a copy each round would be too many.
         if key != REMAINDER and key in layer.lora_A and layer.r[key] == rank:
             with torch.no_grad():

@@ -21,8 +21,8 @@ class Field(NamedTuple):
     """What a call does with one field that the model ships."""
 
     treatment: Treatment
-    """model: holds as shipped; beams, sampling: holds in such a call; option: an option of this package decides; stop:
-    ends answers like `stop=`; none: without effect"""
+    """model: applies as shipped; beams, sampling: applies in such a call; option: an option of this package decides;
+    stop: ends answers like `stop=`; none: without effect"""
     same: tuple[Any, ...] = ()
     """values, besides None, that change nothing, so that nothing needs to be said about them"""
     option: str = ""
@@ -119,7 +119,7 @@ _LOG = logging.getLogger("llmchain_fed")
 
 
 def shipped(own: Any, *, sampling: bool, beams: bool) -> dict[str, Any]:
-    """The fields that hold as the model ships them in such a call, with the entries that only this model knows.
+    """The fields that apply as the model ships them in such a call, with the entries that only this model knows.
 
     Args:
         own: The module's `generation_config`, or None.

@@ -25,7 +25,7 @@ from llmchain_fed.runtimes.nvflare.supervision import reaching
 from llmchain_fed.storage import locks
 
 LOCK = "engine.lock"
-"""in the kit: held while its engine runs"""
+"""in the kit: locked while its engine runs"""
 _MODULES = {True: "nvflare.private.fed.app.server.server_train", False: "nvflare.private.fed.app.client.client_train"}
 _PARTS = {
     True: ("startup/fed_server.json", "startup/server.crt", "startup/server.key"),

@@ -277,7 +277,7 @@ def test_a_remainder_travels_as_what_was_added(make_model):
 
 @pytest.mark.parametrize(("codec", "rounds"), [("int8", 2), ("int4", 3), ("topk:0.05", 3)])
 def test_who_missed_changes_is_sent_their_codes(codec, rounds, make_model):
-    """All of them, as long as they are fewer bytes than the values; then both hold the same copy."""
+    """All of them, as long as they are fewer bytes than the values; then both have the same copy."""
     broadcast, cache, state, digest = both_ends(make_model, codec)
     broadcast.publish(state, digest)
     deliver(broadcast, cache, "b")
@@ -344,7 +344,7 @@ def test_a_version_that_is_none_is_refused(version):
 
 @pytest.mark.parametrize("codec", ["int8", "int4", "topk:0.2"])
 def test_what_a_broadcast_codec_leaves_out_comes_with_the_next_message(codec, make_model):
-    """The copy that participants hold follows the weights; once these stand still it comes arbitrarily near."""
+    """The copy that participants have follows the weights; once these stand still it comes arbitrarily near."""
     broadcast, cache, state, digest = both_ends(make_model, codec)
     broadcast.publish(state, digest)
     deliver(broadcast, cache)

@@ -72,7 +72,7 @@ def approve(
         authority: The folder of `start`.
         role: As what it is signed. A request says itself as what it wants to be, and an administrator's certificate
             gives orders to all: so what is asked for must be what was agreed.
-        replace: Whether a certificate that holds the name is revoked for it: after a loss, or before its end.
+        replace: Whether a certificate that has the name is revoked for it: after a loss, or before its end.
         confirm: Is shown what is about to be signed, and whose certificate that will replace; False: it is not signed.
 
     Raises:
@@ -109,10 +109,10 @@ def approve(
 
 
 def revoke(name: str, authority: Path, *, why: str | None = None) -> Certificate:
-    """Takes the certificate back that holds a name; returns it as it stands in the registry now.
+    """Takes the certificate back that has a name; returns it as it stands in the registry now.
 
     Raises:
-        ConfigError: Nobody holds the name, or the registry cannot be written.
+        ConfigError: Nobody has the name, or the registry cannot be written.
     """
     authority = authority.absolute()
     with registry.alone(authority):
@@ -162,7 +162,7 @@ def _refuse_second(folder: Path, host: str, port: int) -> None:
         return
     if not all(part.is_file() for part in (*parts[:2], folder / _CA / "rootCA.pem")):
         msg = (
-            f"{folder} holds a part of an authority, but not all of {_PROFILE}, {registry.FILE} and {_CA}/. Nothing "
+            f"{folder} contains a part of an authority, but not all of {_PROFILE}, {registry.FILE} and {_CA}/. Nothing "
             "was changed: put the rest back from a back-up, or choose a fresh folder."
         )
         raise ConfigError(msg)

@@ -62,7 +62,7 @@ class CertificateRegistry(untrusted.Strict):
     certificates: Annotated[list[Certificate], Field(max_length=50_000, fail_fast=True)] = Field(default_factory=list)
 
     def owner(self, name: str) -> Certificate | None:
-        """The certificate that holds a name now, whatever the case of its letters; None where none does."""
+        """The certificate that has a name now, whatever the case of its letters; None where none does."""
         owned = [c for c in self.certificates if c.name.casefold() == name.casefold() and c.revoked is None]
         return owned[-1] if owned else None
 

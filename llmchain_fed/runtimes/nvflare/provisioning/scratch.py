@@ -1,7 +1,7 @@
 """Scratch folders: what a command makes is whole before any of it takes its place, or there is no trace of it.
 
 Knows folders, renames and the disk. Knows nothing of certificates. A process that is killed clears nothing away: what
-it left, which can hold a key, the next one removes.
+it left, which can contain a key, the next one removes.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ _INSTANCE = "llmchain_fed_process"  # property of a handshake: which process it 
 
 
 class Wire:
-    """To the parent: lines one way, and the other way only its end. A parent that does not read holds up nobody."""
+    """To the parent: lines one way, and the other way only its end. A parent that does not read delays nobody."""
 
     def __init__(self, descriptor: int) -> None:
         os.set_inheritable(descriptor, False)  # noqa: FBT003 (else the processes of jobs keep it open)
@@ -101,7 +101,7 @@ class Door:
         ConnManager.update_endpoint = lambda manager, connection, data: door.named(manager, connection, data)
 
     def named(self, manager: Any, connection: Any, data: dict[str, Any]) -> None:
-        """A connection said whose it is; NVFlare holds that against its certificate afterwards."""
+        """A connection said whose it is; NVFlare compares that with its certificate afterwards."""
         if self._guard is None and data.get(_REFUSED) in _CODES and _is_hub(manager, connection):
             self._wire.tell(news.TurnedAway(code=data[_REFUSED]))
             return
