@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
 import zipfile
 from collections import Counter
@@ -272,6 +273,15 @@ def test_a_class_is_found_by_its_name():
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(name)
     assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
+def test_hold_is_said_of_held_out_data_alone():
+    """One word, one meaning: what else is had, kept, locked or owned has a name that says so."""
+    other = re.compile(r"(?i)h(old|eld)(?!s?_out)(?<!placehold)(?<!threshold)")
+    for name, path in modules().items():
+        with tokenize.open(path) as file:
+            names = {t.string for t in tokenize.generate_tokens(file.readline) if t.type == tokenize.NAME}
+        assert not [n for n in names if other.search(n)], name
 
 
 def test_tests_have_the_folders_of_the_package():

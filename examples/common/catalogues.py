@@ -152,7 +152,7 @@ def split_publishers(
     """Give each publisher `train` and `test` pairs such that no source is both trained on and held out.
 
     Sources are compared by `normalise`. One that several of the publishers have goes to exactly one of them:
-    the one with the lowest SHA-256 of (seed, publisher, key). Every holder has the same chance: none starves.
+    the one with the lowest SHA-256 of (seed, publisher, key). Everyone who has it gets the same chance: none starves.
     A publisher's own sources are ordered by SHA-256 of (seed, key): the first `test` are held out, the next
     `train` are trained on. Neither the order of `publishers` nor PYTHONHASHSEED matters; which publishers are
     asked for does, as it decides who shares a source.
@@ -272,7 +272,7 @@ def _digest(*parts: str | int) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What each publisher's catalogues hold.")
+    parser = argparse.ArgumentParser(description="What each publisher's catalogues contain.")
     parser.add_argument("languages", nargs="*", default=["fr"])
     for language in parser.parse_args().languages:
         for publisher in PUBLISHERS:
