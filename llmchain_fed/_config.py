@@ -119,7 +119,7 @@ def read_options(path: str | Path, what: str) -> dict[str, Any]:
 
 
 def parse_options(data: bytes, path: str | Path, what: str) -> dict[str, Any]:
-    """The options in what a YAML file held; see `read_options`."""
+    """The options in what a YAML file contained; see `read_options`."""
     where = f"the {what} file {shown(str(path), 300)}"
     found = parse_yaml(data, what=where, error=ConfigError)
     if found is None:

@@ -132,7 +132,7 @@ class NothingTrainedError(FederationError):
 
 
 class ParticipantError(FederationError):
-    """A participant in another process failed, or its answer makes no sense; the message holds its own error."""
+    """A participant in another process failed, or its answer makes no sense; the message carries its own error."""
 
 
 class PolicyError(FederationError):

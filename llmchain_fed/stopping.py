@@ -113,7 +113,7 @@ def whole() -> Iterator[None]:
 def _watch(read: int, say: Callable[[], object], over: threading.Event, state: _State) -> None:
     while found := os.read(read, 1):
         if found[0] in _SIGNALS:
-            # before it is said: a full pipe may hold that up
+            # before it is said: a full pipe may delay that
             threading.Thread(target=_cut_off, args=(128 + found[0], over, state), name="the end", daemon=True).start()
             with suppress(Exception):
                 say()

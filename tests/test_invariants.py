@@ -1,6 +1,6 @@
 """The invariants of a federation, one named test each.
 
-Belongs here: what must hold whatever the options (docs/architecture.md: 1, 2, 3, 4, 6, 7, 8, 9). Does not: the options
+Belongs here: what is true whatever the options (docs/architecture.md: 1, 2, 3, 4, 6, 7, 8, 9). Does not: the options
 themselves (test_averaging), text against text (test_llm_chain).
 """
 

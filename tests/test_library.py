@@ -83,7 +83,7 @@ def raw(kind: str, name: str) -> dict:
 # --- the shipped recipes ----------------------------------------------------------------------------------
 
 
-def test_the_folders_hold_these_recipes():
+def test_the_folders_contain_these_recipes():
     assert list_prompts() == NAMES
     assert list_chains() == NAMES
 
@@ -126,7 +126,7 @@ def test_values_with_braces_arrive_as_they_are(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_chain_spec_holds_what_its_file_says(name):
+def test_chain_spec_has_what_its_file_says(name):
     data = raw("chains", name)
     spec = read_spec(ChainSpec, name, ROOT / "chains")
     assert (spec.name, spec.prompt, spec.model) == (name, name, "smollm2-135m-instruct")

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
 import zipfile
 from collections import Counter
@@ -184,7 +185,7 @@ def test_every_module_has_its_place():
             assert ast.get_docstring(ast.parse(path.read_text())), f"{name} does not say what it knows"
 
 
-def test_no_room_holds_more_than_a_reader_can_keep_in_mind():
+def test_no_room_has_more_than_a_reader_can_keep_in_mind():
     counts = Counter(path.parent for path in modules().values() if path.name != "__init__.py")
     assert {str(folder): n for folder, n in counts.items() if n > 15} == {}
 
@@ -272,6 +273,15 @@ def test_a_class_is_found_by_its_name():
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(name)
     assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
+def test_hold_is_said_of_held_out_data_alone():
+    """One word, one meaning: what else is had, kept, locked or owned has a name that says so."""
+    other = re.compile(r"(?i)h(old|eld)(?!s?_out)(?<!placehold)(?<!threshold)")
+    for name, path in modules().items():
+        with tokenize.open(path) as file:
+            names = {t.string for t in tokenize.generate_tokens(file.readline) if t.type == tokenize.NAME}
+        assert not [n for n in names if other.search(n)], name
 
 
 def test_tests_have_the_folders_of_the_package():
@@ -364,7 +374,7 @@ def test_no_floor_is_below_a_closed_hole():
     assert [name for name, version in UNSAFE_BELOW.items() if floors()[name] < Version(version)] == []
 
 
-@pytest.mark.skipif("LLMCHAIN_FED_FLOORS" not in os.environ, reason="holds where make test-floors runs")
+@pytest.mark.skipif("LLMCHAIN_FED_FLOORS" not in os.environ, reason="only where make test-floors runs")
 def test_the_lowest_versions_are_the_installed_ones():
     installed = {name: Version(importlib.metadata.version(name)).public for name in PINNED}  # without torch's +cpu
     assert installed == {name: Version(version).public for name, version in PINNED.items()}
@@ -384,7 +394,7 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_the_wheel_holds_the_package_and_its_recipes_alone(wheel):
+def test_the_wheel_contains_the_package_and_its_recipes_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"llmchain_fed", "llmchain_fed-0.1.0.dist-info"}
     for kind in ("prompts", "chains"):

@@ -152,7 +152,7 @@ def split_publishers(
     """Give each publisher `train` and `test` pairs such that no source is both trained on and held out.
 
     Sources are compared by `normalise`. One that several of the publishers have goes to exactly one of them:
-    the one with the lowest SHA-256 of (seed, publisher, key). Every holder has the same chance: none starves.
+    the one with the lowest SHA-256 of (seed, publisher, key). Everyone who has it gets the same chance: none starves.
     A publisher's own sources are ordered by SHA-256 of (seed, key): the first `test` are held out, the next
     `train` are trained on. Neither the order of `publishers` nor PYTHONHASHSEED matters; which publishers are
     asked for does, as it decides who shares a source.
@@ -174,12 +174,12 @@ def split_publishers(
     if test < 0 or at_least < 1:
         raise ValueError(f"train={train}, test={test}: train must be positive and test not negative.")
     texts = {name: {normalise(m.source): m for m in read_catalogue(name, language)} for name in names}
-    holders: dict[str, list[str]] = {}
+    publishers_of: dict[str, list[str]] = {}
     for name, messages in texts.items():
         for key in messages:
-            holders.setdefault(key, []).append(name)
+            publishers_of.setdefault(key, []).append(name)
     owned: dict[str, list[str]] = {name: [] for name in names}
-    for key, having in holders.items():
+    for key, having in publishers_of.items():
         owned[min(having, key=lambda name: _digest(seed, name, key))].append(key)
     splits = {}
     for name, keys in owned.items():
@@ -272,7 +272,7 @@ def _digest(*parts: str | int) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What each publisher's catalogues hold.")
+    parser = argparse.ArgumentParser(description="What each publisher's catalogues contain.")
     parser.add_argument("languages", nargs="*", default=["fr"])
     for language in parser.parse_args().languages:
         for publisher in PUBLISHERS:

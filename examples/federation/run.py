@@ -64,9 +64,9 @@ def main() -> None:
     processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="lf-") as sockets:  # a UNIX socket's path must be short
         try:
-            step("at each site: the peer, which holds the model and the examples")
+            step("at each site: the peer, which has the model and the examples")
             processes += [start_peer(name, args.out, Path(sockets) / name) for name in SITES]
-            step("at the hub, then at each site: the engine, which holds neither")
+            step("at the hub, then at each site: the engine, which has neither")
             for name in ("hub", *SITES):
                 socket_option = ["--socket", str(Path(sockets) / name)] if name != "hub" else []
                 processes.append(start(["engine", str(made[name]), *socket_option], made[name] / "engine.log"))

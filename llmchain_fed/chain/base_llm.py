@@ -248,7 +248,7 @@ class Bare:
 
 
 def saved_fields(kind: type[LocalLanguageModel]) -> frozenset[str]:
-    """The fields of a face that a saved chain holds."""
+    """The fields of a face that a saved chain has."""
     return frozenset({*LocalLanguageModel.model_fields, *kind.path_fields} - {"model"})
 
 

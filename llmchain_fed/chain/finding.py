@@ -20,7 +20,7 @@ from llmchain_fed.recipes.parsers import StripOutputParser
 
 
 class PipedChain(LLMChain):
-    """A chain made of somebody's `prompt | llm | parser`, for training alone: nobody holds it, so nobody saves it."""
+    """A chain made of somebody's `prompt | llm | parser`, for training alone: nobody keeps it, so nobody saves it."""
 
 
 def find_prompt(runnable: Any) -> LLMChain | Bare | None:

@@ -95,11 +95,11 @@ class LocalLLM(LocalLanguageModel, BaseLLM):
         return await super(LocalLLM, face).agenerate(prompts, stop, callbacks, **rest)
 
     def _keyed_by_options(self, prompts: list[str], kwargs: dict[str, Any]) -> tuple[LocalLLM, dict[str, Any]]:
-        """With a cache, call-time options become fields, because BaseLLM's cache key holds only those.
+        """With a cache, call-time options become fields, because BaseLLM's cache key contains only those.
 
         Upstream: https://github.com/langchain-ai/langchain/issues/39598
         """
-        if any(isinstance(prompt, Rendered) for prompt in prompts):  # a key holds a prompt's text, not whose it is
+        if any(isinstance(prompt, Rendered) for prompt in prompts):  # a key has a prompt's text, not whose it is
             return self.model_copy(update={"cache": False}), kwargs
         cached = self.cache if self.cache is not None else get_llm_cache()
         given = {k: v for k, v in kwargs.items() if k not in _OF_THE_RUN}

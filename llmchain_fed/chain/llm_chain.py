@@ -228,7 +228,7 @@ class LLMChain(RunnableWithCallKwargs):
     @classmethod
     @override
     def is_lc_serializable(cls) -> bool:
-        """False: a LangChain dump cannot hold weights; `save` does."""
+        """False: a LangChain dump cannot contain weights; `save` does."""
         return False
 
     def __repr__(self) -> str:
@@ -273,7 +273,7 @@ class LLMChain(RunnableWithCallKwargs):
         replaced whole or not at all.
 
         Raises:
-            ChainFileError: The directory holds something else or cannot be written, or the model cannot be stored;
+            ChainFileError: The directory contains something else or cannot be written, or the model cannot be stored;
                 `check_savable` finds the latter before any training.
             RecipeError: The prompt or the parser cannot be written as data.
         """
@@ -290,7 +290,7 @@ class LLMChain(RunnableWithCallKwargs):
         saving.check(**self._as_data())
 
     def _as_data(self) -> dict[str, Any]:
-        """All of the chain but its model, as `chain.yaml` holds it."""
+        """All of the chain but its model, as `chain.yaml` contains it."""
         face = self.face
         return {
             "face": "chat" if isinstance(face, LocalChatModel) else "llm",

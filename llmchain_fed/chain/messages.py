@@ -29,7 +29,7 @@ def to_transformers(messages: Sequence[BaseMessage], name: str) -> list[dict[str
         name: What to call the model in errors.
 
     Raises:
-        UnsupportedModelError: A message holds more than text.
+        UnsupportedModelError: A message contains more than text.
     """
     return [_converted(message, name) for message in messages]
 
@@ -87,7 +87,7 @@ def _content(message: BaseMessage, role: str, name: str) -> tuple[str | list[dic
             reasoning.append(str(block.get(_REASONING[kind], "")))
         elif role != "assistant" or kind not in _CALLS:  # calls stand in `tool_calls`, too
             msg = (
-                f"a {role} message holds more than text (a block of type {kind!r}), which {name!r} cannot read. "
+                f"a {role} message contains more than text (a block of type {kind!r}), which {name!r} cannot read. "
                 "Send text only."
             )
             raise UnsupportedModelError(msg)

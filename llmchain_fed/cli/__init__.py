@@ -69,7 +69,7 @@ def run() -> int:
 
 
 def _leave(status: int) -> NoReturn:
-    """All is written by now. NVFlare's threads try to connect on for half a minute: they hold nobody up."""
+    """All is written by now. NVFlare's threads try to connect on for half a minute: they delay nobody."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # a pipe that nobody reads, a full disk: it has ended all the same
             stream.flush()

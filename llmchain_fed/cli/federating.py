@@ -59,7 +59,7 @@ def _federate(file: Path, members: str, done: list[int]) -> None:
     found = FederationFile.read(file)
     assert found.checkpoint_dir is not None  # read() gives it a default
     results = Results(found.out, found.checkpoint_dir)
-    with results.held():
+    with results.locked():
         if results.rounds >= found.rounds:
             results.check_finished(found, members)
             _finish(found, results)

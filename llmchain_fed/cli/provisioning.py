@@ -79,11 +79,11 @@ def approve(
     """At the hub: shows who asks for what, and signs it once the fingerprint was compared by telephone."""
     from llmchain_fed.runtimes.nvflare.provisioning import authority as authorities
 
-    def confirm(asked: Asked, holder: Certificate | None) -> bool:
-        return _confirm(asked, holder, yes=yes)
+    def confirm(asked: Asked, owner: Certificate | None) -> bool:
+        return _confirm(asked, owner, yes=yes)
 
     signed = authorities.approve(request, authority, _role(role), replace=replace, confirm=confirm)
-    typer.echo(f"signed. Send this back (it holds no key): {signed}")
+    typer.echo(f"signed. Send this back (it contains no key): {signed}")
     for warning in authorities.warnings(authority):
         say(f"warning: {warning}")
 
@@ -134,14 +134,14 @@ def revoke(
     ended = authorities.revoke(name, authority, why=why)
     typer.echo(
         f"revoked: {ended.role} {ended.name} ({ended.organisation}), key {by_telephone(ended.public_key)}, approved at "
-        f"{ended.approved}. It holds at the hub's engine that was started with --authority "
+        f"{ended.approved}. It takes effect at the hub's engine that was started with --authority "
         f"{shlex.quote(str(authority))}."
     )
 
 
 @app.command("names")
 def names(authority: _Authority) -> None:
-    """At the hub: lists every certificate that was signed, with its holder, its end, and whether it was revoked."""
+    """At the hub: lists every certificate that was signed, with its owner, its end, and whether it was revoked."""
     from llmchain_fed.runtimes.nvflare.provisioning import registry
     from llmchain_fed.runtimes.nvflare.provisioning.sent import by_telephone
 
@@ -174,21 +174,21 @@ def _say_request(made: Path, role: Role, *, replaces: bool = False) -> None:
     approve += "" if role == "site" else f" --role {role}"
     approve += " --replace" if replaces else ""
     typer.echo(
-        f"send this to the hub (it holds no key), where it is signed by `{approve}`: {made}\n"
+        f"send this to the hub (it contains no key), where it is signed by `{approve}`: {made}\n"
         f"the hub is shown this fingerprint of your key; compare it by telephone:\n"
         f"{by_telephone(read_request(made, role).public_key)}"
     )
 
 
-def _confirm(asked: Asked, holder: Certificate | None, *, yes: bool) -> bool:
+def _confirm(asked: Asked, owner: Certificate | None, *, yes: bool) -> bool:
     """Shows what is about to be signed; asks on a terminal."""
     from llmchain_fed.runtimes.nvflare.provisioning.sent import by_telephone
 
     typer.echo(f"{asked.role} {asked.name}, organisation {asked.organisation}, key\n{by_telephone(asked.public_key)}")
-    if holder is not None:
+    if owner is not None:
         typer.echo(
-            f"in place of {holder.name}, organisation {holder.organisation}, approved {holder.approved} by "
-            f"{holder.by}, which is revoked by this; key\n{by_telephone(holder.public_key)}"
+            f"in place of {owner.name}, organisation {owner.organisation}, approved {owner.approved} by "
+            f"{owner.by}, which is revoked by this; key\n{by_telephone(owner.public_key)}"
         )
     if yes:
         return True

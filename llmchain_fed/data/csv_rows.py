@@ -41,7 +41,7 @@ def read_csv(file: TextIO, name: str) -> Iterator[tuple[int, Any]]:
             refuse(
                 name,
                 line,
-                f"has {len(cells)} cells under {len(header)} columns ({_few(header)}): quote values that hold "
+                f"has {len(cells)} cells under {len(header)} columns ({_few(header)}): quote values that contain "
                 "commas, quotes or line breaks",
             )
         found += 1
@@ -79,7 +79,7 @@ def _records(file: TextIO, name: str) -> Iterator[tuple[int, list[str], str]]:
             refuse(
                 name,
                 max(reader.line_num, start),
-                f"is not CSV{until}: {error}. Quote values that hold commas, quotes or line breaks",
+                f"is not CSV{until}: {error}. Quote values that contain commas, quotes or line breaks",
             )
         if cells is None:
             return

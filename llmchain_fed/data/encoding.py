@@ -56,7 +56,7 @@ IGNORE = -100
 class EncodedExamples:
     """Token ids of all usable examples in one flat tensor, eight numbers of overhead an example.
 
-    `tokens` holds prompt and completion ids alternately; example i's prompt is `tokens[bounds[2i]:bounds[2i+1]]` and
+    `tokens` contains prompt and completion ids alternately; example i's prompt is `tokens[bounds[2i]:bounds[2i+1]]` and
     its completion (with the end token) `tokens[bounds[2i+1]:bounds[2i+2]]`.
     """
 

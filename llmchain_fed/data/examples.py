@@ -113,7 +113,7 @@ class RawText:
                 object.__setattr__(self, name, "")
             elif not isinstance(value, str):
                 msg = (
-                    f"RawText holds final text, got {type(value).__name__} as `{name}`. What a template is to render "
+                    f"RawText is final text, got {type(value).__name__} as `{name}`. What a template is to render "
                     "goes into (inputs, completion)."
                 )
                 raise DataError(msg)
@@ -128,7 +128,7 @@ class RawText:
 def _check_unicode(*texts: Any) -> None:
     for text in texts:
         if isinstance(text, str) and not _is_unicode(text):
-            msg = f"the text {text!r:.60} holds half a surrogate pair, which is no character. Decode the source anew."
+            msg = f"the text {text!r:.60} has half a surrogate pair, which is no character. Decode the source anew."
             raise DataError(msg)
 
 
@@ -278,7 +278,7 @@ def _check_inputs(inputs: Mapping[str, Any] | str, prompt: Prompt) -> None:
             msg = f"`{name}` is infinite, which would be templated as {value!s}. Leave the example out, or pass a text."
             raise DataError(msg)
         if isinstance(value, str) and not _is_unicode(value):
-            msg = f"`{name}` holds half a surrogate pair, which is no character. Decode the source anew."
+            msg = f"`{name}` has half a surrogate pair, which is no character. Decode the source anew."
             raise DataError(msg)
         if isinstance(value, str) and carries(value, prompt.literals):
             msg = (
@@ -293,7 +293,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def carries(value: str, literals: Sequence[str]) -> bool:
-    """Whether `value` holds all of a template's fixed texts in order, beginning or ending with one.
+    """Whether `value` contains all of a template's fixed texts in order, beginning or ending with one.
 
     Templates with fewer than four fixed letters are never recognised: too much ordinary text looks like them.
 

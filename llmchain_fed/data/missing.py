@@ -18,13 +18,13 @@ _MARKERS = {("pandas", "NAType"), ("pandas", "NaTType"), ("numpy", "MaskedConsta
 _USER = ("user", "human", "HumanMessageChunk")
 _ROLES = ("system", "human", "user", "ai", "assistant", "tool", "placeholder")
 _NUMPY_WORDS = ("nan", "NaT", "<NA>")
-"""what numpy makes of a marker that it is given among texts: `np.array(["a", nan])` holds two strings"""
+"""what numpy makes of a marker that it is given among texts: `np.array(["a", nan])` contains two strings"""
 _INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")
 """Unicode categories without ink: spaces, line breaks, controls, byte order marks, zero-width joiners"""
 
 
 def is_missing(value: Any) -> bool:
-    """Whether this is the marker of a value that is not there; a collection that holds one is as good as missing.
+    """Whether this is the marker of a value that is not there; a collection that contains one is as good as missing.
 
     The word "nan" that somebody wrote is text, and so are the other words that readers take for markers.
 
@@ -56,7 +56,7 @@ def is_missing(value: Any) -> bool:
 
 
 def _is_missing_within(value: Any) -> bool:
-    """Whether data hold a marker other than None, which says something there."""
+    """Whether data contain a marker other than None, which says something there."""
     if isinstance(value, Mapping):
         return any(_is_missing_within(part) for part in value.values())
     if isinstance(value, (list, tuple)):
@@ -149,7 +149,7 @@ def is_empty(inputs: Any, completion: Any) -> bool:
     """Whether an example has nothing to teach: no completion, or not all of what it should be answered to.
 
     One blank variable among several counts too: a CSV file and a frame know no difference between a text that is
-    empty and one that is missing. That holds for variables with a default as well, for a row that names one and gives
+    empty and one that is missing. That is so for variables with a default as well, for a row that names one and gives
     nothing does not say that it wants the default.
     """
     if is_blank(completion):

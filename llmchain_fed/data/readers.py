@@ -1,6 +1,6 @@
 """Readers: rows out of JSONL and CSV files, frames and other iterables, each with the place where it stands.
 
-Knows files, frames and JSON lines. Knows nothing about prompts or what a row must hold. Nothing is repaired, merged,
+Knows files, frames and JSON lines. Knows nothing about prompts or what a row must have. Nothing is repaired, merged,
 renamed or dropped: what is not as it should be is refused with file and line.
 """
 

@@ -17,8 +17,8 @@ _KEPT = {
 _LEFT_OUT = {
     "empty": "empty",
     "too_long": "too long",
-    "holds_end": "with an end token within the answer",
-    "holds_stop": "with a stop string within the answer",
+    "contains_end": "with an end token within the answer",
+    "contains_stop": "with a stop string within the answer",
     "stripped": "with white space around the answer",
     "not_decodable": "with characters that the vocabulary lacks",
     "forbidden": "with an answer that the settings forbid",
@@ -34,9 +34,9 @@ class DataReport:
     """left out: a missing or blank completion, prompt or variable"""
     too_long: int = 0
     """left out: longer than `max_length` or the model's context"""
-    holds_end: int = 0
+    contains_end: int = 0
     """left out: an end token within the completion, where an answer would end"""
-    holds_stop: int = 0
+    contains_stop: int = 0
     """left out: a stop string within the completion, before which an answer would end"""
     stripped: int = 0
     """left out: white space around the completion, which the parser or the tokenizer takes away"""
@@ -60,7 +60,7 @@ class DataReport:
     @property
     def unsayable(self) -> int:
         """Examples left out because no answer could ever be their completion."""
-        return self.holds_end + self.holds_stop + self.stripped + self.not_decodable + self.forbidden
+        return self.contains_end + self.contains_stop + self.stripped + self.not_decodable + self.forbidden
 
     @property
     def worth_saying(self) -> bool:

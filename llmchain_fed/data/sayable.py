@@ -14,19 +14,19 @@ from llmchain_fed.errors import UnsayableError
 from llmchain_fed.model.generation.stop_strings import checked_stops
 from llmchain_fed.model.local_model import LocalModel
 
-Reason = Literal["holds_end", "holds_stop", "stripped", "not_decodable", "forbidden"]
+Reason = Literal["contains_end", "contains_stop", "stripped", "not_decodable", "forbidden"]
 """a count of `DataReport`: why a completion cannot be said"""
 
 _MEANING = {
-    "holds_end": "it holds an end token, where an answer would end",
-    "holds_stop": "it holds a stop string, before which an answer would end",
+    "contains_end": "it contains an end token, where an answer would end",
+    "contains_stop": "it contains a stop string, before which an answer would end",
     "stripped": "the white space around it would be another",
     "not_decodable": "its tokens, decoded, are another text",
     "forbidden": "the generation settings keep an answer from it",
 }
 _REMEDY = {
-    "holds_end": "Take that text out of the completions, or end answers otherwise (generation_config.eos_token_id)",
-    "holds_stop": "Take the stop string out of the completions, or give the chain another `stop`",
+    "contains_end": "Take that text out of the completions, or end answers otherwise (generation_config.eos_token_id)",
+    "contains_stop": "Take the stop string out of the completions, or give the chain another `stop`",
     "stripped": "Strip the completions; where the tokenizer puts a space in front, use the parser `strip` "
     "(llmchain_fed.library.StripOutputParser); where a parser takes it away, another one",
     "not_decodable": "Write the completions in characters that the vocabulary has, or use a model whose vocabulary has "
@@ -98,11 +98,11 @@ class Saying:
             return "forbidden" if self._banned.keeps_from(ids) else None
         said, whole = self._model.said(ids, stop=self._stops), self._model.decoded(ids)
         if whole == completion and said != whole:
-            return "holds_stop"
+            return "contains_stop"
         if any(i in self._model.eos_ids for i in ids[:-1]):
-            return "holds_end"
+            return "contains_end"
         if said != whole:
-            return "holds_stop"
+            return "contains_stop"
         return "stripped" if whole.strip() == completion.strip() else "not_decodable"
 
     def _answer(self, ids: Sequence[int]) -> str:

@@ -57,12 +57,12 @@ def numbered_lines(file: TextIO, name: str) -> Iterator[tuple[int, str]]:
 
 
 def checked_lines(file: TextIO, name: str) -> Iterator[str]:
-    """The lines of a file, none of which holds what no text has."""
+    """The lines of a file, none of which contains what no text has."""
     for number, line in numbered_lines(file, name):
         if "\0" in line:
             refuse(
                 name,
                 number,
-                "holds a NUL byte, which no text has: the file is UTF-16, perhaps, or was cut off. Save it as UTF-8",
+                "has a NUL byte, which no text has: the file is UTF-16, perhaps, or was cut off. Save it as UTF-8",
             )
         yield line

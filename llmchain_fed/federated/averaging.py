@@ -1,4 +1,4 @@
-"""FederatedAveraging: the object people hold. Options in, rounds out.
+"""FederatedAveraging: the object that people use. Options in, rounds out.
 
 Knows the options, the server, checkpoints and callbacks. Knows nothing about how participants train or where they run.
 """
@@ -105,7 +105,7 @@ class FederatedAveraging(ManualRounds):
     ) -> Self:
         """Goes on from a checkpoint: with the same examples, bit for bit as if the run had never stopped.
 
-        With `members="changed"` participants may be gone or new, and hold other examples or options than then. Weights,
+        With `members="changed"` participants may be gone or new, and have other examples or options than then. Weights,
         the server optimizer's memory, round numbers, history and patience go on; who stays keeps its own state, who is
         new starts at the global weights, and the states of the gone are dropped. The next round's record says who left,
         joined or changed; the run is then another one than the interrupted, so nothing is promised bit for bit.
@@ -296,7 +296,7 @@ class FederatedAveraging(ManualRounds):
         return {int(k): loss for k, loss in found.items()}  # JSON made text of the counts
 
     def roll_back(self, to: int) -> None:
-        """Takes the federation back to the end of an earlier round, as its checkpoint holds it; later ones are dropped.
+        """Takes the federation back to the end of an earlier round, as its checkpoint has it; later ones are dropped.
 
         Raises:
             CheckpointError: There is no checkpoint of that round, or it is damaged; nothing has changed.

@@ -64,7 +64,7 @@ class Callback:
         """After a round has been loaded into the chain, recorded and checkpointed; `history` ends with `record`."""
 
     def on_fit_end(self, history: History) -> None:
-        """After the last round; `history` holds earlier fits' rounds too."""
+        """After the last round; `history` contains earlier fits' rounds too."""
 
     def on_error(self, error: BaseException) -> None:
         """Fit ends with this error, which may be a KeyboardInterrupt; the earlier rounds are kept."""

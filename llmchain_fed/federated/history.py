@@ -100,7 +100,7 @@ class RoundRecord:
     notes: list[str] = field(default_factory=list)
     """what concerns the whole round: that the federation diverges, that its members have changed"""
     members_changed: bool = False
-    """whether members, or what they hold, are others than in the round before (`resume(members="changed")`): its
+    """whether members, or what they have, are others than in the round before (`resume(members="changed")`): its
     held-out losses are then over other examples"""
 
     @property
@@ -208,13 +208,13 @@ class History:
         """Writes `to_json()` to a file, whole or not at all; a history with more rounds is never replaced.
 
         Raises:
-            ConfigError: The file holds a history with more rounds than this one.
+            ConfigError: The file contains a history with more rounds than this one.
             OSError: It cannot be written; what was there is as it was.
         """
         path = Path(path)
         if (there := rounds_in(path)) > len(self):
             msg = (
-                f"{shown(str(path), 300)!r} holds a history of {there} rounds, this one has {len(self)}: it is not "
+                f"{shown(str(path), 300)!r} contains a history of {there} rounds, this one has {len(self)}: it is not "
                 "replaced. Choose another file, or move that one away."
             )
             raise ConfigError(msg)
@@ -281,10 +281,10 @@ class History:
         for name in names:
             found = [(r.round, r.participants[name]) for r in self.rounds if name in r.participants]
             train = [(n, p.train_loss) for n, p in found if p.train_loss is not None]
-            held = [(n, p.held_out_after) for n, p in found if p.held_out_after is not None]
+            held_out = [(n, p.held_out_after) for n, p in found if p.held_out_after is not None]
             if found and found[0][1].held_out_before is not None:
-                held = [(found[0][0] - 1, found[0][1].held_out_before), *held]
-            for axes, points in ((left, train), (right, held)):
+                held_out = [(found[0][0] - 1, found[0][1].held_out_before), *held_out]
+            for axes, points in ((left, train), (right, held_out)):
                 if points:  # a dollar would begin a formula
                     axes.plot(*zip(*points, strict=True), marker="o", label=one_line(name, 80).replace("$", r"\$"))
         for axes, title in ((left, "training"), (right, "held out")):

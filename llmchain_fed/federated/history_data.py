@@ -36,7 +36,7 @@ Text = Annotated[str, BeforeValidator(_escaped)]
 _MOST_TEXTS = 100_000
 Texts = Annotated[list[Text], FailFast(), Field(max_length=_MOST_TEXTS)]
 Name = Annotated[str, Field(max_length=_LONGEST_NAME)]
-"""a participant's, which may hold anything that UTF-8 can"""
+"""a participant's, which may contain anything that UTF-8 can"""
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Number = Annotated[float | None, BeforeValidator(_measured)]
 _Size = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(_measured)]

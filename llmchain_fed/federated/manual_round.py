@@ -79,7 +79,7 @@ class ManualRounds(ABC):
             self._open, self._opened = opened, time.perf_counter()
         self._peers[name] = client
         record = opened.accept(Arrival(name, sent.answer, sent.bytes))
-        self._server.client_manager.leave(name)  # it may hold another number of examples now: the next round asks anew
+        self._server.client_manager.leave(name)  # it may have another number of examples now: the next round asks anew
         return record
 
     def _asked(self, participant: Participant, task: TrainTask) -> Sent:

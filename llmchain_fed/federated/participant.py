@@ -36,7 +36,7 @@ _HELD_OUT = ("validation", "valid", "val", "dev", "eval", "evaluation", "test", 
 
 @dataclass(frozen=True)
 class Participant:
-    """A device, hospital, publisher or bank that holds examples.
+    """A device, hospital, publisher or bank that has examples.
 
     >>> Participant("django", [("Page locked", "Page verrouillée")])
     Participant('django')
@@ -143,10 +143,10 @@ def _refuse_splits(given: Mapping[Any, Any]) -> None:
         return
     ranked = [(split, key) for key, split in known.items()]
     train = next((key for split, key in ranked if split in _TRAINED_ON), None)
-    held = sorted((_HELD_OUT.index(split), key) for split, key in ranked if split in _HELD_OUT)
+    held_out = sorted((_HELD_OUT.index(split), key) for split, key in ranked if split in _HELD_OUT)
     remedy = f'participants={{"me": d[{train or next(iter(given))!r}]}}'
-    if held and train is not None:
-        remedy += f", evaluation=d[{held[0][1]!r}]"
+    if held_out and train is not None:
+        remedy += f", evaluation=d[{held_out[0][1]!r}]"
     remedy = remedy.replace("d['", 'd["').replace("']", '"]')
     msg = (
         f"{', '.join(map(repr, given))} are the splits of one data set, and as participants each would be trained on, "

@@ -64,7 +64,7 @@ def _held_out(value: Any) -> Any:
 class FederationConfig(FrozenConfig):
     """What decides how a federation goes on, besides its chain and its participants' examples.
 
-    `fed.config` shows it, a checkpoint holds it, and a federation's file is it. What is code (a rule or an optimizer of
+    `fed.config` shows it, a checkpoint has it, and a federation's file is it. What is code (a rule or an optimizer of
     your own) stands here by its name, as "code: … (give it again on resume)".
 
     >>> FederationConfig(aggregation="fedit", quorum=2)
@@ -112,7 +112,7 @@ class FederationConfig(FrozenConfig):
     """how often a participant that could not be reached, or failed elsewhere, is asked again in a round"""
     evaluation: MayDiffer[Annotated[float | str | None, BeforeValidator(_held_out)]] = None
     """what held-out loss is measured on: a share of each participant's examples set apart (0.1); or examples, a mapping
-    name → examples or one set for all, which no file holds"""
+    name → examples or one set for all, which no file stores"""
     samples: MayDiffer[Count | None] = None
     """held-out examples per participant whose answers are recorded before and after each round; None is 1 where
     participants are in this process, and 0 elsewhere"""

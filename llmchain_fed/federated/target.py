@@ -53,7 +53,7 @@ class Target:
 
     Args:
         model: Whose weights.
-        prompt: A chain or a face; None for a bare `LocalModel` or module, whose examples hold final text.
+        prompt: A chain or a face; None for a bare `LocalModel` or module, whose examples contain final text.
     """
 
     model: LocalModel
@@ -84,8 +84,8 @@ class Target:
         """Makes sure, before training, that what a chain learns can be saved; pipes and faces have no `save`.
 
         Raises:
-            ChainFileError: No file can hold the model, its tokenizer, its adapter or the options.
-            RecipeError: No file can hold the prompt or the parser.
+            ChainFileError: No file can store the model, its tokenizer, its adapter or the options.
+            RecipeError: No file can store the prompt or the parser.
         """
         if isinstance(self.prompt, LLMChain) and not isinstance(self.prompt, PipedChain):
             self.prompt.check_savable()

@@ -45,11 +45,11 @@ class Answering:
 
     @abstractmethod
     def exclusive(self) -> AbstractContextManager[None]:
-        """Holds the lock, with this model's adapter answering."""
+        """Takes the lock, with this model's adapter answering."""
 
     @abstractmethod
     def _activated(self) -> AbstractContextManager[None]:
-        """This model's adapter answers inside; the lock must be held."""
+        """This model's adapter answers inside; the lock must be taken."""
 
     # --- tokens -----------------------------------------------------------------------------------------------------
 
@@ -145,7 +145,7 @@ class Answering:
         Raises:
             ConfigError: An option is unknown or a value out of range.
             PromptTooLongError: A prompt leaves no room in the context.
-            UnsupportedModelError: A prompt holds a token that the model's embedding has no row for.
+            UnsupportedModelError: A prompt contains a token that the model's embedding has no row for.
         """
         done = self.complete(
             prompts, stop=stop, add_special_tokens=add_special_tokens, batch_size=batch_size, **options
@@ -258,7 +258,7 @@ class Answering:
         room = self.context_length - (len(row) if self.kind == "causal" else 0)
         if room < 1 or len(row) > self.context_length:
             msg = (
-                f"the prompt has {len(row)} tokens and the model's context holds "
+                f"the prompt has {len(row)} tokens and the model's context takes "
                 f"{self.context_length}: there is no room "
                 "for an answer. Shorten the input; nothing is cut silently."
             )

@@ -116,7 +116,7 @@ def check_switches(given: Mapping[str, Any], template: str, name: str) -> None:
     except (TypeError, ValueError):
         same = False
     if not same:
-        msg = f"chat_template_kwargs holds more than JSON data ({given!r:.100}), which no file and no cache key can."
+        msg = f"chat_template_kwargs contains more than JSON data ({given!r:.100}), which no file and no cache key can."
         raise ConfigError(msg)
 
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from llmchain_fed.errors import DataError
 
 _OPEN, _CLOSE = "\U0010fff0", "\U0010fff1"
-"""around the name that a control token has in a disguised tokenizer: private-use characters that no text holds"""
+"""around the name that a control token has in a disguised tokenizer: private-use characters that no text contains"""
 _disguised: WeakKeyDictionary[Any, dict[frozenset[str], tuple[Any, Tokenizer]]] = WeakKeyDictionary()
 _added: WeakKeyDictionary[Any, tuple[Any, dict[int, str]]] = WeakKeyDictionary()
 
@@ -107,7 +107,7 @@ def encode(tokenizer: Any, text: Rendered, **options: Any) -> list[int]:
     """
     if _OPEN in text or _CLOSE in text:
         msg = (
-            f"a text spells a control token and holds the private-use character {_OPEN!r} too, so the two cannot be "
+            f"a text spells a control token and contains the private-use character {_OPEN!r} too, so the two cannot be "
             "told apart. Remove that character."
         )
         raise DataError(msg)
@@ -161,7 +161,7 @@ def _disguise(tokenizer: Any, controls: frozenset[str]) -> Tokenizer:
     """A copy of the tokenizer's backend that knows the control tokens, with their ids, by other names alone; kept.
 
     `split_special_tokens` would not do: it also takes labels apart that a user added, leaves added tokens whole that
-    are not "special", and a vocabulary may hold a control token as an ordinary piece (T5's `</s>`).
+    are not "special", and a vocabulary may contain a control token as an ordinary piece (T5's `</s>`).
     """
     backend = tokenizer.backend_tokenizer
     state = len(tokenizer), repr(backend.normalizer), repr(backend.pre_tokenizer)

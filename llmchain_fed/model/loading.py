@@ -105,7 +105,7 @@ def _check_source(path: str) -> None:
         return  # whoever loads it says what is wrong with it
     if is_adapter:
         msg = (
-            f"{path!r} holds an adapter's settings, which can name another base and code, so nothing is loaded. "
+            f"{path!r} contains an adapter's settings, which can name another base and code, so nothing is loaded. "
             "Load its base by name, and the adapter over it: LocalModel(PeftModel.from_pretrained(base, …), tokenizer)."
         )
         raise UnsupportedModelError(msg)

@@ -59,7 +59,7 @@ def _refuse(model: Any, token: int, rows: int, where: str) -> None:
     text = model.tokenizer.convert_ids_to_tokens(token)
     end = " It is the end token, which stands behind every completion." if token in model.eos_ids else ""
     msg = (
-        f"a {where} holds the token {text!r} with id {token}, and the model {model.name!r} has {rows} rows of "
+        f"a {where} contains the token {text!r} with id {token}, and the model {model.name!r} has {rows} rows of "
         f"embedding, for the ids below {rows}.{end} Make rows for the tokens that were added, before any adapter: "
         "module.resize_token_embeddings(len(tokenizer)), and train them (modules_to_save=['embed_tokens'] in "
         "LoraConfig, or all weights), for they are random."

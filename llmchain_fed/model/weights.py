@@ -161,9 +161,9 @@ def check_state(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -
                 "another model or rank. Use the same base model and LoraConfig."
             )
             raise WeightsMismatchError(msg)
-        if not all_finite(value.to(parameter.dtype)):  # the model's own type may hold less
+        if not all_finite(value.to(parameter.dtype)):  # the model's own type may represent less
             msg = (
-                f"{name} holds NaN or values infinite in {parameter.dtype}. Lower the learning rate or "
+                f"{name} contains NaN or values infinite in {parameter.dtype}. Lower the learning rate or "
                 "set max_grad_norm."
             )
             raise WeightsMismatchError(msg)
@@ -200,7 +200,7 @@ def base_fingerprint(module: nn.Module) -> str:
     """64 bits that tell one base from another, as hex; adapters do not count.
 
     Covers every base parameter's name and shape, 64 values of each and one of each of its rows, rounded to bfloat16, so
-    that the same base held in float32 and in bfloat16 agree. It tells honest mistakes apart, a changed row among them;
+    that the same base kept in float32 and in bfloat16 agree. It tells honest mistakes apart, a changed row among them;
     it is no proof against forgery.
     """
     digest = hashlib.blake2b(digest_size=8)

@@ -81,7 +81,7 @@ def wrap(module: Any, config: PeftConfig, *, quiet: bool = False) -> PeftModel:
             wrapped = get_peft_model(module, config)
             weights.trainable_parameters(wrapped)
         except UnsupportedModelError as error:
-            why = "it would put two factors of one name on a module that holds several weights (a mixture of experts)"
+            why = "it would put two factors of one name on a module that has several weights (a mixture of experts)"
             raise UnsupportedModelError(_refusal(module, config, wanted, why, offered)) from error
         except Exception as error:
             why = f"{type(error).__name__}: {_shortened(str(error))}"

@@ -36,16 +36,16 @@ class StripOutputParser(StrOutputParser):
         return text.strip()
 
     def _transform(self, input: Iterator[str | BaseMessage]) -> Iterator[str]:  # noqa: A002 (LangChain's name)
-        held: str | None = None
+        kept: str | None = None
         for piece in StrOutputParser()._transform(input):
-            body, held = _hold_back(held, piece)
+            body, kept = _keep_back(kept, piece)
             if body:
                 yield body
 
     async def _atransform(self, input: AsyncIterator[str | BaseMessage]) -> AsyncIterator[str]:  # noqa: A002
-        held: str | None = None
+        kept: str | None = None
         async for piece in StrOutputParser()._atransform(input):
-            body, held = _hold_back(held, piece)
+            body, kept = _keep_back(kept, piece)
             if body:
                 yield body
 
@@ -86,14 +86,14 @@ def parser_name(parser: BaseOutputParser[Any]) -> ParserName:
         if type(parser) is kind and parser == kind():
             return name
     msg = (
-        f"{parser!r} has no name in recipes, which hold no class paths and no parser settings. Use one "
+        f"{parser!r} has no name in recipes, which contain no class paths and no parser settings. Use one "
         f"of {list(_PARSERS)}, or put this parser behind the chain: chain | parser."
     )
     raise RecipeError(msg)
 
 
-def _hold_back(held: str | None, piece: str) -> tuple[str, str | None]:
-    """What may be shown now, and the whitespace to keep for later; held is None until something was shown."""
-    text = piece.lstrip() if held is None else held + piece
+def _keep_back(kept: str | None, piece: str) -> tuple[str, str | None]:
+    """What may be shown now, and the whitespace to keep for later; kept is None until something was shown."""
+    text = piece.lstrip() if kept is None else kept + piece
     body = text.rstrip()
-    return body, text[len(body) :] if body or held is not None else None
+    return body, text[len(body) :] if body or kept is not None else None

@@ -217,7 +217,7 @@ class MessageData(Strict):
 class PromptData(Strict):
     """A prompt template as plain data; which fields count depends on `kind`.
 
-    Templates hold variables, with a short format perhaps: what LangChain also takes, such as a width of a thousand
+    Templates contain variables, with a short format perhaps: what LangChain also takes, such as a width of a thousand
     million, can take all of a machine's memory or look into objects.
     """
 
@@ -307,7 +307,7 @@ _FORMS = {
 
 
 def _sentence(item: Any, spec: type[BaseModel]) -> str:
-    """One pydantic complaint as a sentence that says which key, what it held and what to write instead."""
+    """One pydantic complaint as a sentence that says which key, what it contained and what to write instead."""
     path = [str(part) for part in item["loc"]]
     where, value = ".".join(path) or "the recipe", _short(item["input"])
     match item["type"]:

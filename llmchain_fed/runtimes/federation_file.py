@@ -62,13 +62,13 @@ class FederationFile(FederationConfig):
     out: Place
     """folder for the trained chain and the history, relative to the file"""
     rounds: int = Field(default=3, ge=1, le=10**9)
-    """in all: those that a checkpoint holds already count"""
+    """in all: those that a checkpoint contains already count"""
     checkpoint_dir: Place | None = None
     """where a checkpoint is written after each round, relative to the file; by default `checkpoints` in `out`. Started
     again, the federation goes on"""
     transforms: None = None
     optimizer: None = None
-    """no file holds code: `training: {optimizer: adamw}` names one"""
+    """no file stores code: `training: {optimizer: adamw}` names one"""
     evaluation: None = None
     """sites hold out examples of their own"""
 
@@ -108,7 +108,7 @@ class FederationFile(FederationConfig):
         return cast(FederationOptions, given)
 
     def written(self) -> FederationConfig:
-        """The same as a checkpoint of it holds them.
+        """The same as a checkpoint of it contains them.
 
         Raises:
             ConfigError: There is no such rule, codec or server optimizer.

@@ -62,7 +62,7 @@ def check(file: FederationFile, checkpoints: Path, start: Path, *, members: str 
         wrong.append(f"chain: {shown(file.chain, 200)} is not the one that it began with")
     if wrong:
         msg = (
-            f"out: {shown(str(file.out), 300)} holds the rounds of another federation ({'; '.join(wrong)}). Choose "
+            f"out: {shown(str(file.out), 300)} contains the rounds of another federation ({'; '.join(wrong)}). Choose "
             "another `out` for this one, or give the chain, sites and options of then."
         )
         raise ConfigError(msg)

@@ -108,9 +108,9 @@ def _store(timeout: timedelta) -> tuple[Any, int, int]:
             is_master=not by_agent and rank == LEADER,
             timeout=timeout,
         )
-    # The agent's store outlives a restart and still holds the dead ranks' addresses, which the new ones would
+    # The agent's store outlives a restart and still has the dead ranks' addresses, which the new ones would
     # dial; with keys of its own each attempt finds only itself. The count is each agent's own, so over several
-    # machines this holds when all of them restart. https://github.com/pytorch/pytorch/issues/135712
+    # machines this is right when all of them restart. https://github.com/pytorch/pytorch/issues/135712
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"llmchain_fed/{attempt}", store), rank, world  # type: ignore[attr-defined]
 
@@ -159,7 +159,7 @@ def _beating() -> Heartbeat | None:
         while isinstance(whole, dist.PrefixStore):  # type: ignore[attr-defined]
             whole = whole.underlying_store
         if isinstance(whole, dist.FileStore):  # type: ignore[attr-defined]
-            msg = "a FileStore, whose lock a frozen rank may hold"
+            msg = "a FileStore, whose lock a frozen rank may have"
             raise TypeError(msg)
         store = dist.PrefixStore("llmchain_fed", store.clone())  # type: ignore[attr-defined]
     except Exception as error:  # torch's private parts: whatever they raise, it is said, and no job fails of it

@@ -26,7 +26,7 @@ _Size = Annotated[int, Field(ge=0, lt=2**48)]
 
 
 class Joining(untrusted.Strict):
-    """A rank to the leader: whom it holds."""
+    """A rank to the leader: whom it has."""
 
     names: _Names
 
@@ -47,7 +47,7 @@ class Homes(untrusted.Strict):
 
 
 class RankTask(untrusted.Strict):
-    """The leader to a rank: these participants do this; the body holds their payloads."""
+    """The leader to a rank: these participants do this; the body carries their payloads."""
 
     op: Annotated[str, Field(max_length=64)]
     nodes: _Names

@@ -44,7 +44,7 @@ class Results:
         self.start = out / _START
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Within, no other process has these folders; what a killed one left half written is put right.
 
         Raises:
@@ -56,7 +56,7 @@ class Results:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             for folder in {self.out.resolve(): "out", self.checkpoints.resolve(): "checkpoint_dir"}:
-                stack.enter_context(locks.hold(folder / _LOCK, f"the folder {shown(str(folder), 300)!r}"))
+                stack.enter_context(locks.lock(folder / _LOCK, f"the folder {shown(str(folder), 300)!r}"))
             whole_folders.put_right(self.chain)
             own_files.sweep(self.history)
             own_files.sweep(self.status)
@@ -119,7 +119,7 @@ class Results:
         if (os.path.lexists(self.chain) and not directory.may_be_replaced(self.chain)) or (
             os.path.lexists(self.history) and not self.history.is_file()
         ):
-            msg = f"out: {where} holds something else than a federation's chain and history. Choose another folder."
+            msg = f"out: {where} contains something else than a federation's chain and history. Choose another folder."
             raise ConfigError(msg)
         there = rounds_in(self.history)
         orphan = self.chain.exists() and not self.history.exists() and not begun and Path(start) != self.chain
@@ -127,7 +127,7 @@ class Results:
             what = f"a history of {there} rounds" if there > begun else "a chain without its history"
             kept = f"of {begun} rounds" if begun else "of none"
             msg = (
-                f"out: {where} holds {what}, and {shown(str(self.checkpoints), 300)!r} a checkpoint {kept}: what is "
+                f"out: {where} contains {what}, and {shown(str(self.checkpoints), 300)!r} a checkpoint {kept}: what is "
                 "there would be replaced by less. Bring the checkpoints back, move chain and history away, or choose "
                 "another `out`."
             )

@@ -29,10 +29,10 @@ _OUTCOME = 1.0  # seconds in which a leader that goes down hands one rank what t
 
 
 class TorchDistributed(Runtime):
-    """Every rank runs the same script and holds its own participants; rank 0 also leads the loop and aggregates.
+    """Every rank runs the same script and has its own participants; rank 0 also leads the loop and aggregates.
 
     `FederatedAveraging(chain, participants=mine, runtime=TorchDistributed()).fit(3)` on every rank, started by
-    `torchrun --nproc-per-node 3 script.py`; afterwards every rank's chain has the averaged weights. A rank may hold
+    `torchrun --nproc-per-node 3 script.py`; afterwards every rank's chain has the averaged weights. A rank may have
     several participants or none. Messages are JSON and update bytes, point to point over gloo, also where there are
     GPUs; answers are taken in the order of ranks, so that a rerun gives the same weights bit for bit.
 

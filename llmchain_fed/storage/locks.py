@@ -17,15 +17,15 @@ _LONGEST = 20  # digits of a process id
 
 
 @contextmanager
-def hold(path: str | Path, what: str) -> Iterator[None]:
-    """Within, no other process can hold the same; killed, a process holds nothing any more.
+def lock(path: str | Path, what: str) -> Iterator[None]:
+    """Within, no other process can lock the same; killed, a process locks nothing any more.
 
     Args:
         path: A file that is made for it, and stays; its folder must be there.
         what: Is locked, for the message, such as "the folder 'out'".
 
     Raises:
-        ConfigError: Another process holds it, by its id; or there can be no lock.
+        ConfigError: Another process has locked it, by its id; or there can be no lock.
     """
     path = Path(path)
     flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
@@ -40,11 +40,11 @@ def hold(path: str | Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def hold_folder(folder: Path, what: str) -> Iterator[None]:
-    """The same for a folder that is there, in which no file is made for it, so that nobody learns who holds it.
+def lock_folder(folder: Path, what: str) -> Iterator[None]:
+    """The same for a folder that is there, in which no file is made for it, so that nobody learns who has locked it.
 
     Raises:
-        ConfigError: Another process holds it; or there can be no lock.
+        ConfigError: Another process has locked it; or there can be no lock.
     """
     remedy = "Nothing was changed; wait until it has ended, or stop it."
     with _locked(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, what, remedy):
@@ -63,7 +63,7 @@ def _locked(path: Path, flags: int, what: str, remedy: str) -> Iterator[int]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            msg = f"{what} is in use by {_holder(descriptor)}. {remedy}"
+            msg = f"{what} is in use by {_owner(descriptor)}. {remedy}"
             raise ConfigError(msg) from None
         except OSError as error:
             raise _impossible(path, what, error) from error
@@ -72,10 +72,10 @@ def _locked(path: Path, flags: int, what: str, remedy: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _holder(descriptor: int) -> str:
+def _owner(descriptor: int) -> str:
     try:
         found = os.pread(descriptor, _LONGEST + 1, 0).decode(errors="replace").strip()
-    except OSError:  # a folder holds no process's id
+    except OSError:  # a folder contains no process's id
         return "another process"
     return f"process {found}" if found.isdecimal() and len(found) <= _LONGEST else "another process"
 

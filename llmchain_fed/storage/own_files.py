@@ -89,7 +89,7 @@ def behind(path: Path) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Puts on the disk which names a folder holds, where the system can."""
+    """Puts on the disk which names a folder contains, where the system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -4,7 +4,7 @@ Knows folders and how this system exchanges two. Knows nothing of what is in the
 
     chain               always whole: the former, then the new one
     .chain-new-k3f0…    what is being written; after the exchange the former one, until it is removed
-    .chain-old-k3f0…    on systems that cannot exchange: holds the former one between two renames
+    .chain-old-k3f0…    on systems that cannot exchange: keeps the former one between two renames
 """
 
 from __future__ import annotations

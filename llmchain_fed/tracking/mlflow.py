@@ -32,7 +32,7 @@ class MLflow(Callback):
 
     A second fit on the same object goes on with the same run; a setting that has changed by then becomes the param
     `<name>.from_round_<n>`, since MLflow never changes one. The run always ends, as FINISHED or as FAILED with a tag
-    `error`. `history.json` holds the samples' held-out texts: who can read the store can read them.
+    `error`. `history.json` contains the samples' held-out texts: who can read the store can read them.
 
     Nothing is sent anywhere but to `tracking_uri`: MLflow's own telemetry is turned off where MLFLOW_DISABLE_TELEMETRY
     does not say otherwise and mlflow has not been imported before.

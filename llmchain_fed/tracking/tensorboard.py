@@ -69,7 +69,7 @@ class TensorBoard(Callback):
         self._close()
 
     def on_error(self, error: BaseException) -> None:  # noqa: ARG002
-        """Closes the file; it holds the rounds that were completed."""
+        """Closes the file; it contains the rounds that were completed."""
         self._close()
 
     def _open(self, purge_step: int | None = None) -> SummaryWriter:

@@ -41,7 +41,7 @@ __all__ = ["TrainingConfig", "TrainingResult", "encoded", "no_examples", "train_
 
 @dataclass
 class TrainingResult:
-    """What one call of `train_locally` did. The model holds the trained weights."""
+    """What one call of `train_locally` did. The model has the trained weights."""
 
     loss: float
     """nats per completion token, mean over `losses`; 0 where there is none"""

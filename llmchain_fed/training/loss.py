@@ -235,7 +235,7 @@ def computing_in(precision: Precision, module: nn.Module) -> Iterator[None]:
     try:
         for parameter in kept:
             parameter.data = parameter.data.to(torch.bfloat16)
-        # without its cache, which would hold the trainable weights as they were before the first optimizer step
+        # without its cache, which would keep the trainable weights as they were before the first optimizer step
         with torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False):
             yield
     finally:

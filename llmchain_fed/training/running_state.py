@@ -73,7 +73,7 @@ def check_unchanged(module: nn.Module, before: Mapping[str, Tensor]) -> None:
 def changed_buffers(module: nn.Module, run: Callable[[], object]) -> set[str]:
     """The buffers that a forward pass changes for good; all have their values back afterwards.
 
-    A cache (rotary frequencies, a mask) changes at most once for one input: a buffer that no file holds counts only
+    A cache (rotary frequencies, a mask) changes at most once for one input: a buffer that no file stores counts only
     when the same pass changes it twice.
     """
     with restored(module) as start:

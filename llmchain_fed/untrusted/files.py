@@ -1,6 +1,6 @@
 """Files from elsewhere: regular ones, up to a size.
 
-Knows the file system. Knows nothing of what a file holds.
+Knows the file system. Knows nothing of what a file contains.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ _PLAIN_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)|[-+]?0[xX][0-9a-fA-F]+|[-+]?0b[01
 
 
 class _Refused(yaml.YAMLError):
-    """What plain YAML may not hold."""
+    """What plain YAML may not contain."""
 
 
 def _check_events(text: str) -> None:
@@ -211,7 +211,7 @@ def dump_yaml(data: Mapping[str, Any], *, what: str, error: ErrorType, remedy: s
 
     Args:
         data: Plain data.
-        what: Holds it, for the message.
+        what: Contains it, for the message.
         error: Raised: it is more than plain data, or more than a megabyte of it.
         remedy: A sentence on what to do.
     """
@@ -226,8 +226,8 @@ def dump_yaml(data: Mapping[str, Any], *, what: str, error: ErrorType, remedy: s
                     return text
         parse_yaml(text.encode(), what=what, error=error, remedy=remedy)
     except (yaml.YAMLError, RecursionError, UnicodeEncodeError, ValueError) as found:
-        raise refusal(error, f"{what} holds more than plain data ({shown(str(found), 200)})", remedy) from None
-    raise refusal(error, f"{what} holds what YAML does not give back", remedy)
+        raise refusal(error, f"{what} contains more than plain data ({shown(str(found), 200)})", remedy) from None
+    raise refusal(error, f"{what} contains what YAML does not give back", remedy)
 
 
 def _with_lists(data: Any, what: str, error: ErrorType, remedy: str, depth: int = 0) -> Any:

@@ -12,7 +12,7 @@ from itertools import islice
 
 from llmchain_fed.errors import LLMChainFedError
 
-MAX_INTEGER = 2**63  # what every other reader of JSON or YAML can hold, too
+MAX_INTEGER = 2**63  # what every other reader of JSON or YAML can represent, too
 # C0 and C1 controls but tab and newline, halves of surrogate pairs, line separators that terminals and editors take for
 # newlines, and what turns the direction of the text around it; joiners stay, which Persian and emoji need
 DANGEROUS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u202a-\u202e\u2066-\u2069\ufff9-\ufffb]")

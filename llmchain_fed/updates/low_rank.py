@@ -35,7 +35,7 @@ class Factors:
 
     @property
     def full_rank(self) -> int:
-        """min(m, n): from here on factors hold nothing that fewer could not."""
+        """min(m, n): from here on factors contain nothing that fewer could not."""
         return full_rank(self.b.shape[0], self.a.shape[1])
 
     def until(self, rank: int) -> Factors:
@@ -123,7 +123,7 @@ def stack(parts: Sequence[Factors]) -> Factors:
 class Stack:
     """A stack that grows: one block for B and one for A, so that putting parts side by side copies each of them once.
 
-    Parts kept one by one leave holes behind that the whole, which is larger, does not fit: memory would hold both.
+    Parts kept one by one leave holes behind that the whole, which is larger, does not fit: both would be in memory.
 
     Args:
         capacity: Rank to make room for; more is taken in all the same, by moving to larger blocks.

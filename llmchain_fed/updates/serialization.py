@@ -157,7 +157,7 @@ def side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of a tensor that holds NaN or infinite values; one pass over those that lie side by side."""
+    """The name of a tensor that contains NaN or infinite values; one pass over those that lie side by side."""
     found = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
     block = side_by_side(list(found.values())) if found else None
     if block is None:

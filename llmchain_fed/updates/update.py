@@ -26,7 +26,7 @@ from llmchain_fed.updates.serialization import TensorInfo
 from llmchain_fed.updates.transforms import added
 
 MAX_EXAMPLES = 10**9
-"""examples or tokens that one participant may hold"""
+"""examples or tokens that one participant may have"""
 MAX_SECONDS = 10**7
 """seconds that a training may take: some four months"""
 _LONGEST_NUMBER = -1.2345678901234567e-100  # as JSON writes a float, and no count is longer
@@ -63,8 +63,8 @@ class Update:
         round: The round it belongs to.
         base: Fingerprint of the base weights it was trained over.
         tensors: Trained values by stable name; on the way with a codec its parts.
-        num_examples: Usable examples the participant holds (n_k).
-        num_tokens: Completion tokens the participant holds.
+        num_examples: Usable examples the participant has (n_k).
+        num_tokens: Completion tokens the participant has.
         metrics: Numbers about the training: `train_loss` (nats/token), `steps`, `seconds`.
         codec: What the parts were made by; None for values as they are.
     """
@@ -126,7 +126,7 @@ class Expected:
     layout: Mapping[str, TensorInfo]
     """type and shape of every value asked for"""
     num_examples: int | None = None
-    """what the participant said it holds when the federation began; None: not known"""
+    """what the participant said it has when the federation began; None: not known"""
     num_tokens: int | None = None
     codec: Codec | None = None
     """what the delta travels as"""
@@ -215,7 +215,7 @@ class Expected:
         """
         wrong = serialization.not_finite(tensors)
         if wrong is not None:
-            _refuse(f"{wrong} holds NaN or infinite values")
+            _refuse(f"{wrong} contains NaN or infinite values")
 
 
 def _quoted(value: object) -> str:

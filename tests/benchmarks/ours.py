@@ -37,17 +37,17 @@ def prepare(path: str, pairs: str, held_out: str, texts: str, new_tokens: str) -
         return {"prompt": common.PROMPT.format(text=source), "completion": target}
 
     # publishers take turns, so that any first n pairs are a mixture
-    held = list(itertools.chain.from_iterable(zip(*(s.held_out for s in splits.values()), strict=True)))
+    held_out = list(itertools.chain.from_iterable(zip(*(s.held_out for s in splits.values()), strict=True)))
     work = {
         "model": embedded.resolve(embedded.NAME),
         "train": [final(*pair) for turn in zip(*(s.train for s in splits.values()), strict=True) for pair in turn],
-        "held_out": [final(*pair) for pair in held],
+        "held_out": [final(*pair) for pair in held_out],
         "participants": {name: s.train for name, s in splits.items()},
-        "texts": [source for source, _ in held[: int(texts)]],
+        "texts": [source for source, _ in held_out[: int(texts)]],
         "new_tokens": int(new_tokens),
     }
     Path(path).write_text(json.dumps(work, ensure_ascii=False, indent=1), encoding="utf-8")
-    common.answer(train=len(work["train"]), held_out=len(held), texts=len(work["texts"]))
+    common.answer(train=len(work["train"]), held_out=len(held_out), texts=len(work["texts"]))
 
 
 def train(path: str, seed: str, precision: str) -> None:
@@ -138,7 +138,7 @@ def aggregate(updates: str) -> None:
     """FedAvg over LoRA updates of 5 M float32 values as they arrive, against `copy_` of as many bytes.
 
     The updates are as `Update.from_bytes` hands them to the server. Four distinct ones take turns
-    (80 MB: more than most caches hold), for the average and for the copy.
+    (80 MB: more than most caches can store), for the average and for the copy.
     Bytes are those of the updates, counted once, on both sides. `from_bytes` is the server's whole path:
     check the header, read and check the values, add.
     """

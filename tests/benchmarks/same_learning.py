@@ -5,7 +5,7 @@
 
 Knows the public names alone, which both commits have. A refactoring that should not change what is learnt shows here
 that it does not: weights after every federation, every record's losses, norms and cosines, and personal adapters.
-The order within a process and on `torchrun` ranks is covered; NVFlare's sites are held to this process's weights by
+The order within a process and on `torchrun` ranks is covered; NVFlare's sites are compared with this process's by
 `tests/runtimes/test_runtimes_agree.py`.
 """
 

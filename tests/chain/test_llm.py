@@ -306,7 +306,7 @@ def test_standard_parameters_name_model_temperature_and_length(causal):
     assert (params["ls_temperature"], params["ls_max_tokens"], params["ls_model_type"]) == (0.5, 3, "llm")
 
 
-def test_repr_is_short_and_a_dump_holds_no_weights(llm):
+def test_repr_is_short_and_a_dump_has_no_weights(llm):
     assert len(repr(llm)) < 200
     assert "model" not in llm.model_dump()
     dump = llm.asdict() if hasattr(llm, "asdict") else llm.dict()  # renamed in langchain-core 1.5

@@ -480,8 +480,8 @@ def test_completions_that_no_answer_could_be_are_counted_with_their_reason():
     strip = LLMChain(llm=LocalLLM(model=model_of("byte-level")), prompt=TEMPLATE, output_parser=StripOutputParser())
     t5 = LLMChain(llm=LocalLLM(model=model_of("T5-like", "seq2seq")), prompt=TEMPLATE)
     words = LLMChain(llm=LocalLLM(model=model_of("WordPiece")), prompt=TEMPLATE)
-    assert counts(byte, "a ## b").holds_stop == 1
-    assert counts(byte, "a<|user|>").holds_stop == 1
+    assert counts(byte, "a ## b").contains_stop == 1
+    assert counts(byte, "a<|user|>").contains_stop == 1
     assert counts(byte, " a\n").used == 1
     assert counts(strip, " a").stripped == 1
     assert counts(strip, "a b").used == 1
@@ -506,7 +506,7 @@ def test_an_end_id_that_is_an_ordinary_word():
     dot = TOKENIZERS["byte-level"]("!", add_special_tokens=False)["input_ids"]
     model.module.generation_config.eos_token_id = [2, *dot]
     chain = LLMChain(llm=LocalLLM(model=model), prompt=TEMPLATE)
-    assert counts(chain, "a!b").holds_end == 1
+    assert counts(chain, "a!b").contains_end == 1
     assert counts(chain, "ab").used == 1
 
 
@@ -521,8 +521,8 @@ def test_more_than_the_tolerance_is_refused_before_training():
     with pytest.raises(UnsayableError, match=r"participant 'a'.*2 of 20"):
         FederatedAveraging(chain, participants={"a": many}, progress=False).fit(1)
     assert chain.model.weights_hash == before
-    assert train_locally(chain, few).report.holds_stop == 1
-    assert train_locally(chain, many, TrainingConfig(tolerance=0.1)).report.holds_stop == 2
+    assert train_locally(chain, few).report.contains_stop == 1
+    assert train_locally(chain, many, TrainingConfig(tolerance=0.1)).report.contains_stop == 2
 
 
 def test_clean_completions_have_the_tokenizers_ids_whatever_was_added():

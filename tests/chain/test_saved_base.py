@@ -320,7 +320,7 @@ def test_a_given_base_must_be_what_the_chain_needs(what, tmp_path):
 
 
 class Shout:
-    """A normaliser of somebody's own, which no file can hold."""
+    """A normaliser of somebody's own, which no file can store."""
 
     def normalize(self, text: NormalizedString) -> None:
         text.map(lambda c: c)
@@ -371,7 +371,7 @@ UNSAVABLE = {
 
 
 @pytest.mark.parametrize("what", UNSAVABLE)
-def test_a_model_that_no_file_can_hold_is_refused_before_the_first_round(what, tmp_path):
+def test_a_model_that_no_file_can_store_is_refused_before_the_first_round(what, tmp_path):
     chain = LLMChain(llm=LocalLLM(model=UNSAVABLE[what]()), prompt=TEMPLATE)
     with pytest.raises(ChainFileError):
         chain.save(tmp_path / "chain")
@@ -386,7 +386,7 @@ class Answer(BaseModel):
     text: str
 
 
-def test_a_parser_that_no_file_can_hold_is_refused_before_training(make_model):
+def test_a_parser_that_no_file_can_store_is_refused_before_training(make_model):
     """Behind the chain, or in a pipe, which has no `save`, it is no matter."""
     face, parser = LocalLLM(model=make_model(lora=True)), PydanticOutputParser(pydantic_object=Answer)
     with pytest.raises(RecipeError, match=r"chain \| parser"):
@@ -403,7 +403,7 @@ def test_an_adapter_on_the_hub_is_not_followed(hub, tmp_path):
     chain.save(tmp_path / "chain")
     (snapshot,) = (tmp_path / "hub").glob("models--some--causal/snapshots/*")
     (snapshot / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "elsewhere"}')
-    with pytest.raises(UnsupportedModelError, match="holds an adapter's settings"):
+    with pytest.raises(UnsupportedModelError, match="contains an adapter's settings"):
         LocalModel.from_pretrained(name)
-    with pytest.raises(ChainFileError, match="holds an adapter's settings"):
+    with pytest.raises(ChainFileError, match="contains an adapter's settings"):
         LLMChain.load(tmp_path / "chain")

@@ -187,7 +187,7 @@ def test_every_kind_of_lora_comes_back(tokenizer, tmp_path, changes):
     assert torch.equal(logits(again.model), logits(model))
 
 
-def test_the_saved_base_holds_no_part_of_the_adapter(tokenizer, tmp_path):
+def test_the_saved_base_contains_no_part_of_the_adapter(tokenizer, tmp_path):
     plain = tiny_module("causal", len(tokenizer))
     names = set(plain.state_dict()) - {"lm_head.weight"}  # tied
     model = LocalModel(with_lora(plain, lora_config(modules_to_save=["down_proj"], use_dora=True)), tokenizer)
@@ -270,7 +270,7 @@ def test_a_chains_directory_is_replaced_whole(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "chain.yaml"])
-def test_a_directory_that_holds_something_else_is_left_alone(saved, tmp_path, name):
+def test_a_directory_that_contains_something_else_is_left_alone(saved, tmp_path, name):
     chain = LLMChain.load(saved)
     other = tmp_path / "mine"
     other.mkdir()

@@ -1,7 +1,7 @@
 """What `federate` and `save` leave on the disk is never less than what they left before, however they end.
 
 Belongs here: whole commands over participants in this machine's memory, and writers that are killed or find no room.
-Does not: real engines (test_federate_federation), what a checkpoint holds (test_resuming), file modes (test_own_files).
+Does not: real engines (test_federate_federation), what a checkpoint has (test_resuming), file modes (test_own_files).
 """
 
 import contextlib
@@ -228,7 +228,7 @@ def test_the_rounds_of_another_federation_are_not_taken_for_this_ones(done, form
     before = digest(done.out)
     status, said = done.run(engine=False)
     assert (status, len(said.splitlines())) == (2, 1), said
-    assert "holds the rounds of another federation (" in said
+    assert "contains the rounds of another federation (" in said
     assert named in said
     assert "Choose another `out`" in said
     assert digest(done.out) == before
@@ -298,12 +298,12 @@ def test_results_without_their_checkpoints_are_not_replaced_by_less(done, left):
     assert not federate_unit(done).starts_again(status)
 
 
-def test_a_folder_that_holds_something_else_is_refused_before_anything_is_loaded(place):
+def test_a_folder_that_contains_something_else_is_refused_before_anything_is_loaded(place):
     for path in (place.out / "chain" / "notes.txt", place.out / "history.json" / "notes.txt"):
         path.parent.mkdir(parents=True)
         path.write_text("precious")
         status, said = place.run(engine=False)
-        assert (status, "holds something else" in said) == (2, True), said
+        assert (status, "contains something else" in said) == (2, True), said
         assert path.read_text() == "precious"
         shutil.rmtree(place.out)
     place.out.write_text("a file")
@@ -326,7 +326,7 @@ def test_before_the_first_round_is_done_no_chain_is_written(place):
 
 
 def test_a_second_process_is_refused_before_it_writes(place, finished, nursery):
-    """Also one with another `out` and the same checkpoint_dir; a killed one holds nothing."""
+    """Also one with another `out` and the same checkpoint_dir; a killed one has nothing."""
     pid = place.at("train 3")
     before = digest(place.folder)
     status, said = place.run(engine=False)
@@ -764,24 +764,24 @@ def test_a_history_is_not_replaced_by_a_shorter_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["history.json"]
 
 
-def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
-    code = "import sys, time; from llmchain_fed.storage.locks import hold\n"
-    code += "with hold(sys.argv[1], 'x'): print(1, flush=True); time.sleep(60)"
-    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"], stdout=subprocess.PIPE)
-    assert holder.stdout.readline()
+def test_a_lock_names_its_owner_and_dies_with_it(tmp_path):
+    code = "import sys, time; from llmchain_fed.storage.locks import lock\n"
+    code += "with lock(sys.argv[1], 'x'): print(1, flush=True); time.sleep(60)"
+    owner = subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"], stdout=subprocess.PIPE)
+    assert owner.stdout.readline()
     with (
-        pytest.raises(ConfigError, match=rf"^the folder is in use by process {holder.pid}\. Two at once"),
-        locks.hold(tmp_path / "lock", "the folder"),
+        pytest.raises(ConfigError, match=rf"^the folder is in use by process {owner.pid}\. Two at once"),
+        locks.lock(tmp_path / "lock", "the folder"),
     ):
         raise AssertionError
-    holder.kill()
-    holder.wait()
-    holder.stdout.close()
-    with locks.hold(tmp_path / "lock", "the folder"):
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    with locks.lock(tmp_path / "lock", "the folder"):
         pass
     with (
         pytest.raises(ConfigError, match=r"cannot be locked: .*No such file"),
-        locks.hold(tmp_path / "no" / "lock", "x"),
+        locks.lock(tmp_path / "no" / "lock", "x"),
     ):
         raise AssertionError
 

@@ -1,6 +1,6 @@
 """`llmchain-fed status` and the file it reads: while a federation runs, from outside, also when its process is gone.
 
-Belongs here: what the file holds and the command says and ends with. Does not: what is told at once (test_attendance).
+Belongs here: what the file has and the command says and ends with. Does not: what is told at once (test_attendance).
 """
 
 import json

@@ -182,7 +182,7 @@ def test_orders_differ_between_passes_and_repeat_with_the_seed():
     assert first == bucketed_order(lengths, 4, random.Random(0))
 
 
-def test_batches_hold_neighbours_in_length():
+def test_batches_contain_neighbours_in_length():
     lengths = random.Random(2).choices(range(5, 200), k=64)
     bucketed = sum(len(b) * max(lengths[i] for i in b) for b in bucketed_order(lengths, 8, random.Random(0)))
     in_order = sum(8 * max(lengths[i : i + 8]) for i in range(0, 64, 8))
@@ -313,7 +313,7 @@ def test_variables_without_a_chain_are_refused(make_model):
             encode_examples(rows, make_model())
 
 
-def test_raw_text_and_examples_hold_text():
+def test_raw_text_and_examples_contain_text():
     with pytest.raises(DataError, match="got int"):
         Example(inputs="a", completion=5)
     with pytest.raises(DataError, match="got dict as `prompt`"):

@@ -1,6 +1,6 @@
 """Files and frames → rows, or an error with file and line.
 
-Belongs here: what JSONL, CSV and frames may hold, encodings, sizes. Does not: what a row must hold (test_encoding),
+Belongs here: what JSONL, CSV and frames may contain, encodings, sizes. Does not: what a row must have (test_encoding),
 missing values (test_missing_values).
 """
 
@@ -60,9 +60,9 @@ REFUSED = {
     "UTF-16": ("a.jsonl", GOOD.encode("utf-16"), r"^a\.jsonl is UTF-16 .*Save it as UTF-8"),
     "UTF-16 backwards": ("a.csv", b"\xfe\xff" + HEAD.encode("utf-16-be"), r"^a\.csv is UTF-16"),
     "UTF-32": ("a.csv", HEAD.encode("utf-32"), r"^a\.csv is UTF-16 or UTF-32"),
-    "UTF-16 without mark": ("a.csv", (HEAD + "a,b\n").encode("utf-16-le"), r"^a\.csv, line 1 holds a NUL byte.*UTF-16"),
-    "NUL": ("a.jsonl", GOOD + GOOD + "\0" * 20, r"^a\.jsonl, line 3 holds a NUL byte"),
-    "NUL in a cell": ("a.csv", HEAD + "a,b\nc,d\0\n", r"^a\.csv, line 3 holds a NUL byte"),
+    "UTF-16 without mark": ("a.csv", (HEAD + "a,b\n").encode("utf-16-le"), r"^a\.csv, line 1 has a NUL byte.*UTF-16"),
+    "NUL": ("a.jsonl", GOOD + GOOD + "\0" * 20, r"^a\.jsonl, line 3 has a NUL byte"),
+    "NUL in a cell": ("a.csv", HEAD + "a,b\nc,d\0\n", r"^a\.csv, line 3 has a NUL byte"),
     "Latin-1": ("a.csv", HEAD.encode() + b'a,"b\nc"\ncaf\xe9,b\n', r"^a\.csv, line 4 is not UTF-8 text"),
     "Latin-1 JSONL": ("a.jsonl", GOOD.encode() * 2000 + b'{"text": "\xe9"}', r"^a\.jsonl, line 2001 is not UTF-8"),
     # CSV

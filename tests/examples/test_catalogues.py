@@ -26,7 +26,7 @@ def french(catalogues: ModuleType):
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, catalogues: ModuleType):
-    """A made-up wheel whose French catalogue holds the given .po text."""
+    """A made-up wheel whose French catalogue contains the given .po text."""
 
     def install(text: str, *, suffix: str = ".po") -> None:
         info, folder = tmp_path / "made-1.dist-info", tmp_path / "made" / "locale" / "fr" / "LC_MESSAGES"
@@ -242,7 +242,7 @@ def test_split_alone_never_holds_out_what_another_trains_on(catalogues):
     splits = [catalogues.split_alone(name, train=200, test=16) for name in catalogues.PUBLISHERS]
     keys = [[{catalogues.normalise(source) for source, _ in part} for part in (s.train, s.held_out)] for s in splits]
     trained = set().union(*(train for train, _ in keys))
-    held_out = set().union(*(held for _, held in keys))
+    held_out = set().union(*(apart for _, apart in keys))
     assert trained & held_out == set()
     assert [(len(s.train), len(s.held_out)) for s in splits] == [(200, 16)] * 5
     with pytest.raises(catalogues.CatalogueError, match="of 9000 to train on"):

@@ -495,7 +495,7 @@ def test_a_round_without_a_usable_update_is_closed_by_step(after, evaluation, ma
 
 
 @pytest.mark.parametrize("loses", ["what it found", "what it was sent"])
-def test_train_sends_everything_to_one_that_lost_what_it_held(loses, make_chain, monkeypatch):
+def test_train_sends_everything_to_one_that_lost_what_it_had(loses, make_chain, monkeypatch):
     """One that no round has asked found the first weights in the chain, which has moved on since."""
     chain = make_chain()
     fed = federation(chain, participants_per_round=1 if loses == "what it found" else None)
@@ -550,7 +550,7 @@ def test_a_step_that_fails_once_the_updates_are_used_up_closes_the_round(rule, f
     assert_equal(chain.model.trainable_state(), twin.model.trainable_state())
 
 
-def test_train_sends_what_changed_to_one_that_holds_the_rest(make_chain):
+def test_train_sends_what_changed_to_one_that_has_the_rest(make_chain):
     """As many bytes as `fit` sends it: under ffa only B has changed since."""
     whole, by_hand = (federation(make_chain(lora=True), aggregation="ffa") for _ in range(2))
     sent = whole.fit(rounds=2)[1].participants["a"].bytes_down
@@ -1021,10 +1021,10 @@ def test_plots(history):
     for name in "abc":
         wanted = [[r.round, r.participants[name].train_loss] for r in history if name in r.trained]
         assert points.get(name, []) == wanted
-    held = {line.get_label(): line.get_xydata().tolist() for line in right.lines}
-    assert set(held) == {"a", "b"}
-    assert held["a"][0] == [0, history[0].participants["a"].held_out_before]
-    assert held["a"][-1] == [3, history[2].participants["a"].held_out_after]
+    held_out = {line.get_label(): line.get_xydata().tolist() for line in right.lines}
+    assert set(held_out) == {"a", "b"}
+    assert held_out["a"][0] == [0, history[0].participants["a"].held_out_before]
+    assert held_out["a"][-1] == [3, history[2].participants["a"].held_out_after]
     assert left.get_ylabel() == right.get_ylabel() == "nats per token"
     History().plot()
 

@@ -37,11 +37,11 @@ BOTH = "1 of 5 held-out examples are also trained on: held-out loss flatters"
 
 @pytest.mark.parametrize("how", ["held_out", "by name", "shared"])
 def test_an_example_that_is_trained_on_and_held_out_is_noted_once(how, make_chain):
-    held = [A[1], *REST]
+    held_out = [A[1], *REST]
     if how == "held_out":
-        fed = federation(make_chain(), [Participant("a", A, held), Participant("b", B)])
+        fed = federation(make_chain(), [Participant("a", A, held_out), Participant("b", B)])
     else:
-        fed = federation(make_chain(), {"a": A, "b": B}, evaluation={"a": held} if how == "by name" else held)
+        fed = federation(make_chain(), {"a": A, "b": B}, evaluation={"a": held_out} if how == "by name" else held_out)
     fed.fit(rounds=2)
     expected = BOTH.replace("held-out examples", "shared evaluation examples") if how == "shared" else BOTH
     assert notes(fed.history[0]) == {"a": [expected], "b": []}
@@ -50,8 +50,8 @@ def test_an_example_that_is_trained_on_and_held_out_is_noted_once(how, make_chai
 
 
 def test_the_same_prompt_with_another_completion_is_counted_apart(make_chain):
-    held = [(A[0][0], "other"), A[1], ({"text": A[2][0]}, A[2][1]), *REST]
-    fed = federation(make_chain(), [Participant("a", A, held)])
+    held_out = [(A[0][0], "other"), A[1], ({"text": A[2][0]}, A[2][1]), *REST]
+    fed = federation(make_chain(), [Participant("a", A, held_out)])
     assert notes(fed.fit(rounds=1)[0])["a"] == [
         "2 of 7 held-out examples are also trained on: held-out loss flatters",
         "1 of 7 held-out examples have a prompt that is trained on, with another completion",
@@ -97,14 +97,14 @@ def test_counts_are_those_of_sets_of_texts(make_chain):
         return encode_examples(rows, chain.model, chain)
 
     train = [("a", "b"), ("a", "c"), ("d", "e"), ("d", "e")]
-    held = [("a", "b"), ("a", "b"), ("a", "x"), ("d", "e"), ("e", "d"), ("ab", ""), ("x", "c")]
-    usable = [row for row in held if row[1]]
+    held_out = [("a", "b"), ("a", "b"), ("a", "x"), ("d", "e"), ("e", "d"), ("ab", ""), ("x", "c")]
+    usable = [row for row in held_out if row[1]]
     pairs, prompts = set(train), {x for x, _ in train}
     same = sum(row in pairs for row in usable)
     asked = sum(row[0] in prompts and row not in pairs for row in usable)
-    assert overlap(encoded(train), encoded(held)) == Overlap(same, asked, len(usable)) == Overlap(3, 1, 6)
-    assert crossing({"p": encoded(train), "q": encoded(held)}, {"p": encoded(held)}) == {"p": (6, 6)}
-    assert crossing({"p": encoded(train)}, {"p": encoded(held)}) == {}
+    assert overlap(encoded(train), encoded(held_out)) == Overlap(same, asked, len(usable)) == Overlap(3, 1, 6)
+    assert crossing({"p": encoded(train), "q": encoded(held_out)}, {"p": encoded(held_out)}) == {"p": (6, 6)}
+    assert crossing({"p": encoded(train)}, {"p": encoded(held_out)}) == {}
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_losses_side_by_side_show_what_is_not_finite(make_chain):
     assert math.isfinite(fed.side_by_side()["a"]["global"])
 
 
-@pytest.mark.parametrize("again", [None, 2, 5], ids=["in one process", "resumed while it holds", "resumed after it"])
+@pytest.mark.parametrize("again", [None, 2, 5], ids=["in one process", "resumed while it is so", "resumed after it"])
 def test_who_counts_one_half_is_said_when_that_begins_and_when_it_ends(again, make_chain):
     """A round that failed said nothing, and a hub that resumes knows from its history what was said."""
     evaluator = federation(make_chain(), {"a": A, "b": B})._server.evaluator

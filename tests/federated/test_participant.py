@@ -18,7 +18,7 @@ from llmchain_fed.federated.participant import as_participants
 
 
 @pytest.mark.parametrize("name", ["\ud800", "a\udfffb"], ids=ascii)
-def test_a_name_that_no_encoding_holds_is_refused_at_once(name):
+def test_a_name_that_no_encoding_has_is_refused_at_once(name):
     with pytest.raises(ConfigError, match=r"half a surrogate pair.*Choose another name"):
         Participant(name, PAIRS)
     with pytest.raises(ConfigError, match="half a surrogate pair"):

@@ -119,7 +119,7 @@ def test_a_newcomer_whose_training_fails_takes_no_part(make_chain):
 
 
 def test_of_a_strangers_curve_nothing_stays(make_chain):
-    """Who is there, what they are known to hold and what they are sent next is as if none had been drawn."""
+    """Who is there, what they are known to have and what they are sent next is as if none had been drawn."""
     fed = federation(make_chain(lora=True))
     fed.fit(1)
     broadcast = fed._server.broadcast
@@ -139,12 +139,12 @@ def test_a_federation_that_is_let_go_leaves_no_copy_of_the_weights(by_hand, lora
     if by_hand:
         fed.train(PAIRS[:4], "a")  # and its round is open
     broadcast = fed._server.broadcast
-    held = [fed, fed._server, broadcast, *broadcast._values.values(), *fed._peers.values()]
-    references = [weakref.ref(thing) for thing in held]
+    kept = [fed, fed._server, broadcast, *broadcast._values.values(), *fed._peers.values()]
+    references = [weakref.ref(thing) for thing in kept]
     gc.collect()
     gc.disable()
     try:
-        del fed, broadcast, held
+        del fed, broadcast, kept
         assert [reference() for reference in references if reference() is not None] == []
     finally:
         gc.enable()

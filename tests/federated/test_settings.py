@@ -81,14 +81,14 @@ def test_what_is_code_stands_by_name(make_chain, tmp_path):
     assert FederationConfig(**json.loads(fed.config.model_dump_json())) == fed.config
 
 
-def test_a_checkpoint_holds_it(make_chain, tmp_path):
+def test_a_checkpoint_contains_it(make_chain, tmp_path):
     options = {"server_optimizer": FedAdam(lr=0.01), "personal": Ditto(lam=0.2), "quorum": 2, "lr": 1e-3}
     chain = make_chain(lora=True)
     fed = FederatedAveraging(chain, participants=SHARES, progress=False, checkpoint_dir=tmp_path, **options)
     fed.fit(1)
-    held = files.about(tmp_path)["config"]
-    assert held.keys() == FIELDS.keys()
-    assert FederationConfig(**held) == fed.config
+    stored = files.about(tmp_path)["config"]
+    assert stored.keys() == FIELDS.keys()
+    assert FederationConfig(**stored) == fed.config
     assert fed.config.training == TrainingConfig(learning_rate=1e-3, seed=0)
 
 

@@ -418,7 +418,7 @@ def test_the_bare_base_cannot_be_trained(model):
             call()
 
 
-def test_dropout_of_the_trained_adapter_holds_for_residents_and_not_for_the_remainder():
+def test_dropout_of_the_trained_adapter_applies_to_residents_and_not_to_the_remainder():
     model = LocalModel(with_lora(tiny_module("causal", 300), lora_config(lora_dropout=0.5)))
     model.add_adapter("a", shaken(model.trainable_state()))
     model.load_remainder(factors(model))
@@ -646,7 +646,7 @@ def test_another_wrapping_of_the_module_knows_its_adapters(model):
     assert other.weights_hash == model.weights_hash
 
 
-def test_a_remainder_may_come_and_go_while_the_model_is_held(model):
+def test_a_remainder_may_come_and_go_while_the_model_is_locked(model):
     before, personal = at_rest(model), logits(model.with_adapter("a"))
     with model.exclusive(), model.exclusive():
         model.load_remainder(factors(model))

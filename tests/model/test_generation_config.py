@@ -1,6 +1,6 @@
 """Every field of a module's own `generation_config`, against plain transformers' `generate`.
 
-Belongs here: what holds, what is overridden, what has no effect, what is said, how it is stored. The table is checked
+Belongs here: what applies, what is overridden, what has no effect, what is said, how it is stored. The table is checked
 against the fields of the installed transformers, so that a new one fails until it has a line. Does not: saved chains
 (test_saving), stop strings (test_stop_strings).
 """
@@ -31,7 +31,7 @@ FIRST, SECOND = TOKENIZER("page verrouillée")["input_ids"][:2]  # with which th
 WATERMARK = {"bias": 30.0, "greenlist_ratio": 0.5, "hashing_key": 15485863, "seeding_scheme": "lefthash"}
 
 # field → values as models ship them, or as transformers documents them
-HOLD = {
+SHIPPED = {
     "min_length": [9, 10],
     "min_new_tokens": [9],
     "use_cache": [False, True],
@@ -115,7 +115,7 @@ NO_EFFECT = {
     "prefill_chunk_size": [2],
 }
 STOPS = {"stop_strings": ["rou", ["rou", "ill"]]}
-TABLE = HOLD | BEAMS | SAMPLING | OVERRIDDEN | NO_EFFECT | STOPS
+TABLE = SHIPPED | BEAMS | SAMPLING | OVERRIDDEN | NO_EFFECT | STOPS
 KINDS = ["causal", "seq2seq"]
 
 
@@ -191,12 +191,12 @@ def test_the_table_knows_every_field():
     assert set(FIELDS) == set(TABLE)
 
 
-# --- what holds -----------------------------------------------------------------------------------------------------
+# --- what applies ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("name", "i"), each(HOLD))
-def test_a_field_holds_as_shipped(kind, name, i, caplog):
+@pytest.mark.parametrize(("name", "i"), each(SHIPPED))
+def test_a_field_applies_as_shipped(kind, name, i, caplog):
     value = value_of(name, i)
     model = shipping(kind, **{name: value})
     eos = value if name == "eos_token_id" else (1,)
@@ -210,8 +210,8 @@ def test_a_field_holds_as_shipped(kind, name, i, caplog):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("name", "i"), each(HOLD | BEAMS))
-def test_a_field_holds_with_beams(kind, name, i):
+@pytest.mark.parametrize(("name", "i"), each(SHIPPED | BEAMS))
+def test_a_field_applies_with_beams(kind, name, i):
     value = value_of(name, i)
     if name == "watermarking_config" and isinstance(value, SynthIDTextWatermarkingConfig):
         pytest.skip("SynthID remembers rows, which beams exchange: it has no meaning there")
@@ -224,7 +224,7 @@ def test_a_field_holds_with_beams(kind, name, i):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("name", "i"), each(SAMPLING))
-def test_a_field_of_sampling_holds_when_sampled(kind, name, i):
+def test_a_field_of_sampling_applies_when_sampled(kind, name, i):
     value = value_of(name, i)
     model = shipping(kind, **{name: value})
     said = [model.generate([p], temperature=2.0, seed=4, max_new_tokens=LENGTH)[0] for p in SHORT]
@@ -253,7 +253,7 @@ def test_shipped_stop_strings_end_answers_beside_the_callers(kind, name, i, capl
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("name", "i"), each(SAMPLING | OVERRIDDEN | NO_EFFECT))
-def test_a_field_that_does_not_hold_changes_nothing_and_is_said_once(kind, name, i, caplog):
+def test_a_field_that_does_not_apply_changes_nothing_and_is_said_once(kind, name, i, caplog):
     value = value_of(name, i)
     model = shipping(kind, **{name: value})
     assert answers(model) == plain(kind)

@@ -83,7 +83,7 @@ def test_answers_are_those_of_the_modules_own_generate(model):
     assert model.generate(PROMPTS, max_new_tokens=12) == [by_hand(model, p, max_new_tokens=12) for p in PROMPTS]
 
 
-def test_answers_hold_neither_prompt_nor_special_tokens(model):
+def test_answers_contain_neither_prompt_nor_special_tokens(model):
     assert model.generate(PROMPTS, max_new_tokens=24) == ANSWERS
 
 
@@ -169,7 +169,7 @@ def test_a_prompt_that_fills_the_context_leaves_room_for_the_rest(causal):
 
 def test_a_prompt_longer_than_the_context_is_refused(causal):
     for call in (lambda p: causal.generate([PROMPTS[0], p]), causal.stream):
-        with pytest.raises(PromptTooLongError, match="128 tokens and the model's context holds 128"):
+        with pytest.raises(PromptTooLongError, match="128 tokens and the model's context takes 128"):
             call("x" * 128)
 
 
@@ -277,7 +277,7 @@ def test_stop_works_with_beams(model):
         ("é", ["éa"], 0),
     ],
 )
-def test_a_possible_beginning_of_a_stop_is_held_back(text, stops, safe):
+def test_a_possible_beginning_of_a_stop_is_kept_back(text, stops, safe):
     assert safe_length(text, stops) == safe
 
 
@@ -475,22 +475,22 @@ def test_exclusive_keeps_others_out(causal):
     with causal.exclusive():
         worker.start()
         assert not done.wait(0.3)
-        assert causal.generate(PROMPTS[:1], max_new_tokens=24) == ANSWERS[:1]  # the holder itself goes on
+        assert causal.generate(PROMPTS[:1], max_new_tokens=24) == ANSWERS[:1]  # who has the lock goes on
     assert done.wait(10)
 
 
-def test_the_version_can_be_read_while_another_thread_holds_the_lock(causal):
+def test_the_version_can_be_read_while_another_thread_has_the_lock(causal):
     """LangChain reads it on the event loop before every call: waiting there would stall every other task."""
-    held, free = threading.Event(), threading.Event()
+    locked, free = threading.Event(), threading.Event()
 
-    def hold():
+    def lock():
         with causal.exclusive():
-            held.set()
+            locked.set()
             free.wait(10)
 
-    worker = threading.Thread(target=hold)
+    worker = threading.Thread(target=lock)
     worker.start()
-    held.wait(10)
+    locked.wait(10)
     read = threading.Thread(target=lambda: causal.weights_version, daemon=True)
     read.start()
     read.join(1)
@@ -564,7 +564,7 @@ def test_a_loaded_state_gives_a_fresh_models_logits(model):
 
 
 def test_load_state_keeps_the_parameter_objects(model):
-    """An optimizer that holds them goes on training the same model."""
+    """An optimizer that has them goes on training the same model."""
     before = [id(p) for p in model.parameters()]
     model.load_state({n: torch.zeros_like(t) for n, t in model.trainable_state().items()})
     assert [id(p) for p in model.parameters()] == before
@@ -609,7 +609,7 @@ def test_a_state_that_does_not_fit_is_refused_whole(model, how):
     assert all(torch.equal(t, before[n]) for n, t in model.trainable_state().items())
 
 
-def test_a_finite_value_that_the_models_type_cannot_hold_is_refused(tokenizer):
+def test_a_finite_value_that_the_models_type_cannot_represent_is_refused(tokenizer):
     model = LocalModel(tiny_module("causal", len(tokenizer)).half(), tokenizer)
     state = {n: t.float() for n, t in model.trainable_state().items()}
     model.load_state(state)

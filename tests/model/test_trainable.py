@@ -28,7 +28,7 @@ STEP = TrainingConfig(learning_rate=0.1, optimizer="sgd", batch_size=4, epochs=1
 
 
 class Counting(torch.nn.Module):
-    """Counts the training passes, in a buffer that a file holds or not."""
+    """Counts the training passes, in a buffer that a file stores or not."""
 
     def __init__(self, *, persistent):
         super().__init__()

@@ -96,7 +96,7 @@ def test_a_text_with_a_token_without_a_row_stops_fit_at_the_door(case, kind):
     before = model.trainable_state()
     fed = FederatedAveraging(chain, participants={"a": PAIRS, "b": REFUSED[case]}, progress=False)
     where = "completion" if case == "completion" else "prompt"
-    reason = rf"a {where} holds the token '\[{token[1:-1]}\]' with id {number}, .* {rows} rows"
+    reason = rf"a {where} contains the token '\[{token[1:-1]}\]' with id {number}, .* {rows} rows"
     with pytest.raises(UnsupportedModelError, match=reason) as error:
         fed.fit(rounds=1)
     assert "module.resize_token_embeddings(len(tokenizer))" in str(error.value)
@@ -114,7 +114,7 @@ def test_asking_with_such_a_token_is_refused_alike_in_every_way():
         "streamed text": lambda: chain.model.stream("a [NEW]"),  # at once, not at the first piece
     }
     for ask in ways.values():
-        with pytest.raises(UnsupportedModelError, match=r"a prompt holds the token '\[NEW\]'"):
+        with pytest.raises(UnsupportedModelError, match=r"a prompt contains the token '\[NEW\]'"):
             ask()
 
 

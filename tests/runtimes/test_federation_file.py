@@ -19,7 +19,7 @@ def test_the_example_reads_and_names_every_option(tmp_path):
         "optimizer",
         "evaluation",
         "transforms",
-    }  # no file holds them
+    }  # no file stores them
     assert found.hub.model_fields_set == HubOptions.model_fields.keys()
     for name in ("quorum", "retries", "keep_checkpoints", "aggregation", "weighting", "seed"):
         assert getattr(found, name) == FederationFile.model_fields[name].default, name

@@ -173,7 +173,7 @@ def test_a_frozen_rank_is_named_within_patience_by_all_others(frozen, group, tmp
 
 
 def test_who_cannot_be_watched_is_said(tmp_path, capfd):
-    """In a group of the user's whose store is a file: a rank that is frozen while it holds the lock holds up all."""
+    """In a group of the user's whose store is a file: a rank that is frozen while it has the lock delays all."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         runtime = TorchDistributed(threads=torch.get_num_threads())
@@ -183,7 +183,7 @@ def test_who_cannot_be_watched_is_said(tmp_path, capfd):
     finally:
         dist.destroy_process_group()
     (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("llmchain_fed: "))
-    assert "no store to watch its ranks by (a FileStore, whose lock a frozen rank may hold)" in line
+    assert "no store to watch its ranks by (a FileStore, whose lock a frozen rank may have)" in line
 
 
 @pytest.mark.federation

@@ -228,7 +228,7 @@ def test_text_from_elsewhere_is_harmless_wherever_it_is_shown_or_saved(make_chai
     assert History.from_dict(json.loads(saved)).to_dict() == json.loads(json.dumps(history.to_dict()))
 
 
-def test_a_history_that_holds_such_text_already_can_be_shown_and_saved(tmp_path, capsys):
+def test_a_history_that_contains_such_text_already_can_be_shown_and_saved(tmp_path, capsys):
     record = ParticipantRecord("refused", EVIL, notes=[EVIL], train_loss=1.0, held_out_before=2.0, held_out_after=1.5)
     sample = Sample(EVIL, EVIL, EVIL, EVIL, EVIL)
     history = History([RoundRecord(1, {EVIL: record, "b": record}, samples=[sample], notes=[EVIL], held_out_after=1.0)])

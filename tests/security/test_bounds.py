@@ -104,7 +104,7 @@ HOSTILE = {
 
 
 def _told(model: type[Strict], found: object) -> str:
-    """Why it is refused; nothing where all that it gives is a field that holds any plain data."""
+    """Why it is refused; nothing where all that it gives is a field that contains any plain data."""
     try:
         checked(model, found, what="it", error=ParticipantError)
     except ParticipantError as error:
@@ -168,12 +168,12 @@ def test_a_hello_a_message_and_a_checkpoint_agree_on_what_they_share():
     ids = [_schema(model, "federation") for model in (tasks.HelloTask, contents._About)]
     assert ids[0] == ids[1]
     for field in ("rank", "alpha"):
-        ranges = [_schema(model, field)["anyOf"] for model in (answers.Introduction, contents.Holding)]
+        ranges = [_schema(model, field)["anyOf"] for model in (answers.Introduction, contents.Declaration)]
         assert ranges[0] == ranges[1]
-    holding = {"examples": 1, "tokens": 1, "rank": 1, "alpha": 1.0, "options": None}
-    assert _told(contents.Holding, holding) == ""
+    declaration = {"examples": 1, "tokens": 1, "rank": 1, "alpha": 1.0, "options": None}
+    assert _told(contents.Declaration, declaration) == ""
     for wrong in ({"rank": LARGEST_RANK + 1}, {"alpha": ALPHAS[0] / 2}, {"alpha": 2 * ALPHAS[1]}):
-        assert "`" + next(iter(wrong)) + "`" in _told(contents.Holding, holding | wrong)
+        assert "`" + next(iter(wrong)) + "`" in _told(contents.Declaration, declaration | wrong)
 
 
 # --- values are looked at once ----------------------------------------------------------------------------------------
@@ -206,6 +206,6 @@ def test_tensors_side_by_side_are_looked_at_in_one_pass(monkeypatch):
     global_state_cache._check_finite(tensors := serialization.values(data, infos))
     assert passes == [100]
     tensors["t7"][3] = float("nan")
-    with pytest.raises(FederationError, match="t7 of the global state holds NaN"):
+    with pytest.raises(FederationError, match="t7 of the global state contains NaN"):
         global_state_cache._check_finite(tensors)
     global_state_cache._check_finite({"codes": torch.ones(3, dtype=torch.int8), "scales": torch.ones(2)})

@@ -187,8 +187,8 @@ def _many_unknown(content):
     content["about"]["config"] |= {f"option{n}": 0 for n in range(120_000)}
 
 
-def _many_holdings(content):
-    content["about"]["holdings"] |= {str(n): {"examples": -1} for n in range(50_000)}
+def _many_declarations(content):
+    content["about"]["declarations"] |= {str(n): {"examples": -1} for n in range(50_000)}
 
 
 def _named_twice(content):
@@ -206,7 +206,7 @@ MEANINGS = {
     "60,000 records": _many_records,
     "120,000 participants of a round": _many_people,
     "120,000 options": _many_unknown,
-    "50,000 holdings": _many_holdings,
+    "50,000 declarations": _many_declarations,
     "a participant twice": _named_twice,
     "a share of nothing": lambda content: content["about"]["config"].update(max_weight_share=5e-324),
     "a federation's id with a space": lambda content: content["about"].update(federation="a b"),

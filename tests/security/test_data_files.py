@@ -1,6 +1,6 @@
 """JSONL and CSV files that nobody looked at: rows, or one error that names file and line; memory for one line.
 
-Belongs here: what a file may hold. Does not: how rows become examples (test_readers, test_encoding).
+Belongs here: what a file may contain. Does not: how rows become examples (test_readers, test_encoding).
 """
 
 import json

@@ -435,7 +435,7 @@ def test_many_wrong_fields_or_entries_cost_no_more_than_one():
 
 
 @bounded(seconds=60, megabytes=400)
-def test_what_a_rank_holds_and_what_the_leader_asks_is_read_as_strictly():
+def test_what_a_rank_has_and_what_the_leader_asks_is_read_as_strictly():
     for text in [b'{"error": null}', *corpus.rank_heads()]:
         with pytest.raises(FederationError, match=r"rank 1 .*sent what makes no sense"):
             rank_0(message(text)).host({})

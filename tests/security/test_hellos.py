@@ -24,7 +24,7 @@ from llmchain_fed.federated.server.client_manager import ABSENCE
 
 CONTRACT = {"base": "b" * 64, "adapter": "a" * 64, "prompt": "p", "tokenizer": "t", "version": "1"}
 HONEST = {
-    "participant": "p", "contract": CONTRACT, "held_out": True, "holds": "h" * 16, "rank": 2, "alpha": 4,
+    "participant": "p", "contract": CONTRACT, "held_out": True, "weights_hash": "h" * 16, "rank": 2, "alpha": 4,
     "options": "o" * 16, "num_examples": 5, "num_tokens": 40,
     "report": {"used": 5, "completion_tokens": 40, "empty": 1},
     "held_out_examples": 2, "held_out_tokens": 9, "overlap": [0, 1, 2],
@@ -85,7 +85,7 @@ def test_an_honest_hello_is_read():
         ({"participant": "\x1b[2J" * 50}, "calls itself"),
         ({"contract": {"base": "\x1b[2J" * 999}}, "another contract ("),
         ({"contract": "\ud800"}, "another contract ("),
-        ({"contract": CONTRACT | {"more": "x"}, "holds": 5}, "`holds`"),
+        ({"contract": CONTRACT | {"more": "x"}, "weights_hash": 5}, "`weights_hash`"),
     ],
     ids=range(20),
 )

@@ -131,7 +131,7 @@ def test_a_request_for_the_name_of_the_hub_is_not_signed_as_a_site(hub, tmp_path
 
 @pytest.mark.parametrize("altered", [{"name": "org-b"}, {"org": "another"}])
 def test_a_request_that_says_something_else_than_its_key_signed_is_refused(altered, hub, tmp_path):
-    """What is shown to whoever approves is what the key's holder signed."""
+    """What is shown to whoever approves is what the key's owner signed."""
     said = {"name": "org-a", "kind": "site", "org": "a"} | altered
     path = tmp_path / f"{said['name']}.request.zip"
     path.write_bytes(zipped(**{"request__json": json.dumps(said), f"{said['name']}__csr": signing_request(2048)}))
@@ -140,8 +140,8 @@ def test_a_request_that_says_something_else_than_its_key_signed_is_refused(alter
     told(error.value)
 
 
-def test_one_name_has_one_holder(hub, tmp_path):
-    """Whatever the case of its letters; a certificate that was revoked holds nothing."""
+def test_one_name_has_one_owner(hub, tmp_path):
+    """Whatever the case of its letters; a certificate that was revoked owns nothing."""
     mark = registry.normal("ab" * 32)
     given = {"role": "site", "organisation": "a", "certificate": mark, "public_key": mark, "by": "me@hub"}
     given |= {"approved": registry.now(), "until": registry.now()}

@@ -58,7 +58,7 @@ def peer(target):
 
 
 def stands(peer):
-    """All that a message could change: weights, remainder, adapters, progress, what is held, how it trains."""
+    """All that a message could change: weights, remainder, adapters, progress, what is kept, how it trains."""
     model = peer.model
     progress = {
         n: (
@@ -68,8 +68,8 @@ def stands(peer):
         )
         for n, p in peer.progress.rounds.items()
     }
-    held = {rank: (version, dict(state.values)) for rank, (version, state) in peer.global_states._states.items()}
-    return model.weights_hash, tuple(model.adapters), sorted(model.remainder()), progress, held, (
+    states = {rank: (version, dict(state.values)) for rank, (version, state) in peer.global_states._states.items()}
+    return model.weights_hash, tuple(model.adapters), sorted(model.remainder()), progress, states, (
         peer.federation, repr(peer.config), peer.aggregation, peer.data._max_length,
     )  # fmt: skip
 
@@ -186,7 +186,7 @@ def test_a_remainder_may_be_as_wide_as_a_hub_makes_it(peer, target):
     assert full_rank(m, n) == rank
 
 
-def test_a_difference_is_to_what_is_held_and_codes_are_what_their_codec_makes(peer, target):
+def test_a_difference_is_to_what_is_kept_and_codes_are_what_their_codec_makes(peer, target):
     model = target.model
     first = sorted(model.trainable_state())[0]
     full = {"version": "hub/1/", "against": None}

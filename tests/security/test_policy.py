@@ -96,7 +96,7 @@ def target():
 # --- what is private ------------------------------------------------------------------------------------------------
 
 
-def holds(private, left):
+def leaked(private, left):
     """Whether a private tensor's bytes are in what left."""
     return any(t.numpy().tobytes() in answer for t in private.values() if t.any() for answer in left)
 
@@ -109,7 +109,7 @@ def three_rounds_of_a(target, policy=None):
         assert isinstance(ask.train(round=number + 1, shares="A"), bytes)
     private = ask.private
     assert len(private) == 6
-    assert not holds(private, ask.left)
+    assert not leaked(private, ask.left)
     return ask, private
 
 
@@ -123,7 +123,7 @@ def test_what_a_participant_kept_for_itself_does_not_leave_when_it_is_asked_for_
     assert "policy.aggregations: " in message or "what is private never leaves" in message
     for extra in ({"trains": "B", "shares": "B"}, {"codec": "int8"}, {"codec": "bf16"}, {"round": 1}, {"round": 9}):
         ask.train(**({"round": 4, "shares": shares} | extra))
-    assert not holds(private, ask.left)
+    assert not leaked(private, ask.left)
     assert ask.peer.progress.before()[1].private.keys() == private.keys()
 
 
@@ -143,7 +143,7 @@ def test_another_federation_a_stop_or_a_round_of_before_makes_nothing_that_was_p
                 kind, message = ask.train(round=number + 1, shares="all")
                 assert kind == "PolicyError"
                 assert "Start its peer anew" in message
-        assert not holds(private, ask.left)
+        assert not leaked(private, ask.left)
         ask.hello(aggregation="fedsa")
         assert isinstance(ask.train(round=1, shares="A"), bytes)
 
@@ -188,7 +188,7 @@ def test_other_answers_tell_numbers_alone(target):
         assert not {"samples"} & said.keys() or said["samples"] == []
         assert len(answer) < 400
     assert ask("personal_state", serialization.pack({}, {}))[0] == "PolicyError"
-    assert not holds(private, ask.left)
+    assert not leaked(private, ask.left)
     assert not any(text.encode() in b"".join(ask.left) for pair in PAIRS for text in pair)
 
 
@@ -200,7 +200,7 @@ def test_dittos_model_does_not_leave(target):
     ask.hello(training={"learning_rate": 1e-30})
     ask.train(round=2)
     assert kept
-    assert not holds(kept, ask.left)
+    assert not leaked(kept, ask.left)
 
 
 # --- limits ---------------------------------------------------------------------------------------------------------
@@ -404,7 +404,7 @@ class Slow:
         self.stop.clear()
 
 
-def test_a_difference_to_what_is_not_held_tells_no_loss_and_costs_none(target):
+def test_a_difference_to_what_is_not_kept_tells_no_loss_and_costs_none(target):
     """The site once counted requests and the peer what it told: honest repetitions used up what is allowed."""
     ask = Asker(target, Policy(max_evaluations=2))
     ask.hello()

@@ -41,7 +41,7 @@ def test_every_command_it_names_is_there():
     assert named <= targets
 
 
-def test_the_page_holds_the_core():
+def test_the_page_contains_the_core():
     for sentence in (
         "Nothing that one participant sends raises out of `fit`, hangs it, or costs more than twice an honest update.",
         "Nothing that a hub sends makes a site do what its policy does not name.",

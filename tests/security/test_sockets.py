@@ -105,7 +105,7 @@ def test_the_driver_is_not_blocked_either(tmp_path_factory):
     link = Link(path)
     try:
         strangers = [connected(path) for _ in range(20)]
-        with frames.dial(path):  # holds the key, and is silent
+        with frames.dial(path):  # has the key, and is silent
             bridge = frames.dial(path)
             bridge.send_bytes(frames.pack({"run": "r", "sites": ["a"]}))
             assert link.wait(3.0) == ["a"]
@@ -173,7 +173,7 @@ def test_who_listens_without_the_key_is_told_nothing(path, tmp_path):
                 said.append(other.recv(1000))
 
     threading.Thread(target=hear, daemon=True).start()
-    with pytest.raises(TransportError, match="who listens there holds another key"):
+    with pytest.raises(TransportError, match="who listens there has another key"):
         frames.ask(place, b"secret content")
     impostor.close()
     assert b"secret content" not in b"".join(said)
@@ -192,7 +192,7 @@ def test_a_socket_or_key_of_another_account_is_not_talked_to(whose, path):
 
 
 @pytest.mark.skipif(not ROOT, reason="only root can give a folder to another account")
-def test_a_folder_of_another_account_holds_no_socket_of_ours(path):
+def test_a_folder_of_another_account_has_no_socket_of_ours(path):
     os.chown(path.parent, 65534, 65534)
     with pytest.raises(TransportError, match="belongs to another account"):
         frames.dial(path)

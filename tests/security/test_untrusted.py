@@ -123,7 +123,7 @@ def test_yaml_of_any_kind_is_a_value_or_one_error():
     ],
     ids=range(36),
 )
-def test_what_plain_yaml_may_not_hold(text, why):
+def test_what_plain_yaml_may_not_contain(text, why):
     with pytest.raises(ConfigError, match=r"^the policy ") as error:
         untrusted.parse_yaml(text, **YAML)
     assert why in str(error.value)

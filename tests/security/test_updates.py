@@ -82,7 +82,7 @@ def test_an_honest_update_is_read_and_just_fits(codec):
 
 @pytest.mark.parametrize("name", ["ä" * 40, 'quo"te', "back\\slash", "日本語", "x" * 500, "w"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_cap_holds_for_every_name_and_participant(name, dtype):
+def test_the_cap_applies_to_every_name_and_participant(name, dtype):
     state = {name: torch.zeros(3, 0, 5, dtype=dtype), name[:-1] + "2": torch.ones((), dtype=dtype)}
     whose = 'p"\\ä日' + "\U0001f600"
     metrics = {"train_loss": 1.2345678901234567e-99, "steps": 10**13, "seconds": 1234567.1234567891}

@@ -260,7 +260,7 @@ def within_itself():
     [object(), {1: 2}, 2**63, float("inf"), "\ud800", within_itself(), {"a"}, b"a", "x" * 2**20, 1j],
     ids=range(10),
 )
-def test_what_no_file_can_hold_is_refused_when_it_is_written(value):
+def test_what_no_file_can_store_is_refused_when_it_is_written(value):
     with pytest.raises(ChainFileError, match=r"^the options ") as error:
         untrusted.dump_yaml({"a": value}, what="the options", error=ChainFileError, remedy="Leave it out.")
     assert len(str(error.value)) < 600

@@ -1,6 +1,6 @@
 """`llmchain-fed federate` in a process of its own, over participants that need no engine; for test_federate.
 
-Belongs here: what runs in the processes. Does not: what must hold of them (test_federate).
+Belongs here: what runs in the processes. Does not: what must be true of them (test_federate).
 
 As in killed_federation a nursery imports everything once and forks a child per attempt. It reads a line of JSON per
 attempt (see `child`) and answers the child's process id; {"wait": id} is answered with its exit status, negative for a

@@ -1,6 +1,6 @@
 """The federation that test_kills kills: six short rounds, resumed wherever there is a checkpoint.
 
-Belongs here: what runs in the processes. Does not: when they are killed and what must hold then (test_kills).
+Belongs here: what runs in the processes. Does not: when they are killed and what must be true then (test_kills).
 
 A nursery has imported everything once and forks a child per attempt, so that a start costs milliseconds and not the
 seconds that torch takes to load; what is killed is a process all the same. It reads a line per attempt, a directory and

@@ -103,7 +103,7 @@ class Interrupt(Callback):
 
 
 class Elsewhere(Runtime):
-    """Participants on a model of their own, who say what they hold once they are asked to join."""
+    """Participants on a model of their own, who say what they have once they are asked to join."""
 
     def __init__(self, peers) -> None:
         self._inside = InProcess(peers)

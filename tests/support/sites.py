@@ -100,6 +100,6 @@ def audit(folder, name):
 
 
 def task(**header):
-    """A train request whose safetensors metadata holds `header`."""
+    """A train request whose safetensors metadata contains `header`."""
     text = json.dumps({"__metadata__": {"llmchain_fed": json.dumps(header) if isinstance(header, dict) else header}})
     return len(text).to_bytes(8, "little") + text.encode()

@@ -48,7 +48,7 @@ def llama_like() -> Tokenizer:
 
 
 def t5_like() -> Tokenizer:
-    """Unigram with Metaspace, whose vocabulary holds the control tokens as ordinary pieces of score 0."""
+    """Unigram with Metaspace, whose vocabulary contains the control tokens as ordinary pieces of score 0."""
     raw = Tokenizer(models.Unigram())
     raw.normalizer = normalizers.Replace(Regex(" {2,}"), " ")
     raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")

@@ -178,7 +178,7 @@ def test_names_with_slashes_do_not_collide():
     assert [found[f"participant/{n}/train_loss"] for n in names] == [0.0, 1.0, 2.0, 3.0]
 
 
-def test_samples_are_fenced_whatever_they_hold():
+def test_samples_are_fenced_whatever_they_contain():
     texts = samples_of(make_record(1))
     assert "````\n```\nPag\n````" in texts["django"]
     assert "after" not in texts["django"]

@@ -170,8 +170,8 @@ def test_the_proximal_term_is_fedprox(battery):
     train_locally(
         without.model, FEW, TrainingConfig(optimizer="sgd", learning_rate=lr, batch_size=4, epochs=2), prompt=without
     )
-    free, held = states(without.model), states(chain.model)
-    assert sum(float(((held[n] - w0[n]) ** 2).sum()) for n in w0) < sum(
+    free, pulled = states(without.model), states(chain.model)
+    assert sum(float(((pulled[n] - w0[n]) ** 2).sum()) for n in w0) < sum(
         float(((free[n] - w0[n]) ** 2).sum()) for n in w0
     )
     assert result.losses[0] == pytest.approx(math.fsum(result.losses[:1]))  # the loss reported is that of the data
@@ -362,8 +362,8 @@ def test_a_dataloader_is_used_as_it_is(battery):
 
 
 @pytest.mark.parametrize(("steps", "stream"), [(3, False), (6, False), (1, False), (3, True)])
-def test_steps_over_a_dataloader_count_what_it_holds(steps, stream, make_chain):
-    """n_k is what a participant holds, not what it consumed: twice through the data is not twice the data."""
+def test_steps_over_a_dataloader_count_what_it_has(steps, stream, make_chain):
+    """n_k is what a participant has, not what it consumed: twice through the data is not twice the data."""
     chain = make_chain()
     result = train_locally(
         chain.model, loader_of(chain, PAIRS, stream=stream), TrainingConfig(max_steps=steps, optimizer="sgd")

@@ -253,7 +253,7 @@ def test_evaluation_in_bf16(battery):
     assert (fp32.tokens, fp32.examples) == (bf16.tokens, bf16.examples)
 
 
-def test_the_check_of_the_head_also_holds_for_an_adapter_over_a_scaling_model(tokenizer):
+def test_the_check_of_the_head_also_applies_to_an_adapter_over_a_scaling_model(tokenizer):
     from peft import LoraConfig, get_peft_model
 
     base = HEADS["logits scaled (Cohere)"]()

@@ -132,8 +132,8 @@ def test_a_single_update_is_not_handed_through_by_reference():
     assert float(mean.finish().values["b"].abs().max()) > 0
 
 
-def test_an_accumulator_holds_one_state_however_many_come():
-    """The updates are let go as soon as they are in, and what is held does not grow."""
+def test_an_accumulator_keeps_one_state_however_many_come():
+    """The updates are let go as soon as they are in, and what is kept does not grow."""
     mean, sizes, alive = RunningMean(), [], []
     for state in states(60):
         mean.add(Contribution(state, 1))

@@ -217,14 +217,14 @@ def test_views_and_parameters_are_encoded_as_their_values():
 def test_what_is_not_finite_is_not_encoded(codec, bad):
     tensors = delta()
     tensors["c"][1] = bad
-    with pytest.raises(FederationError, match=r"^c holds NaN or"):
+    with pytest.raises(FederationError, match=r"^c contains NaN or"):
         codec.encode(tensors)
 
 
 def test_what_no_code_stands_for():
-    with pytest.raises(FederationError, match=r"^c holds .*float32"):
+    with pytest.raises(FederationError, match=r"^c contains .*float32"):
         Int8().encode({"a": torch.ones(2), "c": torch.tensor([1e300], dtype=torch.float64)})
-    with pytest.raises(FederationError, match=r"^c holds .*bfloat16"):
+    with pytest.raises(FederationError, match=r"^c contains .*bfloat16"):
         BF16().encode({"a": torch.ones(2), "c": torch.tensor([0, torch.finfo(torch.float32).max])})
     with pytest.raises(FederationError, match=r"^c is torch\.int64; a delta is floating"):
         TopK().encode({"a": torch.ones(2), "c": torch.tensor([1])})
@@ -351,7 +351,7 @@ def test_indices_that_are_none(name):
     for bad in (-1, -(2**31), size, 2**31 - 1):
         refused(TopK(), changed(TopK(), "indices", at, bad), f"^{name} has indices outside of it")
     for bad in (math.nan, math.inf, -math.inf):
-        refused(TopK(), changed(TopK(), "values", at, bad), f"^{name} holds NaN or infinite")
+        refused(TopK(), changed(TopK(), "values", at, bad), f"^{name} contains NaN or infinite")
 
 
 @pytest.mark.parametrize("name", ["a", "b.weight", "big"])
@@ -368,7 +368,7 @@ def test_indices_in_another_order_or_twice(name):
 @pytest.mark.parametrize("name", ["a", "big", "scalar"])
 def test_bfloat16_values_that_are_none(name):
     for bad in (math.nan, math.inf):
-        refused(BF16(), changed(BF16(), "values", ENTRY["values"][name], bad), f"^{name} holds NaN or infinite")
+        refused(BF16(), changed(BF16(), "values", ENTRY["values"][name], bad), f"^{name} contains NaN or infinite")
 
 
 @pytest.mark.parametrize("codec", ALL, ids=repr)
@@ -472,7 +472,7 @@ def test_a_residual_of_another_model_and_a_failed_encoding():
     with pytest.raises(FederationError, match=r"residual of w has shape \(1,\), the delta's \(2,\)"):
         encode_with_feedback(Int8(), {"w": torch.ones(2)}, {"w": torch.ones(1)})
     given = {"w": torch.tensor([0.5, 0.0])}
-    with pytest.raises(FederationError, match=r"^w holds NaN"):
+    with pytest.raises(FederationError, match=r"^w contains NaN"):
         encode_with_feedback(TopK(0.5), {"w": torch.tensor([1.0, math.nan])}, given)
     assert given["w"].tolist() == [0.5, 0.0]
     encode_with_feedback(TopK(0.5), {"w": torch.tensor([1.0, 2.0])}, given)

@@ -2,7 +2,7 @@
 
 Belongs here: what each rule of `aggregation` promises, through whole rounds and on factors alone; the gap; what travels
 under each rule; personal factors; server optimizers on factors. Does not: which options go together
-(test_compatibility), plain means (test_aggregation), how adapters are held (test_adapters).
+(test_compatibility), plain means (test_aggregation), how adapters are kept (test_adapters).
 """
 
 import copy
@@ -51,7 +51,7 @@ def federation(chain, rule, participants=SHARES, training=FAST, **options):
 
 @dataclass
 class Global:
-    """What a chain holds, copied, so that an outsider can start from it."""
+    """What a chain has, copied, so that an outsider can start from it."""
 
     values: dict
     remainder: dict
@@ -102,14 +102,14 @@ def merged(chain):
 
 
 def by_formula(chain):
-    """Layer → base + s·B·A + remainder in float64, from what the chain says it holds."""
-    held, found = Global.of(chain), {}
+    """Layer → base + s·B·A + remainder in float64, from what the chain says it has."""
+    stored, found = Global.of(chain), {}
     parts = dict(tiny_module(chain.model.kind, len(chain.model.tokenizer)).named_modules())
-    for layer, scaling in held.scaling.items():
-        b, a = held.values[layer + B].double(), held.values[layer + A].double()
+    for layer, scaling in stored.scaling.items():
+        b, a = stored.values[layer + B].double(), stored.values[layer + A].double()
         found[layer] = parts[layer].weight.detach().double() + scaling * b @ a
-        if layer in held.remainder:
-            more_b, more_a = (t.double() for t in held.remainder[layer])
+        if layer in stored.remainder:
+            more_b, more_a = (t.double() for t in stored.remainder[layer])
             found[layer] = found[layer] + more_b @ more_a
     return found
 
@@ -207,7 +207,7 @@ CASES = {
     "fedsvd": Case("fedsvd"),
     "fedex": Case("fedex"),
     "flora": Case("flora"),
-    "flexlora whose rank holds the stack": Case(
+    "flexlora whose rank reaches the stack's": Case(
         "flexlora", {"r": 12, "lora_alpha": 24}, {n: {"rank": 4, "alpha": 8} for n in SHARES}
     ),
     "flora, mixed": Case(
@@ -463,8 +463,8 @@ def test_what_goes_to_the_remainder_takes_no_more_memory_than_the_participants_f
         collector.add(given(random_state(seed)))
     for layer, factors in collector.finish().remainder.items():
         m, n = SHAPES[layer]
-        held = sum(t.untyped_storage().nbytes() for t in (factors.b, factors.a))
-        assert held == 3 * 4 * (m + n) * 4  # participants × rank × (m + n) × bytes
+        stored = sum(t.untyped_storage().nbytes() for t in (factors.b, factors.a))
+        assert stored == 3 * 4 * (m + n) * 4  # participants × rank × (m + n) × bytes
 
 
 # --- rules on factors alone -------------------------------------------------------------------------------------------

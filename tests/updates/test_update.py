@@ -115,12 +115,12 @@ def test_the_count_a_participant_joined_with_is_the_count_that_counts():
 def test_values_that_are_not_finite(value, at):
     state = {n: t.clone() for n, t in STATE.items()}
     state["a.weight"].view(-1)[at] = value
-    assert_refused(packed(state), "a.weight holds NaN or infinite values")
+    assert_refused(packed(state), "a.weight contains NaN or infinite values")
 
 
 def test_infinities_that_cancel_are_seen():
     state = {"w": torch.tensor([float("inf"), -float("inf"), 1.0])}
-    with pytest.raises(UpdateRefusedError, match="w holds NaN"):
+    with pytest.raises(UpdateRefusedError, match="w contains NaN"):
         Update.from_bytes(packed(state), expected(state))
 
 

@@ -76,14 +76,14 @@ class Seen(Collection):
 def test_only_updates_that_may_be_cut_are_kept(weights, share):
     named = {str(i): w for i, w in enumerate(weights)}
     inner, most = Seen(), 0
-    held = CappedWeights(inner, share)
+    capped = CappedWeights(inner, share)
     for name, weight in named.items():
-        held.add(Contribution({}, weight, participant=name))
-        most = max(most, len(held._kept))
+        capped.add(Contribution({}, weight, participant=name))
+        most = max(most, len(capped._kept))
     assert most <= math.ceil(1 / share)
     assert all(weight == named[name] for name, weight in inner.weights)
-    held.finish()
-    assert dict(inner.weights) == held.weights == cut(named, share)
+    capped.finish()
+    assert dict(inner.weights) == capped.weights == cut(named, share)
     assert len(inner.weights) == len(named)
 
 

@@ -1,6 +1,6 @@
 """A LoRA adapter as a standard PEFT folder: resolved settings and one safetensors file.
 
-With a frozen remainder beside the trained factors the folder holds both side by side, so that plain PEFT computes
+With a frozen remainder beside the trained factors the folder contains both side by side, so that plain PEFT computes
 their sum, and the chain says which columns are the trained ones. Knows PEFT. Knows nothing of LangChain.
 """
 
@@ -62,7 +62,7 @@ def write(model: LocalModel, directory: Path, *, base_name: str) -> Trained | No
     """Writes the adapter that answers into `adapter/`; which columns are trained, where others lie beside them.
 
     Args:
-        model: Held exclusively.
+        model: Locked exclusively.
         directory: The chain's.
         base_name: What the base is called for other tools: a hub id where there is one.
     """
@@ -156,7 +156,7 @@ def load(model: LocalModel, directory: Path, trained: Trained | None) -> LocalMo
     """The model with the saved adapter as the one that it answers with and trains, and with the saved remainder.
 
     Raises:
-        ChainFileError: The folder holds something else than `write` writes, or it does not fit the model.
+        ChainFileError: The folder contains something else than `write` writes, or it does not fit the model.
     """
     folder = directory / FOLDER
     try:

@@ -70,11 +70,11 @@ def write(directory: Path, model: LocalModel, **parts: Any) -> None:
     """Writes the whole directory or leaves what was there before: there is no moment without a whole chain.
 
     Raises:
-        ChainFileError: The directory holds something else than a chain, or cannot be written.
+        ChainFileError: The directory contains something else than a chain, or cannot be written.
     """
     if directory.exists() and not may_be_replaced(directory):
         msg = (
-            f"{str(directory)!r} holds something else than a chain, so it is not overwritten. Choose another directory."
+            f"{str(directory)!r} contains something else than a chain and is not overwritten. Choose another directory."
         )
         raise ChainFileError(msg)
     with _writable(directory), replaced(directory) as scratch, model.exclusive():
@@ -111,7 +111,7 @@ def check(**parts: Any) -> None:
     """Makes sure that the parts of a chain beside its model can be written as data.
 
     Raises:
-        ChainFileError: They hold more.
+        ChainFileError: They contain more.
     """
     _dumped_parts({name: part.model_dump() if isinstance(part, BaseModel) else part for name, part in parts.items()})
 
@@ -134,7 +134,7 @@ def _version() -> str:
 
 
 def may_be_replaced(directory: Path) -> bool:
-    """Whether a chain may take its place: it is empty, or holds a chain and nothing of the user's beside it."""
+    """Whether a chain may take its place: it is empty, or contains a chain and nothing of the user's beside it."""
     if not directory.is_dir() or {p.name for p in directory.iterdir()} - {RECIPE, *_OURS}:
         return False
     try:
@@ -144,7 +144,7 @@ def may_be_replaced(directory: Path) -> bool:
 
 
 def _check_files(directory: Path) -> list[str]:
-    """Paths within the directory, once every file is one that `save` writes, holding the kind of data it writes.
+    """Paths within the directory, once every file is one that `save` writes, containing the kind of data it writes.
 
     Raises:
         ChainFileError: One is not, by its name, its settings or its weights' header.

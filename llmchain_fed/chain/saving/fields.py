@@ -133,7 +133,7 @@ def read_settings(folder: Path) -> AdapterSettings:
     """`adapter_config.json`, read as data: PEFT's own reader would take any of its settings.
 
     Raises:
-        ChainFileError: It holds anything but what `save` writes.
+        ChainFileError: It contains anything but what `save` writes.
     """
     path = folder / SETTINGS
     found = read_json(

@@ -42,7 +42,7 @@ def check(model: LocalModel) -> None:
     """Makes sure that a chain over this model could be saved and would answer the same once loaded; writes nothing.
 
     Raises:
-        ChainFileError: What no file can hold, with the remedy.
+        ChainFileError: What no file can store, with the remedy.
     """
     base = base_of(model)
     if model.reference is not None and (len(model.reference) > 200 or not re.fullmatch(HUB_ID, model.reference)):
@@ -113,7 +113,7 @@ def _check_base(base: Any) -> None:
     settings.check_writable(base.config, error=ChainFileError)
     types = {p.dtype for n, p in base.named_parameters() if not is_adapter(n) and p.is_floating_point()}
     if len(types) > 1 and not getattr(base, "_keep_in_fp32_modules", None):
-        msg = f"the base holds {sorted(map(str, types))} at once, and is loaded in one type. Convert it to one."
+        msg = f"the base has {sorted(map(str, types))} at once, and is loaded in one type. Convert it to one."
         raise ChainFileError(msg)
 
 
@@ -156,7 +156,7 @@ def _generation(base: Any) -> dict[str, Any] | None:
         raise ChainFileError(msg) from None
     if back != data or read != data:
         odd = [k for k in data if back.get(k) != data[k] or read.get(k) != data[k]]
-        msg = f"the model's generation_config holds {odd} as no file can. Reset them."
+        msg = f"the model's generation_config has {odd}, which no file can store. Reset them."
         raise ChainFileError(msg)
     return data
 
@@ -168,7 +168,7 @@ def write(model: LocalModel, directory: Path) -> ModelData:
     """Writes all of the model that `load` needs into an empty directory.
 
     Args:
-        model: Held exclusively.
+        model: Locked exclusively.
         directory: Empty.
 
     Raises:

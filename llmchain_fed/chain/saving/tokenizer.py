@@ -40,10 +40,10 @@ def write(tokenizer: Any, directory: Path) -> None:
 
 
 def check_folder(directory: Path) -> None:
-    """Makes sure that `tokenizer/` holds what `write` writes: known files, and settings that are data.
+    """Makes sure that `tokenizer/` contains what `write` writes: known files, and settings that are data.
 
     Raises:
-        ChainFileError: It holds something else.
+        ChainFileError: It contains something else.
     """
     folder = directory / FOLDER
     names = files.plain_files(folder, error=ChainFileError) if folder.exists() else []
@@ -56,7 +56,7 @@ def load(directory: Path) -> Any:
     """Reads `tokenizer/` and nothing else; code of the folder's own is not run.
 
     Raises:
-        ChainFileError: It holds no tokenizer that this transformers knows.
+        ChainFileError: It contains no tokenizer that this transformers knows.
     """
     folder = directory / FOLDER
     try:

@@ -34,8 +34,8 @@ _Positive = Annotated[int, Field(ge=1, lt=2**63)]
 _Numbers = Annotated[dict[Name, Any], Field(max_length=1_000_000)]
 
 
-class Holding(Strict):
-    """What a participant said it holds."""
+class Declaration(Strict):
+    """What a participant said of itself when it joined."""
 
     examples: _Positive | None
     tokens: _Positive | None
@@ -55,7 +55,7 @@ class _About(Strict):
     config: Any
     participants: Annotated[list[Name], FailFast(), Field(max_length=MOST_PARTICIPANTS)]
     federation: FederationId
-    holdings: Annotated[dict[Name, Any], Field(max_length=MOST_PARTICIPANTS)]
+    declarations: Annotated[dict[Name, Any], Field(max_length=MOST_PARTICIPANTS)]
     history: Any
     patience: Annotated[list[float], FailFast(), Field(max_length=2)]
     round_notes: Texts
@@ -72,7 +72,7 @@ class Contents:
     config: FederationConfig
     participants: list[str]
     federation: str
-    holdings: Mapping[str, Mapping[str, Any]]
+    declarations: Mapping[str, Mapping[str, Any]]
     history: History
     patience: list[float]
     round_notes: list[str]
@@ -94,8 +94,8 @@ class Contents:
         """
         about = _part(found, _About, found.about, "")
         _part(found, ContractData, about.contract, "contract")
-        for name, holding in about.holdings.items():
-            _part(found, Holding, holding, f"holdings.{shown(name)}")
+        for name, declaration in about.declarations.items():
+            _part(found, Declaration, declaration, f"declarations.{shown(name)}")
         with _said_of(found, "history"):
             what = f"{found.where}: {MANIFEST}, `about.history`,"
             history = History.from_dict(about.history, what=what, error=CheckpointError, remedy=found.remedy)
@@ -108,7 +108,7 @@ class Contents:
             config,
             about.participants,
             about.federation,
-            about.holdings,
+            about.declarations,
             history,
             found.about["patience"],
             about.round_notes,
@@ -133,7 +133,7 @@ def identity(about: Mapping[str, Any]) -> tuple[FederationConfig, list[str]]:
 
 
 def _config_of(data: object) -> FederationConfig:
-    """The options that a checkpoint holds, each of them there and in its range.
+    """The options that a checkpoint contains, each of them there and in its range.
 
     Raises:
         ConfigError: They are not.
@@ -199,8 +199,8 @@ def _check(found: Checkpoint, about: _About, history: History) -> None:
         wrong = "`about.participants` names somebody twice"
     elif len(about.patience) == 1 or any(type(count) is not int or count < 0 for count in found.about["patience"][1:]):
         wrong = f"`about.patience` is no loss with a count of rounds: {shown(about.patience)}"
-    elif strangers := [*(about.holdings.keys() | found.participants.keys()) - set(about.participants)][:1]:
-        wrong = f"{shown(strangers[0])}, of whom it holds something, is not among `about.participants`"
+    elif strangers := [*(about.declarations.keys() | found.participants.keys()) - set(about.participants)][:1]:
+        wrong = f"{shown(strangers[0])}, of whom it says something, is not among `about.participants`"
     if wrong is not None:
         msg = f"{MANIFEST} makes no sense: {wrong}"
         raise found.unusable(msg)

@@ -6,7 +6,7 @@ and `fitting` have looked at it.
 
     <directory>/round-000003/manifest.json            everything that is no tensor, and SHA-256 of every other file
                              global.safetensors       trainable values and the remainder's factors
-                             copy.safetensors         with a broadcast codec: what participants hold
+                             copy.safetensors         with a broadcast codec: what participants have
                              server.safetensors       the server optimizer's memory
                              participants/*.safetensors    where each participant stands
 """
@@ -52,7 +52,7 @@ _LOST = (OSError, ValueError, TypeError, RuntimeError, SafetensorError)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds."""
+    """What a checkpoint contains."""
 
     round: int
     """rounds completed"""
@@ -130,7 +130,7 @@ def write(directory: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
             _write(scratch / name, data)
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         content = {"format": FORMAT, "round": checkpoint.round, "files": digests, "participants": owners}
-        # ASCII: a text that came from elsewhere may hold half a surrogate pair, which UTF-8 has not
+        # ASCII: a text that came from elsewhere may contain half a surrogate pair, which UTF-8 has not
         text = json.dumps(content | {"about": checkpoint.about}, allow_nan=False)
         if len(text) + 65 > MAX_MANIFEST:
             raise ValueError(f"history and options have {len(text):,} bytes, more than could be read again")  # noqa: EM102
@@ -320,7 +320,7 @@ def _file_of(participant: str) -> str:
 
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    path.touch(mode=0o600)  # whatever the umask: it holds what a history quotes, and weights that were not released
+    path.touch(mode=0o600)  # whatever the umask: it contains what a history quotes, and weights that were not released
     with path.open("wb") as file:
         file.write(data)
         file.flush()

@@ -80,7 +80,7 @@ def state_of(contents: Contents, model: LocalModel) -> GlobalState:
 
 
 def copy_of(contents: Contents, model: LocalModel) -> dict[str, Tensor]:
-    """What participants hold: there where the broadcast has a codec, and only there.
+    """What participants have: there where the broadcast has a codec, and only there.
 
     Raises:
         CheckpointError: See `state_of`.
@@ -103,7 +103,7 @@ def _check_named(contents: Contents, file: str, values: Mapping[str, Tensor], wa
         like = wanted[name]
         if value.shape != like.shape or value.dtype != like.dtype or not all_finite(value):
             what = f"{name} in {file}.safetensors is {value.dtype} of shape {shown(tuple(value.shape))}"
-            what += f" where {like.dtype} of {tuple(like.shape)} belongs, or holds NaN or infinite values"
+            what += f" where {like.dtype} of {tuple(like.shape)} belongs, or contains NaN or infinite values"
             raise contents.found.unusable(what)
 
 
@@ -113,14 +113,14 @@ def check_participants(contents: Contents, server: Server, changed: Collection[s
     Args:
         contents: The checkpoint.
         server: Whose participants they are; those in this process are looked at as they would train.
-        changed: Who holds something else now, and does not go on with the optimizer of then.
+        changed: Who has something else now, and does not go on with the optimizer of then.
 
     Raises:
         CheckpointError: One is none, or of other shapes than its participant's tensors.
     """
     peers = server.runtime.local
     for name, state in contents.found.participants.items():
-        rank = contents.holdings.get(name, {}).get("rank")
+        rank = contents.declarations.get(name, {}).get("rank")
         try:
             check_state(server, name, state, rank, contents.round, peers.get(name) if name not in changed else None)
         except LLMChainFedError as error:
@@ -192,7 +192,7 @@ def _check_progress(
                 msg = f"{kind}/{shown(name)} is {value.dtype} of shape {shown(tuple(value.shape))}, not of {wanted}"
                 raise CheckpointError(msg)
             if not all_finite(value):
-                msg = f"{kind}/{shown(name)} holds NaN or infinite values"
+                msg = f"{kind}/{shown(name)} contains NaN or infinite values"
                 raise CheckpointError(msg)
 
 
@@ -214,7 +214,7 @@ def _rehearse(config: TrainingConfig, weights: Iterable[Tensor], state: Mapping[
     for parameter in parameters:
         kept = optimizer.state.get(parameter, {})
         if any(isinstance(value, Tensor) and not all_finite(value) for value in kept.values()):
-            msg = "its optimizer holds NaN or infinite values"
+            msg = "its optimizer contains NaN or infinite values"
             raise CheckpointError(msg)
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

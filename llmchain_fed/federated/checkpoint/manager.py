@@ -53,7 +53,7 @@ class CheckpointManager:
 
     Raises:
         ConfigError: `directory` is no path.
-        CheckpointError: The directory holds rounds already, which a run that begins anew would mix with its own.
+        CheckpointError: The directory contains rounds already, which a run that begins anew would mix with its own.
     """
 
     def __init__(self, server: Server, directory: str | Path | None, *, shown: Callable[[], object]) -> None:
@@ -105,13 +105,13 @@ class CheckpointManager:
         """Makes sure, before anything is trained, that a run that begins anew has the directory for itself.
 
         Raises:
-            CheckpointError: It holds another run's rounds, or cannot be made or written to.
+            CheckpointError: It contains another run's rounds, or cannot be made or written to.
         """
         if self._directory is None or self._rounds is not _Rounds.ANY or not self._leads:
             return
         if there := files.rounds(self._directory):
             msg = (
-                f"{str(self._directory)!r} holds rounds {there} of an earlier run. Go on from them with "
+                f"{str(self._directory)!r} contains rounds {there} of an earlier run. Go on from them with "
                 "FederatedAveraging.resume(…), or choose another checkpoint_dir."
             )
             raise CheckpointError(msg)
@@ -134,7 +134,7 @@ class CheckpointManager:
 
         Raises:
             ConfigError: `directory` is no path.
-            CheckpointError: See `checkpoint.read` and `Contents.of`; or an option is missing that no file holds.
+            CheckpointError: See `checkpoint.read` and `Contents.of`; or an option is missing that no file stores.
         """
         found = read_for(Target.of(model).model, _path(directory), number)
         try:
@@ -150,7 +150,7 @@ class CheckpointManager:
             members: Whether they must be those of then.
 
         Raises:
-            CheckpointError: It is another federation's, or a participant holds other examples than it did; nothing has
+            CheckpointError: It is another federation's, or a participant has other examples than it did; nothing has
                 changed.
             ConfigError: Members may have changed, and there is none.
             LLMChainFedError: A participant's own error in this process, such as examples that cannot be used.
@@ -165,14 +165,14 @@ class CheckpointManager:
             if not nodes:
                 msg = "members='changed' goes on with those who take part from now on: pass participants=…."
                 raise ConfigError(msg)
-        holdings = {n: held for n, held in found.holdings.items() if n in nodes}
-        hellos: dict[str, Introduction] = server.client_manager.joined  # others say what they hold when they join
+        declarations = {n: said for n, said in found.declarations.items() if n in nodes}
+        hellos: dict[str, Introduction] = server.client_manager.joined  # others say what they have when they join
         if here:
-            asked = dict(server.client_manager.ask(nodes if change else list(holdings)))
+            asked = dict(server.client_manager.ask(nodes if change else list(declarations)))
             hellos = {n: answer for n, answer in asked.items() if isinstance(answer, Introduction)}
         if change is None:
-            resuming.check_holdings(hellos, holdings, found)
-        fitting.check_participants(found, server, membership.different(hellos, holdings).keys())
+            resuming.check_declarations(hellos, declarations, found)
+        fitting.check_participants(found, server, membership.different(hellos, declarations).keys())
         former = dict(vars(self))
         try:
             with resuming.as_before(server):
@@ -180,7 +180,7 @@ class CheckpointManager:
                 self._states = {n: state for n, state in states.items() if n in nodes}
                 self._asked, self._rounds = found.round, _Rounds.LATER
                 begun = resuming.begun_by_then(server, nodes, self._states, change.joined if change else ())
-                self._resumption = Resumption(server, found, change, holdings, begun)
+                self._resumption = Resumption(server, found, change, declarations, begun)
                 forget_adapters(server.model, change.left if change is not None else (), states)
                 if here:  # at once: `train()` needs nobody to join, and may bring other examples
                     self._resumption.compare(hellos, self._states)
@@ -195,7 +195,7 @@ class CheckpointManager:
         """Tells participants that have joined where they stood at the checkpoint that this run goes on from, if any.
 
         Raises:
-            CheckpointError: So many hold other examples than they did that those who are left are no quorum.
+            CheckpointError: So many have other examples than they did that those who are left are no quorum.
         """
         if self._resumption is not None:
             self._resumption.joined(self._states)

@@ -1,4 +1,4 @@
-"""Membership: who is gone, new, or holds something else than a checkpoint says, and what of their states goes on.
+"""Membership: who is gone, new, or has something else than a checkpoint says, and what of their states goes on.
 
 Knows names, counts and private states. Knows nothing about rounds, files or how participants are asked.
 """
@@ -34,7 +34,7 @@ def checked_members(choice: str) -> Members:
     raise ConfigError(msg)
 
 
-def holding(hello: Introduction) -> dict[str, Any]:
+def declared(hello: Introduction) -> dict[str, Any]:
     """What of a participant decides how it goes on, as far as it says so."""
     return {
         "examples": hello.num_examples,
@@ -45,23 +45,25 @@ def holding(hello: Introduction) -> dict[str, Any]:
     }
 
 
-def different(hellos: Mapping[str, Introduction], holdings: Mapping[str, Any]) -> dict[str, dict[str, tuple[Any, Any]]]:
-    """Participant → what it holds otherwise than a checkpoint says: (then, now).
+def different(
+    hellos: Mapping[str, Introduction], declarations: Mapping[str, Any]
+) -> dict[str, dict[str, tuple[Any, Any]]]:
+    """Participant → what it has otherwise than a checkpoint says: (then, now).
 
     Args:
         hellos: What they say now, by name.
-        holdings: What the checkpoint says; of whom it says nothing, nothing has changed.
+        declarations: What the checkpoint says; of whom it says nothing, nothing has changed.
     """
     found = {}
     for name, hello in hellos.items():
-        then, now = holdings.get(name), holding(hello)
+        then, now = declarations.get(name), declared(hello)
         if then is not None and then != now:
             found[name] = {what: (then.get(what), now[what]) for what in now if then.get(what) != now[what]}
     return found
 
 
 def adapted(state: bytes, changes: Collection[str]) -> bytes:
-    """A participant's state at a checkpoint, for what it holds now.
+    """A participant's state at a checkpoint, for what it has now.
 
     With other examples, or another batch size, it begins a new pass over them. With other training options a kept
     optimizer begins anew: it would bring the old ones back. With another rank or alpha all tensors do: their shapes,
@@ -94,7 +96,7 @@ class MembershipChange:
     divided: bool = False
     """whether held-out examples are a share of each participant's"""
     told: bool = False
-    """whether a record has been given a note of it: what is left are participants who say later what they hold"""
+    """whether a record has been given a note of it: what is left are participants who say later what they have"""
 
     @classmethod
     def between(
@@ -113,28 +115,28 @@ class MembershipChange:
         moved = [n for n in there if n in here] != [n for n in here if n in there]
         return cls(number, left, joined, ordered and moved, divided=divided)
 
-    def tell(self, held: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> tuple[list[str], bool]:
+    def tell(self, differences: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> tuple[list[str], bool]:
         """What the next record says of its round, once; and whether anything changed.
 
         Args:
-            held: What participants hold that is new, see `different`.
+            differences: What participants have that is new, see `different`.
         """
         said = [f"left: {', '.join(self.left)}"] if self.left else []
         said += [f"joined: {', '.join(self.joined)}"] if self.joined else []
         said += ["asked in another order"] if self.reordered else []
         if self.sampled is not None:
             said.append(f"participants_per_round: {self.sampled[0]} then, {self.sampled[1]} now")
-        said += [f"{name} changed: {_in_words(changes)}" for name, changes in held.items()]
+        said += [f"{name} changed: {_in_words(changes)}" for name, changes in differences.items()]
         first, self.told = not self.told, True
         self.left, self.joined, self.reordered, self.sampled = [], [], False, None
         if not said:
-            same = f"members as after round {self.round}: nobody left or joined, and all hold as many examples as then"
+            same = f"members as after round {self.round}: nobody left or joined, and all have as many examples as then"
             return ([same] if first else []), False
         notes = [
             f"members changed after round {self.round}: {'; '.join(said)}",
             "from here on this is not, bit for bit, the run that was interrupted",
         ]
-        if self.divided and any("examples" in changes for changes in held.values()):
+        if self.divided and any("examples" in changes for changes in differences.values()):
             notes.append("held-out shares are drawn anew from grown data: some of them may have been trained on before")
         return notes, True
 

@@ -1,6 +1,6 @@
 """Resumption: what is still to be done, once a server stands where a checkpoint had it, until its participants do, too.
 
-Knows what participants held, and where they stood, at the checkpoint. Knows nothing of files or of when somebody joins.
+Knows what participants had, and where they stood, at the checkpoint. Knows nothing of files or of when somebody joins.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from llmchain_fed.model.local_model import LocalModel
 class Resumption:
     """Compares participants with a checkpoint as they join, and tells them where they stood.
 
-    | a participant                                 | is in                 | what comes next                         |
-    |-----------------------------------------------|-----------------------|-----------------------------------------|
-    | has not joined since                          | `_holdings`, `_owed`  | when it joins, it is compared and told  |
-    | took no part then                             | `_owed`               | when it joins, it is told that it begins |
-    | was compared, and the telling was interrupted | `_owed`               | it is told with the next who join       |
-    | was told                                      | neither               | nothing: it takes part as any other     |
+    | a participant                             | is in                    | what comes next                        |
+    |-------------------------------------------|--------------------------|----------------------------------------|
+    | has not joined since                      | `_declarations`, `_owed` | when it joins, it is compared and told |
+    | took no part then                         | `_owed`                  | when it joins, it is told to begin     |
+    | was compared; the telling was interrupted | `_owed`                  | it is told with the next who join      |
+    | was told                                  | neither                  | nothing: it takes part as any other    |
 
     Args:
         server: Stands where the checkpoint was.
         found: The checkpoint.
         change: What changed of the members; None where they must be those of then.
-        holdings: What the checkpoint says of those who take part now, by name.
+        declarations: What the checkpoint says of those who take part now, by name.
         states: Where they stood, by name; of one that keeps that for itself there is none.
     """
 
@@ -40,11 +40,11 @@ class Resumption:
         server: Server,
         found: Contents,
         change: MembershipChange | None,
-        holdings: Mapping[str, Any],
+        declarations: Mapping[str, Any],
         states: Mapping[str, bytes],
     ) -> None:
         self._server, self._found, self._change = server, found, change
-        self._holdings, self._states = dict(holdings), dict(states)
+        self._declarations, self._states = dict(declarations), dict(states)
         self._owed = set(server.runtime.nodes())
 
     def joined(self, known: dict[str, bytes]) -> None:
@@ -54,9 +54,9 @@ class Resumption:
             known: Participants' states as the next checkpoint begins with them; what changes of them is written there.
 
         Raises:
-            CheckpointError: So many hold other examples than they did that those who are left are no quorum.
+            CheckpointError: So many have other examples than they did that those who are left are no quorum.
         """
-        if not (self._owed or self._holdings):
+        if not (self._owed or self._declarations):
             return
         there = self._server.client_manager.joined
         self._send_away(there)
@@ -65,36 +65,36 @@ class Resumption:
 
     def _send_away(self, there: Mapping[str, Introduction]) -> None:
         """Whoever is not as it was is absent, and its record says why: one alone does not end the others' run."""
-        others = {} if self._change is not None else membership.different(there, self._holdings)
+        others = {} if self._change is not None else membership.different(there, self._declarations)
         if len(there) - len(others) < self._server.settings.quorum:
             return  # `compare` says of the first what is to be done
         for name, changes in others.items():
-            why = resuming.other_holdings(name, changes, self._found)
+            why = resuming.other_declaration(name, changes, self._found)
             self._server.client_manager.leave(name, resuming.OtherExamplesError(why))
 
     def compare(self, hellos: Mapping[str, Introduction], known: dict[str, bytes]) -> None:
-        """Refuses, or takes note of, what participants hold that is not what they held.
+        """Refuses, or takes note of, what participants have that is not what they had.
 
         Args:
             hellos: What they say now, by name.
             known: See `joined`.
 
         Raises:
-            CheckpointError: One holds something else, and members must be those of then.
+            CheckpointError: One has something else, and members must be those of then.
         """
         if self._change is None:
-            resuming.check_holdings(hellos, self._holdings, self._found)
+            resuming.check_declarations(hellos, self._declarations, self._found)
         else:
-            held = membership.different(hellos, self._holdings)
-            for name in held.keys() & known.keys():
-                state = membership.adapted(known[name], held[name])
+            differences = membership.different(hellos, self._declarations)
+            for name in differences.keys() & known.keys():
+                state = membership.adapted(known[name], differences[name])
                 if not membership.has_own(state):
                     forget_adapters(self._server.model, [name], known)
                 known[name] = self._states[name] = state
-            notes, changed = self._change.tell(held)
+            notes, changed = self._change.tell(differences)
             self._server.round_notes += notes
             self._server.members_changed |= changed
-        self._holdings = {name: held for name, held in self._holdings.items() if name not in hellos}
+        self._declarations = {name: said for name, said in self._declarations.items() if name not in hellos}
 
     def tell(self, names: list[str]) -> None:
         """Tells participants where they stood at the checkpoint."""

@@ -15,7 +15,7 @@ from llmchain_fed.errors import CheckpointError, DeadlineError, ParticipantError
 from llmchain_fed.federated.checkpoint.contents import Contents
 from llmchain_fed.federated.checkpoint.files import Checkpoint
 from llmchain_fed.federated.checkpoint.fitting import check_state, copy_of, limits_of, state_of
-from llmchain_fed.federated.checkpoint.membership import START, MembershipChange, different, holding
+from llmchain_fed.federated.checkpoint.membership import START, MembershipChange, declared, different
 from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.answers import Introduction
@@ -34,7 +34,7 @@ _MEANING = {"base": "base weights", "adapter": "adapter", "prompt": "prompt", "t
 
 
 class OtherExamplesError(ParticipantError):
-    """A participant holds something else than when the federation was interrupted."""
+    """A participant has something else than when the federation was interrupted."""
 
 
 def checkpoint_of(server: Server, former: Mapping[str, bytes], since: int | None = None) -> Checkpoint:
@@ -67,13 +67,13 @@ def checkpoint_of(server: Server, former: Mapping[str, bytes], since: int | None
             blobs[name] = answer
         elif isinstance(answer, (TransportError, DeadlineError, ParticipantError)):  # others keep it for themselves
             what = "an earlier state" if name in former else "no state"
-            server.notes[name] = f"the checkpoint of round {server.round} holds {what} of it ({told_of(answer)[:80]})"
+            server.notes[name] = f"the checkpoint of round {server.round} has {what} of it ({told_of(answer)[:80]})"
     about = {
         "contract": server.target.contract(),
         "config": settings.config.model_dump(mode="json"),
         "participants": server.runtime.nodes(),
         "federation": server.client_manager.federation,
-        "holdings": {n: holding(h) for n, h in server.client_manager.joined.items()},
+        "declarations": {n: declared(h) for n, h in server.client_manager.joined.items()},
         "history": _short(json.loads(server.history.to_json())),
         "patience": server.patience,
         "round_notes": server.round_notes,
@@ -234,30 +234,30 @@ def begun_by_then(
     Args:
         server: With the restored history.
         nodes: Who takes part.
-        states: What the checkpoint holds.
+        states: What the checkpoint contains.
         joined: Who is new, even where the history knows the name: what it kept since then is not of this run.
     """
     trained = {name for record in server.history for name in record.trained}
     return {n: states.get(n, START) for n in nodes if n in states or n in joined or n not in trained}
 
 
-def check_holdings(hellos: Mapping[str, Introduction], holdings: Mapping[str, Any], found: Contents) -> None:
-    """Makes sure that participants hold what they held.
+def check_declarations(hellos: Mapping[str, Introduction], declarations: Mapping[str, Any], found: Contents) -> None:
+    """Makes sure that participants have what they had.
 
     Args:
         hellos: What they say now, by name.
-        holdings: What a checkpoint says of them.
+        declarations: What a checkpoint says of them.
         found: The checkpoint.
 
     Raises:
-        CheckpointError: A participant holds other examples than it did.
+        CheckpointError: A participant has other examples than it did.
     """
-    for name, changes in different(hellos, holdings).items():
-        raise CheckpointError(other_holdings(name, changes, found))
+    for name, changes in different(hellos, declarations).items():
+        raise CheckpointError(other_declaration(name, changes, found))
 
 
-def other_holdings(name: str, changes: Mapping[str, tuple[Any, Any]], found: Contents) -> str:
-    """Why a participant that holds something else than at a checkpoint does not go on from it, and what to do."""
+def other_declaration(name: str, changes: Mapping[str, tuple[Any, Any]], found: Contents) -> str:
+    """Why a participant that has something else than at a checkpoint does not go on from it, and what to do."""
     said = "; ".join(f"{what}: {shown(then)} then, {now} now" for what, (then, now) in changes.items())
     return (
         f"participant {shown(name)!r} is not as it was ({said}): the run would not be the one that was interrupted. "
@@ -268,7 +268,7 @@ def other_holdings(name: str, changes: Mapping[str, tuple[Any, Any]], found: Con
 def give_back(server: Server, names: list[str], states: Mapping[str, bytes]) -> None:
     """Tells participants where they stood; one that keeps that for itself stays as it is, and its record says so."""
     known = {name: states[name] for name in names if name in states}
-    server.notes |= {n: f"{_ITS_OWN} (no checkpoint holds it)" for n in names if n not in states}
+    server.notes |= {n: f"{_ITS_OWN} (no checkpoint contains it)" for n in names if n not in states}
     if not known:
         return
     for name, answer in server.runtime.call("personal_state", list(known), known, server.settings.deadline):

@@ -108,7 +108,7 @@ def check_values(progress: Mapping[int, Progress], config: TrainingConfig, layou
         for kind, kept in item.kept().items():
             for name, tensor in kept.items():
                 if not all_finite(tensor):
-                    _refuse(f"{number}/{kind}/{name} holds NaN or infinite values")
+                    _refuse(f"{number}/{kind}/{name} contains NaN or infinite values")
         if item.optimizer_state is None or not isinstance(config.optimizer, str):
             continue
         if not any(fits(item.optimizer_state, config, shapes) for shapes in _trained(layout)):

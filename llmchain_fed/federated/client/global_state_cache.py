@@ -1,7 +1,7 @@
 """GlobalStateCache: the global states that a process was sent, so that the next message can be a difference.
 
 Knows messages and named tensors. Knows nothing about training. One object serves all participants of a process: they
-hold the same states once.
+keep the same states once.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class GlobalStateCache:
         self._states: dict[str, tuple[Version, GlobalState]] = {}
 
     def receive(self, header: StateHeader, tensors: dict[str, Tensor]) -> GlobalState | None:
-        """The state a message stands for; None where it is a difference to one that is not held.
+        """The state a message stands for; None where it is a difference to one that is not kept.
 
         Raises:
-            FederationError: The message contradicts itself, or a value is not finite; what was held is held.
+            FederationError: The message contradicts itself, or a value is not finite; what was kept stays kept.
         """
         _check_finite(tensors)
         if header.version is None:
@@ -76,7 +76,7 @@ class GlobalStateCache:
         self._states = {}
 
     def _since(self, against: str, version: Version) -> tuple[GlobalState, int] | None:
-        """A state between the two versions, and its number; None where none is held."""
+        """A state between the two versions, and its number; None where none is kept."""
         known = self._states.get(version.rank)
         first = against.startswith(START)
         oldest = Version(version.server, 0, version.rank) if first else Version.read(against)
@@ -130,5 +130,5 @@ def _decoded(
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     if (name := not_finite(tensors)) is not None:
-        msg = f"{shown(name)} of the global state holds NaN or infinite values, which nothing can be trained from."
+        msg = f"{shown(name)} of the global state contains NaN or infinite values, which nothing can be trained from."
         raise FederationError(msg)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def join(client: Client, task: HelloTask) -> Introduction:
-    """Follows the federation's options from now on, and says what the participant holds.
+    """Follows the federation's options from now on, and says what the participant has.
 
     Raises:
         ConfigError: The options make no sense.
@@ -61,7 +61,7 @@ def introduction(client: Client, config: TrainingConfig) -> Introduction:
         "participant": client.name,
         "contract": client.target.contract(),
         "held_out": client.data.holds_out,
-        "holds": client.model.weights_hash,
+        "weights_hash": client.model.weights_hash,
         "rank": participant.rank,
         "alpha": participant.alpha,
         "options": hashlib.sha256(repr(config).encode()).hexdigest()[:16],

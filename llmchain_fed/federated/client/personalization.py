@@ -36,7 +36,7 @@ MOST_STEPS = 10_000
 
 @contextmanager
 def loaded(model: LocalModel, state: GlobalState, over: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-    """The model holds `state`, with some values replaced, inside; the former ones are back afterwards."""
+    """The model has `state`, with some values replaced, inside; the former ones are back afterwards."""
     with model.exclusive():
         former = GlobalState.of(model)
         try:

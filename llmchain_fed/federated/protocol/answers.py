@@ -46,7 +46,7 @@ class Introduction(TaskAnswer):
     held_out_examples: _Count | None = None
     held_out_tokens: _Count | None = None
     """completion tokens of what it holds out, by which its held-out loss counts; None where only evaluating tells"""
-    holds: Digest | None = None
+    weights_hash: Digest | None = None
     """hash of the weights it has before it is sent any"""
     rank: Rank | None = None
     """its own LoRA rank, if it has one"""

@@ -1,6 +1,6 @@
 """GlobalState: what a federation agrees on after a round. Trainable values, and a frozen low-rank remainder.
 
-Knows named tensors, factors, and their names in a message. Knows nothing about who holds or needs them.
+Knows named tensors, factors, and their names in a message. Knows nothing about who has or needs them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class GlobalState:
 
     @classmethod
     def of(cls, model: LocalModel) -> GlobalState:
-        """What a model holds now: copies of the trainable values, and the remainder itself where it is on the CPU."""
+        """What a model has now: copies of the trainable values, and the remainder itself where it is on the CPU."""
         return cls(model.trainable_state(), {n: Factors(b, a) for n, (b, a) in model.remainder().items()})
 
     def load(self, model: LocalModel) -> None:

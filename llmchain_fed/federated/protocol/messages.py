@@ -1,7 +1,7 @@
 """Messages: tasks and answers as bytes, and the reverse over bounded readers. No other module reads or writes a header.
 
 Knows JSON, safetensors and the fields of tasks. Knows nothing of what is done with them. A task without tensors is a
-JSON object. One with tensors is safetensors whose header holds its fields, and for a task on the global state beside
+JSON object. One with tensors is safetensors whose header carries its fields, and for a task on the global state beside
 them `state`, which says what the tensors make of it.
 """
 
@@ -199,4 +199,4 @@ def read_introduction(data: bytes, name: str, contract: Mapping[str, Any]) -> In
         msg = f"the peer at {name!r} calls itself {shown(own)!r}: start it with the name of its node."
         raise ParticipantError(msg)
     check_contract(name, site=found.get("contract"), server=contract)
-    return checked(Introduction, found, what=f"what {name!r} says it holds", error=ParticipantError)
+    return checked(Introduction, found, what=f"what {name!r} says of itself", error=ParticipantError)

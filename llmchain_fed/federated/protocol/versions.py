@@ -1,6 +1,6 @@
-"""Versions: names of global states, so that a message can bring what changed since one that is held already.
+"""Versions: names of global states, so that a message can bring what changed since one that is there already.
 
-Knows texts and names of tensors. Knows nothing of who holds which state.
+Knows texts and names of tensors. Knows nothing of who has which state.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from llmchain_fed.errors import FederationError
 from llmchain_fed.untrusted import shown
 
 STALE = b'{"stale": true}'
-"""the answer of a participant that does not hold what a difference is against: the hub then sends all"""
+"""the answer of a participant that does not have what a difference is against: the hub then sends all"""
 START = "start:"
 """begins the name of the state that a participant has before it was sent any"""
 CODED = "coded/"

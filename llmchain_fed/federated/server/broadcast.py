@@ -1,7 +1,7 @@
 """Broadcast: sends participants what they lack of the global state, and no more.
 
-Knows what each participant holds, codecs and the transport. Knows nothing about rules or about what is done with the
-state. A participant that lost what it held says so and is sent everything.
+Knows what each participant has, codecs and the transport. Knows nothing about rules or about what is done with the
+state. A participant that lost what it had says so and is sent everything.
 """
 
 from __future__ import annotations
@@ -91,10 +91,10 @@ class _Codes:
 
 
 class Broadcast:
-    """Keeps versions of what participants hold: the global state, or with a codec its copy as they decode it.
+    """Keeps versions of what participants have: the global state, or with a codec its copy as they decode it.
 
     With a codec a change travels as codes, of the difference between the global state and that copy: what one message
-    loses, the next one brings, because the difference still holds it (error feedback, arXiv 1809.07599). The codes of
+    loses, the next one brings, because the difference still has it (error feedback, arXiv 1809.07599). The codes of
     the last changes are kept for who was not asked meanwhile, as long as they are fewer bytes than the values.
 
     Args:
@@ -109,7 +109,7 @@ class Broadcast:
         self._number = 0
         self._start = ""
         self._source: dict[str, Tensor] = {}  # the global values as they are
-        self._values: dict[str, Tensor] = {}  # as participants hold them: the same, but for what a codec left out
+        self._values: dict[str, Tensor] = {}  # as participants have them: the same, but for what a codec left out
         self._stamps: dict[str, int] = {}
         self._remainder: dict[str, _Grown] = {}
         self._codes: list[_Codes] = []
@@ -123,8 +123,8 @@ class Broadcast:
         """Takes the global state as it is now; nothing travels yet.
 
         Args:
-            state: What participants shall hold; its tensors are kept, not copied.
-            digest: The model's `weights_hash`, by which a participant may be found to hold the first state already.
+            state: What participants shall have; its tensors are kept, not copied.
+            digest: The model's `weights_hash`, by which a participant may be found to have the first state already.
         """
         if not self._values:
             self._values, self._start = dict(state.values), digest
@@ -192,14 +192,14 @@ class Broadcast:
         """Layer → s of a participant whose rank is its own."""
         return self._ranks[node][1] if node in self._ranks else None
 
-    # --- who holds it -----------------------------------------------------------------------------------------------
+    # --- who has it -------------------------------------------------------------------------------------------------
 
-    def joined(self, node: str, holds: str | None, rank: int | None, alpha: float | None) -> None:
+    def joined(self, node: str, weights_hash: str | None, rank: int | None, alpha: float | None) -> None:
         """A participant has joined.
 
         Args:
             node: Which.
-            holds: Its own weights' hash, if it said so.
+            weights_hash: Its own weights' hash, if it said so.
             rank: Its own LoRA rank, if it has one.
             alpha: Likewise.
         """
@@ -207,7 +207,7 @@ class Broadcast:
         self._ranks.pop(node, None)
         if rank is not None and self.layout is not None:
             self._ranks[node] = (rank, self.layout.scaling_at(rank, alpha))
-        elif holds is not None and holds == self._start:
+        elif weights_hash is not None and weights_hash == self._start:
             self._known[node] = KnownVersion(0, found=True)
 
     def call(
@@ -231,7 +231,7 @@ class Broadcast:
         if largest is not None:
             runtime.expect(largest)
         # One after the other where they are asked so anyway: a stale one is asked again at once, and updates come in
-        # one order whoever held what, so that a resumed run adds them as an uninterrupted one does.
+        # one order whoever had what, so that a resumed run adds them as an uninterrupted one does.
         for group in [[n] for n in nodes] if runtime.sequential else [list(nodes)]:
             yield from self._call(runtime, task, group, timeout)
 
@@ -305,11 +305,11 @@ class Broadcast:
     # --- on disk ----------------------------------------------------------------------------------------------------
 
     def copy_state(self) -> dict[str, Tensor]:
-        """What participants hold, where a codec makes that differ from the global state; else nothing."""
+        """What participants have, where a codec makes that differ from the global state; else nothing."""
         return dict(self._values) if self._codec is not None else {}
 
     def restore(self, copy: Mapping[str, Tensor], state: GlobalState) -> None:
-        """Goes on from a checkpoint: `copy_state()` of then, or nothing. Nobody is known to hold anything."""
+        """Goes on from a checkpoint: `copy_state()` of then, or nothing. Nobody is known to have anything."""
         self._source, self._values = dict(state.values), dict(copy or state.values)
         self._remainder = {n: _Grown(f, ((0, 0),)) for n, f in state.remainder.items()}
         self._token = secrets.token_hex(8)

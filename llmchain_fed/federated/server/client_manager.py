@@ -59,7 +59,7 @@ class ClientManager:
         """who is not there now, and why it is not now"""
 
     def join(self, *, timeout: float | None = None, again: bool = False) -> list[str]:
-        """Asks everyone who has not joined what they hold and whether they stand on the same contract.
+        """Asks everyone who has not joined what they have and whether they stand on the same contract.
 
         Whoever was lost meanwhile, when it was to evaluate perhaps, has not: it may have restarted, and is told anew.
 
@@ -96,7 +96,7 @@ class ClientManager:
         return list(found)
 
     def ask(self, nodes: list[str], *, timeout: float | None = None) -> Iterator[tuple[str, Introduction | Exception]]:
-        """What participants hold, or why they cannot join; by this alone nobody joins.
+        """What participants have, or why they cannot join; by this alone nobody joins.
 
         Args:
             nodes: Who is asked.

@@ -61,21 +61,21 @@ def plan_of(server: Server, rounds: int) -> Plan:
         rounds: How many.
     """
     present = server.client_manager.present()
-    holders = [n for n in present if server.client_manager.joined[n].held_out]
+    with_held_out = [n for n in present if server.client_manager.joined[n].held_out]
     server.publish()
     in_process = server.runtime.sequential
     timed = _timed_steps(
         server, present[:1] if in_process else present
     )  # before the bytes: it brings the state to them
     downlink, up, down, kept = _Downlink(server, present), 0, 0, 0
-    down += sum(map(downlink.ask, holders))
+    down += sum(map(downlink.ask, with_held_out))
     for number in range(server.round, server.round + rounds):
         chosen = server.client_manager.sample(server.settings, number)
         down += sum(map(downlink.ask, chosen))
         update = sum(_update_bytes(server, node, number) for node in chosen)
         up, kept = up + update, max(kept, update)
         downlink.close(number, chosen)
-        down += sum(map(downlink.ask, holders))
+        down += sum(map(downlink.ask, with_held_out))
     sampled = len(server.client_manager.sample(server.settings, server.round))
     seconds = None
     if timed:
@@ -140,7 +140,7 @@ class _Downlink:
         return self._remainder.bytes
 
     def ask(self, node: str) -> int:
-        """Bytes of the next message to it, which it then holds."""
+        """Bytes of the next message to it, which it then has."""
         since, begins = self._asked[node], self._begins.pop(node, None)
         first = self._first.pop(node, set())
         self._asked[node] = len(self._changes)
@@ -173,7 +173,7 @@ class _Downlink:
 
 
 class _Remainder:
-    """How the frozen remainder grows: by rank, up to what its matrix can hold."""
+    """How the frozen remainder grows: by rank, up to the rank that its matrix can have."""
 
     def __init__(self, server: Server) -> None:
         layout = server.settings.layout
@@ -227,4 +227,4 @@ def _memory(server: Server, updates: int) -> int:
     model = sum(p.numel() * p.element_size() for p in server.model.parameters())
     state = sum(t.numel() * t.element_size() for t in server.broadcast.state_for().values())
     keeps = updates if server.settings.rule.keeps_updates else state
-    return model + 4 * state + keeps  # what participants hold, where the round began, its mean, a message
+    return model + 4 * state + keeps  # what participants have, where the round began, its mean, a message

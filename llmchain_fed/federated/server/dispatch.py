@@ -76,7 +76,7 @@ class Dispatcher:
             except ConfigError as error:
                 self._client_manager.leave(name, ParticipantError(str(error)))
             else:
-                self._broadcast.joined(name, hello.holds, hello.rank, hello.alpha)
+                self._broadcast.joined(name, hello.weights_hash, hello.rank, hello.alpha)
         return [name for name in newcomers if name in self._client_manager.joined]
 
     def train(self, task: TrainTask, chosen: list[str], largest: int) -> Iterator[Arrival]:

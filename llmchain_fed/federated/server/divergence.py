@@ -132,7 +132,7 @@ class Divergence:
         self._history, self._seen = history, 0
         self._pooled = _Series()
         self._own: dict[str, _Series] = {}
-        self._members = 0  # since which round they are those of now, and hold what they hold now
+        self._members = 0  # since which round they are those of now, and have what they have now
 
     def _take(self, record: RoundRecord, *, shared: bool) -> tuple[str | None, dict[str, str]]:
         self._seen += 1

@@ -68,7 +68,7 @@ class Evaluator:
             evaluation = {str(name): examples for name, examples in evaluation.items()}
         self._target, self._evaluation, self._samples, self._seed = target, evaluation, samples, seed
         self._shared: Any = None
-        self._holders: set[str] = set()
+        self._with_held_out: set[str] = set()
         self._latest: tuple[int, Measurement] | None = None
         self._half: tuple[int, str | None] | None = None
         """after how many rounds, and of whom its record said last that it counts one half"""
@@ -76,7 +76,7 @@ class Evaluator:
     @property
     def active(self) -> bool:
         """Whether there is anything to measure on."""
-        return self._evaluation is not None or bool(self._holders)
+        return self._evaluation is not None or bool(self._with_held_out)
 
     @property
     def holds_out_a_share(self) -> bool:
@@ -114,7 +114,7 @@ class Evaluator:
         elif isinstance(evaluation, float):
             prompt = self._target.prompt
             participants = {n: hold_out(p, evaluation, prompt, self._seed) for n, p in participants.items()}
-        self._holders = {n for n, p in participants.items() if p.held_out is not None}
+        self._with_held_out = {n for n, p in participants.items() if p.held_out is not None}
         return participants
 
     def measure(
@@ -134,8 +134,8 @@ class Evaluator:
             number: Rounds completed with these weights; the next one is what participants are told.
             timeout: seconds to wait for their answers.
         """
-        holders = [n for n, hello in joined.items() if hello.held_out]
-        if not holders and not self.is_shared:
+        with_held_out = [n for n, hello in joined.items() if hello.held_out]
+        if not with_held_out and not self.is_shared:
             return None
         model = self._target.model
         broadcast.publish(GlobalState.of(model), model.weights_hash)
@@ -144,11 +144,11 @@ class Evaluator:
             return replace(self._latest[1], seconds=0.0, bytes={})
         started = time.perf_counter()
         found = Measurement()
-        if holders:
+        if with_held_out:
             task = EvaluateTask.of(
                 round=number + 1, base=model.fingerprint(), samples=self._samples, sample_tokens=_SAMPLE_TOKENS
             )
-            for name, answer, size in broadcast.call(runtime, task, holders, timeout):
+            for name, answer, size in broadcast.call(runtime, task, with_held_out, timeout):
                 found.own[name] = _read(answer, self._samples, joined[name].held_out_tokens)
                 found.bytes[name] = size + (0 if isinstance(answer, Exception) else len(answer))
         if self.is_shared:

@@ -103,10 +103,11 @@ def personalize(server: Server, participant: str, steps: int, lr: float | None) 
 
 def compare(server: Server, participants: Sequence[str] | None) -> dict[str, dict[str, float]]:
     """Losses side by side; see `FederatedAveraging.compare`."""
-    holders = [n for n, hello in server.client_manager.joined.items() if hello.held_out]
-    wanted = holders if participants is None else list(participants)
-    if strangers := [n for n in wanted if n not in holders]:
-        msg = f"{strangers} hold out no examples. Those who do: {', '.join(holders) or 'nobody; pass evaluation='}."
+    with_held_out = [n for n, hello in server.client_manager.joined.items() if hello.held_out]
+    wanted = with_held_out if participants is None else list(participants)
+    if strangers := [n for n in wanted if n not in with_held_out]:
+        others = ", ".join(with_held_out) or "nobody; pass evaluation="
+        msg = f"{strangers} hold out no examples. Those who do: {others}."
         raise ConfigError(msg)
     task = task_now(server, SideBySideTask)
     return {name: ask_one(server, task, SideBySideAnswer, name).by_kind() for name in wanted}

@@ -92,7 +92,7 @@ class Server:
         self.round_notes: list[str] = []
         """what the next record should say of the whole round"""
         self.members_changed = False
-        """whether the next record is the first since members, or what they hold, changed"""
+        """whether the next record is the first since members, or what they have, changed"""
         self.diverged: str | None = None
         """why the latest round is one of a federation that diverges"""
         self._divergence = Divergence()
@@ -208,7 +208,7 @@ class Server:
             own = self.client_manager.joined[name].overlapping
             record.participants[name].notes += own.notes() if own is not None else []
         if not new or not self.runtime.local:
-            return  # what others hold in another process, nobody here knows
+            return  # what others have in another process, nobody here knows
         here = {
             n: p.data
             for n, p in self.runtime.local.items()

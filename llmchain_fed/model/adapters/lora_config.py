@@ -90,7 +90,7 @@ def _tying(value: Any, config: LoraConfig) -> str | None:
     )
 
 
-_VARIANT = "is no pair of factors that a server can average and a saved adapter can hold. Leave it out"
+_VARIANT = "is no pair of factors that a server can average and a saved adapter can store. Leave it out"
 _IGNORED_UNLESS_ASKED = _right  # settings of an option that is refused where it is on; PEFT ignores them otherwise
 
 TREATMENT: dict[str, Check] = {

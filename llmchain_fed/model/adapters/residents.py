@@ -1,6 +1,6 @@
 """Factors in PEFT's layers: resident adapters, the frozen remainder, another rank for a while.
 
-Knows PEFT's LoRA layers and how to write into them. Knows nothing about locks, text or files: who calls holds the
+Knows PEFT's LoRA layers and how to write into them. Knows nothing about locks, text or files: who calls locks the
 module exclusively.
 """
 
@@ -110,7 +110,7 @@ def remainder(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 def load_remainder(module: nn.Module, primary: Sequence[str], factors: Factors) -> None:
     """Makes `factors` the frozen addition; see `LocalModel.load_remainder`."""
-    if _holds(module, factors):
+    if _has(module, factors):
         return
     model_key = one(module, primary)
     found = registry_of(module)
@@ -125,7 +125,7 @@ def load_remainder(module: nn.Module, primary: Sequence[str], factors: Factors) 
         raise WeightsMismatchError(msg)
     wanted = {n: (b, a) for n, (b, a) in factors.items() if b.numel() or a.numel()}  # rank 0 adds nothing
     wanted = _checked_factors(layers, model_key, wanted)
-    if _holds(module, wanted):
+    if _has(module, wanted):
         return
     if has_remainder(module) and not lora_layers(module, REMAINDER).keys() <= wanted.keys():
         _drop(module, REMAINDER)
@@ -135,7 +135,7 @@ def load_remainder(module: nn.Module, primary: Sequence[str], factors: Factors) 
     settle(module, found)
 
 
-def _holds(module: nn.Module, factors: Factors) -> bool:
+def _has(module: nn.Module, factors: Factors) -> bool:
     """Whether the remainder is this one already."""
     present = lora_layers(module, REMAINDER) if has_remainder(module) else {}
     return present.keys() == factors.keys() and all(
@@ -218,7 +218,7 @@ def _write(
     for name, layer in layers.items():
         b, a = factors[name]
         rank = a.shape[0]
-        # The same parameters, where there are any: who holds them goes on with them. Not so the remainder, whose
+        # The same parameters, where there are any: who has them goes on with them. Not so the remainder, whose
         # factors others may have been given, of which a copy each round would be too many.
         if key != REMAINDER and key in layer.lora_A and layer.r[key] == rank:
             with torch.no_grad():

@@ -193,14 +193,14 @@ def check_names(module: nn.Module, resolved: Resolved) -> None:
     PEFT also takes a name for the end of a longer one, and the keys of its patterns for regular expressions.
 
     Raises:
-        ChainFileError: PEFT would find more, or a saved adapter may not hold such a name.
+        ChainFileError: PEFT would find more, or a saved adapter may not have such a name.
     """
     base = cast(Any, unwrapped(module)).get_base_model()
     everything = {re.sub(r"(\.base_layer)+(?=\.|$)", "", n) for n, _ in base.named_modules() if n}
     everything = {n for n in everything if not re.search(r"\.(lora_|modules_to_save|token_adapter|original_module)", n)}
     named = [*resolved.modules, *resolved.parameters, *resolved.modules_to_save, *resolved.tokens]
     if strange := [n for n in named if not re.match(NAME, n)]:
-        msg = f"the adapter is in {strange[0]!r}, a name that a saved adapter cannot hold. Rename the module."
+        msg = f"the adapter is in {strange[0]!r}, a name that a saved adapter cannot have. Rename the module."
         raise ChainFileError(msg)
     for name in resolved.modules:
         _unique(name, [n for n in everything - resolved.modules.keys() if n.endswith(f".{name}")])

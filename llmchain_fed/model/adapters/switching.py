@@ -1,6 +1,6 @@
 """Which LoRA adapters answer: their names, their layers, and switching between them.
 
-Knows PEFT's LoRA layers. Knows nothing about locks, text or files: who calls holds the module exclusively.
+Knows PEFT's LoRA layers. Knows nothing about locks, text or files: who calls locks the module exclusively.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class AdapterViews:
 
     @contextmanager
     def resized(self, rank: int, scaling: Mapping[str, float]) -> Iterator[None]:
-        """Held exclusively; inside, this model's factors are zeros of another rank, with these scalings by layer.
+        """Locks the module; inside, this model's factors are zeros of another rank, with these scalings by layer.
 
         The former parameters, rank and scalings come back afterwards, whatever happens: copy the state inside.
 
@@ -162,7 +162,7 @@ class AdapterViews:
 
     @contextmanager
     def freezing(self, names: Collection[str]) -> Iterator[None]:
-        """Held exclusively; inside, the trainable parameters of these stable names are not trainable.
+        """Locks the module; inside, the trainable parameters of these stable names are not trainable.
 
         Raises:
             ConfigError: There is no such trainable parameter.
@@ -188,7 +188,7 @@ class AdapterViews:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Holds the lock, so that no other thread generates with or trains this module meanwhile.
+        """Takes the lock, so that no other thread generates with or trains this module meanwhile.
 
         The module answers with this model's adapter meanwhile, and a view's own adapter requires gradients. A stream
         computes in a thread of its own: do not read one inside.
@@ -202,7 +202,7 @@ class AdapterViews:
 
     @contextmanager
     def _activated(self) -> Iterator[None]:
-        """This model's adapter answers inside; the lock must be held."""
+        """This model's adapter answers inside; the lock must be taken."""
         with switching.activated(self.module, self.peft_names, ordinary=self._is_ordinary):
             yield
 

@@ -68,7 +68,7 @@ def plain_files(folder: Path, *, error: ErrorType) -> list[str]:
                 else:
                     raise refusal(error, f"'{name}' is no regular file", SAVE_AGAIN)
                 if len(found) + len(folders) > _MOST_FILES:
-                    raise refusal(error, f"{shown(str(folder), 300)} holds more than {_MOST_FILES} files", SAVE_AGAIN)
+                    raise refusal(error, f"{shown(str(folder), 300)} has more than {_MOST_FILES} files", SAVE_AGAIN)
     return sorted(found)
 
 

@@ -85,12 +85,12 @@ def check_fits(folder: Path, *, error: ErrorType) -> None:
         wanted = sum(p.numel() for p in made.parameters())
         spare = sum(b.numel() for b in made.buffers())
     found = sum(math.prod(tensor.shape) for tensor in stored)
-    # a tied tensor is stored once and may be counted twice; quantised, a stored value holds up to 32 of one bit
+    # a tied tensor is stored once and may be counted twice; quantised, a stored value packs up to 32 of one bit
     packed = 32 if getattr(config, "quantization_config", None) is not None else 2
     if wanted > packed * found + 2**20 or spare > found + _SPARE:
         msg = (
             f"config.json of {shown(str(folder), 300)} makes a model of {wanted:,} values and tables of {spare:,}, and "
-            f"the weights there hold {found:,}"
+            f"the weights there have {found:,}"
         )
         raise refusal(error, msg, _AGAIN)
 

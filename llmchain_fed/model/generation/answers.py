@@ -61,7 +61,7 @@ class GenerationOptions(FrozenConfig):
         """All that `generate` is to do: these options over what the model ships.
 
         Args:
-            own: The module's `generation_config`; `generation_fields` says which of its fields hold.
+            own: The module's `generation_config`; `generation_fields` says which of its fields apply.
             eos: These ids end an answer.
             pad: The id of the padding token.
             start: tokens: The answer begins here in a row, behind the prompt or the decoder's start.
@@ -115,7 +115,7 @@ class StopOnEvent(StoppingCriteria):  # type: ignore[misc]
 
 
 class _TokenQueue(BaseStreamer):  # type: ignore[misc]
-    """Receives token ids from `generate`; the first call holds the prompt and is passed over."""
+    """Receives token ids from `generate`; the first call brings the prompt and is passed over."""
 
     def __init__(self, items: queue.SimpleQueue[list[int] | BaseException | None]) -> None:
         self._items, self._seen_prompt = items, False

@@ -21,8 +21,8 @@ class Field(NamedTuple):
     """What a call does with one field that the model ships."""
 
     treatment: Treatment
-    """model: holds as shipped; beams, sampling: holds in such a call; option: an option of this package decides; stop:
-    ends answers like `stop=`; none: without effect"""
+    """model: applies as shipped; beams, sampling: applies in such a call; option: an option of this package decides;
+    stop: ends answers like `stop=`; none: without effect"""
     same: tuple[Any, ...] = ()
     """values, besides None, that change nothing, so that nothing needs to be said about them"""
     option: str = ""
@@ -119,7 +119,7 @@ _LOG = logging.getLogger("llmchain_fed")
 
 
 def shipped(own: Any, *, sampling: bool, beams: bool) -> dict[str, Any]:
-    """The fields that hold as the model ships them in such a call, with the entries that only this model knows.
+    """The fields that apply as the model ships them in such a call, with the entries that only this model knows.
 
     Args:
         own: The module's `generation_config`, or None.
@@ -128,10 +128,10 @@ def shipped(own: Any, *, sampling: bool, beams: bool) -> dict[str, Any]:
     """
     if own is None:
         return {}
-    held = {"model", *(["sampling"] if sampling else []), *(["beams"] if beams else [])}
+    applying = {"model", *(["sampling"] if sampling else []), *(["beams"] if beams else [])}
     known = set(names())
     values = {n: v for n, v in vars(own).items() if n not in METADATA and not n.startswith("_") and v is not None}
-    values = {n: v for n, v in values.items() if n not in known or _field(n).treatment in held}
+    values = {n: v for n, v in values.items() if n not in known or _field(n).treatment in applying}
     return {n: v for n, v in values.items() if n not in known or not _is_empty(v)}
 
 

@@ -114,7 +114,7 @@ def save_without_generation_config(module: nn.Module) -> Iterator[None]:
     """Inside, `module.save_pretrained` works whatever `module.generation_config` is.
 
     A `temperature` without `do_sample`, as published models ship it, is refused by transformers only when it saves.
-    Inside, a stand-in is written, which holds the same fields where transformers can read them again, else none; use
+    Inside, a stand-in is written, which has the same fields where transformers can read them again, else none; use
     `to_data` to keep them all. The module's own object is back afterwards, untouched.
     """
     own = getattr(module, "generation_config", None)

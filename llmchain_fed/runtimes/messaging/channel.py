@@ -19,7 +19,7 @@ from contextlib import suppress
 from multiprocessing import AuthenticationError
 from pathlib import Path
 
-HANDSHAKE = 5.0  # seconds in which both sides have shown that they hold the key
+HANDSHAKE = 5.0  # seconds in which both sides have shown that they have the key
 _NONCE, _PROOF = 32, 32  # bytes
 _MOST_CALLERS = 64  # conversations at a time, those that shake hands included
 _TICK = 0.5  # seconds between looks whether the listener was closed
@@ -134,10 +134,10 @@ class Channel:
             raise AuthenticationError(msg)
 
     def admit(self, key: bytes) -> None:
-        """Shakes hands as the listener; both prove that they hold the key, neither shows it.
+        """Shakes hands as the listener; both prove that they have the key, neither shows it.
 
         Raises:
-            AuthenticationError: The other side does not hold it.
+            AuthenticationError: The other side does not have it.
             EOFError, OSError: It went away, or did not answer in time.
         """
         until = time.monotonic() + HANDSHAKE
@@ -147,7 +147,7 @@ class Channel:
         theirs, proof = answer[:_NONCE], answer[_NONCE:]
         if len(theirs) < _NONCE or not hmac.compare_digest(proof, _proof(key, b"dials", ours, theirs)):
             self.send_bytes(b"", until - time.monotonic())
-            msg = "the other side does not hold the key"
+            msg = "the other side does not have the key"
             raise AuthenticationError(msg)
         self.send_bytes(_proof(key, b"listens", theirs, ours), until - time.monotonic())
 
@@ -159,7 +159,7 @@ class Channel:
         self.send_bytes(ours + _proof(key, b"dials", theirs, ours), until - time.monotonic())
         proof = self.recv_bytes(_PROOF, until - time.monotonic())
         if not hmac.compare_digest(proof, _proof(key, b"listens", ours, theirs)):
-            msg = "who listens there holds another key"
+            msg = "who listens there has another key"
             raise AuthenticationError(msg)
 
 
@@ -168,7 +168,7 @@ def _until(seconds: float | None) -> float | None:
 
 
 def _proof(key: bytes, role: bytes, challenge: bytes, other: bytes) -> bytes:
-    """What only a holder of the key can say; the role keeps a proof from being handed back to who gave it."""
+    """What only somebody who has the key can say; the role keeps a proof from being handed back to who gave it."""
     return hmac.digest(key, role + challenge + other, "sha256")
 
 

@@ -19,7 +19,7 @@ from llmchain_fed.runtimes.messaging.answer_sizes import AnswerSizes
 
 # (nodes, frame, seconds) → (node, the frame it answered or why there is none) for each of them
 Exchange = Callable[[Sequence[str], bytes, float], Iterable[tuple[str, bytes | Exception]]]
-_POLL = 2.0  # seconds a site holds on to a poll before it says that it is still at work
+_POLL = 2.0  # seconds a site keeps a poll waiting before it says that it is still at work
 _LATE = 5.0  # seconds by which the last poll, or a farewell, may outlast the deadline
 _LONGEST = 86_400.0  # seconds a node may be at work where no deadline was set: nobody is waited for without end
 
@@ -160,7 +160,7 @@ class ChunkedCalls:
                 elif head.state != "done" or head.total is None:
                     yield from call.ends(name, _restarted(name))
                 else:
-                    call.totals[name] = head.total  # also of one that is refused: it holds it until told to drop it
+                    call.totals[name] = head.total  # also of one that is refused: it keeps it until told to drop it
                     if len(body) not in (0, head.total) or len(body) > frames.INLINE:
                         strange = f"{name!r} sent {len(body):,} bytes that nobody asked for."
                         yield from call.ends(name, TransportError(strange))

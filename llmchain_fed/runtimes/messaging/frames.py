@@ -24,16 +24,16 @@ from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError, TransportError
 from llmchain_fed.runtimes.messaging.channel import HANDSHAKE, Channel, Listener, which
 
-SLICE = 16 * 2**20  # bytes: larger bodies travel in slices, so that no process on the way holds them whole
+SLICE = 16 * 2**20  # bytes: larger bodies travel in slices, so that no process on the way has them whole
 INLINE = 2**18  # bytes: a shorter answer comes with the news that it is there
 _MAX_HEAD = 2**17  # bytes
 MAX_ORDER = 2**22  # bytes of a head that names nodes: of some 100,000
 MAX_FRAME = SLICE + _MAX_HEAD + 4
 MAX_OUTER = MAX_FRAME + MAX_ORDER + 4  # a frame within a frame: between driver and bridge, bridge and peer
-_LONGEST_PATH = 100  # bytes: what a UNIX socket's address holds, less some room
+_LONGEST_PATH = 100  # bytes: what fits a UNIX socket's address, less some room
 _KEY = 32  # bytes
 _BEGINNING = 5.0  # seconds to wait for another process that begins to listen at the same path
-TRANSFER = 60.0  # seconds a frame may take through a socket, and its answer to come: a poll is held for less
+TRANSFER = 60.0  # seconds a frame may take through a socket, and its answer to come: a poll waits for less
 
 
 class SilentError(TransportError):
@@ -121,7 +121,7 @@ def _alone(path: Path) -> Iterator[None]:
     """Of processes that begin to listen at one path at once, one after the other: each finds what the former left.
 
     Raises:
-        OSError: The lock is another account's, or somebody holds it for longer than beginning takes.
+        OSError: The lock is another account's, or somebody keeps it for longer than beginning takes.
     """
     lock = path.with_name(path.name + ".lock")
     until = time.monotonic() + _BEGINNING
@@ -133,7 +133,7 @@ def _alone(path: Path) -> Iterator[None]:
                 raise OSError(msg)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
-                break  # else whoever held it has removed it meanwhile
+                break  # else whoever had it has removed it meanwhile
             os.close(descriptor)
         except BlockingIOError:
             os.close(descriptor)

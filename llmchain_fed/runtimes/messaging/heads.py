@@ -41,7 +41,7 @@ class Put(untrusted.Strict):
 
 
 class Poll(untrusted.Strict):
-    """Is a call's answer there? May be held for so many seconds."""
+    """Is a call's answer there? May wait for so many seconds."""
 
     do: Literal["poll"]
     call: _CallId

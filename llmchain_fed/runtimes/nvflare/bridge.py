@@ -225,7 +225,7 @@ class HubBridge:
 
 
 def _call(names: list[str], frame: bytes, seconds: float) -> tuple[list[Any], dict[str, str]]:
-    """Begins a call to sites; what will hold their answers, and who cannot be called, with why.
+    """Begins a call to sites; what will contain their answers, and who cannot be called, with why.
 
     The engine refuses a call to all of them where one of them says that its bridge takes other arguments: that is this
     site's own trouble.
@@ -265,7 +265,7 @@ def _is_of_another_bridge(error: Exception) -> bool:
 
 
 def _which_link(error: Exception, seconds: float) -> str:
-    """What a failed call says of a site: the engine's error holds the name of what was raised, here or there."""
+    """What a failed call says of a site: the engine's error contains the name of what was raised, here or there."""
     if isinstance(error, TimeoutError) or getattr(error, "cause_type", None) == "TimeoutError":
         return f"its engine has been silent for {seconds:.0f} s."
     return f"it is not connected to the hub ({untrusted.printable(getattr(error, 'cause', error), 200)})."

@@ -55,7 +55,7 @@ def check(kit: Path) -> None:
         why = untrusted.printable(error, 200)
         msg = f"the certificate of {kit.name} was not signed by this federation's authority ({why})."
         raise ConfigError(msg) from error
-    wanted = _holder(kit)
+    wanted = _owner(kit)
     named = [str(a.value) for a in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     if wanted is not None and named != [wanted]:
         owner = untrusted.shown(", ".join(named))
@@ -117,7 +117,7 @@ def _files(kit: Path) -> tuple[Path, Path]:
     return tuple(startup / f"{'server' if hub else 'client'}.{ending}" for ending in ("crt", "key"))  # type: ignore[return-value]
 
 
-def _holder(kit: Path) -> str | None:
+def _owner(kit: Path) -> str | None:
     """Whose kit it says it is; the hub's says so by its host alone."""
     if kits.is_admin(kit):
         return kits.admin_name(kit)

@@ -25,7 +25,7 @@ from llmchain_fed.runtimes.nvflare.supervision import reaching
 from llmchain_fed.storage import locks
 
 LOCK = "engine.lock"
-"""in the kit: held while its engine runs"""
+"""in the kit: locked while its engine runs"""
 _MODULES = {True: "nvflare.private.fed.app.server.server_train", False: "nvflare.private.fed.app.client.client_train"}
 _PARTS = {
     True: ("startup/fed_server.json", "startup/server.crt", "startup/server.key"),
@@ -113,7 +113,7 @@ def start(
     kit = kit.absolute()
     command, variables = command_of(kit, socket, authority)
     check_folder(kit)
-    with locks.hold(kit / LOCK, f"the kit {kit.name}"):
+    with locks.lock(kit / LOCK, f"the kit {kit.name}"):
         check(kit)
     descriptor = os.open(log or kit / "engine.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(descriptor, "ab") as output:

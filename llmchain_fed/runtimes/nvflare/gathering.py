@@ -73,7 +73,7 @@ class Gathering:
     def able(self, names: Sequence[str]) -> list[str]:
         """Those of these sites that a job may be tried with: not those that refused one.
 
-        The hub's engine knows a name's trouble: it turned somebody away who came under it. That is said; whoever holds
+        The hub's engine knows a name's trouble: it turned somebody away who came under it. That is said; whoever has
         the name and is connected is well, and stays in.
         """
         state = None

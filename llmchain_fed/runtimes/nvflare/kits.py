@@ -63,7 +63,7 @@ def _instead(folder: Path) -> str:
             more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
             return f" Within it are: {untrusted.one_line(', '.join(found[:_LISTED]))}{more}"
     if (folder / "request").is_dir():
-        return " It holds a request: `llmchain-fed provision package` makes the kit of it and the hub's answer."
+        return " It contains a request: `llmchain-fed provision package` makes the kit of it and the hub's answer."
     return ""
 
 
@@ -148,7 +148,7 @@ def configure(kit: Path, *, at: Path | None = None) -> None:
         kit.chmod(0o700)
         return
     hub, local = is_hub(kit), kit / "local"
-    kit.chmod(0o700)  # it holds a key, and logs that can quote examples
+    kit.chmod(0o700)  # it contains a key, and logs that can quote examples
     resources = _read(kit, "resources.json.default", "local")
     with untrusted.decoding(f"resources.json.default of {kit}", ConfigError):
         _close_down(resources, (at or kit).absolute(), hub=hub)
@@ -206,7 +206,7 @@ def provision_here(folder: Path, *, sites: Iterable[str], port: int, host: str =
         raise ConfigError(msg)
     folder = folder.absolute()
     if os.path.lexists(folder / _WORKSPACE):
-        msg = f"{folder} holds kits already: the engine would write new ones beside them. Choose a fresh folder."
+        msg = f"{folder} contains kits already: the engine would write new ones beside them. Choose a fresh folder."
         raise ConfigError(msg)
     with scratch(folder) as unfinished:
         project = unfinished / "project.yml"

@@ -67,7 +67,7 @@ class _Call:
     given_up: bool = False
 
     def take(self) -> bytes:
-        """The payload, which this then no longer holds: of full weights one copy less while they are trained."""
+        """The payload, which this then no longer has: of full weights one copy less while they are trained."""
         payload, self.payload = bytes(self.payload), bytearray()
         return payload
 

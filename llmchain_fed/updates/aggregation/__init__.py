@@ -15,7 +15,7 @@ For a layer W (m, n) with LoRA factors B (m, r) and A (r, n), K participants, va
 | fedsvd | B ← B̄, then B·A = USVᵀ: A ← Vᵀ, B ← US | rm | r(m+n) | yes | 2505.12805 |
 | fedex | A ← Ā, B ← B̄, rest to a frozen remainder | r(m+n) | r(m+n) + (K−1)r(m+n) | yes | 2410.09432 |
 | flora | stack to the remainder, LoRA anew | r_k(m+n) | rn + Σr_k(m+n) | yes, also mixed ranks | 2409.05976 |
-| flexlora | stack, cut to rank r by SVD | r_k(m+n) | r_k(m+n) | if r holds Σ r_k, else nearest | 2402.11505 |
+| flexlora | stack, cut to rank r by SVD | r_k(m+n) | r_k(m+n) | if r ≥ Σ r_k, else nearest | 2402.11505 |
 """
 
 from __future__ import annotations

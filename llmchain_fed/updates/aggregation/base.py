@@ -77,7 +77,7 @@ class Rule:
         if layout.refused:
             msg = (
                 f"aggregation={self.name!r} does not handle {', '.join(layout.refused)}: what it promises would not "
-                "hold. Use 'fedavg', which averages every trainable tensor, or a plain LoraConfig."
+                "be true. Use 'fedavg', which averages every trainable tensor, or a plain LoraConfig."
             )
             raise ConfigError(msg)
 

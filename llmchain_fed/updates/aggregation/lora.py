@@ -1,6 +1,6 @@
 """The LoRA rules that keep every participant's factors: FedEx, FLoRA and FlexLoRA, and FedSVD's refactoring.
 
-Knows factors and their stacks. No (m, n) matrix is formed: the server holds the participants' factors and works layer
+Knows factors and their stacks. No (m, n) matrix is formed: the server keeps the participants' factors and works layer
 by layer. s_k is a participant's scaling, p_k = n_k/n, a bar the mean with these weights.
 """
 
@@ -111,7 +111,7 @@ class FLoRA(_Kept):
 class FlexLoRA(_Kept):
     """The stack's best approximation of the adapter's rank, by SVD (arXiv 2402.11505).
 
-    Exact where that rank holds the stack; else the nearest there is, at a distance of √(Σ of the squared singular
+    Exact where that rank reaches the stack's; else the nearest there is, at a distance of √(Σ of the squared singular
     values left out).
     """
 

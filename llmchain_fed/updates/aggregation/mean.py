@@ -19,7 +19,7 @@ from llmchain_fed.updates.serialization import side_by_side
 class RunningMean(Collection):
     """Σ n_k/n · w_k, kept up to date update by update (West 1979), in float32 or better.
 
-    The running form needs no total beforehand, holds one state however many updates come, and is exact where it should
+    The running form needs no total beforehand, keeps one state however many updates come, and is exact where it should
     be: one update gives its own values bit by bit, and so do identical ones.
 
     >>> mean = RunningMean()

@@ -1,6 +1,6 @@
 """Weight shares: no update weighs more than a given share of its round.
 
-Knows weights and contributions. Knows nothing of what a contribution holds or how it is combined.
+Knows weights and contributions. Knows nothing of what a contribution contains or how it is combined.
 
 Participants declare their counts themselves, so one that claims 10⁹ examples would be the mean. With a share c the
 weights of a round are cut at one threshold T, w'_k = min(w_k, T), chosen so that T is the share c of Σ w'_k: whoever is

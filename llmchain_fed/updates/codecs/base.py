@@ -79,7 +79,7 @@ def flattened(tensors: Mapping[str, Tensor]) -> Tensor:
         piece.copy_(tensors[name].detach().reshape(-1))
     if not all_finite(flat):
         name = owner_of(~flat.isfinite(), sizes)
-        msg = f"{name} holds NaN or values infinite in float32, which no code stands for. Lower the learning rate."
+        msg = f"{name} contains NaN or values infinite in float32, which no code stands for. Lower the learning rate."
         raise FederationError(msg)
     return flat
 

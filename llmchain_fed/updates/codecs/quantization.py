@@ -38,18 +38,18 @@ class BF16:
         return {"values": TensorInfo(torch.bfloat16, (sum(sizes_of(infos).values()),))}
 
     def encode(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rounds to nearest; raises FederationError also for what bfloat16 cannot hold (beyond 3.39e38)."""
+        """Rounds to nearest; raises FederationError also for what bfloat16 cannot represent (beyond 3.39e38)."""
         values = flattened(tensors).bfloat16()
         if not all_finite(values):  # float32 reaches a little further
             name = owner_of(~values.isfinite(), sizes_of(describe(tensors)))
-            msg = f"{name} holds values infinite in bfloat16, which no sum can use. Lower the learning rate."
+            msg = f"{name} contains values infinite in bfloat16, which no sum can use. Lower the learning rate."
             raise FederationError(msg)
         return {"values": values}
 
     def decode(self, parts: Mapping[str, Tensor], infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
         """The values as float32; refuses NaN and infinity."""
         check_layout(self, parts, infos)
-        refuse_where(~parts["values"].isfinite(), sizes_of(infos), "holds NaN or infinite values")
+        refuse_where(~parts["values"].isfinite(), sizes_of(infos), "contains NaN or infinite values")
         return unflattened(parts["values"].float(), infos)
 
 

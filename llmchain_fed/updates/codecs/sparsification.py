@@ -71,7 +71,7 @@ class TopK:
         check_layout(self, parts, infos)
         sizes, indices, values = sizes_of(infos), parts["indices"].long(), parts["values"]
         counts = self._counts(sizes)
-        refuse_where(~values.isfinite(), counts, "holds NaN or infinite values")
+        refuse_where(~values.isfinite(), counts, "contains NaN or infinite values")
         extents, repeats = (torch.tensor(list(n.values()), dtype=torch.long) for n in (sizes, counts))
         outside = (indices < 0) | (indices >= extents.repeat_interleave(repeats))
         refuse_where(outside, counts, "has indices outside of it")

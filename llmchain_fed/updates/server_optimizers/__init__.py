@@ -110,7 +110,7 @@ def check(optimizer: Any) -> None:
     if isinstance(optimizer, torch.optim.Optimizer):
         kind = type(optimizer).__name__
         msg = (
-            f"server_optimizer={kind}(…) holds parameters of its own, and its step() knows no pseudo-gradient. "
+            f"server_optimizer={kind}(…) has parameters of its own, and its step() knows no pseudo-gradient. "
             f"Pass TorchServerOptimizer(torch.optim.{kind}, …)."
         )
         raise ConfigError(msg)

@@ -70,7 +70,7 @@ class TorchServerOptimizer:
             parameter.grad = torch.ones(2, 2)
             optimizer.step()
             if repr(optimizer.state_dict()["param_groups"]) != before:
-                raise ValueError("it keeps state across tensors, and a round may hold only some of them")  # noqa: EM101
+                raise ValueError("it keeps state across tensors, and a round may contain only some of them")  # noqa: EM101
             json.dumps([v for v in optimizer.state[parameter].values() if not isinstance(v, Tensor)], allow_nan=False)
         except Exception as error:
             msg = (

@@ -1,4 +1,4 @@
-"""A checkpoint is on disk whole or not at all, holds nothing that runs, and is read only if it is what was written.
+"""A checkpoint is on disk whole or not at all, contains nothing that runs, and is read only if it is what was written.
 
 Belongs here: the files, what happens when writing fails, and what is refused when reading. Does not: what a federation
 makes of it (test_resuming), processes that are killed (test_kills).
@@ -73,7 +73,7 @@ def test_what_was_written_is_read(tmp_path):
 
 
 def test_a_federation_leaves_safetensors_and_json_and_nothing_else(make_chain, tmp_path):
-    """Opened by safetensors and json themselves; no byte of a pickle or of a zip that could hold one."""
+    """Opened by safetensors and json themselves; no byte of a pickle or of a zip that could contain one."""
     options = {"codec": "int8", "broadcast_codec": "int8", "personal": Ditto(), "server_optimizer": FedAdam(lr=0.01)}
     federation(make_chain(lora=True), tmp_path, **options).fit(rounds=2)
     folder = tmp_path / "round-000002"
@@ -119,7 +119,7 @@ def test_names_decide_nothing_about_where_files_are(make_chain, tmp_path):
     assert len(again.history[-1].trained) == len(names)
 
 
-def test_a_text_that_no_encoding_holds_stops_no_run(tmp_path):
+def test_a_text_that_no_encoding_has_stops_no_run(tmp_path):
     """Half a surrogate pair, as a site's JSON may bring one with a sample answer."""
     write(tmp_path, 1, sample="half \ud83d of one, and « all » of 😀")
     assert_reads_as(tmp_path, 1, sample="half \ud83d of one, and « all » of 😀")
@@ -179,7 +179,7 @@ def test_a_directory_that_is_no_path_is_refused(directory, make_chain):
             FederatedAveraging.resume(nowhere, make_chain(), participants=SHARES, progress=False)
 
 
-def test_a_directory_that_no_file_system_holds_is_refused_before_anything_is_trained(make_chain, tmp_path):
+def test_a_directory_that_no_file_system_can_have_is_refused_before_anything_is_trained(make_chain, tmp_path):
     fed = federation(make_chain(), f"{tmp_path}/a\0b")
     with pytest.raises(CheckpointError, match="Choose another checkpoint_dir"):
         fed.fit(rounds=1)
@@ -373,7 +373,7 @@ def test_anothers_rounds_are_refused_before_anything_is_trained(make_chain, tmp_
     for peer in fed._peers.values():
         monkeypatch.setattr(peer, "handle", lambda op, payload: pytest.fail(f"{op} was asked"))
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=r"holds rounds \[1\] of an earlier run.*resume"):
+        with pytest.raises(CheckpointError, match=r"contains rounds \[1\] of an earlier run.*resume"):
             fed.fit(rounds=1)
     assert chain.model.weights_version == start
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

@@ -1,7 +1,7 @@
 """Fifty SIGKILLs at a federation that writes checkpoints: it ends as the one that was never killed, bit for bit.
 
 Belongs here: processes that die and start again, whole runs of them. Does not: failures within a process
-(test_files), what a checkpoint holds (test_resuming). Not part of the default run: `pytest -m kills`.
+(test_files), what a checkpoint contains (test_resuming). Not part of the default run: `pytest -m kills`.
 """
 
 import contextlib

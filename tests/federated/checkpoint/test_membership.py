@@ -1,6 +1,6 @@
 """A run that goes on with other members than its checkpoint's, because somebody said so.
 
-Belongs here: who is gone, new, or holds other data, and what of each state goes on. Does not: resuming with the same
+Belongs here: who is gone, new, or has other data, and what of each state goes on. Does not: resuming with the same
 members (test_resuming). What a round after the change must give is computed here from the checkpoint's files with plain
 local training, never with a federation.
 """
@@ -222,7 +222,7 @@ def test_a_kept_optimizer_and_ditto_go_on_for_those_who_stay(make_chain, tmp_pat
 
 @pytest.mark.parametrize("count", [1, 3, 5, 8, 9, 12])
 def test_data_that_has_grown_is_walked_through_as_a_whole(count, make_chain, tmp_path):
-    """The position is at the beginning of a pass: the batches of one pass hold each example once, none is left out."""
+    """The position is at the beginning of a pass: the batches of one pass have each example once, none is left out."""
     config = SGD.replace(max_steps=3, epochs=None, batch_size=2)
     begun(make_chain(), tmp_path, {"a": PAIRS[:5]}, rounds=1, training=config)  # at step 3 of passes of 3
     _, _, kept = stored(tmp_path, 1)
@@ -277,7 +277,7 @@ def test_states_of_the_gone_are_nowhere_any_more(make_chain, tmp_path):
     assert set(stored(tmp_path, AT + 1)[2]) == {"a", "c"}
     about = files.read(tmp_path).about
     assert about["participants"] == ["a", "c"]
-    assert set(about["holdings"]) == {"a", "c"}
+    assert set(about["declarations"]) == {"a", "c"}
     for path in (tmp_path / f"round-{AT + 1:06d}").rglob("*"):
         assert hashlib.sha256(b"b").hexdigest()[:32] not in path.name
 
@@ -377,13 +377,13 @@ def test_where_nothing_changed_it_is_the_same_run_and_says_so(elsewhere, make_ch
     fed = resumed(tmp_path, make_chain(lora=True), **place)
     fed.fit(rounds=2)
     (note,) = fed.history[AT].notes
-    assert "nobody left or joined, and all hold as many examples as then" in note
+    assert "nobody left or joined, and all have as many examples as then" in note
     assert not fed.history[AT].members_changed
     fed.history[AT].notes.clear()
     assert_same(fed, straight)
 
 
-# --- elsewhere: what they hold is known when they join ----------------------------------------------------------------
+# --- elsewhere: what they have is known when they join ----------------------------------------------------------------
 
 
 def test_sites_are_compared_when_they_join(make_chain, tmp_path):
@@ -599,8 +599,8 @@ def test_rolling_back_beyond_a_change_is_refused_with_the_way(case, make_chain, 
     assert "members changed after round 1" in notes(back, 1)
 
 
-def test_also_where_sites_hold_other_data_now(make_chain, tmp_path):
-    """Told before anything is put back: they have joined, so what they hold is known."""
+def test_also_where_sites_have_other_data_now(make_chain, tmp_path):
+    """Told before anything is put back: they have joined, so what they have is known."""
     begun(make_chain(), tmp_path, keep_checkpoints=None)
     sites = FederatedAveraging(make_chain(), participants=NOW["grown"], progress=False, training=SGD)._peers
     fed = resumed(tmp_path, make_chain(), None, runtime=Elsewhere(sites))

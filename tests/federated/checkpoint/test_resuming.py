@@ -1,6 +1,6 @@
 """An interrupted federation goes on as if it had never stopped: resume, roll_back, promote, and what refuses to.
 
-Belongs here: what a checkpoint must hold so that nothing is lost, and what makes it another federation's. Does not: the
+Belongs here: what a checkpoint must have so that nothing is lost, and what makes it another federation's. Does not: the
 files themselves (test_files), processes that are killed (test_kills).
 """
 
@@ -316,7 +316,7 @@ def test_rolling_back_is_the_state_of_then_and_goes_on_like_it(aggregation, make
 )
 @pytest.mark.parametrize(("rounds", "to"), [(1, 1), (2, 1), (2, 2)])
 def test_rolling_back_from_any_round_to_any_other(rounds, to, options, make_chain, tmp_path):
-    """Also to the round one is at: what participants hold by an old name must not be taken for the new state."""
+    """Also to the round one is at: what participants have by an old name must not be taken for the new state."""
     straight = federation(make_chain(), **options)
     straight.fit(rounds=to + 2)
     fed = federation(make_chain(), checkpoint_dir=tmp_path, keep_checkpoints=None, **options)
@@ -798,7 +798,7 @@ def test_other_examples_elsewhere_are_refused_when_they_are_first_counted(change
     assert checkpoint.rounds(kept) == [1, 2]
 
 
-def test_one_who_holds_other_examples_is_absent_and_the_others_go_on(kept, make_chain):
+def test_one_who_has_other_examples_is_absent_and_the_others_go_on(kept, make_chain):
     """One participant's word does not end the run of the others, whose quorum it is not needed for."""
     chain = make_chain(lora=True)
     sites = federation(make_chain(lora=True), {**SHARES, "b": PAIRS[5:8]})._peers
@@ -823,7 +823,7 @@ def test_a_state_that_could_not_be_given_back_is_no_state_and_the_checkpoint_sta
     options = {"training": SGD, "progress": False, "checkpoint_dir": tmp_path}
     fed = FederatedAveraging(chain, runtime=Spoiling(sites), **options)
     fed.fit(rounds=2)
-    assert any("holds no state of it" in note for note in fed.history[-1].participants["b"].notes)
+    assert any("has no state of it" in note for note in fed.history[-1].participants["b"].notes)
     back = resumed(tmp_path, make_chain(lora=True), None, runtime=Elsewhere(sites))
     assert back.round == 2
     back.fit(rounds=1)
@@ -879,7 +879,7 @@ def test_participants_that_refuse_their_state_go_on_from_what_they_kept(from_the
     again = resumed(tmp_path, make_chain(), None, runtime=Discreet(sites))
     again.fit(rounds=1)
     assert_tensors_equal(weights_of(again), weights_of(straight))
-    why = "no checkpoint holds it" if from_the_start else "its policy keeps that from the hub"
+    why = "no checkpoint contains it" if from_the_start else "its policy keeps that from the hub"
     for record in again.history[-1].participants.values():
         assert any(note.endswith(f"its peer has, if it was not started anew ({why})") for note in record.notes)
     again.fit(rounds=1)
@@ -909,7 +909,7 @@ def test_a_state_that_did_not_come_is_said_also_where_there_was_none_before(make
     fed = federation(chain, None, training=KEPT, runtime=runtime, checkpoint_dir=tmp_path)
     fed.fit(rounds=2)
     for record in fed.history[-1].participants.values():
-        assert record.notes == ["the checkpoint of round 1 holds no state of it (ParticipantError: it wants to answer "
+        assert record.notes == ["the checkpoint of round 1 has no state of it (ParticipantError: it wants to answer "
                                 "with more bytes than make sense)"]  # fmt: skip
     assert runtime.expected == limits_of(chain.model).file, "what is taken is what can be read again"
 
@@ -987,6 +987,6 @@ def test_a_history_that_could_not_be_read_again_is_not_written(make_chain, tmp_p
 
 
 @pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**5000], ids=range(3))
-def test_a_seed_that_no_message_holds_is_refused_at_once(seed, make_chain):
+def test_a_seed_that_no_message_can_carry_is_refused_at_once(seed, make_chain):
     with pytest.raises(ConfigError, match="seed"):
         federation(make_chain(), seed=seed)

@@ -324,7 +324,7 @@ def test_what_comes_from_elsewhere_writes_no_further_lines(capfd):
     assert "a\\nb is out: lost\\n\\x1b[2J" in line
 
 
-def test_a_change_holds_its_times():
+def test_a_change_has_its_times():
     now = [100.0]
     attendance = Attendance(lambda: now[0])
     told = []

@@ -70,7 +70,7 @@ def assert_equal(got, wanted):
 # --- what is sent -----------------------------------------------------------------------------------------------------
 
 
-def test_nobody_is_sent_what_it_holds(make_chain):
+def test_nobody_is_sent_what_it_has(make_chain):
     """The start is the same everywhere; after a round what changed travels once, and training comes for a header."""
     chain = make_chain(lora=True)
     fed, wire = federation(chain, evaluation=dict.fromkeys(SHARES, PAIRS[:2]), samples=0)
@@ -114,7 +114,7 @@ def test_another_base_start_is_sent_whole(make_chain):
 
 
 @pytest.mark.parametrize("rule", ["fedit", "fedex", "flora"])
-def test_a_participant_that_lost_what_it_held_is_sent_all(rule, make_chain):
+def test_a_participant_that_lost_what_it_had_is_sent_all(rule, make_chain):
     chain, smooth = make_chain(lora=True), make_chain(lora=True)
     federation(smooth, aggregation=rule)[0].fit(4)
     fed, wire = federation(chain, aggregation=rule)
@@ -164,8 +164,8 @@ class Processes(Runtime):
         self.peers, self.stale = {}, 0
         for group in groups:
             target = Target.of(make_chain(lora=True))
-            held = GlobalStateCache(target.model)
-            self.peers |= {n: Client(target, Participant(n, shares[n]), None, global_states=held) for n in group}
+            cache = GlobalStateCache(target.model)
+            self.peers |= {n: Client(target, Participant(n, shares[n]), None, global_states=cache) for n in group}
 
     def nodes(self):
         return list(self.peers)
@@ -228,10 +228,10 @@ def both_ends(make_model, codec=None):
     return Broadcast(make_codec(codec), None), GlobalStateCache(model), GlobalState.of(model), model.weights_hash
 
 
-def deliver(broadcast, held, node="a"):
+def deliver(broadcast, cache, node="a"):
     message = broadcast.message(node, TimeStepTask(round=1, base="b"))
     header = messages.read_header(TimeStepTask, message)
-    state = held.receive(header.state, values(message, header.infos))
+    state = cache.receive(header.state, values(message, header.infos))
     if state is not None:
         broadcast._known[node] = KnownVersion(broadcast.number)
     return state, len(message)
@@ -244,12 +244,12 @@ def moved(state, seed, layer="model.layers.0.self_attn.q_proj", rank=2):
     return GlobalState(new, state.plus({layer: more}))
 
 
-def test_both_ends_hold_the_same_after_every_version(make_model):
-    broadcast, held, state, digest = both_ends(make_model)
+def test_both_ends_have_the_same_after_every_version(make_model):
+    broadcast, cache, state, digest = both_ends(make_model)
     for number in range(6):
         broadcast.publish(state, digest)
         if number != 2:  # one version is missed
-            found, _ = deliver(broadcast, held)
+            found, _ = deliver(broadcast, cache)
             assert_equal(dict(found.values), dict(state.values))
             assert found.remainder.keys() == state.remainder.keys()
             for layer, factors in state.remainder.items():
@@ -259,14 +259,14 @@ def test_both_ends_hold_the_same_after_every_version(make_model):
 
 
 def test_a_remainder_travels_as_what_was_added(make_model):
-    broadcast, held, state, digest = both_ends(make_model)
+    broadcast, cache, state, digest = both_ends(make_model)
     broadcast.publish(state, digest)
-    deliver(broadcast, held)
+    deliver(broadcast, cache)
     sizes = []
     for number in range(5):
         state = GlobalState(state.values, moved(state, number).remainder)
         broadcast.publish(state, digest)
-        sizes.append(deliver(broadcast, held)[1])
+        sizes.append(deliver(broadcast, cache)[1])
     assert max(sizes) - min(sizes) < 100
     fresh = Broadcast(None, None)
     fresh.publish(state, "")
@@ -277,10 +277,10 @@ def test_a_remainder_travels_as_what_was_added(make_model):
 
 @pytest.mark.parametrize(("codec", "rounds"), [("int8", 2), ("int4", 3), ("topk:0.05", 3)])
 def test_who_missed_changes_is_sent_their_codes(codec, rounds, make_model):
-    """All of them, as long as they are fewer bytes than the values; then both hold the same copy."""
-    broadcast, held, state, digest = both_ends(make_model, codec)
+    """All of them, as long as they are fewer bytes than the values; then both have the same copy."""
+    broadcast, cache, state, digest = both_ends(make_model, codec)
     broadcast.publish(state, digest)
-    deliver(broadcast, held, "b")
+    deliver(broadcast, cache, "b")
     often, size = GlobalStateCache(make_model(lora=True)), 0
     deliver(broadcast, often)
     for number in range(rounds):
@@ -288,7 +288,7 @@ def test_who_missed_changes_is_sent_their_codes(codec, rounds, make_model):
         broadcast.publish(state, digest)
         always, each = deliver(broadcast, often)
         size += each
-    after, sent = deliver(broadcast, held, "b")
+    after, sent = deliver(broadcast, cache, "b")
     assert_equal(dict(after.values), dict(always.values))
     assert_equal(dict(after.values), broadcast.state_for("b"))
     assert sent < 0.95 * sum(t.nbytes for t in state.values.values())
@@ -297,23 +297,23 @@ def test_who_missed_changes_is_sent_their_codes(codec, rounds, make_model):
         state = GlobalState(moved(state, number).values)
         broadcast.publish(state, digest)
         always, _ = deliver(broadcast, often)
-    after, sent = deliver(broadcast, held, "b")
+    after, sent = deliver(broadcast, cache, "b")
     assert_equal(dict(after.values), dict(always.values))
     assert sent < sum(t.nbytes for t in state.values.values()) + 3000
 
 
 def test_a_process_that_has_newer_states_understands_what_changed_since_an_older_one(make_model):
     """Its participants are asked in turns: a message says what changed since *they* were asked."""
-    broadcast, held, state, digest = both_ends(make_model)
+    broadcast, cache, state, digest = both_ends(make_model)
     broadcast.publish(state, digest)
-    deliver(broadcast, held, "a")
-    deliver(broadcast, held, "b")
+    deliver(broadcast, cache, "a")
+    deliver(broadcast, cache, "b")
     for number in range(4):
         state = moved(state, number, rank=1 + number)
         broadcast.publish(state, digest)
         if number < 3:
-            deliver(broadcast, held, "a")
-    found, _ = deliver(broadcast, held, "b")
+            deliver(broadcast, cache, "a")
+    found, _ = deliver(broadcast, cache, "b")
     assert_equal(dict(found.values), dict(state.values))
     for layer, factors in state.remainder.items():
         assert factors.rank == 1 + 2 + 3 + 4
@@ -323,15 +323,15 @@ def test_a_process_that_has_newer_states_understands_what_changed_since_an_older
 
 @pytest.mark.parametrize("write", ["in place", "through data"])
 def test_a_remainder_that_somebody_wrote_into_is_sent_anew(write, make_model):
-    broadcast, held, state, digest = both_ends(make_model)
+    broadcast, cache, state, digest = both_ends(make_model)
     state = moved(state, 0)
     broadcast.publish(state, digest)
-    deliver(broadcast, held)
+    deliver(broadcast, cache)
     (factors,) = state.remainder.values()
     tensor = factors.b if write == "in place" else factors.b.data
     tensor.mul_(2)
     broadcast.publish(state, digest)
-    found, _ = deliver(broadcast, held)
+    found, _ = deliver(broadcast, cache)
     (got,) = found.remainder.values()
     assert torch.equal(got.b, factors.b)
 
@@ -344,15 +344,15 @@ def test_a_version_that_is_none_is_refused(version):
 
 @pytest.mark.parametrize("codec", ["int8", "int4", "topk:0.2"])
 def test_what_a_broadcast_codec_leaves_out_comes_with_the_next_message(codec, make_model):
-    """The copy that participants hold follows the weights; once these stand still it comes arbitrarily near."""
-    broadcast, held, state, digest = both_ends(make_model, codec)
+    """The copy that participants have follows the weights; once these stand still it comes arbitrarily near."""
+    broadcast, cache, state, digest = both_ends(make_model, codec)
     broadcast.publish(state, digest)
-    deliver(broadcast, held)
+    deliver(broadcast, cache)
     start = state
     for number in range(4):
         state = GlobalState(moved(state, number).values)
         broadcast.publish(state, digest)
-        found, _ = deliver(broadcast, held)
+        found, _ = deliver(broadcast, cache)
         assert_equal(dict(found.values), broadcast.state_for("a"))  # the hub knows the copy exactly
 
     def gap(values):
@@ -365,27 +365,27 @@ def test_what_a_broadcast_codec_leaves_out_comes_with_the_next_message(codec, ma
         state = GlobalState({n: t + 1e-9 * (number + 1) for n, t in state.values.items()})
         state = GlobalState({n: torch.nextafter(t, torch.tensor(float("inf"))) for n, t in state.values.items()})
         broadcast.publish(state, digest)
-        found, _ = deliver(broadcast, held)
+        found, _ = deliver(broadcast, cache)
         left.append(gap(found.values))
     assert left[-1] < 0.7 * left[0]
 
 
 def test_publishing_the_same_weights_again_sends_nothing(make_model):
-    broadcast, held, state, digest = both_ends(make_model, "int4")
+    broadcast, cache, state, digest = both_ends(make_model, "int4")
     broadcast.publish(state, digest)
-    deliver(broadcast, held)
+    deliver(broadcast, cache)
     broadcast.publish(moved(state, 0), digest)
-    deliver(broadcast, held)
+    deliver(broadcast, cache)
     number = broadcast.number
     broadcast.publish(moved(state, 0), digest)
     assert broadcast.number == number
-    assert deliver(broadcast, held)[1] < 400
+    assert deliver(broadcast, cache)[1] < 400
 
 
 def test_a_difference_to_something_else_is_stale(make_model):
-    broadcast, held, state, digest = both_ends(make_model)
+    broadcast, cache, state, digest = both_ends(make_model)
     broadcast.publish(state, digest)
-    deliver(broadcast, held)
+    deliver(broadcast, cache)
     broadcast.publish(moved(state, 1), digest)
     assert deliver(broadcast, GlobalStateCache(make_model(lora=True)))[0] is None
     assert json.loads(STALE) == {"stale": True}

@@ -111,7 +111,7 @@ def test_an_operation_that_does_not_exist_and_a_site_nobody_knows(run, runtime):
         list(runtime.call("hello", ["x"], b"{}"))
 
 
-def test_no_process_of_the_engine_holds_torch(run, federation):
+def test_no_process_of_the_engine_has_torch(run, federation):
     engines = []
     for name in ("hub", *SITES):
         root = psutil.Process(federation.engines[name].pid)
@@ -166,7 +166,7 @@ def test_every_kit_is_closed_down(federation):
 def test_a_kit_in_a_relative_folder_names_absolute_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = kits.provision_here(Path("kits"), sites=["a"], port=free_port())
-    with pytest.raises(ConfigError, match="holds kits already"):
+    with pytest.raises(ConfigError, match="contains kits already"):
         kits.provision_here(Path("kits"), sites=["a"], port=free_port())
     resources = json.loads((made["hub"] / "local" / "resources.json").read_text())
     assert resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"].startswith(str(tmp_path))

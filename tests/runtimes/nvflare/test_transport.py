@@ -408,7 +408,7 @@ def seen(monkeypatch):
     return state.sites
 
 
-def test_whoever_is_turned_away_under_a_name_takes_nothing_from_its_holder(start, quick, tmp_path, seen):
+def test_whoever_is_turned_away_under_a_name_takes_nothing_from_its_owner(start, quick, tmp_path, seen):
     troubles = {"c": "another key came under its name", "d": "is seen from two places"}
     seen |= {name: SeenSite(connected=True, since=1.0, trouble=trouble) for name, trouble in troubles.items()}
     engine = Engine(tmp_path)

@@ -120,7 +120,7 @@ def test_sockets_of_any_name_and_none_that_cannot_be(begin, tmp_path):
 
 
 def test_files_that_others_can_read_text_that_may_leave_and_examples_on_both_sides_are_warned_of(tmp_path):
-    data, held_out, policy = (tmp_path / name for name in ("Daten 1.jsonl", "held.jsonl", "policy.yaml"))
+    data, held_out, policy = (tmp_path / name for name in ("Daten 1.jsonl", "held-out.jsonl", "policy.yaml"))
     for path in (data, held_out, policy):
         path.write_text("x")
         path.chmod(0o600)

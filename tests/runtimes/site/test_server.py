@@ -337,7 +337,7 @@ def test_a_socket_and_its_key_are_for_this_account_alone(serve):
     assert stat.S_IMODE(frames.key_path(path).stat().st_mode) == 0o600
     key = frames.key_path(path).read_bytes()
     frames.key_path(path).write_bytes(bytes(32))
-    with pytest.raises(TransportError, match=r"nobody answers at .* \(who listens there holds another key\)"):
+    with pytest.raises(TransportError, match=r"nobody answers at .* \(who listens there has another key\)"):
         frames.dial(path)
     frames.key_path(path).write_bytes(key)
     check_socket(path)

@@ -72,7 +72,7 @@ def approve(
         authority: The folder of `start`.
         role: As what it is signed. A request says itself as what it wants to be, and an administrator's certificate
             gives orders to all: so what is asked for must be what was agreed.
-        replace: Whether a certificate that holds the name is revoked for it: after a loss, or before its end.
+        replace: Whether a certificate that has the name is revoked for it: after a loss, or before its end.
         confirm: Is shown what is about to be signed, and whose certificate that will replace; False: it is not signed.
 
     Raises:
@@ -85,11 +85,11 @@ def approve(
         asked = sent.read_request(requested, role)
         former = registry.read(authority)
         names.check(asked.name, role, host=_host(authority))
-        holder = former.holder(asked.name)
+        owner = former.owner(asked.name)
         signed = requested.absolute().with_name(f"{asked.name}.signed.zip")
-        _refuse_taken(asked, holder, signed, replace=replace)
+        _refuse_taken(asked, owner, signed, replace=replace)
         _check_root(authority)
-        if confirm is not None and not confirm(asked, holder):
+        if confirm is not None and not confirm(asked, owner):
             msg = f"{requested.name} was not signed. Nothing was changed."
             raise ConfigError(msg)
         with scratch(signed.parent) as unfinished:
@@ -99,7 +99,7 @@ def approve(
             tool.run("cert", "approve", copy, "-c", ca, "--profile", profile, "--out", answer, within=unfinished)
             new = _certificate(asked, sent.read_answer(answer))
             with whole():  # else the answer could lie there though the registry was put back
-                _write_down(authority, former, holder, new)
+                _write_down(authority, former, owner, new)
                 try:
                     place([(answer, signed)])
                 except BaseException:
@@ -109,16 +109,16 @@ def approve(
 
 
 def revoke(name: str, authority: Path, *, why: str | None = None) -> Certificate:
-    """Takes the certificate back that holds a name; returns it as it stands in the registry now.
+    """Takes the certificate back that has a name; returns it as it stands in the registry now.
 
     Raises:
-        ConfigError: Nobody holds the name, or the registry cannot be written.
+        ConfigError: Nobody has the name, or the registry cannot be written.
     """
     authority = authority.absolute()
     with registry.alone(authority):
         known = registry.read(authority)
-        holder = known.holder(name)
-        if holder is None:
+        owner = known.owner(name)
+        if owner is None:
             revoked = [c for c in known.certificates if c.name.casefold() == name.casefold()]
             shown = untrusted.one_line(untrusted.shown(name))
             msg = (
@@ -127,9 +127,9 @@ def revoke(name: str, authority: Path, *, why: str | None = None) -> Certificate
                 else f"no certificate was approved for the name {shown}; `provision names {authority}` lists them all."
             )
             raise ConfigError(msg)
-        ended = _revoked(holder, why)
+        ended = _revoked(owner, why)
         with said(authority):
-            registry.write(authority, _with(known, holder, ended))
+            registry.write(authority, _with(known, owner, ended))
     return ended
 
 
@@ -162,7 +162,7 @@ def _refuse_second(folder: Path, host: str, port: int) -> None:
         return
     if not all(part.is_file() for part in (*parts[:2], folder / _CA / "rootCA.pem")):
         msg = (
-            f"{folder} holds a part of an authority, but not all of {_PROFILE}, {registry.FILE} and {_CA}/. Nothing "
+            f"{folder} contains a part of an authority, but not all of {_PROFILE}, {registry.FILE} and {_CA}/. Nothing "
             "was changed: put the rest back from a back-up, or choose a fresh folder."
         )
         raise ConfigError(msg)
@@ -175,41 +175,41 @@ def _refuse_second(folder: Path, host: str, port: int) -> None:
     raise ConfigError(msg)
 
 
-def _refuse_taken(asked: Asked, holder: Certificate | None, signed: Path, *, replace: bool) -> None:
+def _refuse_taken(asked: Asked, owner: Certificate | None, signed: Path, *, replace: bool) -> None:
     """One name, one key: also where only the case differs, because the engine would sign a second key without a word.
 
     Raises:
         ConfigError: The name has a certificate and is not to get another, or the answer would overwrite something.
     """
-    if holder is not None and not replace:
-        key = sent.by_telephone(holder.public_key)
-        if holder.public_key == asked.public_key:
+    if owner is not None and not replace:
+        key = sent.by_telephone(owner.public_key)
+        if owner.public_key == asked.public_key:
             where = f"in {signed}: send it back" if signed.exists() else "no longer beside the request: say --replace"
-            msg = f"this request of {asked.name} was approved already, at {holder.approved}; the answer is {where}."
+            msg = f"this request of {asked.name} was approved already, at {owner.approved}; the answer is {where}."
         else:
             msg = (
-                f"{holder.name} has a certificate already: {holder.organisation}, key {key}, approved at "
-                f"{holder.approved} by {holder.by}. This request is for another key ({asked.organisation}, "
-                f"{sent.by_telephone(asked.public_key)}). If the holder asked for a new one, by telephone, say "
+                f"{owner.name} has a certificate already: {owner.organisation}, key {key}, approved at "
+                f"{owner.approved} by {owner.by}. This request is for another key ({asked.organisation}, "
+                f"{sent.by_telephone(asked.public_key)}). If the owner asked for a new one, by telephone, say "
                 "--replace, which revokes the former; else ask for another name. Nothing was changed."
             )
         raise ConfigError(msg)
     if os.path.lexists(signed):
-        msg = f"{signed} is there already: nothing is overwritten. {_about_answer(asked, holder, signed)}"
+        msg = f"{signed} is there already: nothing is overwritten. {_about_answer(asked, owner, signed)}"
         raise ConfigError(msg)
 
 
-def _about_answer(asked: Asked, holder: Certificate | None, signed: Path) -> str:
+def _about_answer(asked: Asked, owner: Certificate | None, signed: Path) -> str:
     """What an answer says that lies where another would: above all, whether this request is the one it answers.
 
     A site that renews sends a second request of the same file name: approved by mistake, the former would take the new
     one's place.
     """
     key = sent.by_telephone(asked.public_key)
-    if holder is not None and holder.public_key == asked.public_key:
+    if owner is not None and owner.public_key == asked.public_key:
         return (
             f"{asked.name} has its certificate for the key of this very request already ({key}, approved at "
-            f"{holder.approved}), and the answer lies there: send it back. If a new key was agreed on, this is the "
+            f"{owner.approved}), and the answer lies there: send it back. If a new key was agreed on, this is the "
             "former request, of the same file name: give the one that `provision renew` wrote, in renewal/request/."
         )
     found = None
@@ -266,8 +266,8 @@ def _certificate(asked: Asked, answer: sent.Answer) -> Certificate:
     )
 
 
-def _write_down(authority: Path, former: CertificateRegistry, holder: Certificate | None, new: Certificate) -> None:
-    known = former if holder is None else _with(former, holder, _revoked(holder, f"replaced at {new.approved}"))
+def _write_down(authority: Path, former: CertificateRegistry, owner: Certificate | None, new: Certificate) -> None:
+    known = former if owner is None else _with(former, owner, _revoked(owner, f"replaced at {new.approved}"))
     registry.write(authority, known.model_copy(update={"certificates": [*known.certificates, new]}))
 
 

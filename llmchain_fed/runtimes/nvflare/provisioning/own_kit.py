@@ -34,7 +34,7 @@ def request(name: str, role: Role, folder: Path, *, organisation: str | None = N
     """Makes a key that stays in `folder` and a request to send to the hub; returns the request's file.
 
     Raises:
-        ConfigError: The name or organisation cannot be had, the folder holds a request, or the engine or the system
+        ConfigError: The name or organisation cannot be had, the folder contains a request, or the engine or the system
             refused.
         MissingExtraError: The extra `nvflare` is not installed.
     """
@@ -231,7 +231,7 @@ def _check_key(answer: sent.Answer, name: str, own: Path) -> None:
 def _own_request(own: Path) -> dict[str, Any]:
     """What the request in a folder says of itself."""
     if not own.is_dir():
-        msg = f"{own.parent} holds no request: give the folder of `provision request`, where the key is."
+        msg = f"{own.parent} has no request: give the folder of `provision request`, where the key is."
         raise ConfigError(msg)
     what = f"request.json of {own}"
     data = untrusted.read_file(own / "request.json", most=sent.LARGEST, what=what, error=ConfigError)
@@ -249,16 +249,16 @@ def _asked(said: dict[str, Any], folder: Path) -> tuple[str, Role, str]:
 
 
 def _what_is_there(folder: Path) -> str:
-    """What to do in a folder that holds a request already."""
+    """What to do in a folder that contains a request already."""
     name = untrusted.one_line(untrusted.shown(_own_request(folder / _REQUEST).get("name")))
     kit = folder / _KITS / name
     if kit.is_dir():
         return (
-            f"{folder} holds the kit of {name} already: {kit}. For a new key: llmchain-fed provision renew "
+            f"{folder} has the kit of {name} already: {kit}. For a new key: llmchain-fed provision renew "
             f"{shlex.quote(str(folder))}. For another name choose another folder. Nothing was changed."
         )
     return (
-        f"{folder} holds the request of {name} already: send {folder / _REQUEST / name}.request.zip to the hub, then "
+        f"{folder} has the request of {name} already: send {folder / _REQUEST / name}.request.zip to the hub, then "
         "`llmchain-fed provision package` its answer. For a new key or another name choose a fresh folder. Nothing was "
         "changed."
     )

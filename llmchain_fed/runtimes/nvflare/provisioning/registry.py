@@ -61,16 +61,16 @@ class CertificateRegistry(untrusted.Strict):
     format: Literal[1] = 1
     certificates: Annotated[list[Certificate], Field(max_length=50_000, fail_fast=True)] = Field(default_factory=list)
 
-    def holder(self, name: str) -> Certificate | None:
-        """The certificate that holds a name now, whatever the case of its letters; None where none does."""
-        held = [c for c in self.certificates if c.name.casefold() == name.casefold() and c.revoked is None]
-        return held[-1] if held else None
+    def owner(self, name: str) -> Certificate | None:
+        """The certificate that has a name now, whatever the case of its letters; None where none does."""
+        owned = [c for c in self.certificates if c.name.casefold() == name.casefold() and c.revoked is None]
+        return owned[-1] if owned else None
 
     def allowed(self, name: str, fingerprint: str) -> str | None:
         """Why whoever presents this certificate under this name is not let in, in a sentence; None where it is.
 
         Args:
-            name: That the certificate gives its holder.
+            name: That the certificate gives its owner.
             fingerprint: SHA-256 of the certificate in DER, in hex, with or without colons and "SHA256:".
         """
         who = untrusted.one_line(name, 80)
@@ -81,11 +81,11 @@ class CertificateRegistry(untrusted.Strict):
                     return None
                 why = f": {untrusted.one_line(known.why)}" if known.why else ""
                 return f"the certificate of {who} was revoked at {known.revoked}{why}"
-        holder = self.holder(name)
-        if holder is None:
+        owner = self.owner(name)
+        if owner is None:
             return f"the authority's {FILE} has no certificate for the name {who}"
         return (
-            f"the name {who} belongs to the certificate {holder.certificate}, approved at {holder.approved}, "
+            f"the name {who} belongs to the certificate {owner.certificate}, approved at {owner.approved}, "
             "and another one was presented"
         )
 
@@ -133,7 +133,7 @@ def alone(authority: Path) -> Iterator[None]:
     if not authority.is_dir():
         msg = f"{authority} is no authority's folder. Give the folder of `provision start`."
         raise ConfigError(msg)
-    with locks.hold_folder(authority, f"the authority in {authority}"):
+    with locks.lock_folder(authority, f"the authority in {authority}"):
         sweep(authority / FILE)
         yield
 

@@ -1,7 +1,7 @@
 """Scratch folders: what a command makes is whole before any of it takes its place, or there is no trace of it.
 
 Knows folders, renames and the disk. Knows nothing of certificates. A process that is killed clears nothing away: what
-it left, which can hold a key, the next one removes.
+it left, which can contain a key, the next one removes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def scratch(folder: Path) -> Iterator[Path]:
             sweep(folder)
             unfinished = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))  # 0o700
             with suppress(ConfigError):  # a file system without locks: there nobody sweeps either
-                claim.enter_context(locks.hold_folder(unfinished, "what a command makes"))
+                claim.enter_context(locks.lock_folder(unfinished, "what a command makes"))
             yield unfinished
         except BaseException:
             if unfinished is not None:
@@ -59,7 +59,7 @@ def sweep(folder: Path) -> None:
     for left in folder.glob(f"{_PREFIX}*"):
         with suppress(ConfigError, OSError):  # it is in use, or none of this account's
             if not left.is_symlink() and left.stat().st_uid == os.geteuid():
-                with locks.hold_folder(left, "what a command makes"):
+                with locks.lock_folder(left, "what a command makes"):
                     shutil.rmtree(left, ignore_errors=True)
 
 

@@ -173,6 +173,6 @@ def _parts(path: Path, kind: str, wanted: list[str]) -> tuple[bytes, dict[str, b
             with parts.open(name) as file:
                 found[name] = file.read(LARGEST + 1)
     if any(len(content) > LARGEST for content in found.values()):
-        msg = f"{what} holds a file of more than {LARGEST:,} bytes, which makes no sense."
+        msg = f"{what} contains a file of more than {LARGEST:,} bytes, which makes no sense."
         raise ConfigError(msg)
     return data, found

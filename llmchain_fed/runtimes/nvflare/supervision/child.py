@@ -37,7 +37,7 @@ _INSTANCE = "llmchain_fed_process"  # property of a handshake: which process it 
 
 
 class Wire:
-    """To the parent: lines one way, and the other way only its end. A parent that does not read holds up nobody."""
+    """To the parent: lines one way, and the other way only its end. A parent that does not read delays nobody."""
 
     def __init__(self, descriptor: int) -> None:
         os.set_inheritable(descriptor, False)  # noqa: FBT003 (else the processes of jobs keep it open)
@@ -101,7 +101,7 @@ class Door:
         ConnManager.update_endpoint = lambda manager, connection, data: door.named(manager, connection, data)
 
     def named(self, manager: Any, connection: Any, data: dict[str, Any]) -> None:
-        """A connection said whose it is; NVFlare holds that against its certificate afterwards."""
+        """A connection said whose it is; NVFlare compares that with its certificate afterwards."""
         if self._guard is None and data.get(_REFUSED) in _CODES and _is_hub(manager, connection):
             self._wire.tell(news.TurnedAway(code=data[_REFUSED]))
             return
@@ -114,7 +114,7 @@ class Door:
         whole = str(FQCN.normalize(str(data.get("endpoint_name"))))
         with self._lock:
             try:  # first NVFlare's own rule, that the name is the certificate's: nobody gets another's into the list
-                manager.identity_resolver.require_match(whole, _holder(connection), connection.get_name())
+                manager.identity_resolver.require_match(whole, _owner(connection), connection.get_name())
             except ValueError:
                 self._named(manager, connection, data)  # refuses it
                 return
@@ -145,10 +145,10 @@ class Door:
         """Whether the certificate may not come under its name; the hub's own processes have the hub's."""
         if self._guard is None or whole.split(".")[0] == news.HUB:
             return None
-        holder, session = _holder(connection), _is_admin(whole)
-        if session and "@" not in holder:  # a session's name is made up: NVFlare takes it with any certificate
+        owner, session = _owner(connection), _is_admin(whole)
+        if session and "@" not in owner:  # a session's name is made up: NVFlare takes it with any certificate
             return Refusal(news.NOT_ALLOWED, "came as an administrator, with a site's certificate")
-        return self._guard.refusal(holder, _fingerprint(connection), admin=session)
+        return self._guard.refusal(owner, _fingerprint(connection), admin=session)
 
     def _turn_away(self, connection: Any, refusal: Refusal) -> None:
         """Tells the site in a further handshake, which is how engines say something of themselves, and hangs up."""
@@ -157,7 +157,7 @@ class Door:
         told = {HandshakeKeys.ENDPOINT_NAME: news.HUB, HandshakeKeys.TIMESTAMP: time.time(), _REFUSED: refusal.code}
         connection.send_dict(Types.READY, 1, told)
         connection.conn.close()
-        name, says = untrusted.printable(_holder(connection), 200), untrusted.printable(refusal.says, 1900)
+        name, says = untrusted.printable(_owner(connection), 200), untrusted.printable(refusal.says, 1900)
         self._wire.tell(news.RefusedSite(name=name, code=refusal.code, address=_address(connection), says=says))
 
     def report(self) -> None:
@@ -232,7 +232,7 @@ def _is_hub(manager: Any, connection: Any) -> bool:
     if connector.mode != Mode.ACTIVE or not is_mtls_connection(connector.params):
         return False
     try:
-        manager.identity_resolver.require_match(news.HUB, _holder(connection), connection.get_name())
+        manager.identity_resolver.require_match(news.HUB, _owner(connection), connection.get_name())
     except ValueError:
         return False
     return True
@@ -250,7 +250,7 @@ def _is_engine(name: str) -> bool:
     return "." not in name and name != news.HUB and not _is_admin(name)
 
 
-def _holder(connection: Any) -> str:
+def _owner(connection: Any) -> str:
     """The name in the certificate."""
     return str(connection.conn.get_conn_properties().get("peer_cn", ""))
 

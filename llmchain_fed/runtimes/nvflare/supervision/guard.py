@@ -129,7 +129,7 @@ class Guard:
         if known is not None and known.fingerprint == fingerprint:
             return None
         if known is None:
-            return Refusal(news.NOT_ALLOWED, f"{self._path} holds {_MOST} names and takes no more")
+            return Refusal(news.NOT_ALLOWED, f"{self._path} contains {_MOST} names and takes no more")
         since = time.strftime("%Y-%m-%d", time.gmtime(known.first_seen))
         return Refusal(
             news.OTHER_KEY,

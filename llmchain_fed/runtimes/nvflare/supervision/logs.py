@@ -31,7 +31,7 @@ _PER_CALL = (
 
 
 def config() -> dict[str, Any]:
-    """What `local/log_config.json` of a kit holds."""
+    """What `local/log_config.json` of a kit contains."""
     line = {"()": "nvflare.fuel.utils.log_utils.BaseFormatter", "fmt": "%(asctime)s %(levelname)s %(name)s %(message)s"}
     output = {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stdout"}
     return {
@@ -56,7 +56,7 @@ def configure(kit: Path) -> None:
 
 
 def open_file(kit: Path) -> int:
-    """A descriptor that appends to the file; whoever holds it goes on after `bound`.
+    """A descriptor that appends to the file; whoever has it goes on after `bound`.
 
     Raises:
         OSError: It cannot be written.

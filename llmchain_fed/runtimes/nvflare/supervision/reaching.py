@@ -21,7 +21,7 @@ from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.runtimes.nvflare import kits
 
-NO_FURTHER = "its port answers in TLS, and the engine gets no further: does a proxy or firewall hold back websockets?"
+NO_FURTHER = "its port answers in TLS, and the engine gets no further: does a proxy or firewall block websockets?"
 """where there is no hindrance, and no connection either"""
 SECONDS = 4.0  # for a name, and again for a connection: together with TLS it stays below ten
 _TLS = 1.5  # seconds for a handshake, and again for whose certificate it was

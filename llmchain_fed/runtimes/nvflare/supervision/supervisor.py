@@ -79,7 +79,7 @@ class Supervisor:
         """
         engine.needs_socket(self._kit, self._socket)
         engine.check_folder(self._kit)
-        with locks.hold(self._kit / engine.LOCK, f"the kit {self._kit.name}"), self._signals():
+        with locks.lock(self._kit / engine.LOCK, f"the kit {self._kit.name}"), self._signals():
             try:
                 engine.check(self._kit, reach=False)
                 self._prepare()

@@ -239,7 +239,7 @@ REFUSALS = [
     (lost_registry, ("names", "hub"), r"names\.json is missing"),
     (a_file, ("start", "file", "--host", "h"), "cannot be written or read .Not a directory"),
     (a_file, ("start", "file/in/it", "--host", "h"), "Not a directory"),
-    (None, ("request", "alpha", "site"), "holds the kit of alpha already.*For a new key: llmchain-fed provision renew"),
+    (None, ("request", "alpha", "site"), "has the kit of alpha already.*For a new key: llmchain-fed provision renew"),
     (None, ("request", "beta", "site"), "For another name choose another folder"),
     (None, ("request", "alpha", "fresh_site"), r"send .*alpha\.request\.zip to the hub"),
     (a_file, ("request", "alpha", "file"), "cannot be written or read"),
@@ -261,14 +261,14 @@ REFUSALS = [
     (None, (*PACKAGE, "site", "--fingerprint", "TRUSTED"), "the kit is there already"),
     (None, (*PACKAGE, "fresh_site", "--fingerprint", WRONG), "another authority than you were told of"),
     (None, (*PACKAGE, "fresh_site", "--fingerprint", "SHA256:AA"), "is no fingerprint"),
-    (None, (*PACKAGE, "mail", "--fingerprint", "TRUSTED"), "holds no request: give the folder of `provision request`"),
+    (None, (*PACKAGE, "mail", "--fingerprint", "TRUSTED"), "has no request: give the folder of `provision request`"),
     (lost_key, (*PACKAGE, "fresh_site", "--fingerprint", "TRUSTED"), r"alpha\.key.*No such file|No such file"),
     (another_key, (*PACKAGE, "fresh_site", "--fingerprint", "TRUSTED"), "the answer is for another key"),
     (cut_answer, (*PACKAGE, "fresh_site", "--fingerprint", "TRUSTED"), "the hub's answer .* cannot be read"),
     (None, ("renew", "fresh_site"), "has no kit to renew"),
     (moved_kit, ("renew", "site"), "has no kit to renew .*Request anew, in a fresh folder"),
     (waiting_renewal, ("renew", "site"), "a new key of alpha waits for its certificate already"),
-    (None, ("renew", "mail"), "holds no request"),
+    (None, ("renew", "mail"), "has no request"),
     (None, ("revoke", "beta", "hub"), "no certificate was approved for the name beta; .*provision names"),
     (None, ("revoke", "alpha", "fresh_hub"), "no certificate was approved for the name alpha"),
     (None, ("revoke", "alpha", "mail"), "is no authority's folder"),
@@ -562,7 +562,7 @@ def test_a_command_that_is_ended_clears_away_what_it_had_begun(number, ended, tm
 
 
 def test_two_organisations_that_ask_for_one_name(world, folder, run, monkeypatch):
-    """The second is refused, whatever the case of its letters, with who holds the name; --replace ends the first."""
+    """The second is refused, whatever the case of its letters, with who has the name; --replace ends the first."""
     before = digest(folder / "hub")
     (first,) = registry.read(folder / "hub").certificates
     for name in ("alpha", "Alpha", "ALPHA"):
@@ -658,7 +658,7 @@ def test_a_revoked_certificate_is_let_in_no_more(folder, run):
     (folder / "mail" / "alpha.signed.zip").unlink()
     (folder / "hub" / "ca" / "rootCA.key").chmod(0o640)
     status, said = run("approve", folder / "mail" / "alpha.request.zip", folder / "hub", "--yes")
-    assert status == 0  # nobody holds the name
+    assert status == 0  # nobody has the name
     assert "warning: other accounts of this machine may open" in said
     assert "rootCA.key, the key that signs for all: chmod 600" in said
 
@@ -723,7 +723,7 @@ def test_a_name_that_cannot_be_had_is_refused_where_it_is_asked_for(name, tmp_pa
     assert not any(tmp_path.iterdir())
 
 
-def test_the_same_rule_holds_in_a_federations_file_and_for_a_peer(tmp_path):
+def test_the_same_rule_applies_in_a_federations_file_and_to_a_peer(tmp_path):
     for name in ["-a", *NO_NAMES]:
         (warning,) = warnings.of_name(name)
         assert "is no name for a site" in warning

@@ -439,14 +439,14 @@ class Connection:
 
     last_activity = 0.0
 
-    def __init__(self, holder, mark, mode, scheme):
+    def __init__(self, owner, mark, mode, scheme):
         self.sent, self.conn = {}, self
         self.connector = SimpleNamespace(mode=mode, params={"scheme": scheme, "secure": scheme == "wss"})
         self.websocket = SimpleNamespace(get_extra_info=lambda _: None)
-        self.holder, self.mark = holder, mark
+        self.owner, self.mark = owner, mark
 
     def get_conn_properties(self):
-        return {"peer_cn": self.holder, "peer_addr": "10.0.0.1:1"}
+        return {"peer_cn": self.owner, "peer_addr": "10.0.0.1:1"}
 
     def get_name(self):
         return "CN1"
@@ -460,7 +460,7 @@ class Connection:
 
 @pytest.fixture
 def at_the_door(monkeypatch):
-    """(the door, `come(holder, …)`: what becomes of a connection, what the parent is told)."""
+    """(the door, `come(owner, …)`: what becomes of a connection, what the parent is told)."""
     from nvflare.fuel.f3.cellnet.identity import CellIdentityResolver
     from nvflare.fuel.f3.comm_error import CommError
     from nvflare.fuel.f3.drivers.connector_info import Mode
@@ -480,11 +480,11 @@ def at_the_door(monkeypatch):
 
         door._named = named
 
-        def come(holder, *, name=None, mark=ONE, mode=Mode.PASSIVE, scheme="wss", **data):
-            connection = Connection(holder, mark, mode, scheme)
+        def come(owner, *, name=None, mark=ONE, mode=Mode.PASSIVE, scheme="wss", **data):
+            connection = Connection(owner, mark, mode, scheme)
             manager.sfm_endpoints.clear()
             try:
-                door.named(manager, connection, {"endpoint_name": name or holder, **data})
+                door.named(manager, connection, {"endpoint_name": name or owner, **data})
             except CommError:
                 return connection.sent["llmchain_fed_refused"]
             return "in" if manager.sfm_endpoints else "told"
@@ -1018,7 +1018,7 @@ def test_it_is_told_to_stop_and_leaves_no_process_and_a_second_start_is_refused(
     assert lines[-1] == "stopping; the same command starts it again"
     from llmchain_fed.storage import locks
 
-    with locks.hold(kit / engine.LOCK, "the kit a"), pytest.raises(ConfigError, match="the kit a is in use by process"):
+    with locks.lock(kit / engine.LOCK, "the kit a"), pytest.raises(ConfigError, match="the kit a is in use by process"):
         keep(kit, [])
 
 

@@ -97,7 +97,7 @@ def test_one_name_is_one_key_and_one_place(made, start, tmp_path):
     assert len(second.stderr.splitlines()) == 1
     assert f"the kit a is in use by process {first.pid}" in second.stderr
 
-    # a copy of the kit on another machine, and a kit of another holder of the name b
+    # a copy of the kit on another machine, and a kit of another owner of the name b
     start(b)
     wait_for(hub, "site b is connected")
     copied = shutil.copytree(a, tmp_path / "copied" / "a", ignore=shutil.ignore_patterns("*.sock", "*.log*"))
