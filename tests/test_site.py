@@ -99,7 +99,7 @@ class SocketTransport:
 
 def answering(path):
     """`path`, once somebody answers there: a socket has its name before it has its key and before anybody listens."""
-    until = time.monotonic() + 30
+    until = time.monotonic() + 5
     while True:
         try:
             check_socket(path)
