@@ -44,7 +44,8 @@ def attacked(tmp_path_factory):
     federation = Attacked(tmp_path_factory.mktemp("f"))
     try:
         federation.start()
-        with federation.runtime(patience=30.0) as runtime:
+        # a machine that also runs other tests brings b's engine up later than the grace period of a federation
+        with federation.runtime(patience=30.0, startup=60.0) as runtime:
             yield federation, federation.federate(runtime, rounds=2)
     finally:
         federation.stop()
