@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -31,7 +32,7 @@ class FrozenConfig(BaseModel):
 
     def __init__(self, **options: Any) -> None:
         try:
-            super().__init__(**options)
+            super().__init__(**{name: _plain(value) for name, value in options.items()})
         except ValidationError as error:
             raise ConfigError(explain(error, type(self))) from None
 
@@ -52,6 +53,13 @@ class FrozenConfig(BaseModel):
         """
         kept = {name: getattr(self, name) for name in self.model_fields_set}
         return type(self)(**(kept | changes))
+
+
+def _plain(value: Any) -> Any:
+    """A number as Python has it where it is one of another library's, such as numpy's."""
+    if isinstance(value, numbers.Integral):
+        return value if isinstance(value, int) else int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -78,7 +78,7 @@ class FederatedAveraging(ManualRounds):
         checkpoint_dir: str | Path | None = None,
         **options: Unpack[FederationOptions],
     ) -> None:
-        Callbacks(callbacks := options.get("callbacks", ()))  # refuses what is none
+        Callbacks(callbacks := options.get("callbacks", ()))  # refuses what is none, before anything is made
         made = assemble(model, participants, optimizer, options)
         self._given, self._server, self._peers, self._peer = model, made.server, made.clients, made.client
         self._runtime = made.server.runtime
@@ -213,8 +213,8 @@ class FederatedAveraging(ManualRounds):
             of: How many rounds the whole federation has, where this is a part of them: for the screen and callbacks.
 
         Raises:
-            ConfigError: No rounds or no participants; `patience` or "stop" without evaluation; a `min_delta` below 0;
-                another `on_divergence`.
+            ConfigError: No rounds or no participants; `patience` or "stop" without evaluation, which for participants
+                elsewhere shows once all have joined; a `min_delta` below 0; another `on_divergence`.
             DataError: A participant's examples cannot be used.
             QuorumError: A round has too few usable updates; earlier rounds are kept.
             FederationError: A round opened by `train()` is not closed.
@@ -225,7 +225,7 @@ class FederatedAveraging(ManualRounds):
         fit = Fit.asked(self._server, rounds, patience=patience, min_delta=min_delta, on_divergence=on_divergence)
 
         def lead() -> None:
-            self._checkpoints.check_directory()  # here, where the other processes of a script hear of what it raises
+            self._check_directory()  # here, where the other processes of a script hear of what it raises
             self.history.stopped_early = None
             options = {"model": self._server.model.name, **self._checkpoints.described()}
             info = RunInfo(options, tuple(self._runtime.nodes()), self.round, rounds, of, self.attendance)
@@ -248,16 +248,19 @@ class FederatedAveraging(ManualRounds):
         Raises:
             ConfigError: Nobody of that name; no LoRA adapter; or a rule whose participants are personal already.
             FederationError: The participant cannot be reached, or its training failed.
+            CheckpointError: The checkpoint directory is not this run's, or cannot be written to.
         """
         self._check_closed()
 
         def work() -> dict[str, Any]:
+            self._check_directory()
+            self._join()
             found = personalization.personalize(self._server, str(participant), steps, lr)
             self._show_adapters()
             self._checkpoints.save()
             return asdict(found)
 
-        return Personalized(**self._together(work))
+        return Personalized(**self._replication.do(work))
 
     def side_by_side(self, participants: Iterable[Any] | None = None) -> SideBySide:
         """Held-out loss of the bare base, the global and the personal model, side by side, per participant.
@@ -316,6 +319,9 @@ class FederatedAveraging(ManualRounds):
             UnsupportedModelError: The model has no LoRA adapter.
         """
         self._checkpoints.promote(round, name)
+
+    def _check_directory(self) -> None:
+        self._checkpoints.check_directory()
 
     def _completed(self, record: RoundRecord) -> None:
         """After a round: checkpoint, personal adapters, and those who watch, even if the write failed."""

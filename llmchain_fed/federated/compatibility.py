@@ -23,6 +23,7 @@ from typing import Any
 
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.options import Ditto
+from llmchain_fed.model.adapters import GLOBAL
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.updates.aggregation import AGGREGATIONS
 from llmchain_fed.updates.aggregation.base import Rule
@@ -164,6 +165,17 @@ def _check_ditto(rule: Rule, layout: LoraLayout | None) -> None:
             "them would be pulled to something else",
             f"Use {_either(_LINEAR)}, or fed.personalize() after the last round",
         )
+
+
+def check_name(rule: Rule, ditto: Ditto | None, participant: str) -> None:
+    """Makes sure that a participant's personal models, where it gets any, can have its name.
+
+    Raises:
+        ConfigError: It is that of the federation's own adapter.
+    """
+    if participant == GLOBAL and (rule.personal or ditto is not None):
+        msg = f"no participant can have personal models as {GLOBAL!r}: that is the federation's own adapter."
+        raise ConfigError(msg)
 
 
 def check_rank(rule: Rule, participant: str, rank: int | None, layout: LoraLayout | None) -> None:

@@ -56,9 +56,14 @@ class Fit:
             join: Lets participants join before each round.
             begins: Is told of each before it is run: its number, counted from 1, and who is asked.
             completed: Is told of each afterwards.
+
+        Raises:
+            ConfigError: Nothing is measured that could end it early, as shows once everybody has joined.
         """
         for left in reversed(range(self.rounds)):
             join()  # a round's seconds begin with its broadcast: an engine's start is not a round's cost
+            if left == self.rounds - 1:
+                self._check_measured()
             why: list[str] = []
 
             def ends(record: RoundRecord, left: int = left, why: list[str] = why) -> None:
@@ -77,6 +82,23 @@ class Fit:
                 self.server.history.stopped_early = why[0] if left else None  # the last round ends it anyway
                 break
         self.server.patience = []
+
+    def _check_measured(self) -> None:
+        """Makes sure that what is to end it early is measured; of participants elsewhere it shows once all have joined.
+
+        Raises:
+            ConfigError: It is measured nowhere.
+        """
+        server, joined = self.server, self.server.client_manager.joined
+        if not (self.stops or self.patience) or server.evaluator.is_shared or server.runtime.sequential:
+            return
+        if joined.keys() >= set(server.runtime.nodes()) and not any(hello.held_out for hello in joined.values()):
+            msg = (
+                "patience and on_divergence='stop' go by held-out loss, and all participants have joined and none of "
+                "them holds out examples. Let one hold out some where it is, as Participant(held_out=…), or pass "
+                "evaluation=examples, one set for all."
+            )
+            raise ConfigError(msg)
 
     def _reasons_to_stop(self, record: RoundRecord) -> list[str]:
         """Why this round is the last, where it is; patience counts it."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from llmchain_fed.data.encoding import Examples
 from llmchain_fed.errors import ConfigError, FederationError, NothingTrainedError, QuorumError
+from llmchain_fed.federated import compatibility
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
 from llmchain_fed.federated.loop import close_round
@@ -37,6 +38,9 @@ class ManualRounds(ABC):
     def _join(self) -> None: ...
 
     @abstractmethod
+    def _check_directory(self) -> None: ...
+
+    @abstractmethod
     def _completed(self, record: RoundRecord) -> None: ...
 
     def train(self, local_data: Examples, device_id: Any) -> ParticipantRecord:
@@ -52,7 +56,8 @@ class ManualRounds(ABC):
         Raises:
             DuplicateParticipantError: An update of its own is in this round already.
             DataError, TrainingError: Its examples or its training failed; nothing has changed.
-            ConfigError: The participants run elsewhere (`runtime=`).
+            ConfigError: The participants run elsewhere (`runtime=`), or no participant can have that name.
+            CheckpointError: The checkpoint directory is not this run's, or cannot be written to.
         """
         if not self._runtime.sequential:
             msg = "train() works on participants in this process; with runtime=… use fit()."
@@ -63,7 +68,9 @@ class ManualRounds(ABC):
                 "evaluation=examples, one set for all, or both participants= and evaluation= as {name: examples}."
             )
             raise ConfigError(msg)
-        name = str(device_id)
+        name, settings = str(device_id), self._server.settings
+        compatibility.check_name(settings.rule, settings.personal, name)
+        self._check_directory()
         opened = self._open or self._server.begin()
         opened.refuse_twice(name)
         known, participant = self._runtime.local.get(name), Participant(name, local_data)

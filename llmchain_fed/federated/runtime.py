@@ -38,11 +38,12 @@ class Runtime(ABC):
     participants who live in processes of their own. What the loop above does otherwise for one runtime than for another
     follows from these facts alone, never from its class:
 
-    | it says      | what follows                                                                                   |
-    |--------------|------------------------------------------------------------------------------------------------|
-    | `local`      | their errors are raised as they are, their answers are trusted, their own options are known    |
-    | `sequential` | participants are asked one by one; their order decides the last bits, so a resumed run keeps it |
-    | `replicated` | every process of the script makes the federation; one `leads`, the others `follow`             |
+    | it says      | what follows                                                                                    |
+    |--------------|-------------------------------------------------------------------------------------------------|
+    | `local`      | their own options and examples can be looked at: overlaps are noted, a kept optimizer tried out |
+    | `sequential` | participants are asked one by one; their order decides the last bits, so a resumed run keeps it. |
+    |              | Their errors are raised as they are, what they answer is trusted, and `train()` can be called   |
+    | `replicated` | every process of the script makes the federation; one `leads`, the others `follow`              |
     """
 
     sequential: bool = False

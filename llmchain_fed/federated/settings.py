@@ -8,6 +8,7 @@ runs with (`settings_of`). Knows nothing about how rounds are run. A new option 
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, TypedDict, TypeVar
@@ -240,9 +241,8 @@ def config_of(options: FederationOptions, training: TrainingConfig) -> Federatio
     elif moves is not None:
         plain["server_optimizer"] = _code(type(moves).__qualname__)
     plain |= {n: spec(make_codec(plain[n])) for n in ("codec", "broadcast_codec") if n in plain}
-    if options.get("transforms"):
-        plain["transforms"] = [_code(t.name) for t in checked_transforms(options["transforms"] or ())]
-    if not isinstance(plain.get("evaluation", 0), (int, float, type(None))):
+    plain["transforms"] = [_code(t.name) for t in checked_transforms(options.get("transforms"))] or None
+    if not isinstance(plain.get("evaluation", 0), (numbers.Real, type(None))):
         plain["evaluation"] = EXAMPLES
     return FederationConfig(**plain)
 

@@ -75,13 +75,13 @@ class UpdateTransform(ABC):
         """
 
 
-def checked_transforms(transforms: Iterable[UpdateTransform]) -> tuple[UpdateTransform, ...]:
-    """The transforms, if each has a name of its own and can use what comes out of the one before.
+def checked_transforms(transforms: Iterable[UpdateTransform] | None) -> tuple[UpdateTransform, ...]:
+    """The transforms, if each has a name of its own and can use what comes out of the one before; None are none.
 
     Raises:
         ConfigError: They do not.
     """
-    found = tuple(transforms)
+    found = tuple(transforms if transforms is not None else ())
     for transform in found:
         if not isinstance(transform, UpdateTransform) or not isinstance(getattr(transform, "name", None), str):
             msg = f"transforms are UpdateTransform objects with a name, got {transform!r:.80}."

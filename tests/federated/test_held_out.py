@@ -8,12 +8,13 @@ import math
 
 import pytest
 import torch
+from resumed_runs import Elsewhere
 from tiny import PAIRS
 from torch.utils.data import DataLoader
 
 from llmchain_fed import FederatedAveraging, Participant
 from llmchain_fed.data.encoding import collate, encode_examples
-from llmchain_fed.errors import ParticipantError
+from llmchain_fed.errors import ConfigError, ParticipantError, TransportError
 from llmchain_fed.federated.client.overlap import Overlap, crossing, overlap
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
 from llmchain_fed.federated.protocol import finiteness, messages
@@ -225,3 +226,66 @@ def test_who_counts_one_half_is_said_when_that_begins_and_when_it_ends(again, ma
         history.append(record)
         said.append({n: p.notes for n, p in record.participants.items() if p.notes})
     assert said == [{"a": [HALF]}, {}, {}, {"a": [WHOLE]}, {}, {}, {"a": [HALF]}, {"a": [WHOLE], "b": [HALF]}]
+
+
+# --- participants who hold out their examples elsewhere ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("evaluation", [0.5, {"a": REST}, {}])
+def test_nobody_here_can_hold_out_for_participants_that_a_runtime_brings(evaluation, make_chain):
+    here = federation(make_chain(), {"a": A, "b": B})
+    with pytest.raises(ConfigError, match=r"evaluation=.* participants that a runtime brings.*Participant\(held_out="):
+        federation(make_chain(), None, runtime=Elsewhere(here._peers), evaluation=evaluation)
+
+
+def test_one_set_for_all_is_measured_here_wherever_they_are(make_chain):
+    here = federation(make_chain(), {"a": A, "b": B})
+    away = federation(make_chain(), None, runtime=Elsewhere(here._peers), evaluation=REST)
+    assert away.fit(rounds=1, patience=1)[0].held_out_after is not None
+
+
+@pytest.mark.parametrize("options", [{"patience": 1}, {"on_divergence": "stop"}])
+def test_nothing_to_stop_by_is_said_before_the_first_round(options, make_chain):
+    here = federation(make_chain(), {"a": A, "b": B})
+    away = federation(make_chain(), None, runtime=Elsewhere(here._peers))
+    start = away._server.model.trainable_state()
+    with pytest.raises(ConfigError, match=r"all participants have joined and none of them .*held_out="):
+        away.fit(rounds=2, **options)
+    assert away.round == 0
+    assert all(torch.equal(start[n], t) for n, t in away._server.model.trainable_state().items())
+    assert away.fit(rounds=1).rounds
+
+
+class WithoutB(Elsewhere):
+    """Where b cannot be reached."""
+
+    def call(self, op, nodes, payload, timeout=None):
+        for name in nodes:
+            yield from [(name, TransportError("no way"))] if name == "b" else super().call(op, [name], payload)
+
+
+def test_who_is_absent_may_yet_bring_something_to_stop_by(make_chain):
+    here = federation(make_chain(), [Participant("a", A), Participant("b", B, REST)])
+    away = federation(make_chain(), None, runtime=WithoutB(here._peers))
+    assert len(away.fit(rounds=1, patience=1)) == 1
+
+
+class Ranks(Elsewhere):
+    """One of several processes that all make the federation: here is `a`, and `b` is in another one."""
+
+    replicated = True
+
+    def host(self, clients):
+        assert clients.keys() == {"a"}
+
+    def publish(self, outcome, error=None):
+        pass
+
+
+def test_every_process_of_a_script_may_be_given_what_all_hold_out(make_chain):
+    given = {"a": REST, "b": REST[:2]}
+    here = federation(make_chain(), {"a": A, "b": B}, evaluation=given)
+    rank = federation(make_chain(), {"a": A}, evaluation=given, runtime=Ranks(here._peers))
+    assert rank._server.evaluator.divide({"a": Participant("a", A)})["a"].held_out == REST
+    with pytest.raises(ConfigError, match=r"evaluation names \['z'\], who take no part. Participants: a, b"):
+        federation(make_chain(), {"a": A}, evaluation=given | {"z": REST}, runtime=Ranks(here._peers))

@@ -357,6 +357,10 @@ def test_a_participant_called_global_cannot_have_a_model_of_its_own(make_chain):
     for options in ({"personal": Ditto()}, {"aggregation": "fedsa"}):
         with pytest.raises(ConfigError, match="federation's own adapter"):
             federation(make_chain(lora=True), shares, **options)
+        by_hand = federation(make_chain(lora=True), None, **options)
+        with pytest.raises(ConfigError, match="federation's own adapter"):
+            by_hand.train(PAIRS[:5], "global")
+        assert by_hand._runtime.nodes() == []
     fed = federation(make_chain(lora=True), shares)
     fed.fit(1)
     with pytest.raises(ConfigError, match="federation's own"):

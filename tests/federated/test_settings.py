@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import options_table
 import pytest
 import torch
@@ -105,6 +106,28 @@ def test_samples_are_one_here_and_none_elsewhere(given, here, elsewhere, make_ch
     assert len(fed.fit(1)[0].samples) == here
     away = FederatedAveraging(make_chain(), runtime=Elsewhere(fed._peers), samples=given, progress=False)
     assert away._server.evaluator._samples == elsewhere
+
+
+@pytest.mark.parametrize("single", [np.float32, np.float64])
+def test_numbers_of_numpy_are_numbers(single, make_chain):
+    options = {
+        "evaluation": 0.25, "deadline": 60.0, "participants_per_round": 0.5, "lr": 0.125, "quorum": 1, "retries": 2,
+        "samples": 0, "seed": 3, "batch_size": 4, "keep_checkpoints": 2, "max_weight_share": 0.5,
+    }  # fmt: skip
+    theirs = {n: single(v) if isinstance(v, float) else np.int64(v) for n, v in options.items()}
+    made = [FederatedAveraging(make_chain(), participants=SHARES, progress=False, **o) for o in (options, theirs)]
+    assert made[0].config == made[1].config
+    assert json.loads(made[1].config.model_dump_json()) == json.loads(made[0].config.model_dump_json())
+    for fed in made:
+        fed.fit(1)
+    assert made[0].history[0].held_out_after == made[1].history[0].held_out_after
+    assert TrainingConfig(max_steps=np.int32(3)).max_steps == 3
+
+
+@pytest.mark.parametrize("wrong", [{"quorum": np.float64(1.5)}, {"evaluation": np.float64(1.5)}, {"seed": np.True_}])
+def test_numbers_of_numpy_have_the_same_ranges(wrong, make_chain):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        FederatedAveraging(make_chain(), participants=SHARES, progress=False, **wrong)
 
 
 @pytest.mark.parametrize(

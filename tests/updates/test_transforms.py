@@ -233,3 +233,20 @@ def test_a_summand_goes_with_every_rule_that_is_a_sum(rule, make_chain):
 def test_no_code_travels_to_participants_of_a_runtime(make_chain):
     with pytest.raises(ConfigError, match=r"no code travels to the participants that a runtime brings. Leave them out"):
         federation(make_chain(), None, runtime=InProcess({}), transforms=[Half()])
+
+
+@pytest.mark.parametrize("kind", [tuple, iter])
+def test_any_iterable_of_transforms_is_applied_as_a_list_is(kind, make_chain):
+    one, other = make_chain(), make_chain()
+    federation(one, transforms=[Half()]).fit(1)
+    fed = federation(other, transforms=kind([Half()]))
+    fed.fit(1)
+    assert fed.config.transforms == ["code: half (give it again on resume)"]
+    wanted = one.model.trainable_state()
+    assert all(torch.equal(wanted[n], t) for n, t in other.model.trainable_state().items())
+
+
+@pytest.mark.parametrize("empty", [(), [], iter(())])
+def test_none_at_all_are_none(empty, make_chain):
+    assert federation(make_chain(), transforms=empty).config == federation(make_chain()).config
+    federation(make_chain(), None, runtime=InProcess({}), transforms=empty)

@@ -6,9 +6,9 @@ Knows which parts there are and which of the options each is given. Knows nothin
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated import compatibility
@@ -19,6 +19,7 @@ from llmchain_fed.federated.runtime import checked_runtime
 from llmchain_fed.federated.server.evaluation import Evaluator
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.federated.settings import (
+    EXAMPLES,
     FederationConfig,
     FederationOptions,
     Settings,
@@ -51,36 +52,31 @@ class Assembled:
 
 def assemble(model: Any, participants: Any, optimizer: Any, options: FederationOptions) -> Assembled:
     """The server and the clients of a federation, checked as a whole; see `FederatedAveraging` for what it raises."""
+    transforms = checked_transforms(options.get("transforms"))  # read once: it may be a generator
+    options = cast("FederationOptions", {**options, "transforms": transforms})
     training = training_of(options, optimizer)
     config = config_of(options, training)
     target = Target.of(model)
     trainable.admit(target.model)
     target.check_savable()
     trainable.check_batches(target.model, training.micro_batch_size or training.batch_size)
-    states, transforms = GlobalStateCache(target.model), options.get("transforms") or ()
+    states = GlobalStateCache(target.model)
 
     def client(participant: Participant) -> Client:
         return Client(target, participant, training, global_states=states, transforms=transforms)
 
     named, runtime = as_participants(participants), checked_runtime(options.get("runtime"))
-    given = options.get("runtime") is not None and not runtime.replicated
-    if given and named:
-        msg = "give participants (they run in this process) or a runtime (which knows its own), not both."
-        raise ConfigError(msg)
-    if given and transforms:
-        msg = (
-            "transforms are code, and no code travels to the participants that a runtime brings. Leave them out, "
-            "use codec=, or let participants= run in this process."
-        )
-        raise ConfigError(msg)
-    if given and not runtime.sequential:
-        _check_travels(config, training.optimizer)
     samples = config.samples if config.samples is not None else int(runtime.sequential)
-    evaluator = Evaluator(target, options.get("evaluation"), samples=samples, seed=config.seed)
+    evaluation = options.get("evaluation") if config.evaluation == EXAMPLES else config.evaluation
+    evaluator = Evaluator(target, evaluation, samples=samples, seed=config.seed)
+    if options.get("runtime") is not None and not runtime.replicated:
+        _check_brought(named, config, evaluator)
+        if not runtime.sequential:
+            _check_travels(config, training.optimizer)
     clients = {name: client(participant) for name, participant in evaluator.divide(named).items()}
     settings = _settings_of(config, options, training, target.model, clients.values())
-    if not given:
-        runtime.host(clients)
+    runtime.host(clients)
+    evaluator.check_names(runtime.nodes())
     check_counts(config, len(runtime.nodes()))
     server = Server(target, runtime, evaluator, settings)
     server.begin()  # refuses a rule that does not fit the model now, not after the first round's training
@@ -114,13 +110,11 @@ def _settings_of(
         raise ConfigError(msg)
     rule, layout = make_aggregation(options.get("aggregation", "fedavg")), LoraLayout.of(model)
     optimizer, personal = options.get("server_optimizer"), config.personal
-    transforms = checked_transforms(options.get("transforms") or ())
+    transforms = tuple(options["transforms"] or ())
     codec, broadcast_codec = make_codec(config.codec), make_codec(config.broadcast_codec)
     configs = [training]
     for peer in peers:
-        if peer.participant.name == GLOBAL and (rule.personal or personal is not None):
-            msg = f"no participant can have personal models as {GLOBAL!r}: that is the federation's own adapter."
-            raise ConfigError(msg)
+        compatibility.check_name(rule, personal, peer.participant.name)
         compatibility.check_rank(rule, peer.participant.name, peer.participant.rank, layout)
         configs.append(peer.config)
     compatibility.check(
@@ -154,6 +148,30 @@ def _settings_of(
         max_weight_share=config.max_weight_share,
         transforms=transforms,
     )
+
+
+def _check_brought(named: Mapping[str, Participant], config: FederationConfig, evaluator: Evaluator) -> None:
+    """Makes sure that nothing is asked of participants that a runtime brings which only those of this process can do.
+
+    Raises:
+        ConfigError: It is.
+    """
+    if named:
+        msg = "give participants (they run in this process) or a runtime (which knows its own), not both."
+        raise ConfigError(msg)
+    if config.evaluation is not None and not evaluator.is_shared:
+        msg = (
+            "evaluation= as a share or by name sets apart examples of this process, and participants that a runtime "
+            "brings have theirs elsewhere. Let them hold out some where they are, as Participant(held_out=…), or pass "
+            "one set for all, which is measured here."
+        )
+        raise ConfigError(msg)
+    if config.transforms:
+        msg = (
+            "transforms are code, and no code travels to the participants that a runtime brings. Leave them out, "
+            "use codec=, or let participants= run in this process."
+        )
+        raise ConfigError(msg)
 
 
 def _check_travels(config: FederationConfig, optimizer: Any) -> None:

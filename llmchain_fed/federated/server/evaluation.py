@@ -6,7 +6,7 @@ Knows the transport's `evaluate` operation and the records it fills. Knows nothi
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -99,23 +99,26 @@ class Evaluator:
         return self._shared
 
     def divide(self, participants: dict[str, Participant]) -> dict[str, Participant]:
-        """The participants with their held-out examples set apart.
-
-        Raises:
-            ConfigError: Held-out examples for a participant that does not exist.
-        """
+        """The participants of this process with their held-out examples set apart."""
         evaluation = self._evaluation
         if isinstance(evaluation, Mapping):
-            strangers = sorted(evaluation.keys() - participants.keys())
-            if strangers:
-                msg = f"evaluation names {strangers}, who take no part. Participants: {', '.join(participants)}."
-                raise ConfigError(msg)
             participants = {n: replace(p, held_out=evaluation.get(n, p.held_out)) for n, p in participants.items()}
         elif isinstance(evaluation, float):
             prompt = self._target.prompt
             participants = {n: hold_out(p, evaluation, prompt, self._seed) for n, p in participants.items()}
         self._with_held_out = {n for n, p in participants.items() if p.held_out is not None}
         return participants
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Makes sure that whoever is given held-out examples takes part, here or in another process of the script.
+
+        Raises:
+            ConfigError: Somebody does not.
+        """
+        given: Iterable[str] = self._evaluation if isinstance(self._evaluation, Mapping) else ()
+        if strangers := sorted(set(given) - set(names)):
+            msg = f"evaluation names {strangers}, who take no part. Participants: {', '.join(names)}."
+            raise ConfigError(msg)
 
     def measure(
         self,

@@ -20,6 +20,7 @@ from llmchain_fed import FederatedAveraging, TrainingConfig
 from llmchain_fed.errors import CheckpointError, ConfigError
 from llmchain_fed.federated.checkpoint import files as checkpoint
 from llmchain_fed.federated.checkpoint.files import Checkpoint
+from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.options import Ditto
 from llmchain_fed.updates.server_optimizers import FedAdam
 
@@ -364,18 +365,27 @@ def test_a_disk_that_fails_after_the_very_first_write_does_not_lock_the_run_out(
     assert checkpoint.rounds(tmp_path) == [1, 2]
 
 
-def test_anothers_rounds_are_refused_before_anything_is_trained(make_chain, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda fed: fed.fit(rounds=1),
+        lambda fed: fed.personalize("a", steps=1),
+        lambda fed: fed.train(SHARES["a"], "a"),
+        lambda fed: fed.train(SHARES["a"], "newcomer"),
+    ],
+    ids=["fit", "personalize", "train", "train a newcomer"],
+)
+def test_anothers_rounds_are_refused_before_anything_is_trained(call, make_chain, tmp_path, monkeypatch):
     federation(make_chain(), tmp_path).fit(rounds=1)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    chain = make_chain()
+    chain = make_chain(lora=True)
     fed = federation(chain, tmp_path)
-    start = chain.model.weights_version
-    for peer in fed._peers.values():
-        monkeypatch.setattr(peer, "handle", lambda op, payload: pytest.fail(f"{op} was asked"))
+    start, there = chain.model.weights_version, fed._runtime.nodes()
+    monkeypatch.setattr(Client, "handle", lambda self, op, payload: pytest.fail(f"{op} was asked"))
     for _ in range(2):
         with pytest.raises(CheckpointError, match=r"contains rounds \[1\] of an earlier run.*resume"):
-            fed.fit(rounds=1)
-    assert chain.model.weights_version == start
+            call(fed)
+    assert (chain.model.weights_version, fed._runtime.nodes()) == (start, there)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
