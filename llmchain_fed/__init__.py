@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from llmchain_fed.chain.chat import LocalChatModel
     from llmchain_fed.chain.llm import LocalLLM
     from llmchain_fed.chain.llm_chain import LLMChain
-    from llmchain_fed.data.encoding import Example, RawText
+    from llmchain_fed.data.examples import Example, RawText
     from llmchain_fed.data.report import DataReport
     from llmchain_fed.federated.averaging import FederatedAveraging
     from llmchain_fed.federated.callbacks import Callback
@@ -64,8 +64,9 @@ if TYPE_CHECKING:
     from llmchain_fed.tracking.mlflow import MLflow
     from llmchain_fed.tracking.tensorboard import TensorBoard
     from llmchain_fed.tracking.trackio import Trackio
+    from llmchain_fed.training.config import TrainingConfig
     from llmchain_fed.training.evaluation import evaluate_locally
-    from llmchain_fed.training.loop import TrainingConfig, train_locally
+    from llmchain_fed.training.loop import train_locally
     from llmchain_fed.updates.collection import Collection, Combined
     from llmchain_fed.updates.server_optimizers import (
         DiLoCo,
@@ -88,7 +89,7 @@ _HOMES = {
     "DataReport": "data.report",
     "DiLoCo": "updates.server_optimizers",
     "Ditto": "federated.options",
-    "Example": "data.encoding",
+    "Example": "data.examples",
     "FedAdagrad": "updates.server_optimizers",
     "FedAdam": "updates.server_optimizers",
     "FedAvgM": "updates.server_optimizers",
@@ -103,7 +104,7 @@ _HOMES = {
     "MLflow": "tracking.mlflow",
     "NVFlare": "runtimes.nvflare.transport",
     "Participant": "federated.participant",
-    "RawText": "data.encoding",
+    "RawText": "data.examples",
     "Reptile": "updates.server_optimizers",
     "Runtime": "federated.runtime",
     "Site": "runtimes.site.site",
@@ -111,7 +112,7 @@ _HOMES = {
     "TorchDistributed": "runtimes.torch_distributed",
     "TorchServerOptimizer": "updates.server_optimizers",
     "Trackio": "tracking.trackio",
-    "TrainingConfig": "training.loop",
+    "TrainingConfig": "training.config",
     "UpdateTransform": "updates.transforms",
     "evaluate_locally": "training.evaluation",
     "list_chains": "library",

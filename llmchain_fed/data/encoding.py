@@ -1,4 +1,4 @@
-"""Turns (inputs, completion) examples into token ids with the prompt masked, and those into batches.
+"""Turns (inputs, completion) examples into token ids, and those into padded batches with the prompt masked.
 
 Knows tokenizers and padding. Knows nothing about LangChain, participants or optimizers; what an example may look like
 stands in `examples`.
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.data.examples import (
-    Example,
     Examples,
     Prompt,
     PromptRow,
@@ -25,28 +24,12 @@ from llmchain_fed.data.examples import (
     read_examples,
 )
 from llmchain_fed.data.report import DataReport
-from llmchain_fed.data.sayable import Saying
-from llmchain_fed.errors import DataError, UnsupportedModelError
+from llmchain_fed.data.sayable import Saying, check_tolerance
+from llmchain_fed.errors import DataError, EmptyParticipantError, UnsupportedModelError
 from llmchain_fed.model import vocabulary
 from llmchain_fed.model.control_tokens import Rendered
-from llmchain_fed.model.generation.answers import pad_rows
 from llmchain_fed.model.local_model import LocalModel
-
-__all__ = [
-    "IGNORE",
-    "EncodedExamples",
-    "Example",
-    "Examples",
-    "Prompt",
-    "RawText",
-    "bucketed_order",
-    "collate",
-    "encode_examples",
-    "is_ready_tensors",
-    "prompt_text",
-    "read_examples",
-    "unwrap",
-]
+from llmchain_fed.model.tokens import pad_rows
 
 IGNORE = -100
 """The label that the loss passes over: torch's and transformers' own convention."""
@@ -140,6 +123,46 @@ def encode_examples(
         flat += p + c
         bounds += [bounds[-1] + len(p), bounds[-1] + len(p) + len(c)]
     return EncodedExamples(torch.tensor(flat, dtype=torch.int32), torch.tensor(bounds), report, first)
+
+
+def encoded(
+    examples: Examples | EncodedExamples,
+    model: LocalModel,
+    prompt: Prompt | None,
+    max_length: int | None,
+    *,
+    tolerance: float | None = None,
+) -> EncodedExamples | Any:
+    """Examples in the form the loop takes; a DataLoader stays as it is.
+
+    Args:
+        examples: The forms are those of `train_locally`.
+        model: Its tokens are the ones encoded.
+        prompt: It renders the inputs.
+        max_length: tokens: An example with more of them is left out.
+        tolerance: The share of completions that may be left out because no answer could be theirs; None is any.
+
+    Raises:
+        EmptyParticipantError: Not a single example is usable.
+        UnsayableError: More completions than `tolerance` could never be an answer.
+        DataError: See `read_examples`.
+    """
+    if is_ready_tensors(examples):
+        return examples
+    data = (
+        examples
+        if isinstance(examples, EncodedExamples)
+        else encode_examples(examples, model, prompt, max_length=max_length)
+    )
+    check_tolerance(data.report.unsayable, data.report.used, data.unsayable, tolerance)
+    if not len(data):
+        raise EmptyParticipantError(no_examples("the participant", repr(data.report)))
+    return data
+
+
+def no_examples(who: str, report: str) -> str:
+    """The sentence for `EmptyParticipantError`."""
+    return f"{who} has no usable example ({report}): there is nothing to learn. Check the data path and max_length."
 
 
 def collate(rows: Sequence[tuple[list[int], list[int]]], model: LocalModel) -> dict[str, Tensor]:

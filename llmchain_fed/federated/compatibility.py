@@ -23,7 +23,7 @@ from typing import Any
 
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.options import Ditto
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.updates.aggregation import AGGREGATIONS
 from llmchain_fed.updates.aggregation.base import Rule
 from llmchain_fed.updates.codecs import CODECS

@@ -15,12 +15,12 @@ from typing import Annotated, Any, Final, TypedDict, TypeVar
 from pydantic import BeforeValidator, ConfigDict, Field, field_serializer, field_validator
 
 from llmchain_fed._config import FrozenConfig, unknown_option
-from llmchain_fed.data.encoding import Examples
+from llmchain_fed.data.examples import Examples
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.callbacks import Callback
 from llmchain_fed.federated.options import Ditto
 from llmchain_fed.federated.runtime import Runtime
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.updates import server_optimizers
 from llmchain_fed.updates.aggregation import AGGREGATIONS, Weighting, make_aggregation
 from llmchain_fed.updates.aggregation.base import Rule

@@ -23,12 +23,11 @@ from llmchain_fed.model.generation.answers import (
     GenerationOptions,
     chunks,
     evaluating,
-    pad_rows,
     seeded,
     stream_text,
 )
 from llmchain_fed.model.generation.stop_strings import Settling, StopOnText, checked_stops, cut_at_stop
-from llmchain_fed.model.tokens import Tokens
+from llmchain_fed.model.tokens import Tokens, pad_rows
 
 Kind = Literal["causal", "seq2seq"]
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from llmchain_fed.errors import DataError, UnsupportedModelError
 from llmchain_fed.model import control_tokens, vocabulary
@@ -165,3 +166,20 @@ class Tokens:
         if self.seq2seq:
             begins |= set(self._configured("decoder_start_token_id"))
         return frozenset(silent), frozenset(begins)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Rows of ids → (B, T) ids and attention mask.
+
+    >>> pad_rows([[5, 6], [7]], 0, left=True)[0]
+    tensor([[5, 6],
+            [0, 7]])
+    """
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, place] = torch.tensor(row)
+        mask[i, place] = 1
+    return ids, mask

@@ -1,17 +1,45 @@
 """GradientStep: how a batch becomes a gradient, and the package's own way, that of the mean loss over its tokens.
 
-Knows batches and the loss. Knows nothing about optimizers, how batches are drawn, participants or rounds.
+Knows what a batch is made of, and the loss. Knows nothing about optimizers, how batches are drawn, participants or
+rounds.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
-from llmchain_fed.data.encoding import IGNORE
+from llmchain_fed.data.encoding import IGNORE, collate
 from llmchain_fed.model.local_model import LocalModel
-from llmchain_fed.training.batches import Batch
 from llmchain_fed.training.config import TrainingConfig
-from llmchain_fed.training.loss import summed_loss
+from llmchain_fed.training.loss import examples_with_loss, on_device, summed_loss
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one optimizer step is made of: rows of examples, possibly none, or ready tensors."""
+
+    rows: Sequence[tuple[list[int], list[int]]] | None
+    """(prompt ids, completion ids) of each example; None where a DataLoader gave the tensors"""
+    ready: Any = None
+    """what the DataLoader gave"""
+
+    def passes(self, model: LocalModel, size: int | None = None) -> list[dict[str, Any]]:
+        """The tensors of each forward pass, padded and where the model is; an empty batch has none.
+
+        Args:
+            model: The model whose tokens, padding and device these are.
+            size: examples: At most this many share a pass; None is all. A DataLoader's batch is one pass, as it is.
+
+        Raises:
+            DataError: The DataLoader gave something else than a mapping with labels.
+        """
+        if self.rows is None:
+            return [on_device(self.ready, model.device)]
+        size = size or max(len(self.rows), 1)
+        rows = (self.rows[at : at + size] for at in range(0, len(self.rows), size))
+        return [on_device(collate(some, model), model.device) for some in rows]
 
 
 class StepResult(NamedTuple):
@@ -52,5 +80,6 @@ def mean_loss_gradient(model: LocalModel, batch: Batch, config: TrainingConfig, 
             continue
         mean = summed / (total or count)
         mean.backward()  # type: ignore[no-untyped-call]
-        loss, tokens, examples = loss + float(mean.detach()), tokens + count, examples + len(one["labels"])
+        loss, tokens = loss + float(mean.detach()), tokens + count
+        examples += examples_with_loss(model.module, one)
     return StepResult(loss, tokens, examples)

@@ -6,6 +6,7 @@ Knows torch optimizers and batches. Knows nothing of LangChain, other participan
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,28 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmchain_fed.data.encoding import (
-    EncodedExamples,
-    Examples,
-    Prompt,
-    encode_examples,
-    is_ready_tensors,
-    unwrap,
-)
+from llmchain_fed.data.encoding import EncodedExamples, encoded, no_examples, unwrap
+from llmchain_fed.data.examples import Examples, Prompt
 from llmchain_fed.data.report import DataReport
-from llmchain_fed.data.sayable import check_tolerance
-from llmchain_fed.errors import EmptyParticipantError, NonFiniteLossError
+from llmchain_fed.errors import ConfigError, EmptyParticipantError, NonFiniteLossError
 from llmchain_fed.model.generation.answers import seeded
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.model.weights import all_finite
 from llmchain_fed.training import running_state, trainable
-from llmchain_fed.training.batch_sampler import BatchSampler, Place, seed_of
-from llmchain_fed.training.batches import Batch, batches_of, batches_per_pass
+from llmchain_fed.training.batch_sampler import BatchSampler, Place, length_buckets, seed_of
 from llmchain_fed.training.config import TrainingConfig
-from llmchain_fed.training.gradient_step import GradientStep, StepResult, mean_loss_gradient
+from llmchain_fed.training.gradient_step import Batch, GradientStep, StepResult, mean_loss_gradient
 from llmchain_fed.training.loss import computing_in
-
-__all__ = ["TrainingConfig", "TrainingResult", "encoded", "no_examples", "train_locally"]
 
 
 @dataclass
@@ -113,7 +104,7 @@ def train_locally(
     data = encoded(examples, model, prompt, config.max_length, tolerance=config.tolerance)
     if isinstance(data, EncodedExamples):
         trainable.check_batches(model, min(config.micro_batch_size or config.batch_size, len(data)))
-    batches = batches_of(data, config, place, batch_sampler)
+    batches = _batches(data, config, place, batch_sampler)
     parameters = model.trainable_parameters()
     with model.exclusive():
         started = time.perf_counter()
@@ -219,46 +210,53 @@ def _report(loader: Any, done: _Done, config: TrainingConfig, participant: str) 
     if not done.tokens:
         why = "the DataLoader's batches carry no label" if done.steps else "the DataLoader gave no batch"
         raise EmptyParticipantError(no_examples(participant, why))
-    per_pass = batches_per_pass(loader)
+    per_pass = _per_pass(loader)
     passes = done.steps / per_pass if per_pass else config.epochs or 1
     return DataReport(used=round(done.examples / passes), completion_tokens=round(done.tokens / passes))
 
 
-def encoded(
-    examples: Examples | EncodedExamples,
-    model: LocalModel,
-    prompt: Prompt | None,
-    max_length: int | None,
-    *,
-    tolerance: float | None = None,
-) -> EncodedExamples | Any:
-    """Examples in the form the loop takes; a DataLoader stays as it is.
+# --- batches ----------------------------------------------------------------------------------------------------------
 
-    Args:
-        examples: The forms are those of `train_locally`.
-        model: Its tokens are the ones encoded.
-        prompt: It renders the inputs.
-        max_length: tokens: An example with more of them is left out.
-        tolerance: The share of completions that may be left out because no answer could be theirs; None is any.
+
+def _batches(
+    data: EncodedExamples | Any, config: TrainingConfig, place: Place, sampler: BatchSampler | None
+) -> Iterator[Batch]:
+    """The batches of one call of `train_locally`.
 
     Raises:
-        EmptyParticipantError: Not a single example is usable.
-        UnsayableError: More completions than `tolerance` could never be an answer.
-        DataError: See `read_examples`.
+        ConfigError: A sampler is given for a DataLoader, which draws its batches itself.
     """
-    if is_ready_tensors(examples):
-        return examples
-    data = (
-        examples
-        if isinstance(examples, EncodedExamples)
-        else encode_examples(examples, model, prompt, max_length=max_length)
-    )
-    check_tolerance(data.report.unsayable, data.report.used, data.unsayable, tolerance)
-    if not len(data):
-        raise EmptyParticipantError(no_examples("the participant", repr(data.report)))
-    return data
+    if isinstance(data, EncodedExamples):
+        return (Batch([data[i] for i in rows]) for rows in (sampler or length_buckets)(data, config, place))
+    if sampler is not None:
+        msg = "a DataLoader draws its batches itself, so no batch_sampler can. Give the examples, or leave it out."
+        raise ConfigError(msg)
+    return (Batch(None, ready) for ready in _given(data, config, place.first_step))
 
 
-def no_examples(who: str, report: str) -> str:
-    """The sentence for `EmptyParticipantError`."""
-    return f"{who} has no usable example ({report}): there is nothing to learn. Check the data path and max_length."
+def _given(loader: Any, config: TrainingConfig, first_step: int) -> Iterator[Any]:
+    """What a DataLoader gives in one call, which goes on where earlier rounds ended."""
+    if not config.max_steps:
+        return _passes(loader, config)
+    length = _per_pass(loader)
+    start = first_step % length if length else first_step
+    return itertools.islice(_passes(loader, config), start, start + config.max_steps)
+
+
+def _passes(loader: Any, config: TrainingConfig) -> Iterator[Any]:
+    """The batches of a DataLoader, over and over with `max_steps`; an empty one ends at once."""
+    for _ in itertools.count() if config.max_steps else range(config.epochs or 1):
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            return
+
+
+def _per_pass(loader: Any) -> int | None:
+    """How many batches a DataLoader gives; None where its dataset does not know."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None

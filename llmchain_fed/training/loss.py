@@ -62,15 +62,35 @@ def summed_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
     return _own_loss(module, batch)
 
 
+def examples_with_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """How many rows of a batch have a token that carries loss; a row whose labels are all −100 teaches nothing."""
+    carrying = _carrying(module, batch["labels"])
+    return int((carrying.flatten(1).any(dim=1) if carrying.dim() > 1 else carrying).sum())
+
+
+def _carrying(module: nn.Module, labels: Tensor) -> Tensor:
+    """Which labels carry loss, (B, T); (B, T-1) of a decoder alone, for nothing predicts the first token of a row."""
+    return (labels if labels.dim() == 1 or _encodes(module) else labels[:, 1:]) != IGNORE
+
+
+def _encodes(module: object) -> bool:
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+
+
 def transformers_model(module: nn.Module) -> Any:
     """The transformers model in a plain or PEFT-wrapped module, or None where its logits are not the labels' own."""
-    module = unwrapped(module)
+    inner = _without_adapter(unwrapped(module))
+    return inner if isinstance(inner, PreTrainedModel) else None
+
+
+def _without_adapter(module: nn.Module) -> nn.Module | None:
+    """The module below PEFT's wrapping, if any; None where the adapter adds positions to those of the tokens."""
     config = getattr(module, "active_peft_config", None)
-    if config is not None:
-        if getattr(config, "is_prompt_learning", False):  # there are more positions than tokens
-            return None
-        module = module.get_base_model()  # type: ignore[operator]
-    return module if isinstance(module, PreTrainedModel) else None
+    if config is None:
+        return module
+    if getattr(config, "is_prompt_learning", False):
+        return None
+    return module.get_base_model()  # type: ignore[operator, no-any-return]
 
 
 def completion_logits(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -140,9 +160,7 @@ def _check(batch: object) -> None:
 
 def _own_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
     output = module(**batch)
-    labels = batch["labels"]
-    shifted = not getattr(getattr(module, "config", None), "is_encoder_decoder", False)
-    count = int((labels[:, 1:] != IGNORE).sum()) if shifted and labels.dim() > 1 else int((labels != IGNORE).sum())
+    count = int(_carrying(module, batch["labels"]).sum())
     loss = getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
         msg = (
@@ -155,16 +173,9 @@ def _own_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, i
 
 def _decoder_and_head(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     """The parts of a decoder-only Hugging Face model, or None where there are no such parts."""
-    peft_config = getattr(module, "active_peft_config", None)
-    if peft_config is not None:
-        if getattr(peft_config, "is_prompt_learning", False):
-            return None
-        module = module.get_base_model()  # type: ignore[operator]
-    decoder, find_head = getattr(module, "base_model", None), getattr(module, "get_output_embeddings", None)
-    if not isinstance(decoder, nn.Module) or decoder is module or find_head is None:
-        return None
-    config = getattr(module, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
+    inner = _without_adapter(module)
+    decoder, find_head = getattr(inner, "base_model", None), getattr(inner, "get_output_embeddings", None)
+    if not isinstance(decoder, nn.Module) or decoder is inner or find_head is None or _encodes(inner):
         return None
     head = find_head()
     return (decoder, head) if isinstance(head, nn.Module) else None

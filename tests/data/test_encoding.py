@@ -15,14 +15,8 @@ from tiny import PAIRS, TEMPLATE
 from torch.utils.data import DataLoader
 
 from llmchain_fed import DataReport, Example, LocalModel, RawText
-from llmchain_fed.data.encoding import (
-    bucketed_order,
-    collate,
-    encode_examples,
-    is_ready_tensors,
-    read_examples,
-)
-from llmchain_fed.data.examples import carries
+from llmchain_fed.data.encoding import bucketed_order, collate, encode_examples
+from llmchain_fed.data.examples import carries, is_ready_tensors, read_examples
 from llmchain_fed.errors import DataError, PromptVariablesError, TemplatedTwiceError
 
 EOS, PAD = 1, 0

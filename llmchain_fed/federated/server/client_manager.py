@@ -28,7 +28,7 @@ from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.federated.settings import Settings, sampled
 from llmchain_fed.federated.target import Target
 from llmchain_fed.training.batch_sampler import seed_of
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.untrusted import decoding, shown
 
 # What another process reports of itself makes it absent. Any other error is this process's own and raised.

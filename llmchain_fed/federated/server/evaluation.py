@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llmchain_fed.data.encoding import Examples
+from llmchain_fed.data.encoding import encoded
+from llmchain_fed.data.examples import Examples
 from llmchain_fed.errors import ConfigError, LLMChainFedError
 from llmchain_fed.federated.history import History, RoundRecord, Sample, told_of
 from llmchain_fed.federated.participant import Participant, hold_out
@@ -24,7 +25,6 @@ from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.pooling import HALF, WHOLE, pooled
 from llmchain_fed.federated.target import Target
 from llmchain_fed.training.evaluation import evaluate_locally
-from llmchain_fed.training.loop import encoded
 from llmchain_fed.untrusted import one_line, printable
 
 _SAMPLE_TOKENS = 32

@@ -29,7 +29,7 @@ from llmchain_fed.federated.server.round import OpenRound
 from llmchain_fed.federated.settings import Settings, sampled
 from llmchain_fed.federated.target import Target
 from llmchain_fed.model.local_model import LocalModel
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.untrusted import printable
 from llmchain_fed.updates import serialization, server_optimizers
 from llmchain_fed.updates.collection import Combined, Round

@@ -181,23 +181,6 @@ def stream_text(
         worker.join()
 
 
-def pad_rows(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Rows of ids → (B, T) ids and attention mask.
-
-    >>> pad_rows([[5, 6], [7]], 0, left=True)[0]
-    tensor([[5, 6],
-            [0, 7]])
-    """
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, place] = torch.tensor(row)
-        mask[i, place] = 1
-    return ids, mask
-
-
 def chunks(order: Sequence[int], keys: Sequence[object], size: int) -> Iterator[list[int]]:
     """Splits `order` into batches of at most `size` whose members all have the same key."""
     chunk: list[int] = []
