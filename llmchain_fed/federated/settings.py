@@ -1,7 +1,7 @@
 """FederationConfig: every option of a federation that can be written down and decides how it goes on, once.
 
 Knows what each option may be, and turns what a user gives into what can be written (`config_of`) and into what a server
-runs with (`settings_of`). Knows nothing about how rounds are run. A new option is a field here, a line of
+runs with (`Settings`). Knows nothing about how rounds are run. A new option is a field here, a line of
 `FederationOptions`, and its user: the constructor, checkpoints, the federation's file and docs/options.md follow.
 """
 

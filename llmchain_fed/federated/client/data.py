@@ -26,7 +26,7 @@ class LocalData:
     """What one participant trains on and is evaluated on.
 
     Args:
-        trainee: Whose prompt and tokenizer make tokens of it.
+        target: Whose prompt and tokenizer make tokens of it.
         participant: Whose examples.
         config: What decides which examples are left out, and how many may be.
     """

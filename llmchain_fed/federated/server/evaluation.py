@@ -1,6 +1,6 @@
 """Evaluator: held-out loss and sample answers, measured where the held-out examples are.
 
-Knows the transport's `evaluate` operation and the records it fills. Knows nothing about training or aggregation.
+Knows the runtime's `evaluate` operation and the records it fills. Knows nothing about training or aggregation.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Evaluator:
     """Measures the current global weights on held-out examples.
 
     Args:
-        trainee: The model in this process.
+        target: The model in this process.
         evaluation: A share to hold out, a mapping name → examples, examples for all, or None.
         samples: answers recorded per participant.
         seed: Decides what is held out.

@@ -61,7 +61,7 @@ class GenerationOptions(FrozenConfig):
         """All that `generate` is to do: these options over what the model ships.
 
         Args:
-            own: The module's `generation_config`; `generation_fields` says which of its fields apply.
+            own: The module's `generation_config`; `generation.fields` says which of its fields apply.
             eos: These ids end an answer.
             pad: The id of the padding token.
             start: tokens: The answer begins here in a row, behind the prompt or the decoder's start.
