@@ -68,15 +68,8 @@ if TYPE_CHECKING:
     from llmchain_fed.training.evaluation import evaluate_locally
     from llmchain_fed.training.loop import train_locally
     from llmchain_fed.updates.collection import Collection, Combined
-    from llmchain_fed.updates.server_optimizers import (
-        DiLoCo,
-        FedAdagrad,
-        FedAdam,
-        FedAvgM,
-        FedYogi,
-        Reptile,
-        TorchServerOptimizer,
-    )
+    from llmchain_fed.updates.server_optimizers.adaptive import FedAdagrad, FedAdam, FedAvgM, FedYogi, Reptile
+    from llmchain_fed.updates.server_optimizers.torch_optimizers import DiLoCo, TorchServerOptimizer
     from llmchain_fed.updates.transforms import UpdateTransform
 
 __version__ = "0.1.0"
@@ -87,13 +80,13 @@ _HOMES = {
     "Combined": "updates.collection",
     "ConsoleTable": "tracking.console",
     "DataReport": "data.report",
-    "DiLoCo": "updates.server_optimizers",
+    "DiLoCo": "updates.server_optimizers.torch_optimizers",
     "Ditto": "federated.options",
     "Example": "data.examples",
-    "FedAdagrad": "updates.server_optimizers",
-    "FedAdam": "updates.server_optimizers",
-    "FedAvgM": "updates.server_optimizers",
-    "FedYogi": "updates.server_optimizers",
+    "FedAdagrad": "updates.server_optimizers.adaptive",
+    "FedAdam": "updates.server_optimizers.adaptive",
+    "FedAvgM": "updates.server_optimizers.adaptive",
+    "FedYogi": "updates.server_optimizers.adaptive",
     "FederatedAveraging": "federated.averaging",
     "FederatedLearning": "federated.learning",
     "History": "federated.history",
@@ -105,12 +98,12 @@ _HOMES = {
     "NVFlare": "runtimes.nvflare.transport",
     "Participant": "federated.participant",
     "RawText": "data.examples",
-    "Reptile": "updates.server_optimizers",
+    "Reptile": "updates.server_optimizers.adaptive",
     "Runtime": "federated.runtime",
     "Site": "runtimes.site.site",
     "TensorBoard": "tracking.tensorboard",
     "TorchDistributed": "runtimes.torch_distributed",
-    "TorchServerOptimizer": "updates.server_optimizers",
+    "TorchServerOptimizer": "updates.server_optimizers.torch_optimizers",
     "Trackio": "tracking.trackio",
     "TrainingConfig": "training.config",
     "UpdateTransform": "updates.transforms",

@@ -167,7 +167,8 @@ class LocalLanguageModel(BaseModel):
         """What decides, beside the model and its tokenizer, which tokens an input becomes."""
         return [type(self).__name__]
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
         """What decides an answer: base, weights as they are now, and options. The key of any answer cache."""
         return {
             "model_name": self.model.name,
@@ -178,6 +179,10 @@ class LocalLanguageModel(BaseModel):
             "stop": self.stop,
             "path": self.path_identity(),
         } | {name: getattr(self, name) for name in sorted(OPTIONS)}
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """The ids of a text by itself; LangChain counts tokens with it."""
+        return self.model.encode([text], add_special_tokens=False)[0]
 
     def standard_params(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """LangSmith's standard parameters."""

@@ -66,19 +66,11 @@ class LocalLLM(LocalLanguageModel, BaseLLM):
     def _llm_type(self) -> str:
         return "llmchain_fed-local"
 
-    @property
-    def _identifying_params(self) -> dict[str, Any]:
-        return self.identity()
-
     @override
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop, **kwargs)
         params.update(self.standard_params(kwargs))  # type: ignore[typeddict-item]
         return params
-
-    @override
-    def get_token_ids(self, text: str) -> list[int]:
-        return self.model.encode([text], add_special_tokens=False)[0]
 
     @override
     def generate(

@@ -6,7 +6,6 @@ stands in `examples`.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +23,8 @@ from llmchain_fed.data.examples import (
     read_examples,
 )
 from llmchain_fed.data.report import DataReport
-from llmchain_fed.data.sayable import Saying, check_tolerance
-from llmchain_fed.errors import DataError, EmptyParticipantError, UnsupportedModelError
+from llmchain_fed.data.sayable import Saying
+from llmchain_fed.errors import DataError, EmptyParticipantError, UnsayableError, UnsupportedModelError
 from llmchain_fed.model import vocabulary
 from llmchain_fed.model.control_tokens import Rendered
 from llmchain_fed.model.local_model import LocalModel
@@ -66,11 +65,8 @@ def encode_examples(
 ) -> EncodedExamples:
     """Renders and tokenises every example; prompt and completion apart, joined as ids, the end token appended.
 
-    Args:
-        source: The forms are those of `read_examples`.
-        model: Its tokenizer is used.
-        prompt: It renders the inputs.
-        max_length: tokens; longer examples are left out and counted. The model's context is the outer limit.
+    The forms are those of `read_examples`. What has more than `max_length` tokens is left out and counted; the model's
+    context is the outer limit.
 
     Raises:
         DataError: See `read_examples`.
@@ -135,12 +131,8 @@ def encoded(
 ) -> EncodedExamples | Any:
     """Examples in the form the loop takes; a DataLoader stays as it is.
 
-    Args:
-        examples: The forms are those of `train_locally`.
-        model: Its tokens are the ones encoded.
-        prompt: It renders the inputs.
-        max_length: tokens: An example with more of them is left out.
-        tolerance: The share of completions that may be left out because no answer could be theirs; None is any.
+    Examples of more than `max_length` tokens are left out, and those that no answer could be, which may be the share
+    `tolerance` of all; None is any.
 
     Raises:
         EmptyParticipantError: Not a single example is usable.
@@ -154,7 +146,14 @@ def encoded(
         if isinstance(examples, EncodedExamples)
         else encode_examples(examples, model, prompt, max_length=max_length)
     )
-    check_tolerance(data.report.unsayable, data.report.used, data.unsayable, tolerance)
+    left_out = data.report.unsayable
+    total = left_out + data.report.used
+    if tolerance is not None and left_out > tolerance * total:
+        msg = (
+            f"{left_out} of {total} completions could never be an answer, and up to {tolerance:.0%} are left out. "
+            f"The first: {data.unsayable} TrainingConfig(tolerance=…) leaves more out."
+        )
+        raise UnsayableError(msg)
     if not len(data):
         raise EmptyParticipantError(no_examples("the participant", repr(data.report)))
     return data
@@ -182,23 +181,6 @@ def collate(rows: Sequence[tuple[list[int], list[int]]], model: LocalModel) -> d
         input_ids, mask = pad_rows([p + c for p, c in rows], model.pad_id, left=False)
         labels, _ = pad_rows([[IGNORE] * len(p) + c for p, c in rows], IGNORE, left=False)
     return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
-
-
-def bucketed_order(lengths: Sequence[int], batch_size: int, rng: random.Random) -> list[list[int]]:
-    """One pass over the data as batches of similar length, in random order.
-
-    Lengths are jittered by up to a tenth before sorting: neighbours still fit well, and yet no two passes form the
-    same batches.
-
-    Args:
-        lengths: tokens per example.
-        batch_size: examples per batch; the remainder makes one smaller batch.
-        rng: All randomness comes from it.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i] * rng.uniform(0.95, 1.05), i))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    rng.shuffle(batches)
-    return batches
 
 
 def unwrap(model: Any, prompt: Prompt | None) -> tuple[LocalModel, Prompt | None]:

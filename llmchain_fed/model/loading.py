@@ -48,10 +48,7 @@ def load(
 def load_base(name_or_path: str, *, dtype: torch.dtype, by_name: bool = False) -> nn.Module:
     """The bare module on the CPU, in evaluation mode; one with a name remembers what it was when it was loaded.
 
-    Args:
-        name_or_path: A hub id, a folder or an embedded name.
-        dtype: The weights get this type.
-        by_name: If true, a folder that happens to lie under a hub's id in the working directory is not meant.
+    With `by_name`, a folder that happens to lie under a hub's id in the working directory is not meant.
 
     Raises:
         UnsupportedModelError: There is no such model, none with safetensors weights, one that brings code, or one

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from llmchain_fed.errors import NotTrainableError, UnsupportedModelError
 from llmchain_fed.model import loading, weights
-from llmchain_fed.model.adapters import REMAINDER
 from llmchain_fed.model.adapters.lora_config import check_module
+from llmchain_fed.model.adapters.switching import REMAINDER
 from llmchain_fed.model.adapters.views import AdapterViews
 from llmchain_fed.model.answering import Answering
 

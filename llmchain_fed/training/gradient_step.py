@@ -28,9 +28,7 @@ class Batch:
     def passes(self, model: LocalModel, size: int | None = None) -> list[dict[str, Any]]:
         """The tensors of each forward pass, padded and where the model is; an empty batch has none.
 
-        Args:
-            model: The model whose tokens, padding and device these are.
-            size: examples: At most this many share a pass; None is all. A DataLoader's batch is one pass, as it is.
+        At most `size` examples share a pass; None is all. A DataLoader's batch is one pass, as it is.
 
         Raises:
             DataError: The DataLoader gave something else than a mapping with labels.

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from llmchain_fed.data.encoding import IGNORE
 from llmchain_fed.errors import DataError
-from llmchain_fed.model.adapters import idle_parameters
 from llmchain_fed.model.adapters.lora_config import unwrapped
+from llmchain_fed.model.adapters.switching import idle_parameters
 from llmchain_fed.model.generation.answers import evaluating
 
 Precision = Literal["fp32", "bf16"]
@@ -54,12 +54,12 @@ def summed_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
     if parts is not None and _is_plain(module, parts, batch):
         wanted = labels[:, 1:] != IGNORE  # (B, T-1): position t predicts token t + 1
         logits = _logits(parts, batch, wanted)  # (tokens, V)
-        return F.cross_entropy(logits.float(), labels[:, 1:][wanted].to(logits.device), reduction="sum"), int(
-            wanted.sum()
-        )
-    if transformers_model(module) is not None:
-        return _loss_of_logits(module, batch)
-    return _own_loss(module, batch)
+        tokens = labels[:, 1:][wanted].to(logits.device)
+        return F.cross_entropy(logits.float(), tokens, reduction="sum"), len(tokens)
+    if transformers_model(module) is None:
+        return _own_loss(module, batch)
+    logits, tokens = completion_logits(module, batch)
+    return F.cross_entropy(logits.float(), tokens, reduction="sum"), len(tokens)
 
 
 def examples_with_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> int:
@@ -134,11 +134,6 @@ def _shifted(model: Any, labels: Tensor) -> Tensor:
     return shifted
 
 
-def _loss_of_logits(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-    logits, tokens = completion_logits(module, batch)
-    return F.cross_entropy(logits.float(), tokens, reduction="sum"), len(tokens)
-
-
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch with its tensors where the module is.
 
@@ -151,8 +146,9 @@ def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 def _check(batch: object) -> None:
     if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
+        got = f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
         msg = (
-            f"a batch is a mapping of the tensors input_ids, attention_mask and labels, got {_describe(batch)}. "
+            f"a batch is a mapping of the tensors input_ids, attention_mask and labels, got {got}. "
             "Let the DataLoader's collate_fn return such mappings."
         )
         raise DataError(msg)
@@ -223,10 +219,6 @@ def _watched_head(module: nn.Module, head: nn.Module, inputs: dict[str, Any]) ->
         handle.remove()
     same = bool(given) and given[-1].shape == logits.shape and torch.equal(given[-1].float(), logits.float())
     return logits, same
-
-
-def _describe(batch: Any) -> str:
-    return f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
 
 
 @contextmanager

@@ -128,10 +128,9 @@ def test_a_batch_is_one_call_to_the_model(chain, monkeypatch):
     assert calls == [12, 12, 12]
 
 
-async def test_the_legacy_verbs(causal):
+def test_the_legacy_verbs(causal):
     assert causal.predict(text="page locked") == "page verrouillée"
-    assert await causal.apredict(text="page locked") == "page verrouillée"
-    assert causal.apply(INPUTS[:2]) == await causal.aapply(INPUTS[:2]) == ANSWERS[:2]
+    assert causal.apply(INPUTS[:2]) == ANSWERS[:2]
 
 
 def test_a_string_stands_for_the_only_variable(causal):

@@ -27,7 +27,7 @@ from llmchain_fed.federated.settings import (
     training_of,
 )
 from llmchain_fed.federated.target import Target
-from llmchain_fed.model.adapters import GLOBAL
+from llmchain_fed.model.adapters.switching import GLOBAL
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training import trainable
 from llmchain_fed.training.config import TrainingConfig

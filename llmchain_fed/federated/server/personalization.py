@@ -22,7 +22,7 @@ from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server.asking import ask_one, task_now
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.server import Server
-from llmchain_fed.model.adapters import GLOBAL
+from llmchain_fed.model.adapters.switching import GLOBAL
 
 _KINDS = ("base", "global", "personal")
 

@@ -73,12 +73,7 @@ def plain_files(folder: Path, *, error: ErrorType) -> list[str]:
 
 
 def check_written(names: Iterable[str], *, error: ErrorType) -> None:
-    """Makes sure that `save` could have written every file, going by its name alone.
-
-    Args:
-        names: The paths within a saved chain, such as "base/config.json".
-        error: This is raised, with the file's name.
-    """
+    """Makes sure that `save` could have written every file, going by its name alone."""
     for name in names:
         part, _, rest = name.partition("/")
         if part not in WRITTEN or not WRITTEN[part].fullmatch(rest):
@@ -91,10 +86,6 @@ def check_own(folder: Path, *, error: ErrorType) -> None:
     """Makes sure that transformers, asked for the model in a folder, reads that model and nothing else.
 
     What is in the folder beside a model's own files is not looked at.
-
-    Args:
-        folder: A model's folder; one in the hub's cache may link to the blobs beside it.
-        error: This is raised for a file that leads elsewhere, with the remedy.
     """
     for name, why in _REDIRECTING.items():
         if os.path.lexists(folder / name):
