@@ -184,11 +184,12 @@ class LocalLanguageModel(BaseModel):
         """The ids of a text by itself; LangChain counts tokens with it."""
         return self.model.encode([text], add_special_tokens=False)[0]
 
-    def standard_params(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
         """LangSmith's standard parameters."""
+        params: dict[str, Any] = super()._get_ls_params(stop=stop, **kwargs)  # type: ignore[misc] # the face's other half
         given = self.options(None, {k: v for k, v in kwargs.items() if k in OPTIONS | ALIASES.keys()})
         name = kwargs.get("model")
-        return {
+        return params | {
             "ls_provider": "llmchain_fed",
             "ls_model_name": name if isinstance(name, str) else self.model.name,
             "ls_temperature": given.get("temperature", self.temperature),

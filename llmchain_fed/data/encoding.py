@@ -6,7 +6,7 @@ stands in `examples`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,6 +181,55 @@ def collate(rows: Sequence[tuple[list[int], list[int]]], model: LocalModel) -> d
         input_ids, mask = pad_rows([p + c for p, c in rows], model.pad_id, left=False)
         labels, _ = pad_rows([[IGNORE] * len(p) + c for p, c in rows], IGNORE, left=False)
     return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one optimizer step is made of: rows of examples, possibly none, or ready tensors."""
+
+    rows: Sequence[tuple[list[int], list[int]]] | None
+    """(prompt ids, completion ids) of each example; None where a DataLoader gave the tensors"""
+    ready: Any = None
+    """what the DataLoader gave"""
+
+    def passes(self, model: LocalModel, size: int | None = None) -> list[dict[str, Any]]:
+        """The tensors of each forward pass, padded and where the model is; an empty batch has none.
+
+        At most `size` examples share a pass; None is all. A DataLoader's batch is one pass, as it is.
+
+        Raises:
+            DataError: The DataLoader gave something else than a mapping with labels.
+        """
+        if self.rows is None:
+            return [on_device(self.ready, model.device)]
+        size = size or max(len(self.rows), 1)
+        rows = (self.rows[at : at + size] for at in range(0, len(self.rows), size))
+        return [on_device(collate(some, model), model.device) for some in rows]
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors where the module is.
+
+    Raises:
+        DataError: The batch is no mapping with labels.
+    """
+    check_ready(batch)
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def check_ready(batch: object) -> None:
+    """Makes sure that a batch is what a loss can be computed of.
+
+    Raises:
+        DataError: The batch is no mapping with labels.
+    """
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
+        got = f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+        msg = (
+            f"a batch is a mapping of the tensors input_ids, attention_mask and labels, got {got}. "
+            "Let the DataLoader's collate_fn return such mappings."
+        )
+        raise DataError(msg)
 
 
 def unwrap(model: Any, prompt: Prompt | None) -> tuple[LocalModel, Prompt | None]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType
+from peft import LoraConfig, TaskType
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import find_adapter_config_file
@@ -41,7 +41,7 @@ def load(
         lora = copy.deepcopy(lora)
         seq2seq = bool(module.config.is_encoder_decoder)
         lora.task_type = lora.task_type or (TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM)
-        module = add_adapter(module, lora)
+        module = wrapping.wrap(module, lora)
     return module.to(device or best_device()).eval(), tokenizer
 
 
@@ -131,11 +131,6 @@ def _unloadable(name: str, error: Exception) -> UnsupportedModelError:
     )
     msg = f"{name!r} cannot be loaded as a model with safetensors weights and a tokenizer: {why}"
     return UnsupportedModelError(msg)
-
-
-def add_adapter(module: Any, config: PeftConfig, *, quiet: bool = False) -> PeftModel:
-    """PEFT's own wrapping, its random start drawn from a fixed seed; see `wrapping.wrap`."""
-    return wrapping.wrap(module, config, quiet=quiet)
 
 
 def best_device() -> str:

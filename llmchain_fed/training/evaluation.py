@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmchain_fed.data.encoding import EncodedExamples, collate, encoded, no_examples, unwrap
+from llmchain_fed.data.encoding import EncodedExamples, collate, encoded, no_examples, on_device, unwrap
 from llmchain_fed.data.examples import Examples, Prompt
 from llmchain_fed.errors import EmptyParticipantError
 from llmchain_fed.model.generation.answers import evaluating
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training import trainable
-from llmchain_fed.training.loss import Precision, computing_in, examples_with_loss, on_device, summed_loss
+from llmchain_fed.training.loss import Precision, computing_in, examples_with_loss, summed_loss
 
 
 @dataclass(frozen=True)

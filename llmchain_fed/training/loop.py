@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmchain_fed.data.encoding import EncodedExamples, encoded, no_examples, unwrap
+from llmchain_fed.data.encoding import IGNORE, Batch, EncodedExamples, encoded, no_examples, unwrap
 from llmchain_fed.data.examples import Examples, Prompt
 from llmchain_fed.data.report import DataReport
 from llmchain_fed.errors import ConfigError, EmptyParticipantError, NonFiniteLossError
@@ -26,8 +26,8 @@ from llmchain_fed.model.weights import all_finite
 from llmchain_fed.training import running_state, trainable
 from llmchain_fed.training.batch_sampler import BatchSampler, Place, length_buckets, seed_of
 from llmchain_fed.training.config import TrainingConfig
-from llmchain_fed.training.gradient_step import Batch, GradientStep, StepResult, mean_loss_gradient
-from llmchain_fed.training.loss import computing_in
+from llmchain_fed.training.gradient_step import GradientStep, StepResult
+from llmchain_fed.training.loss import computing_in, examples_with_loss, summed_loss
 
 
 @dataclass
@@ -62,7 +62,7 @@ def train_locally(
     optimizer_state: dict[str, Any] | None = None,
     before_step: Callable[[], None] | None = None,
     anchor: Mapping[str, Tensor] | None = None,
-    gradient_step: GradientStep = mean_loss_gradient,
+    gradient_step: GradientStep | None = None,
     batch_sampler: BatchSampler | None = None,
 ) -> TrainingResult:
     """Fine-tunes the model's trainable weights in place on one participant's examples.
@@ -84,7 +84,7 @@ def train_locally(
         before_step: It is called before every optimizer step; what it raises ends the training, and the weights
             are as before the call.
         anchor: What `proximal_mu` pulls towards, by stable name; None is where the training began.
-        gradient_step: It makes a gradient of each batch.
+        gradient_step: It makes a gradient of each batch; None is `mean_loss_gradient`.
         batch_sampler: It draws the batches; None is `length_buckets`, or the DataLoader itself.
 
     Raises:
@@ -100,7 +100,7 @@ def train_locally(
     config = config or TrainingConfig()
     place = Place(participant, round, first_step)
     model, prompt = unwrap(model, prompt)
-    trainable.admit(model)
+    still = trainable.admit(model)
     data = encoded(examples, model, prompt, config.max_length, tolerance=config.tolerance)
     if isinstance(data, EncodedExamples):
         trainable.check_batches(model, min(config.micro_batch_size or config.batch_size, len(data)))
@@ -115,7 +115,8 @@ def train_locally(
             if optimizer_state is not None:
                 # a copy, because torch keeps the tensors it is given and changes them
                 optimizer.load_state_dict(copy.deepcopy(optimizer_state))
-            done = _train(model, batches, config, place, optimizer, pulled_to, gradient_step, before_step)
+            step = gradient_step or mean_loss_gradient
+            done = _train(model, batches, config, place, optimizer, pulled_to, step, before_step, still)
             report = data.report if isinstance(data, EncodedExamples) else _report(data, done, config, participant)
             return TrainingResult(
                 loss=sum(done.losses) / len(done.losses) if done.losses else 0.0,
@@ -162,9 +163,9 @@ def _train(
     anchor: Mapping[str, Tensor],
     gradient_step: GradientStep,
     before_step: Callable[[], None] | None,
+    still: list[str],
 ) -> _Done:
     parameters, done = model.trainable_parameters(), _Done()
-    still = trainable.admit(model)
     with (
         running_state.restored(model.module) as buffers,
         seeded(seed_of(config.seed, place.participant, place.round), model.device),
@@ -203,6 +204,22 @@ def _train(
         )
         raise NonFiniteLossError(msg)
     return done
+
+
+def mean_loss_gradient(model: LocalModel, batch: Batch, config: TrainingConfig, /) -> StepResult:
+    """The gradient of the mean loss over all completion tokens of the batch, whatever forward passes it takes."""
+    passes = batch.passes(model, config.micro_batch_size)
+    total = sum(int((p["labels"] != IGNORE).sum()) for p in passes) if len(passes) > 1 else 0
+    loss, tokens, examples = 0.0, 0, 0
+    for one in passes:
+        summed, count = summed_loss(model.module, one)
+        if not count:
+            continue
+        mean = summed / (total or count)
+        mean.backward()  # type: ignore[no-untyped-call]
+        loss, tokens = loss + float(mean.detach()), tokens + count
+        examples += examples_with_loss(model.module, one)
+    return StepResult(loss, tokens, examples)
 
 
 def _report(loader: Any, done: _Done, config: TrainingConfig, participant: str) -> DataReport:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmchain_fed.data.encoding import IGNORE
+from llmchain_fed.data.encoding import IGNORE, check_ready
 from llmchain_fed.errors import DataError
 from llmchain_fed.model.adapters.lora_config import unwrapped
 from llmchain_fed.model.adapters.switching import idle_parameters
@@ -46,7 +46,7 @@ def summed_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
     Raises:
         DataError: The batch is no mapping with labels, or the module returns no loss.
     """
-    _check(batch)
+    check_ready(batch)
     labels = batch["labels"]
     if not bool((labels != IGNORE).any()):
         return torch.zeros((), device=labels.device, requires_grad=torch.is_grad_enabled()), 0  # a mean would be NaN
@@ -132,26 +132,6 @@ def _shifted(model: Any, labels: Tensor) -> Tensor:
     shifted = torch.full_like(labels, model.config.decoder_start_token_id)
     shifted[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE, pad)
     return shifted
-
-
-def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors where the module is.
-
-    Raises:
-        DataError: The batch is no mapping with labels.
-    """
-    _check(batch)
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def _check(batch: object) -> None:
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
-        got = f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
-        msg = (
-            f"a batch is a mapping of the tensors input_ids, attention_mask and labels, got {got}. "
-            "Let the DataLoader's collate_fn return such mappings."
-        )
-        raise DataError(msg)
 
 
 def _own_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:

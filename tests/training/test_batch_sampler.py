@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from llmchain_fed import ConfigError, TrainingConfig, train_locally
 from llmchain_fed.data.encoding import encode_examples
 from llmchain_fed.training.batch_sampler import Place, bucketed_order, seed_of
-from llmchain_fed.training.gradient_step import mean_loss_gradient
+from llmchain_fed.training.loop import mean_loss_gradient
 
 
 class Poisson:

@@ -24,9 +24,9 @@ from llmchain_fed.model.adapters.residents import Factors
 from llmchain_fed.model.adapters.resolved import Layer, Resolved, check_names, resolve, settings
 from llmchain_fed.model.adapters.switching import GLOBAL
 from llmchain_fed.model.folder.files import SAVE_AGAIN
-from llmchain_fed.model.loading import add_adapter
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.model.weights import check_state, is_adapter
+from llmchain_fed.model.wrapping import wrap
 from llmchain_fed.untrusted import checked as checked_fields
 from llmchain_fed.untrusted import shown
 
@@ -173,7 +173,7 @@ def load(model: LocalModel, directory: Path, trained: Trained | None) -> LocalMo
                     "in the chain that uses it. Give every chain a base of its own."
                 )
                 raise ChainFileError(msg)
-            model = model.wrapped(add_adapter(model.module, own.to_peft(), quiet=True).eval())
+            model = model.wrapped(wrap(model.module, own.to_peft(), quiet=True).eval())
         if model.adapter not in (None, GLOBAL) or len(model.peft_names) != 1:
             msg = (
                 f"{model.name!r} answers with the adapters {list(model.peft_names)}, so this one cannot become the one "

@@ -34,12 +34,6 @@ WRITTEN = {
     ),
 }
 """folder of a saved chain → the names of all files that `save` may write into it"""
-_REDIRECTING = {
-    "adapter_config.json": (
-        "transformers would read it by itself, and it can name another base and code. Put the adapter into a folder of "
-        "its own and load it over the base: LocalModel(PeftModel.from_pretrained(base, folder), tokenizer)."
-    ),
-}
 
 
 def plain_files(folder: Path, *, error: ErrorType) -> list[str]:
@@ -87,9 +81,14 @@ def check_own(folder: Path, *, error: ErrorType) -> None:
 
     What is in the folder beside a model's own files is not looked at.
     """
-    for name, why in _REDIRECTING.items():
-        if os.path.lexists(folder / name):
-            raise refusal(error, f"{shown(str(folder / name), 300)} is not read, so nothing is loaded: {why[:-1]}")
+    if os.path.lexists(adapter := folder / "adapter_config.json"):
+        raise refusal(
+            error,
+            f"{shown(str(adapter), 300)} is not read, so nothing is loaded: transformers would read it by itself, and "
+            "it can name another base and code",
+            "Put the adapter into a folder of its own and load it over the base: "
+            "LocalModel(PeftModel.from_pretrained(base, folder), tokenizer)",
+        )
     real = folder.resolve()
     roots = [real]
     if real.parent.name == "snapshots":
