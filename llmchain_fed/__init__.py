@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from llmchain_fed.chain.chat import LocalChatModel
     from llmchain_fed.chain.llm import LocalLLM
     from llmchain_fed.chain.llm_chain import LLMChain
-    from llmchain_fed.data.encoding import Example, RawText
+    from llmchain_fed.data.examples import Example, RawText
     from llmchain_fed.data.report import DataReport
     from llmchain_fed.federated.averaging import FederatedAveraging
     from llmchain_fed.federated.callbacks import Callback
@@ -64,18 +64,12 @@ if TYPE_CHECKING:
     from llmchain_fed.tracking.mlflow import MLflow
     from llmchain_fed.tracking.tensorboard import TensorBoard
     from llmchain_fed.tracking.trackio import Trackio
+    from llmchain_fed.training.config import TrainingConfig
     from llmchain_fed.training.evaluation import evaluate_locally
-    from llmchain_fed.training.loop import TrainingConfig, train_locally
+    from llmchain_fed.training.loop import train_locally
     from llmchain_fed.updates.collection import Collection, Combined
-    from llmchain_fed.updates.server_optimizers import (
-        DiLoCo,
-        FedAdagrad,
-        FedAdam,
-        FedAvgM,
-        FedYogi,
-        Reptile,
-        TorchServerOptimizer,
-    )
+    from llmchain_fed.updates.server_optimizers.adaptive import FedAdagrad, FedAdam, FedAvgM, FedYogi, Reptile
+    from llmchain_fed.updates.server_optimizers.torch_optimizers import DiLoCo, TorchServerOptimizer
     from llmchain_fed.updates.transforms import UpdateTransform
 
 __version__ = "0.1.0"
@@ -86,13 +80,13 @@ _HOMES = {
     "Combined": "updates.collection",
     "ConsoleTable": "tracking.console",
     "DataReport": "data.report",
-    "DiLoCo": "updates.server_optimizers",
+    "DiLoCo": "updates.server_optimizers.torch_optimizers",
     "Ditto": "federated.options",
-    "Example": "data.encoding",
-    "FedAdagrad": "updates.server_optimizers",
-    "FedAdam": "updates.server_optimizers",
-    "FedAvgM": "updates.server_optimizers",
-    "FedYogi": "updates.server_optimizers",
+    "Example": "data.examples",
+    "FedAdagrad": "updates.server_optimizers.adaptive",
+    "FedAdam": "updates.server_optimizers.adaptive",
+    "FedAvgM": "updates.server_optimizers.adaptive",
+    "FedYogi": "updates.server_optimizers.adaptive",
     "FederatedAveraging": "federated.averaging",
     "FederatedLearning": "federated.learning",
     "History": "federated.history",
@@ -103,15 +97,15 @@ _HOMES = {
     "MLflow": "tracking.mlflow",
     "NVFlare": "runtimes.nvflare.transport",
     "Participant": "federated.participant",
-    "RawText": "data.encoding",
-    "Reptile": "updates.server_optimizers",
+    "RawText": "data.examples",
+    "Reptile": "updates.server_optimizers.adaptive",
     "Runtime": "federated.runtime",
     "Site": "runtimes.site.site",
     "TensorBoard": "tracking.tensorboard",
     "TorchDistributed": "runtimes.torch_distributed",
-    "TorchServerOptimizer": "updates.server_optimizers",
+    "TorchServerOptimizer": "updates.server_optimizers.torch_optimizers",
     "Trackio": "tracking.trackio",
-    "TrainingConfig": "training.loop",
+    "TrainingConfig": "training.config",
     "UpdateTransform": "updates.transforms",
     "evaluate_locally": "training.evaluation",
     "list_chains": "library",

@@ -85,12 +85,6 @@ def _sentence(item: Any, model: type[BaseModel]) -> str:
 def check_by_name(kind: Any, known: Iterable[str], values: Sequence[Any], options: Mapping[str, Any]) -> None:
     """Makes sure that what an object is made with are options it knows, by name.
 
-    Args:
-        kind: The class.
-        known: Its options.
-        values: What was given without a name.
-        options: What was given by name.
-
     Raises:
         ConfigError: An unknown name, or a value without one; the valid ones are listed.
     """

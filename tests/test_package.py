@@ -4,7 +4,9 @@ Belongs here: what is true of all modules together. Does not: what one of them d
 """
 
 import ast
+import builtins
 import importlib.metadata
+import keyword
 import os
 import re
 import subprocess
@@ -282,6 +284,75 @@ def test_hold_is_said_of_held_out_data_alone():
         with tokenize.open(path) as file:
             names = {t.string for t in tokenize.generate_tokens(file.readline) if t.type == tokenize.NAME}
         assert not [n for n in names if other.search(n)], name
+
+
+def documented(tree):
+    """(what the docstring stands in, its text) of a module, its classes, functions and fields."""
+    for node in ast.walk(tree):
+        for statement in node.body if isinstance(getattr(node, "body", None), list) else []:
+            value = statement.value if isinstance(statement, ast.Expr) else None
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                yield node, value
+
+
+FOREIGN = {"datasets", "Dataset", "np", "array", "control_flow", "enable_thinking", "optional_import", "with_config"}
+FOREIGN |= {"with_fallbacks", "with_retry", "batchsize", "python", "logdir", "sync", "db", "ARGUMENTS", "xE2"}
+
+
+def has(classes, kind, member):
+    """Whether a class of the package has a member, or a base of it; one of another package's may have anything."""
+    if kind not in classes:
+        return True
+    bases = [ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in classes[kind].bases]
+    own = re.search(rf"\b{member}\b", ast.unparse(classes[kind]).partition('"""')[2].partition('"""')[2])
+    return bool(own) or any(has(classes, base, member) for base in bases)
+
+
+def test_docstrings_name_what_there_is():
+    """A name in backticks is one of the package's code, or of another's; a member is its class's own."""
+    known, classes, named = set(dir(builtins)) | set(keyword.kwlist) | FOREIGN, {}, []
+    for name, path in modules().items():
+        tree = ast.parse(path.read_text())
+        texts = {id(value): value.value for _, value in documented(tree)}
+        found = [words for text in texts.values() for words in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)]
+        named += [(name, re.sub(r'"[^"]*"', "", words)) for words in found]
+        known |= set(name.split("."))
+        with tokenize.open(path) as file:
+            known |= {t.string for t in tokenize.generate_tokens(file.readline) if t.type == tokenize.NAME}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts:
+                known |= set(re.findall(r"\w+", node.value))
+            elif isinstance(node, ast.ClassDef):
+                classes[node.name] = node
+    pairs = re.compile(r"\b([A-Z]\w+)\.([a-z]\w*)")
+    unknown = [(n, text) for n, text in named if set(re.findall(r"\b[A-Za-z_]\w*", text)) - known]
+    unknown += [(n, text) for n, text in named if not all(has(classes, *pair) for pair in pairs.findall(text))]
+    assert unknown == []
+
+
+def test_docstrings_explain_parameters_that_there_are():
+    """What stands under `Args` is a parameter; a module is titled by a name of its own, or by its file's."""
+    trees = {name: ast.parse(path.read_text()) for name, path in modules().items()}
+    classes = {n.name: n for tree in trees.values() for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
+    wrong = []
+    for name, tree in trees.items():
+        title = re.match(r"(\w+): ", ast.get_docstring(tree) or "")
+        top = {getattr(node, "name", "") for node in tree.body} | {name.rpartition(".")[2].replace("_", "")[:4]}
+        if title and not {title[1], title[1].lower()[:4]} & (top | {"llmc"}):
+            wrong.append((name, title[1]))
+        for node, value in documented(tree):
+            args = re.search(r"\n *Args:\n(.*?)(\n\s*\n|\Z)", value.value, re.DOTALL)
+            inner = getattr(node, "col_offset", 0) + 8
+            entries = re.findall(rf"^ {{{inner}}}\*{{0,2}}(\w+):", args[1], re.MULTILINE) if args else []
+            if isinstance(node, ast.ClassDef):
+                wrong += [(name, node.name, entry) for entry in entries if not has(classes, node.name, entry)]
+            elif entries:
+                wrong += [
+                    (name, node.name, e)
+                    for e in entries
+                    if e not in {a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)}
+                ]
+    assert wrong == []
 
 
 def test_tests_have_the_folders_of_the_package():

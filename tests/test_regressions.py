@@ -26,7 +26,7 @@ from llmchain_fed import (
     UnsupportedModelError,
     train_locally,
 )
-from llmchain_fed.data.encoding import prompt_text
+from llmchain_fed.data.examples import prompt_text
 from llmchain_fed.federated.history import RoundRecord
 from llmchain_fed.federated.participant import hold_out
 

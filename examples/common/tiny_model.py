@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmchain_fed import LocalModel
-from llmchain_fed.model.loading import add_adapter
+from llmchain_fed.model.wrapping import wrap
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 400) -> PreTrainedTokenizerFast:
@@ -50,4 +50,4 @@ def tiny_model(texts: Iterable[str], *, lora: LoraConfig | None = None, seed: in
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         module = LlamaForCausalLM(config)
-        return LocalModel((add_adapter(module, lora) if lora else module).eval(), tokenizer, name="tiny")
+        return LocalModel((wrap(module, lora) if lora else module).eval(), tokenizer, name="tiny")

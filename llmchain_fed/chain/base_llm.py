@@ -167,7 +167,8 @@ class LocalLanguageModel(BaseModel):
         """What decides, beside the model and its tokenizer, which tokens an input becomes."""
         return [type(self).__name__]
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
         """What decides an answer: base, weights as they are now, and options. The key of any answer cache."""
         return {
             "model_name": self.model.name,
@@ -179,11 +180,16 @@ class LocalLanguageModel(BaseModel):
             "path": self.path_identity(),
         } | {name: getattr(self, name) for name in sorted(OPTIONS)}
 
-    def standard_params(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def get_token_ids(self, text: str) -> list[int]:
+        """The ids of a text by itself; LangChain counts tokens with it."""
+        return self.model.encode([text], add_special_tokens=False)[0]
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
         """LangSmith's standard parameters."""
+        params: dict[str, Any] = super()._get_ls_params(stop=stop, **kwargs)  # type: ignore[misc] # the face's other half
         given = self.options(None, {k: v for k, v in kwargs.items() if k in OPTIONS | ALIASES.keys()})
         name = kwargs.get("model")
-        return {
+        return params | {
             "ls_provider": "llmchain_fed",
             "ls_model_name": name if isinstance(name, str) else self.model.name,
             "ls_temperature": given.get("temperature", self.temperature),

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import CallbackManagerForLLMRun
-from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
+from langchain_core.language_models.base import LanguageModelInput
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
@@ -80,20 +80,6 @@ class LocalChatModel(LocalLanguageModel, BaseChatModel):
     @property
     def _llm_type(self) -> str:
         return "llmchain_fed-local-chat"
-
-    @property
-    def _identifying_params(self) -> dict[str, Any]:
-        return self.identity()
-
-    @override
-    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        params = super()._get_ls_params(stop=stop, **kwargs)
-        params.update(self.standard_params(kwargs))  # type: ignore[typeddict-item]
-        return params
-
-    @override
-    def get_token_ids(self, text: str) -> list[int]:
-        return self.model.encode([text], add_special_tokens=False)[0]
 
     def render(self, messages: LanguageModelInput, *, chat_template_kwargs: Mapping[str, Any] | None = None) -> str:
         """Messages, or whatever else `invoke` takes → the text that the model sees, up to where its answer begins.

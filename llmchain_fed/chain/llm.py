@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import CallbackManagerForLLMRun
 from langchain_core.globals import get_llm_cache
-from langchain_core.language_models.base import LangSmithParams
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables.config import get_config_list
@@ -65,20 +64,6 @@ class LocalLLM(LocalLanguageModel, BaseLLM):
     @property
     def _llm_type(self) -> str:
         return "llmchain_fed-local"
-
-    @property
-    def _identifying_params(self) -> dict[str, Any]:
-        return self.identity()
-
-    @override
-    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        params = super()._get_ls_params(stop=stop, **kwargs)
-        params.update(self.standard_params(kwargs))  # type: ignore[typeddict-item]
-        return params
-
-    @override
-    def get_token_ids(self, text: str) -> list[int]:
-        return self.model.encode([text], add_special_tokens=False)[0]
 
     @override
     def generate(

@@ -251,17 +251,9 @@ class LLMChain(RunnableWithCallKwargs):
         """`chain.predict(text="Page locked")`: invoke with the variables as keywords."""
         return self.invoke(variables)
 
-    async def apredict(self, **variables: Any) -> Any:
-        """The async twin of `predict`."""
-        return await self.ainvoke(variables)
-
     def apply(self, inputs: Sequence[ChainInput]) -> list[Any]:
         """The answers to a list of inputs, computed as one batch."""
         return self.batch(list(inputs))
-
-    async def aapply(self, inputs: Sequence[ChainInput]) -> list[Any]:
-        """The async twin of `apply`."""
-        return await self.abatch(list(inputs))
 
     # --- on disk ----------------------------------------------------------------------------------------------------
 

@@ -24,10 +24,6 @@ def to_transformers(messages: Sequence[BaseMessage], name: str) -> list[dict[str
     (https://huggingface.co/docs/transformers/main/en/chat_extras). Content is a text, or a list of
     `{"type": "text", "text": …}` where the message has blocks.
 
-    Args:
-        messages: What LangChain hands to a chat model.
-        name: What to call the model in errors.
-
     Raises:
         UnsupportedModelError: A message contains more than text.
     """

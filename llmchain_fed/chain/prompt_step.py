@@ -97,12 +97,7 @@ class MarkedPrompt(PromptValue):
 
 
 class PromptStep(RunnableBindingBase[Any, PromptValue]):
-    """A prompt template that marks its values; where they spell no control token, its value is the template's own.
-
-    Args:
-        prompt: The template.
-        controls: What the model's control tokens are now.
-    """
+    """A prompt template that marks its values; where they spell no control token, its value is the template's own."""
 
     _controls: Controls = PrivateAttr()
 

@@ -1,4 +1,4 @@
-"""Turns (inputs, completion) examples into token ids with the prompt masked, and those into batches.
+"""Turns (inputs, completion) examples into token ids, and those into padded batches with the prompt masked.
 
 Knows tokenizers and padding. Knows nothing about LangChain, participants or optimizers; what an example may look like
 stands in `examples`.
@@ -6,8 +6,7 @@ stands in `examples`.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.data.examples import (
-    Example,
     Examples,
     Prompt,
     PromptRow,
@@ -26,27 +24,11 @@ from llmchain_fed.data.examples import (
 )
 from llmchain_fed.data.report import DataReport
 from llmchain_fed.data.sayable import Saying
-from llmchain_fed.errors import DataError, UnsupportedModelError
+from llmchain_fed.errors import DataError, EmptyParticipantError, UnsayableError, UnsupportedModelError
 from llmchain_fed.model import vocabulary
 from llmchain_fed.model.control_tokens import Rendered
-from llmchain_fed.model.generation.answers import pad_rows
 from llmchain_fed.model.local_model import LocalModel
-
-__all__ = [
-    "IGNORE",
-    "EncodedExamples",
-    "Example",
-    "Examples",
-    "Prompt",
-    "RawText",
-    "bucketed_order",
-    "collate",
-    "encode_examples",
-    "is_ready_tensors",
-    "prompt_text",
-    "read_examples",
-    "unwrap",
-]
+from llmchain_fed.model.tokens import pad_rows
 
 IGNORE = -100
 """The label that the loss passes over: torch's and transformers' own convention."""
@@ -83,11 +65,8 @@ def encode_examples(
 ) -> EncodedExamples:
     """Renders and tokenises every example; prompt and completion apart, joined as ids, the end token appended.
 
-    Args:
-        source: The forms are those of `read_examples`.
-        model: Its tokenizer is used.
-        prompt: It renders the inputs.
-        max_length: tokens; longer examples are left out and counted. The model's context is the outer limit.
+    The forms are those of `read_examples`. What has more than `max_length` tokens is left out and counted; the model's
+    context is the outer limit.
 
     Raises:
         DataError: See `read_examples`.
@@ -142,6 +121,49 @@ def encode_examples(
     return EncodedExamples(torch.tensor(flat, dtype=torch.int32), torch.tensor(bounds), report, first)
 
 
+def encoded(
+    examples: Examples | EncodedExamples,
+    model: LocalModel,
+    prompt: Prompt | None,
+    max_length: int | None,
+    *,
+    tolerance: float | None = None,
+) -> EncodedExamples | Any:
+    """Examples in the form the loop takes; a DataLoader stays as it is.
+
+    Examples of more than `max_length` tokens are left out, and those that no answer could be, which may be the share
+    `tolerance` of all; None is any.
+
+    Raises:
+        EmptyParticipantError: Not a single example is usable.
+        UnsayableError: More completions than `tolerance` could never be an answer.
+        DataError: See `read_examples`.
+    """
+    if is_ready_tensors(examples):
+        return examples
+    data = (
+        examples
+        if isinstance(examples, EncodedExamples)
+        else encode_examples(examples, model, prompt, max_length=max_length)
+    )
+    left_out = data.report.unsayable
+    total = left_out + data.report.used
+    if tolerance is not None and left_out > tolerance * total:
+        msg = (
+            f"{left_out} of {total} completions could never be an answer, and up to {tolerance:.0%} are left out. "
+            f"The first: {data.unsayable} TrainingConfig(tolerance=…) leaves more out."
+        )
+        raise UnsayableError(msg)
+    if not len(data):
+        raise EmptyParticipantError(no_examples("the participant", repr(data.report)))
+    return data
+
+
+def no_examples(who: str, report: str) -> str:
+    """The sentence for `EmptyParticipantError`."""
+    return f"{who} has no usable example ({report}): there is nothing to learn. Check the data path and max_length."
+
+
 def collate(rows: Sequence[tuple[list[int], list[int]]], model: LocalModel) -> dict[str, Tensor]:
     """Prompt and completion ids → a batch; the prompt's labels are −100 by length.
 
@@ -161,21 +183,53 @@ def collate(rows: Sequence[tuple[list[int], list[int]]], model: LocalModel) -> d
     return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
 
-def bucketed_order(lengths: Sequence[int], batch_size: int, rng: random.Random) -> list[list[int]]:
-    """One pass over the data as batches of similar length, in random order.
+@dataclass(frozen=True)
+class Batch:
+    """What one optimizer step is made of: rows of examples, possibly none, or ready tensors."""
 
-    Lengths are jittered by up to a tenth before sorting: neighbours still fit well, and yet no two passes form the
-    same batches.
+    rows: Sequence[tuple[list[int], list[int]]] | None
+    """(prompt ids, completion ids) of each example; None where a DataLoader gave the tensors"""
+    ready: Any = None
+    """what the DataLoader gave"""
 
-    Args:
-        lengths: tokens per example.
-        batch_size: examples per batch; the remainder makes one smaller batch.
-        rng: All randomness comes from it.
+    def passes(self, model: LocalModel, size: int | None = None) -> list[dict[str, Any]]:
+        """The tensors of each forward pass, padded and where the model is; an empty batch has none.
+
+        At most `size` examples share a pass; None is all. A DataLoader's batch is one pass, as it is.
+
+        Raises:
+            DataError: The DataLoader gave something else than a mapping with labels.
+        """
+        if self.rows is None:
+            return [on_device(self.ready, model.device)]
+        size = size or max(len(self.rows), 1)
+        rows = (self.rows[at : at + size] for at in range(0, len(self.rows), size))
+        return [on_device(collate(some, model), model.device) for some in rows]
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors where the module is.
+
+    Raises:
+        DataError: The batch is no mapping with labels.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i] * rng.uniform(0.95, 1.05), i))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    rng.shuffle(batches)
-    return batches
+    check_ready(batch)
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def check_ready(batch: object) -> None:
+    """Makes sure that a batch is what a loss can be computed of.
+
+    Raises:
+        DataError: The batch is no mapping with labels.
+    """
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
+        got = f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+        msg = (
+            f"a batch is a mapping of the tensors input_ids, attention_mask and labels, got {got}. "
+            "Let the DataLoader's collate_fn return such mappings."
+        )
+        raise DataError(msg)
 
 
 def unwrap(model: Any, prompt: Prompt | None) -> tuple[LocalModel, Prompt | None]:

@@ -160,9 +160,7 @@ def read_examples(source: Examples, prompt: Prompt | None = None) -> Iterator[Ex
     A missing value (None, NaN, NaT, `pandas.NA` …) or a blank text makes an example `empty`, in every form alike; in a
     CSV file so do the words that programs write for it, such as NaN, NA or NULL, unless they stand in quotes.
 
-    Args:
-        source: The examples come from it, in any of these forms.
-        prompt: It renders the inputs; without one a string is the final prompt itself.
+    Without a prompt a string is the final prompt itself.
 
     Raises:
         DataError: It is no source of examples, or an entry has none of these forms; its position is named.

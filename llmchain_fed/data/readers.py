@@ -26,8 +26,7 @@ _DEEPEST = 64
 def numbered(source: Any) -> Iterator[tuple[str, Any]]:
     """Every row of a source with its place, such as "example 3" or "example 3 (a.csv, line 5)".
 
-    Args:
-        source: A path of a .jsonl or .csv file, a pandas or polars frame, a pyarrow table, or any iterable of rows.
+    A source is the path of a .jsonl or .csv file, a frame of pandas or polars, a pyarrow table, or an iterable of rows.
 
     Raises:
         DataError: It is none of these, or a file is not as it should be.

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llmchain_fed.errors import UnsayableError
 from llmchain_fed.model.generation.stop_strings import checked_stops
 from llmchain_fed.model.local_model import LocalModel
 
@@ -38,19 +37,13 @@ _REMEDY = {
 
 @dataclass(frozen=True)
 class Banned:
-    """What the generation settings keep out of an answer.
-
-    Args:
-        tokens: These ids never come.
-        first: These ids do not come first.
-        sequences: These runs of ids never come.
-        ngram: tokens: No run of this length comes twice; 0 is off.
-    """
+    """What the generation settings keep out of an answer."""
 
     tokens: frozenset[int] = frozenset()
     first: frozenset[int] = frozenset()
     sequences: tuple[tuple[int, ...], ...] = ()
     ngram: int = 0
+    """tokens: no run of this length comes twice; 0 is off"""
 
     @classmethod
     def of(cls, module: Any, options: Mapping[str, Any]) -> Banned:
@@ -121,24 +114,3 @@ class Saying:
         return (
             f"{completion!r:.80} would be answered as {self._answer(ids)!r:.80}: {_MEANING[reason]}. {_REMEDY[reason]}."
         )
-
-
-def check_tolerance(unsayable: int, used: int, first: str, tolerance: float | None) -> None:
-    """Makes sure that few enough completions were left out because no answer could be theirs.
-
-    Args:
-        unsayable: So many completions were left out.
-        used: So many are left.
-        first: `Saying.explain` says this of the first one left out.
-        tolerance: At most this share of all may be left out; None is any.
-
-    Raises:
-        UnsayableError: More than this share were left out.
-    """
-    total = unsayable + used
-    if tolerance is not None and unsayable > tolerance * total:
-        msg = (
-            f"{unsayable} of {total} completions could never be an answer, and up to {tolerance:.0%} are left out. "
-            f"The first: {first} TrainingConfig(tolerance=…) leaves more out."
-        )
-        raise UnsayableError(msg)

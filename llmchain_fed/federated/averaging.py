@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self, Unpack
 
-from llmchain_fed.data.encoding import Examples
+from llmchain_fed.data.examples import Examples
 from llmchain_fed.data.report import DataReport
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.callback_list import Callbacks

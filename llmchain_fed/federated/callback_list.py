@@ -1,4 +1,4 @@
-"""Telling: several callbacks as one, each of which hears of exactly one end of every fit that it saw begin."""
+"""Callbacks: several callbacks as one, each of which hears of exactly one end of every fit that it saw begin."""
 
 from __future__ import annotations
 

@@ -23,15 +23,15 @@ from typing import Any
 
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.options import Ditto
-from llmchain_fed.model.adapters import GLOBAL
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.model.adapters.switching import GLOBAL
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.updates.aggregation import AGGREGATIONS
 from llmchain_fed.updates.aggregation.base import Rule
 from llmchain_fed.updates.codecs import CODECS
 from llmchain_fed.updates.codecs.base import Codec
 from llmchain_fed.updates.lora_layout import LoraLayout
 from llmchain_fed.updates.serialization import TensorInfo
-from llmchain_fed.updates.server_optimizers import Reptile
+from llmchain_fed.updates.server_optimizers.adaptive import Reptile
 from llmchain_fed.updates.transforms import UpdateTransform
 
 _SUMMABLE = [name for name, rule in AGGREGATIONS.items() if rule.summable]

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from llmchain_fed.data.encoding import Examples
+from llmchain_fed.data.examples import Examples
 from llmchain_fed.errors import ConfigError, FederationError, NothingTrainedError, QuorumError
 from llmchain_fed.federated import compatibility
 from llmchain_fed.federated.client.client import Client

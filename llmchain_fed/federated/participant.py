@@ -13,15 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from llmchain_fed.data.encoding import (
-    Example,
-    Examples,
-    Prompt,
-    RawText,
-    is_ready_tensors,
-    prompt_text,
-    read_examples,
-)
+from llmchain_fed.data.examples import Example, Examples, Prompt, RawText, is_ready_tensors, prompt_text, read_examples
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, EmptyParticipantError
 from llmchain_fed.untrusted import shown
 

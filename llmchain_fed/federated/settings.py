@@ -1,7 +1,7 @@
 """FederationConfig: every option of a federation that can be written down and decides how it goes on, once.
 
 Knows what each option may be, and turns what a user gives into what can be written (`config_of`) and into what a server
-runs with (`settings_of`). Knows nothing about how rounds are run. A new option is a field here, a line of
+runs with (`Settings`). Knows nothing about how rounds are run. A new option is a field here, a line of
 `FederationOptions`, and its user: the constructor, checkpoints, the federation's file and docs/options.md follow.
 """
 
@@ -16,12 +16,12 @@ from typing import Annotated, Any, Final, TypedDict, TypeVar
 from pydantic import BeforeValidator, ConfigDict, Field, field_serializer, field_validator
 
 from llmchain_fed._config import FrozenConfig, unknown_option
-from llmchain_fed.data.encoding import Examples
+from llmchain_fed.data.examples import Examples
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.callbacks import Callback
 from llmchain_fed.federated.options import Ditto
 from llmchain_fed.federated.runtime import Runtime
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.updates import server_optimizers
 from llmchain_fed.updates.aggregation import AGGREGATIONS, Weighting, make_aggregation
 from llmchain_fed.updates.aggregation.base import Rule

@@ -17,7 +17,7 @@ from pydantic import Field
 from llmchain_fed.chain.base_llm import Bare
 from llmchain_fed.chain.finding import PipedChain, find_prompt
 from llmchain_fed.chain.llm_chain import LLMChain
-from llmchain_fed.data.encoding import Example, RawText, prompt_text
+from llmchain_fed.data.examples import Example, RawText, prompt_text
 from llmchain_fed.errors import ContractError, UnsupportedModelError
 from llmchain_fed.model.adapters.resolved import resolve
 from llmchain_fed.model.local_model import LocalModel

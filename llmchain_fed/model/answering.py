@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import StoppingCriteriaList
 
 from llmchain_fed.errors import ConfigError, PromptTooLongError
@@ -23,22 +22,17 @@ from llmchain_fed.model.generation.answers import (
     GenerationOptions,
     chunks,
     evaluating,
-    pad_rows,
     seeded,
     stream_text,
 )
 from llmchain_fed.model.generation.stop_strings import Settling, StopOnText, checked_stops, cut_at_stop
-from llmchain_fed.model.tokens import Tokens
-
-Kind = Literal["causal", "seq2seq"]
+from llmchain_fed.model.tokens import Tokens, pad_rows
 
 
-class Answering:
-    """What `LocalModel` can do with text: prompts and completions to token ids, ids to text, prompts to answers."""
+class Answering(Tokens):
+    """What `LocalModel` can do with text: prompts to answers, ids to what they say."""
 
-    module: nn.Module
     name: str
-    _tokens: Tokens
     _lock: threading.RLock
     _said: set[str]
     """what of the module's own generation settings was said to have no effect"""
@@ -51,22 +45,6 @@ class Answering:
     def _activated(self) -> AbstractContextManager[None]:
         """This model's adapter answers inside; the lock must be taken."""
 
-    # --- tokens -----------------------------------------------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer, or None."""
-        return self._tokens.tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        self._tokens.tokenizer = tokenizer
-
-    @property
-    def kind(self) -> Kind:
-        """`"seq2seq"` for an encoder-decoder, else `"causal"`."""
-        return "seq2seq" if self._tokens.seq2seq else "causal"
-
     @property
     def device(self) -> torch.device:
         """Where its inputs belong: the device of its first parameter."""
@@ -77,43 +55,6 @@ class Answering:
         """tokens: prompt and answer together; None when positions are not limited (T5)."""
         length = getattr(getattr(self.module, "config", None), "max_position_embeddings", None)
         return int(length) if length and length > 0 else None  # XLNet says -1
-
-    @property
-    def pad_id(self) -> int:
-        """The padding token's id; models without one pad with their end token, behind an attention mask."""
-        return self._tokens.pad_id
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer; the tokenizer's own, which training appends, comes first."""
-        return self._tokens.eos_ids
-
-    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """Prompt texts → token ids, the one way for training and for generation.
-
-        A causal prompt never ends in an end token, which some tokenizers append: the answer has yet to come.
-
-        Args:
-            texts: The prompts as text.
-            add_special_tokens: False for text that carries its special tokens already (a rendered chat template).
-
-        Raises:
-            UnsupportedModelError: There is no tokenizer.
-        """
-        return self._tokens.encode(texts, add_special_tokens=add_special_tokens)
-
-    def encode_completions(self, texts: Sequence[str], *, controls: Collection[str] = ()) -> list[list[int]]:
-        """Completions → token ids with the end token behind each, so that the model learns to stop.
-
-        Args:
-            texts: The completions. What in them spells a control token is encoded as text.
-            controls: These are control tokens beside `control_tokens()`: those that a chat template writes.
-        """
-        return self._tokens.encode_completions(texts, controls)
-
-    def control_tokens(self) -> frozenset[str]:
-        """The texts of the begin, end and padding tokens, which no foreign text can write."""
-        return self._tokens.control_tokens()
 
     def decoded(self, ids: Sequence[int]) -> str:
         """The text of an answer of these ids, up to the first end token."""
@@ -219,7 +160,7 @@ class Answering:
 
     def _text(self, ids: list[int]) -> str:
         """All new ids of an answer → its text, before it is cut at a stop string."""
-        return self._tokens.decode(self._tokens.until_end(ids))
+        return self._decode(self._until_end(ids))
 
     @property
     def _shipped(self) -> Any:
@@ -281,7 +222,7 @@ class Answering:
         stop_on_text = None
         if stops:
             settled = Settling(self.tokenizer, self._text)
-            stop_on_text = StopOnText(self._tokens.decode, settled, stops, skip)
+            stop_on_text = StopOnText(self._decode, settled, stops, skip)
             criteria = [*criteria, stop_on_text]
         config = settings.to_transformers(self._shipped, eos=self.eos_ids, pad=self.pad_id, start=skip)
         fields.check_ids(vars(config), vocabulary.input_rows(self.module))
@@ -307,8 +248,8 @@ class Answering:
         return [row[: ends.get(i)] for i, row in enumerate(new)]
 
     def _completion(self, prompt_tokens: int, ids: list[int], stops: Sequence[str]) -> Completion:
-        answer = self._tokens.until_end(ids)
-        text = self._tokens.decode(answer)
+        answer = self._until_end(ids)
+        text = self._decode(answer)
         cut = cut_at_stop(text, stops)
         ended = len(answer) < len(ids) or cut != text
         return Completion(cut, prompt_tokens, len(answer), "stop" if ended else "length")

@@ -130,13 +130,6 @@ def render(
 ) -> str:
     """Messages → the text up to where the answer begins; a last message of the assistant's is a begun answer.
 
-    Args:
-        tokenizer: Its chat template is used.
-        messages: The messages in transformers' form.
-        given: The values of the template's switches.
-        controls: The model's own control tokens; the template's are added.
-        name: Errors call the model by this name.
-
     Raises:
         ChatTemplateError: The template refuses the messages, or something in it fails.
         ConfigError: The template does not have such a switch.

@@ -97,11 +97,6 @@ def _spelling(controls: frozenset[str]) -> re.Pattern[str]:
 def encode(tokenizer: Any, text: Rendered, **options: Any) -> list[int]:
     """Token ids in which no foreign place of `text` has become a control token; all else is as the tokenizer has it.
 
-    Args:
-        tokenizer: A Hugging Face tokenizer; it is not changed.
-        text: The text to encode.
-        **options: The tokenizer's call takes them; `text_target=True` encodes the text as a target.
-
     Raises:
         DataError: The tokenizer knows no other way to write such a place.
     """

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType
+from peft import LoraConfig, TaskType
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import find_adapter_config_file
@@ -41,17 +41,14 @@ def load(
         lora = copy.deepcopy(lora)
         seq2seq = bool(module.config.is_encoder_decoder)
         lora.task_type = lora.task_type or (TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM)
-        module = add_adapter(module, lora)
+        module = wrapping.wrap(module, lora)
     return module.to(device or best_device()).eval(), tokenizer
 
 
 def load_base(name_or_path: str, *, dtype: torch.dtype, by_name: bool = False) -> nn.Module:
     """The bare module on the CPU, in evaluation mode; one with a name remembers what it was when it was loaded.
 
-    Args:
-        name_or_path: A hub id, a folder or an embedded name.
-        dtype: The weights get this type.
-        by_name: If true, a folder that happens to lie under a hub's id in the working directory is not meant.
+    With `by_name`, a folder that happens to lie under a hub's id in the working directory is not meant.
 
     Raises:
         UnsupportedModelError: There is no such model, none with safetensors weights, one that brings code, or one
@@ -134,11 +131,6 @@ def _unloadable(name: str, error: Exception) -> UnsupportedModelError:
     )
     msg = f"{name!r} cannot be loaded as a model with safetensors weights and a tokenizer: {why}"
     return UnsupportedModelError(msg)
-
-
-def add_adapter(module: Any, config: PeftConfig, *, quiet: bool = False) -> PeftModel:
-    """PEFT's own wrapping, its random start drawn from a fixed seed; see `wrapping.wrap`."""
-    return wrapping.wrap(module, config, quiet=quiet)
 
 
 def best_device() -> str:

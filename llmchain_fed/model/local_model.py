@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from llmchain_fed.errors import NotTrainableError, UnsupportedModelError
 from llmchain_fed.model import loading, weights
-from llmchain_fed.model.adapters import REMAINDER
 from llmchain_fed.model.adapters.lora_config import check_module
+from llmchain_fed.model.adapters.switching import REMAINDER
 from llmchain_fed.model.adapters.views import AdapterViews
 from llmchain_fed.model.answering import Answering
-from llmchain_fed.model.tokens import Tokens
 
 
 class LocalModel(AdapterViews, Answering):
@@ -52,7 +51,7 @@ class LocalModel(AdapterViews, Answering):
             raise UnsupportedModelError(msg)
         check_module(module)
         self.module = module
-        self._tokens = Tokens(tokenizer, module)
+        self.tokenizer = tokenizer
         self.name = name or getattr(getattr(module, "config", None), "name_or_path", "") or type(module).__name__
         self.reference = reference
         self._lock = threading.RLock()

@@ -6,55 +6,53 @@ Knows tokenizers and special tokens. Knows nothing about generation, examples or
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from llmchain_fed.errors import DataError, UnsupportedModelError
 from llmchain_fed.model import control_tokens, vocabulary
 from llmchain_fed.model.control_tokens import Rendered, foreign_text
 from llmchain_fed.untrusted import PanicError, no_panic, shown
 
+Kind = Literal["causal", "seq2seq"]
+
 
 class Tokens:
-    """A tokenizer together with what its module says about special tokens.
+    """What `LocalModel` can do with token ids: its tokenizer, together with what its module says of special tokens."""
 
-    Args:
-        tokenizer: A Hugging Face tokenizer, or None where only ready tensors are used.
-        module: The tokenizer belongs to this module.
-    """
-
-    def __init__(self, tokenizer: Any, module: nn.Module) -> None:
-        self.tokenizer = tokenizer
-        self._module = module
+    module: nn.Module
+    tokenizer: Any
+    """a Hugging Face tokenizer, or None where only ready tensors are used"""
 
     @property
-    def seq2seq(self) -> bool:
-        """Whether the prompt goes into an encoder."""
-        return bool(getattr(getattr(self._module, "config", None), "is_encoder_decoder", False))
+    def kind(self) -> Kind:
+        """`"seq2seq"` for an encoder-decoder, else `"causal"`."""
+        return "seq2seq" if getattr(getattr(self.module, "config", None), "is_encoder_decoder", False) else "causal"
 
     @property
     def pad_id(self) -> int:
         """The padding token's id, else the end token's; one that the model can look up, for padding is computed too."""
         pad = getattr(self.tokenizer, "pad_token_id", None)
         wanted = ([int(pad)] if pad is not None else []) + list(self.eos_ids)
-        return vocabulary.usable_pad(self._module, wanted)
+        return vocabulary.usable_pad(self.module, wanted)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer, the tokenizer's own first."""
+        """Ids that end an answer; the tokenizer's own, which training appends, comes first."""
         ids = [getattr(self.tokenizer, "eos_token_id", None), *self._configured("eos_token_id")]
         return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
 
     def _configured(self, name: str) -> list[int]:
         """The ids that the module's generation configuration has under a name: one, several or none."""
-        value = getattr(getattr(self._module, "generation_config", None), name, None)
+        value = getattr(getattr(self.module, "generation_config", None), name, None)
         return (
             [int(i) for i in value] if isinstance(value, (list, tuple)) else [int(value)] if value is not None else []
         )
 
     def control_tokens(self) -> frozenset[str]:
-        """The texts of the begin, end and padding tokens: those that open, end or fill any text."""
+        """The texts of the begin, end and padding tokens, which no foreign text can write."""
         tokenizer = self.tokenizer
         if tokenizer is None:
             return frozenset()
@@ -64,10 +62,20 @@ class Tokens:
 
     # --- text to ids ------------------------------------------------------------------------------------------------
 
-    def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        """Prompts → ids; a causal prompt never ends in an end token that the tokenizer appended."""
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Prompt texts → token ids, the one way for training and for generation.
+
+        A causal prompt never ends in an end token, which some tokenizers append: the answer has yet to come.
+
+        Args:
+            texts: The prompts as text.
+            add_special_tokens: False for text that carries its special tokens already (a rendered chat template).
+
+        Raises:
+            UnsupportedModelError: There is no tokenizer.
+        """
         rows = self._tokenize(list(texts), add_special_tokens=add_special_tokens)
-        if self.seq2seq or not add_special_tokens:
+        if self.kind == "seq2seq" or not add_special_tokens:
             return rows
         ends = self.eos_ids[:1] if self._appends_end() else ()
         return [row[:-1] if row[-1:] == list(ends) else row for row in rows]
@@ -82,17 +90,17 @@ class Tokens:
             dressed = list(self.tokenizer.build_inputs_with_special_tokens(alone))
         return bool(dressed) and dressed[-1:] == list(self.eos_ids[:1]) and alone[-1:] != dressed[-1:]
 
-    def encode_completions(self, texts: Sequence[str], controls: Collection[str] = ()) -> list[list[int]]:
-        """Completions → ids with the end token behind each.
+    def encode_completions(self, texts: Sequence[str], *, controls: Collection[str] = ()) -> list[list[int]]:
+        """Completions → token ids with the end token behind each, so that the model learns to stop.
 
         Args:
-            texts: The completions; one that spells a control token is encoded as the text it is.
-            controls: These are control tokens beside the model's own: those that a chat template writes.
+            texts: The completions. What in them spells a control token is encoded as text.
+            controls: These are control tokens beside `control_tokens()`: those that a chat template writes.
         """
         known = {*self.control_tokens(), *controls}
         texts = [foreign_text(text, known) for text in texts]
         eos = list(self.eos_ids[:1])
-        if not self.seq2seq:
+        if self.kind == "causal":
             return [row + eos for row in self._tokenize(texts, add_special_tokens=False)]
         rows = self._tokenize(texts, text_target=True, add_special_tokens=True)
         return [row if eos and eos[0] in row else row + eos for row in rows]  # mBART's language stands behind the end
@@ -100,7 +108,7 @@ class Tokens:
     def _tokenize(self, texts: list[str], *, text_target: bool = False, add_special_tokens: bool) -> list[list[int]]:
         if self.tokenizer is None:
             msg = (
-                f"this {type(self._module).__name__} has no tokenizer, so text cannot become tokens. Pass "
+                f"this {type(self.module).__name__} has no tokenizer, so text cannot become tokens. Pass "
                 "LocalModel(module, tokenizer) or ready tensors."
             )
             raise UnsupportedModelError(msg)
@@ -128,7 +136,7 @@ class Tokens:
 
     # --- ids to text ------------------------------------------------------------------------------------------------
 
-    def until_end(self, ids: list[int]) -> list[int]:
+    def _until_end(self, ids: list[int]) -> list[int]:
         """Without the end token and the padding behind it; a row cut at a stop string has padding alone."""
         eos, pad = self.eos_ids, self.pad_id
         end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
@@ -140,7 +148,7 @@ class Tokens:
             end -= 1
         return ids[:end]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: Sequence[int]) -> str:
         """Ids → text, without end and padding tokens and without the tokens that only begin an answer.
 
         Other special tokens are kept: they are what a completion taught, a label perhaps.
@@ -149,7 +157,7 @@ class Tokens:
         start = 0
         while start < len(ids) and (ids[start] in begins or ids[start] in silent):
             start += 1
-        if self.seq2seq and start < len(ids) and ids[start] in self._configured("forced_bos_token_id"):
+        if self.kind == "seq2seq" and start < len(ids) and ids[start] in self._configured("forced_bos_token_id"):
             start += 1  # `generate` writes it: the language of a translation, say
         kept = [i for i in ids[start:] if i not in silent]
         # the clean-up of spaces would change earlier text while a stream is under way
@@ -162,6 +170,23 @@ class Tokens:
         silent = {*self.eos_ids, *self._configured("pad_token_id"), *([int(pad)] if pad is not None else [])}
         bos = getattr(self.tokenizer, "bos_token_id", None)
         begins = {*self._configured("bos_token_id"), *([int(bos)] if bos is not None else [])}
-        if self.seq2seq:
+        if self.kind == "seq2seq":
             begins |= set(self._configured("decoder_start_token_id"))
         return frozenset(silent), frozenset(begins)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Rows of ids → (B, T) ids and attention mask.
+
+    >>> pad_rows([[5, 6], [7]], 0, left=True)[0]
+    tensor([[5, 6],
+            [0, 7]])
+    """
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, place] = torch.tensor(row)
+        mask[i, place] = 1
+    return ids, mask

@@ -17,11 +17,6 @@ from llmchain_fed.errors import UnsupportedModelError
 def check(model: Any, prompts: Iterable[Sequence[int]], completions: Iterable[Sequence[int]] = ()) -> None:
     """Makes sure that the model can look up every token of these rows, and be taught those of the completions.
 
-    Args:
-        model: The LocalModel that looks them up.
-        prompts: The token ids of each prompt.
-        completions: The token ids of each completion.
-
     Raises:
         UnsupportedModelError: A token has no row; the message names it.
     """
@@ -68,12 +63,7 @@ def _refuse(model: Any, token: int, rows: int, where: str) -> None:
 
 
 def usable_pad(module: nn.Module, wanted: Sequence[int]) -> int:
-    """The first id of `wanted` that has a row, else 0: padding stands behind the mask, and is looked up all the same.
-
-    Args:
-        module: The module that is given the padding.
-        wanted: The padding token's id comes first, then the end tokens', which nothing is read behind either.
-    """
+    """The first id of `wanted` that has a row, else 0: behind the mask, padding is looked up all the same."""
     rows = input_rows(module)
     return next((i for i in wanted if rows is None or 0 <= i < rows), 0)
 

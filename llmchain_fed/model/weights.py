@@ -75,9 +75,7 @@ def _other_adapters(module: nn.Module, adapters: Collection[str]) -> set[str]:
 def trainable_parameters(module: nn.Module, adapters: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
     """Stable name → parameter, for every parameter that requires a gradient; tied ones once.
 
-    Args:
-        module: Its parameters are looked through.
-        adapters: Their parameters count, by default the active ones'. Those of no adapter count as well.
+    Those of these adapters, by default of the active ones, and of no adapter.
 
     Raises:
         UnsupportedModelError: Two parameters share a stable name, because several adapters are trained at once.
@@ -111,10 +109,7 @@ def deciding_parameters(
 ) -> dict[str, nn.Parameter]:
     """Stable name → parameter, for all that can differ over one base: the trainable ones and these adapters'.
 
-    Args:
-        module: Its parameters are looked through.
-        adapters: These adapters answer; by default the active ones do.
-        with_others: These adapters answer along with them; their parameters keep the adapter's name.
+    Those of `with_others`, which answer along with them, keep their adapter's name.
     """
     adapters = adapter_names(module) if adapters is None else adapters
     named = _parameters_without(module, _other_adapters(module, {*adapters, *with_others}))

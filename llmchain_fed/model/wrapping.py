@@ -57,10 +57,7 @@ def every_tensor_saved(module: Any) -> Iterator[None]:
 def wrap(module: Any, config: PeftConfig, *, quiet: bool = False) -> PeftModel:
     """`get_peft_model`, with its random start drawn from a fixed seed.
 
-    Args:
-        module: The module gets the adapter.
-        config: The adapter's configuration.
-        quiet: If true, PEFT's warnings were given before and are not repeated.
+    If `quiet`, PEFT's warnings were given before and are not repeated.
 
     Raises:
         UnsupportedModelError: This adapter does not fit this module; the message says why, and which modules it has.

@@ -266,10 +266,6 @@ def _length(template: str, values: Mapping[str, str]) -> int:
 def template_variables(template: str, name: re.Pattern[str] = _VARIABLE) -> set[str]:
     """The variables of an f-string template.
 
-    Args:
-        template: The template.
-        name: What a variable may be called.
-
     Raises:
         ValueError: A field that looks into an object or has a long or nested format, or unbalanced braces.
 

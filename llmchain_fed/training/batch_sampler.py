@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from llmchain_fed.data.encoding import EncodedExamples, bucketed_order
+from llmchain_fed.data.encoding import EncodedExamples
 from llmchain_fed.training.config import TrainingConfig
 
 
@@ -55,6 +55,18 @@ def length_buckets(examples: EncodedExamples, config: TrainingConfig, place: Pla
         order = bucketed_order(lengths, config.batch_size, rng)[step % per_pass :][: stop - step]
         yield from order
         step += len(order)
+
+
+def bucketed_order(lengths: Sequence[int], batch_size: int, rng: random.Random) -> list[list[int]]:
+    """One pass over the data as batches of similar length, in random order.
+
+    Lengths are jittered by up to a tenth before sorting: neighbours still fit well, and yet no two passes form the
+    same batches.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i] * rng.uniform(0.95, 1.05), i))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    rng.shuffle(batches)
+    return batches
 
 
 def seed_of(*parts: object) -> int:

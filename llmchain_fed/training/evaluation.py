@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmchain_fed.data.encoding import EncodedExamples, Examples, Prompt, collate, unwrap
+from llmchain_fed.data.encoding import EncodedExamples, collate, encoded, no_examples, on_device, unwrap
+from llmchain_fed.data.examples import Examples, Prompt
 from llmchain_fed.errors import EmptyParticipantError
 from llmchain_fed.model.generation.answers import evaluating
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training import trainable
-from llmchain_fed.training.loop import encoded, no_examples
-from llmchain_fed.training.loss import Precision, computing_in, on_device, summed_loss
+from llmchain_fed.training.loss import Precision, computing_in, examples_with_loss, summed_loss
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def evaluate_locally(
     with model.exclusive(), evaluating(model.module), computing_in(precision, model.module):
         for batch in _evaluation_batches(data, model, batch_size):
             summed, n = summed_loss(model.module, on_device(batch, model.device))
-            total, tokens, count = total + float(summed), tokens + n, count + len(batch["labels"])
+            total, tokens = total + float(summed), tokens + n
+            count += examples_with_loss(model.module, batch)
     if not tokens:
         raise EmptyParticipantError(no_examples("the evaluation", "no labelled token"))
     return EvaluationResult(total / tokens, tokens, count)

@@ -6,6 +6,7 @@ Knows torch optimizers and batches. Knows nothing of LangChain, other participan
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,28 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmchain_fed.data.encoding import (
-    EncodedExamples,
-    Examples,
-    Prompt,
-    encode_examples,
-    is_ready_tensors,
-    unwrap,
-)
+from llmchain_fed.data.encoding import IGNORE, Batch, EncodedExamples, encoded, no_examples, unwrap
+from llmchain_fed.data.examples import Examples, Prompt
 from llmchain_fed.data.report import DataReport
-from llmchain_fed.data.sayable import check_tolerance
-from llmchain_fed.errors import EmptyParticipantError, NonFiniteLossError
+from llmchain_fed.errors import ConfigError, EmptyParticipantError, NonFiniteLossError
 from llmchain_fed.model.generation.answers import seeded
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.model.weights import all_finite
 from llmchain_fed.training import running_state, trainable
-from llmchain_fed.training.batch_sampler import BatchSampler, Place, seed_of
-from llmchain_fed.training.batches import Batch, batches_of, batches_per_pass
+from llmchain_fed.training.batch_sampler import BatchSampler, Place, length_buckets, seed_of
 from llmchain_fed.training.config import TrainingConfig
-from llmchain_fed.training.gradient_step import GradientStep, StepResult, mean_loss_gradient
-from llmchain_fed.training.loss import computing_in
-
-__all__ = ["TrainingConfig", "TrainingResult", "encoded", "no_examples", "train_locally"]
+from llmchain_fed.training.gradient_step import GradientStep, StepResult
+from llmchain_fed.training.loss import computing_in, examples_with_loss, summed_loss
 
 
 @dataclass
@@ -71,7 +62,7 @@ def train_locally(
     optimizer_state: dict[str, Any] | None = None,
     before_step: Callable[[], None] | None = None,
     anchor: Mapping[str, Tensor] | None = None,
-    gradient_step: GradientStep = mean_loss_gradient,
+    gradient_step: GradientStep | None = None,
     batch_sampler: BatchSampler | None = None,
 ) -> TrainingResult:
     """Fine-tunes the model's trainable weights in place on one participant's examples.
@@ -93,7 +84,7 @@ def train_locally(
         before_step: It is called before every optimizer step; what it raises ends the training, and the weights
             are as before the call.
         anchor: What `proximal_mu` pulls towards, by stable name; None is where the training began.
-        gradient_step: It makes a gradient of each batch.
+        gradient_step: It makes a gradient of each batch; None is `mean_loss_gradient`.
         batch_sampler: It draws the batches; None is `length_buckets`, or the DataLoader itself.
 
     Raises:
@@ -109,11 +100,11 @@ def train_locally(
     config = config or TrainingConfig()
     place = Place(participant, round, first_step)
     model, prompt = unwrap(model, prompt)
-    trainable.admit(model)
+    still = trainable.admit(model)
     data = encoded(examples, model, prompt, config.max_length, tolerance=config.tolerance)
     if isinstance(data, EncodedExamples):
         trainable.check_batches(model, min(config.micro_batch_size or config.batch_size, len(data)))
-    batches = batches_of(data, config, place, batch_sampler)
+    batches = _batches(data, config, place, batch_sampler)
     parameters = model.trainable_parameters()
     with model.exclusive():
         started = time.perf_counter()
@@ -124,7 +115,8 @@ def train_locally(
             if optimizer_state is not None:
                 # a copy, because torch keeps the tensors it is given and changes them
                 optimizer.load_state_dict(copy.deepcopy(optimizer_state))
-            done = _train(model, batches, config, place, optimizer, pulled_to, gradient_step, before_step)
+            step = gradient_step or mean_loss_gradient
+            done = _train(model, batches, config, place, optimizer, pulled_to, step, before_step, still)
             report = data.report if isinstance(data, EncodedExamples) else _report(data, done, config, participant)
             return TrainingResult(
                 loss=sum(done.losses) / len(done.losses) if done.losses else 0.0,
@@ -171,9 +163,9 @@ def _train(
     anchor: Mapping[str, Tensor],
     gradient_step: GradientStep,
     before_step: Callable[[], None] | None,
+    still: list[str],
 ) -> _Done:
     parameters, done = model.trainable_parameters(), _Done()
-    still = trainable.admit(model)
     with (
         running_state.restored(model.module) as buffers,
         seeded(seed_of(config.seed, place.participant, place.round), model.device),
@@ -214,51 +206,74 @@ def _train(
     return done
 
 
+def mean_loss_gradient(model: LocalModel, batch: Batch, config: TrainingConfig, /) -> StepResult:
+    """The gradient of the mean loss over all completion tokens of the batch, whatever forward passes it takes."""
+    passes = batch.passes(model, config.micro_batch_size)
+    total = sum(int((p["labels"] != IGNORE).sum()) for p in passes) if len(passes) > 1 else 0
+    loss, tokens, examples = 0.0, 0, 0
+    for one in passes:
+        summed, count = summed_loss(model.module, one)
+        if not count:
+            continue
+        mean = summed / (total or count)
+        mean.backward()  # type: ignore[no-untyped-call]
+        loss, tokens = loss + float(mean.detach()), tokens + count
+        examples += examples_with_loss(model.module, one)
+    return StepResult(loss, tokens, examples)
+
+
 def _report(loader: Any, done: _Done, config: TrainingConfig, participant: str) -> DataReport:
     """What a DataLoader has for one pass, from what came by over how often it came by."""
     if not done.tokens:
         why = "the DataLoader's batches carry no label" if done.steps else "the DataLoader gave no batch"
         raise EmptyParticipantError(no_examples(participant, why))
-    per_pass = batches_per_pass(loader)
+    per_pass = _per_pass(loader)
     passes = done.steps / per_pass if per_pass else config.epochs or 1
     return DataReport(used=round(done.examples / passes), completion_tokens=round(done.tokens / passes))
 
 
-def encoded(
-    examples: Examples | EncodedExamples,
-    model: LocalModel,
-    prompt: Prompt | None,
-    max_length: int | None,
-    *,
-    tolerance: float | None = None,
-) -> EncodedExamples | Any:
-    """Examples in the form the loop takes; a DataLoader stays as it is.
+# --- batches ----------------------------------------------------------------------------------------------------------
 
-    Args:
-        examples: The forms are those of `train_locally`.
-        model: Its tokens are the ones encoded.
-        prompt: It renders the inputs.
-        max_length: tokens: An example with more of them is left out.
-        tolerance: The share of completions that may be left out because no answer could be theirs; None is any.
+
+def _batches(
+    data: EncodedExamples | Any, config: TrainingConfig, place: Place, sampler: BatchSampler | None
+) -> Iterator[Batch]:
+    """The batches of one call of `train_locally`.
 
     Raises:
-        EmptyParticipantError: Not a single example is usable.
-        UnsayableError: More completions than `tolerance` could never be an answer.
-        DataError: See `read_examples`.
+        ConfigError: A sampler is given for a DataLoader, which draws its batches itself.
     """
-    if is_ready_tensors(examples):
-        return examples
-    data = (
-        examples
-        if isinstance(examples, EncodedExamples)
-        else encode_examples(examples, model, prompt, max_length=max_length)
-    )
-    check_tolerance(data.report.unsayable, data.report.used, data.unsayable, tolerance)
-    if not len(data):
-        raise EmptyParticipantError(no_examples("the participant", repr(data.report)))
-    return data
+    if isinstance(data, EncodedExamples):
+        return (Batch([data[i] for i in rows]) for rows in (sampler or length_buckets)(data, config, place))
+    if sampler is not None:
+        msg = "a DataLoader draws its batches itself, so no batch_sampler can. Give the examples, or leave it out."
+        raise ConfigError(msg)
+    return (Batch(None, ready) for ready in _given(data, config, place.first_step))
 
 
-def no_examples(who: str, report: str) -> str:
-    """The sentence for `EmptyParticipantError`."""
-    return f"{who} has no usable example ({report}): there is nothing to learn. Check the data path and max_length."
+def _given(loader: Any, config: TrainingConfig, first_step: int) -> Iterator[Any]:
+    """What a DataLoader gives in one call, which goes on where earlier rounds ended."""
+    if not config.max_steps:
+        return _passes(loader, config)
+    length = _per_pass(loader)
+    start = first_step % length if length else first_step
+    return itertools.islice(_passes(loader, config), start, start + config.max_steps)
+
+
+def _passes(loader: Any, config: TrainingConfig) -> Iterator[Any]:
+    """The batches of a DataLoader, over and over with `max_steps`; an empty one ends at once."""
+    for _ in itertools.count() if config.max_steps else range(config.epochs or 1):
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            return
+
+
+def _per_pass(loader: Any) -> int | None:
+    """How many batches a DataLoader gives; None where its dataset does not know."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmchain_fed.data.encoding import IGNORE
+from llmchain_fed.data.encoding import IGNORE, check_ready
 from llmchain_fed.errors import DataError
-from llmchain_fed.model.adapters import idle_parameters
 from llmchain_fed.model.adapters.lora_config import unwrapped
+from llmchain_fed.model.adapters.switching import idle_parameters
 from llmchain_fed.model.generation.answers import evaluating
 
 Precision = Literal["fp32", "bf16"]
@@ -46,7 +46,7 @@ def summed_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
     Raises:
         DataError: The batch is no mapping with labels, or the module returns no loss.
     """
-    _check(batch)
+    check_ready(batch)
     labels = batch["labels"]
     if not bool((labels != IGNORE).any()):
         return torch.zeros((), device=labels.device, requires_grad=torch.is_grad_enabled()), 0  # a mean would be NaN
@@ -54,23 +54,43 @@ def summed_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
     if parts is not None and _is_plain(module, parts, batch):
         wanted = labels[:, 1:] != IGNORE  # (B, T-1): position t predicts token t + 1
         logits = _logits(parts, batch, wanted)  # (tokens, V)
-        return F.cross_entropy(logits.float(), labels[:, 1:][wanted].to(logits.device), reduction="sum"), int(
-            wanted.sum()
-        )
-    if transformers_model(module) is not None:
-        return _loss_of_logits(module, batch)
-    return _own_loss(module, batch)
+        tokens = labels[:, 1:][wanted].to(logits.device)
+        return F.cross_entropy(logits.float(), tokens, reduction="sum"), len(tokens)
+    if transformers_model(module) is None:
+        return _own_loss(module, batch)
+    logits, tokens = completion_logits(module, batch)
+    return F.cross_entropy(logits.float(), tokens, reduction="sum"), len(tokens)
+
+
+def examples_with_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """How many rows of a batch have a token that carries loss; a row whose labels are all −100 teaches nothing."""
+    carrying = _carrying(module, batch["labels"])
+    return int((carrying.flatten(1).any(dim=1) if carrying.dim() > 1 else carrying).sum())
+
+
+def _carrying(module: nn.Module, labels: Tensor) -> Tensor:
+    """Which labels carry loss, (B, T); (B, T-1) of a decoder alone, for nothing predicts the first token of a row."""
+    return (labels if labels.dim() == 1 or _encodes(module) else labels[:, 1:]) != IGNORE
+
+
+def _encodes(module: object) -> bool:
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
 
 
 def transformers_model(module: nn.Module) -> Any:
     """The transformers model in a plain or PEFT-wrapped module, or None where its logits are not the labels' own."""
-    module = unwrapped(module)
+    inner = _without_adapter(unwrapped(module))
+    return inner if isinstance(inner, PreTrainedModel) else None
+
+
+def _without_adapter(module: nn.Module) -> nn.Module | None:
+    """The module below PEFT's wrapping, if any; None where the adapter adds positions to those of the tokens."""
     config = getattr(module, "active_peft_config", None)
-    if config is not None:
-        if getattr(config, "is_prompt_learning", False):  # there are more positions than tokens
-            return None
-        module = module.get_base_model()  # type: ignore[operator]
-    return module if isinstance(module, PreTrainedModel) else None
+    if config is None:
+        return module
+    if getattr(config, "is_prompt_learning", False):
+        return None
+    return module.get_base_model()  # type: ignore[operator, no-any-return]
 
 
 def completion_logits(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -114,35 +134,9 @@ def _shifted(model: Any, labels: Tensor) -> Tensor:
     return shifted
 
 
-def _loss_of_logits(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-    logits, tokens = completion_logits(module, batch)
-    return F.cross_entropy(logits.float(), tokens, reduction="sum"), len(tokens)
-
-
-def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors where the module is.
-
-    Raises:
-        DataError: The batch is no mapping with labels.
-    """
-    _check(batch)
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def _check(batch: object) -> None:
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
-        msg = (
-            f"a batch is a mapping of the tensors input_ids, attention_mask and labels, got {_describe(batch)}. "
-            "Let the DataLoader's collate_fn return such mappings."
-        )
-        raise DataError(msg)
-
-
 def _own_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
     output = module(**batch)
-    labels = batch["labels"]
-    shifted = not getattr(getattr(module, "config", None), "is_encoder_decoder", False)
-    count = int((labels[:, 1:] != IGNORE).sum()) if shifted and labels.dim() > 1 else int((labels != IGNORE).sum())
+    count = int(_carrying(module, batch["labels"]).sum())
     loss = getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
         msg = (
@@ -155,16 +149,9 @@ def _own_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, i
 
 def _decoder_and_head(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     """The parts of a decoder-only Hugging Face model, or None where there are no such parts."""
-    peft_config = getattr(module, "active_peft_config", None)
-    if peft_config is not None:
-        if getattr(peft_config, "is_prompt_learning", False):
-            return None
-        module = module.get_base_model()  # type: ignore[operator]
-    decoder, find_head = getattr(module, "base_model", None), getattr(module, "get_output_embeddings", None)
-    if not isinstance(decoder, nn.Module) or decoder is module or find_head is None:
-        return None
-    config = getattr(module, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
+    inner = _without_adapter(module)
+    decoder, find_head = getattr(inner, "base_model", None), getattr(inner, "get_output_embeddings", None)
+    if not isinstance(decoder, nn.Module) or decoder is inner or find_head is None or _encodes(inner):
         return None
     head = find_head()
     return (decoder, head) if isinstance(head, nn.Module) else None
@@ -212,10 +199,6 @@ def _watched_head(module: nn.Module, head: nn.Module, inputs: dict[str, Any]) ->
         handle.remove()
     same = bool(given) and given[-1].shape == logits.shape and torch.equal(given[-1].float(), logits.float())
     return logits, same
-
-
-def _describe(batch: Any) -> str:
-    return f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
 
 
 @contextmanager

@@ -20,8 +20,9 @@ from llmchain_fed.errors import DataError, UnsupportedModelError
 from llmchain_fed.model import vocabulary
 from llmchain_fed.model.adapters.lora_config import check_in_use, unwrapped
 from llmchain_fed.model.generation import padding
-from llmchain_fed.model.generation.answers import evaluating, pad_rows
+from llmchain_fed.model.generation.answers import evaluating
 from llmchain_fed.model.local_model import LocalModel
+from llmchain_fed.model.tokens import pad_rows
 from llmchain_fed.training import running_state
 from llmchain_fed.training.loss import completion_logits, transformers_model
 

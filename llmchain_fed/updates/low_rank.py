@@ -184,9 +184,7 @@ def covariance(parts: Sequence[Factors], shares: Sequence[float]) -> Factors:
     It is Σ p_k (B_k − B̄)(A_k − Ā), and because the differences from a mean sum to zero, also
     Σ_{k<K} p_k (B_k − B̄)(A_k − A_K): one participant's rank less (arXiv 2410.09432 counts K·r).
 
-    Args:
-        parts: The participants' factors, all of one rank.
-        shares: p_k, which sum to 1.
+    The factors are all of one rank, and the shares p_k sum to 1.
     """
     mean, last = _mean([p.b for p in parts], shares), parts[-1].a
     pairs = list(zip(parts, shares, strict=True))[:-1]
@@ -199,10 +197,6 @@ def norms_of_mean(parts: Sequence[Factors], shares: Sequence[float]) -> tuple[fl
     """‖Σ p_k B_k·A_k‖ and ‖Σ p_k B_k·A_k − B̄·Ā‖ (Frobenius), from one pair of (K·r, K·r) matrices.
 
     The first is the stack of `covariance` and B̄·Ā, so what the second needs is a corner of what the first needs.
-
-    Args:
-        parts: The participants' factors, all of one rank.
-        shares: p_k, which sum to 1.
     """
     apart = covariance(parts, shares)
     means = (_mean([p.b for p in parts], shares), _mean([p.a for p in parts], shares))

@@ -62,10 +62,6 @@ def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
 def read_json(data: bytes, *, most: int = MAX_HEADER) -> dict[str, Any]:
     """A JSON object that came from elsewhere: no name twice, no constant that JSON has not, within bounds.
 
-    Args:
-        data: The message.
-        most: bytes that make sense.
-
     Raises:
         ParticipantError: It is none.
     """
@@ -77,10 +73,7 @@ def inspect(
 ) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     """The header and what tensors there are, in the order in which they lie, without reading their values.
 
-    Args:
-        data: The message.
-        max_bytes: Of all of it.
-        max_header: bytes of what stands before the values; `largest` says it where the tensors are known.
+    `max_header` is of what stands before the values; `largest` says it where the tensors are known.
 
     Raises:
         UpdateRefusedError: Larger than that, not safetensors, no header of ours, a type that is not of ours, or a
@@ -120,9 +113,7 @@ def peek(header: bytes | bytearray) -> dict[str, Any]:
 def largest(infos: Mapping[str, TensorInfo], own: Mapping[str, Any]) -> tuple[int, int]:
     """Bytes of the longest header that `pack` makes of such tensors, and of their values: no message of them has more.
 
-    Args:
-        infos: The tensors.
-        own: The header of ours with the longest values that it may have.
+    `own` is the header of ours with the longest values that it may have.
     """
     values, names = sum(info.nbytes for info in infos.values()), "".join(infos)
     plain = names.isascii() and names.isprintable() and "\\" not in names and '"' not in names

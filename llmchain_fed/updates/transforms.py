@@ -112,11 +112,7 @@ def transformed(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What comes out of all of them, and all that they carry, as "transform/name".
 
-    Args:
-        transforms: One after the other.
-        delta: The true one.
-        origin: Whose it is.
-        carried: From the round before; what is of none of these transforms is handed on.
+    What is carried of none of these transforms is handed on.
 
     Raises:
         FederationError: One of them cannot, or makes what it says it does not make; nothing has changed.

@@ -11,7 +11,7 @@ codes, and what they decode to is added to where the participant started. A coll
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
@@ -59,8 +59,6 @@ class Update:
     """One participant's result of one round.
 
     Args:
-        participant: Whose it is.
-        round: The round it belongs to.
         base: Fingerprint of the base weights it was trained over.
         tensors: Trained values by stable name; on the way with a codec its parts.
         num_examples: Usable examples the participant has (n_k).
@@ -80,17 +78,8 @@ class Update:
 
     def to_bytes(self) -> bytes:
         """Safetensors with a JSON header; what is counted as bytes up."""
-        header = {
-            "kind": "update",
-            "participant": self.participant,
-            "round": self.round,
-            "base": self.base,
-            "num_examples": self.num_examples,
-            "num_tokens": self.num_tokens,
-            "metrics": dict(self.metrics),
-            "codec": self.codec,
-        }
-        return serialization.pack(self.tensors, header)
+        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tensors"}
+        return serialization.pack(self.tensors, {"kind": "update", **said, "metrics": dict(self.metrics)})
 
     @classmethod
     def from_bytes(cls, data: bytes, expected: Expected) -> Update:
@@ -103,17 +92,8 @@ class Update:
         header = expected.check_header(found)
         expected.check_layout(infos)
         tensors = expected.decoded(serialization.values(data, infos))
-        update = cls(
-            participant=header.participant,
-            round=header.round,
-            base=header.base,
-            tensors=tensors,
-            num_examples=header.num_examples,
-            num_tokens=header.num_tokens,
-            metrics=header.metrics.model_dump(exclude_unset=True),
-        )
-        expected.check_values(update.tensors)
-        return update
+        expected.check_values(tensors)
+        return cls(tensors=tensors, **header.model_dump(exclude={"kind", "codec"}, exclude_unset=True))
 
 
 @dataclass(frozen=True)

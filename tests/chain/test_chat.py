@@ -35,9 +35,9 @@ def chat():
 def spoken(chat, monkeypatch):
     """The chat model over the turn-by-turn template, and what its tokenizer received."""
     chat.model.tokenizer.chat_template = train_tokenizer().chat_template
-    seen, original = [], chat.model._tokens._tokenize
+    seen, original = [], chat.model._tokenize
     monkeypatch.setattr(
-        chat.model._tokens,
+        chat.model,
         "_tokenize",
         lambda texts, **options: (seen.append((texts, options)), original(texts, **options))[1],
     )

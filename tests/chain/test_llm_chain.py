@@ -128,10 +128,9 @@ def test_a_batch_is_one_call_to_the_model(chain, monkeypatch):
     assert calls == [12, 12, 12]
 
 
-async def test_the_legacy_verbs(causal):
+def test_the_legacy_verbs(causal):
     assert causal.predict(text="page locked") == "page verrouillée"
-    assert await causal.apredict(text="page locked") == "page verrouillée"
-    assert causal.apply(INPUTS[:2]) == await causal.aapply(INPUTS[:2]) == ANSWERS[:2]
+    assert causal.apply(INPUTS[:2]) == ANSWERS[:2]
 
 
 def test_a_string_stands_for_the_only_variable(causal):
@@ -267,9 +266,9 @@ FEW_SHOT = FewShotPromptTemplate(
 )
 def test_render_is_what_the_tokenizer_receives_on_invoke(causal, monkeypatch, prompt, text):
     chain = LLMChain(llm=causal.llm, prompt=prompt)
-    seen, original = [], chain.model._tokens._tokenize
+    seen, original = [], chain.model._tokenize
     monkeypatch.setattr(
-        chain.model._tokens,
+        chain.model,
         "_tokenize",
         lambda texts, **options: (seen.append((texts, options)), original(texts, **options))[1],
     )
@@ -299,9 +298,9 @@ def test_render_is_what_the_tokenizer_receives_on_invoke(causal, monkeypatch, pr
 )
 def test_render_over_a_chat_model_is_what_the_tokenizer_receives(make_model, monkeypatch, prompt, given, text):
     chain = LLMChain(llm=LocalChatModel(model=make_model(), max_new_tokens=1), prompt=prompt)
-    seen, original = [], chain.model._tokens._tokenize
+    seen, original = [], chain.model._tokenize
     monkeypatch.setattr(
-        chain.model._tokens,
+        chain.model,
         "_tokenize",
         lambda texts, **options: (seen.append((texts, options)), original(texts, **options))[1],
     )

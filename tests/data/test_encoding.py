@@ -5,7 +5,6 @@ Belongs here: reading, encoding, collating. Does not: what the loss makes of lab
 
 import csv
 import json
-import random
 from pathlib import Path
 
 import datasets
@@ -15,14 +14,8 @@ from tiny import PAIRS, TEMPLATE
 from torch.utils.data import DataLoader
 
 from llmchain_fed import DataReport, Example, LocalModel, RawText
-from llmchain_fed.data.encoding import (
-    bucketed_order,
-    collate,
-    encode_examples,
-    is_ready_tensors,
-    read_examples,
-)
-from llmchain_fed.data.examples import carries
+from llmchain_fed.data.encoding import collate, encode_examples
+from llmchain_fed.data.examples import carries, is_ready_tensors, read_examples
 from llmchain_fed.errors import DataError, PromptVariablesError, TemplatedTwiceError
 
 EOS, PAD = 1, 0
@@ -162,31 +155,6 @@ def test_a_tokenizer_without_padding_token(make_model, tokenizer):
     encoded = encode_examples(PAIRS[:2], model)
     batch = collate(rows_of(encoded), model)
     assert batch["labels"][batch["attention_mask"] == 0].eq(-100).all()
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 4, 50])
-def test_an_order_is_a_permutation_in_batches_of_the_size(batch_size):
-    lengths = random.Random(1).choices(range(3, 60), k=23)
-    batches = bucketed_order(lengths, batch_size, random.Random(0))
-    assert sorted(i for batch in batches for i in batch) == list(range(23))
-    sizes = sorted((len(b) for b in batches), reverse=True)
-    assert sizes == [batch_size] * (23 // batch_size) + [23 % batch_size] * (23 % batch_size > 0)
-
-
-def test_orders_differ_between_passes_and_repeat_with_the_seed():
-    lengths = [10 + i % 7 for i in range(40)]
-    rng = random.Random(0)
-    first, second = bucketed_order(lengths, 4, rng), bucketed_order(lengths, 4, rng)
-    assert first != second
-    assert {frozenset(b) for b in first} != {frozenset(b) for b in second}  # other batches, not the same ones shuffled
-    assert first == bucketed_order(lengths, 4, random.Random(0))
-
-
-def test_batches_contain_neighbours_in_length():
-    lengths = random.Random(2).choices(range(5, 200), k=64)
-    bucketed = sum(len(b) * max(lengths[i] for i in b) for b in bucketed_order(lengths, 8, random.Random(0)))
-    in_order = sum(8 * max(lengths[i : i + 8]) for i in range(0, 64, 8))
-    assert bucketed - sum(lengths) < 0.4 * (in_order - sum(lengths))  # padding
 
 
 # --- what is left out is counted --------------------------------------------------------------------------------

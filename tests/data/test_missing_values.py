@@ -22,7 +22,8 @@ from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from tiny import PAIRS
 
 from llmchain_fed import DataReport, Example, LocalChatModel, LocalModel, Participant
-from llmchain_fed.data.encoding import encode_examples, read_examples
+from llmchain_fed.data.encoding import encode_examples
+from llmchain_fed.data.examples import read_examples
 from llmchain_fed.data.missing import filled, is_blank, is_missing
 from llmchain_fed.errors import DataError, EmptyParticipantError, PromptVariablesError
 from llmchain_fed.federated.participant import hold_out

@@ -35,7 +35,7 @@ from llmchain_fed.errors import (
     UnsupportedModelError,
     WeightsMismatchError,
 )
-from llmchain_fed.model.adapters import GLOBAL, REMAINDER, lora_layers
+from llmchain_fed.model.adapters.switching import GLOBAL, REMAINDER, lora_layers
 
 EXAMPLES = [{"prompt": TEMPLATE.format(text=a), "completion": b} for a, b in PAIRS]
 INPUTS = {

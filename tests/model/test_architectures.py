@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, TrainingConfig, train_locally
 from llmchain_fed.data.encoding import collate, encode_examples
 from llmchain_fed.errors import UnsupportedModelError
-from llmchain_fed.model.loading import add_adapter
+from llmchain_fed.model.wrapping import wrap
 from llmchain_fed.training.loss import summed_loss
 
 USUAL = """bart bert biogpt bloom codegen cohere ctrl deepseek_v3 falcon falcon_mamba gemma2 gemma3_text glm4 gpt2
@@ -225,7 +225,7 @@ def one_round(family, base, targets, *, may_be_refused):
     participants = {"a": FEW[:2], "b": FEW[2:]}
     training = TrainingConfig(learning_rate=0.05, optimizer="sgd", batch_size=8, epochs=1)
     try:
-        module = add_adapter(base, config).eval()
+        module = wrap(base, config).eval()
         with torch.random.fork_rng():
             torch.manual_seed(1)
             for name, parameter in module.named_parameters():

@@ -127,7 +127,7 @@ def cut_by_hand(text, stops):
 def check_all_ways(model, scripts, stops, **options):
     """One prompt, a batch, a stream and beams against the whole text, cut by hand; returns the completions."""
     options = {"max_new_tokens": LIMIT} | options
-    wanted = [cut_by_hand(model._tokens.decode(script), stops) for script in scripts]
+    wanted = [cut_by_hand(model._decode(script), stops) for script in scripts]
     batch = model.complete(model.prompts, stop=stops, **options)
     assert [done.text for done in batch] == wanted
     for prompt, done in zip(model.prompts, batch, strict=True):
@@ -268,7 +268,7 @@ def test_a_byte_run_that_breaks_takes_its_line_break_with_it():
 def test_a_special_token_that_answers_keep_is_a_stop_string_too(monkeypatch):
     script = ids_of("llama", "▁page", SPECIAL, "a")
     model = dictated("llama", "causal", [script])
-    monkeypatch.setattr(model._tokens, "decode", lambda ids: model.tokenizer.decode([i for i in ids if i > 1]))
+    monkeypatch.setattr(model, "_decode", lambda ids: model.tokenizer.decode([i for i in ids if i > 1]))
     text = model.tokenizer.decode(script)
     assert SPECIAL in text
     assert check_all_ways(model, [script], [SPECIAL])[0].text == text.split(SPECIAL)[0]

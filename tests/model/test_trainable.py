@@ -22,7 +22,7 @@ from llmchain_fed import (
 )
 from llmchain_fed.errors import UnsupportedModelError
 from llmchain_fed.model.generation import padding
-from llmchain_fed.model.loading import add_adapter
+from llmchain_fed.model.wrapping import wrap
 
 STEP = TrainingConfig(learning_rate=0.1, optimizer="sgd", batch_size=4, epochs=1)
 
@@ -224,7 +224,7 @@ def test_a_decoder_without_a_beginning_is_refused(tokenizer):
 def test_an_adapter_that_does_not_fit_is_refused_with_what_there_is(targets, tokenizer):
     module = tiny_module("causal", len(tokenizer))
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM.*'q_proj'"):
-        add_adapter(module, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+        wrap(module, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
 
 
 def test_half_precision_does_not_keep_prompts_apart(tokenizer):

@@ -74,9 +74,9 @@ def test_an_answer_that_ends_in_the_id_that_pads_keeps_it(eos):
         model.tokenizer.eos_token = None
         model.module.generation_config.eos_token_id = None
     assert 0 <= model.pad_id < input_rows(model.module)
-    assert model._tokens.until_end([5, 6, 0, 0]) == [5, 6, 0, 0]
+    assert model._until_end([5, 6, 0, 0]) == [5, 6, 0, 0]
     if eos:
-        assert model._tokens.until_end([5, 1, 1, 1]) == [5]
+        assert model._until_end([5, 1, 1, 1]) == [5]
 
 
 REFUSED = {

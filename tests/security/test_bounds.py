@@ -20,7 +20,7 @@ from llmchain_fed.federated.checkpoint import contents
 from llmchain_fed.federated.client import given_state, global_state_cache
 from llmchain_fed.federated.participant import ALPHAS, LARGEST_RANK
 from llmchain_fed.federated.protocol import answers, tasks
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.untrusted import Strict, checked, parse_json, shown
 from llmchain_fed.updates import serialization
 from tests.security.bounded import bounded

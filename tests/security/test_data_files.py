@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmchain_fed import untrusted
-from llmchain_fed.data.encoding import read_examples
+from llmchain_fed.data.examples import read_examples
 from llmchain_fed.data.readers import numbered
 from llmchain_fed.errors import DataError
 

@@ -27,7 +27,7 @@ from llmchain_fed.federated.target import Target
 from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.site.policy import Audit, Policy
 from llmchain_fed.runtimes.site.server import SiteServer
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.untrusted import printable
 from llmchain_fed.updates import serialization
 from llmchain_fed.updates.low_rank import full_rank

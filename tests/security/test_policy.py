@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 from llmchain_fed import ConfigError, Participant, cli
-from llmchain_fed.data.encoding import collate
+from llmchain_fed.data.encoding import collate, encoded
 from llmchain_fed.errors import DeadlineError, PolicyError
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.limits import Limits
@@ -30,7 +30,6 @@ from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.site.explaining import explain
 from llmchain_fed.runtimes.site.policy import Audit, Policy
 from llmchain_fed.runtimes.site.server import SiteServer
-from llmchain_fed.training.loop import encoded
 from llmchain_fed.untrusted import printable
 from llmchain_fed.updates import serialization
 

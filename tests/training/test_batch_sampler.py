@@ -1,4 +1,4 @@
-"""BatchSampler: a draw of somebody's own, outside the package; what the package's own draws stands in test_loop."""
+"""BatchSampler: a draw of somebody's own, outside the package, and orders; what the package's own draws: test_loop."""
 
 import random
 
@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 
 from llmchain_fed import ConfigError, TrainingConfig, train_locally
 from llmchain_fed.data.encoding import encode_examples
-from llmchain_fed.training.batch_sampler import Place, seed_of
-from llmchain_fed.training.gradient_step import mean_loss_gradient
+from llmchain_fed.training.batch_sampler import Place, bucketed_order, seed_of
+from llmchain_fed.training.loop import mean_loss_gradient
 
 
 class Poisson:
@@ -76,3 +76,28 @@ def test_a_poisson_draw_has_the_rate_that_it_says():
 def test_a_sampler_for_a_dataloader_is_refused(make_chain):
     with pytest.raises(ConfigError, match=r"DataLoader draws its batches itself.*Give the examples"):
         train_locally(make_chain(), DataLoader([]), batch_sampler=Poisson())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 50])
+def test_an_order_is_a_permutation_in_batches_of_the_size(batch_size):
+    lengths = random.Random(1).choices(range(3, 60), k=23)
+    batches = bucketed_order(lengths, batch_size, random.Random(0))
+    assert sorted(i for batch in batches for i in batch) == list(range(23))
+    sizes = sorted((len(b) for b in batches), reverse=True)
+    assert sizes == [batch_size] * (23 // batch_size) + [23 % batch_size] * (23 % batch_size > 0)
+
+
+def test_orders_differ_between_passes_and_repeat_with_the_seed():
+    lengths = [10 + i % 7 for i in range(40)]
+    rng = random.Random(0)
+    first, second = bucketed_order(lengths, 4, rng), bucketed_order(lengths, 4, rng)
+    assert first != second
+    assert {frozenset(b) for b in first} != {frozenset(b) for b in second}  # other batches, not the same ones shuffled
+    assert first == bucketed_order(lengths, 4, random.Random(0))
+
+
+def test_batches_contain_neighbours_in_length():
+    lengths = random.Random(2).choices(range(5, 200), k=64)
+    bucketed = sum(len(b) * max(lengths[i] for i in b) for b in bucketed_order(lengths, 8, random.Random(0)))
+    in_order = sum(8 * max(lengths[i : i + 8]) for i in range(0, 64, 8))
+    assert bucketed - sum(lengths) < 0.4 * (in_order - sum(lengths))  # padding

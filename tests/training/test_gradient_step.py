@@ -11,7 +11,8 @@ from tiny import PAIRS, lora_config
 
 from llmchain_fed import DataError, TrainingConfig, train_locally
 from llmchain_fed.data.encoding import collate, encode_examples
-from llmchain_fed.training.gradient_step import StepResult, mean_loss_gradient
+from llmchain_fed.training.gradient_step import StepResult
+from llmchain_fed.training.loop import mean_loss_gradient
 from llmchain_fed.training.loss import summed_loss
 
 LR = 0.05

@@ -606,6 +606,21 @@ def test_evaluation_of_a_dataloader_passes_over_batches_without_labels(make_chai
     assert result.loss == pytest.approx(evaluate_locally(chain.model, FEW, prompt=chain).loss, rel=1e-6)
 
 
+def test_a_row_without_labels_is_no_example(battery):
+    """n_k counts no row of −100 alone, nor one with a label on a decoder's first token, which nothing predicts."""
+    chain = battery()
+    batch = full_batch(chain)
+    labels = batch["labels"].clone()
+    labels[0], count = -100, len(labels) - 1
+    if battery.kind == "causal":
+        labels[1], count = -100, count - 1
+        labels[1, 0] = batch["input_ids"][1, 0]
+    loader = DataLoader([{**batch, "labels": labels}], batch_size=None)
+    assert evaluate_locally(chain.model, loader).examples == count
+    result = train_locally(chain.model, loader, TrainingConfig(epochs=2))
+    assert (result.examples, result.tokens) == (count, int((labels[len(labels) - count :] != -100).sum()))
+
+
 def test_evaluation_is_without_dropout_and_restores_the_mode(make_chain):
     chain = make_chain(lora=lora_config(lora_dropout=0.5))
     chain.model.module.train()

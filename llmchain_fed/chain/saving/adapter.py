@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,13 +19,14 @@ from torch import Tensor
 
 from llmchain_fed.chain.saving.fields import SETTINGS, AdapterSettings, Trained, read_settings
 from llmchain_fed.errors import ChainFileError, LLMChainFedError, UnsupportedModelError, WeightsMismatchError
-from llmchain_fed.model import adapters
 from llmchain_fed.model.adapters.lora_config import check_in_use, unwrapped
+from llmchain_fed.model.adapters.residents import Factors
 from llmchain_fed.model.adapters.resolved import Layer, Resolved, check_names, resolve, settings
+from llmchain_fed.model.adapters.switching import GLOBAL
 from llmchain_fed.model.folder.files import SAVE_AGAIN
-from llmchain_fed.model.loading import add_adapter
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.model.weights import check_state, is_adapter
+from llmchain_fed.model.wrapping import wrap
 from llmchain_fed.untrusted import checked as checked_fields
 from llmchain_fed.untrusted import shown
 
@@ -70,7 +72,7 @@ def write(model: LocalModel, directory: Path, *, base_name: str) -> Trained | No
     (key,) = model.peft_names
     module = cast(PeftModel, unwrapped(model.module))
     state = _state_of(module, key)
-    remainder = model.remainder() if model.adapter in (None, adapters.GLOBAL) else {}
+    remainder = model.remainder() if model.adapter in (None, GLOBAL) else {}
     written, trained = found, None
     if remainder:
         own = settings(found)
@@ -131,11 +133,7 @@ def _side_by_side(
         state[in_a] = torch.cat([state[in_a].detach().cpu(), a.to(state[in_a].dtype)])
         state[in_b] = torch.cat([state[in_b].detach().cpu(), (b / layer.scaling).to(state[in_b].dtype)], dim=1)
         layers[name] = Layer(layer.rank + a.shape[0], layer.scaling)
-    return state, _with_modules(found, layers)
-
-
-def _with_modules(found: Resolved, modules: dict[str, Layer]) -> Resolved:
-    return Resolved(**{**found.__dict__, "modules": modules})
+    return state, replace(found, modules=layers)
 
 
 def _compact(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,7 +161,7 @@ def load(model: LocalModel, directory: Path, trained: Trained | None) -> LocalMo
         whole = read_settings(folder)
         state = load_file(folder / WEIGHTS)
         _check_ranks(whole, state)
-        remainder: adapters.Factors = {}
+        remainder: Factors = {}
         own = whole
         if trained is not None:
             own = whole.model_copy(update=trained.model_dump())
@@ -175,8 +173,8 @@ def load(model: LocalModel, directory: Path, trained: Trained | None) -> LocalMo
                     "in the chain that uses it. Give every chain a base of its own."
                 )
                 raise ChainFileError(msg)
-            model = model.wrapped(add_adapter(model.module, own.to_peft(), quiet=True).eval())
-        if model.adapter not in (None, adapters.GLOBAL) or len(model.peft_names) != 1:
+            model = model.wrapped(wrap(model.module, own.to_peft(), quiet=True).eval())
+        if model.adapter not in (None, GLOBAL) or len(model.peft_names) != 1:
             msg = (
                 f"{model.name!r} answers with the adapters {list(model.peft_names)}, so this one cannot become the one "
                 "that is trained. Pass the base, or the model itself with one adapter active."

@@ -81,7 +81,8 @@ def write(directory: Path, model: LocalModel, **parts: Any) -> None:
         data = saved_model.write(model, scratch)
         found = _check_files(scratch)
         files = {name: _digest(scratch / name) for name in found}
-        text = _dumped(ChainFile(model=data, files=files, llmchain_fed=_version(), **parts))
+        version = importlib.metadata.version("llmchain-fed")
+        text = _dumped(ChainFile(model=data, files=files, llmchain_fed=version, **parts).model_dump())
         (scratch / RECIPE).write_text(text, encoding="utf-8")
         mode = (scratch / RECIPE).stat().st_mode & 0o666  # what the user's umask makes of a new file
         for name in found:
@@ -113,24 +114,16 @@ def check(**parts: Any) -> None:
     Raises:
         ChainFileError: They contain more.
     """
-    _dumped_parts({name: part.model_dump() if isinstance(part, BaseModel) else part for name, part in parts.items()})
+    _dumped({name: part.model_dump() if isinstance(part, BaseModel) else part for name, part in parts.items()})
 
 
-def _dumped(file: ChainFile) -> str:
-    return _dumped_parts(file.model_dump())
-
-
-def _dumped_parts(data: dict[str, Any]) -> str:
+def _dumped(data: dict[str, Any]) -> str:
     return dump_yaml(
         data,
         what=f"the chain's {RECIPE}, with its prompt, options and llm_kwargs,",
         error=ChainFileError,
         remedy="Leave out what is no text, number, list or mapping of these, and examples beyond a megabyte of text.",
     )
-
-
-def _version() -> str:
-    return importlib.metadata.version("llmchain-fed")
 
 
 def may_be_replaced(directory: Path) -> bool:

@@ -165,11 +165,7 @@ def _generation(base: Any) -> dict[str, Any] | None:
 
 
 def write(model: LocalModel, directory: Path) -> ModelData:
-    """Writes all of the model that `load` needs into an empty directory.
-
-    Args:
-        model: Locked exclusively.
-        directory: Empty.
+    """Writes all of the model, which the caller has locked, that `load` needs into an empty directory.
 
     Raises:
         ChainFileError: See `check`.
@@ -246,10 +242,7 @@ def _write_card(directory: Path, known_as: str | None, name: str, *, dequantised
 def load(directory: Path, data: ModelData, given: LocalModel | None) -> LocalModel:
     """The model of a saved chain, with its adapter's weights.
 
-    Args:
-        directory: Where every file has just been checked.
-        data: From `chain.yaml`.
-        given: The base, instead of the one on record; its trainable weights are overwritten.
+    `given` takes the place of the base on record; its trainable weights are overwritten.
 
     Raises:
         ChainFileError: No base to be had, one of other weights, or one with another adapter.

@@ -24,7 +24,7 @@ from llmchain_fed.federated.protocol.global_state import GlobalState, parted
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.model.weights import all_finite
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.untrusted import decoding, shown
 from llmchain_fed.updates.lora_layout import A, B, at_rank, selected
 from llmchain_fed.updates.low_rank import full_rank

@@ -52,8 +52,7 @@ class CheckpointManager:
         shown: Called once participants stand where a checkpoint had them: their personal models become adapters.
 
     Raises:
-        ConfigError: `directory` is no path.
-        CheckpointError: The directory contains rounds already, which a run that begins anew would mix with its own.
+        ConfigError: `directory` is no path. Whether a run can have it, `check_directory` says.
     """
 
     def __init__(self, server: Server, directory: str | Path | None, *, shown: Callable[[], object]) -> None:
@@ -134,7 +133,7 @@ class CheckpointManager:
 
         Raises:
             ConfigError: `directory` is no path.
-            CheckpointError: See `checkpoint.read` and `Contents.of`; or an option is missing that no file stores.
+            CheckpointError: See `files.read` and `Contents.of`; or an option is missing that no file stores.
         """
         found = read_for(Target.of(model).model, _path(directory), number)
         try:
@@ -252,7 +251,7 @@ def read_for(model: LocalModel, directory: Path, number: int | None) -> Contents
     """The checkpoint of a round, as far as it can be one of a federation of this model.
 
     Raises:
-        CheckpointError: See `checkpoint.read` and `Contents.of`.
+        CheckpointError: See `files.read` and `Contents.of`.
     """
     return Contents.of(files.read(directory, number, fitting.limits_of(model)))
 

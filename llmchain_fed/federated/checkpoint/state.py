@@ -1,4 +1,4 @@
-"""Resuming: a hub's whole state as a checkpoint, and a checkpoint's back into a hub.
+"""State: a hub's whole state as a checkpoint, and a checkpoint's back into a hub.
 
 Knows what of a hub decides its future. Knows nothing about files.
 """

@@ -29,7 +29,7 @@ from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import HelloTask, StateTask, StopTask, Task, TensorTask
 from llmchain_fed.federated.protocol.versions import STALE
 from llmchain_fed.federated.target import Target
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.untrusted import decoding
 from llmchain_fed.updates import serialization
 from llmchain_fed.updates.transforms import UpdateTransform, checked_transforms

@@ -11,19 +11,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from llmchain_fed.data.encoding import (
-    EncodedExamples,
-    Example,
-    RawText,
-    encode_examples,
-    is_ready_tensors,
-    read_examples,
-)
+from llmchain_fed.data.encoding import EncodedExamples, encode_examples, encoded
+from llmchain_fed.data.examples import Example, RawText, is_ready_tensors, read_examples
 from llmchain_fed.errors import DataError
 from llmchain_fed.federated.client.overlap import Overlap, overlap
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.target import Target
-from llmchain_fed.training.loop import TrainingConfig, encoded
+from llmchain_fed.training.config import TrainingConfig
 
 _T = TypeVar("_T")
 
@@ -32,7 +26,7 @@ class LocalData:
     """What one participant trains on and is evaluated on.
 
     Args:
-        trainee: Whose prompt and tokenizer make tokens of it.
+        target: Whose prompt and tokenizer make tokens of it.
         participant: Whose examples.
         config: What decides which examples are left out, and how many may be.
     """

@@ -17,7 +17,7 @@ from llmchain_fed.federated.client.state import KINDS, Progress, ProgressByRound
 from llmchain_fed.federated.protocol.expected import Layout
 from llmchain_fed.federated.protocol.tasks import PersonalStateTask, ProgressData
 from llmchain_fed.model.weights import all_finite
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates.lora_layout import PARTS, A, B, selected
 from llmchain_fed.updates.low_rank import full_rank

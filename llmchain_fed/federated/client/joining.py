@@ -16,7 +16,7 @@ from llmchain_fed.federated.client.own_options import own_config
 from llmchain_fed.federated.client.state import ProgressByRound
 from llmchain_fed.federated.protocol.answers import Introduction, Nothing
 from llmchain_fed.federated.protocol.tasks import HelloTask, StopTask
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from llmchain_fed.federated.client.client import Client

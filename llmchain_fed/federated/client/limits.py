@@ -18,8 +18,7 @@ from llmchain_fed.data.encoding import IGNORE, EncodedExamples
 from llmchain_fed.errors import PolicyError
 from llmchain_fed.federated.protocol.tasks import TrainTask
 from llmchain_fed.training.batch_sampler import Place, length_buckets
-from llmchain_fed.training.config import DEFAULT_LEARNING_RATE
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.config import DEFAULT_LEARNING_RATE, TrainingConfig
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates.aggregation import AGGREGATIONS
 

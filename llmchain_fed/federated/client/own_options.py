@@ -8,7 +8,7 @@ from __future__ import annotations
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.target import Target
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.updates.lora_layout import LoraLayout
 
 

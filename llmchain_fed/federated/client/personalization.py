@@ -22,8 +22,9 @@ from llmchain_fed.federated.protocol.finiteness import spelled
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import CurveTask, PersonalizeTask
 from llmchain_fed.model.local_model import LocalModel
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.training.evaluation import evaluate_locally
-from llmchain_fed.training.loop import TrainingConfig, TrainingResult, train_locally
+from llmchain_fed.training.loop import TrainingResult, train_locally
 from llmchain_fed.updates.lora_layout import A, B
 from llmchain_fed.updates.low_rank import Factors, stack
 from llmchain_fed.updates.serialization import TensorInfo

@@ -1,4 +1,4 @@
-"""Arrived: which tensors a message about the global state may bring, known before one of their values is read.
+"""Layout: which tensors a message about the global state may bring, known before one of their values is read.
 
 Knows names, types and shapes of a model's trainable state, of remainders and of codecs' parts. Knows nothing of values,
 or of what the message is for.

@@ -28,10 +28,10 @@ from llmchain_fed.federated.settings import (
     training_of,
 )
 from llmchain_fed.federated.target import Target
-from llmchain_fed.model.adapters import GLOBAL
+from llmchain_fed.model.adapters.switching import GLOBAL
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training import trainable
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.updates.aggregation import make_aggregation
 from llmchain_fed.updates.codecs import make_codec
 from llmchain_fed.updates.lora_layout import LoraLayout

@@ -1,6 +1,6 @@
 """Dispatcher: lets participants join and train within a deadline, and asks again who could not be reached.
 
-Knows the transport, the roster and the clock. Knows nothing about aggregation or about what an update must be.
+Knows the runtime, who takes part, and the clock. Knows nothing about aggregation or about what an update must be.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Dispatcher:
     """Asks participants, as patiently as a federation's options say.
 
     Args:
-        transport: The way to them.
-        roster: Who takes part.
+        runtime: The way to them.
+        client_manager: Who takes part.
         broadcast: Sends them what they lack of the global state.
         rule: Which says whether they may have ranks of their own.
         deadline: seconds a round's training, or any other answer, may take; None waits.

@@ -1,6 +1,6 @@
 """Evaluator: held-out loss and sample answers, measured where the held-out examples are.
 
-Knows the transport's `evaluate` operation and the records it fills. Knows nothing about training or aggregation.
+Knows the runtime's `evaluate` operation and the records it fills. Knows nothing about training or aggregation.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llmchain_fed.data.encoding import Examples
+from llmchain_fed.data.encoding import encoded
+from llmchain_fed.data.examples import Examples
 from llmchain_fed.errors import ConfigError, LLMChainFedError
 from llmchain_fed.federated.history import History, RoundRecord, Sample, told_of
 from llmchain_fed.federated.participant import Participant, hold_out
@@ -24,7 +25,6 @@ from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.pooling import HALF, WHOLE, pooled
 from llmchain_fed.federated.target import Target
 from llmchain_fed.training.evaluation import evaluate_locally
-from llmchain_fed.training.loop import encoded
 from llmchain_fed.untrusted import one_line, printable
 
 _SAMPLE_TOKENS = 32
@@ -49,7 +49,7 @@ class Evaluator:
     """Measures the current global weights on held-out examples.
 
     Args:
-        trainee: The model in this process.
+        target: The model in this process.
         evaluation: A share to hold out, a mapping name → examples, examples for all, or None.
         samples: answers recorded per participant.
         seed: Decides what is held out.

@@ -22,7 +22,7 @@ from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.federated.server.asking import ask_one, task_now
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.server import Server
-from llmchain_fed.model.adapters import GLOBAL
+from llmchain_fed.model.adapters.switching import GLOBAL
 
 _KINDS = ("base", "global", "personal")
 
@@ -102,7 +102,7 @@ def personalize(server: Server, participant: str, steps: int, lr: float | None) 
 
 
 def compare(server: Server, participants: Sequence[str] | None) -> dict[str, dict[str, float]]:
-    """Losses side by side; see `FederatedAveraging.compare`."""
+    """Losses side by side; see `FederatedAveraging.side_by_side`."""
     with_held_out = [n for n, hello in server.client_manager.joined.items() if hello.held_out]
     wanted = with_held_out if participants is None else list(participants)
     if strangers := [n for n in wanted if n not in with_held_out]:

@@ -25,7 +25,7 @@ from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.protocol.tasks import TrainTask
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.diagnostics import Diagnostics, Seen
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.untrusted import decoding, one_line
 from llmchain_fed.updates.aggregation import Weighting
 from llmchain_fed.updates.aggregation.base import Rule

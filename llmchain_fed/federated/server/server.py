@@ -1,6 +1,6 @@
 """Server: the leading side of a federation. Its state between rounds, and the steps that a round is made of.
 
-Knows the seams: transport, rule, codecs, server optimizer, records. Knows nothing about how participants train or where
+Knows the seams: runtime, rule, codecs, server optimizer, records. Knows nothing about how participants train or where
 they run, nor about when a round is run.
 """
 
@@ -29,7 +29,7 @@ from llmchain_fed.federated.server.round import OpenRound
 from llmchain_fed.federated.settings import Settings, sampled
 from llmchain_fed.federated.target import Target
 from llmchain_fed.model.local_model import LocalModel
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.untrusted import printable
 from llmchain_fed.updates import serialization, server_optimizers
 from llmchain_fed.updates.collection import Combined, Round
@@ -65,8 +65,8 @@ class Server:
     """Runs rounds and keeps what they leave.
 
     Args:
-        trainee: The model and chain that learn.
-        transport: The way to the participants.
+        target: The model and chain that learn.
+        runtime: The way to the participants.
         evaluator: What held-out loss is measured on.
         settings: The options.
     """

@@ -60,16 +60,8 @@ class Resolved:
     def differences(self, other: Resolved) -> list[str]:
         """What differs, in words with both values; this one first."""
         found = []
-        for name in (
-            "dropout",
-            "use_rslora",
-            "use_dora",
-            "lora_bias",
-            "modules_to_save",
-            "tied",
-            "tied_tokens",
-            "tokens",
-        ):
+        switches = ("dropout", "use_rslora", "use_dora", "lora_bias")
+        for name in (*switches, "modules_to_save", "tied", "tied_tokens", "tokens"):
             here, there = getattr(self, name), getattr(other, name)
             if here != there:
                 found.append(f"{name} {_short(here)} against {_short(there)}")

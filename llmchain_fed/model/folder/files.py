@@ -34,12 +34,6 @@ WRITTEN = {
     ),
 }
 """folder of a saved chain → the names of all files that `save` may write into it"""
-_REDIRECTING = {
-    "adapter_config.json": (
-        "transformers would read it by itself, and it can name another base and code. Put the adapter into a folder of "
-        "its own and load it over the base: LocalModel(PeftModel.from_pretrained(base, folder), tokenizer)."
-    ),
-}
 
 
 def plain_files(folder: Path, *, error: ErrorType) -> list[str]:
@@ -73,12 +67,7 @@ def plain_files(folder: Path, *, error: ErrorType) -> list[str]:
 
 
 def check_written(names: Iterable[str], *, error: ErrorType) -> None:
-    """Makes sure that `save` could have written every file, going by its name alone.
-
-    Args:
-        names: The paths within a saved chain, such as "base/config.json".
-        error: This is raised, with the file's name.
-    """
+    """Makes sure that `save` could have written every file, going by its name alone."""
     for name in names:
         part, _, rest = name.partition("/")
         if part not in WRITTEN or not WRITTEN[part].fullmatch(rest):
@@ -91,14 +80,15 @@ def check_own(folder: Path, *, error: ErrorType) -> None:
     """Makes sure that transformers, asked for the model in a folder, reads that model and nothing else.
 
     What is in the folder beside a model's own files is not looked at.
-
-    Args:
-        folder: A model's folder; one in the hub's cache may link to the blobs beside it.
-        error: This is raised for a file that leads elsewhere, with the remedy.
     """
-    for name, why in _REDIRECTING.items():
-        if os.path.lexists(folder / name):
-            raise refusal(error, f"{shown(str(folder / name), 300)} is not read, so nothing is loaded: {why[:-1]}")
+    if os.path.lexists(adapter := folder / "adapter_config.json"):
+        raise refusal(
+            error,
+            f"{shown(str(adapter), 300)} is not read, so nothing is loaded: transformers would read it by itself, and "
+            "it can name another base and code",
+            "Put the adapter into a folder of its own and load it over the base: "
+            "LocalModel(PeftModel.from_pretrained(base, folder), tokenizer)",
+        )
     real = folder.resolve()
     roots = [real]
     if real.parent.name == "snapshots":

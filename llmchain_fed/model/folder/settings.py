@@ -60,12 +60,7 @@ _MOST_REPEATED = 2**20
 
 
 def check_saved(folder: Path, *, error: ErrorType) -> None:
-    """Makes sure that the settings in `base/` and `tokenizer/` of a saved chain are data about this folder alone.
-
-    Args:
-        folder: The chain's folder; its files are regular ones that `save` may write.
-        error: This is raised with file and key.
-    """
+    """Makes sure that the settings in `base/` and `tokenizer/` of a saved chain are data about this folder alone."""
     for part, name in (("base", "config.json"), ("tokenizer", "tokenizer_config.json")):
         if (found := _read(folder / part / name, error)) is not None:
             _check_keys(found, f"{part}/{name}", texts=part == "tokenizer", error=error)
@@ -83,12 +78,7 @@ def check_saved(folder: Path, *, error: ErrorType) -> None:
 
 
 def check_writable(config: Any, *, error: ErrorType) -> None:
-    """Makes sure that a model's configuration, once saved, is one that `check_saved` lets through.
-
-    Args:
-        config: The configuration as transformers' object.
-        error: This is raised with the field and what to do.
-    """
+    """Makes sure that a model's configuration, once saved, is one that `check_saved` lets through."""
     written = _without(json.loads(config.to_json_string()))
     remedy = "Change or remove that field of module.config: it means nothing to a model that is loaded as data."
     _check_keys(written, "the model's config.json", texts=False, error=error, remedy=remedy)
@@ -96,10 +86,6 @@ def check_writable(config: Any, *, error: ErrorType) -> None:
 
 def check_implementations(config: Any, *, what: str) -> None:
     """Makes sure that a configuration names no code of a hub's for its attention or its experts.
-
-    Args:
-        config: The configuration as transformers' object, before a model is made of it.
-        what: The message says that this has the configuration.
 
     Raises:
         UnsupportedModelError: The configuration names such code.

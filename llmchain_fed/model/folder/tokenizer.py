@@ -20,13 +20,7 @@ _MOST_GROWTH = 2**16  # times as long as before
 
 
 def check(folder: Path, *, remedy: str, error: ErrorType) -> None:
-    """Makes sure that the tokenizer in a folder, if it has one in this form, can be read in bounded time and memory.
-
-    Args:
-        folder: `tokenizer.json` may lie in it.
-        remedy: This sentence says what to do.
-        error: This is raised with the file and what is wrong with it.
-    """
+    """Makes sure that the tokenizer in a folder, if it has one in this form, can be read in bounded time and memory."""
     path = folder / "tokenizer.json"
     if not path.exists():
         return

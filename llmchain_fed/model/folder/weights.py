@@ -65,10 +65,6 @@ def check_fits(folder: Path, *, error: ErrorType) -> None:
     """Makes sure that `config.json` makes no larger a model than the weights beside it fill.
 
     What transformers does not find it makes up, and takes the memory for it.
-
-    Args:
-        folder: Its settings have been checked.
-        error: This is raised with both sizes.
     """
     check_index(folder, error=error)
     stored = [tensor for file in folder.glob("*.safetensors") for tensor in headers(file, error=error).values()]

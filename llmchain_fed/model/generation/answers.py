@@ -61,7 +61,7 @@ class GenerationOptions(FrozenConfig):
         """All that `generate` is to do: these options over what the model ships.
 
         Args:
-            own: The module's `generation_config`; `generation_fields` says which of its fields apply.
+            own: The module's `generation_config`; `generation.fields` says which of its fields apply.
             eos: These ids end an answer.
             pad: The id of the padding token.
             start: tokens: The answer begins here in a row, behind the prompt or the decoder's start.
@@ -179,23 +179,6 @@ def stream_text(
     finally:
         abandoned.set()
         worker.join()
-
-
-def pad_rows(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Rows of ids → (B, T) ids and attention mask.
-
-    >>> pad_rows([[5, 6], [7]], 0, left=True)[0]
-    tensor([[5, 6],
-            [0, 7]])
-    """
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, place] = torch.tensor(row)
-        mask[i, place] = 1
-    return ids, mask
 
 
 def chunks(order: Sequence[int], keys: Sequence[object], size: int) -> Iterator[list[int]]:

@@ -119,13 +119,7 @@ _LOG = logging.getLogger("llmchain_fed")
 
 
 def shipped(own: Any, *, sampling: bool, beams: bool) -> dict[str, Any]:
-    """The fields that apply as the model ships them in such a call, with the entries that only this model knows.
-
-    Args:
-        own: The module's `generation_config`, or None.
-        sampling: It says whether answers are sampled.
-        beams: It says whether several beams are searched.
-    """
+    """The fields that apply as the model ships them in such a call, with the entries that only this model knows."""
     if own is None:
         return {}
     applying = {"model", *(["sampling"] if sampling else []), *(["beams"] if beams else [])}
@@ -159,13 +153,7 @@ def reads_padding(own: Any, *, seq2seq: bool, pad: int) -> bool:
 
 
 def overridden(own: Any, options: Any, explicit: Collection[str]) -> dict[str, Any]:
-    """What the model ships and defaults of this package override: field → value.
-
-    Args:
-        own: The module's `generation_config`, or None.
-        options: The `GenerationOptions` of the call.
-        explicit: The caller has chosen these options; they override nothing without being asked.
-    """
+    """What the model ships and defaults of this package, not what the caller chose, override: field → value."""
     sampling, beams = options.temperature > 0, options.num_beams > 1
     found = {}
     for name, value in _set(own):
@@ -190,14 +178,7 @@ def without_effect(own: Any) -> dict[str, Any]:
 
 
 def say(model: str, others: Mapping[str, Any], idle: Mapping[str, Any], *, said: set[str]) -> None:
-    """Logs what a model ships and its answers do not follow, each field once.
-
-    Args:
-        model: The model's name.
-        others: The fields that `overridden` found.
-        idle: The fields that `without_effect` found.
-        said: These fields were said before; those said now are added.
-    """
+    """Logs what a model ships and its answers do not follow, each field once; `said` grows by them."""
     others = {n: v for n, v in others.items() if n not in said}
     idle = {n: v for n, v in idle.items() if n not in said}
     said |= {*others, *idle}
@@ -261,10 +242,6 @@ class CompleteConfig(GenerationConfig):  # type: ignore[misc]
 
 def check_ids(values: Mapping[str, Any], rows: int | None) -> None:
     """Makes sure that tokens which the model ships have a row in it.
-
-    Args:
-        values: The fields that `shipped` found.
-        rows: The model tells so many tokens apart; None is unknown.
 
     Raises:
         ConfigError: A token id is beyond them.

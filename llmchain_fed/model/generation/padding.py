@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from llmchain_fed.model.adapters.lora_config import unwrapped
-from llmchain_fed.model.generation.answers import evaluating, pad_rows
+from llmchain_fed.model.generation.answers import evaluating
 from llmchain_fed.model.generation.fields import CompleteConfig
+from llmchain_fed.model.tokens import pad_rows
 
 _LENGTH, _CUTS, _STEPS = 12, (1, 7), 2  # tokens of the trial prompt, tokens cut off for the others, tokens generated
 _HALF = {torch.float16, torch.bfloat16}

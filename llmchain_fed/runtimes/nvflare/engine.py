@@ -1,8 +1,8 @@
 """The engine's processes: checks a kit before it is used, starts hub or site, and ends them with all their children.
 
 Knows kits, processes and command lines. Knows nothing of jobs or models; what happens while an engine runs is for its
-parent, `keeping.keeper`. The checks are here because NVFlare itself waits forever, mostly without a word, on a wrong
-certificate or a port in use.
+parent, `supervision.supervisor`. The checks are here because NVFlare itself waits forever, mostly without a word, on a
+wrong certificate or a port in use.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def nvflare_command(
     Args:
         kit: The folder of the kit.
         socket: The path at which a site's peer listens; a hub has none.
-        wire: The descriptor over which it tells its parent, see `keeping.child`.
+        wire: The descriptor over which it tells its parent, see `supervision.child`.
         authority: The authority's folder, at the hub.
 
     Raises:

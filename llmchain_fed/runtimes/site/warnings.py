@@ -1,4 +1,4 @@
-"""SiteWarnings: what a site seldom means: files open to others, held-out examples trained on, text that may leave.
+"""Warnings: what a site seldom means: files open to others, held-out examples trained on, text that may leave.
 
 Knows files' modes, a policy and counts. Knows nothing of models or of who is told.
 """

@@ -117,13 +117,7 @@ class _Sketch:
 
 
 class WithGap(Around):
-    """A collection, and beside it the gap of what it is given.
-
-    Args:
-        inner: That collection, of a round that has begun.
-        rule: Whose it is.
-        about: The round.
-    """
+    """A collection, and beside it the gap of what it is given."""
 
     def __init__(self, inner: Collection, rule: Rule, about: Round) -> None:
         super().__init__(inner)

@@ -23,25 +23,6 @@ from llmchain_fed.updates.server_optimizers.adaptive import FedAdagrad, FedAdam,
 from llmchain_fed.updates.server_optimizers.state import check_names, check_tensors
 from llmchain_fed.updates.server_optimizers.torch_optimizers import DiLoCo, TorchServerOptimizer
 
-__all__ = [
-    "DiLoCo",
-    "FedAdagrad",
-    "FedAdam",
-    "FedAvgM",
-    "FedYogi",
-    "Reptile",
-    "ResumableServerOptimizer",
-    "ServerOptimizer",
-    "TorchServerOptimizer",
-    "apply",
-    "check",
-    "from_settings",
-    "is_known",
-    "rehearse",
-    "snapshot",
-]
-
-
 _WRITTEN_OUT = (FedAvgM, Reptile, FedAdagrad, FedAdam, FedYogi, DiLoCo)
 _OWN: Mapping[str, type[Any]] = {kind.__name__: kind for kind in _WRITTEN_OUT}
 _LONGEST = 64  # characters of an option, or values in a list of them

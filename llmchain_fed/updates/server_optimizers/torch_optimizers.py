@@ -112,15 +112,15 @@ class TorchServerOptimizer:
 
     def settings(self) -> dict[str, Any]:
         """Class, torch's class and the options as JSON."""
-        kind = f"{self._class.__module__}.{self._class.__qualname__}"
-        options: dict[str, Any] = json.loads(json.dumps(self._options))
-        return {"class": type(self).__name__, "optimizer": kind, "options": options}
+        return {**self._kind(), "options": json.loads(json.dumps(self._options))}
+
+    def _kind(self) -> dict[str, str]:
+        return {"class": type(self).__name__, "optimizer": f"{self._class.__module__}.{self._class.__qualname__}"}
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copies of the memory as "slot/<tensor name>", the classes, and what torch keeps as plain numbers."""
         tensors, values = flattened(self._memory)
-        settings = self.settings()
-        return tensors, {"class": settings["class"], "optimizer": settings["optimizer"], "values": values}
+        return tensors, {**self._kind(), "values": values}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave.
@@ -128,12 +128,11 @@ class TorchServerOptimizer:
         Raises:
             ConfigError: It is another optimizer's.
         """
-        settings = self.settings()
-        check_foreign(numbers, {"class": settings["class"], "optimizer": settings["optimizer"]}, "values")
+        check_foreign(numbers, self._kind(), "values")
         self._memory = unflattened(tensors, numbers["values"])
 
 
-class DiLoCo:
+class DiLoCo(TorchServerOptimizer):
     """The outer optimizer of DiLoCo (arXiv 2311.08105): SGD with Nesterov momentum on −D.
 
     >>> DiLoCo().step({"w": torch.zeros(1)}, {"w": torch.ones(1)})["w"]
@@ -148,26 +147,11 @@ class DiLoCo:
     def __init__(self, *, lr: float = 0.7, momentum: float = 0.9) -> None:
         self.lr, self.momentum = in_range("DiLoCo", "lr", lr), in_range("DiLoCo", "momentum", momentum)
         # torch refuses nesterov without momentum, where it is plain SGD
-        sgd = {"lr": self.lr, "momentum": self.momentum, "nesterov": self.momentum > 0}
-        self._outer = TorchServerOptimizer(torch.optim.SGD, **sgd)
+        super().__init__(torch.optim.SGD, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0)
 
     def __repr__(self) -> str:
         return f"DiLoCo(lr={self.lr}, momentum={self.momentum})"
 
-    def step(self, state: Mapping[str, Tensor], pseudo_gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As `TorchServerOptimizer.step`."""
-        return self._outer.step(state, pseudo_gradient)
-
     def settings(self) -> dict[str, Any]:
         """Class and options as JSON."""
         return {"class": "DiLoCo", "lr": self.lr, "momentum": self.momentum}
-
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copies of the momentum as "momentum_buffer/<tensor name>", and the class."""
-        tensors, numbers = self._outer.state_dict()
-        return tensors, {**numbers, "class": "DiLoCo"}
-
-    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave; raises ConfigError where it is another optimizer's."""
-        check_foreign(numbers, {"class": "DiLoCo"}, "optimizer", "values")
-        self._outer.load_state_dict(tensors, {**numbers, "class": type(self._outer).__name__})
