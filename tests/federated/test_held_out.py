@@ -12,7 +12,7 @@ from resumed_runs import Elsewhere
 from tiny import PAIRS
 from torch.utils.data import DataLoader
 
-from llmchain_fed import FederatedAveraging, Participant
+from llmchain_fed import FederatedAveraging, Participant, TrainingConfig, evaluate_locally
 from llmchain_fed.data.encoding import collate, encode_examples
 from llmchain_fed.errors import ConfigError, ParticipantError, TransportError
 from llmchain_fed.federated.client.overlap import Overlap, crossing, overlap
@@ -289,3 +289,16 @@ def test_every_process_of_a_script_may_be_given_what_all_hold_out(make_chain):
     assert rank._server.evaluator.divide({"a": Participant("a", A)})["a"].held_out == REST
     with pytest.raises(ConfigError, match=r"evaluation names \['z'\], who take no part. Participants: a, b"):
         federation(make_chain(), {"a": A}, evaluation=given | {"z": REST}, runtime=Ranks(here._peers))
+
+
+def test_a_shared_set_is_as_long_as_training_lets_examples_be(make_chain):
+    chain = make_chain()
+    longer = ({"text": "send a message now " * 3}, "yes")
+    longest = max(encode_examples(REST, chain.model, chain).lengths()) + 1
+    training = TrainingConfig(learning_rate=1e-3, batch_size=4, max_length=longest)
+    fed = FederatedAveraging(
+        chain, participants={"a": A}, evaluation=[*REST, longer], training=training, samples=0, progress=False
+    )
+    wanted = evaluate_locally(chain, REST).loss
+    assert evaluate_locally(chain, [*REST, longer]).loss != pytest.approx(wanted, rel=1e-4)
+    assert fed.fit(rounds=1)[0].held_out_before == pytest.approx(wanted, rel=1e-6)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import PAIRS
 
-from llmchain_fed import ConfigError, FederatedAveraging, TrainingConfig
+from llmchain_fed import ConfigError, FederatedAveraging, QuorumError, TrainingConfig, UpdateRefusedError
 from llmchain_fed.federated.settings import FederationConfig
 from llmchain_fed.runtimes.federation_file import FederationFile
 from llmchain_fed.updates.aggregation import weight_share
@@ -82,7 +82,7 @@ def test_only_updates_that_may_be_cut_are_kept(weights, share):
         most = max(most, len(capped._kept))
     assert most <= math.ceil(1 / share)
     assert all(weight == named[name] for name, weight in inner.weights)
-    capped.finish()
+    capped.release()
     assert dict(inner.weights) == capped.weights == cut(named, share)
     assert len(inner.weights) == len(named)
 
@@ -193,3 +193,46 @@ def test_a_share_of_nothing_is_none_wherever_it_is_given(share, make_chain):
     for model in (FederationConfig, FederationFile):
         assert model.model_fields["max_weight_share"].annotation == Share | None
     assert CappedWeights(Seen(), SMALLEST)._most == 10**6
+
+
+class Late(Collection):
+    """A mean that says how many updates were in when it could ask for more, and refuses some of them."""
+
+    refuses = ()
+
+    def zero(self, about):
+        self.about, self.values, self.weights, self.seen = about, [], [], None
+
+    def add(self, given):
+        if given.participant in self.refuses:
+            raise UpdateRefusedError("it is of no use")
+        self.values.append(given.tensors)
+        self.weights.append(given.weight)
+
+    def between(self, ask):
+        self.seen = len(self.values)
+
+    def finish(self):
+        total = sum(self.weights)
+        return Combined({n: sum(w / total * v[n] for w, v in zip(self.weights, self.values)) for n in self.values[0]})
+
+
+def test_a_collection_sees_every_update_before_it_may_ask_for_more(make_chain):
+    rule = Late()
+    FederatedAveraging(
+        make_chain(lora=True), participants=SHARES, training=SGD, aggregation=rule, max_weight_share=0.4, progress=False
+    ).fit(1)
+    assert rule.seen == len(SHARES)
+
+
+def test_updates_that_were_kept_and_are_of_no_use_do_not_count_for_the_quorum(make_chain):
+    rule, chain = Late(), make_chain(lora=True)
+    rule.refuses = ("large",)
+    options = {"training": SGD, "aggregation": rule, "max_weight_share": 0.4, "progress": False}
+    former = chain.model.trainable_state()
+    with pytest.raises(QuorumError, match=r"round 1 has 3 usable updates, the quorum is 4 \(large: .*no use"):
+        FederatedAveraging(chain, participants=SHARES, quorum=4, **options).fit(1)
+    assert rule.seen is None
+    assert all(torch.equal(t, former[n]) for n, t in chain.model.trainable_state().items())
+    history = FederatedAveraging(chain, participants=SHARES, quorum=3, **options).fit(1)
+    assert history[0].trained == ["a", "b", "c"]

@@ -29,7 +29,9 @@ from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import HelloTask, StateTask, StopTask, Task, TensorTask
 from llmchain_fed.federated.protocol.versions import STALE
 from llmchain_fed.federated.target import Target
+from llmchain_fed.training.batch_sampler import BatchSampler
 from llmchain_fed.training.config import TrainingConfig
+from llmchain_fed.training.gradient_step import GradientStep
 from llmchain_fed.untrusted import decoding
 from llmchain_fed.updates import serialization
 from llmchain_fed.updates.transforms import UpdateTransform, checked_transforms
@@ -42,9 +44,10 @@ class Client:
         target: What to train.
         participant: Whose examples.
         config: How to train; the participant's own options go first. None: as the hub says in its hello.
-        samples: Held-out examples that may leave with the chain's answers, at most; None is as many as are asked for.
         global_states: What this process's participants have been sent; None makes one for this participant alone.
         transforms: What happens to an update before it is sent, one after the other.
+        gradient_step: How a batch becomes a gradient, where it is another way than `train_locally` has by default.
+        batch_sampler: How batches are drawn, likewise.
 
     Raises:
         ConfigError: The participant's own options, or the transforms, are not valid.
@@ -56,9 +59,10 @@ class Client:
         participant: Participant,
         config: TrainingConfig | None,
         *,
-        samples: int | None = None,
         global_states: GlobalStateCache | None = None,
         transforms: Sequence[UpdateTransform] = (),
+        gradient_step: GradientStep | None = None,
+        batch_sampler: BatchSampler | None = None,
     ) -> None:
         self.target, self.model = target, target.model
         self.participant, self.name = participant, participant.name
@@ -70,8 +74,10 @@ class Client:
         self.scaling = own_scaling(target, participant)
         """layer → s, where its LoRA rank is its own"""
         self.transforms = checked_transforms(transforms)
+        self.gradient_step, self.batch_sampler = gradient_step, batch_sampler
         self.limits: Limits | None = None
-        self.samples = samples
+        self.samples: int | None = None
+        """held-out examples that may leave with the chain's answers, at most; None is as many as are asked for"""
         self.global_states = global_states or GlobalStateCache(target.model, most=Limits().max_states)
         self.progress = ProgressByRound()
         self.kept: set[str] = set()
@@ -169,7 +175,7 @@ class Client:
     def obey(self, limits: Limits) -> None:
         """Lets nothing be asked that these limits do not allow, from now on."""
         self.limits = limits
-        self.samples = limits.samples if self.samples is None else min(self.samples, limits.samples)
+        self.samples = limits.samples
         self.global_states.most = limits.max_states
 
     def give_up(self) -> None:

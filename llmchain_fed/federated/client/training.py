@@ -163,6 +163,8 @@ def trained_values(
             client.config,
             optimizer_state=progress.optimizer_state,
             before_step=check,
+            gradient_step=client.gradient_step,
+            batch_sampler=client.batch_sampler,
             **place,
         )
         if isinstance(data, Counted) and limits is not None:
@@ -180,5 +182,4 @@ def time_step(client: Client, task: TimeStepTask, state: GlobalState) -> TimeSte
     single = personalization.steps_config(config, 1, None)
     with loaded(client.model, state):
         seconds = [train_locally(client.model, data, single, **place).seconds for _ in range(_TIMED)][-1]
-    per_pass = -(-len(data) // config.batch_size) if hasattr(data, "__len__") else 0
-    return TimeStepAnswer(seconds=seconds, steps=config.max_steps or per_pass * (config.epochs or 1))
+    return TimeStepAnswer(seconds=seconds, steps=steps_of(data, config) or 0)

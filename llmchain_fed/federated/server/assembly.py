@@ -68,7 +68,7 @@ def assemble(model: Any, participants: Any, optimizer: Any, options: FederationO
     named, runtime = as_participants(participants), checked_runtime(options.get("runtime"))
     samples = config.samples if config.samples is not None else int(runtime.sequential)
     evaluation = options.get("evaluation") if config.evaluation == EXAMPLES else config.evaluation
-    evaluator = Evaluator(target, evaluation, samples=samples, seed=config.seed)
+    evaluator = Evaluator(target, evaluation, training, samples=samples, seed=config.seed)
     if options.get("runtime") is not None and not runtime.replicated:
         _check_brought(named, config, evaluator)
         if not runtime.sequential:

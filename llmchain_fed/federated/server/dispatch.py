@@ -16,7 +16,7 @@ from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.client_manager import ClientManager
 from llmchain_fed.federated.server.round import Arrival, too_few
-from llmchain_fed.updates.aggregation.base import Rule
+from llmchain_fed.federated.settings import Settings
 
 _PAUSE = 2.0  # seconds before the first retry; the n-th waits n times as long
 
@@ -28,22 +28,15 @@ class Dispatcher:
         runtime: The way to them.
         client_manager: Who takes part.
         broadcast: Sends them what they lack of the global state.
-        rule: Which says whether they may have ranks of their own.
-        deadline: seconds a round's training, or any other answer, may take; None waits.
-        retries: How often those who could not be reached, or failed elsewhere, are asked again.
+        settings: How long they are waited for, how often they are asked, and the rule, which says whether they may have
+            ranks of their own.
     """
 
     def __init__(
-        self,
-        runtime: Runtime,
-        client_manager: ClientManager,
-        broadcast: Broadcast,
-        rule: Rule,
-        deadline: float | None,
-        retries: int,
+        self, runtime: Runtime, client_manager: ClientManager, broadcast: Broadcast, settings: Settings
     ) -> None:
-        self._runtime, self._client_manager, self._broadcast, self._rule = runtime, client_manager, broadcast, rule
-        self._deadline, self._retries = deadline, retries
+        self._runtime, self._client_manager, self._broadcast = runtime, client_manager, broadcast
+        self._settings = settings
 
     def join(self, number: int, quorum: int) -> list[str]:
         """Lets everyone join who is there; if they are too few, the others are asked again.
@@ -60,9 +53,9 @@ class Dispatcher:
             LLMChainFedError: See `ClientManager.join`.
         """
         joined: list[str] = []
-        for attempt in range(self._retries + 1):
+        for attempt in range(self._settings.retries + 1):
             time.sleep(_PAUSE * attempt)
-            joined += self._join(self._deadline, again=attempt > 0)
+            joined += self._join(self._settings.deadline, again=attempt > 0)
             if len(self._client_manager.joined) >= quorum:
                 return joined
         raise too_few(number, len(self._client_manager.joined), quorum, self._client_manager.reasons)
@@ -72,7 +65,7 @@ class Dispatcher:
         for name in newcomers:
             hello = self._client_manager.joined[name]
             try:
-                check_rank(self._rule, name, hello.rank, self._broadcast.layout)
+                check_rank(self._settings.rule, name, hello.rank, self._broadcast.layout)
             except ConfigError as error:
                 self._client_manager.leave(name, ParticipantError(str(error)))
             else:
@@ -87,10 +80,10 @@ class Dispatcher:
             chosen: Who shall train.
             largest: bytes that no answer exceeds.
         """
-        until = time.monotonic() + self._deadline if self._deadline is not None else None
+        until = time.monotonic() + self._settings.deadline if self._settings.deadline is not None else None
         waiting, sent = chosen, dict.fromkeys(chosen, 0)
         missed: dict[str, Exception] = {}
-        for attempt in range(self._retries + 1):
+        for attempt in range(self._settings.retries + 1):
             if attempt:
                 time.sleep(_PAUSE * attempt)
                 if until is not None and time.monotonic() >= until:

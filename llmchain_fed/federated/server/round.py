@@ -25,14 +25,11 @@ from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.protocol.tasks import TrainTask
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.diagnostics import Diagnostics, Seen
+from llmchain_fed.federated.settings import Settings
 from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.untrusted import decoding, one_line
-from llmchain_fed.updates.aggregation import Weighting
-from llmchain_fed.updates.aggregation.base import Rule
 from llmchain_fed.updates.aggregation.gap import WithGap
 from llmchain_fed.updates.aggregation.weight_share import CappedWeights
-from llmchain_fed.updates.codecs import spec
-from llmchain_fed.updates.codecs.base import Codec
 from llmchain_fed.updates.collection import Ask, Collection, Combined, Contribution, Round
 from llmchain_fed.updates.lora_layout import selected
 from llmchain_fed.updates.serialization import TensorInfo, describe
@@ -64,11 +61,8 @@ class OpenRound:
         about: The round as its rule sees it.
         broadcast: What each participant was sent.
         base: Fingerprint of the base weights.
-        rule: The server rule.
-        weighting: What an update counts by.
-        codec: What updates travel as.
+        settings: The federation's: its rule, its codec, and what an update counts by.
         training: How a participant of this name trains, as far as anybody here knows.
-        max_share: The largest share of the round that one update may weigh; None sets no limit.
     """
 
     def __init__(
@@ -76,11 +70,8 @@ class OpenRound:
         about: Round,
         broadcast: Broadcast,
         base: str,
-        rule: Rule,
-        weighting: Weighting,
-        codec: Codec | None,
+        settings: Settings,
         training: Callable[[str], TrainingConfig],
-        max_share: float | None = None,
     ) -> None:
         self.number = about.number
         self.start = broadcast.state_for()
@@ -88,8 +79,9 @@ class OpenRound:
         self.records: dict[str, ParticipantRecord] = {}
         self.spent = False
         """whether its updates have been combined: rules may use them up"""
-        self._broadcast, self._base, self._rule, self._weighting, self._codec = broadcast, base, rule, weighting, codec
-        self._training, self._about = training, replace(about, state=self.start)
+        self._broadcast, self._base, self._settings, self._training = broadcast, base, settings, training
+        self._rule = rule = settings.rule
+        self._about = replace(about, state=self.start)
         self._names = selected(self.start, rule.shares(self.number))
         collection = rule.begin(self._about)
         self._layouts: dict[int | None, Mapping[str, TensorInfo]] = {}
@@ -97,7 +89,8 @@ class OpenRound:
         if collection.payload(describe({n: self.start[n] for n in self._names})) is None:
             self._diagnostics = Diagnostics(self.start, self._names)
             collection = self._with_gap = WithGap(collection, rule, about)
-        self._capped = CappedWeights(collection, max_share) if max_share is not None else None
+        share = settings.max_weight_share
+        self._capped = CappedWeights(collection, share) if share is not None else None
         self._collection: Collection = self._capped or collection
         self._weights: dict[str, float] = {}
 
@@ -107,13 +100,14 @@ class OpenRound:
         Raises:
             FederationError: What is told beside the round's own makes no sense.
         """
+        codec = self._settings.codec
         return TrainTask.of(
             round=self.number + 1,
             base=self._base,
             trains=self._rule.trains(self.number),
             shares=self._rule.shares(self.number),
-            codec=spec(self._codec),
-            feedback=self._codec is not None and self._codec.lossy_feedback and not self._rule.regauges,
+            codec=self._settings.config.codec,
+            feedback=codec is not None and codec.lossy_feedback and not self._rule.regauges,
             **more,
         )
 
@@ -135,8 +129,8 @@ class OpenRound:
             values = describe({n: start[n] for n in self._names})
             payload = self._collection.payload(values)
             self._layouts[rank] = values if payload is None else payload
-        layout = self._layouts[rank]
-        return Expected(name, self.number + 1, self._base, layout, num_examples, num_tokens, self._codec, start)
+        layout, codec = self._layouts[rank], self._settings.codec
+        return Expected(name, self.number + 1, self._base, layout, num_examples, num_tokens, codec, start)
 
     def accept(self, arrival: Arrival) -> ParticipantRecord:
         """Uses what arrived of a participant, or records why it cannot be used.
@@ -197,7 +191,9 @@ class OpenRound:
 
     def _add(self, update: Update) -> None:
         name = update.participant
-        weight = float({"examples": update.num_examples, "tokens": update.num_tokens, "equal": 1}[self._weighting])
+        weight = float(
+            {"examples": update.num_examples, "tokens": update.num_tokens, "equal": 1}[self._settings.weighting]
+        )
         steps = int(update.metrics["steps"]) if "steps" in update.metrics else None
         scaling = self._broadcast.scaling_of(name)
         self._collection.add(Contribution(update.tensors, weight, steps, scaling, name))
@@ -245,24 +241,28 @@ class OpenRound:
             ask: The way to the participants, for a collection that needs something beside their updates.
 
         Raises:
-            QuorumError: Too few updates are in; every reason is listed.
+            QuorumError: Too few updates are in, or of use; every reason is listed.
         """
-        trained = self.trained
-        if len(trained) < max(1, quorum):
-            reasons = {n: r.reason for n, r in self.records.items() if r.reason}
-            raise too_few(self.number, len(trained), quorum, reasons, "usable updates")
+        self._check_quorum(quorum)
         self.spent = True
-        self._collection.between(ask)
-        combined = self._collection.finish()
-        self._rule.check_outcome(combined, self._about)
         if self._capped is not None:
+            self._capped.release()
             self._record_refusals()
+            self._check_quorum(quorum)  # one that was kept until its weight was known may be of no use after all
             self._weights = self._capped.weights
             for name, note in self._capped.notes.items():
                 self.records[name].notes.append(note)
+        self._collection.between(ask)
+        combined = self._collection.finish()
+        self._rule.check_outcome(combined, self._about)
         if self._diagnostics is not None:
             self._diagnostics.compare({name: self.records[name] for name in self.trained}, self._weights)
         return combined
+
+    def _check_quorum(self, quorum: int) -> None:
+        if len(self.trained) < max(1, quorum):
+            reasons = {n: r.reason for n, r in self.records.items() if r.reason}
+            raise too_few(self.number, len(self.trained), quorum, reasons, "usable updates")
 
     def gap(self) -> float | None:
         """‖mean(BA) − B̄·Ā‖ / ‖mean(BA)‖; None where it means nothing, or no single update is seen."""

@@ -77,9 +77,7 @@ class Server:
         rule = printable(settings.rule.name, MAX_AGGREGATION)[:MAX_AGGREGATION] or None
         self.client_manager = ClientManager(runtime, target, settings.training, aggregation=rule)
         self.broadcast = Broadcast(settings.broadcast_codec, settings.layout, self.client_manager.attendance)
-        self.dispatcher = Dispatcher(
-            runtime, self.client_manager, self.broadcast, settings.rule, settings.deadline, settings.retries
-        )
+        self.dispatcher = Dispatcher(runtime, self.client_manager, self.broadcast, settings)
         self.round = 0
         self.history = History()
         self.data_reports: dict[str, DataReport] = {}
@@ -121,17 +119,7 @@ class Server:
         self.publish()
         expected = sampled(settings.per_round, len(self.runtime.nodes()))
         about = Round(self.broadcast.state_for(), settings.layout, self.round, settings.seed, expected)
-        base = self.model.fingerprint()
-        return OpenRound(
-            about,
-            self.broadcast,
-            base,
-            settings.rule,
-            settings.weighting,
-            settings.codec,
-            self._training_of,
-            settings.max_weight_share,
-        )
+        return OpenRound(about, self.broadcast, self.model.fingerprint(), settings, self._training_of)
 
     def _training_of(self, name: str) -> TrainingConfig:
         """How a participant trains: as all do, or where it is one of this process with its own options over that."""
@@ -234,7 +222,8 @@ class Server:
 
     def ask(self, op: str, messages: Mapping[str, bytes]) -> dict[str, bytes | Exception]:
         """Sends participants a message each, and waits for all answers."""
-        return dict(self.runtime.call(op, list(messages), messages, self.settings.deadline))
+        found = self.runtime.call(op, list(messages), messages, self.settings.deadline)
+        return dict(self.client_manager.attendance.following(op, list(messages), found))
 
     def moved(self, opened: OpenRound, former: GlobalState, combined: Combined) -> GlobalState:
         """Where the server optimizer moves the global weights to.
