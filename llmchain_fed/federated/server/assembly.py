@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+from llmchain_fed.data.examples import is_ready_tensors
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated import compatibility
 from llmchain_fed.federated.client.client import Client
@@ -63,7 +64,21 @@ def assemble(model: Any, participants: Any, optimizer: Any, options: FederationO
     states = GlobalStateCache(target.model)
 
     def client(participant: Participant) -> Client:
-        return Client(target, participant, training, global_states=states, transforms=transforms)
+        if config.batch_sampler is not None and is_ready_tensors(participant.examples):
+            msg = (
+                f"{participant.name!r} has a DataLoader, which draws its batches itself, so no batch_sampler can. Give "
+                "its examples, or leave batch_sampler out."
+            )
+            raise ConfigError(msg)
+        return Client(
+            target,
+            participant,
+            training,
+            global_states=states,
+            transforms=transforms,
+            gradient_step=options.get("gradient_step"),
+            batch_sampler=options.get("batch_sampler"),
+        )
 
     named, runtime = as_participants(participants), checked_runtime(options.get("runtime"))
     samples = config.samples if config.samples is not None else int(runtime.sequential)
@@ -147,6 +162,8 @@ def _settings_of(
         seed=config.seed,
         max_weight_share=config.max_weight_share,
         transforms=transforms,
+        gradient_step=options.get("gradient_step"),
+        batch_sampler=options.get("batch_sampler"),
     )
 
 
@@ -166,10 +183,11 @@ def _check_brought(named: Mapping[str, Participant], config: FederationConfig, e
             "one set for all, which is measured here."
         )
         raise ConfigError(msg)
-    if config.transforms:
+    code = [name for name in ("transforms", "gradient_step", "batch_sampler") if getattr(config, name) is not None]
+    if code:
         msg = (
-            "transforms are code, and no code travels to the participants that a runtime brings. Leave them out, "
-            "use codec=, or let participants= run in this process."
+            f"{', '.join(code)}: that is code, and no code travels to the participants that a runtime brings. Leave "
+            "them out, or let participants= run in this process."
         )
         raise ConfigError(msg)
 
