@@ -277,14 +277,6 @@ class Settings:
     codec: Codec | None
     broadcast_codec: Codec | None
     server_optimizer: ServerOptimizer | None
-    weighting: Weighting
-    personal: Ditto | None
-    per_round: int | float | None
-    quorum: int
-    deadline: float | None
-    retries: int
-    seed: int
-    max_weight_share: float | None
     transforms: tuple[UpdateTransform, ...]
     gradient_step: GradientStep | None
     batch_sampler: BatchSampler | None

@@ -182,7 +182,7 @@ def test_it_goes_on_after_a_checkpoint(make_chain, tmp_path):
     fed = FederatedAveraging(make_chain(lora=True), participants=SHARES, checkpoint_dir=tmp_path, **options)
     fed.fit(1)
     again = FederatedAveraging.resume(tmp_path, make_chain(lora=True), participants=SHARES, progress=False)
-    assert again._server.settings.max_weight_share == 0.4
+    assert again._server.settings.config.max_weight_share == 0.4
     assert again.fit(1)[-1].participants["large"].notes == fed.fit(1)[-1].participants["large"].notes
 
 

@@ -6,8 +6,7 @@ Knows which parts there are and which of the options each is given. Knows nothin
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 from llmchain_fed.data.examples import is_ready_tensors
@@ -32,7 +31,7 @@ from llmchain_fed.federated.target import Target
 from llmchain_fed.model.adapters import GLOBAL
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training import trainable
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.updates.aggregation import make_aggregation
 from llmchain_fed.updates.codecs import make_codec
 from llmchain_fed.updates.lora_layout import LoraLayout
@@ -41,18 +40,13 @@ from llmchain_fed.updates.server_optimizers import ResumableServerOptimizer
 from llmchain_fed.updates.transforms import checked_transforms
 
 
-@dataclass(frozen=True)
-class Assembled:
-    """What a federation in this process consists of."""
+def assemble(
+    model: Any, participants: Any, optimizer: Any, options: FederationOptions
+) -> tuple[Server, dict[str, Client], Callable[[Participant], Client]]:
+    """A federation's server, this process's clients, and what makes one for a participant who comes later.
 
-    server: Server
-    clients: dict[str, Client]
-    client: Callable[[Participant], Client]
-    """makes one for a participant who comes later"""
-
-
-def assemble(model: Any, participants: Any, optimizer: Any, options: FederationOptions) -> Assembled:
-    """The server and the clients of a federation, checked as a whole; see `FederatedAveraging` for what it raises."""
+    They are checked as a whole; see `FederatedAveraging` for what it raises.
+    """
     transforms = checked_transforms(options.get("transforms"))  # read once: it may be a generator
     options = cast("FederationOptions", {**options, "transforms": transforms})
     training = training_of(options, optimizer)
@@ -95,7 +89,7 @@ def assemble(model: Any, participants: Any, optimizer: Any, options: FederationO
     check_counts(config, len(runtime.nodes()))
     server = Server(target, runtime, evaluator, settings)
     server.begin()  # refuses a rule that does not fit the model now, not after the first round's training
-    return Assembled(server, clients, client)
+    return server, clients, client
 
 
 def _settings_of(
@@ -103,16 +97,9 @@ def _settings_of(
     options: FederationOptions,
     training: TrainingConfig,
     model: LocalModel,
-    peers: Iterable[Client],
+    clients: Collection[Client],
 ) -> Settings:
-    """The settings, if they make sense for this model and these participants.
-
-    Args:
-        config: The options as they can be written down.
-        options: The same as they were given, with what is code.
-        training: How participants train.
-        model: What is trained.
-        peers: Participants of this process, who may have options of their own.
+    """The settings, if they make sense for this model and this process's participants with options of their own.
 
     Raises:
         ConfigError: Two contradict each other.
@@ -123,48 +110,25 @@ def _settings_of(
             "chain itself; personalize() makes adapters for participants."
         )
         raise ConfigError(msg)
-    rule, layout = make_aggregation(options.get("aggregation", "fedavg")), LoraLayout.of(model)
-    optimizer, personal = options.get("server_optimizer"), config.personal
-    transforms = tuple(options["transforms"] or ())
-    codec, broadcast_codec = make_codec(config.codec), make_codec(config.broadcast_codec)
-    configs = [training]
-    for peer in peers:
-        compatibility.check_name(rule, personal, peer.participant.name)
-        compatibility.check_rank(rule, peer.participant.name, peer.participant.rank, layout)
-        configs.append(peer.config)
-    compatibility.check(
-        rule,
-        layout,
-        codec=codec,
-        broadcast_codec=broadcast_codec,
-        server_optimizer=optimizer,
-        ditto=personal,
-        training=configs,
-        transforms=transforms,
-        model=describe(model.trainable_parameters()),
-        max_weight_share=config.max_weight_share,
-    )
-    return Settings(
+    optimizer = options.get("server_optimizer")
+    settings = Settings(
         config=config,
-        rule=rule,
-        layout=layout,
+        rule=make_aggregation(options.get("aggregation", "fedavg")),
+        layout=LoraLayout.of(model),
         training=training,
-        codec=codec,
-        broadcast_codec=broadcast_codec,
+        codec=make_codec(config.codec),
+        broadcast_codec=make_codec(config.broadcast_codec),
         # its own copy: the memory of another federation, or of a run before, must not move this one's weights
         server_optimizer=copy.deepcopy(optimizer) if isinstance(optimizer, ResumableServerOptimizer) else optimizer,
-        weighting=config.weighting,
-        personal=personal,
-        per_round=config.participants_per_round,
-        quorum=config.quorum,
-        deadline=config.deadline,
-        retries=config.retries,
-        seed=config.seed,
-        max_weight_share=config.max_weight_share,
-        transforms=transforms,
+        transforms=tuple(options["transforms"] or ()),
         gradient_step=options.get("gradient_step"),
         batch_sampler=options.get("batch_sampler"),
     )
+    for client in clients:
+        compatibility.check_name(settings.rule, config.personal, client.name)
+        compatibility.check_rank(settings.rule, client.name, client.participant.rank, settings.layout)
+    compatibility.check(settings, [training, *(c.config for c in clients)], describe(model.trainable_parameters()))
+    return settings
 
 
 def _check_brought(named: Mapping[str, Participant], config: FederationConfig, evaluator: Evaluator) -> None:

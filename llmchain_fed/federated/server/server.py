@@ -73,12 +73,12 @@ class Server:
 
     def __init__(self, target: Target, runtime: Runtime, evaluator: Evaluator, settings: Settings) -> None:
         self.target, self.model, self.runtime = target, target.model, runtime
-        self.evaluator, self.settings = evaluator, settings
+        self.evaluator, self.settings, options = evaluator, settings, settings.config
         rule = printable(settings.rule.name, MAX_AGGREGATION)[:MAX_AGGREGATION] or None
         self.client_manager = ClientManager(runtime, target, settings.training, aggregation=rule)
         self.broadcast = Broadcast(settings.broadcast_codec, settings.layout, self.client_manager.attendance)
         self.dispatcher = Dispatcher(
-            runtime, self.client_manager, self.broadcast, settings.rule, settings.deadline, settings.retries
+            runtime, self.client_manager, self.broadcast, settings.rule, options.deadline, options.retries
         )
         self.round = 0
         self.history = History()
@@ -103,7 +103,7 @@ class Server:
         Raises:
             QuorumError: Too few are there.
         """
-        newcomers = self.dispatcher.join(self.round, self.settings.quorum)
+        newcomers = self.dispatcher.join(self.round, self.settings.config.quorum)
         for name in newcomers:  # one that lost its connection may say something else than before: that shows
             hello = self.client_manager.joined[name]
             counts = hello.num_examples, hello.num_tokens
@@ -119,18 +119,18 @@ class Server:
         """A round that starts at the weights as they are now."""
         settings = self.settings
         self.publish()
-        expected = sampled(settings.per_round, len(self.runtime.nodes()))
-        about = Round(self.broadcast.state_for(), settings.layout, self.round, settings.seed, expected)
+        expected = sampled(settings.config.participants_per_round, len(self.runtime.nodes()))
+        about = Round(self.broadcast.state_for(), settings.layout, self.round, settings.config.seed, expected)
         base = self.model.fingerprint()
         return OpenRound(
             about,
             self.broadcast,
             base,
             settings.rule,
-            settings.weighting,
+            settings.config.weighting,
             settings.codec,
             self._training_of,
-            settings.max_weight_share,
+            settings.config.max_weight_share,
         )
 
     def _training_of(self, name: str) -> TrainingConfig:
@@ -146,15 +146,15 @@ class Server:
 
     def task(self, opened: OpenRound) -> TrainTask:
         """What participants are told to do in a round."""
-        more: dict[str, Any] = {"seconds": self.settings.deadline}
-        if self.settings.personal is not None:
-            more["ditto"] = self.settings.personal.model_dump()
+        more: dict[str, Any] = {"seconds": self.settings.config.deadline}
+        if self.settings.config.personal is not None:
+            more["ditto"] = self.settings.config.personal.model_dump()
         return opened.task(**more)
 
     def measure(self, completed: int) -> Measurement | None:
         """Held-out losses under the weights as they are now, which stand after so many rounds."""
         return self.evaluator.measure(
-            self.runtime, self.broadcast, self.client_manager.joined, completed, self.settings.deadline
+            self.runtime, self.broadcast, self.client_manager.joined, completed, self.settings.config.deadline
         )
 
     @contextmanager
@@ -234,7 +234,7 @@ class Server:
 
     def ask(self, op: str, messages: Mapping[str, bytes]) -> dict[str, bytes | Exception]:
         """Sends participants a message each, and waits for all answers."""
-        return dict(self.runtime.call(op, list(messages), messages, self.settings.deadline))
+        return dict(self.runtime.call(op, list(messages), messages, self.settings.config.deadline))
 
     def moved(self, opened: OpenRound, former: GlobalState, combined: Combined) -> GlobalState:
         """Where the server optimizer moves the global weights to.
