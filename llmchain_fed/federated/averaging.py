@@ -79,14 +79,14 @@ class FederatedAveraging(ManualRounds):
         **options: Unpack[FederationOptions],
     ) -> None:
         Callbacks(callbacks := options.get("callbacks", ()))  # refuses what is none, before anything is made
-        made = assemble(model, participants, optimizer, options)
-        self._given, self._server, self._peers, self._peer = model, made.server, made.clients, made.client
-        self._runtime = made.server.runtime
+        self._given = model
+        self._server, self._peers, self._peer = assemble(model, participants, optimizer, options)
+        self._runtime = self._server.runtime
         elsewhere = not self._runtime.sequential
         self._screen = Screen(self.attendance, elsewhere=elsewhere) if options.get("progress", True) else None
         self._callbacks = Callbacks(callbacks, (self._screen,) if self._screen is not None else ())
         self.attendance.listen(self._callbacks.attendance_changed)
-        self._show_adapters = partial(_show_adapters, made.server, made.clients)  # no method: no cycle
+        self._show_adapters = partial(_show_adapters, self._server, self._peers)  # no method: no cycle
         self._checkpoints = CheckpointManager(self._server, checkpoint_dir, shown=self._show_adapters)
         self._replication = Replication(self._server, self._show_adapters)
         self._open, self._opened = None, 0.0

@@ -19,10 +19,10 @@ One that needs a sum goes with the rules that say they are summable: fedavg, fed
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.options import Ditto
+from llmchain_fed.federated.settings import Settings
 from llmchain_fed.model.adapters.switching import GLOBAL
 from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.updates.aggregation import AGGREGATIONS
@@ -41,25 +41,14 @@ _LINEAR = [
 ]
 
 
-def check(
-    rule: Rule,
-    layout: LoraLayout | None,
-    *,
-    codec: Codec | None,
-    broadcast_codec: Codec | None,
-    server_optimizer: Any,
-    ditto: Ditto | None,
-    training: Sequence[TrainingConfig],
-    transforms: Sequence[UpdateTransform],
-    model: Mapping[str, TensorInfo],
-    max_weight_share: float | None,
-) -> None:
-    """Makes sure that a federation's options agree, before anything starts.
+def check(settings: Settings, training: Sequence[TrainingConfig], model: Mapping[str, TensorInfo]) -> None:
+    """Makes sure that a federation's options agree, before anything starts, with each participant's training too.
 
     Raises:
         ConfigError: Two do not go together; the reason is given.
     """
-    rule.check(layout)
+    rule, server_optimizer = settings.rule, settings.server_optimizer
+    rule.check(settings.layout)
     name = rule.name
     if server_optimizer is not None and rule.keeps_product:
         _refuse(
@@ -73,18 +62,18 @@ def check(
             "it writes the factors anew every round, so a momentum of the round before points elsewhere",
             "Use Reptile(step_size=…), which keeps none, or leave server_optimizer out",
         )
-    _check_codecs(rule, codec, broadcast_codec)
+    _check_codecs(rule, settings.codec, settings.broadcast_codec)
     if any(config.keep_optimizer for config in training) and (rule.regauges or rule.alternates):
         _refuse(
             f"aggregation={name!r} and keep_optimizer",
             "the kept moments belong to the factors of the round before, which are others now",
             "Leave keep_optimizer out",
         )
-    if ditto is not None:
-        _check_ditto(rule, layout)
-    for transform in transforms:
+    if settings.config.personal is not None:
+        _check_ditto(rule, settings.layout)
+    for transform in settings.transforms:
         _check_transform(transform, rule, model)
-    _check_payload(rule, model, codec, max_weight_share, transforms)
+    _check_payload(settings, model)
 
 
 def _check_codecs(rule: Rule, codec: Codec | None, broadcast_codec: Codec | None) -> None:
@@ -107,13 +96,8 @@ def _check_codecs(rule: Rule, codec: Codec | None, broadcast_codec: Codec | None
         )
 
 
-def _check_payload(
-    rule: Rule,
-    model: Mapping[str, TensorInfo],
-    codec: Codec | None,
-    max_weight_share: float | None,
-    transforms: Sequence[UpdateTransform],
-) -> None:
+def _check_payload(settings: Settings, model: Mapping[str, TensorInfo]) -> None:
+    rule, codec, transforms = settings.rule, settings.codec, settings.transforms
     asked = rule.collection().payload(model) is not None
     if asked and codec is not None:
         _refuse(
@@ -121,7 +105,7 @@ def _check_payload(
             "the rule asks for a payload of its own, which no codec makes",
             "Leave codec out",
         )
-    if max_weight_share is not None and (asked or any(transform.needs_sum for transform in transforms)):
+    if settings.config.max_weight_share is not None and (asked or any(transform.needs_sum for transform in transforms)):
         _refuse(
             "max_weight_share and updates that are only summed",
             "a hub that sees no single update cannot cut the weight of one",

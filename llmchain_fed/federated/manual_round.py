@@ -69,7 +69,7 @@ class ManualRounds(ABC):
             )
             raise ConfigError(msg)
         name, settings = str(device_id), self._server.settings
-        compatibility.check_name(settings.rule, settings.personal, name)
+        compatibility.check_name(settings.rule, settings.config.personal, name)
         self._check_directory()
         opened = self._open or self._server.begin()
         opened.refuse_twice(name)

@@ -108,9 +108,6 @@ def as_participants(given: Mapping[Any, Any] | Iterable[Participant] | None) -> 
                 f"participants are a mapping of names to examples or a list of Participant, got {type(item).__name__}."
             )
             raise ConfigError(msg)
-        if not item.name:
-            msg = "a participant needs a name: it is how updates, history and errors refer to it."
-            raise ConfigError(msg)
     by_name = {item.name: item for item in found}
     if len(by_name) < len(found):
         names = [item.name for item in found]

@@ -21,7 +21,9 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.callbacks import Callback
 from llmchain_fed.federated.options import Ditto
 from llmchain_fed.federated.runtime import Runtime
+from llmchain_fed.training.batch_sampler import BatchSampler
 from llmchain_fed.training.config import TrainingConfig
+from llmchain_fed.training.gradient_step import GradientStep
 from llmchain_fed.updates import server_optimizers
 from llmchain_fed.updates.aggregation import AGGREGATIONS, Weighting, make_aggregation
 from llmchain_fed.updates.aggregation.base import Rule
@@ -93,6 +95,11 @@ class FederationConfig(FrozenConfig):
     transforms: Annotated[list[Code], Field(max_length=100)] | None = None
     """what happens to an update at its participant before it is sent, one after the other and before the codec:
     `UpdateTransform` objects of your own, for participants of this process"""
+    gradient_step: Code | None = None
+    """how a batch becomes a gradient at a participant of this process: a `GradientStep` of your own, which all of them
+    share; None is the gradient of the mean loss"""
+    batch_sampler: Code | None = None
+    """how batches are drawn there: a `BatchSampler` of your own; None draws batches of similar length"""
     personal: Ditto | None = None
     """`Ditto(lam=…)`, in a file {lam: 0.1}: every participant also trains a personal adapter"""
     weighting: Weighting = "examples"
@@ -149,6 +156,8 @@ class FederationOptions(TypedDict, total=False):
     codec: str | Codec | None
     broadcast_codec: str | Codec | None
     transforms: Sequence[UpdateTransform] | None
+    gradient_step: GradientStep | None
+    batch_sampler: BatchSampler | None
     personal: Ditto | None
     weighting: Weighting
     max_weight_share: float | None
@@ -242,6 +251,12 @@ def config_of(options: FederationOptions, training: TrainingConfig) -> Federatio
         plain["server_optimizer"] = _code(type(moves).__qualname__)
     plain |= {n: spec(make_codec(plain[n])) for n in ("codec", "broadcast_codec") if n in plain}
     plain["transforms"] = [_code(t.name) for t in checked_transforms(options.get("transforms"))] or None
+    for name in ("gradient_step", "batch_sampler"):
+        if (given := options.get(name)) is not None:
+            if not callable(given):
+                msg = f"{name} is a function of your own, as docs/extending.md shows, got {given!r:.80}."
+                raise ConfigError(msg)
+            plain[name] = _code(getattr(given, "__qualname__", type(given).__qualname__))
     if not isinstance(plain.get("evaluation", 0), (numbers.Real, type(None))):
         plain["evaluation"] = EXAMPLES
     return FederationConfig(**plain)
@@ -262,15 +277,9 @@ class Settings:
     codec: Codec | None
     broadcast_codec: Codec | None
     server_optimizer: ServerOptimizer | None
-    weighting: Weighting
-    personal: Ditto | None
-    per_round: int | float | None
-    quorum: int
-    deadline: float | None
-    retries: int
-    seed: int
-    max_weight_share: float | None
     transforms: tuple[UpdateTransform, ...]
+    gradient_step: GradientStep | None
+    batch_sampler: BatchSampler | None
 
 
 def sampled(wanted: float | None, present: int) -> int:

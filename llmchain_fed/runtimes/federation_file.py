@@ -67,6 +67,8 @@ class FederationFile(FederationConfig):
     """where a checkpoint is written after each round, relative to the file; by default `checkpoints` in `out`. Started
     again, the federation goes on"""
     transforms: None = None
+    gradient_step: None = None
+    batch_sampler: None = None
     optimizer: None = None
     """no file stores code: `training: {optimizer: adamw}` names one"""
     evaluation: None = None
@@ -101,7 +103,8 @@ class FederationFile(FederationConfig):
 
     def options(self) -> FederationOptions:
         """What `FederatedAveraging` is given."""
-        names = FederationConfig.model_fields.keys() - {"optimizer", "evaluation", "transforms"}
+        code = {"optimizer", "transforms", "gradient_step", "batch_sampler"}
+        names = FederationConfig.model_fields.keys() - code - {"evaluation"}
         given = {name: getattr(self, name) for name in sorted(names)}
         if self.server_optimizer is not None:
             given["server_optimizer"] = _server_optimizer(self.server_optimizer)

@@ -8,9 +8,12 @@ import math
 import pytest
 import torch
 from tiny import PAIRS, lora_config
+from torch.utils.data import DataLoader
 
-from llmchain_fed import DataError, TrainingConfig, train_locally
+from llmchain_fed import ConfigError, DataError, FederatedAveraging, TrainingConfig, train_locally
 from llmchain_fed.data.encoding import collate, encode_examples
+from llmchain_fed.errors import CheckpointError
+from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.training.gradient_step import StepResult
 from llmchain_fed.training.loop import mean_loss_gradient
 from llmchain_fed.training.loss import summed_loss
@@ -149,3 +152,92 @@ def test_the_packages_own_step_says_the_sum_and_the_tokens(battery):
     train_locally(chain.model, PAIRS[:4], config, prompt=chain, gradient_step=watched)
     assert [(s.tokens, s.examples) for s in said] == [(tokens, 4)]
     assert said[0].loss * said[0].tokens == pytest.approx(loss, rel=1e-5)
+
+
+# --- through a federation ---------------------------------------------------------------------------------------------
+
+SHARES = {"a": PAIRS[:5], "b": PAIRS[5:8]}
+ONE_STEP = TrainingConfig(optimizer="sgd", learning_rate=LR, batch_size=5)
+
+
+def first_two(examples, config, place):
+    """A draw of one's own: one batch, of the first two examples."""
+    return [[0, 1]]
+
+
+def federation(chain, participants=SHARES, **options):
+    return FederatedAveraging(
+        chain, participants=participants, **{"training": ONE_STEP, "progress": False, "samples": 0} | options
+    )
+
+
+@pytest.mark.parametrize("how", ["fit", "train and step"])
+@pytest.mark.parametrize("draw", [None, first_two])
+def test_each_participant_takes_it_and_draws_as_told(how, draw, make_chain):
+    """w − Σ n_k/n · lr · Σ clip(g_i) / B, over the examples that each one draws."""
+    chain, theirs = make_chain(lora=lora_config()), make_chain(lora=lora_config())
+    start, clip = states(chain.model), 0.5 * clipped_sum(theirs, PAIRS[:1])[1][0]
+    fed = federation(chain, SHARES if how == "fit" else None, gradient_step=ClippedPerExample(clip), batch_sampler=draw)
+    if how == "fit":
+        fed.fit(rounds=1)
+    else:
+        for name, pairs in SHARES.items():
+            fed.train(pairs, name)
+        fed.step()
+    wanted = {n: t.double() for n, t in start.items()}
+    for name, pairs in SHARES.items():
+        sums, _, loss, tokens = clipped_sum(theirs, pairs if draw is None else pairs[:2], clip)
+        for n, total in sums.items():
+            wanted[n] -= len(pairs) / 8 * LR * total / 5
+        record = fed.history[0].participants[name]
+        assert (record.steps, record.examples) == (1, len(pairs))
+        assert record.train_loss == pytest.approx(loss / tokens, rel=1e-5)
+    for n, now in states(chain.model).items():
+        torch.testing.assert_close(now.double(), wanted[n], rtol=1e-4, atol=1e-6, msg=n)
+
+
+def test_what_a_participant_learns_for_itself_is_learnt_in_the_same_way(make_chain):
+    chain, theirs = make_chain(lora=lora_config()), make_chain(lora=lora_config())
+    fed = federation(chain, gradient_step=ClippedPerExample(0.01), batch_sampler=first_two)
+    fed.personalize("b", steps=1)
+    sums, start = clipped_sum(theirs, SHARES["b"][:2], 0.01)[0], states(theirs.model)
+    own, module = chain.model.adapter_state("b"), theirs.model.trainable_parameters()
+    names = {id(p): n for n, p in theirs.model.module.named_parameters()}
+    for name, parameter in module.items():
+        n = names[id(parameter)]
+        wanted = start[n].double() - LR * sums[n] / 5
+        torch.testing.assert_close(own[name].double(), wanted, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_both_are_code_that_is_given_again(make_chain, tmp_path):
+    code = {"gradient_step": ClippedPerExample(1.0), "batch_sampler": first_two}
+    straight = federation(make_chain(), **code)
+    straight.fit(rounds=2)
+    fed = federation(make_chain(), checkpoint_dir=tmp_path, **code)
+    assert fed.config.gradient_step == "code: ClippedPerExample (give it again on resume)"
+    assert fed.config.batch_sampler == "code: first_two (give it again on resume)"
+    fed.fit(rounds=1)
+    for name in code:
+        others = {n: given for n, given in code.items() if n != name}
+        with pytest.raises(CheckpointError, match=rf"the run's {name} was code: .* Pass {name}= again"):
+            FederatedAveraging.resume(tmp_path, make_chain(), participants=SHARES, **others)
+    resumed = FederatedAveraging.resume(tmp_path, make_chain(), participants=SHARES, progress=False, **code)
+    resumed.fit(rounds=1)
+    theirs = states(straight.get_model().model)
+    assert all(torch.equal(theirs[n], t) for n, t in states(resumed.get_model().model).items())
+
+
+@pytest.mark.parametrize("name", ["gradient_step", "batch_sampler"])
+def test_a_federation_refuses_what_it_cannot_use(name, make_chain):
+    with pytest.raises(ConfigError, match=f"{name} is a function .*, got 5"):
+        federation(make_chain(), **{name: 5})
+    with pytest.raises(ConfigError, match=f"{name}: that is code, and no code travels"):
+        federation(make_chain(), None, runtime=InProcess({}), **{name: first_two})
+
+
+def test_a_sampler_for_a_loader_is_refused_before_anything_is_trained(make_chain):
+    loader = DataLoader([0], collate_fn=lambda rows: rows)
+    with pytest.raises(ConfigError, match="has a DataLoader, which draws its batches itself"):
+        federation(make_chain(), {"a": PAIRS[:5], "b": loader}, batch_sampler=first_two)
+    with pytest.raises(ConfigError, match="has a DataLoader, which draws its batches itself"):
+        federation(make_chain(), None, batch_sampler=first_two).train(loader, "a")

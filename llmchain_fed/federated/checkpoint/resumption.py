@@ -66,7 +66,7 @@ class Resumption:
     def _send_away(self, there: Mapping[str, Introduction]) -> None:
         """Whoever is not as it was is absent, and its record says why: one alone does not end the others' run."""
         others = {} if self._change is not None else membership.different(there, self._declarations)
-        if len(there) - len(others) < self._server.settings.quorum:
+        if len(there) - len(others) < self._server.settings.config.quorum:
             return  # `compare` says of the first what is to be done
         for name, changes in others.items():
             why = resuming.other_declaration(name, changes, self._found)

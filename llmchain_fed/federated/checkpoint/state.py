@@ -55,7 +55,7 @@ def checkpoint_of(server: Server, former: Mapping[str, bytes], since: int | None
     ask = messages.write(PersonalStateTask(round=server.round + 1))  # before it: an interrupted one does not count
     asked = [n for n in server.runtime.nodes() if _stands_elsewhere(server, n, former, since)]
     server.runtime.expect(limits_of(server.model).file, "personal_state")  # what could not be read again is refused
-    answers = server.runtime.call("personal_state", asked, ask, settings.deadline) if asked else ()
+    answers = server.runtime.call("personal_state", asked, ask, settings.config.deadline) if asked else ()
     for name, answer in server.client_manager.attendance.following("personal_state", asked, answers):
         if isinstance(answer, bytes) and not server.runtime.sequential:
             hello = server.client_manager.joined.get(name)
@@ -144,7 +144,7 @@ def check_but_members(server: Server, found: Contents) -> MembershipChange:
         divided=server.evaluator.holds_out_a_share,
     )
     if sampled in others:
-        change.sampled = found.config.participants_per_round, server.settings.per_round
+        change.sampled = found.config.participants_per_round, server.settings.config.participants_per_round
     return change
 
 
@@ -271,7 +271,7 @@ def give_back(server: Server, names: list[str], states: Mapping[str, bytes]) -> 
     server.notes |= {n: f"{_ITS_OWN} (no checkpoint contains it)" for n in names if n not in states}
     if not known:
         return
-    for name, answer in server.runtime.call("personal_state", list(known), known, server.settings.deadline):
+    for name, answer in server.runtime.call("personal_state", list(known), known, server.settings.config.deadline):
         if isinstance(answer, Exception):
             if server.runtime.sequential and not isinstance(answer, ABSENCE):
                 raise answer  # this process's own

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from llmchain_fed.errors import DeadlineError, FederationError
 from llmchain_fed.federated.client import personalization
@@ -46,8 +47,8 @@ class Client:
         config: How to train; the participant's own options go first. None: as the hub says in its hello.
         global_states: What this process's participants have been sent; None makes one for this participant alone.
         transforms: What happens to an update before it is sent, one after the other.
-        gradient_step: How a batch becomes a gradient, where it is another way than `train_locally` has by default.
-        batch_sampler: How batches are drawn, likewise.
+        gradient_step: How a batch becomes a gradient, in whatever it trains; None as the package does it.
+        batch_sampler: How its batches are drawn; likewise.
 
     Raises:
         ConfigError: The participant's own options, or the transforms, are not valid.
@@ -74,7 +75,9 @@ class Client:
         self.scaling = own_scaling(target, participant)
         """layer → s, where its LoRA rank is its own"""
         self.transforms = checked_transforms(transforms)
-        self.gradient_step, self.batch_sampler = gradient_step, batch_sampler
+        given = {"gradient_step": gradient_step, "batch_sampler": batch_sampler}
+        self.steps: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        """how it takes steps otherwise than the package does, as `train_locally` is told"""
         self.limits: Limits | None = None
         self.samples: int | None = None
         """held-out examples that may leave with the chain's answers, at most; None is as many as are asked for"""

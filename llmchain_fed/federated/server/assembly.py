@@ -6,10 +6,10 @@ Knows which parts there are and which of the options each is given. Knows nothin
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
+from llmchain_fed.data.examples import is_ready_tensors
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated import compatibility
 from llmchain_fed.federated.client.client import Client
@@ -40,18 +40,13 @@ from llmchain_fed.updates.server_optimizers import ResumableServerOptimizer
 from llmchain_fed.updates.transforms import checked_transforms
 
 
-@dataclass(frozen=True)
-class Assembled:
-    """What a federation in this process consists of."""
+def assemble(
+    model: Any, participants: Any, optimizer: Any, options: FederationOptions
+) -> tuple[Server, dict[str, Client], Callable[[Participant], Client]]:
+    """A federation's server, this process's clients, and what makes one for a participant who comes later.
 
-    server: Server
-    clients: dict[str, Client]
-    client: Callable[[Participant], Client]
-    """makes one for a participant who comes later"""
-
-
-def assemble(model: Any, participants: Any, optimizer: Any, options: FederationOptions) -> Assembled:
-    """The server and the clients of a federation, checked as a whole; see `FederatedAveraging` for what it raises."""
+    They are checked as a whole; see `FederatedAveraging` for what it raises.
+    """
     transforms = checked_transforms(options.get("transforms"))  # read once: it may be a generator
     options = cast("FederationOptions", {**options, "transforms": transforms})
     training = training_of(options, optimizer)
@@ -63,7 +58,21 @@ def assemble(model: Any, participants: Any, optimizer: Any, options: FederationO
     states = GlobalStateCache(target.model)
 
     def client(participant: Participant) -> Client:
-        return Client(target, participant, training, global_states=states, transforms=transforms)
+        if config.batch_sampler is not None and is_ready_tensors(participant.examples):
+            msg = (
+                f"{participant.name!r} has a DataLoader, which draws its batches itself, so no batch_sampler can. Give "
+                "its examples, or leave batch_sampler out."
+            )
+            raise ConfigError(msg)
+        return Client(
+            target,
+            participant,
+            training,
+            global_states=states,
+            transforms=transforms,
+            gradient_step=options.get("gradient_step"),
+            batch_sampler=options.get("batch_sampler"),
+        )
 
     named, runtime = as_participants(participants), checked_runtime(options.get("runtime"))
     samples = config.samples if config.samples is not None else int(runtime.sequential)
@@ -80,7 +89,7 @@ def assemble(model: Any, participants: Any, optimizer: Any, options: FederationO
     check_counts(config, len(runtime.nodes()))
     server = Server(target, runtime, evaluator, settings)
     server.begin()  # refuses a rule that does not fit the model now, not after the first round's training
-    return Assembled(server, clients, client)
+    return server, clients, client
 
 
 def _settings_of(
@@ -88,16 +97,9 @@ def _settings_of(
     options: FederationOptions,
     training: TrainingConfig,
     model: LocalModel,
-    peers: Iterable[Client],
+    clients: Collection[Client],
 ) -> Settings:
-    """The settings, if they make sense for this model and these participants.
-
-    Args:
-        config: The options as they can be written down.
-        options: The same as they were given, with what is code.
-        training: How participants train.
-        model: What is trained.
-        peers: Participants of this process, who may have options of their own.
+    """The settings, if they make sense for this model and this process's participants with options of their own.
 
     Raises:
         ConfigError: Two contradict each other.
@@ -108,46 +110,25 @@ def _settings_of(
             "chain itself; personalize() makes adapters for participants."
         )
         raise ConfigError(msg)
-    rule, layout = make_aggregation(options.get("aggregation", "fedavg")), LoraLayout.of(model)
-    optimizer, personal = options.get("server_optimizer"), config.personal
-    transforms = tuple(options["transforms"] or ())
-    codec, broadcast_codec = make_codec(config.codec), make_codec(config.broadcast_codec)
-    configs = [training]
-    for peer in peers:
-        compatibility.check_name(rule, personal, peer.participant.name)
-        compatibility.check_rank(rule, peer.participant.name, peer.participant.rank, layout)
-        configs.append(peer.config)
-    compatibility.check(
-        rule,
-        layout,
-        codec=codec,
-        broadcast_codec=broadcast_codec,
-        server_optimizer=optimizer,
-        ditto=personal,
-        training=configs,
-        transforms=transforms,
-        model=describe(model.trainable_parameters()),
-        max_weight_share=config.max_weight_share,
-    )
-    return Settings(
+    optimizer = options.get("server_optimizer")
+    settings = Settings(
         config=config,
-        rule=rule,
-        layout=layout,
+        rule=make_aggregation(options.get("aggregation", "fedavg")),
+        layout=LoraLayout.of(model),
         training=training,
-        codec=codec,
-        broadcast_codec=broadcast_codec,
+        codec=make_codec(config.codec),
+        broadcast_codec=make_codec(config.broadcast_codec),
         # its own copy: the memory of another federation, or of a run before, must not move this one's weights
         server_optimizer=copy.deepcopy(optimizer) if isinstance(optimizer, ResumableServerOptimizer) else optimizer,
-        weighting=config.weighting,
-        personal=personal,
-        per_round=config.participants_per_round,
-        quorum=config.quorum,
-        deadline=config.deadline,
-        retries=config.retries,
-        seed=config.seed,
-        max_weight_share=config.max_weight_share,
-        transforms=transforms,
+        transforms=tuple(options["transforms"] or ()),
+        gradient_step=options.get("gradient_step"),
+        batch_sampler=options.get("batch_sampler"),
     )
+    for client in clients:
+        compatibility.check_name(settings.rule, config.personal, client.name)
+        compatibility.check_rank(settings.rule, client.name, client.participant.rank, settings.layout)
+    compatibility.check(settings, [training, *(c.config for c in clients)], describe(model.trainable_parameters()))
+    return settings
 
 
 def _check_brought(named: Mapping[str, Participant], config: FederationConfig, evaluator: Evaluator) -> None:
@@ -166,10 +147,11 @@ def _check_brought(named: Mapping[str, Participant], config: FederationConfig, e
             "one set for all, which is measured here."
         )
         raise ConfigError(msg)
-    if config.transforms:
+    code = [name for name in ("transforms", "gradient_step", "batch_sampler") if getattr(config, name) is not None]
+    if code:
         msg = (
-            "transforms are code, and no code travels to the participants that a runtime brings. Leave them out, "
-            "use codec=, or let participants= run in this process."
+            f"{', '.join(code)}: that is code, and no code travels to the participants that a runtime brings. Leave "
+            "them out, or let participants= run in this process."
         )
         raise ConfigError(msg)
 

@@ -138,10 +138,10 @@ class ClientManager:
             number: The round's, 0 for the first.
         """
         present = self.present()
-        count = sampled(settings.per_round, len(present))
+        count = sampled(settings.config.participants_per_round, len(present))
         if count >= len(present):
             return present
-        rng = random.Random(seed_of(settings.seed, "sample", number))  # noqa: S311 (sampling, no secret)
+        rng = random.Random(seed_of(settings.config.seed, "sample", number))  # noqa: S311 (sampling, no secret)
         chosen = set(rng.sample(sorted(present), count))
         return [node for node in present if node in chosen]
 

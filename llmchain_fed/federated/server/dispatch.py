@@ -53,9 +53,9 @@ class Dispatcher:
             LLMChainFedError: See `ClientManager.join`.
         """
         joined: list[str] = []
-        for attempt in range(self._settings.retries + 1):
+        for attempt in range(self._settings.config.retries + 1):
             time.sleep(_PAUSE * attempt)
-            joined += self._join(self._settings.deadline, again=attempt > 0)
+            joined += self._join(self._settings.config.deadline, again=attempt > 0)
             if len(self._client_manager.joined) >= quorum:
                 return joined
         raise too_few(number, len(self._client_manager.joined), quorum, self._client_manager.reasons)
@@ -80,10 +80,12 @@ class Dispatcher:
             chosen: Who shall train.
             largest: bytes that no answer exceeds.
         """
-        until = time.monotonic() + self._settings.deadline if self._settings.deadline is not None else None
+        until = (
+            time.monotonic() + self._settings.config.deadline if self._settings.config.deadline is not None else None
+        )
         waiting, sent = chosen, dict.fromkeys(chosen, 0)
         missed: dict[str, Exception] = {}
-        for attempt in range(self._settings.retries + 1):
+        for attempt in range(self._settings.config.retries + 1):
             if attempt:
                 time.sleep(_PAUSE * attempt)
                 if until is not None and time.monotonic() >= until:

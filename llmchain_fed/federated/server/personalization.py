@@ -137,7 +137,15 @@ def curve_of_stranger(
         msg = f"{participant.name!r} takes part already: pass its name, or give the newcomer another."
         raise ConfigError(msg)
     name, task = participant.name, task_now(server, CurveTask, steps=wanted, lr=lr)
-    runtime = InProcess({name: Client(server.target, participant, server.settings.training)})
+    settings = server.settings
+    client = Client(
+        server.target,
+        participant,
+        settings.training,
+        gradient_step=settings.gradient_step,
+        batch_sampler=settings.batch_sampler,
+    )
+    runtime = InProcess({name: client})
     remainder = server.publish().remainder
     broadcast = Broadcast(None, server.broadcast.layout)  # its own: what the others have, and who is there, stays
     broadcast.publish(GlobalState(server.broadcast.state_for(), remainder), "")

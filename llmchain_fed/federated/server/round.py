@@ -89,7 +89,7 @@ class OpenRound:
         if collection.payload(describe({n: self.start[n] for n in self._names})) is None:
             self._diagnostics = Diagnostics(self.start, self._names)
             collection = self._with_gap = WithGap(collection, rule, about)
-        share = settings.max_weight_share
+        share = settings.config.max_weight_share
         self._capped = CappedWeights(collection, share) if share is not None else None
         self._collection: Collection = self._capped or collection
         self._weights: dict[str, float] = {}
@@ -192,7 +192,7 @@ class OpenRound:
     def _add(self, update: Update) -> None:
         name = update.participant
         weight = float(
-            {"examples": update.num_examples, "tokens": update.num_tokens, "equal": 1}[self._settings.weighting]
+            {"examples": update.num_examples, "tokens": update.num_tokens, "equal": 1}[self._settings.config.weighting]
         )
         steps = int(update.metrics["steps"]) if "steps" in update.metrics else None
         scaling = self._broadcast.scaling_of(name)

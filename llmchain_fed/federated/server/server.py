@@ -101,7 +101,7 @@ class Server:
         Raises:
             QuorumError: Too few are there.
         """
-        newcomers = self.dispatcher.join(self.round, self.settings.quorum)
+        newcomers = self.dispatcher.join(self.round, self.settings.config.quorum)
         for name in newcomers:  # one that lost its connection may say something else than before: that shows
             hello = self.client_manager.joined[name]
             counts = hello.num_examples, hello.num_tokens
@@ -117,8 +117,9 @@ class Server:
         """A round that starts at the weights as they are now."""
         settings = self.settings
         self.publish()
-        expected = sampled(settings.per_round, len(self.runtime.nodes()))
-        about = Round(self.broadcast.state_for(), settings.layout, self.round, settings.seed, expected)
+        config = settings.config
+        expected = sampled(config.participants_per_round, len(self.runtime.nodes()))
+        about = Round(self.broadcast.state_for(), settings.layout, self.round, config.seed, expected)
         return OpenRound(about, self.broadcast, self.model.fingerprint(), settings, self._training_of)
 
     def _training_of(self, name: str) -> TrainingConfig:
@@ -134,15 +135,15 @@ class Server:
 
     def task(self, opened: OpenRound) -> TrainTask:
         """What participants are told to do in a round."""
-        more: dict[str, Any] = {"seconds": self.settings.deadline}
-        if self.settings.personal is not None:
-            more["ditto"] = self.settings.personal.model_dump()
+        more: dict[str, Any] = {"seconds": self.settings.config.deadline}
+        if self.settings.config.personal is not None:
+            more["ditto"] = self.settings.config.personal.model_dump()
         return opened.task(**more)
 
     def measure(self, completed: int) -> Measurement | None:
         """Held-out losses under the weights as they are now, which stand after so many rounds."""
         return self.evaluator.measure(
-            self.runtime, self.broadcast, self.client_manager.joined, completed, self.settings.deadline
+            self.runtime, self.broadcast, self.client_manager.joined, completed, self.settings.config.deadline
         )
 
     @contextmanager
@@ -222,7 +223,7 @@ class Server:
 
     def ask(self, op: str, messages: Mapping[str, bytes]) -> dict[str, bytes | Exception]:
         """Sends participants a message each, and waits for all answers."""
-        found = self.runtime.call(op, list(messages), messages, self.settings.deadline)
+        found = self.runtime.call(op, list(messages), messages, self.settings.config.deadline)
         return dict(self.client_manager.attendance.following(op, list(messages), found))
 
     def moved(self, opened: OpenRound, former: GlobalState, combined: Combined) -> GlobalState:

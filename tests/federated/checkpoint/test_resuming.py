@@ -673,12 +673,12 @@ def test_everything_else_need_not_be_given_again(make_chain, tmp_path):
     federation(make_chain(), checkpoint_dir=tmp_path, **options).fit(rounds=2)
     fed = resumed(tmp_path, make_chain())
     settings = fed._server.settings
-    assert (settings.deadline, settings.retries, settings.quorum) == (60.0, 2, 2)
+    assert (settings.config.deadline, settings.config.retries, settings.config.quorum) == (60.0, 2, 2)
     fed.fit(rounds=2)
     assert checkpoint.rounds(tmp_path) == [4]
     assert fed.history[-1].samples == []
     assert fed.history[-1].held_out_after is not None
-    assert resumed(tmp_path, make_chain(), quorum=1, keep_checkpoints=2)._server.settings.quorum == 1, (
+    assert resumed(tmp_path, make_chain(), quorum=1, keep_checkpoints=2)._server.settings.config.quorum == 1, (
         "given goes first"
     )
 
