@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 from torch.utils.data import DataLoader
 
 from llmchain_fed._config import FrozenConfig
@@ -21,9 +21,17 @@ from llmchain_fed.training.batch_sampler import Place, length_buckets
 from llmchain_fed.training.config import DEFAULT_LEARNING_RATE, TrainingConfig
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates.aggregation import AGGREGATIONS
+from llmchain_fed.updates.codecs import CODECS
 
 _MOST = 10**9
 _UNDONE = 0.1  # share of what was learnt before that one step may take back by decay or proximal term
+
+
+def _codec(name: str) -> str:
+    if name not in ("none", *CODECS):
+        msg = f"one of none, {', '.join(CODECS)} is wanted"
+        raise ValueError(msg)
+    return name
 
 
 class Limits(FrozenConfig):
@@ -43,9 +51,7 @@ class Limits(FrozenConfig):
     """of any training"""
     optimizers: tuple[Literal["adamw", "adam", "sgd"], ...] = Field(default=("adamw", "adam", "sgd"), strict=False)
     """which a hub may choose"""
-    codecs: tuple[Literal["none", "bf16", "int8", "int4", "topk"], ...] = Field(
-        default=("none", "bf16", "int8", "int4", "topk"), strict=False
-    )
+    codecs: tuple[Annotated[str, AfterValidator(_codec)], ...] = Field(default=("none", *CODECS), strict=False)
     """what an update may travel as; "none" is as it is"""
     aggregations: tuple[Annotated[str, StringConstraints(min_length=1, max_length=100)], ...] | None = Field(
         default=None, strict=False
