@@ -581,7 +581,7 @@ def small_disk(tmp_path):
     if made.returncode:
         pytest.skip("this account may not mount")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "--lazy", folder], check=True)  # a child may not be gone yet
 
 
 @pytest.mark.parametrize("full", ["out", "checkpoints"])
