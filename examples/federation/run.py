@@ -25,9 +25,9 @@ from transformers.utils import logging as transformers_logging
 
 from examples.common.catalogues import split_publishers
 from examples.common.translation import make_chain, print_results, sample, summary_row, translate
-from llmchain_fed import ConfigError, History, LLMChain
+from llmchain_fed import History, LLMChain, TransportError
+from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.nvflare import engine, kits
-from llmchain_fed.runtimes.site.server import check_socket
 
 SITES = ("django", "wagtail", "pretix")
 HERE = Path(__file__).parent
@@ -126,9 +126,9 @@ def wait_for_peer(name: str, path: Path, process: subprocess.Popen[bytes], out: 
     """Until the peer has loaded its model."""
     while process.poll() is None:
         try:
-            check_socket(path)
+            frames.ask(path, frames.pack({"do": "ping"}))
             break
-        except ConfigError:
+        except TransportError:
             time.sleep(0.2)
     else:
         sys.exit((out / name / "peer.log").read_text(encoding="utf-8"))

@@ -4,17 +4,16 @@ import json
 import threading
 import time
 
-from llmchain_fed import ConfigError, TrainingConfig
+from llmchain_fed import TrainingConfig
 from llmchain_fed.errors import (
     DeadlineError,
     TransportError,
 )
 from llmchain_fed.federated.client.operations import operations
 from llmchain_fed.federated.runtime import Runtime
-from llmchain_fed.runtimes.messaging import frames
+from llmchain_fed.runtimes.messaging import frames, heads
 from llmchain_fed.runtimes.messaging.chunked_calls import ChunkedCalls
 from llmchain_fed.runtimes.site.policy import Policy
-from llmchain_fed.runtimes.site.server import check_socket
 
 TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=4, epochs=2)
 
@@ -44,6 +43,9 @@ class Echo:
 
     def take_up(self):
         self.given_up.clear()
+
+    def obey(self, limits):
+        pass
 
 
 class Sockets:
@@ -82,6 +84,12 @@ class SocketTransport(Runtime):
         return self.calls.call(op, nodes, payload, timeout)
 
 
+def check_socket(path):
+    """Makes sure that somebody answers at `path`."""
+    reply, _ = heads.read_reply(frames.ask(path, frames.pack({"do": "ping"})))
+    assert not isinstance(reply, heads.Failed), reply
+
+
 def answering(path):
     """`path`, once somebody answers there: a socket has its name before it has its key and before anybody listens."""
     until = time.monotonic() + 30
@@ -89,7 +97,7 @@ def answering(path):
         try:
             check_socket(path)
             return path
-        except ConfigError:
+        except TransportError:
             if time.monotonic() > until:
                 raise
             time.sleep(0.01)

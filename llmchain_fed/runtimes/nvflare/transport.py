@@ -17,6 +17,7 @@ from typing import Any
 
 from llmchain_fed.errors import ConfigError, FederationError, TransportError
 from llmchain_fed.federated.runtime import Operation, Payload, Runtime
+from llmchain_fed.runtimes.aside import within
 from llmchain_fed.runtimes.messaging.chunked_calls import ChunkedCalls
 from llmchain_fed.runtimes.names import check_name
 from llmchain_fed.runtimes.nvflare import certificates
@@ -26,7 +27,6 @@ from llmchain_fed.runtimes.nvflare.link import UnreachedError
 from llmchain_fed.runtimes.nvflare.session import EngineSession
 from llmchain_fed.runtimes.nvflare.sites import Sites
 from llmchain_fed.runtimes.nvflare.supervision.reaching import hindrance
-from llmchain_fed.runtimes.nvflare.within import within
 
 # seconds of `close`: a hub or site that is frozen keeps nobody from stopping, eight with the farewell of a call
 _PEERS, _JOBS, _SESSION = 2.0, 2.0, 1.0

@@ -46,6 +46,9 @@ class Echo:
     def take_up(self):
         self.given_up.clear()
 
+    def obey(self, limits):
+        pass
+
 
 class Engine:
     """The hub's engine and its sites, pretended: `ill[name]` says what is wrong with one.
