@@ -153,7 +153,7 @@ def warm(folder: Path) -> None:
     chain = LLMChain.load(folder / "start")
     FederatedAveraging(chain, participants=SHARES, checkpoint_dir=folder / "kept", progress=False).fit(1)
     _PEERS.update(FederatedAveraging(make_chain(), participants=SHARES)._peers)
-    for name in ("runtimes.federation_file", "runtimes.results", "runtimes.nvflare.transport"):
+    for name in ("runtimes.federation_file", "runtimes.results", "runtimes.nvflare.runtime"):
         importlib.import_module(f"llmchain_fed.{name}")
 
 

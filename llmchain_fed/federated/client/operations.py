@@ -8,7 +8,7 @@ and
 
     register_task(Statistics, statistics)
 
-in the process of the participant, before its client is asked. The hub asks by `server.asking.ask`.
+in the process of the participant, before its client is asked. The server asks by `server.asking.ask`.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def task_type(operation: str) -> TaskType:
         FederationError: There is none.
     """
     if operation not in _TYPES:
-        msg = f"unknown operation '{shown(operation, 40)}'; a peer answers {', '.join(_TYPES)}."
+        msg = f"unknown operation '{shown(operation, 40)}'; a client answers {', '.join(_TYPES)}."
         raise FederationError(msg)
     return _TYPES[operation]
 

@@ -1,4 +1,4 @@
-"""Tasks: what a hub may ask of a participant, a small frozen type each. Every field has its type and its range.
+"""Tasks: what a server may ask of a participant, a small frozen type each. Every field has its type and its range.
 
 Knows fields. Knows nothing of models, of the tensors that come with a task, or of what is done with either. How a task
 becomes bytes stands in `messages`, what it is answered with in `answers`, what a participant does in
@@ -56,7 +56,7 @@ _Options = Annotated[dict[_Name, Any], Field(max_length=_MOST_OPTIONS)]
 
 
 class Task(Strict):
-    """What a hub asks of a participant. It travels as JSON; what comes with tensors is a `TensorTask`."""
+    """What a server asks of a participant. It travels as JSON; what comes with tensors is a `TensorTask`."""
 
     operation: ClassVar[str]
     """its name: in messages, in a site's policy, in its audit file"""

@@ -1,6 +1,6 @@
 """Attendance: who takes part, who is out since when and why, and who is waited for. It tells those who listen.
 
-Knows names, errors and the clock. Knows nothing of transports, rounds or screens. Whoever asks participants reports
+Knows names, errors and the clock. Knows nothing of runtimes, rounds or screens. Whoever asks participants reports
 here; the first reason of an absence is kept, because the reason of a retry says less.
 """
 

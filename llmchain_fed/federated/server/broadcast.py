@@ -1,6 +1,6 @@
 """Broadcast: sends participants what they lack of the global state, and no more.
 
-Knows what each participant has, codecs and the transport. Knows nothing about rules or about what is done with the
+Knows what each participant has, codecs and the runtime. Knows nothing about rules or about what is done with the
 state. A participant that lost what it had says so and is sent everything.
 """
 

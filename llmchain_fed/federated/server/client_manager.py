@@ -1,6 +1,6 @@
 """ClientManager: who takes part. Who has said hello and fits the contract, who is absent, and why.
 
-Knows the transport's `hello` and what participants say of themselves. Knows nothing about rounds, and believes nothing
+Knows the runtime's `hello` and what participants say of themselves. Knows nothing about rounds, and believes nothing
 that it can check.
 """
 
@@ -127,7 +127,7 @@ class ClientManager:
             yield node, found
 
     def present(self) -> list[str]:
-        """Who can be asked, in the transport's order."""
+        """Who can be asked, in the runtime's order."""
         return [node for node in self._runtime.nodes() if node in self.joined]
 
     def sample(self, settings: Settings, number: int) -> list[str]:

@@ -1,6 +1,6 @@
 """Dispatcher: lets participants join and train within a deadline, and asks again who could not be reached.
 
-Knows the transport, the roster and the clock. Knows nothing about aggregation or about what an update must be.
+Knows the runtime, who takes part, and the clock. Knows nothing about aggregation or about what an update must be.
 """
 
 from __future__ import annotations

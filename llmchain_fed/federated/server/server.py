@@ -1,6 +1,6 @@
 """Server: the leading side of a federation. Its state between rounds, and the steps that a round is made of.
 
-Knows the seams: transport, rule, codecs, server optimizer, records. Knows nothing about how participants train or where
+Knows the seams: runtime, rule, codecs, server optimizer, records. Knows nothing about how participants train or where
 they run, nor about when a round is run.
 """
 

@@ -31,7 +31,7 @@ def in_the_hubs_words(session: EngineSession, name: str, answer: TransportError)
     """Why a call to a site failed, with what the hub's engine knows of that first: it put it out, or lost it.
 
     Args:
-        session: A session with the engine's server, whose own process writes down what it sees.
+        session: A session with the hub's engine, whose own process writes down what it sees.
         name: The name of the site.
         answer: The error that the call ended with.
     """
@@ -50,7 +50,7 @@ class Gathering:
     """Who can be in a job.
 
     Args:
-        session: A session with the engine's server.
+        session: A session with the hub's engine.
         sites: All sites of the federation.
         startup: seconds to wait for those who are not connected; six times as long while nobody is.
         say: Is told for whom this waits.

@@ -51,7 +51,7 @@ class Jobs:
     """Brings jobs up, and up again.
 
     Args:
-        session: A session with the engine's server.
+        session: A session with the hub's engine.
         socket: The path at which the jobs find this process.
         sites: Keeps who is there; this keeps it up to date.
         recovery: seconds within which the engine must be back after it went away.
@@ -161,7 +161,7 @@ class Jobs:
 
     def _open(self) -> Link:
         if self._closed:
-            msg = "this transport is closed."
+            msg = "this runtime is closed."
             raise TransportError(msg)
         if self._link is None:
             self._link = Link(self._socket)

@@ -1,4 +1,4 @@
-"""EngineSession: what the driver asks of the engine's server, as few and quiet calls that survive its restart.
+"""EngineSession: what the driver asks of the hub's engine, as few and quiet calls that survive its restart.
 
 Knows the engine's session interface. Knows nothing of frames or rounds.
 """

@@ -46,8 +46,8 @@ def counts_as_training(operation: str) -> bool:
 class Policy(Limits):
     """What a site allows: what it answers, and within which limits. The default lets no text of its examples leave.
 
-    A hub measures before and after each round: with `max_rounds` alone, `max_evaluations` is twice that and two more, or
-    its default where that is less: who allows 1,000 rounds or more says both.
+    A hub measures before and after each round: with `max_rounds` alone, `max_evaluations` is twice that and two more,
+    or its default where that is less: who allows 1,000 rounds or more says both.
 
     >>> Policy(max_rounds=20)
     Policy(max_evaluations=42, max_rounds=20)

@@ -622,5 +622,5 @@ def test_personal_state_goes_out_and_comes_back_bit_by_bit(make_chain):
     )
     with pytest.raises(ParticipantError, match="personal state cannot be read"):
         first.handle("personal_state", broken)
-    with pytest.raises(FederationError, match="unknown operation 'dance'; a peer answers hello, train"):
+    with pytest.raises(FederationError, match="unknown operation 'dance'; a client answers hello, train"):
         first.handle("dance", b"")

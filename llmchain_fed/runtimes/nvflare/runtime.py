@@ -37,8 +37,8 @@ class NVFlare(Runtime):
     """Participants at several organisations, each behind its own NVFlare site and its own peer process.
 
     `FederatedAveraging(chain, runtime=NVFlare("kits/admin", sites=["org-a", "org-b"])).fit(3)` on the hub's machine,
-    where the engine's server runs. Mutual TLS by the engine; what travels is JSON and update bytes, in slices, and no
-    code. A site that is cut off is absent and asked again when it is back; the server may be killed and restarted
+    where its engine runs. Mutual TLS by the engine; what travels is JSON and update bytes, in slices, and no
+    code. A site that is cut off is absent and asked again when it is back; the hub's engine may be killed and restarted
     within `recovery` seconds, and this process too: the job waits for it.
 
     Args:

@@ -1,7 +1,7 @@
 """The NVFlare transport as an operator sees it, without an engine: which link broke, for whom it waits, how it ends.
 
 Belongs here: calls, jobs and sites over a pretended engine, the site's bridge. Does not: the real engine
-(test_transport_federation), frames themselves (test_link, security/test_frames), the way to the hub (test_supervisor).
+(test_runtime_federation), frames themselves (test_link, security/test_frames), the way to the hub (test_supervisor).
 """
 
 import json
@@ -20,7 +20,8 @@ from llmchain_fed.federated.client.operations import operations
 from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.messaging.chunked_calls import ChunkedCalls
 from llmchain_fed.runtimes.nvflare import bridge as bridges
-from llmchain_fed.runtimes.nvflare import certificates, gathering, job, jobs, transport
+from llmchain_fed.runtimes.nvflare import certificates, gathering, job, jobs
+from llmchain_fed.runtimes.nvflare import runtime as nvflare_runtime
 from llmchain_fed.runtimes.nvflare.engine_state import SeenSite
 from llmchain_fed.runtimes.nvflare.sites import Sites
 from llmchain_fed.runtimes.nvflare.supervision.reaching import Hindrance
@@ -498,7 +499,7 @@ def test_an_engine_that_is_out_of_reach_is_one_error_and_said(start, quick, tmp_
 
 
 def test_closing_takes_seconds_even_if_the_engine_is_frozen(start, quick, tmp_path, monkeypatch):
-    assert jobs._FAREWELL + transport._PEERS + transport._JOBS + transport._SESSION < 8
+    assert jobs._FAREWELL + nvflare_runtime._PEERS + nvflare_runtime._JOBS + nvflare_runtime._SESSION < 8
     for name in ("_PEERS", "_JOBS", "_SESSION"):
         monkeypatch.setattr(transport, name, 0.3)
     engine = Engine(tmp_path, seconds=30.0)
@@ -513,7 +514,7 @@ def test_closing_takes_seconds_even_if_the_engine_is_frozen(start, quick, tmp_pa
     runtime.close()
     assert time.monotonic() - began < 3
     assert not os.path.exists(runtime._jobs._socket)
-    assert "this transport is closed" in ask(runtime)["a"]
+    assert "this runtime is closed" in ask(runtime)["a"]
 
 
 def test_a_site_that_does_not_come_to_a_job_is_left_out_of_it(monkeypatch):
