@@ -1,7 +1,7 @@
 """Finished: whether the rounds in a folder are those of a federation's file, before anything is loaded or asked.
 
 Knows the file, what the newest checkpoint says of itself, and a digest of the chain that it began with. Knows nothing
-of weights: what those of a checkpoint mean is compared where a federation goes on (`federated.resuming`).
+of weights: what those of a checkpoint mean is compared where a federation goes on (`checkpoint.resumption`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """A site without an engine, and the way to it over a real UNIX socket."""
 
 import json
+import socket
 import threading
 import time
+from contextlib import suppress
 
 from llmchain_fed import TrainingConfig
 from llmchain_fed.errors import (
@@ -13,6 +15,7 @@ from llmchain_fed.federated.client.operations import operations
 from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.runtimes.messaging import frames, heads
 from llmchain_fed.runtimes.messaging.chunked_calls import ChunkedCalls
+from llmchain_fed.runtimes.nvflare import kits
 from llmchain_fed.runtimes.site.policy import Policy
 
 TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=4, epochs=2)
@@ -88,6 +91,16 @@ def check_socket(path):
     """Makes sure that somebody answers at `path`."""
     reply, _ = heads.read_reply(frames.ask(path, frames.pack({"do": "ping"})))
     assert not isinstance(reply, heads.Failed), reply
+
+
+def wait_for_hub(kit):
+    """Until the hub's port answers."""
+    until = time.monotonic() + 60
+    while True:
+        with suppress(OSError), socket.create_connection(kits.address(kit), timeout=1):
+            return
+        assert time.monotonic() < until, "no hub answers: see nvflare.log in its kit"
+        time.sleep(0.2)
 
 
 def answering(path):

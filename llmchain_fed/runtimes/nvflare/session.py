@@ -34,9 +34,6 @@ class _Quiet:
 class EngineSession:
     """An administrator's session, opened when it is needed and again when it broke.
 
-    Args:
-        admin: The folder of the administrator's kit.
-
     Raises:
         ConfigError: It is no such kit.
         MissingExtraError: The extra `nvflare` is not installed.

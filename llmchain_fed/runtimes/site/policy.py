@@ -98,12 +98,7 @@ class Policy(Limits):
         return cls(**found)
 
     def check(self, op: str, num_bytes: int, rounds: int) -> None:
-        """Makes sure that a request is allowed, as far as its operation and its size tell.
-
-        Args:
-            op: What is asked.
-            num_bytes: Size of its payload.
-            rounds: Trainings done so far.
+        """Makes sure that a request is allowed after so many rounds, as far as its operation and its size tell.
 
         Raises:
             PolicyError: It is not, and why; it begins with the option's name.

@@ -75,12 +75,6 @@ class SiteServer:
     Repeating a frame does no harm, so a hub whose connection broke goes on where it was; a frame of a call that was
     replaced or dropped changes nothing any more.
 
-    Args:
-        peer: Does the work.
-        policy: What it may be asked.
-        audit: Where every request is written down, when it begins and when it ends.
-        log: What its operator is told.
-
     Raises:
         ConfigError: The peer keeps to no limits.
     """

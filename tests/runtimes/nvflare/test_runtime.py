@@ -182,7 +182,7 @@ def start(tmp_path_factory, monkeypatch):
         admin = folder / "admin" / "startup"
         admin.mkdir(parents=True)
         (admin / "fed_admin.json").write_text(json.dumps({"admin": {"host": "localhost", "port": 1, "username": "x"}}))
-        monkeypatch.setattr(transport, "EngineSession", lambda _: engine)
+        monkeypatch.setattr(nvflare_runtime, "EngineSession", lambda _: engine)
         options = {"sites": list(engine.sites), "patience": 1.0, "startup": 0.6, "say": said.append} | options
         opened.append(NVFlare(admin.parent, socket=folder / "h.sock", **options))
         return opened[-1], said
@@ -501,7 +501,7 @@ def test_an_engine_that_is_out_of_reach_is_one_error_and_said(start, quick, tmp_
 def test_closing_takes_seconds_even_if_the_engine_is_frozen(start, quick, tmp_path, monkeypatch):
     assert jobs._FAREWELL + nvflare_runtime._PEERS + nvflare_runtime._JOBS + nvflare_runtime._SESSION < 8
     for name in ("_PEERS", "_JOBS", "_SESSION"):
-        monkeypatch.setattr(transport, name, 0.3)
+        monkeypatch.setattr(nvflare_runtime, name, 0.3)
     engine = Engine(tmp_path, seconds=30.0)
     runtime, _ = start(engine, patience=0.5)
     call = runtime.call("train", list("abcd"), b"x")
@@ -551,10 +551,10 @@ def test_check_looks_at_the_kit_then_the_way_then_the_engine(start, tmp_path, mo
     runtime, _ = start(engine)
     monkeypatch.setattr(certificates, "check", lambda _: steps.append("kit"))
     way = [None, Hindrance("nobody listens"), Hindrance("another authority signed it", lasting=True)]
-    monkeypatch.setattr(transport, "hindrance", lambda _: steps.append("way") or way[0])
+    monkeypatch.setattr(nvflare_runtime, "hindrance", lambda _: steps.append("way") or way[0])
     runtime.check()
     assert steps == ["kit", "way"]
-    monkeypatch.setattr(transport, "_CHECK", 0.3)
+    monkeypatch.setattr(nvflare_runtime, "_CHECK", 0.3)
     engine.connected = lambda: time.sleep(30)
     with pytest.raises(TransportError, match="shakes hands, and does not answer its administrator"):
         runtime.check()

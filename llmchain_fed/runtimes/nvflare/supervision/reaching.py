@@ -78,12 +78,7 @@ def hindrance(kit: Path) -> Hindrance | None:
 
 
 def look(kit: Path, *, is_stopped: Callable[[], bool]) -> Hindrance | None:
-    """As `hindrance`, by a thread, so that whoever is told to stop need not wait for it; what it raises is one as well.
-
-    Args:
-        kit: See there.
-        is_stopped: Whether to wait no longer.
-    """
+    """As `hindrance`, which whoever is told to stop need not wait for; what it raises is one as well."""
     asked = Aside(lambda: hindrance(kit))
     until = time.monotonic() + _ALL
     while not is_stopped() and time.monotonic() < until:
