@@ -112,7 +112,7 @@ class ChunkedCalls:
         view, total = memoryview(payload), len(payload)
         for offset in range(0, max(total, 1), frames.SLICE):
             left = [n for n in names if n in call.open]
-            if not left or _over(call.until):
+            if not left or (call.until is not None and time.monotonic() >= call.until):
                 return
             seconds = self._patience
             if call.until is not None:  # a slow node shall not use up the time in which the others would work
@@ -189,10 +189,6 @@ class ChunkedCalls:
                     return TransportError(f"{name!r} did not send the slice that was asked for: it has restarted.")
                 answer += body
         return bytes(answer)
-
-
-def _over(until: float | None) -> bool:
-    return until is not None and time.monotonic() >= until
 
 
 def _restarted(name: str) -> TransportError:

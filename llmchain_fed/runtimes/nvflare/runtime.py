@@ -86,7 +86,7 @@ class NVFlare(Runtime):
             self._sites,
             recovery=recovery,
             startup=startup,
-            say=say or _say_nothing,
+            say=say or (lambda _: None),
         )
         self._calls = ChunkedCalls(self._jobs.exchange, patience, self._jobs.farewell)
 
@@ -187,10 +187,6 @@ class NVFlare(Runtime):
         with suppress(FederationError):
             for _ in calls.call("stop", self._sites.there(), b"{}", _PEERS):
                 pass
-
-
-def _say_nothing(_: str) -> None:
-    pass
 
 
 def _socket_of(admin: Path) -> Path:
