@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from llmchain_fed.federated.runtime import Runtime
     from llmchain_fed.library import list_chains, list_prompts, load_chain, load_prompt
     from llmchain_fed.model.local_model import LocalModel
-    from llmchain_fed.runtimes.nvflare.transport import NVFlare
+    from llmchain_fed.runtimes.nvflare.runtime import NVFlare
     from llmchain_fed.runtimes.site.site import Site
     from llmchain_fed.runtimes.torch_distributed import TorchDistributed
     from llmchain_fed.tracking.console import ConsoleTable
@@ -95,7 +95,7 @@ _HOMES = {
     "LocalLLM": "chain.llm",
     "LocalModel": "model.local_model",
     "MLflow": "tracking.mlflow",
-    "NVFlare": "runtimes.nvflare.transport",
+    "NVFlare": "runtimes.nvflare.runtime",
     "Participant": "federated.participant",
     "RawText": "data.examples",
     "Reptile": "updates.server_optimizers.adaptive",

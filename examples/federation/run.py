@@ -19,15 +19,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
 from examples.common.catalogues import split_publishers
 from examples.common.translation import make_chain, print_results, sample, summary_row, translate
-from llmchain_fed import ConfigError, History, LLMChain
+from llmchain_fed import History, LLMChain, TransportError
+from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.nvflare import engine, kits
-from llmchain_fed.runtimes.site.server import check_socket
 
 SITES = ("django", "wagtail", "pretix")
 HERE = Path(__file__).parent
@@ -71,7 +72,7 @@ def main() -> None:
                 socket_option = ["--socket", str(Path(sockets) / name)] if name != "hub" else []
                 processes.append(start(["engine", str(made[name]), *socket_option], made[name] / "engine.log"))
                 if name == "hub":
-                    engine.wait_for_hub(made["admin"])
+                    wait_for_hub(made["admin"])
             for name, process in zip(SITES, processes, strict=False):
                 wait_for_peer(name, Path(sockets) / name, process, args.out)
             step("at the hub: the rounds")
@@ -126,13 +127,24 @@ def wait_for_peer(name: str, path: Path, process: subprocess.Popen[bytes], out: 
     """Until the peer has loaded its model."""
     while process.poll() is None:
         try:
-            check_socket(path)
+            frames.ask(path, frames.pack({"do": "ping"}))
             break
-        except ConfigError:
+        except TransportError:
             time.sleep(0.2)
     else:
         sys.exit((out / name / "peer.log").read_text(encoding="utf-8"))
     print("  " + (out / name / "peer.log").read_text(encoding="utf-8").splitlines()[-5])
+
+
+def wait_for_hub(kit: Path) -> None:
+    """Until the hub's port answers, for a minute at most."""
+    until = time.monotonic() + 60
+    while True:
+        with suppress(OSError), socket.create_connection(kits.address(kit), timeout=1):
+            return
+        if time.monotonic() > until:
+            sys.exit("no hub answers: see nvflare.log in its kit")
+        time.sleep(0.2)
 
 
 def write_federation_file(path: Path, admin: Path, rounds: int, learning_rate: float) -> None:

@@ -19,7 +19,7 @@ from llmchain_fed.federated.reporting.stderr import show
 from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.stopping import Stopped, stopping
 
-_WAITS = re.compile(r"\b[Ww]aiting for |\bthe others wait ")  # of what a transport says: the rest has happened
+_WAITS = re.compile(r"\b[Ww]aiting for |\bthe others wait ")  # of what a runtime says: the rest has happened
 
 
 def federate(
@@ -90,7 +90,7 @@ def _finish(found: Any, results: Any) -> None:
 
 
 def _run(found: Any, results: Any, members: str, status: Any, done: list[int]) -> None:
-    from llmchain_fed.runtimes.nvflare.transport import NVFlare
+    from llmchain_fed.runtimes.nvflare.runtime import NVFlare
 
     hub = {key: getattr(found.hub, key) for key in ("socket", "patience", "recovery", "startup")}
 

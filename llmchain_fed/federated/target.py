@@ -115,12 +115,12 @@ class Target:
 
 
 def check_contract(name: str, *, site: Any, server: Any) -> None:
-    """Makes sure that a participant trains what the hub does; both sides check, and say it in the same words.
+    """Makes sure that a participant trains what the server does; both sides check, and say it in the same words.
 
     Args:
         name: The participant's.
-        site: Its `contract()`; as it arrived, at the hub.
-        server: The hub's; as it arrived, at the participant.
+        site: Its `contract()`; as it arrived, at the server.
+        server: The server's; as it arrived, at the participant.
 
     Raises:
         ContractError: What differs, by name.

@@ -10,8 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, TypeVar
 
+from llmchain_fed.runtimes.aside import Aside, within
 from llmchain_fed.untrusted import one_line
 
 EVERY = 1.0  # seconds between two signs of life
@@ -20,46 +21,6 @@ _LONGEST_TICK = 1.0  # seconds: a process that was stopped itself did not see wh
 _ASKING = 2.0  # seconds to say something to the store, or to read it
 _MOST_TEXT = 2000  # characters
 _T = TypeVar("_T")
-
-
-class Aside(Generic[_T]):
-    """A call that blocks, in a thread of its own: who waits for it can look around, and can stop waiting.
-
-    The call itself cannot be stopped. One that is left behind must have come to its end before the interpreter has:
-    there, whatever a library in C++ returns from ends the whole process ("terminate called"); see `left_behind`.
-    """
-
-    _running: ClassVar[set[threading.Thread]] = set()
-
-    def __init__(self, call: Callable[[], _T]) -> None:
-        self._call, self._over = call, threading.Event()
-        self._found: _T | None = None
-        self._error: BaseException | None = None
-        threading.Thread(target=self._run, name="aside", daemon=True).start()
-
-    @classmethod
-    def left_behind(cls) -> list[threading.Thread]:
-        """Those that still run."""
-        return [thread for thread in list(cls._running) if thread.is_alive()]
-
-    def _run(self) -> None:
-        self._running.add(threading.current_thread())
-        try:
-            self._found = self._call()
-        except BaseException as error:  # raised where it is waited for
-            self._error = error
-        self._running.discard(threading.current_thread())
-        self._over.set()
-
-    def over(self, seconds: float) -> bool:
-        """Whether it has ended, after so many seconds at most."""
-        return self._over.wait(seconds)
-
-    def result(self) -> _T:
-        """What it returned; what it raised is raised."""
-        if self._error is not None:
-            raise self._error
-        return self._found  # type: ignore[return-value]
 
 
 class Heartbeat:
@@ -161,6 +122,5 @@ class Heartbeat:
         if self._closed.is_set() or self._gone():
             return None
         with suppress(Exception):
-            asked = Aside(call)
-            return asked.result() if asked.over(_ASKING) else None
+            return within(_ASKING, call)
         return None

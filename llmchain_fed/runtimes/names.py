@@ -26,11 +26,7 @@ _SPELLED = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "Ä": "Ae", "Ö": 
 
 
 def check_name(name: str, *, host: str = "") -> None:
-    """Makes sure that a site can have this name.
-
-    Args:
-        name: The site's.
-        host: By which sites reach the hub, where it is known.
+    """Makes sure that a site can have this name, where sites reach the hub by `host`.
 
     Raises:
         ConfigError: It cannot.

@@ -119,8 +119,8 @@ def _federation(path: Path) -> Report:
 
 def _hubs_engine(report: Report, admin: Path) -> None:
     """Whether the hub's engine runs: as it wrote down, or by its port where that is another account's or machine's."""
+    from llmchain_fed.runtimes.aside import within
     from llmchain_fed.runtimes.nvflare import engine_state, kits
-    from llmchain_fed.runtimes.nvflare.within import within
 
     try:
         host, port = kits.address(admin)

@@ -24,7 +24,8 @@ import torch.distributed as dist
 
 from llmchain_fed.errors import ConfigError, FederationError
 from llmchain_fed.federated.reporting import stderr
-from llmchain_fed.runtimes.heartbeat import Aside, Heartbeat
+from llmchain_fed.runtimes.aside import Aside
+from llmchain_fed.runtimes.heartbeat import Heartbeat
 from llmchain_fed.untrusted import one_line, shown
 
 LEADER = 0

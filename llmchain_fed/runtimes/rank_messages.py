@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmchain_fed.errors import FederationError
 from llmchain_fed.runtimes import process_group, ranks
-from llmchain_fed.runtimes.heartbeat import Aside
+from llmchain_fed.runtimes.aside import Aside
 from llmchain_fed.runtimes.messaging.heads import HeadT
 from llmchain_fed.runtimes.process_group import LEADER
 from llmchain_fed.untrusted import shown

@@ -31,12 +31,7 @@ _START = "start.json"  # which chain it began with
 
 
 class Results:
-    """What a federation leaves on the disk.
-
-    Args:
-        out: The folder for chain and history.
-        checkpoints: The folder for checkpoints, which may lie in it.
-    """
+    """What a federation leaves on the disk."""
 
     def __init__(self, out: Path, checkpoints: Path) -> None:
         self.out, self.checkpoints = out, checkpoints
@@ -105,9 +100,6 @@ class Results:
 
     def check(self, *, start: str) -> None:
         """Makes sure, before anything is loaded or trained, that the results to come can be left here.
-
-        Args:
-            start: The chain that the federation begins with.
 
         Raises:
             ConfigError: They cannot; or what is there would be replaced by less.

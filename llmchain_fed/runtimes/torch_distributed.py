@@ -136,11 +136,7 @@ class TorchDistributed(Runtime):
     ) -> Iterator[tuple[str, bytes | Exception]]:
         """Lets all ranks work at the same time; yields rank 0's answers first, then the others' in order.
 
-        Args:
-            op: What they are asked to do.
-            nodes: The names of those who are asked.
-            payload: The same bytes for all, or each node's own by name.
-            timeout: seconds each participant may take for itself.
+        `timeout` is seconds that each participant may take for itself.
 
         Raises:
             FederationError: A node nobody knows; a rank that died or is silent, by name.

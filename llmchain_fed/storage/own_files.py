@@ -6,6 +6,7 @@ whole process's, threads included: a command sets it once, before it starts any.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -96,3 +97,23 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """Puts a file, or all files of a folder, on the disk: a rename alone can outlive their contents.
+
+    Raises:
+        OSError: One cannot be written.
+    """
+    for each in (path, *path.rglob("*")):
+        if each.is_dir() and not each.is_symlink():
+            sync_folder(each)
+        elif each.is_file() and not each.is_symlink():
+            descriptor = os.open(each, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # a file system that cannot
+                    raise
+            finally:
+                os.close(descriptor)

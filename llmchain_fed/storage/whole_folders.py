@@ -10,7 +10,6 @@ Knows folders and how this system exchanges two. Knows nothing of what is in the
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import re
 import secrets
@@ -20,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from llmchain_fed.storage.own_files import behind, sync_folder
+from llmchain_fed.storage.own_files import behind, sync_folder, sync_tree
 
 _NEW, _OLD = "new", "old"
 _SHORT = 50  # characters of a name: the longest that a file system takes has 255 bytes
@@ -43,7 +42,7 @@ def replaced(directory: Path) -> Iterator[Path]:
     with _beside(directory, _NEW) as scratch:
         yield scratch
         _as_open_as(directory, scratch)
-        _sync(scratch)
+        sync_tree(scratch)
         if not os.path.lexists(directory):
             scratch.rename(directory)
         elif not _exchanged(scratch, directory):
@@ -157,18 +156,3 @@ def _remove(path: Path) -> None:
         path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Puts a folder's files on the disk, and which there are."""
-    for where, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            descriptor = os.open(Path(where, name), os.O_RDONLY | os.O_NOFOLLOW)
-            try:
-                os.fsync(descriptor)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # a file system that cannot
-                    raise
-            finally:
-                os.close(descriptor)
-        sync_folder(Path(where))

@@ -279,12 +279,7 @@ def read(path: str | Path) -> Status:
 
 
 def is_running(pid: int, started: float) -> bool:
-    """Whether a process of this machine runs which is not younger than a time: numbers are given anew after a while.
-
-    Args:
-        pid: Its number.
-        started: seconds since the epoch.
-    """
+    """Whether a process of this machine runs that is not younger than this (epoch seconds): numbers are given anew."""
     try:
         import psutil
     except ImportError:  # it comes with the extra `nvflare`

@@ -28,12 +28,7 @@ class Strict(BaseModel):
 def checked(model: type[ModelT], found: object, *, what: str, error: ErrorType, remedy: str = "") -> ModelT:
     """The strict model of what was parsed: each field has its type and its range, or is refused by name.
 
-    Args:
-        model: Says type and range of every field.
-        found: What a parser gave.
-        what: It is, for the message.
-        error: Raised; its message quotes names and short values only.
-        remedy: A sentence on what to do.
+    A refusal quotes names and short values only, and ends with the remedy.
     """
     strict = model.model_config.get("extra") == "forbid"
     if strict and isinstance(found, dict) and len(found) > len(model.model_fields):

@@ -31,13 +31,6 @@ def parse_yaml(
 
     Numbers may be written as 1e-2. Refused are aliases and anchors, merge keys, tags, unquoted dates, a key given
     twice, keys that are no strings (an unquoted `on` is a boolean), several documents, and more than 32 levels.
-
-    Args:
-        data: UTF-8.
-        what: Is parsed, for the message.
-        error: Raised.
-        most: bytes that are parsed at all.
-        remedy: A sentence on what to do.
     """
     if len(data) > most:
         raise refusal(error, f"{what} has more than the {most:,} bytes that make sense", remedy)

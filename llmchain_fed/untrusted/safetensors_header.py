@@ -85,7 +85,7 @@ def read_safetensors_header(
         tensors = {name: _tensor(**entry) for name, entry in found.items()}
     except (TypeError, ValueError, KeyError):
         raise refusal(error, f"what {what_header} says of a tensor makes no sense: {_odd(found)}") from None
-    in_order = sorted(tensors.items(), key=_place)
+    in_order = sorted(tensors.items(), key=lambda item: item[1][2:])
     at = 0
     for name, tensor in in_order:
         size_of_one = length = _ITEM_SIZES[tensor.dtype]
@@ -116,10 +116,6 @@ def _tensor(dtype: Any, shape: Any, data_offsets: Any) -> TensorHeader:
         raise ValueError
     _ITEM_SIZES[dtype]
     return TensorHeader(dtype, tuple(shape), begin, end)
-
-
-def _place(item: tuple[str, TensorHeader]) -> tuple[int, int]:
-    return item[1][2:]
 
 
 def _odd(found: Mapping[str, Any]) -> str:

@@ -21,12 +21,7 @@ ErrorType = type[LLMChainFedError]
 
 @contextmanager
 def decoding(what: str, error: ErrorType) -> Iterator[None]:
-    """Whatever goes wrong within is an error of our tree: what a stranger sent ends in a refusal, never in a crash.
-
-    Args:
-        what: Is decoded, for the message.
-        error: Raised in place of any exception that is not of our tree.
-    """
+    """Whatever goes wrong within is an error of our tree: what a stranger sent ends in a refusal, never in a crash."""
     try:
         yield
     except LLMChainFedError:

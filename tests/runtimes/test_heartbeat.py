@@ -10,7 +10,8 @@ import pytest
 import torch.distributed as dist
 
 from llmchain_fed.runtimes import heartbeat
-from llmchain_fed.runtimes.heartbeat import Aside, Heartbeat
+from llmchain_fed.runtimes.aside import Aside
+from llmchain_fed.runtimes.heartbeat import Heartbeat
 
 
 @pytest.fixture

@@ -84,6 +84,9 @@ class Echo:
     def take_up(self):
         pass
 
+    def obey(self, limits):
+        pass
+
 
 def site(policy=None):
     return SiteServer(Echo(), policy or Policy(error_messages=True), Audit(None))

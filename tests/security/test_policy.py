@@ -402,6 +402,17 @@ class Slow:
     def take_up(self):
         self.stop.clear()
 
+    def obey(self, limits):
+        pass
+
+
+def test_a_peer_that_keeps_to_no_limits_is_not_served():
+    class Unlimited(Slow):
+        obey = None
+
+    with pytest.raises(ConfigError, match=r"Unlimited has no `obey\(limits\)`: nothing would hold it to the policy"):
+        SiteServer(Unlimited(), Policy(), Audit(None))
+
 
 def test_a_difference_to_what_is_not_kept_tells_no_loss_and_costs_none(target):
     """The site once counted requests and the peer what it told: honest repetitions used up what is allowed."""

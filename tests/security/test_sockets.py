@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 from bounded import bounded, within
+from sites import answering, check_socket
 
 from llmchain_fed.errors import ConfigError, TransportError
 from llmchain_fed.runtimes.messaging import channel, frames
 from llmchain_fed.runtimes.nvflare.link import Link
 from llmchain_fed.runtimes.site.policy import Audit, Policy
-from llmchain_fed.runtimes.site.server import SiteServer, check_socket
+from llmchain_fed.runtimes.site.server import SiteServer
 
 ROOT = os.geteuid() == 0
 
@@ -36,19 +37,16 @@ class Echo:
     def take_up(self):
         pass
 
+    def obey(self, limits):
+        pass
+
 
 @pytest.fixture
 def path(tmp_path_factory):
     """Where a site listens."""
     found = tmp_path_factory.mktemp("s") / "a.sock"
     threading.Thread(target=SiteServer(Echo(), Policy(), Audit(None)).serve, args=(found,), daemon=True).start()
-    until = time.monotonic() + 5
-    while time.monotonic() < until:
-        with suppress(ConfigError):
-            check_socket(found)
-            return found
-        time.sleep(0.01)
-    raise TimeoutError
+    return answering(found)
 
 
 def connected(path):

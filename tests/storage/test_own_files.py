@@ -66,7 +66,7 @@ def federate(make_chain, tmp_path, monkeypatch):
         make_chain(lora=True).save("start")
     (tmp_path / "federation.yaml").write_text(FEDERATION)
     sites = FederatedAveraging(make_chain(lora=True), participants={"a": PAIRS[:6], "b": PAIRS[6:]})._peers
-    monkeypatch.setattr("llmchain_fed.runtimes.nvflare.transport.NVFlare", lambda *_, **__: Sites(sites))
+    monkeypatch.setattr("llmchain_fed.runtimes.nvflare.runtime.NVFlare", lambda *_, **__: Sites(sites))
 
     def run():
         done = CliRunner().invoke(app, ["federate", str(tmp_path / "federation.yaml")], catch_exceptions=False)

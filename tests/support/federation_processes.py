@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from sites import wait_for_hub
 from torchrun_script import HELD_OUT, SHARES, TRAINING, tiny_chain
 
 from llmchain_fed import FederatedAveraging, NVFlare
@@ -62,7 +63,7 @@ class Federation:
         self.start_hub()
         for name in self.sites:
             self.start_peer(name)
-        engine.wait_for_hub(self.kits["admin"])
+        wait_for_hub(self.kits["admin"])
         for name in self.sites:
             self.start_site(name)
         for name in self.sites:

@@ -127,11 +127,11 @@ def child(
                         made.save(place)
                         file.write(b".")
         from llmchain_fed.cli import federating
-        from llmchain_fed.runtimes.nvflare import transport
+        from llmchain_fed.runtimes.nvflare import runtime
 
         load = federating.load
         federating.load = lambda name: (act(do.get("load")), load(name))[1]
-        transport.NVFlare = (lambda *_, **__: Sites(do, out or {}, sites)) if engine else no_engine
+        runtime.NVFlare = (lambda *_, **__: Sites(do, out or {}, sites)) if engine else no_engine
         sys.argv = ["llmchain-fed", *arguments]
         status = cli.run()
     except SystemExit as end:
@@ -153,7 +153,7 @@ def warm(folder: Path) -> None:
     chain = LLMChain.load(folder / "start")
     FederatedAveraging(chain, participants=SHARES, checkpoint_dir=folder / "kept", progress=False).fit(1)
     _PEERS.update(FederatedAveraging(make_chain(), participants=SHARES)._peers)
-    for name in ("runtimes.federation_file", "runtimes.results", "runtimes.nvflare.transport"):
+    for name in ("runtimes.federation_file", "runtimes.results", "runtimes.nvflare.runtime"):
         importlib.import_module(f"llmchain_fed.{name}")
 
 

@@ -1,20 +1,22 @@
 """A site without an engine, and the way to it over a real UNIX socket."""
 
 import json
+import socket
 import threading
 import time
+from contextlib import suppress
 
-from llmchain_fed import ConfigError, TrainingConfig
+from llmchain_fed import TrainingConfig
 from llmchain_fed.errors import (
     DeadlineError,
     TransportError,
 )
 from llmchain_fed.federated.client.operations import operations
 from llmchain_fed.federated.runtime import Runtime
-from llmchain_fed.runtimes.messaging import frames
+from llmchain_fed.runtimes.messaging import frames, heads
 from llmchain_fed.runtimes.messaging.chunked_calls import ChunkedCalls
+from llmchain_fed.runtimes.nvflare import kits
 from llmchain_fed.runtimes.site.policy import Policy
-from llmchain_fed.runtimes.site.server import check_socket
 
 TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=4, epochs=2)
 
@@ -44,6 +46,9 @@ class Echo:
 
     def take_up(self):
         self.given_up.clear()
+
+    def obey(self, limits):
+        pass
 
 
 class Sockets:
@@ -82,6 +87,22 @@ class SocketTransport(Runtime):
         return self.calls.call(op, nodes, payload, timeout)
 
 
+def check_socket(path):
+    """Makes sure that somebody answers at `path`."""
+    reply, _ = heads.read_reply(frames.ask(path, frames.pack({"do": "ping"})))
+    assert not isinstance(reply, heads.Failed), reply
+
+
+def wait_for_hub(kit):
+    """Until the hub's port answers."""
+    until = time.monotonic() + 60
+    while True:
+        with suppress(OSError), socket.create_connection(kits.address(kit), timeout=1):
+            return
+        assert time.monotonic() < until, "no hub answers: see nvflare.log in its kit"
+        time.sleep(0.2)
+
+
 def answering(path):
     """`path`, once somebody answers there: a socket has its name before it has its key and before anybody listens."""
     until = time.monotonic() + 30
@@ -89,7 +110,7 @@ def answering(path):
         try:
             check_socket(path)
             return path
-        except ConfigError:
+        except TransportError:
             if time.monotonic() > until:
                 raise
             time.sleep(0.01)

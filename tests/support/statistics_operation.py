@@ -13,6 +13,7 @@ class StatisticsTask(Task):
     """How many examples are there, of at least so many tokens?"""
 
     operation = "statistics"
+    counts_as_training, measured = False, 0
 
     at_least: Annotated[int, Field(ge=0, le=10**6)] = 0
 

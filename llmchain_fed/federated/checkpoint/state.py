@@ -38,7 +38,7 @@ class OtherExamplesError(ParticipantError):
 
 
 def checkpoint_of(server: Server, former: Mapping[str, bytes], since: int | None = None) -> Checkpoint:
-    """Everything a hub needs to go on as if it had never stopped.
+    """Everything a server needs to go on as if it had never stopped.
 
     Participants are asked where they stand; who does not answer, or may not, is as in `former` or keeps it for itself.
 
@@ -194,7 +194,7 @@ def _refuse(found: Contents, wrong: list[str], remedy: str = "") -> None:
 
 
 def restore(server: Server, found: Contents) -> dict[str, bytes]:
-    """Puts a hub where the checkpoint was; all of it or, on an error, nothing.
+    """Puts a server where the checkpoint was; all of it or, on an error, nothing.
 
     Returns:
         What participants are to be given back once they have joined.

@@ -1,4 +1,4 @@
-"""Client: one participant, which answers what a hub asks of it, in bytes.
+"""Client: one participant, which answers what a server asks of it, in bytes.
 
 Knows messages, what its participant lets be asked, and where it stands. Knows nothing of other participants or of what
 becomes of its update. What it is sent is checked before a value of it is used; what an operation does stands in
@@ -84,7 +84,7 @@ class Client:
         self.global_states = global_states or GlobalStateCache(target.model, most=Limits().max_states)
         self.progress = ProgressByRound()
         self.kept: set[str] = set()
-        """names of tensors that a hub let this participant keep, in whatever federation since this client was made"""
+        """names of tensors that a server let it keep for itself, in whatever federation since this client was made"""
         self.federation: str | None = None
         self.aggregation: str | None = None
         """the rule's name, as the hub says"""

@@ -1,4 +1,4 @@
-"""The operations `hello` and `stop`: a participant takes part in a federation as its hub says, or no more.
+"""The operations `hello` and `stop`: a participant takes part in a federation as its server says, or no more.
 
 Knows training options, contracts and a client's data. Knows nothing of rounds.
 """

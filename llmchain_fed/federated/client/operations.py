@@ -8,7 +8,7 @@ and
 
     register_task(Statistics, statistics)
 
-in the process of the participant, before its client is asked. The hub asks by `server.asking.ask`.
+in the process of the participant, before its client is asked. The server asks by `server.asking.ask`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def register_task(
         check: `check(client, task, layout, infos)` of a `StateTask`: raises where it may not be asked.
 
     Raises:
-        ConfigError: The name is none or is taken, or the task brings tensors that are no global state.
+        ConfigError: The name is none or is taken, the task brings tensors that are no global state, or it does not say
+            what of it a site's policy limits.
     """
     name = getattr(task, "operation", None)
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name):
@@ -77,6 +78,13 @@ def register_task(
         raise ConfigError(msg)
     if issubclass(task, TensorTask) and not issubclass(task, (StateTask, PersonalStateTask)):
         msg = f"{task.__name__} brings tensors of which nothing is known. Make it a Task, or a StateTask."
+        raise ConfigError(msg)
+    unsaid = [limited for limited in ("counts_as_training", "measured") if not hasattr(task, limited)]
+    if unsaid:
+        msg = (
+            f"{task.__name__} does not say {', '.join(unsaid)}: a site's policy limits trainings and held-out losses. "
+            "Say `counts_as_training, measured = False, 0` where it neither trains nor tells a loss."
+        )
         raise ConfigError(msg)
     _TYPES[name] = TaskType(task, work, check)
 
@@ -93,7 +101,7 @@ def task_type(operation: str) -> TaskType:
         FederationError: There is none.
     """
     if operation not in _TYPES:
-        msg = f"unknown operation '{shown(operation, 40)}'; a peer answers {', '.join(_TYPES)}."
+        msg = f"unknown operation '{shown(operation, 40)}'; a client answers {', '.join(_TYPES)}."
         raise FederationError(msg)
     return _TYPES[operation]
 

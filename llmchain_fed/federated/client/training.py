@@ -63,7 +63,7 @@ def check(client: Client, task: TrainTask, layout: Layout, _infos: Mapping[str, 
 def _check_private(client: Client, task: TrainTask, layout: Layout) -> None:
     """What a federation let this participant keep for itself never leaves, in whatever round it is asked for.
 
-    A client of the hub's own process follows the one federation it was made for. Another one remembers names as long
+    A client of the server's own process follows the one federation it was made for. Another one remembers names as long
     as it lives: training the same examples from the same start, under another rule or another federation's name,
     would make the same values again.
     """

@@ -1,4 +1,4 @@
-"""Tasks: what a hub may ask of a participant, a small frozen type each. Every field has its type and its range.
+"""Tasks: what a server may ask of a participant, a small frozen type each. Every field has its type and its range.
 
 Knows fields. Knows nothing of models, of the tensors that come with a task, or of what is done with either. How a task
 becomes bytes stands in `messages`, what it is answered with in `answers`, what a participant does in
@@ -56,15 +56,15 @@ _Options = Annotated[dict[_Name, Any], Field(max_length=_MOST_OPTIONS)]
 
 
 class Task(Strict):
-    """What a hub asks of a participant. It travels as JSON; what comes with tensors is a `TensorTask`."""
+    """What a server asks of a participant. It travels as JSON; what comes with tensors is a `TensorTask`."""
 
     operation: ClassVar[str]
     """its name: in messages, in a site's policy, in its audit file"""
     max_message: ClassVar[int] = 2**16
     """bytes that its JSON may have"""
-    counts_as_training: ClassVar[bool] = False
+    counts_as_training: ClassVar[bool]
     """whether it is one of the trainings of which a site's policy allows so many (`max_rounds`)"""
-    measured: ClassVar[int] = 0
+    measured: ClassVar[int]
     """held-out losses that its answer tells, of which a site's policy allows so many (`max_evaluations`)"""
 
     @property
@@ -149,6 +149,7 @@ class HelloTask(Task):
     """Who asks: on which contract, with which options, in which federation, by which rule."""
 
     operation = "hello"
+    counts_as_training, measured = False, 0
 
     contract: ContractData
     training: TrainingOptions | None = None
@@ -160,6 +161,7 @@ class StopTask(Task):
     """The federation is over."""
 
     operation = "stop"
+    counts_as_training, measured = False, 0
     max_message = 64
 
 
@@ -177,7 +179,7 @@ class TrainTask(StateTask):
     """Train for an update."""
 
     operation = "train"
-    counts_as_training = True
+    counts_as_training, measured = True, 0
 
     trains: Part = "all"
     shares: Part = "all"
@@ -198,8 +200,7 @@ class PersonalizeTask(StateTask):
     """Train a personal model from the global one."""
 
     operation = "personalize"
-    counts_as_training = True
-    measured = 1
+    counts_as_training, measured = True, 1
 
     steps: _Steps
     lr: _Rate | None = None
@@ -209,7 +210,7 @@ class CurveTask(StateTask):
     """Measure the held-out loss after so many steps of adaptation, each of these."""
 
     operation = "curve"
-    counts_as_training = True
+    counts_as_training, measured = True, 0
 
     steps: Annotated[list[_Count], Field(min_length=1, max_length=MAX_CURVE, fail_fast=True)]
     lr: _Rate | None = None
@@ -230,7 +231,7 @@ class TimeStepTask(StateTask):
     """Say how long an optimizer step takes."""
 
     operation = "time_step"
-    counts_as_training = True
+    counts_as_training, measured = True, 0
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ class EvaluateTask(StateTask):
     """Measure the held-out loss, with answers to some examples."""
 
     operation = "evaluate"
-    measured = 1
+    counts_as_training, measured = False, 1
 
     samples: int = Field(default=0, ge=0, le=10**9)
     sample_tokens: int | None = Field(default=None, ge=1, le=2**20)
@@ -256,7 +257,7 @@ class SideBySideTask(StateTask):
     """Measure the held-out loss of the base, of the global model and of the personal one."""
 
     operation = "side_by_side"
-    measured = 1
+    counts_as_training, measured = False, 1
 
 
 # --- where a participant stands ---------------------------------------------------------------------------------------
@@ -280,6 +281,7 @@ class PersonalStateTask(TensorTask):
     """Say where you stand before a round, or stand where this says; an answer can be given back as it is."""
 
     operation = "personal_state"
+    counts_as_training, measured = False, 0
 
     round: _Round | None = None
     progress: dict[_RoundText, ProgressData] | None = Field(default=None, min_length=1, max_length=1000)

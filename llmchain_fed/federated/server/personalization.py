@@ -1,6 +1,6 @@
 """Personalizing: asks participants for personal models and for losses side by side, and reads what they answer.
 
-Knows the hub, tasks and answers. Knows nothing about how a participant trains for itself: that is the client's
+Knows the server, tasks and answers. Knows nothing about how a participant trains for itself: that is the client's
 `personalization`.
 """
 

@@ -26,12 +26,7 @@ class AnswerSizes:
         self._said[op] = num_bytes
 
     def most(self, op: str, payload: int) -> int:
-        """bytes: what no sensible answer to `op` exceeds.
-
-        Args:
-            op: The operation that was asked for.
-            payload: bytes that were sent for it.
-        """
+        """bytes: what no sensible answer to `op` exceeds, for which so many bytes of `payload` were sent."""
         if op == "train":  # what is not an update is JSON: a loss, a curve
             return max(self._said[op], _SMALL) if op in self._said else 2 * payload + _SMALL
         if op == "personal_state":

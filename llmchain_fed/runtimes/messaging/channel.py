@@ -181,11 +181,7 @@ def which(path: Path) -> tuple[int, int]:
 class Listener:
     """A listening socket whose callers are heard each in a thread of its own, once they have shown the key.
 
-    Args:
-        listening: The socket, bound and listening.
-        path: The path that it is bound to.
-        key: The key that callers must show.
-        files: The files that are removed when this is closed, if they are still what they were.
+    Its `files` are removed when it is closed, if they are still what they were.
     """
 
     def __init__(

@@ -112,7 +112,7 @@ class ChunkedCalls:
         view, total = memoryview(payload), len(payload)
         for offset in range(0, max(total, 1), frames.SLICE):
             left = [n for n in names if n in call.open]
-            if not left or _over(call.until):
+            if not left or (call.until is not None and time.monotonic() >= call.until):
                 return
             seconds = self._patience
             if call.until is not None:  # a slow node shall not use up the time in which the others would work
@@ -122,7 +122,7 @@ class ChunkedCalls:
             frame = frames.pack(head, view[offset : offset + frames.SLICE])
             whole = offset + frames.SLICE >= total
             for name, reply in self._exchange(left, frame, seconds):
-                found, _ = _read(reply)
+                found, _ = read(reply)
                 if isinstance(found, Exception):
                     yield from call.ends(name, found)
                 elif found.state == "unknown" or (found.state == "receiving") is whole:
@@ -152,7 +152,7 @@ class ChunkedCalls:
             still = []
             seconds = wait + min(self._patience, max(left - wait, _LATE))
             for name, reply in self._exchange(working, frame, seconds):
-                head, body = _read(reply)
+                head, body = read(reply)
                 if isinstance(head, Exception):
                     yield from call.ends(name, head)
                 elif head.state == "working":
@@ -182,7 +182,7 @@ class ChunkedCalls:
                 return DeadlineError(f"{name!r} was done in time, but its answer was not here by the deadline.")
             frame = frames.pack({"do": "get", "call": call.id, "offset": len(answer)})
             for _, reply in self._exchange([name], frame, min(self._patience, max(left, 1.0))):
-                head, body = _read(reply)
+                head, body = read(reply)
                 if isinstance(head, Exception):
                     return head
                 if head.state != "done" or len(body) != min(frames.SLICE, total - len(answer)):
@@ -191,15 +191,11 @@ class ChunkedCalls:
         return bytes(answer)
 
 
-def _over(until: float | None) -> bool:
-    return until is not None and time.monotonic() >= until
-
-
 def _restarted(name: str) -> TransportError:
     return TransportError(f"{name!r} knows nothing of this call: its peer has restarted.")
 
 
-def _read(reply: bytes | Exception) -> tuple[heads.Reply | Exception, memoryview]:
+def read(reply: bytes | Exception) -> tuple[heads.Reply | Exception, memoryview]:
     """A reply's head and body, or why there is none."""
     empty = memoryview(b"")
     if isinstance(reply, Exception):

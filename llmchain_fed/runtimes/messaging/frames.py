@@ -47,11 +47,7 @@ def pack(head: Mapping[str, Any], body: bytes | memoryview = b"") -> bytes:
 
 
 def read(frame: bytes | memoryview, *, most: int = _MAX_HEAD) -> tuple[dict[str, Any], memoryview]:
-    """The reverse of `pack`; the body is a view.
-
-    Args:
-        frame: The bytes that came.
-        most: bytes that a head may have.
+    """The reverse of `pack`; the body is a view. A head has `most` bytes at most.
 
     Raises:
         TransportError: It is no frame.

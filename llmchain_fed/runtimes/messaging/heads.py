@@ -99,7 +99,7 @@ _OF_THIS_ACCOUNT = (RefusedRequest, StatusRequest)
 
 
 class Fault(untrusted.Strict):
-    """An error of elsewhere; see `failures`."""
+    """An error of elsewhere; see `error_codes`."""
 
     type: str
     message: str

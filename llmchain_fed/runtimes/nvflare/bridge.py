@@ -59,15 +59,11 @@ class SiteBridge:
 
     @collab.publish  # type: ignore[untyped-decorator]  # nvflare has no types
     def exchange(self, frame: bytes, seconds: float = frames.TRANSFER) -> bytes:
-        """One frame in, one frame out; that nobody answers at the socket is an answer too.
+        """One frame in, one frame out, within so many seconds; that nobody answers at the socket is an answer too.
 
         Anybody but the hub is refused before a byte of the frame is looked at or handed on, and the peer is told who it
         was, for its audit file. What goes wrong here is for this site's log: the hub learns no path of this machine,
         but which link broke, before its own patience ends.
-
-        Args:
-            frame: The frame that goes to the peer.
-            seconds: How long the peer may be silent.
         """
         try:
             caller = str(collab.caller)

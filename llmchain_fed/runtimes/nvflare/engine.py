@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -148,16 +147,8 @@ def nvflare_command(
 ) -> tuple[list[str], dict[str, str]]:
     """The command line of NVFlare's process, and the environment variables it needs.
 
-    Args:
-        kit: The folder of the kit.
-        socket: The path at which a site's peer listens; a hub has none.
-        wire: The descriptor over which it tells its parent, see `supervision.child`.
-        authority: The authority's folder, at the hub.
-
-    Raises:
-        ConfigError: A site without a socket.
+    It tells its parent over the descriptor `wire`: see `supervision.child`. The parent has made sure of the socket.
     """
-    needs_socket(kit, socket)
     hub = kits.is_hub(kit)
     settings = ["secure_train=true", "config_folder=config"]
     variables = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"} | _SAFE
@@ -188,11 +179,9 @@ def needs_socket(kit: Path, socket: Path | None) -> None:
 
 
 def stop(processes: Iterable[subprocess.Popen[bytes]], *, patience: float = 10.0) -> None:
-    """Ends engines with every process they started, also those that left their group; kills what does not end.
+    """Ends engines with every process they started, also those that left their group.
 
-    Args:
-        processes: Engines that `start` returned.
-        patience: seconds before they are killed.
+    What does not end within `patience` seconds is killed.
     """
     import psutil
 
@@ -221,18 +210,3 @@ def end(members: Iterable[Any], patience: float) -> None:
         with suppress(psutil.NoSuchProcess):
             member.kill()
     psutil.wait_procs(alive, timeout=2)
-
-
-def wait_for_hub(kit: Path, seconds: float = 60.0) -> None:
-    """Waits until the hub's port answers.
-
-    Raises:
-        ConfigError: It does not within `seconds`.
-    """
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        with suppress(OSError), socket.create_connection(kits.address(kit), timeout=1):
-            return
-        time.sleep(0.2)
-    msg = f"no hub answers at {':'.join(map(str, kits.address(kit)))} within {seconds:g} s: see nvflare.log in its kit."
-    raise ConfigError(msg)

@@ -28,13 +28,7 @@ class _NobodyError(TransportError):
 
 
 def in_the_hubs_words(session: EngineSession, name: str, answer: TransportError) -> TransportError:
-    """Why a call to a site failed, with what the hub's engine knows of that first: it put it out, or lost it.
-
-    Args:
-        session: A session with the engine's server, whose own process writes down what it sees.
-        name: The name of the site.
-        answer: The error that the call ended with.
-    """
+    """Why a call to a site failed, with what the hub's engine knows of that first: it put it out, or lost it."""
     state = None
     with suppress(ConfigError):
         state = engine_state.of_hub(session.port)
@@ -47,14 +41,7 @@ def in_the_hubs_words(session: EngineSession, name: str, answer: TransportError)
 
 
 class Gathering:
-    """Who can be in a job.
-
-    Args:
-        session: A session with the engine's server.
-        sites: All sites of the federation.
-        startup: seconds to wait for those who are not connected; six times as long while nobody is.
-        say: Is told for whom this waits.
-    """
+    """Who can be in a job; `startup` seconds are waited for others, six times as many while nobody is there."""
 
     def __init__(self, session: EngineSession, sites: Sites, *, startup: float, say: Callable[[str], object]) -> None:
         self._session, self._sites, self._startup, self._say = session, sites, startup, say
@@ -129,12 +116,7 @@ class Gathering:
             time.sleep(_LOOK)
 
     def wait_again(self, names: Sequence[str], seconds: float, until: float) -> list[str]:
-        """Those of these sites that the engine has heard of since now, once it is there.
-
-        Args:
-            names: The names of the sites.
-            seconds: The time that they are given, for the message.
-            until: When it ends, as `time.monotonic` counts.
+        """Those of these sites that the engine has heard of since now, once it is there and not after `until`.
 
         Raises:
             TransportError: It was not back in time, or none of them was.

@@ -21,15 +21,7 @@ _THREADS = {"max_inbound_call_threads": 16, "max_outbound_call_threads": 100}
 
 
 def write_job(folder: Path, *, name: str, sites: Sequence[str], socket: str, run: str) -> Path:
-    """Writes the job into `folder/name` and returns that.
-
-    Args:
-        folder: The folder that it is written to, which must exist.
-        name: The job's name in the engine's lists.
-        sites: The sites that it is deployed at, and no others.
-        socket: The path at which the driver listens.
-        run: See `bridge.HubBridge`.
-    """
+    """Writes the job into `folder/name`, for these sites and no others, and returns that. `run`: see `HubBridge`."""
     config = folder / name / "app" / "config"
     config.mkdir(parents=True)
     files = {

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmchain_fed.errors import TransportError
-from llmchain_fed.runtimes.messaging import error_codes, frames, heads
+from llmchain_fed.runtimes.messaging import chunked_calls, frames
 from llmchain_fed.runtimes.nvflare.gathering import Gathering
 from llmchain_fed.runtimes.nvflare.job import write_job
 from llmchain_fed.runtimes.nvflare.link import JobLostError, Link, UnreachedError
@@ -51,7 +51,7 @@ class Jobs:
     """Brings jobs up, and up again.
 
     Args:
-        session: A session with the engine's server.
+        session: A session with the hub's engine.
         socket: The path at which the jobs find this process.
         sites: Keeps who is there; this keeps it up to date.
         recovery: seconds within which the engine must be back after it went away.
@@ -161,7 +161,7 @@ class Jobs:
 
     def _open(self) -> Link:
         if self._closed:
-            msg = "this transport is closed."
+            msg = "this runtime is closed."
             raise TransportError(msg)
         if self._link is None:
             self._link = Link(self._socket)
@@ -184,8 +184,8 @@ class Jobs:
             elif isinstance(reply, Exception):
                 self._sites.missed(name, str(reply), unreached=isinstance(reply, UnreachedError))
                 unreached.append(name)
-            elif (why := _trouble(reply)) is not None:
-                self._sites.missed(name, why)
+            elif isinstance(trouble := chunked_calls.read(reply)[0], Exception):
+                self._sites.missed(name, str(trouble))
             else:
                 self._sites.met(name)
                 self._tried.pop(name, None)
@@ -339,12 +339,3 @@ class Jobs:
         else:
             self._starting.append(self._submit(back))
             self._wait_for_starting(_COMING)
-
-
-def _trouble(reply: bytes) -> str | None:
-    """Why a site that was pinged is of no use, if it is not."""
-    try:
-        head, _ = heads.read_reply(reply)
-    except TransportError as error:
-        return str(error)
-    return str(error_codes.from_site(head.error.model_dump())) if isinstance(head, heads.Failed) else None

@@ -22,6 +22,7 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.runtimes import names
 from llmchain_fed.runtimes.nvflare.job import CONTROLLER, EXECUTOR, HUB, SITE
 from llmchain_fed.runtimes.nvflare.provisioning import tool
+from llmchain_fed.runtimes.nvflare.provisioning.registry import normal
 from llmchain_fed.runtimes.nvflare.provisioning.scratch import place, scratch
 from llmchain_fed.storage.own_files import write_whole
 
@@ -186,11 +187,7 @@ def _close_down(resources: dict[str, Any], kit: Path, *, hub: bool) -> None:
 def provision_here(folder: Path, *, sites: Iterable[str], port: int, host: str = "localhost") -> dict[str, Path]:
     """All kits of a federation in one place: name → kit, the hub's under "hub", the driver's under "admin".
 
-    Args:
-        folder: The folder that they are written to; it is made if it is missing.
-        sites: The names of the sites.
-        port: The port at which the hub listens.
-        host: The name by which sites reach it.
+    The folder is made if it is missing. Sites reach the hub at `host` and `port`.
 
     Raises:
         ConfigError: A name cannot be had, kits are there already, or the engine or the system refused.
@@ -241,5 +238,4 @@ def _project(sites: Iterable[str], host: str, port: int) -> dict[str, Any]:
 
 def fingerprint(certificate: Path) -> str:
     """The SHA-256 of a PEM certificate, as the engine writes it."""
-    digest = hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate.read_text())).hexdigest().upper()
-    return "SHA256:" + ":".join(digest[at : at + 2] for at in range(0, len(digest), 2))
+    return normal(hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate.read_text())).hexdigest())

@@ -77,9 +77,6 @@ class _Bridge:
 class Link:
     """Listens for bridges and exchanges frames through them.
 
-    Args:
-        path: The path to listen at.
-
     Raises:
         ConfigError: See `frames.listen`.
     """
@@ -118,12 +115,7 @@ class Link:
         return [bridge for bridge in self._bridges.values() if run in (None, bridge.run)]
 
     def exchange(self, nodes: Sequence[str], frame: bytes, seconds: float) -> list[tuple[str, bytes | Exception]]:
-        """Carries a frame to nodes, each in the newest job that it is in; what it answered, or why it did not.
-
-        Args:
-            nodes: The names of those it is carried to.
-            frame: The frame, the same for all.
-            seconds: How long the engine waits for each.
+        """Carries a frame to nodes, each in the newest job that it is in; what it answered in time, or why it did not.
 
         Returns:
             Of each node its answer, or why there is none; a `JobLostError` where its job's bridge went away.

@@ -1,4 +1,4 @@
-"""EngineSession: what the driver asks of the engine's server, as few and quiet calls that survive its restart.
+"""EngineSession: what the driver asks of the hub's engine, as few and quiet calls that survive its restart.
 
 Knows the engine's session interface. Knows nothing of frames or rounds.
 """
@@ -33,9 +33,6 @@ class _Quiet:
 
 class EngineSession:
     """An administrator's session, opened when it is needed and again when it broke.
-
-    Args:
-        admin: The folder of the administrator's kit.
 
     Raises:
         ConfigError: It is no such kit.

@@ -30,11 +30,7 @@ class _Out:
 
 
 class Sites:
-    """Keeps who is there.
-
-    Args:
-        names: The names of all sites.
-    """
+    """Keeps who is there."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
@@ -79,12 +75,7 @@ class Sites:
         return name in self._refused and time.monotonic() - self._refused[name][0] < _REFUSED
 
     def is_worth_asking(self, name: str, heard: float | None) -> bool:
-        """Whether one that is out may be back.
-
-        Args:
-            name: The name of the site.
-            heard: When the hub's engine last heard of it, in seconds since the epoch; None if that is long ago.
-        """
+        """Whether one that is out may be back: the hub's engine last heard of it then; None if that is long ago."""
         out = self._out.get(name)
         if out is None or heard is None:
             return heard is not None

@@ -49,12 +49,7 @@ class SiteLog:
         self._heard = time.time()
 
     def began(self, op: str, asked: Glance) -> None:
-        """A request is being worked on.
-
-        Args:
-            op: Which operation.
-            asked: What is known of it.
-        """
+        """A request is being worked on."""
         number = asked.round  # as a hub says
         self._working = op, number if number is not None and 0 <= number < _MOST_ROUNDS else None, time.time()
         if counts_as_training(op):

@@ -46,7 +46,8 @@ def counts_as_training(operation: str) -> bool:
 class Policy(Limits):
     """What a site allows: what it answers, and within which limits. The default lets no text of its examples leave.
 
-    A hub measures before and after each round: with `max_rounds` alone, `max_evaluations` is twice that and two more.
+    A hub measures before and after each round: with `max_rounds` alone, `max_evaluations` is twice that and two more,
+    or its default where that is less: who allows 1,000 rounds or more says both.
 
     >>> Policy(max_rounds=20)
     Policy(max_evaluations=42, max_rounds=20)
@@ -97,12 +98,7 @@ class Policy(Limits):
         return cls(**found)
 
     def check(self, op: str, num_bytes: int, rounds: int) -> None:
-        """Makes sure that a request is allowed, as far as its operation and its size tell.
-
-        Args:
-            op: What is asked.
-            num_bytes: Size of its payload.
-            rounds: Trainings done so far.
+        """Makes sure that a request is allowed after so many rounds, as far as its operation and its size tell.
 
         Raises:
             PolicyError: It is not, and why; it begins with the option's name.

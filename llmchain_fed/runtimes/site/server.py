@@ -21,7 +21,7 @@ from llmchain_fed.federated.client.limits import Limits
 from llmchain_fed.federated.client.operations import task_type
 from llmchain_fed.federated.protocol.messages import glance
 from llmchain_fed.federated.runtime import TaskHandler
-from llmchain_fed.runtimes.messaging import error_codes, frames, heads
+from llmchain_fed.runtimes.messaging import frames, heads
 from llmchain_fed.runtimes.messaging.channel import Channel
 from llmchain_fed.runtimes.site.log import NOBODY, SiteLog
 from llmchain_fed.runtimes.site.policy import Audit, Policy, counts_as_training
@@ -31,19 +31,15 @@ _EACH = 100  # malformed frames that have a line each in the audit file
 _CLOSING = 6.0  # seconds in which running work has come to its next step; whoever stopped the process waits for ten
 
 
-class StoppableHandler(TaskHandler, Protocol):
-    """A peer whose work can be given up from another thread."""
+@runtime_checkable
+class SiteHandler(TaskHandler, Protocol):
+    """A peer whose work can be given up from another thread, and which keeps to the limits that it alone can judge."""
 
     def give_up(self) -> None:
         """Ends running work at its next step."""
 
     def take_up(self) -> None:
         """Lets work that comes from now on run to its end."""
-
-
-@runtime_checkable
-class LimitedHandler(Protocol):
-    """A peer that keeps to limits of training and measuring, which it alone can judge."""
 
     def obey(self, limits: Limits) -> None:
         """Lets nothing be asked that these limits do not allow, from now on."""
@@ -79,14 +75,17 @@ class SiteServer:
     Repeating a frame does no harm, so a hub whose connection broke goes on where it was; a frame of a call that was
     replaced or dropped changes nothing any more.
 
-    Args:
-        peer: Does the work.
-        policy: What it may be asked.
-        audit: Where every request is written down, when it begins and when it ends.
-        log: What its operator is told.
+    Raises:
+        ConfigError: The peer keeps to no limits.
     """
 
-    def __init__(self, peer: StoppableHandler, policy: Policy, audit: Audit, log: SiteLog | None = None) -> None:
+    def __init__(self, peer: SiteHandler, policy: Policy, audit: Audit, log: SiteLog | None = None) -> None:
+        if not isinstance(peer, SiteHandler):
+            msg = (
+                f"{type(peer).__name__} has no `obey(limits)`: nothing would hold it to the policy's steps, "
+                "seconds and held-out losses. Give it one, as `federated.client.client.Client` has."
+            )
+            raise ConfigError(msg)
         self._peer, self._policy, self._audit = peer, policy, audit
         self._log = log or SiteLog(lambda _: None, NOBODY)
         self._closing = False
@@ -95,8 +94,7 @@ class SiteServer:
         self._unreadable = itertools.count(1)
         self._changed = threading.Condition()
         self._trainings = 0
-        if isinstance(peer, LimitedHandler):
-            peer.obey(policy)
+        peer.obey(policy)
         threading.Thread(target=self._work, name="peer", daemon=True).start()
 
     def answer(self, frame: bytes) -> bytes:
@@ -303,18 +301,3 @@ class SiteServer:
     def _converse(self, channel: Channel) -> None:
         with channel, suppress(OSError, EOFError):
             channel.send_bytes(self.answer(channel.recv_bytes(frames.MAX_OUTER, frames.TRANSFER)), frames.TRANSFER)
-
-
-def check_socket(path: str | Path) -> None:
-    """Makes sure that somebody answers at `path`.
-
-    Raises:
-        ConfigError: Nobody does.
-    """
-    try:
-        reply, _ = heads.read_reply(frames.ask(path, frames.pack({"do": "ping"})))
-    except TransportError as error:
-        msg = f"no peer answers at {path}: {error} Start `llmchain-fed peer --socket {path}` first."
-        raise ConfigError(msg) from error
-    if isinstance(reply, heads.Failed):
-        raise ConfigError(str(error_codes.from_site(reply.error.model_dump())))

@@ -25,10 +25,6 @@ if TYPE_CHECKING:  # they bring torch, and a path that is wrong shall be said be
 def check_apart(written: Mapping[str, Path], read: Mapping[str, Path | None]) -> None:
     """Makes sure that nothing is written to a file that is read, or that is written for something else.
 
-    Args:
-        written: Option → where it writes.
-        read: Option → what it reads.
-
     Raises:
         ConfigError: Two options name one file.
     """

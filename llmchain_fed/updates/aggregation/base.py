@@ -1,6 +1,6 @@
 """Rule: what a server rule decides, and what it declares of itself, so that options which break it are refused.
 
-Knows LoRA's layout and collections. Knows nothing about participants, transport or how a value is loaded.
+Knows LoRA's layout and collections. Knows nothing about participants, runtimes or how a value is loaded.
 """
 
 from __future__ import annotations

@@ -33,7 +33,9 @@ class Nursery:
 
     def __init__(self) -> None:
         here = Path(__file__).parents[2] / "support"
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(here)}
+        # the repository first: of a worktree, its own package is killed and not the one that is installed
+        path = os.pathsep.join([str(here.parents[1]), str(here)])
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
         self._process = subprocess.Popen(
             [sys.executable, str(here / "killed_federation.py")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=here,

@@ -95,12 +95,14 @@ def test_what_it_is_asked_and_what_it_answers_is_read_within_bounds(make_chain, 
 def test_a_name_is_given_once_and_is_one():
     class Odd(Task):
         operation = "train"
+        counts_as_training, measured = True, 0
 
     class Unnamed(Task):
         operation = "Not a name"
 
     class Loose(TensorTask):
         operation = "loose"
+        counts_as_training, measured = False, 0
 
     for task, why in ((Odd, "'train' is taken, by TrainTask"), (Unnamed, "small letters"), (Loose, "a StateTask")):
         with pytest.raises(ConfigError, match=why):
@@ -112,11 +114,24 @@ def test_a_name_is_given_once_and_is_one():
         task_type("loose")
 
 
+def test_an_operation_says_what_of_it_a_policy_limits():
+    class Amounts(Task):
+        operation = "amounts"
+
+    with pytest.raises(ConfigError, match="Amounts does not say counts_as_training, measured: a site's policy limits"):
+        register_task(Amounts, statistics)
+    Amounts.counts_as_training = True
+    with pytest.raises(ConfigError, match="Amounts does not say measured"):
+        register_task(Amounts, statistics)
+    assert "amounts" not in operations()
+
+
 def test_an_operation_on_the_global_state_is_given_it(make_chain, monkeypatch):
     from llmchain_fed.federated.client import operations as registry
 
     class NormTask(StateTask):
         operation = "norm"
+        counts_as_training, measured = False, 0
 
     monkeypatch.setattr(registry, "_TYPES", dict(registry._TYPES))
     seen = []

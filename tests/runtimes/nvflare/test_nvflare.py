@@ -451,6 +451,6 @@ def test_the_extra_is_named_where_it_is_missing(tmp_path):
 def test_a_closed_transport_says_so(federation):
     runtime = federation.runtime()
     runtime.close()
-    assert all("this transport is closed" in str(a) for _, a in runtime.call("hello", SITES, b"{}"))
+    assert all("this runtime is closed" in str(a) for _, a in runtime.call("hello", SITES, b"{}"))
     with pytest.raises(TransportError, match="closed"):
         runtime._jobs.find(SITES)

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from federation_processes import LONG, SITES, STEPS, Federation, difference
+from sites import wait_for_hub
 from torchrun_script import SHARES, tiny_chain
 
 from llmchain_fed import FederatedAveraging, QuorumError
 from llmchain_fed.errors import TransportError
-from llmchain_fed.runtimes.nvflare import engine
 from llmchain_fed.runtimes.nvflare.session import EngineSession
 
 pytestmark = pytest.mark.federation
@@ -291,7 +291,7 @@ def test_a_host_cut_off_for_longer_than_a_heartbeat_is_absent_and_comes_back(two
         federation.start_hub()
         for name in SITES:
             federation.start_peer(name)
-        engine.wait_for_hub(federation.kits["admin"])
+        wait_for_hub(federation.kits["admin"])
         federation.start_site("a")
         federation.start_site("b", prefix=["ip", "netns", "exec", namespace])
         for name in SITES:

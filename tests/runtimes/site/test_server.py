@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from sites import OPEN, TRAINING, Echo, SocketTransport, answering, audit, task
+from sites import OPEN, TRAINING, Echo, SocketTransport, answering, audit, check_socket, task
 from tiny import PAIRS
 
 from llmchain_fed import ConfigError, FederatedAveraging, Participant, TrainingConfig, untrusted
@@ -31,7 +31,7 @@ from llmchain_fed.federated.target import Target, check_contract
 from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.messaging.chunked_calls import ChunkedCalls
 from llmchain_fed.runtimes.site.policy import Audit, Policy
-from llmchain_fed.runtimes.site.server import SiteServer, check_socket
+from llmchain_fed.runtimes.site.server import SiteServer
 
 
 @pytest.fixture
@@ -359,7 +359,7 @@ def test_sockets_in_use_left_over_and_impossible(serve, tmp_path):
         frames.listen(tmp_path / ("x" * 120))
     with pytest.raises(ConfigError, match="cannot listen at"):
         frames.listen(serve.folder / "none" / "a.sock")
-    with pytest.raises(ConfigError, match=r"no peer answers at .*llmchain-fed peer --socket"):
+    with pytest.raises(TransportError, match="nobody answers at"):
         check_socket(serve.folder / "none.sock")
 
 
@@ -622,5 +622,5 @@ def test_personal_state_goes_out_and_comes_back_bit_by_bit(make_chain):
     )
     with pytest.raises(ParticipantError, match="personal state cannot be read"):
         first.handle("personal_state", broken)
-    with pytest.raises(FederationError, match="unknown operation 'dance'; a peer answers hello, train"):
+    with pytest.raises(FederationError, match="unknown operation 'dance'; a client answers hello, train"):
         first.handle("dance", b"")

@@ -17,7 +17,7 @@ from pathlib import Path
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.stopping import whole
 from llmchain_fed.storage import locks
-from llmchain_fed.storage.own_files import sync_folder
+from llmchain_fed.storage.own_files import sync_folder, sync_tree
 from llmchain_fed.storage.whole_folders import exchange
 
 _PREFIX = ".unfinished-"
@@ -77,7 +77,7 @@ def place(moves: Sequence[tuple[Path, Path]], *, over: Container[Path] = ()) -> 
     """
     done: list[tuple[Callable[[Path, Path], object], Path, Path]] = []
     for source, _ in moves:
-        _settle(source)
+        sync_tree(source)
     with whole():
         try:
             for source, target in moves:
@@ -104,18 +104,3 @@ def said(folder: Path) -> Iterator[None]:
         reason = error.strerror or type(error).__name__
         msg = f"{where} cannot be written or read ({reason}). Nothing was changed; mend that and start again."
         raise ConfigError(msg) from error
-
-
-def _settle(path: Path) -> None:
-    """Puts a file, or all files of a folder, on the disk: a rename alone can outlive their contents."""
-    for each in (path, *path.rglob("*")):
-        if each.is_symlink():
-            continue
-        if each.is_dir():
-            sync_folder(each)
-        elif each.is_file():
-            descriptor = os.open(each, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)

@@ -61,11 +61,7 @@ class Answer:
 
 
 def read_request(sent: Path, role: Role) -> Asked:
-    """A request, once it asks for what it should.
-
-    Args:
-        sent: NAME.request.zip.
-        role: As what it will be signed.
+    """A request, NAME.request.zip, once it asks for what it should.
 
     Raises:
         ConfigError: It is no request, asks for another name or role, or is for a key that is too short.

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from llmchain_fed import untrusted
+from llmchain_fed.runtimes.nvflare.provisioning.registry import normal
 from llmchain_fed.runtimes.nvflare.supervision import job_processes, news
 from llmchain_fed.runtimes.nvflare.supervision.guard import Guard, Refusal, elsewhere
 
@@ -70,12 +71,7 @@ class Wire:
 
 
 class Door:
-    """Stands in NVFlare's connection manager: lets in, refuses, and sees who is there.
-
-    Args:
-        wire: Where it is told.
-        guard: At the hub, who may come; None at a site.
-    """
+    """Stands in NVFlare's connection manager: lets in, refuses, and sees who is there."""
 
     def __init__(self, wire: Wire, guard: Guard | None) -> None:
         self._wire, self._guard = wire, guard
@@ -259,10 +255,7 @@ def _fingerprint(connection: Any) -> str:
     """Of the certificate with which the connection was made; empty where none can be seen, which nobody knows."""
     secure = connection.conn.websocket.get_extra_info("ssl_object")
     found = secure.getpeercert(binary_form=True) if secure is not None else None
-    if not found:
-        return ""
-    digest = hashlib.sha256(found).hexdigest().upper()
-    return "SHA256:" + ":".join(digest[at : at + 2] for at in range(0, len(digest), 2))
+    return normal(hashlib.sha256(found).hexdigest()) if found else ""
 
 
 def _address(connection: Any) -> str:

@@ -19,17 +19,7 @@ State = Literal["starting", "waiting", "running", "stopping", "ended"]
 
 
 class Diary:
-    """One engine's.
-
-    Args:
-        kit: Whose.
-        name: The site's, or what the engine calls the hub.
-        hub: The hub's host and port.
-        say: Is given each line.
-        sites: At the hub: who is connected.
-        link: At a site: its connection; None at the hub.
-        socket: At a site: where its peer listens.
-    """
+    """One engine's: at the hub with its `sites`, at a site with its `link` to the hub and its peer's `socket`."""
 
     def __init__(
         self,

@@ -188,11 +188,5 @@ def _read_registry(authority: Path, former: CertificateRegistry | None) -> Certi
 
 
 def elsewhere(former: str | None, instance: str | None, silent: float) -> bool:
-    """Whether a process that comes under a name is another one than that which has it and is heard of.
-
-    Args:
-        former: What the connected process calls itself.
-        instance: What the one that comes calls itself.
-        silent: seconds since the connected one was last heard.
-    """
+    """Whether a process that comes under a name is another one than that which has it and is heard of."""
     return silent < HEARD and (instance is None or instance != former)

@@ -44,12 +44,8 @@ def remove_ended(kit: Path, running: Iterable[str] = (), *, kept: int = KEPT) ->
 
 def _jobs(folder: Path) -> list[Path]:
     with suppress(OSError):
-        return [entry for entry in folder.iterdir() if _ID.fullmatch(entry.name) and _is_folder(entry)]
+        return [e for e in folder.iterdir() if _ID.fullmatch(e.name) and e.is_dir() and not e.is_symlink()]
     return []
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
 
 
 def _when(job: Path) -> float:

@@ -52,10 +52,8 @@ def install(died: Callable[[str], object]) -> None:
 def command(arguments: Mapping[str, tuple[str, Any]], names: Iterable[str], *, lists: Iterable[str] = ()) -> str:
     """A job's command line, which `shlex.split` takes apart as it was meant.
 
-    Args:
-        arguments: What NVFlare prepared: name → option and value.
-        names: Which of them, in this order.
-        lists: Those whose value is several words.
+    Of NVFlare's `arguments` (name → option and value) it has those of these names, in their order; the values of
+    `lists` are several words.
     """
     words = [sys.executable]
     for name in names:
@@ -66,12 +64,7 @@ def command(arguments: Mapping[str, tuple[str, Any]], names: Iterable[str], *, l
 
 
 def how_it_ended(job: Mapping[str, Any], job_id: str) -> str | None:
-    """Waits for a job's process; a sentence if it died by itself, None if it came to its end or was told to.
-
-    Args:
-        job: What NVFlare keeps of it.
-        job_id: Its number.
-    """
+    """Waits for a job's process; a sentence if it died by itself, None if it came to its end or was told to."""
     from nvflare.apis.fl_constant import RunProcessKey
     from nvflare.apis.job_launcher_spec import JobReturnCode
     from nvflare.private.fed.client.client_status import ClientStatus

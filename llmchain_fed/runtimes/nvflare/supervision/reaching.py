@@ -6,10 +6,8 @@ Knows DNS, TCP, TLS and a kit's certificates. Knows nothing of engines; whether 
 from __future__ import annotations
 
 import os
-import queue
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,6 +17,7 @@ from typing import Any
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
+from llmchain_fed.runtimes.aside import Aside, within
 from llmchain_fed.runtimes.nvflare import kits
 
 NO_FURTHER = "its port answers in TLS, and the engine gets no further: does a proxy or firewall block websockets?"
@@ -79,25 +78,15 @@ def hindrance(kit: Path) -> Hindrance | None:
 
 
 def look(kit: Path, *, is_stopped: Callable[[], bool]) -> Hindrance | None:
-    """As `hindrance`, by a thread, so that whoever is told to stop need not wait for it; what it raises is one as well.
-
-    Args:
-        kit: See there.
-        is_stopped: Whether to wait no longer.
-    """
-    found: queue.SimpleQueue[Hindrance | None] = queue.SimpleQueue()
-
-    def try_it() -> None:
-        try:
-            found.put(hindrance(kit))
-        except Exception as error:  # else it would be told as an answer that never came
-            found.put(Hindrance(_words(error).rstrip("."), lasting=isinstance(error, ConfigError)))
-
-    threading.Thread(target=try_it, daemon=True).start()
+    """As `hindrance`, which whoever is told to stop need not wait for; what it raises is one as well."""
+    asked = Aside(lambda: hindrance(kit))
     until = time.monotonic() + _ALL
     while not is_stopped() and time.monotonic() < until:
-        with suppress(queue.Empty):
-            return found.get(timeout=_TICK)
+        if asked.over(_TICK):
+            try:
+                return asked.result()
+            except Exception as error:  # else it would be told as an answer that never came
+                return Hindrance(_words(error).rstrip("."), lasting=isinstance(error, ConfigError))
     return Hindrance(f"the hub did not answer within {_ALL:g} s")
 
 
@@ -116,22 +105,8 @@ def _resolve(host: str, port: int) -> list[Any]:
     Raises:
         OSError: It has none; as TimeoutError, nobody said so in time.
     """
-    found: list[Any] = []
-
-    def ask() -> None:
-        try:
-            found.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError) as error:
-            found.append(error)
-
-    asking = threading.Thread(target=ask, daemon=True)  # the system's resolver has no limit that one could set
-    asking.start()
-    asking.join(SECONDS)
-    if not found:
-        raise TimeoutError
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return list(found[0])
+    # the system's resolver has no limit that one could set
+    return within(SECONDS, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
 
 
 def _connect(addresses: list[Any]) -> socket.socket:

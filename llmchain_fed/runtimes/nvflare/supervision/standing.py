@@ -28,11 +28,7 @@ _DAY = 86_400.0  # seconds a site is out after which it is no longer told of
 
 
 class SitesSeen:
-    """At the hub: the sites.
-
-    Args:
-        now: The clock, in seconds since the epoch.
-    """
+    """At the hub: the sites."""
 
     def __init__(self, now: Callable[[], float] = time.time) -> None:
         self.seen: dict[str, SeenSite] = {}
@@ -97,12 +93,7 @@ class SitesSeen:
 
 
 class HubLink:
-    """At a site: the connection to the hub.
-
-    Args:
-        where: The hub's host and port, for the lines.
-        now: The clock, in seconds since the epoch.
-    """
+    """At a site: the connection to the hub."""
 
     def __init__(self, where: str, now: Callable[[], float] = time.time) -> None:
         self.connected = False

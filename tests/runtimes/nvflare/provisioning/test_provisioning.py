@@ -25,6 +25,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from sites import wait_for_hub
 
 from llmchain_fed import ConfigError, NVFlare, cli
 from llmchain_fed.runtimes import names
@@ -933,7 +934,7 @@ def test_kits_whose_keys_stayed_with_their_sites_connect_also_after_a_renewal(tm
     assert str(hubs / "storage") in (hubs / "local" / "resources.json").read_text()
     running = {"hub": engine.start(hubs, authority=hub)}  # which is told of the new key
     try:
-        engine.wait_for_hub(admins)
+        wait_for_hub(admins)
         session = EngineSession(admins)
 
         def connects():

@@ -15,6 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from federation_processes import free_port
+from sites import wait_for_hub
 
 from llmchain_fed import NVFlare
 from llmchain_fed.runtimes.nvflare import engine, engine_state, kits
@@ -156,7 +157,7 @@ def test_a_revoked_site_is_put_out_and_cannot_come_back(made, start, tmp_path):
     }  # fmt: skip
     registry.write(authority, registry.CertificateRegistry(certificates=[registry.Certificate(**entry)]))
     at_hub = start(hub, authority=authority)
-    engine.wait_for_hub(b)
+    wait_for_hub(b)
     site = start(b)
     wait_for(hub, "site b is connected")
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from llmchain_fed.errors import ConfigError, FederationError, TransportError
 from llmchain_fed.federated.runtime import Operation, Payload, Runtime
+from llmchain_fed.runtimes.aside import within
 from llmchain_fed.runtimes.messaging.chunked_calls import ChunkedCalls
 from llmchain_fed.runtimes.names import check_name
 from llmchain_fed.runtimes.nvflare import certificates
@@ -26,7 +27,6 @@ from llmchain_fed.runtimes.nvflare.link import UnreachedError
 from llmchain_fed.runtimes.nvflare.session import EngineSession
 from llmchain_fed.runtimes.nvflare.sites import Sites
 from llmchain_fed.runtimes.nvflare.supervision.reaching import hindrance
-from llmchain_fed.runtimes.nvflare.within import within
 
 # seconds of `close`: a hub or site that is frozen keeps nobody from stopping, eight with the farewell of a call
 _PEERS, _JOBS, _SESSION = 2.0, 2.0, 1.0
@@ -37,8 +37,8 @@ class NVFlare(Runtime):
     """Participants at several organisations, each behind its own NVFlare site and its own peer process.
 
     `FederatedAveraging(chain, runtime=NVFlare("kits/admin", sites=["org-a", "org-b"])).fit(3)` on the hub's machine,
-    where the engine's server runs. Mutual TLS by the engine; what travels is JSON and update bytes, in slices, and no
-    code. A site that is cut off is absent and asked again when it is back; the server may be killed and restarted
+    where its engine runs. Mutual TLS by the engine; what travels is JSON and update bytes, in slices, and no
+    code. A site that is cut off is absent and asked again when it is back; the hub's engine may be killed and restarted
     within `recovery` seconds, and this process too: the job waits for it.
 
     Args:
@@ -86,7 +86,7 @@ class NVFlare(Runtime):
             self._sites,
             recovery=recovery,
             startup=startup,
-            say=say or _say_nothing,
+            say=say or (lambda _: None),
         )
         self._calls = ChunkedCalls(self._jobs.exchange, patience, self._jobs.farewell)
 
@@ -187,10 +187,6 @@ class NVFlare(Runtime):
         with suppress(FederationError):
             for _ in calls.call("stop", self._sites.there(), b"{}", _PEERS):
                 pass
-
-
-def _say_nothing(_: str) -> None:
-    pass
 
 
 def _socket_of(admin: Path) -> Path:

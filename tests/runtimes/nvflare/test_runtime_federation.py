@@ -1,7 +1,7 @@
 """Ill sites with real engines and peers: what is named, within which time, and that the others are not delayed.
 
 Belongs here: stopped processes (SIGSTOP, as a machine that sleeps or is out of time), the start with one ill site, and
-stopping. Does not: kills (test_nvflare_failures), what is decided without an engine (test_transport).
+stopping. Does not: kills (test_nvflare_failures), what is decided without an engine (test_runtime).
 """
 
 import shutil

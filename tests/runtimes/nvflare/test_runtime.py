@@ -1,7 +1,7 @@
 """The NVFlare transport as an operator sees it, without an engine: which link broke, for whom it waits, how it ends.
 
 Belongs here: calls, jobs and sites over a pretended engine, the site's bridge. Does not: the real engine
-(test_transport_federation), frames themselves (test_link, security/test_frames), the way to the hub (test_supervisor).
+(test_runtime_federation), frames themselves (test_link, security/test_frames), the way to the hub (test_supervisor).
 """
 
 import json
@@ -20,7 +20,8 @@ from llmchain_fed.federated.client.operations import operations
 from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.messaging.chunked_calls import ChunkedCalls
 from llmchain_fed.runtimes.nvflare import bridge as bridges
-from llmchain_fed.runtimes.nvflare import certificates, gathering, job, jobs, transport
+from llmchain_fed.runtimes.nvflare import certificates, gathering, job, jobs
+from llmchain_fed.runtimes.nvflare import runtime as nvflare_runtime
 from llmchain_fed.runtimes.nvflare.engine_state import SeenSite
 from llmchain_fed.runtimes.nvflare.sites import Sites
 from llmchain_fed.runtimes.nvflare.supervision.reaching import Hindrance
@@ -45,6 +46,9 @@ class Echo:
 
     def take_up(self):
         self.given_up.clear()
+
+    def obey(self, limits):
+        pass
 
 
 class Engine:
@@ -178,7 +182,7 @@ def start(tmp_path_factory, monkeypatch):
         admin = folder / "admin" / "startup"
         admin.mkdir(parents=True)
         (admin / "fed_admin.json").write_text(json.dumps({"admin": {"host": "localhost", "port": 1, "username": "x"}}))
-        monkeypatch.setattr(transport, "EngineSession", lambda _: engine)
+        monkeypatch.setattr(nvflare_runtime, "EngineSession", lambda _: engine)
         options = {"sites": list(engine.sites), "patience": 1.0, "startup": 0.6, "say": said.append} | options
         opened.append(NVFlare(admin.parent, socket=folder / "h.sock", **options))
         return opened[-1], said
@@ -495,9 +499,9 @@ def test_an_engine_that_is_out_of_reach_is_one_error_and_said(start, quick, tmp_
 
 
 def test_closing_takes_seconds_even_if_the_engine_is_frozen(start, quick, tmp_path, monkeypatch):
-    assert jobs._FAREWELL + transport._PEERS + transport._JOBS + transport._SESSION < 8
+    assert jobs._FAREWELL + nvflare_runtime._PEERS + nvflare_runtime._JOBS + nvflare_runtime._SESSION < 8
     for name in ("_PEERS", "_JOBS", "_SESSION"):
-        monkeypatch.setattr(transport, name, 0.3)
+        monkeypatch.setattr(nvflare_runtime, name, 0.3)
     engine = Engine(tmp_path, seconds=30.0)
     runtime, _ = start(engine, patience=0.5)
     call = runtime.call("train", list("abcd"), b"x")
@@ -510,7 +514,7 @@ def test_closing_takes_seconds_even_if_the_engine_is_frozen(start, quick, tmp_pa
     runtime.close()
     assert time.monotonic() - began < 3
     assert not os.path.exists(runtime._jobs._socket)
-    assert "this transport is closed" in ask(runtime)["a"]
+    assert "this runtime is closed" in ask(runtime)["a"]
 
 
 def test_a_site_that_does_not_come_to_a_job_is_left_out_of_it(monkeypatch):
@@ -547,10 +551,10 @@ def test_check_looks_at_the_kit_then_the_way_then_the_engine(start, tmp_path, mo
     runtime, _ = start(engine)
     monkeypatch.setattr(certificates, "check", lambda _: steps.append("kit"))
     way = [None, Hindrance("nobody listens"), Hindrance("another authority signed it", lasting=True)]
-    monkeypatch.setattr(transport, "hindrance", lambda _: steps.append("way") or way[0])
+    monkeypatch.setattr(nvflare_runtime, "hindrance", lambda _: steps.append("way") or way[0])
     runtime.check()
     assert steps == ["kit", "way"]
-    monkeypatch.setattr(transport, "_CHECK", 0.3)
+    monkeypatch.setattr(nvflare_runtime, "_CHECK", 0.3)
     engine.connected = lambda: time.sleep(30)
     with pytest.raises(TransportError, match="shakes hands, and does not answer its administrator"):
         runtime.check()
