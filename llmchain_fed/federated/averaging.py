@@ -131,7 +131,7 @@ class FederatedAveraging(ManualRounds):
         members = checked_members(members)
         found, merged = CheckpointManager.read(checkpoint_dir, round, options, optimizer, model)
         made = cls(model, participants=participants, optimizer=optimizer, checkpoint_dir=checkpoint_dir, **merged)
-        made._server.client_manager.federation = found.federation
+        made._server.client_manager.federation = found.about.federation
         made._checkpoints.go_on(found, members)
         return made
 
@@ -238,12 +238,8 @@ class FederatedAveraging(ManualRounds):
     def personalize(self, participant: Any, *, steps: int, lr: float | None = None) -> Personalized:
         """Fine-tunes a personal adapter for one participant, from the present global weights, where its data is.
 
-        In the process that hosts the participant, `chain.with_adapter(name)` answers with it from then on.
-
-        Args:
-            participant: Its name.
-            steps: optimizer steps.
-            lr: Learning rate; the participant's own by default.
+        In the process that hosts the participant, `chain.with_adapter(name)` answers with it from then on. `steps` are
+        optimizer steps, `lr` is by default the participant's own.
 
         Raises:
             ConfigError: Nobody of that name; no LoRA adapter; or a rule whose participants are personal already.
@@ -265,8 +261,7 @@ class FederatedAveraging(ManualRounds):
     def side_by_side(self, participants: Iterable[Any] | None = None) -> SideBySide:
         """Held-out loss of the bare base, the global and the personal model, side by side, per participant.
 
-        Args:
-            participants: Names, or one; everyone who holds out examples by default.
+        By default of everyone who holds out examples.
 
         Raises:
             ConfigError: Nobody of that name holds out examples.

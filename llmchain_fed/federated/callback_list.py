@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 
 
 class Callbacks:
-    """Those given, in their order.
-
-    Args:
-        given: A `Callback`, or several.
-        first: Our own, which are told before them.
+    """Those given, one or several, in their order, after the `first`, which are our own.
 
     Raises:
         ConfigError: One of them is no `Callback`.

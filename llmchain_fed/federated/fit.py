@@ -50,12 +50,9 @@ class Fit:
         begins: Callable[[int, tuple[str, ...]], object],
         completed: Callable[[RoundRecord], object],
     ) -> None:
-        """Runs them; where it stops early the history says why.
+        """Runs them, and lets participants join before each; where it stops early the history says why.
 
-        Args:
-            join: Lets participants join before each round.
-            begins: Is told of each before it is run: its number, counted from 1, and who is asked.
-            completed: Is told of each afterwards.
+        Who `begins` and has `completed` a round is told as `run_round` tells it.
 
         Raises:
             ConfigError: Nothing is measured that could end it early, as shows once everybody has joined.
@@ -174,12 +171,7 @@ class Patience:
 
 
 def checked_patience(rounds: int | None, min_delta: float, *, measured: bool) -> Patience | None:
-    """`patience` and `min_delta`, if they make sense; None where nothing stops early.
-
-    Args:
-        rounds: `patience`.
-        min_delta: Checked without patience, too.
-        measured: Whether held-out loss is.
+    """`patience` and `min_delta`, if they make sense, the latter without patience, too; None where nothing stops early.
 
     Raises:
         ConfigError: No count, or nothing is measured; no finite number of 0 or more.

@@ -135,10 +135,7 @@ class RoundRecord:
         return " | ".join(_cells(self))
 
     def line(self, of: int | None = None) -> str:
-        """The round in a line for an operator: each figure with what it is.
-
-        Args:
-            of: How many rounds there will be, if that is known.
+        """The round in a line for an operator: each figure with what it is, and of how many rounds, if that is known.
 
         >>> RoundRecord(3, {"a": ParticipantRecord("trained", train_loss=1.5)}, seconds=2.5).line(of=10)
         'round 3 of 10 · 1 of 1 trained · train loss 1.500 · up / down 0 B / 0 B · 2.5 seconds'
@@ -230,13 +227,10 @@ class History:
         error: type[LLMChainFedError] = ConfigError,
         remedy: str = "Give what to_dict() or to_json() gave.",
     ) -> History:
-        """The reverse of `to_dict`, for data that came from anywhere: every field has its type and its range.
+        """The reverse of `to_dict` and `to_json`, for data that came from anywhere.
 
-        Args:
-            data: What `to_dict` gave, or what `to_json` gave and a JSON reader read.
-            what: Is read, for the message.
-            error: Raised: unknown or missing fields, or values of another type or out of range.
-            remedy: A sentence on what to do, for the message.
+        Every field has its type and its range; for what has not, an `error` is raised that says `what` was read and
+        the `remedy`.
         """
         found = checked(HistoryData, data, what=what, error=error, remedy=remedy)
         history = cls()

@@ -109,19 +109,16 @@ def _check_named(contents: Contents, file: str, values: Mapping[str, Tensor], wa
 
 
 def check_participants(contents: Contents, server: Server, changed: Collection[str] = ()) -> None:
-    """Makes sure that participants' states can be given back.
+    """Makes sure that participants' states can be given back; those in this process are looked at as they would train.
 
-    Args:
-        contents: The checkpoint.
-        server: Whose participants they are; those in this process are looked at as they would train.
-        changed: Who has something else now, and does not go on with the optimizer of then.
+    Whoever `changed` has something else now, and does not go on with the optimizer of then.
 
     Raises:
         CheckpointError: One is none, or of other shapes than its participant's tensors.
     """
     peers = server.runtime.local
     for name, state in contents.found.participants.items():
-        rank = contents.declarations.get(name, {}).get("rank")
+        rank = contents.about.declarations.get(name, {}).get("rank")
         try:
             check_state(server, name, state, rank, contents.round, peers.get(name) if name not in changed else None)
         except LLMChainFedError as error:
@@ -129,15 +126,9 @@ def check_participants(contents: Contents, server: Server, changed: Collection[s
 
 
 def check_state(server: Server, name: str, state: bytes, rank: int | None, completed: int, peer: Any = None) -> None:
-    """Makes sure that one participant's state can be given back.
+    """Makes sure that one participant's state can be given back, as it answered `personal_state`, perhaps long ago.
 
-    Args:
-        server: Whose participant it is.
-        name: The participant's.
-        state: What it answered `personal_state` with, perhaps long ago.
-        rank: Its own LoRA rank, if it has one.
-        completed: Rounds after which that was.
-        peer: The participant, where it lives in this process: its optimizer is tried out.
+    Of a `peer`, which lives in this process, the optimizer is tried out on what was trained after `completed` rounds.
 
     Raises:
         CheckpointError: It is none, or of other shapes than the participant's tensors.

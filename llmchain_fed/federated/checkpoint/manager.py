@@ -125,12 +125,7 @@ class CheckpointManager:
     ) -> tuple[Contents, FederationOptions]:
         """A checkpoint, and the options to go on with.
 
-        Args:
-            directory: The run's.
-            number: Which round; None is the newest.
-            given: Options that were given again, which go first.
-            optimizer: The participants', where it was given again.
-            model: What goes on, which says how large a checkpoint can be.
+        What is `given` again goes first; the model that goes on says how large a checkpoint can be.
 
         Raises:
             ConfigError: `directory` is no path.
@@ -144,10 +139,6 @@ class CheckpointManager:
 
     def go_on(self, found: Contents, members: Members = "same") -> None:
         """Puts the server where the checkpoint was; later ones are dropped with the next one that is written.
-
-        Args:
-            found: The checkpoint.
-            members: Whether they must be those of then.
 
         Raises:
             CheckpointError: It is another federation's, or a participant has other examples than it did; nothing has
@@ -165,7 +156,7 @@ class CheckpointManager:
             if not nodes:
                 msg = "members='changed' goes on with those who take part from now on: pass participants=…."
                 raise ConfigError(msg)
-        declarations = {n: said for n, said in found.declarations.items() if n in nodes}
+        declarations = {n: said for n, said in found.about.declarations.items() if n in nodes}
         hellos: dict[str, Introduction] = server.client_manager.joined  # others say what they have when they join
         if here:
             asked = dict(server.client_manager.ask(nodes if change else list(declarations)))

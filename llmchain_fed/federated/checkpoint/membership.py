@@ -50,9 +50,7 @@ def different(
 ) -> dict[str, dict[str, tuple[Any, Any]]]:
     """Participant → what it has otherwise than a checkpoint says: (then, now).
 
-    Args:
-        hellos: What they say now, by name.
-        declarations: What the checkpoint says; of whom it says nothing, nothing has changed.
+    Of whom the checkpoint says nothing, nothing has changed.
     """
     found = {}
     for name, hello in hellos.items():
@@ -102,25 +100,16 @@ class MembershipChange:
     def between(
         cls, number: int, there: list[str], here: list[str], *, ordered: bool, divided: bool
     ) -> MembershipChange:
-        """Of the participants alone.
+        """Of the participants alone, who are `there` at the checkpoint and `here` now.
 
-        Args:
-            number: The checkpoint's round.
-            there: Its participants.
-            here: Those of now.
-            ordered: Whether it matters who is asked first.
-            divided: Whether held-out examples are a share of each participant's.
+        Their order counts where it matters who is asked first (`ordered`).
         """
         left, joined = [n for n in there if n not in here], [n for n in here if n not in there]
         moved = [n for n in there if n in here] != [n for n in here if n in there]
         return cls(number, left, joined, ordered and moved, divided=divided)
 
     def tell(self, differences: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> tuple[list[str], bool]:
-        """What the next record says of its round, once; and whether anything changed.
-
-        Args:
-            differences: What participants have that is new, see `different`.
-        """
+        """What the next record says of its round, once; and whether anything changed."""
         said = [f"left: {', '.join(self.left)}"] if self.left else []
         said += [f"joined: {', '.join(self.joined)}"] if self.joined else []
         said += ["asked in another order"] if self.reordered else []

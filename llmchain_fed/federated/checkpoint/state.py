@@ -40,12 +40,8 @@ class OtherExamplesError(ParticipantError):
 def checkpoint_of(server: Server, former: Mapping[str, bytes], since: int | None = None) -> Checkpoint:
     """Everything a hub needs to go on as if it had never stopped.
 
-    Participants are asked where they stand; who does not answer, or may not, is as in `former` or keeps it for itself.
-
-    Args:
-        server: After a whole round.
-        former: Participants' states as they were asked for last.
-        since: After how many rounds that was.
+    Participants are asked where they stand; who does not answer, or may not, is as in `former`, when they were asked
+    last, after `since` rounds, or keeps it for itself.
     """
     # what participants will be sent next: with a broadcast codec their copy follows the global state only then
     settings, state = server.settings, server.publish()
@@ -116,7 +112,7 @@ def check(server: Server, found: Contents) -> None:
     Raises:
         CheckpointError: Another base, adapter, prompt, set of participants, or option that decides the future.
     """
-    there, here = found.participants, server.runtime.nodes()
+    there, here = found.about.participants, server.runtime.nodes()
     others = ""
     if sorted(there) != sorted(here):
         gone, new = sorted(set(there) - set(here)), sorted(set(here) - set(there))
@@ -138,7 +134,7 @@ def check_but_members(server: Server, found: Contents) -> MembershipChange:
     _refuse(found, _other_contract(server, found) + [text for name, text in others.items() if name != sampled])
     change = MembershipChange.between(
         found.round,
-        found.participants,
+        found.about.participants,
         server.runtime.nodes(),
         ordered=server.runtime.sequential,
         divided=server.evaluator.holds_out_a_share,
@@ -179,7 +175,7 @@ def check_contract(server: Server, found: Contents) -> None:
 
 
 def _other_contract(server: Server, found: Contents) -> list[str]:
-    ours, theirs = server.target.contract(), found.contract
+    ours, theirs = server.target.contract(), found.about.contract
     different = [k for k in _MEANING if theirs.get(k) != ours[k]]
     return [f"{_MEANING[k]}: {shown(theirs.get(k), 12)} there, {ours[k]!s:.12} here" for k in different]
 
@@ -208,7 +204,7 @@ def restore(server: Server, found: Contents) -> dict[str, bytes]:
     undo = server_optimizers.snapshot(optimizer)
     try:
         if isinstance(optimizer, ResumableServerOptimizer):
-            optimizer.load_state_dict(found.found.tensors.get("server", {}), found.server_optimizer)
+            optimizer.load_state_dict(found.found.tensors.get("server", {}), found.about.server_optimizer)
             server_optimizers.rehearse(optimizer, state.values)
         state.load(server.model)
     except Exception as error:
@@ -219,8 +215,8 @@ def restore(server: Server, found: Contents) -> dict[str, bytes]:
     state = GlobalState.of(server.model)
     server.round, server.history = found.round, found.history
     server.broadcast.restore({n: copy[n] for n in state.values if n in copy}, state)
-    server.patience, server.round_notes = list(found.patience), list(found.round_notes)
-    server.members_changed = found.members_changed
+    server.patience, server.round_notes = list(found.found.about["patience"]), list(found.about.round_notes)
+    server.members_changed = found.about.members_changed
     server.evaluator.forget()
     server.client_manager.attendance.remember({name for record in server.history for name in record.trained})
     return dict(found.found.participants)
@@ -231,11 +227,7 @@ def begun_by_then(
 ) -> dict[str, bytes]:
     """Participants' states at a checkpoint, with those of whom it knows nothing at their start.
 
-    Args:
-        server: With the restored history.
-        nodes: Who takes part.
-        states: What the checkpoint contains.
-        joined: Who is new, even where the history knows the name: what it kept since then is not of this run.
+    So is who has `joined` anew, even where the history knows the name: what it kept since then is not of this run.
     """
     trained = {name for record in server.history for name in record.trained}
     return {n: states.get(n, START) for n in nodes if n in states or n in joined or n not in trained}
@@ -243,11 +235,6 @@ def begun_by_then(
 
 def check_declarations(hellos: Mapping[str, Introduction], declarations: Mapping[str, Any], found: Contents) -> None:
     """Makes sure that participants have what they had.
-
-    Args:
-        hellos: What they say now, by name.
-        declarations: What a checkpoint says of them.
-        found: The checkpoint.
 
     Raises:
         CheckpointError: A participant has other examples than it did.
