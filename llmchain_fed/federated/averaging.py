@@ -15,8 +15,7 @@ from typing import Any, ClassVar, Self, Unpack
 from llmchain_fed.data.encoding import Examples
 from llmchain_fed.data.report import DataReport
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.federated.callback_list import Callbacks
-from llmchain_fed.federated.callbacks import RunInfo
+from llmchain_fed.federated.callbacks import Callbacks, RunInfo
 from llmchain_fed.federated.checkpoint.manager import CheckpointManager
 from llmchain_fed.federated.checkpoint.membership import Members, checked_members
 from llmchain_fed.federated.client.client import Client
@@ -305,9 +304,7 @@ class FederatedAveraging(ManualRounds):
     def promote(self, round: int, name: str = "promoted") -> None:  # noqa: A002 (the field's own word)
         """Makes a round's global weights a resident adapter: `chain.with_adapter(name)` serves it while rounds go on.
 
-        Args:
-            round: The current one, or one whose checkpoint is kept.
-            name: The adapter's.
+        The round is the current one, or one whose checkpoint is kept.
 
         Raises:
             CheckpointError: There is no checkpoint of that round.

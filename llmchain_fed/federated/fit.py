@@ -32,17 +32,24 @@ class Fit:
     def asked(
         cls, server: Server, rounds: int, *, patience: int | None, min_delta: float, on_divergence: OnDivergence
     ) -> Fit:
-        """The fit that a user asks for; it counts on where an interrupted one was.
+        """The fit that a user asks for.
 
         Raises:
             ConfigError: An option makes no sense; see `FederatedAveraging.fit`.
         """
         # participants elsewhere may hold out examples of their own
         measured = server.evaluator.active or not server.runtime.sequential
-        stop = checked_patience(patience, min_delta, measured=measured)
-        if stop is not None:
-            stop.go_on(server.patience)
-        return cls(server, rounds, stop, checked_on_divergence(on_divergence, measured=measured))
+        if patience is not None and (type(patience) is not int or patience < 1 or not measured):
+            msg = "patience is at least 1 and needs evaluation=…, which says what held-out loss is measured on."
+            raise ConfigError(msg)
+        number = isinstance(min_delta, (int, float)) and not isinstance(min_delta, bool)
+        if not (number and 0 <= min_delta <= sys.float_info.max):
+            msg = f"min_delta is a finite number of nats per token, 0 or more, got {min_delta!r:.80}."
+            raise ConfigError(msg)
+        stops = checked_on_divergence(on_divergence, measured=measured)
+        # it counts on where the fit that was interrupted stood
+        waiting = Patience(patience, min_delta, server.patience) if patience is not None else None
+        return cls(server, rounds, waiting, stops)
 
     def run(
         self,
@@ -100,11 +107,7 @@ class Fit:
     def _reasons_to_stop(self, record: RoundRecord) -> list[str]:
         """Why this round is the last, where it is; patience counts it."""
         server, patience = self.server, self.patience
-        over = patience is not None and patience.over(
-            record.held_out_before,
-            record.held_out_after,
-            believed=server.evaluator.is_shared or patience.is_believed(record),
-        )
+        over = patience is not None and patience.over(record, shared=server.evaluator.is_shared)
         return [server.diverged] if self.stops and server.diverged else [str(patience)] if over else []
 
 
@@ -128,11 +131,12 @@ class Patience:
     Args:
         rounds: How many rounds without improvement are too many.
         min_delta: nats per token that count as an improvement.
+        state: `state()` of a run that was interrupted, from which it counts on.
     """
 
-    def __init__(self, rounds: int, min_delta: float) -> None:
+    def __init__(self, rounds: int, min_delta: float, state: Sequence[float]) -> None:
         self._rounds, self._min_delta = rounds, min_delta
-        self._best, self._waited = float("inf"), 0
+        self._best, self._waited = (float(state[0]), int(state[1])) if state else (float("inf"), 0)
 
     def __str__(self) -> str:
         by = f" by {self._min_delta}" if self._min_delta else ""
@@ -142,45 +146,19 @@ class Patience:
         """The best loss so far and the rounds since, for a checkpoint."""
         return [self._best, self._waited] if self._best < float("inf") else []
 
-    def go_on(self, state: Sequence[float]) -> None:
-        """Counts on from `state()` of a run that was interrupted."""
-        if state:
-            self._best, self._waited = float(state[0]), int(state[1])
-
-    def is_believed(self, record: RoundRecord) -> bool:
-        """Whether a round counts where the pooled loss has not improved: no single participant says so alone."""
-        return stands_still(record, self._min_delta)
-
-    def over(self, before: float | None, after: float | None, *, believed: bool = True) -> bool:
+    def over(self, record: RoundRecord, *, shared: bool) -> bool:
         """Whether to stop after a round.
 
-        Args:
-            before: Its held-out loss, None where it was not measured.
-            after: Likewise.
-            believed: Whether it counts where the loss has not improved.
+        Where the loss has not improved, a round counts if it was measured on one set that is shared by all, or on so
+        many participants' that no single one says so alone.
         """
+        before, after = record.held_out_before, record.held_out_after
         if after is None:
             return False
         if self._waited == 0 and self._best == float("inf") and before is not None and math.isfinite(before):
             self._best = before
         improved = after < self._best - self._min_delta
-        if not improved and not believed:
+        if not (improved or shared or stands_still(record, self._min_delta)):
             return False
         self._best, self._waited = (after, 0) if improved else (self._best, self._waited + 1)
         return self._waited >= self._rounds
-
-
-def checked_patience(rounds: int | None, min_delta: float, *, measured: bool) -> Patience | None:
-    """`patience` and `min_delta`, if they make sense, the latter without patience, too; None where nothing stops early.
-
-    Raises:
-        ConfigError: No count, or nothing is measured; no finite number of 0 or more.
-    """
-    if rounds is not None and (type(rounds) is not int or rounds < 1 or not measured):
-        msg = "patience is at least 1 and needs evaluation=…, which says what held-out loss is measured on."
-        raise ConfigError(msg)
-    number = isinstance(min_delta, (int, float)) and not isinstance(min_delta, bool)
-    if not (number and 0 <= min_delta <= sys.float_info.max):
-        msg = f"min_delta is a finite number of nats per token, 0 or more, got {min_delta!r:.80}."
-        raise ConfigError(msg)
-    return Patience(rounds, min_delta) if rounds is not None else None

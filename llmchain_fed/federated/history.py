@@ -109,6 +109,11 @@ class RoundRecord:
         return [name for name, record in self.participants.items() if record.status == "trained"]
 
     @property
+    def asked(self) -> int:
+        """How many participants the round wanted an update of: all but the idle."""
+        return sum(record.status != "idle" for record in self.participants.values())
+
+    @property
     def train_loss(self) -> float | None:
         """Nats per token, mean over those who trained."""
         losses = [
@@ -290,7 +295,6 @@ class History:
 
 
 def _cells(record: RoundRecord) -> tuple[str, ...]:
-    asked = sum(r.status != "idle" for r in record.participants.values())
     notes = list(record.notes)
     notes += [f"{n}: {r.status}" for n, r in record.participants.items() if r.status not in ("trained", "idle")]
     notes += [f"{n}: {note}" for n, r in record.participants.items() for note in r.notes]
@@ -298,7 +302,7 @@ def _cells(record: RoundRecord) -> tuple[str, ...]:
     said = "; ".join(notes[:3]) + (f" … and {len(notes) - 3} more" if len(notes) > 3 else "")
     return (
         str(record.round),
-        f"{len(record.trained)} of {asked}",
+        f"{len(record.trained)} of {record.asked}",
         _number(record.train_loss),
         held_out if record.held_out_after is not None else "–",
         f"{size(record.bytes_up)} / {size(record.bytes_down + record.evaluation_bytes)}",
