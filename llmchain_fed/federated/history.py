@@ -9,7 +9,7 @@ import html
 import json
 import math
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -261,7 +261,7 @@ class History:
             for r in self.rounds
             for n, p in r.participants.items()
         ]
-        return pd.DataFrame([_shown(row) for row in rows])
+        return pd.DataFrame(_mapped(rows, lambda leaf: printable(leaf) if isinstance(leaf, str) else leaf))
 
     def plot(self) -> Figure:
         """Training and held-out loss per participant over the rounds, in nats per token.
@@ -313,20 +313,14 @@ def _cells(record: RoundRecord) -> tuple[str, ...]:
 
 def finite(value: Any) -> Any:
     """The same data with null for numbers that are not finite, which JSON has not."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return _mapped(value, lambda leaf: None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf)
 
 
-def _shown(value: Any) -> Any:
-    """The same data with text that can be shown and written."""
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The same data with every value in it changed."""
     if isinstance(value, dict):
-        return {k: _shown(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_shown(v) for v in value]
-    return printable(value) if isinstance(value, str) else value
+        return {k: _mapped(v, change) for k, v in value.items()}
+    return [_mapped(v, change) for v in value] if isinstance(value, list) else change(value)
 
 
 def _number(value: float | None) -> str:
