@@ -170,7 +170,10 @@ class CheckpointManager:
                 states = resuming.restore(server, found)
                 self._states = {n: state for n, state in states.items() if n in nodes}
                 self._asked, self._rounds = found.round, _Rounds.LATER
-                begun = resuming.begun_by_then(server, nodes, self._states, change.joined if change else ())
+                trained = {name for record in server.history for name in record.trained}
+                # who is new begins at the start, even where the history knows the name: that was another one
+                anew = [n for n in nodes if n not in trained or (change is not None and n in change.joined)]
+                begun = {**dict.fromkeys(anew, membership.START), **self._states}
                 self._resumption = Resumption(server, found, change, declarations, begun)
                 forget_adapters(server.model, change.left if change is not None else (), states)
                 if here:  # at once: `train()` needs nobody to join, and may bring other examples

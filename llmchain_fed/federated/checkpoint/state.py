@@ -6,7 +6,7 @@ Knows what of a hub decides its future. Knows nothing about files.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -15,7 +15,7 @@ from llmchain_fed.errors import CheckpointError, DeadlineError, ParticipantError
 from llmchain_fed.federated.checkpoint.contents import Contents
 from llmchain_fed.federated.checkpoint.files import Checkpoint
 from llmchain_fed.federated.checkpoint.fitting import check_state, copy_of, limits_of, state_of
-from llmchain_fed.federated.checkpoint.membership import START, MembershipChange, declared, different
+from llmchain_fed.federated.checkpoint.membership import MembershipChange, declared, different
 from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.answers import Introduction
@@ -132,16 +132,17 @@ def check_but_members(server: Server, found: Contents) -> MembershipChange:
     others = _other_options(server, found)
     sampled = "participants_per_round"  # a count of those who were there then
     _refuse(found, _other_contract(server, found) + [text for name, text in others.items() if name != sampled])
-    change = MembershipChange.between(
+    there, here = found.about.participants, server.runtime.nodes()
+    moved = [n for n in there if n in here] != [n for n in here if n in there]
+    counts = found.config.participants_per_round, server.settings.config.participants_per_round
+    return MembershipChange(
         found.round,
-        found.about.participants,
-        server.runtime.nodes(),
-        ordered=server.runtime.sequential,
+        left=[n for n in there if n not in here],
+        joined=[n for n in here if n not in there],
+        reordered=moved and server.runtime.sequential,
+        sampled=counts if sampled in others else None,
         divided=server.evaluator.holds_out_a_share,
     )
-    if sampled in others:
-        change.sampled = found.config.participants_per_round, server.settings.config.participants_per_round
-    return change
 
 
 def _listed(names: list[str]) -> str:
@@ -220,17 +221,6 @@ def restore(server: Server, found: Contents) -> dict[str, bytes]:
     server.evaluator.forget()
     server.client_manager.attendance.remember({name for record in server.history for name in record.trained})
     return dict(found.found.participants)
-
-
-def begun_by_then(
-    server: Server, nodes: list[str], states: Mapping[str, bytes], joined: Collection[str] = ()
-) -> dict[str, bytes]:
-    """Participants' states at a checkpoint, with those of whom it knows nothing at their start.
-
-    So is who has `joined` anew, even where the history knows the name: what it kept since then is not of this run.
-    """
-    trained = {name for record in server.history for name in record.trained}
-    return {n: states.get(n, START) for n in nodes if n in states or n in joined or n not in trained}
 
 
 def check_declarations(hellos: Mapping[str, Introduction], declarations: Mapping[str, Any], found: Contents) -> None:
