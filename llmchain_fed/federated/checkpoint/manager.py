@@ -148,14 +148,10 @@ class CheckpointManager:
         """
         server = self._server
         nodes, here = server.runtime.nodes(), server.runtime.sequential
-        change = None
-        if members == "same":
-            resuming.check(server, found)
-        else:
-            change = resuming.check_but_members(server, found)
-            if not nodes:
-                msg = "members='changed' goes on with those who take part from now on: pass participants=…."
-                raise ConfigError(msg)
+        change = resuming.check(server, found, members)
+        if change is not None and not nodes:
+            msg = "members='changed' goes on with those who take part from now on: pass participants=…."
+            raise ConfigError(msg)
         declarations = {n: said for n, said in found.about.declarations.items() if n in nodes}
         hellos: dict[str, Introduction] = server.client_manager.joined  # others say what they have when they join
         if here:

@@ -15,7 +15,7 @@ from llmchain_fed.errors import CheckpointError, DeadlineError, ParticipantError
 from llmchain_fed.federated.checkpoint.contents import Contents
 from llmchain_fed.federated.checkpoint.files import Checkpoint
 from llmchain_fed.federated.checkpoint.fitting import check_state, copy_of, limits_of, state_of
-from llmchain_fed.federated.checkpoint.membership import MembershipChange, declared, different
+from llmchain_fed.federated.checkpoint.membership import Members, MembershipChange, declared, different
 from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.answers import Introduction
@@ -106,43 +106,31 @@ def _stands_elsewhere(server: Server, name: str, former: Mapping[str, bytes], si
     return any(record is None or record.status != "idle" for record in rounds)
 
 
-def check(server: Server, found: Contents) -> None:
-    """Makes sure that a checkpoint is this federation's, and its members are those of then.
+def check(server: Server, found: Contents, members: Members) -> MembershipChange | None:
+    """Makes sure that a checkpoint is this federation's; says what changed of its members, where they may change.
 
     Raises:
-        CheckpointError: Another base, adapter, prompt, set of participants, or option that decides the future.
+        CheckpointError: Another base, adapter, prompt, option that decides the future, or set of participants.
     """
+    wrong, others = _other_contract(server, found), _other_options(server, found)
     there, here = found.about.participants, server.runtime.nodes()
-    others = ""
-    if sorted(there) != sorted(here):
-        gone, new = sorted(set(there) - set(here)), sorted(set(here) - set(there))
-        others = f"participants: {_listed(gone)} are missing, {_listed(new)} are new"
-    elif there != here and server.runtime.sequential:  # asked in their order, whose sums end otherwise
-        others = f"participants: in the order {_listed(there)} there, {_listed(here)} here"
-    wrong = _other_contract(server, found) + ([others] if others else []) + list(_other_options(server, found).values())
-    _refuse(found, wrong, f" {_changed(found)}" if others else "")
-
-
-def check_but_members(server: Server, found: Contents) -> MembershipChange:
-    """Makes sure that a checkpoint is this federation's, whoever its members are now; says what changed of them.
-
-    Raises:
-        CheckpointError: Another base, adapter, prompt, or option that decides the future.
-    """
-    others = _other_options(server, found)
-    sampled = "participants_per_round"  # a count of those who were there then
-    _refuse(found, _other_contract(server, found) + [text for name, text in others.items() if name != sampled])
-    there, here = found.about.participants, server.runtime.nodes()
-    moved = [n for n in there if n in here] != [n for n in here if n in there]
-    counts = found.config.participants_per_round, server.settings.config.participants_per_round
-    return MembershipChange(
-        found.round,
-        left=[n for n in there if n not in here],
-        joined=[n for n in here if n not in there],
-        reordered=moved and server.runtime.sequential,
-        sampled=counts if sampled in others else None,
-        divided=server.evaluator.holds_out_a_share,
-    )
+    left, joined = [n for n in there if n not in here], [n for n in here if n not in there]
+    # asked in another order, sums end otherwise
+    reordered = server.runtime.sequential and [n for n in there if n in here] != [n for n in here if n in there]
+    if members == "changed":
+        sampled = None
+        if others.pop("participants_per_round", None):  # a count of those who were there then
+            sampled = found.config.participants_per_round, server.settings.config.participants_per_round
+        _refuse(found, wrong + list(others.values()))
+        divided = server.evaluator.holds_out_a_share
+        return MembershipChange(found.round, left, joined, reordered, sampled=sampled, divided=divided)
+    people = []
+    if left or joined:
+        people = [f"participants: {_listed(sorted(left))} are missing, {_listed(sorted(joined))} are new"]
+    elif reordered:
+        people = [f"participants: in the order {_listed(there)} there, {_listed(here)} here"]
+    _refuse(found, wrong + people + list(others.values()), f" {_changed(found)}" if people else "")
+    return None
 
 
 def _listed(names: list[str]) -> str:
