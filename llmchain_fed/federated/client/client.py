@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from llmchain_fed.errors import DeadlineError, FederationError
 from llmchain_fed.federated.client import personalization
@@ -30,9 +29,7 @@ from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import HelloTask, StateTask, StopTask, Task, TensorTask
 from llmchain_fed.federated.protocol.versions import STALE
 from llmchain_fed.federated.target import Target
-from llmchain_fed.training.batch_sampler import BatchSampler
-from llmchain_fed.training.config import TrainingConfig
-from llmchain_fed.training.gradient_step import GradientStep
+from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import decoding
 from llmchain_fed.updates import serialization
 from llmchain_fed.updates.transforms import UpdateTransform, checked_transforms
@@ -48,8 +45,6 @@ class Client:
         samples: Held-out examples that may leave with the chain's answers, at most; None is as many as are asked for.
         global_states: What this process's participants have been sent; None makes one for this participant alone.
         transforms: What happens to an update before it is sent, one after the other.
-        gradient_step: How a batch becomes a gradient, in whatever it trains; None as the package does it.
-        batch_sampler: How its batches are drawn; likewise.
 
     Raises:
         ConfigError: The participant's own options, or the transforms, are not valid.
@@ -64,8 +59,6 @@ class Client:
         samples: int | None = None,
         global_states: GlobalStateCache | None = None,
         transforms: Sequence[UpdateTransform] = (),
-        gradient_step: GradientStep | None = None,
-        batch_sampler: BatchSampler | None = None,
     ) -> None:
         self.target, self.model = target, target.model
         self.participant, self.name = participant, participant.name
@@ -77,9 +70,6 @@ class Client:
         self.scaling = own_scaling(target, participant)
         """layer → s, where its LoRA rank is its own"""
         self.transforms = checked_transforms(transforms)
-        given = {"gradient_step": gradient_step, "batch_sampler": batch_sampler}
-        self.steps: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        """how it takes steps otherwise than the package does, as `train_locally` is told"""
         self.limits: Limits | None = None
         self.samples = samples
         self.global_states = global_states or GlobalStateCache(target.model, most=Limits().max_states)

@@ -180,7 +180,7 @@ def check_curve(client: Client, task: CurveTask, _layout: Layout, _infos: Mappin
 def personalize(client: Client, task: PersonalizeTask, state: GlobalState) -> PersonalizeAnswer:
     """Makes a personal model from the global one, and says what that did to the held-out loss."""
     config = steps_config(client.config, task.steps, task.lr)
-    place = {"participant": client.name, "round": task.index, "before_step": client.watch(task.seconds)} | client.steps
+    place = {"participant": client.name, "round": task.index, "before_step": client.watch(task.seconds)}
     values, result = fine_tune(client.model, state, client.data.train(), config, **place)
     answer = {"train_loss": spelled(result.loss), "steps": result.steps, "seconds": result.seconds}
     progress = replace(client.progress.before(task.round)[1], personal=values)
@@ -193,7 +193,7 @@ def personalize(client: Client, task: PersonalizeTask, state: GlobalState) -> Pe
 def curve(client: Client, task: CurveTask, state: GlobalState) -> CurveAnswer:
     """Held-out losses over steps of adaptation: it counts as a training, and ends when that would."""
     config = steps_config(client.config, max(1, *task.steps), task.lr).replace(max_steps=1)
-    place = {"participant": client.name, "round": task.index, "before_step": client.watch(task.seconds)} | client.steps
+    place = {"participant": client.name, "round": task.index, "before_step": client.watch(task.seconds)}
     points = adaptation_curve(client.model, state, client.data, config, task.steps, **place)
     return CurveAnswer(curve=spelled(points))
 

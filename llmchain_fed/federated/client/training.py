@@ -104,7 +104,7 @@ def check_time_step(client: Client, _task: TimeStepTask, _layout: Layout, _infos
 def train(client: Client, task: TrainTask, state: GlobalState) -> bytes:
     """One round's training: its update as bytes. What of it stays here is in the client's progress then."""
     _, progress = client.progress.before(task.round)
-    place = {"participant": client.name, "round": task.index, "first_step": progress.next_step, **client.steps}
+    place = {"participant": client.name, "round": task.index, "first_step": progress.next_step}
     check = client.watch(task.seconds)
     trained, result = trained_values(client, task, state, progress, place, check)
     shared = {n: trained[n] for n in selected(trained, task.shares)}
@@ -177,7 +177,6 @@ def time_step(client: Client, task: TimeStepTask, state: GlobalState) -> TimeSte
     """Seconds of one optimizer step, the second of two, and how many a round has; nothing of them is kept."""
     data, config = client.data.train(), client.config
     place: dict[str, Any] = {"participant": client.name, "round": task.index, "before_step": client.watch(task.seconds)}
-    place |= client.steps
     single = personalization.steps_config(config, 1, None)
     with loaded(client.model, state):
         seconds = [train_locally(client.model, data, single, **place).seconds for _ in range(_TIMED)][-1]
