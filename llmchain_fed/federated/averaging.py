@@ -19,7 +19,7 @@ from llmchain_fed.federated.callbacks import Callbacks, RunInfo
 from llmchain_fed.federated.checkpoint.manager import CheckpointManager
 from llmchain_fed.federated.checkpoint.membership import Members, checked_members
 from llmchain_fed.federated.client.client import Client
-from llmchain_fed.federated.fit import Fit, check_rounds
+from llmchain_fed.federated.fit import Fit, checked_rounds
 from llmchain_fed.federated.history import History, RoundRecord
 from llmchain_fed.federated.manual_round import ManualRounds
 from llmchain_fed.federated.participant import Participant
@@ -183,7 +183,7 @@ class FederatedAveraging(ManualRounds):
         Raises:
             ConfigError: No rounds, or no participants.
         """
-        check_rounds("plan", rounds, self._server)
+        rounds = checked_rounds("plan", rounds, self._server)
         self._check_closed()
 
         return Plan(**self._together(lambda: asdict(plan_of(self._server, rounds))))
@@ -219,7 +219,7 @@ class FederatedAveraging(ManualRounds):
             FederationError: A round opened by `train()` is not closed.
             CheckpointError: A checkpoint cannot be written; the round itself is kept.
         """
-        check_rounds("fit", rounds, self._server)
+        rounds = checked_rounds("fit", rounds, self._server)
         self._check_closed()
         fit = Fit.asked(self._server, rounds, patience=patience, min_delta=min_delta, on_divergence=on_divergence)
 

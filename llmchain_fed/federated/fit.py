@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from llmchain_fed._config import plain_number
 from llmchain_fed.errors import ConfigError, QuorumError
 from llmchain_fed.federated.history import RoundRecord
 from llmchain_fed.federated.loop import run_round
@@ -37,6 +38,7 @@ class Fit:
         Raises:
             ConfigError: An option makes no sense; see `FederatedAveraging.fit`.
         """
+        patience, min_delta = plain_number(patience), plain_number(min_delta)
         # participants elsewhere may hold out examples of their own
         measured = server.evaluator.active or not server.runtime.sequential
         if patience is not None and (type(patience) is not int or patience < 1 or not measured):
@@ -111,18 +113,20 @@ class Fit:
         return [server.diverged] if self.stops and server.diverged else [str(patience)] if over else []
 
 
-def check_rounds(what: str, rounds: int, server: Server) -> None:
-    """Makes sure that there are rounds to run, and somebody to run them with.
+def checked_rounds(what: str, rounds: int, server: Server) -> int:
+    """How many rounds to run, if there are any and somebody to run them with.
 
     Raises:
         ConfigError: There are not.
     """
+    rounds = plain_number(rounds)
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         msg = f"{what} takes at least one round, got rounds={rounds!r}."
         raise ConfigError(msg)
     if not server.runtime.nodes():
         msg = "there is nobody to learn from. Pass participants={name: examples, …}, or use train() and step()."
         raise ConfigError(msg)
+    return rounds
 
 
 class Patience:
