@@ -32,7 +32,7 @@ class FrozenConfig(BaseModel):
 
     def __init__(self, **options: Any) -> None:
         try:
-            super().__init__(**{name: _plain(value) for name, value in options.items()})
+            super().__init__(**{name: plain_number(value) for name, value in options.items()})
         except ValidationError as error:
             raise ConfigError(explain(error, type(self))) from None
 
@@ -55,7 +55,7 @@ class FrozenConfig(BaseModel):
         return type(self)(**(kept | changes))
 
 
-def _plain(value: Any) -> Any:
+def plain_number(value: Any) -> Any:
     """A number as Python has it where it is one of another library's, such as numpy's."""
     if isinstance(value, numbers.Integral):
         return value if isinstance(value, int) else int(value)

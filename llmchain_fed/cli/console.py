@@ -5,9 +5,15 @@ Knows which errors may pass. Knows nothing of what is said.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import typer
+
 from llmchain_fed.errors import DeadlineError, QuorumError, TransportError
 from llmchain_fed.federated.reporting import stderr
 from llmchain_fed.federated.reporting.lines import stamped
+from llmchain_fed.stopping import Stopped, stopping
 
 DONE = 0
 """all as asked"""
@@ -34,3 +40,13 @@ def error_line(error: BaseException) -> None:
 def status_of(error: BaseException) -> int:
     """What a command ends with that an error ended."""
     return AGAIN if isinstance(error, (QuorumError, TransportError, DeadlineError)) else FAILED
+
+
+@contextmanager
+def stoppable(said: Callable[[], str]) -> Iterator[None]:
+    """Within, a signal to stop is answered with a line, and ends the command with the status that goes with it."""
+    try:
+        with stopping(lambda: say(said())):
+            yield
+    except Stopped as stopped:
+        raise typer.Exit(stopped.status) from None

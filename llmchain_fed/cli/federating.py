@@ -13,11 +13,10 @@ import typer
 
 from llmchain_fed._config import read_options
 from llmchain_fed.cli.chains import check, load
-from llmchain_fed.cli.console import INCOMPLETE, error_line, say
+from llmchain_fed.cli.console import INCOMPLETE, error_line, say, stoppable
 from llmchain_fed.errors import ContractError, PolicyError, QuorumError, TransportError
 from llmchain_fed.federated.reporting.stderr import show
 from llmchain_fed.federated.runtime import Runtime
-from llmchain_fed.stopping import Stopped, stopping
 
 _WAITS = re.compile(r"\b[Ww]aiting for |\bthe others wait ")  # of what a runtime says: the rest has happened
 
@@ -37,15 +36,12 @@ def federate(
     """
     done: list[int] = []
 
-    def stop() -> None:  # what changed is in the checkpoint once a round is done
+    def said() -> str:  # what changed is in the checkpoint once a round is done
         options = f" --members {shlex.quote(members)}" if members != "same" and not done else ""
-        say(f"stopping; go on with `llmchain-fed federate {shlex.quote(str(file))}{options}`")
+        return f"stopping; go on with `llmchain-fed federate {shlex.quote(str(file))}{options}`"
 
-    try:
-        with stopping(stop):
-            _federate(file, members, done)
-    except Stopped as stopped:
-        raise typer.Exit(stopped.status) from None
+    with stoppable(said):
+        _federate(file, members, done)
 
 
 def _federate(file: Path, members: str, done: list[int]) -> None:

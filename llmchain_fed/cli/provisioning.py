@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llmchain_fed.cli.console import say
+from llmchain_fed.cli.console import say, stoppable
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.stopping import Stopped, stopping
 from llmchain_fed.untrusted import one_line
 
 if TYPE_CHECKING:
@@ -25,11 +24,8 @@ class _Commands(TyperGroup):
     """Each of them ends in order when it is told to stop: what it had begun is cleared away."""
 
     def invoke(self, ctx: Any) -> Any:
-        try:
-            with stopping(lambda: say("stopping; what was begun is cleared away, and the same command begins anew")):
-                return super().invoke(ctx)
-        except Stopped as stopped:
-            raise typer.Exit(stopped.status) from None
+        with stoppable(lambda: "stopping; what was begun is cleared away, and the same command begins anew"):
+            return super().invoke(ctx)
 
 
 app = typer.Typer(help="Certificates and kits. Keys stay with their site.", no_args_is_help=True, cls=_Commands)

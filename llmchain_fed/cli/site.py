@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmchain_fed._config import read_options
 from llmchain_fed.cli.chains import check, load
-from llmchain_fed.cli.console import say
+from llmchain_fed.cli.console import say, stoppable
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.stopping import Stopped, stopping
 
 if TYPE_CHECKING:
     from llmchain_fed.runtimes.site.policy import Policy
@@ -43,41 +42,48 @@ def peer(
     if threads is not None and threads < 1:
         msg = f"--threads is a count of at least 1, got {threads}."
         raise ConfigError(msg)
-    own: dict[str, Any] = {
-        "name": name or data.stem,
-        "rank": rank,
-        "alpha": alpha,
-        "share": hold_out_share,
-        "threads": threads,
-    }
-    files: dict[str, Any] = {"data": data, "held_out": held_out, "policy": policy, "socket": socket}
     log = audit or socket.with_name(socket.name + ".audit.jsonl")
-    try:
-        with stopping(lambda: say("stopping; start it again with the same command")):
-            _peer(chain, audit=log, **files, **own)
-    except Stopped as stopped:
-        raise typer.Exit(stopped.status) from None
+    with stoppable(lambda: "stopping; start it again with the same command"):
+        # what can be wrong is looked for first, the quick before the slow; then the model is loaded, and served
+        _look_first(chain, data, held_out, policy, log, socket)
+
+        from llmchain_fed.federated.participant import Participant, hold_out
+        from llmchain_fed.runtimes.site import warnings
+        from llmchain_fed.runtimes.site.policy import Audit, Policy
+
+        participant = Participant(name or data.stem, data, held_out, rank=rank, alpha=alpha)
+        rules = Policy.from_file(policy) if policy is not None else Policy()
+        written = Audit(log, say)
+        open_to_others, may_leave = warnings.of_files(data, held_out, policy), warnings.of_policy(rules)
+        for warning in (*warnings.of_name(participant.name), *open_to_others, *may_leave):
+            say(f"warning: {warning}")
+
+        import torch
+
+        from llmchain_fed.federated.target import Target
+        from llmchain_fed.runtimes.site.site import Site
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        target = Target.of(load(chain))
+        if hold_out_share is not None:
+            participant = hold_out(participant, hold_out_share, target.prompt, seed=0)
+        site = Site(target, participant, policy=rules, audit=written, say=say)
+        for warning in warnings.of_examples(data, held_out, site.client.data.overlap()):
+            say(f"warning: {warning}")
+        say(f"{participant.name}: {site.examples}")
+        say("contract: " + ", ".join(f"{key} {value[:12]}" for key, value in target.contract().items()))
+        say(f"policy: {_in_words(rules, policy)}")
+        say(f"audit: {log}")
+        say(f"listening at {socket}")
+        site.serve(socket)
 
 
-def _peer(
-    chain: str,
-    *,
-    name: str,
-    data: Path,
-    held_out: Path | None,
-    policy: Path | None,
-    audit: Path,
-    socket: Path,
-    rank: int | None,
-    alpha: float | None,
-    share: float | None,
-    threads: int | None,
-) -> None:
-    """What can be wrong is looked for first, the quick before the slow; then the model is loaded, and served."""
+def _look_first(chain: str, data: Path, held_out: Path | None, policy: Path | None, audit: Path, socket: Path) -> None:
+    """Makes sure that there is all a peer needs, before torch is imported, which takes seconds."""
     from llmchain_fed.runtimes.messaging import frames
     from llmchain_fed.runtimes.site import warnings
 
-    # before torch is imported, which takes seconds
     warnings.check_apart({"--audit": audit, "--socket": socket}, {"--data": data, "--held-out": held_out})
     warnings.check_readable(data, "the training examples")
     if held_out is not None:
@@ -86,36 +92,6 @@ def _peer(
         read_options(policy, "policy")
     check(chain)
     frames.listen(socket).close()  # what would be wrong with it after the model is loaded is wrong now
-
-    from llmchain_fed.federated.participant import Participant, hold_out
-    from llmchain_fed.runtimes.site.policy import Audit, Policy
-
-    participant = Participant(name, data, held_out, rank=rank, alpha=alpha)
-    rules = Policy.from_file(policy) if policy is not None else Policy()
-    written = Audit(audit, say)
-    open_to_others, may_leave = warnings.of_files(data, held_out, policy), warnings.of_policy(rules)
-    for warning in (*warnings.of_name(name), *open_to_others, *may_leave):
-        say(f"warning: {warning}")
-
-    import torch
-
-    from llmchain_fed.federated.target import Target
-    from llmchain_fed.runtimes.site.site import Site
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    target = Target.of(load(chain))
-    if share is not None:
-        participant = hold_out(participant, share, target.prompt, seed=0)
-    site = Site(target, participant, policy=rules, audit=written, say=say)
-    for warning in warnings.of_examples(data, held_out, site.client.data.overlap()):
-        say(f"warning: {warning}")
-    say(f"{name}: {site.examples}")
-    say("contract: " + ", ".join(f"{key} {value[:12]}" for key, value in target.contract().items()))
-    say(f"policy: {_in_words(rules, policy)}")
-    say(f"audit: {audit}")
-    say(f"listening at {socket}")
-    site.serve(socket)
 
 
 def _in_words(rules: Policy, file: Path | None) -> str:

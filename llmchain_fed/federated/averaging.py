@@ -15,12 +15,11 @@ from typing import Any, ClassVar, Self, Unpack
 from llmchain_fed.data.examples import Examples
 from llmchain_fed.data.report import DataReport
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.federated.callback_list import Callbacks
-from llmchain_fed.federated.callbacks import RunInfo
+from llmchain_fed.federated.callbacks import Callbacks, RunInfo
 from llmchain_fed.federated.checkpoint.manager import CheckpointManager
 from llmchain_fed.federated.checkpoint.membership import Members, checked_members
 from llmchain_fed.federated.client.client import Client
-from llmchain_fed.federated.fit import Fit, check_rounds
+from llmchain_fed.federated.fit import Fit, checked_rounds
 from llmchain_fed.federated.history import History, RoundRecord
 from llmchain_fed.federated.manual_round import ManualRounds
 from llmchain_fed.federated.participant import Participant
@@ -131,7 +130,7 @@ class FederatedAveraging(ManualRounds):
         members = checked_members(members)
         found, merged = CheckpointManager.read(checkpoint_dir, round, options, optimizer, model)
         made = cls(model, participants=participants, optimizer=optimizer, checkpoint_dir=checkpoint_dir, **merged)
-        made._server.client_manager.federation = found.federation
+        made._server.client_manager.federation = found.about.federation
         made._checkpoints.go_on(found, members)
         return made
 
@@ -184,7 +183,7 @@ class FederatedAveraging(ManualRounds):
         Raises:
             ConfigError: No rounds, or no participants.
         """
-        check_rounds("plan", rounds, self._server)
+        rounds = checked_rounds("plan", rounds, self._server)
         self._check_closed()
 
         return Plan(**self._together(lambda: asdict(plan_of(self._server, rounds))))
@@ -220,7 +219,7 @@ class FederatedAveraging(ManualRounds):
             FederationError: A round opened by `train()` is not closed.
             CheckpointError: A checkpoint cannot be written; the round itself is kept.
         """
-        check_rounds("fit", rounds, self._server)
+        rounds = checked_rounds("fit", rounds, self._server)
         self._check_closed()
         fit = Fit.asked(self._server, rounds, patience=patience, min_delta=min_delta, on_divergence=on_divergence)
 
@@ -238,12 +237,8 @@ class FederatedAveraging(ManualRounds):
     def personalize(self, participant: Any, *, steps: int, lr: float | None = None) -> Personalized:
         """Fine-tunes a personal adapter for one participant, from the present global weights, where its data is.
 
-        In the process that hosts the participant, `chain.with_adapter(name)` answers with it from then on.
-
-        Args:
-            participant: Its name.
-            steps: optimizer steps.
-            lr: Learning rate; the participant's own by default.
+        In the process that hosts the participant, `chain.with_adapter(name)` answers with it from then on. `steps` are
+        optimizer steps, `lr` is by default the participant's own.
 
         Raises:
             ConfigError: Nobody of that name; no LoRA adapter; or a rule whose participants are personal already.
@@ -265,8 +260,7 @@ class FederatedAveraging(ManualRounds):
     def side_by_side(self, participants: Iterable[Any] | None = None) -> SideBySide:
         """Held-out loss of the bare base, the global and the personal model, side by side, per participant.
 
-        Args:
-            participants: Names, or one; everyone who holds out examples by default.
+        By default of everyone who holds out examples.
 
         Raises:
             ConfigError: Nobody of that name holds out examples.
@@ -310,9 +304,7 @@ class FederatedAveraging(ManualRounds):
     def promote(self, round: int, name: str = "promoted") -> None:  # noqa: A002 (the field's own word)
         """Makes a round's global weights a resident adapter: `chain.with_adapter(name)` serves it while rounds go on.
 
-        Args:
-            round: The current one, or one whose checkpoint is kept.
-            name: The adapter's.
+        The round is the current one, or one whose checkpoint is kept.
 
         Raises:
             CheckpointError: There is no checkpoint of that round.

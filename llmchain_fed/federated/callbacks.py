@@ -1,4 +1,4 @@
-"""Callback: what a federation tells those who watch it; and what of a round is worth watching.
+"""Callback: what a federation tells those who watch it, one or several; and what of a round is worth watching.
 
 Knows the names of the hooks and how a record becomes flat numbers and texts. Knows no tracker, and nothing of how
 rounds come about.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from llmchain_fed.errors import ConfigError
 from llmchain_fed.untrusted import one_line, printable
 
 if TYPE_CHECKING:
@@ -70,6 +71,54 @@ class Callback:
         """Fit ends with this error, which may be a KeyboardInterrupt; the earlier rounds are kept."""
 
 
+class Callbacks:
+    """Those given, one or several, in their order, after the `first`, which are our own.
+
+    Raises:
+        ConfigError: One of them is no `Callback`.
+    """
+
+    def __init__(self, given: Any, first: tuple[Callback, ...] = ()) -> None:
+        self._all: tuple[Callback, ...] = (*first, *(given if isinstance(given, (list, tuple)) else (given,)))
+        for item in self._all:
+            if not isinstance(item, Callback):
+                msg = f"callbacks are objects of Callback, such as ConsoleTable(), got {item!r:.80}."
+                raise ConfigError(msg)
+
+    def watch(self, run: RunInfo, history: History, fit: Callable[[], object]) -> None:
+        """Tells them of the fit before and after it, or of the error that it, or one of them, ends with."""
+        begun: list[Callback] = []
+        try:
+            for callback in self._all:
+                begun.append(callback)  # before the call: one that has half begun must still be told of an error
+                callback.on_fit_begin(run)
+            fit()
+            while begun:
+                begun.pop(0).on_fit_end(history)
+        except BaseException as error:
+            for callback in begun:
+                try:
+                    callback.on_error(error)
+                except Exception as second:
+                    error.add_note(f"{callback!r} failed as well: {second}")
+            raise
+
+    def attendance_changed(self, change: AttendanceChange) -> None:
+        """Tells them who is out, or back."""
+        for callback in self._all:
+            callback.on_attendance(change)
+
+    def round_begins(self, number: int, asked: tuple[str, ...]) -> None:
+        """Tells them who is asked in a round."""
+        for callback in self._all:
+            callback.on_round_begin(number, asked)
+
+    def round_ended(self, record: RoundRecord, history: History) -> None:
+        """Tells them of a round."""
+        for callback in self._all:
+            callback.on_round_end(record, history)
+
+
 def metrics_of(record: RoundRecord) -> dict[str, float]:
     """A round as flat numbers, the same for every tracker.
 
@@ -91,7 +140,7 @@ def metrics_of(record: RoundRecord) -> dict[str, float]:
         "held_out/after": record.held_out_after,
         "train_loss": record.train_loss,
         "update_norm": record.update_norm,
-        "aggregation_gap": getattr(record, "aggregation_gap", None),
+        "aggregation_gap": record.aggregation_gap,
         "bytes/up": record.bytes_up,
         "bytes/down": record.bytes_down,
         "bytes/evaluation": sum(p.evaluation_bytes for p in participants.values()),
@@ -99,16 +148,11 @@ def metrics_of(record: RoundRecord) -> dict[str, float]:
         "seconds/training": record.training_seconds,
         "seconds/evaluation": record.evaluation_seconds,
         "participants/trained": len(record.trained),
-        "participants/asked": asked(record),
+        "participants/asked": record.asked,
     }
     for name, participant in participants.items():
         found |= {f"participant/{one_line(name)}/{field}": value for field, value in _numbers(participant).items()}
     return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
-
-
-def asked(record: RoundRecord) -> int:
-    """How many participants the round wanted an update of: all but the idle."""
-    return sum(p.status != "idle" for p in record.participants.values())
 
 
 def notes_of(record: RoundRecord) -> list[str]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from llmchain_fed._config import plain_number
 from llmchain_fed.errors import ConfigError, QuorumError
 from llmchain_fed.federated.history import RoundRecord
 from llmchain_fed.federated.loop import run_round
@@ -32,17 +33,25 @@ class Fit:
     def asked(
         cls, server: Server, rounds: int, *, patience: int | None, min_delta: float, on_divergence: OnDivergence
     ) -> Fit:
-        """The fit that a user asks for; it counts on where an interrupted one was.
+        """The fit that a user asks for.
 
         Raises:
             ConfigError: An option makes no sense; see `FederatedAveraging.fit`.
         """
+        patience, min_delta = plain_number(patience), plain_number(min_delta)
         # participants elsewhere may hold out examples of their own
         measured = server.evaluator.active or not server.runtime.sequential
-        stop = checked_patience(patience, min_delta, measured=measured)
-        if stop is not None:
-            stop.go_on(server.patience)
-        return cls(server, rounds, stop, checked_on_divergence(on_divergence, measured=measured))
+        if patience is not None and (type(patience) is not int or patience < 1 or not measured):
+            msg = "patience is at least 1 and needs evaluation=…, which says what held-out loss is measured on."
+            raise ConfigError(msg)
+        number = isinstance(min_delta, (int, float)) and not isinstance(min_delta, bool)
+        if not (number and 0 <= min_delta <= sys.float_info.max):
+            msg = f"min_delta is a finite number of nats per token, 0 or more, got {min_delta!r:.80}."
+            raise ConfigError(msg)
+        stops = checked_on_divergence(on_divergence, measured=measured)
+        # it counts on where the fit that was interrupted stood
+        waiting = Patience(patience, min_delta, server.patience) if patience is not None else None
+        return cls(server, rounds, waiting, stops)
 
     def run(
         self,
@@ -50,12 +59,9 @@ class Fit:
         begins: Callable[[int, tuple[str, ...]], object],
         completed: Callable[[RoundRecord], object],
     ) -> None:
-        """Runs them; where it stops early the history says why.
+        """Runs them, and lets participants join before each; where it stops early the history says why.
 
-        Args:
-            join: Lets participants join before each round.
-            begins: Is told of each before it is run: its number, counted from 1, and who is asked.
-            completed: Is told of each afterwards.
+        Who `begins` and has `completed` a round is told as `run_round` tells it.
 
         Raises:
             ConfigError: Nothing is measured that could end it early, as shows once everybody has joined.
@@ -103,26 +109,24 @@ class Fit:
     def _reasons_to_stop(self, record: RoundRecord) -> list[str]:
         """Why this round is the last, where it is; patience counts it."""
         server, patience = self.server, self.patience
-        over = patience is not None and patience.over(
-            record.held_out_before,
-            record.held_out_after,
-            believed=server.evaluator.is_shared or patience.is_believed(record),
-        )
+        over = patience is not None and patience.over(record, shared=server.evaluator.is_shared)
         return [server.diverged] if self.stops and server.diverged else [str(patience)] if over else []
 
 
-def check_rounds(what: str, rounds: int, server: Server) -> None:
-    """Makes sure that there are rounds to run, and somebody to run them with.
+def checked_rounds(what: str, rounds: int, server: Server) -> int:
+    """How many rounds to run, if there are any and somebody to run them with.
 
     Raises:
         ConfigError: There are not.
     """
+    rounds = plain_number(rounds)
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         msg = f"{what} takes at least one round, got rounds={rounds!r}."
         raise ConfigError(msg)
     if not server.runtime.nodes():
         msg = "there is nobody to learn from. Pass participants={name: examples, …}, or use train() and step()."
         raise ConfigError(msg)
+    return rounds
 
 
 class Patience:
@@ -131,11 +135,12 @@ class Patience:
     Args:
         rounds: How many rounds without improvement are too many.
         min_delta: nats per token that count as an improvement.
+        state: `state()` of a run that was interrupted, from which it counts on.
     """
 
-    def __init__(self, rounds: int, min_delta: float) -> None:
+    def __init__(self, rounds: int, min_delta: float, state: Sequence[float]) -> None:
         self._rounds, self._min_delta = rounds, min_delta
-        self._best, self._waited = float("inf"), 0
+        self._best, self._waited = (float(state[0]), int(state[1])) if state else (float("inf"), 0)
 
     def __str__(self) -> str:
         by = f" by {self._min_delta}" if self._min_delta else ""
@@ -145,50 +150,19 @@ class Patience:
         """The best loss so far and the rounds since, for a checkpoint."""
         return [self._best, self._waited] if self._best < float("inf") else []
 
-    def go_on(self, state: Sequence[float]) -> None:
-        """Counts on from `state()` of a run that was interrupted."""
-        if state:
-            self._best, self._waited = float(state[0]), int(state[1])
-
-    def is_believed(self, record: RoundRecord) -> bool:
-        """Whether a round counts where the pooled loss has not improved: no single participant says so alone."""
-        return stands_still(record, self._min_delta)
-
-    def over(self, before: float | None, after: float | None, *, believed: bool = True) -> bool:
+    def over(self, record: RoundRecord, *, shared: bool) -> bool:
         """Whether to stop after a round.
 
-        Args:
-            before: Its held-out loss, None where it was not measured.
-            after: Likewise.
-            believed: Whether it counts where the loss has not improved.
+        Where the loss has not improved, a round counts if it was measured on one set that is shared by all, or on so
+        many participants' that no single one says so alone.
         """
+        before, after = record.held_out_before, record.held_out_after
         if after is None:
             return False
         if self._waited == 0 and self._best == float("inf") and before is not None and math.isfinite(before):
             self._best = before
         improved = after < self._best - self._min_delta
-        if not improved and not believed:
+        if not (improved or shared or stands_still(record, self._min_delta)):
             return False
         self._best, self._waited = (after, 0) if improved else (self._best, self._waited + 1)
         return self._waited >= self._rounds
-
-
-def checked_patience(rounds: int | None, min_delta: float, *, measured: bool) -> Patience | None:
-    """`patience` and `min_delta`, if they make sense; None where nothing stops early.
-
-    Args:
-        rounds: `patience`.
-        min_delta: Checked without patience, too.
-        measured: Whether held-out loss is.
-
-    Raises:
-        ConfigError: No count, or nothing is measured; no finite number of 0 or more.
-    """
-    if rounds is not None and (type(rounds) is not int or rounds < 1 or not measured):
-        msg = "patience is at least 1 and needs evaluation=…, which says what held-out loss is measured on."
-        raise ConfigError(msg)
-    number = isinstance(min_delta, (int, float)) and not isinstance(min_delta, bool)
-    if not (number and 0 <= min_delta <= sys.float_info.max):
-        msg = f"min_delta is a finite number of nats per token, 0 or more, got {min_delta!r:.80}."
-        raise ConfigError(msg)
-    return Patience(rounds, min_delta) if rounds is not None else None

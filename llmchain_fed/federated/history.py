@@ -9,7 +9,7 @@ import html
 import json
 import math
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +109,11 @@ class RoundRecord:
         return [name for name, record in self.participants.items() if record.status == "trained"]
 
     @property
+    def asked(self) -> int:
+        """How many participants the round wanted an update of: all but the idle."""
+        return sum(record.status != "idle" for record in self.participants.values())
+
+    @property
     def train_loss(self) -> float | None:
         """Nats per token, mean over those who trained."""
         losses = [
@@ -135,10 +140,7 @@ class RoundRecord:
         return " | ".join(_cells(self))
 
     def line(self, of: int | None = None) -> str:
-        """The round in a line for an operator: each figure with what it is.
-
-        Args:
-            of: How many rounds there will be, if that is known.
+        """The round in a line for an operator: each figure with what it is, and of how many rounds, if that is known.
 
         >>> RoundRecord(3, {"a": ParticipantRecord("trained", train_loss=1.5)}, seconds=2.5).line(of=10)
         'round 3 of 10 · 1 of 1 trained · train loss 1.500 · up / down 0 B / 0 B · 2.5 seconds'
@@ -230,13 +232,10 @@ class History:
         error: type[LLMChainFedError] = ConfigError,
         remedy: str = "Give what to_dict() or to_json() gave.",
     ) -> History:
-        """The reverse of `to_dict`, for data that came from anywhere: every field has its type and its range.
+        """The reverse of `to_dict` and `to_json`, for data that came from anywhere.
 
-        Args:
-            data: What `to_dict` gave, or what `to_json` gave and a JSON reader read.
-            what: Is read, for the message.
-            error: Raised: unknown or missing fields, or values of another type or out of range.
-            remedy: A sentence on what to do, for the message.
+        Every field has its type and its range; for what has not, an `error` is raised that says `what` was read and
+        the `remedy`.
         """
         found = checked(HistoryData, data, what=what, error=error, remedy=remedy)
         history = cls()
@@ -262,7 +261,7 @@ class History:
             for r in self.rounds
             for n, p in r.participants.items()
         ]
-        return pd.DataFrame([_shown(row) for row in rows])
+        return pd.DataFrame(_mapped(rows, lambda leaf: printable(leaf) if isinstance(leaf, str) else leaf))
 
     def plot(self) -> Figure:
         """Training and held-out loss per participant over the rounds, in nats per token.
@@ -296,7 +295,6 @@ class History:
 
 
 def _cells(record: RoundRecord) -> tuple[str, ...]:
-    asked = sum(r.status != "idle" for r in record.participants.values())
     notes = list(record.notes)
     notes += [f"{n}: {r.status}" for n, r in record.participants.items() if r.status not in ("trained", "idle")]
     notes += [f"{n}: {note}" for n, r in record.participants.items() for note in r.notes]
@@ -304,7 +302,7 @@ def _cells(record: RoundRecord) -> tuple[str, ...]:
     said = "; ".join(notes[:3]) + (f" … and {len(notes) - 3} more" if len(notes) > 3 else "")
     return (
         str(record.round),
-        f"{len(record.trained)} of {asked}",
+        f"{len(record.trained)} of {record.asked}",
         _number(record.train_loss),
         held_out if record.held_out_after is not None else "–",
         f"{size(record.bytes_up)} / {size(record.bytes_down + record.evaluation_bytes)}",
@@ -315,20 +313,14 @@ def _cells(record: RoundRecord) -> tuple[str, ...]:
 
 def finite(value: Any) -> Any:
     """The same data with null for numbers that are not finite, which JSON has not."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return _mapped(value, lambda leaf: None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf)
 
 
-def _shown(value: Any) -> Any:
-    """The same data with text that can be shown and written."""
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The same data with every value in it changed."""
     if isinstance(value, dict):
-        return {k: _shown(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_shown(v) for v in value]
-    return printable(value) if isinstance(value, str) else value
+        return {k: _mapped(v, change) for k, v in value.items()}
+    return [_mapped(v, change) for v in value] if isinstance(value, list) else change(value)
 
 
 def _number(value: float | None) -> str:

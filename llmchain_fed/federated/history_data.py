@@ -101,14 +101,7 @@ class HistoryData(Strict):
 def checked_rounds(
     data: HistoryData, *, what: str, error: type[LLMChainFedError], remedy: str = ""
 ) -> Iterator[tuple[RoundData, dict[str, ParticipantData]]]:
-    """Each round and its participants, until one is found that is none.
-
-    Args:
-        data: Whose rounds.
-        what: Is read, for the message.
-        error: Raised.
-        remedy: A sentence on what to do.
-    """
+    """Each round and its participants, until one is found that is none; for that, see `History.from_dict`."""
     for number, found in enumerate(data.rounds):
         where = f"{what}, `rounds.{number}`,"
         record = checked(RoundData, found, what=where, error=error, remedy=remedy)

@@ -16,14 +16,10 @@ from llmchain_fed.federated.settings import FederationOptions
 
 
 class FederatedLearning:
-    """The short form: one data source per participant, one round per epoch.
+    """The short form: one data source per participant, one round per epoch. All else is as for `FederatedAveraging`.
 
     Args:
-        model: As for `FederatedAveraging`.
         data_loader: One source per participant: a mapping, a list, or a single DataLoader for a single participant.
-        optimizer: The participants' template.
-        checkpoint_dir: As for `FederatedAveraging`.
-        **options: Further options of `FederatedAveraging`.
     """
 
     def __init__(

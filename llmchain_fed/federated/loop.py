@@ -28,7 +28,7 @@ def run_round(
     """One round with those who are there.
 
     Args:
-        server: The federation as it stands.
+        server: The federation.
         begins: Is told the round's number, counted from 1, and who will be asked.
         ends: Is told of the round once it has happened: it writes the checkpoint and tells those who watch.
 
@@ -64,12 +64,7 @@ def close_round(
     Updates that cannot be combined, each of which was finite for itself, leave the weights as they were: the round
     counts, and its record says why.
 
-    Args:
-        server: The federation as it stands.
-        opened: The round.
-        started: When it began, by `time.perf_counter`.
-        before: What was measured before it, where anything was.
-        idle: Records of those who were not asked.
+    It began at `started`, by `time.perf_counter`; `idle` are the records of those who were not asked.
 
     Raises:
         QuorumError: Too few updates are usable; nothing has changed.

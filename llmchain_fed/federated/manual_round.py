@@ -44,14 +44,10 @@ class ManualRounds(ABC):
     def _completed(self, record: RoundRecord) -> None: ...
 
     def train(self, local_data: Examples, device_id: Any) -> ParticipantRecord:
-        """Trains one participant from the current global weights; the chain keeps those until `step()`.
+        """Trains one participant, on its examples in any form, from the current global weights.
 
-        One whose update was refused, which its record says, may train again in the same round: its new record then
-        takes the place of the old one.
-
-        Args:
-            local_data: Its examples, in any form.
-            device_id: Its name.
+        The chain keeps those until `step()`. One whose update was refused, which its record says, may train again in
+        the same round: its new record then takes the place of the old one.
 
         Raises:
             DuplicateParticipantError: An update of its own is in this round already.

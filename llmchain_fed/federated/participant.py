@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from llmchain_fed._config import plain_number
 from llmchain_fed.data.examples import Example, Examples, Prompt, RawText, is_ready_tensors, prompt_text, read_examples
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, EmptyParticipantError
 from llmchain_fed.untrusted import shown
@@ -51,6 +52,8 @@ class Participant:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", str(self.name))  # numbers are names too, and travel as text
+        object.__setattr__(self, "rank", plain_number(self.rank))
+        object.__setattr__(self, "alpha", plain_number(self.alpha))
         if not self.name:
             msg = "a participant needs a name: it is how updates, history and errors refer to it."
             raise ConfigError(msg)

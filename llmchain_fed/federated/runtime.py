@@ -103,22 +103,16 @@ class Runtime(ABC):
         """
 
     def follow(self, adopt: Callable[[bytes], None]) -> None:
-        """Answers the leading process's calls until it publishes; returns at once where nothing is replicated.
+        """Answers the leading process's calls until it publishes, and gives that to `adopt`.
 
-        Args:
-            adopt: Is given what the leading process published.
+        It returns at once where nothing is replicated.
 
         Raises:
             FederationError: The leader failed (its outcome is adopted before this is raised), or is gone.
         """
 
     def publish(self, outcome: bytes, error: BaseException | None = None) -> None:
-        """Ends the others' `follow`; does nothing where there are no others.
-
-        Args:
-            outcome: What the others adopt.
-            error: What the leading process failed with.
-        """
+        """Ends the others' `follow` with what they adopt, and what this process failed with; no others, no effect."""
 
     def close(self) -> None:
         """Gives back what the runtime has taken: connections, threads, files."""
@@ -152,13 +146,7 @@ class InProcess(Runtime):
     def call(
         self, op: Operation, nodes: Iterable[str], payload: Payload, timeout: float | None = None
     ) -> Iterator[tuple[str, bytes | Exception]]:
-        """Runs `op` for one node after the other.
-
-        Args:
-            op: What they are asked to do.
-            nodes: The names of those who are asked.
-            payload: The same bytes for all, or each node's own by name.
-            timeout: seconds each node may take for itself: nobody is late because others came first.
+        """Runs `op` for one node after the other; each has the timeout for itself, nobody is late behind others.
 
         Raises:
             FederationError: A node nobody knows.

@@ -223,11 +223,7 @@ def training_of(options: FederationOptions, optimizer: Any = None) -> TrainingCo
 
 
 def config_of(options: FederationOptions, training: TrainingConfig) -> FederationConfig:
-    """The options as they can be written down; what is code stands there by its name.
-
-    Args:
-        options: As they were given.
-        training: What `training_of` makes of them.
+    """The options as they can be written down, with what `training_of` makes of them; code stands there by its name.
 
     Raises:
         ConfigError: One is unknown, or out of its range.

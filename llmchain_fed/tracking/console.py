@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import IO, TYPE_CHECKING
 
 from llmchain_fed.errors import MissingExtraError
-from llmchain_fed.federated.callbacks import Callback, RunInfo, asked, notes_of
+from llmchain_fed.federated.callbacks import Callback, RunInfo, notes_of
 from llmchain_fed.federated.reporting import lines
 from llmchain_fed.untrusted import printable
 
@@ -105,7 +105,7 @@ def _cells(record: RoundRecord) -> tuple[str, ...]:
     held_out = record.held_out_before, record.held_out_after
     return (
         str(record.round),
-        f"{len(record.trained)} of {asked(record)}",
+        f"{len(record.trained)} of {record.asked}",
         _number(record.train_loss),
         " → ".join(map(_number, held_out)) if any(value is not None for value in held_out) else "–",
         f"{decimal(record.bytes_up)} / {decimal(record.bytes_down + record.evaluation_bytes)}",

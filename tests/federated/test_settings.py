@@ -16,7 +16,7 @@ import pytest
 import torch
 from resumed_runs import Elsewhere
 
-from llmchain_fed import ConfigError, Ditto, FedAdam, FederatedAveraging, TrainingConfig
+from llmchain_fed import ConfigError, Ditto, FedAdam, FederatedAveraging, Participant, TrainingConfig
 from llmchain_fed.federated.checkpoint import files
 from llmchain_fed.federated.settings import FederationConfig, FederationOptions
 from llmchain_fed.runtimes.federation_file import FederationFile
@@ -118,10 +118,13 @@ def test_numbers_of_numpy_are_numbers(single, make_chain):
     made = [FederatedAveraging(make_chain(), participants=SHARES, progress=False, **o) for o in (options, theirs)]
     assert made[0].config == made[1].config
     assert json.loads(made[1].config.model_dump_json()) == json.loads(made[0].config.model_dump_json())
-    for fed in made:
-        fed.fit(1)
+    made[0].fit(1, patience=2, min_delta=0.5)
+    made[1].fit(np.int64(1), patience=np.int32(2), min_delta=single(0.5))
     assert made[0].history[0].held_out_after == made[1].history[0].held_out_after
+    assert made[1].plan(np.int64(1)).rounds == 1
     assert TrainingConfig(max_steps=np.int32(3)).max_steps == 3
+    ours, theirs = (Participant("a", PAIRS, rank=r, alpha=a) for r, a in ((2, 4.0), (np.int64(2), single(4.0))))
+    assert (theirs.rank, theirs.alpha, type(theirs.rank), type(theirs.alpha)) == (ours.rank, ours.alpha, int, float)
 
 
 @pytest.mark.parametrize("wrong", [{"quorum": np.float64(1.5)}, {"evaluation": np.float64(1.5)}, {"seed": np.True_}])

@@ -33,12 +33,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmchain_fed import FederatedAveraging, untrusted
-from llmchain_fed.errors import CheckpointError, ConfigError
+from llmchain_fed.errors import CheckpointError, ConfigError, ParticipantError
 from llmchain_fed.federated.checkpoint import files as checkpoint
-from llmchain_fed.federated.checkpoint import fitting
 from llmchain_fed.federated.checkpoint.manager import read_for
-from llmchain_fed.federated.client.state import Progress
+from llmchain_fed.federated.client import given_state
+from llmchain_fed.federated.protocol.expected import Layout
+from llmchain_fed.federated.protocol.tasks import ProgressData
 from llmchain_fed.updates.lora_layout import A, B
+from llmchain_fed.updates.serialization import describe
 
 FOLDER = "round-000002"
 
@@ -517,13 +519,13 @@ def test_bytes_of_any_kind_in_place_of_any_file(kept, tmp_path):
 
 def test_a_personal_adapter_may_be_as_wide_as_a_remainder_beside_it_makes_it():
     """Rank 2 over a matrix of (6, 4): six columns, and a seventh means nothing."""
-    shapes = {f"x.{A}": (2, 4), f"x.{B}": (6, 2)}
+    layout = Layout(describe({f"x.{A}": torch.zeros(2, 4), f"x.{B}": torch.zeros(6, 2)}))
 
     def check(rank):
-        own = {f"x.{A}": torch.zeros(rank, 4), f"x.{B}": torch.zeros(6, rank)}
-        fitting._check_progress(0, Progress(personal=own), shapes, ["x"], {})
+        own = {f"0/personal/x.{A}": torch.zeros(rank, 4), f"0/personal/x.{B}": torch.zeros(6, rank)}
+        given_state.check_layout({"0": ProgressData(next_step=0, optimizer=None)}, describe(own), layout, {})
 
     check(2)
     check(6)
-    with pytest.raises(CheckpointError, match="personal/x has rank 7, of which 6 can mean something"):
+    with pytest.raises(ParticipantError, match=r"0/personal/x\..* which no tensor of that name is here"):
         check(7)

@@ -48,7 +48,7 @@ class _Participants(Strict):
     names: Annotated[list[Name], FailFast(), Field(max_length=MOST_PARTICIPANTS)]
 
 
-class _About(Strict):
+class About(Strict):
     """All that a manifest says beside names of files, its parts as they were found."""
 
     contract: Any
@@ -61,6 +61,7 @@ class _About(Strict):
     round_notes: Texts
     members_changed: bool
     server_optimizer: _Numbers
+    """what is JSON of its memory"""
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,9 @@ class Contents:
     """A checkpoint that makes sense, whether or not it fits a model."""
 
     found: Checkpoint
-    contract: Mapping[str, str]
+    about: About
     config: FederationConfig
-    participants: list[str]
-    federation: str
-    declarations: Mapping[str, Mapping[str, Any]]
     history: History
-    patience: list[float]
-    round_notes: list[str]
-    members_changed: bool
-    server_optimizer: Mapping[str, Any]
-    """what is JSON of its memory"""
 
     @property
     def round(self) -> int:
@@ -92,7 +85,7 @@ class Contents:
         Raises:
             CheckpointError: A field is unknown or missing, of another type or out of range; which, and what to do.
         """
-        about = _part(found, _About, found.about, "")
+        about = _part(found, About, found.about, "")
         _part(found, ContractData, about.contract, "contract")
         for name, declaration in about.declarations.items():
             _part(found, Declaration, declaration, f"declarations.{shown(name)}")
@@ -102,19 +95,7 @@ class Contents:
         _check(found, about, history)
         with _said_of(found, "config"):
             config = _config_of(about.config)
-        return cls(
-            found,
-            about.contract,
-            config,
-            about.participants,
-            about.federation,
-            about.declarations,
-            history,
-            found.about["patience"],
-            about.round_notes,
-            about.members_changed,
-            about.server_optimizer,
-        )
+        return cls(found, about, config, history)
 
 
 def identity(about: Mapping[str, Any]) -> tuple[FederationConfig, list[str]]:
@@ -158,11 +139,6 @@ def _config_of(data: object) -> FederationConfig:
 def options_again(config: FederationConfig, given: FederationOptions, optimizer: Any) -> FederationOptions:
     """The options with which a federation goes on: those of then, and over them what is given again.
 
-    Args:
-        config: Of then.
-        given: Now.
-        optimizer: The participants' of now, where it is given.
-
     Raises:
         ConfigError: What is code, or examples, is not given again.
     """
@@ -190,7 +166,7 @@ def _part(found: Checkpoint, model: type[PartT], part: Any, name: str) -> PartT:
     return checked(model, part, what=what, error=CheckpointError, remedy=found.remedy)
 
 
-def _check(found: Checkpoint, about: _About, history: History) -> None:
+def _check(found: Checkpoint, about: About, history: History) -> None:
     """What fields must be to each other."""
     wrong = None
     if [record.round for record in history] != list(range(1, found.round + 1)):

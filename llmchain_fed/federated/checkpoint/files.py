@@ -109,10 +109,7 @@ class _Manifest(Strict):
 def write(directory: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
     """Adds a checkpoint; a process killed at any moment leaves the former ones, and this one whole or not.
 
-    Args:
-        directory: The federation's folder; it is made if it is not there.
-        checkpoint: The checkpoint that is added.
-        keep: How many of the newest are kept; None keeps all.
+    The folder is made if it is not there; of all rounds the `keep` newest stay, None keeps all.
 
     Raises:
         CheckpointError: It cannot be written; what was there is as it was.
@@ -193,12 +190,8 @@ def _folders(directory: Path) -> dict[int, Path]:
 def read(directory: Path, number: int | None = None, limits: FileSizes | None = None) -> Checkpoint:
     """The checkpoint of a round, the newest by default, once every file has been found to be what was written.
 
-    No link is followed within it, and of a file that is larger than makes sense nothing is read.
-
-    Args:
-        directory: The federation's folder.
-        number: The round of the checkpoint.
-        limits: The sizes that a federation of this model can need; without them files are what fits into memory.
+    No link is followed within it, and of a file that is larger than `limits` nothing is read; without them files are
+    what fits into memory.
 
     Raises:
         CheckpointError: None there, or one with a missing, truncated, altered, oversized or added file. Nothing has

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from llmchain_fed.errors import CheckpointError, LLMChainFedError
 from llmchain_fed.federated.checkpoint.contents import Contents
 from llmchain_fed.federated.checkpoint.files import FileSizes
+from llmchain_fed.federated.client import given_state
 from llmchain_fed.federated.client import state as private_state
 from llmchain_fed.federated.client.client import Client
-from llmchain_fed.federated.client.state import Progress
+from llmchain_fed.federated.protocol import messages
+from llmchain_fed.federated.protocol.expected import Layout
 from llmchain_fed.federated.protocol.global_state import GlobalState, parted
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.model.local_model import LocalModel
@@ -28,14 +30,13 @@ from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.untrusted import decoding, shown
 from llmchain_fed.updates.lora_layout import A, B, at_rank, selected
 from llmchain_fed.updates.low_rank import full_rank
-from llmchain_fed.updates.serialization import TensorInfo
+from llmchain_fed.updates.serialization import TensorInfo, describe
 from llmchain_fed.updates.transforms import carried_by
 
 _Shape = tuple[int, ...]
 _SLACK = 64 * 2**20  # bytes
 _A_VALUE = 64  # bytes: what optimizers, codecs and personal models keep of it, eight values in double precision
 _A_NAME = 4096  # bytes: of a header, for as many names of each tensor
-_MOST_STEPS = 2**53
 
 
 def limits_of(model: LocalModel) -> FileSizes:
@@ -108,19 +109,16 @@ def _check_named(contents: Contents, file: str, values: Mapping[str, Tensor], wa
 
 
 def check_participants(contents: Contents, server: Server, changed: Collection[str] = ()) -> None:
-    """Makes sure that participants' states can be given back.
+    """Makes sure that participants' states can be given back; those in this process are looked at as they would train.
 
-    Args:
-        contents: The checkpoint.
-        server: Whose participants they are; those in this process are looked at as they would train.
-        changed: Who has something else now, and does not go on with the optimizer of then.
+    Whoever `changed` has something else now, and does not go on with the optimizer of then.
 
     Raises:
         CheckpointError: One is none, or of other shapes than its participant's tensors.
     """
     peers = server.runtime.local
     for name, state in contents.found.participants.items():
-        rank = contents.declarations.get(name, {}).get("rank")
+        rank = contents.about.declarations.get(name, {}).get("rank")
         try:
             check_state(server, name, state, rank, contents.round, peers.get(name) if name not in changed else None)
         except LLMChainFedError as error:
@@ -128,29 +126,29 @@ def check_participants(contents: Contents, server: Server, changed: Collection[s
 
 
 def check_state(server: Server, name: str, state: bytes, rank: int | None, completed: int, peer: Any = None) -> None:
-    """Makes sure that one participant's state can be given back.
+    """Makes sure that one participant's state can be given back, as it answered `personal_state`, perhaps long ago.
 
-    Args:
-        server: Whose participant it is.
-        name: The participant's.
-        state: What it answered `personal_state` with, perhaps long ago.
-        rank: Its own LoRA rank, if it has one.
-        completed: Rounds after which that was.
-        peer: The participant, where it lives in this process: its optimizer is tried out.
+    Of a `peer`, which lives in this process, the optimizer is tried out on what was trained after `completed` rounds.
 
     Raises:
         CheckpointError: It is none, or of other shapes than the participant's tensors.
     """
     shapes, layout = _shapes(server.model), server.settings.layout
-    layers = layout.scaling.keys() if layout is not None else ()  # none where factors alone are not the adapter
     what = f"the state of participant {shown(name)}"
     try:
         with decoding(what, CheckpointError):
             own = shapes if rank is None else {n: at_rank(n, shape, rank) for n, shape in shapes.items()}
             infos = {n: TensorInfo(torch.float32, shape) for n, shape in own.items()}
+            task, tensors = messages.read_personal_state(state)
+            places = task.progress or {}
             carried = carried_by(server.settings.transforms, infos)
-            for number, progress in private_state.unpack(state).items():  # as the participant will read it
-                _check_progress(number, progress, own, layers, carried)
+            given_state.check_layout(places, describe(tensors), Layout(infos), carried)  # as the participant will
+            found = private_state.read(places, tensors)
+            given_state.check_finite(found)
+            if any(progress.personal for progress in found.values()) and (layout is None or layout.refused):
+                msg = "it has a personal model, and this model has none beside it"
+                raise CheckpointError(msg)
+            for progress in found.values():
                 if progress.optimizer_state is not None and isinstance(peer, Client):
                     types = {n: parameter.dtype for n, parameter in server.model.trainable_parameters().items()}
                     trained = selected(shapes, server.settings.rule.trains(completed))
@@ -159,41 +157,6 @@ def check_state(server: Server, name: str, state: bytes, rank: int | None, compl
     except LLMChainFedError as error:
         msg = f"{what} makes no sense: {shown(str(error), 300)}"
         raise CheckpointError(msg) from None
-
-
-def _check_progress(
-    number: int,
-    progress: Progress,
-    shapes: Mapping[str, _Shape],
-    layers: Iterable[str],
-    carried: Mapping[str, TensorInfo],
-) -> None:
-    if not 0 <= number < 2**63 or not 0 <= progress.next_step <= _MOST_STEPS:
-        msg = f"round {shown(number)}, step {shown(progress.next_step)}"
-        raise CheckpointError(msg)
-    adapter = {f"{layer}.{part}" for layer in layers for part in (A, B)}
-    for kind, kept in progress.kept().items():
-        allowed = {n: info.shape for n, info in carried.items()} if kind == "carried" else shapes
-        whole = {"ditto": shapes.keys(), "personal": adapter}.get(kind)
-        if kept and whole is not None and kept.keys() != whole:
-            msg = f"{kind} has other tensors than the model"
-            raise CheckpointError(msg)
-        rank = _rank_of(kept) if kind == "personal" else {}
-        for layer, (m, n) in _layers(shapes).items() if rank else ():
-            most = shapes[f"{layer}.{A}"][0] + full_rank(m, n)  # a remainder is stacked beside it
-            if rank.get(layer, 0) > most:
-                msg = f"{kind}/{shown(layer)} has rank {rank[layer]:,}, of which {most:,} can mean something"
-                raise CheckpointError(msg)
-        for name, value in kept.items():
-            wanted = allowed.get(name, ())
-            if kind == "personal":  # the remainder of then stands beside its factors
-                wanted = at_rank(name, wanted, rank[name.rpartition(".lora_")[0]])
-            if name not in allowed or tuple(value.shape) != wanted or not value.is_floating_point():
-                msg = f"{kind}/{shown(name)} is {value.dtype} of shape {shown(tuple(value.shape))}, not of {wanted}"
-                raise CheckpointError(msg)
-            if not all_finite(value):
-                msg = f"{kind}/{shown(name)} contains NaN or infinite values"
-                raise CheckpointError(msg)
 
 
 def _rehearse(config: TrainingConfig, weights: Iterable[Tensor], state: Mapping[str, Any]) -> None:
@@ -233,9 +196,3 @@ def _layers(shapes: Mapping[str, _Shape]) -> dict[str, tuple[int, int]]:
     return {
         layer: (shapes[f"{layer}.{B}"][0], shapes[f"{layer}.{A}"][1]) for layer in layers if f"{layer}.{A}" in shapes
     }
-
-
-def _rank_of(kept: Mapping[str, Tensor]) -> dict[str, int]:
-    """Layer → the rank of its factors; B says it."""
-    found = {name.removesuffix(f".{B}"): value for name, value in kept.items() if name.endswith(f".{B}")}
-    return {layer: int(value.shape[-1]) if value.dim() else 0 for layer, value in found.items()}

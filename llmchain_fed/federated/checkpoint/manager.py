@@ -124,12 +124,7 @@ class CheckpointManager:
     ) -> tuple[Contents, FederationOptions]:
         """A checkpoint, and the options to go on with.
 
-        Args:
-            directory: The run's.
-            number: Which round; None is the newest.
-            given: Options that were given again, which go first.
-            optimizer: The participants', where it was given again.
-            model: What goes on, which says how large a checkpoint can be.
+        What is `given` again goes first; the model that goes on says how large a checkpoint can be.
 
         Raises:
             ConfigError: `directory` is no path.
@@ -144,10 +139,6 @@ class CheckpointManager:
     def go_on(self, found: Contents, members: Members = "same") -> None:
         """Puts the server where the checkpoint was; later ones are dropped with the next one that is written.
 
-        Args:
-            found: The checkpoint.
-            members: Whether they must be those of then.
-
         Raises:
             CheckpointError: It is another federation's, or a participant has other examples than it did; nothing has
                 changed.
@@ -156,15 +147,11 @@ class CheckpointManager:
         """
         server = self._server
         nodes, here = server.runtime.nodes(), server.runtime.sequential
-        change = None
-        if members == "same":
-            resuming.check(server, found)
-        else:
-            change = resuming.check_but_members(server, found)
-            if not nodes:
-                msg = "members='changed' goes on with those who take part from now on: pass participants=…."
-                raise ConfigError(msg)
-        declarations = {n: said for n, said in found.declarations.items() if n in nodes}
+        change = resuming.check(server, found, members)
+        if change is not None and not nodes:
+            msg = "members='changed' goes on with those who take part from now on: pass participants=…."
+            raise ConfigError(msg)
+        declarations = {n: said for n, said in found.about.declarations.items() if n in nodes}
         hellos: dict[str, Introduction] = server.client_manager.joined  # others say what they have when they join
         if here:
             asked = dict(server.client_manager.ask(nodes if change else list(declarations)))
@@ -178,7 +165,10 @@ class CheckpointManager:
                 states = resuming.restore(server, found)
                 self._states = {n: state for n, state in states.items() if n in nodes}
                 self._asked, self._rounds = found.round, _Rounds.LATER
-                begun = resuming.begun_by_then(server, nodes, self._states, change.joined if change else ())
+                trained = {name for record in server.history for name in record.trained}
+                # who is new begins at the start, even where the history knows the name: that was another one
+                anew = [n for n in nodes if n not in trained or (change is not None and n in change.joined)]
+                begun = {**dict.fromkeys(anew, membership.START), **self._states}
                 self._resumption = Resumption(server, found, change, declarations, begun)
                 forget_adapters(server.model, change.left if change is not None else (), states)
                 if here:  # at once: `train()` needs nobody to join, and may bring other examples

@@ -6,7 +6,7 @@ Knows names, counts and private states. Knows nothing about rounds, files or how
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
 from llmchain_fed.errors import ConfigError
@@ -50,9 +50,7 @@ def different(
 ) -> dict[str, dict[str, tuple[Any, Any]]]:
     """Participant → what it has otherwise than a checkpoint says: (then, now).
 
-    Args:
-        hellos: What they say now, by name.
-        declarations: What the checkpoint says; of whom it says nothing, nothing has changed.
+    Of whom the checkpoint says nothing, nothing has changed.
     """
     found = {}
     for name, hello in hellos.items():
@@ -87,40 +85,19 @@ class MembershipChange:
     """What is not as the checkpoint of a round says, until a record has said it."""
 
     round: int
-    left: list[str] = field(default_factory=list)
-    joined: list[str] = field(default_factory=list)
-    reordered: bool = False
+    left: list[str]
+    joined: list[str]
+    reordered: bool
     """whether those who stay are asked in another order, which sums end differently by"""
-    sampled: tuple[Any, Any] | None = None
+    sampled: tuple[Any, Any] | None
     """`participants_per_round` then and now, where it changed"""
-    divided: bool = False
+    divided: bool
     """whether held-out examples are a share of each participant's"""
     told: bool = False
     """whether a record has been given a note of it: what is left are participants who say later what they have"""
 
-    @classmethod
-    def between(
-        cls, number: int, there: list[str], here: list[str], *, ordered: bool, divided: bool
-    ) -> MembershipChange:
-        """Of the participants alone.
-
-        Args:
-            number: The checkpoint's round.
-            there: Its participants.
-            here: Those of now.
-            ordered: Whether it matters who is asked first.
-            divided: Whether held-out examples are a share of each participant's.
-        """
-        left, joined = [n for n in there if n not in here], [n for n in here if n not in there]
-        moved = [n for n in there if n in here] != [n for n in here if n in there]
-        return cls(number, left, joined, ordered and moved, divided=divided)
-
     def tell(self, differences: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> tuple[list[str], bool]:
-        """What the next record says of its round, once; and whether anything changed.
-
-        Args:
-            differences: What participants have that is new, see `different`.
-        """
+        """What the next record says of its round, once; and whether anything changed."""
         said = [f"left: {', '.join(self.left)}"] if self.left else []
         said += [f"joined: {', '.join(self.joined)}"] if self.joined else []
         said += ["asked in another order"] if self.reordered else []

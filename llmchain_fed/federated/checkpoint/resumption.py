@@ -75,10 +75,6 @@ class Resumption:
     def compare(self, hellos: Mapping[str, Introduction], known: dict[str, bytes]) -> None:
         """Refuses, or takes note of, what participants have that is not what they had.
 
-        Args:
-            hellos: What they say now, by name.
-            known: See `joined`.
-
         Raises:
             CheckpointError: One has something else, and members must be those of then.
         """

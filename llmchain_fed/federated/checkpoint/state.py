@@ -6,7 +6,7 @@ Knows what of a hub decides its future. Knows nothing about files.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -15,7 +15,7 @@ from llmchain_fed.errors import CheckpointError, DeadlineError, ParticipantError
 from llmchain_fed.federated.checkpoint.contents import Contents
 from llmchain_fed.federated.checkpoint.files import Checkpoint
 from llmchain_fed.federated.checkpoint.fitting import check_state, copy_of, limits_of, state_of
-from llmchain_fed.federated.checkpoint.membership import START, MembershipChange, declared, different
+from llmchain_fed.federated.checkpoint.membership import Members, MembershipChange, declared, different
 from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.answers import Introduction
@@ -40,12 +40,8 @@ class OtherExamplesError(ParticipantError):
 def checkpoint_of(server: Server, former: Mapping[str, bytes], since: int | None = None) -> Checkpoint:
     """Everything a server needs to go on as if it had never stopped.
 
-    Participants are asked where they stand; who does not answer, or may not, is as in `former` or keeps it for itself.
-
-    Args:
-        server: After a whole round.
-        former: Participants' states as they were asked for last.
-        since: After how many rounds that was.
+    Participants are asked where they stand; who does not answer, or may not, is as in `former`, when they were asked
+    last, after `since` rounds, or keeps it for itself.
     """
     # what participants will be sent next: with a broadcast codec their copy follows the global state only then
     settings, state = server.settings, server.publish()
@@ -110,42 +106,31 @@ def _stands_elsewhere(server: Server, name: str, former: Mapping[str, bytes], si
     return any(record is None or record.status != "idle" for record in rounds)
 
 
-def check(server: Server, found: Contents) -> None:
-    """Makes sure that a checkpoint is this federation's, and its members are those of then.
+def check(server: Server, found: Contents, members: Members) -> MembershipChange | None:
+    """Makes sure that a checkpoint is this federation's; says what changed of its members, where they may change.
 
     Raises:
-        CheckpointError: Another base, adapter, prompt, set of participants, or option that decides the future.
+        CheckpointError: Another base, adapter, prompt, option that decides the future, or set of participants.
     """
-    there, here = found.participants, server.runtime.nodes()
-    others = ""
-    if sorted(there) != sorted(here):
-        gone, new = sorted(set(there) - set(here)), sorted(set(here) - set(there))
-        others = f"participants: {_listed(gone)} are missing, {_listed(new)} are new"
-    elif there != here and server.runtime.sequential:  # asked in their order, whose sums end otherwise
-        others = f"participants: in the order {_listed(there)} there, {_listed(here)} here"
-    wrong = _other_contract(server, found) + ([others] if others else []) + list(_other_options(server, found).values())
-    _refuse(found, wrong, f" {_changed(found)}" if others else "")
-
-
-def check_but_members(server: Server, found: Contents) -> MembershipChange:
-    """Makes sure that a checkpoint is this federation's, whoever its members are now; says what changed of them.
-
-    Raises:
-        CheckpointError: Another base, adapter, prompt, or option that decides the future.
-    """
-    others = _other_options(server, found)
-    sampled = "participants_per_round"  # a count of those who were there then
-    _refuse(found, _other_contract(server, found) + [text for name, text in others.items() if name != sampled])
-    change = MembershipChange.between(
-        found.round,
-        found.participants,
-        server.runtime.nodes(),
-        ordered=server.runtime.sequential,
-        divided=server.evaluator.holds_out_a_share,
-    )
-    if sampled in others:
-        change.sampled = found.config.participants_per_round, server.settings.config.participants_per_round
-    return change
+    wrong, others = _other_contract(server, found), _other_options(server, found)
+    there, here = found.about.participants, server.runtime.nodes()
+    left, joined = [n for n in there if n not in here], [n for n in here if n not in there]
+    # asked in another order, sums end otherwise
+    reordered = server.runtime.sequential and [n for n in there if n in here] != [n for n in here if n in there]
+    if members == "changed":
+        sampled = None
+        if others.pop("participants_per_round", None):  # a count of those who were there then
+            sampled = found.config.participants_per_round, server.settings.config.participants_per_round
+        _refuse(found, wrong + list(others.values()))
+        divided = server.evaluator.holds_out_a_share
+        return MembershipChange(found.round, left, joined, reordered, sampled=sampled, divided=divided)
+    people = []
+    if left or joined:
+        people = [f"participants: {_listed(sorted(left))} are missing, {_listed(sorted(joined))} are new"]
+    elif reordered:
+        people = [f"participants: in the order {_listed(there)} there, {_listed(here)} here"]
+    _refuse(found, wrong + people + list(others.values()), f" {_changed(found)}" if people else "")
+    return None
 
 
 def _listed(names: list[str]) -> str:
@@ -179,7 +164,7 @@ def check_contract(server: Server, found: Contents) -> None:
 
 
 def _other_contract(server: Server, found: Contents) -> list[str]:
-    ours, theirs = server.target.contract(), found.contract
+    ours, theirs = server.target.contract(), found.about.contract
     different = [k for k in _MEANING if theirs.get(k) != ours[k]]
     return [f"{_MEANING[k]}: {shown(theirs.get(k), 12)} there, {ours[k]!s:.12} here" for k in different]
 
@@ -208,7 +193,7 @@ def restore(server: Server, found: Contents) -> dict[str, bytes]:
     undo = server_optimizers.snapshot(optimizer)
     try:
         if isinstance(optimizer, ResumableServerOptimizer):
-            optimizer.load_state_dict(found.found.tensors.get("server", {}), found.server_optimizer)
+            optimizer.load_state_dict(found.found.tensors.get("server", {}), found.about.server_optimizer)
             server_optimizers.rehearse(optimizer, state.values)
         state.load(server.model)
     except Exception as error:
@@ -219,35 +204,15 @@ def restore(server: Server, found: Contents) -> dict[str, bytes]:
     state = GlobalState.of(server.model)
     server.round, server.history = found.round, found.history
     server.broadcast.restore({n: copy[n] for n in state.values if n in copy}, state)
-    server.patience, server.round_notes = list(found.patience), list(found.round_notes)
-    server.members_changed = found.members_changed
+    server.patience, server.round_notes = list(found.found.about["patience"]), list(found.about.round_notes)
+    server.members_changed = found.about.members_changed
     server.evaluator.forget()
     server.client_manager.attendance.remember({name for record in server.history for name in record.trained})
     return dict(found.found.participants)
 
 
-def begun_by_then(
-    server: Server, nodes: list[str], states: Mapping[str, bytes], joined: Collection[str] = ()
-) -> dict[str, bytes]:
-    """Participants' states at a checkpoint, with those of whom it knows nothing at their start.
-
-    Args:
-        server: With the restored history.
-        nodes: Who takes part.
-        states: What the checkpoint contains.
-        joined: Who is new, even where the history knows the name: what it kept since then is not of this run.
-    """
-    trained = {name for record in server.history for name in record.trained}
-    return {n: states.get(n, START) for n in nodes if n in states or n in joined or n not in trained}
-
-
 def check_declarations(hellos: Mapping[str, Introduction], declarations: Mapping[str, Any], found: Contents) -> None:
     """Makes sure that participants have what they had.
-
-    Args:
-        hellos: What they say now, by name.
-        declarations: What a checkpoint says of them.
-        found: The checkpoint.
 
     Raises:
         CheckpointError: A participant has other examples than it did.

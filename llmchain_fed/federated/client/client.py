@@ -32,7 +32,7 @@ from llmchain_fed.federated.protocol.versions import STALE
 from llmchain_fed.federated.target import Target
 from llmchain_fed.training.batch_sampler import BatchSampler
 from llmchain_fed.training.config import TrainingConfig
-from llmchain_fed.training.gradient_step import GradientStep
+from llmchain_fed.training.gradient_step import GradientStep, mean_loss_gradient
 from llmchain_fed.untrusted import decoding
 from llmchain_fed.updates import serialization
 from llmchain_fed.updates.transforms import UpdateTransform, checked_transforms
@@ -47,8 +47,8 @@ class Client:
         config: How to train; the participant's own options go first. None: as the hub says in its hello.
         global_states: What this process's participants have been sent; None makes one for this participant alone.
         transforms: What happens to an update before it is sent, one after the other.
-        gradient_step: How a batch becomes a gradient, in whatever it trains; None as the package does it.
-        batch_sampler: How its batches are drawn; likewise.
+        gradient_step: It makes a gradient of each batch, in any training; None is `mean_loss_gradient`.
+        batch_sampler: It draws the batches, likewise; None is `length_buckets`, or the DataLoader itself.
 
     Raises:
         ConfigError: The participant's own options, or the transforms, are not valid.
@@ -75,9 +75,7 @@ class Client:
         self.scaling = own_scaling(target, participant)
         """layer → s, where its LoRA rank is its own"""
         self.transforms = checked_transforms(transforms)
-        given = {"gradient_step": gradient_step, "batch_sampler": batch_sampler}
-        self.steps: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        """how it takes steps otherwise than the package does, as `train_locally` is told"""
+        self.gradient_step, self.batch_sampler = gradient_step or mean_loss_gradient, batch_sampler
         self.limits: Limits | None = None
         self.samples: int | None = None
         """held-out examples that may leave with the chain's answers, at most; None is as many as are asked for"""
@@ -201,7 +199,17 @@ class Client:
         elif self.name in self.model.adapters[1:] and self.shown:
             self.model.remove_adapter(self.name)  # of a round that was taken back
 
-    def watch(self, seconds: float | None) -> Callable[[], None]:
+    def place(self, task: StateTask) -> dict[str, Any]:
+        """What `train_locally` is told of a training that a task asks for, beside data and options."""
+        return {
+            "participant": self.name,
+            "round": task.index,
+            "before_step": self._watch(task.seconds),
+            "gradient_step": self.gradient_step,
+            "batch_sampler": self.batch_sampler,
+        }
+
+    def _watch(self, seconds: float | None) -> Callable[[], None]:
         """What ends, before a step, a training whose result nobody waits for any more, or that the limits end."""
         started, limits, steps = time.monotonic(), self.limits, itertools.count(1)
 

@@ -98,17 +98,27 @@ def check_layout(
             _refuse(f"the factors in {number}/personal have no common rank")
 
 
-def check_values(progress: Mapping[int, Progress], config: TrainingConfig, layout: Layout) -> None:
-    """Makes sure that values are finite and that an optimizer by name goes on as it would have by itself.
+def check_finite(progress: Mapping[int, Progress]) -> None:
+    """Makes sure that all values but an optimizer's are finite.
 
     Raises:
-        ParticipantError: They are not, or it would not: another learning rate, for one, would come in with its state.
+        ParticipantError: They are not.
     """
     for number, item in progress.items():
         for kind, kept in item.kept().items():
             for name, tensor in kept.items():
                 if not all_finite(tensor):
                     _refuse(f"{number}/{kind}/{name} contains NaN or infinite values")
+
+
+def check_values(progress: Mapping[int, Progress], config: TrainingConfig, layout: Layout) -> None:
+    """Makes sure that values are finite and that an optimizer by name goes on as it would have by itself.
+
+    Raises:
+        ParticipantError: They are not, or it would not: another learning rate, for one, would come in with its state.
+    """
+    check_finite(progress)
+    for number, item in progress.items():
         if item.optimizer_state is None or not isinstance(config.optimizer, str):
             continue
         if not any(fits(item.optimizer_state, config, shapes) for shapes in _trained(layout)):

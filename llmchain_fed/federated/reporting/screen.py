@@ -119,10 +119,7 @@ class Screen(Callback):
                 bar.close()
 
 
-def _in_notebook() -> bool:
-    return any(kind.__name__ == "tqdm_notebook" for kind in tqdm.__mro__)
-
-
 def _shows_a_bar() -> bool:
     """A log file has the lines; a bar that is drawn over itself makes them unreadable there."""
-    return _in_notebook() or (hasattr(sys.stderr, "isatty") and sys.stderr.isatty())
+    in_notebook = any(kind.__name__ == "tqdm_notebook" for kind in tqdm.__mro__)
+    return in_notebook or (hasattr(sys.stderr, "isatty") and sys.stderr.isatty())

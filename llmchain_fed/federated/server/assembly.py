@@ -79,9 +79,7 @@ def assemble(
     evaluation = options.get("evaluation") if config.evaluation == EXAMPLES else config.evaluation
     evaluator = Evaluator(target, evaluation, training, samples=samples, seed=config.seed)
     if options.get("runtime") is not None and not runtime.replicated:
-        _check_brought(named, config, evaluator)
-        if not runtime.sequential:
-            _check_travels(config, training.optimizer)
+        _check_brought(named, config, evaluator, training.optimizer, elsewhere=not runtime.sequential)
     clients = {name: client(participant) for name, participant in evaluator.divide(named).items()}
     settings = _settings_of(config, options, training, target.model, clients.values())
     runtime.host(clients)
@@ -131,7 +129,14 @@ def _settings_of(
     return settings
 
 
-def _check_brought(named: Mapping[str, Participant], config: FederationConfig, evaluator: Evaluator) -> None:
+def _check_brought(
+    named: Mapping[str, Participant],
+    config: FederationConfig,
+    evaluator: Evaluator,
+    optimizer: Any,
+    *,
+    elsewhere: bool,
+) -> None:
     """Makes sure that nothing is asked of participants that a runtime brings which only those of this process can do.
 
     Raises:
@@ -154,10 +159,7 @@ def _check_brought(named: Mapping[str, Participant], config: FederationConfig, e
             "them out, or let participants= run in this process."
         )
         raise ConfigError(msg)
-
-
-def _check_travels(config: FederationConfig, optimizer: Any) -> None:
-    if config.optimizer is not None:
+    if config.optimizer is not None and elsewhere:
         msg = (
             f"optimizer={optimizer!r:.60} cannot be told to participants elsewhere, because no code travels. Name it: "
             "'adamw', 'adam' or 'sgd'."
