@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from llmchain_fed.errors import DeadlineError, FederationError
 from llmchain_fed.federated.client import personalization
@@ -29,7 +30,9 @@ from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import HelloTask, StateTask, StopTask, Task, TensorTask
 from llmchain_fed.federated.protocol.versions import STALE
 from llmchain_fed.federated.target import Target
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.batch_sampler import BatchSampler
+from llmchain_fed.training.config import TrainingConfig
+from llmchain_fed.training.gradient_step import GradientStep, mean_loss_gradient
 from llmchain_fed.untrusted import decoding
 from llmchain_fed.updates import serialization
 from llmchain_fed.updates.transforms import UpdateTransform, checked_transforms
@@ -45,6 +48,8 @@ class Client:
         samples: Held-out examples that may leave with the chain's answers, at most; None is as many as are asked for.
         global_states: What this process's participants have been sent; None makes one for this participant alone.
         transforms: What happens to an update before it is sent, one after the other.
+        gradient_step: It makes a gradient of each batch, in any training; None is `mean_loss_gradient`.
+        batch_sampler: It draws the batches, likewise; None is `length_buckets`, or the DataLoader itself.
 
     Raises:
         ConfigError: The participant's own options, or the transforms, are not valid.
@@ -59,6 +64,8 @@ class Client:
         samples: int | None = None,
         global_states: GlobalStateCache | None = None,
         transforms: Sequence[UpdateTransform] = (),
+        gradient_step: GradientStep | None = None,
+        batch_sampler: BatchSampler | None = None,
     ) -> None:
         self.target, self.model = target, target.model
         self.participant, self.name = participant, participant.name
@@ -70,6 +77,7 @@ class Client:
         self.scaling = own_scaling(target, participant)
         """layer → s, where its LoRA rank is its own"""
         self.transforms = checked_transforms(transforms)
+        self.gradient_step, self.batch_sampler = gradient_step or mean_loss_gradient, batch_sampler
         self.limits: Limits | None = None
         self.samples = samples
         self.global_states = global_states or GlobalStateCache(target.model, most=Limits().max_states)
@@ -192,7 +200,17 @@ class Client:
         elif self.name in self.model.adapters[1:] and self.shown:
             self.model.remove_adapter(self.name)  # of a round that was taken back
 
-    def watch(self, seconds: float | None) -> Callable[[], None]:
+    def place(self, task: StateTask) -> dict[str, Any]:
+        """What `train_locally` is told of a training that a task asks for, beside data and options."""
+        return {
+            "participant": self.name,
+            "round": task.index,
+            "before_step": self._watch(task.seconds),
+            "gradient_step": self.gradient_step,
+            "batch_sampler": self.batch_sampler,
+        }
+
+    def _watch(self, seconds: float | None) -> Callable[[], None]:
         """What ends, before a step, a training whose result nobody waits for any more, or that the limits end."""
         started, limits, steps = time.monotonic(), self.limits, itertools.count(1)
 

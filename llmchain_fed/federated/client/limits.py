@@ -7,7 +7,7 @@ policy is made of these limits and of what it answers at all.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import ConfigDict, Field, StringConstraints
@@ -17,7 +17,7 @@ from llmchain_fed._config import FrozenConfig
 from llmchain_fed.data.encoding import IGNORE, EncodedExamples
 from llmchain_fed.errors import PolicyError
 from llmchain_fed.federated.protocol.tasks import TrainTask
-from llmchain_fed.training.batch_sampler import Place, length_buckets
+from llmchain_fed.training.batch_sampler import BatchSampler, Place, length_buckets
 from llmchain_fed.training.config import DEFAULT_LEARNING_RATE
 from llmchain_fed.training.loop import TrainingConfig
 from llmchain_fed.untrusted import shown
@@ -133,21 +133,20 @@ class Limits(FrozenConfig):
                 "are allowed",
             )
 
-    def check_update(self, data: Any, config: TrainingConfig, participant: str, number: int, first_step: int) -> None:
+    def check_update(self, data: Any, config: TrainingConfig, place: Place, sampler: BatchSampler | None) -> None:
         """Makes sure that an update will be made of enough different examples; a DataLoader's are counted later.
 
         Args:
             data: The participant's training examples.
             config: How it trains.
-            participant: Its name, which the order of the examples follows from.
-            number: The round, likewise.
-            first_step: Where it stands in them, likewise.
+            place: Where it stands in them.
+            sampler: What draws them; None is `length_buckets`.
 
         Raises:
             PolicyError: It will not.
         """
         if isinstance(data, EncodedExamples):
-            rows = length_buckets(data, config, Place(participant, number, first_step))
+            rows = (sampler or length_buckets)(data, config, place)
             self.check_examples(_distinct(data, rows, self.min_examples_per_update))
 
     def check_codec(self, codec: str | None) -> None:
@@ -220,7 +219,7 @@ def steps_of(data: Any, config: TrainingConfig) -> int | None:
     return per_pass * (config.epochs or 1)
 
 
-def _distinct(data: EncodedExamples, batches: Iterator[list[int]], enough: int) -> int:
+def _distinct(data: EncodedExamples, batches: Iterable[Sequence[int]], enough: int) -> int:
     """How many different examples there are in the batches; no more are looked for than is enough."""
     seen: set[tuple[tuple[int, ...], ...]] = set()
     rows = itertools.chain.from_iterable(batches)

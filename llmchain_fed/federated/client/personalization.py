@@ -22,6 +22,7 @@ from llmchain_fed.federated.protocol.finiteness import spelled
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import CurveTask, PersonalizeTask
 from llmchain_fed.model.local_model import LocalModel
+from llmchain_fed.training.batch_sampler import Place
 from llmchain_fed.training.evaluation import evaluate_locally
 from llmchain_fed.training.loop import TrainingConfig, TrainingResult, train_locally
 from llmchain_fed.updates.lora_layout import A, B
@@ -64,7 +65,7 @@ def train_ditto(
         ditto: λ and steps.
         data: The participant's training examples.
         config: How it trains.
-        **place: Participant, round and position, as for `train_locally`.
+        **place: As `Client.place` makes it, and where the participant stands in its data.
     """
     config = config.replace(proximal_mu=ditto.lam)
     if ditto.max_steps is not None:
@@ -161,7 +162,8 @@ def check(client: Client, task: PersonalizeTask, _layout: Layout, _infos: Mappin
     data, limits = client.data.train(), client.limits
     if limits is not None:
         limits.check_training(client.config, task.lr)
-        limits.check_update(data, steps_config(client.config, task.steps, task.lr), client.name, task.index, 0)
+        config, place = steps_config(client.config, task.steps, task.lr), Place(client.name, task.index)
+        limits.check_update(data, config, place, client.batch_sampler)
         limits.check_steps(task.steps)
 
 
@@ -180,8 +182,7 @@ def check_curve(client: Client, task: CurveTask, _layout: Layout, _infos: Mappin
 def personalize(client: Client, task: PersonalizeTask, state: GlobalState) -> PersonalizeAnswer:
     """Makes a personal model from the global one, and says what that did to the held-out loss."""
     config = steps_config(client.config, task.steps, task.lr)
-    place = {"participant": client.name, "round": task.index, "before_step": client.watch(task.seconds)}
-    values, result = fine_tune(client.model, state, client.data.train(), config, **place)
+    values, result = fine_tune(client.model, state, client.data.train(), config, **client.place(task))
     answer = {"train_loss": spelled(result.loss), "steps": result.steps, "seconds": result.seconds}
     progress = replace(client.progress.before(task.round)[1], personal=values)
     if client.data.holds_out:
@@ -193,8 +194,7 @@ def personalize(client: Client, task: PersonalizeTask, state: GlobalState) -> Pe
 def curve(client: Client, task: CurveTask, state: GlobalState) -> CurveAnswer:
     """Held-out losses over steps of adaptation: it counts as a training, and ends when that would."""
     config = steps_config(client.config, max(1, *task.steps), task.lr).replace(max_steps=1)
-    place = {"participant": client.name, "round": task.index, "before_step": client.watch(task.seconds)}
-    points = adaptation_curve(client.model, state, client.data, config, task.steps, **place)
+    points = adaptation_curve(client.model, state, client.data, config, task.steps, **client.place(task))
     return CurveAnswer(curve=spelled(points))
 
 

@@ -6,7 +6,7 @@ participants or of what becomes of the update. The model is left as it was found
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from llmchain_fed.federated.protocol.answers import TimeStepAnswer
 from llmchain_fed.federated.protocol.expected import Layout
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import TimeStepTask, TrainTask
+from llmchain_fed.training.batch_sampler import Place
 from llmchain_fed.training.loop import TrainingResult, train_locally
 from llmchain_fed.updates.codecs import make_codec
 from llmchain_fed.updates.codecs.error_feedback import Encoding
@@ -54,7 +55,8 @@ def check(client: Client, task: TrainTask, layout: Layout, _infos: Mapping[str, 
     limits.check_training(config)
     limits.check_parts(client.aggregation, task)
     limits.check_codec(task.codec)
-    limits.check_update(data, config, client.name, task.index, progress.next_step)
+    place = Place(client.name, task.index, progress.next_step)
+    limits.check_update(data, config, place, client.batch_sampler)
     steps = steps_of(data, config)
     more = 0 if task.ditto is None else steps if task.ditto.max_steps is None else task.ditto.max_steps
     limits.check_steps(steps + more if steps is not None and more is not None else None)
@@ -104,9 +106,8 @@ def check_time_step(client: Client, _task: TimeStepTask, _layout: Layout, _infos
 def train(client: Client, task: TrainTask, state: GlobalState) -> bytes:
     """One round's training: its update as bytes. What of it stays here is in the client's progress then."""
     _, progress = client.progress.before(task.round)
-    place = {"participant": client.name, "round": task.index, "first_step": progress.next_step}
-    check = client.watch(task.seconds)
-    trained, result = trained_values(client, task, state, progress, place, check)
+    place = {**client.place(task), "first_step": progress.next_step}
+    trained, result = trained_values(client, task, state, progress, place)
     shared = {n: trained[n] for n in selected(trained, task.shares)}
     keeps = task.trains == "all" and task.shares != "all"  # what is trained and not shared belongs to the participant
     private = {n: t for n, t in trained.items() if n not in shared} if progress.private or keeps else {}
@@ -121,9 +122,7 @@ def train(client: Client, task: TrainTask, state: GlobalState) -> bytes:
     pulled, own = progress.ditto, progress.personal
     if task.ditto is not None:
         ditto, data = Ditto(**task.ditto.model_dump(exclude_unset=True)), client.data.train()
-        pulled = personalization.train_ditto(
-            client.model, state, pulled, ditto, data, client.config, before_step=check, **place
-        )
+        pulled = personalization.train_ditto(client.model, state, pulled, ditto, data, client.config, **place)
         own = {}  # an adapter made before this round is older than this one
     update = Update(
         participant=client.name,
@@ -143,12 +142,7 @@ def train(client: Client, task: TrainTask, state: GlobalState) -> bytes:
 
 
 def trained_values(
-    client: Client,
-    task: TrainTask,
-    state: GlobalState,
-    progress: Progress,
-    place: Mapping[str, Any],
-    check: Callable[[], None],
+    client: Client, task: TrainTask, state: GlobalState, progress: Progress, place: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], TrainingResult]:
     """What local training makes of the tensors that are trained in this round."""
     model, limits = client.model, client.limits
@@ -157,14 +151,7 @@ def trained_values(
         if task.trains != "all":
             names = model.trainable_parameters().keys()
             inside.enter_context(model.freezing(names - set(selected(names, task.trains))))
-        result = train_locally(
-            model,
-            data,
-            client.config,
-            optimizer_state=progress.optimizer_state,
-            before_step=check,
-            **place,
-        )
+        result = train_locally(model, data, client.config, optimizer_state=progress.optimizer_state, **place)
         if isinstance(data, Counted) and limits is not None:
             data.check(limits)
         return model.trainable_state(), result
@@ -176,9 +163,7 @@ _TIMED = 2  # optimizer steps, the first of which also prepares
 def time_step(client: Client, task: TimeStepTask, state: GlobalState) -> TimeStepAnswer:
     """Seconds of one optimizer step, the second of two, and how many a round has; nothing of them is kept."""
     data, config = client.data.train(), client.config
-    place: dict[str, Any] = {"participant": client.name, "round": task.index, "before_step": client.watch(task.seconds)}
-    single = personalization.steps_config(config, 1, None)
+    place, single = client.place(task), personalization.steps_config(config, 1, None)
     with loaded(client.model, state):
         seconds = [train_locally(client.model, data, single, **place).seconds for _ in range(_TIMED)][-1]
-    per_pass = -(-len(data) // config.batch_size) if hasattr(data, "__len__") else 0
-    return TimeStepAnswer(seconds=seconds, steps=config.max_steps or per_pass * (config.epochs or 1))
+    return TimeStepAnswer(seconds=seconds, steps=steps_of(data, config) or 0)
