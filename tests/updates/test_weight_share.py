@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import PAIRS
 
-from llmchain_fed import ConfigError, FederatedAveraging, TrainingConfig
+from llmchain_fed import ConfigError, FederatedAveraging, FederationError, QuorumError, TrainingConfig
 from llmchain_fed.federated.settings import FederationConfig
 from llmchain_fed.runtimes.federation_file import FederationFile
-from llmchain_fed.updates.aggregation import weight_share
+from llmchain_fed.updates.aggregation import RunningMean, weight_share
 from llmchain_fed.updates.aggregation.weight_share import SMALLEST, CappedWeights, Share, cut
 from llmchain_fed.updates.collection import Collection, Combined, Contribution
 
@@ -82,7 +82,7 @@ def test_only_updates_that_may_be_cut_are_kept(weights, share):
         most = max(most, len(capped._kept))
     assert most <= math.ceil(1 / share)
     assert all(weight == named[name] for name, weight in inner.weights)
-    capped.finish()
+    capped.between(lambda _op, _messages: {})
     assert dict(inner.weights) == capped.weights == cut(named, share)
     assert len(inner.weights) == len(named)
 
@@ -169,6 +169,55 @@ def test_who_stays_away_lifts_nobody_above_the_share(make_chain):
     record = fed.fit(1)[0]
     assert record.participants["b"].status == "refused"
     assert record.participants["large"].notes == ["its update weighs 0.5 of the round, not 0.7: max_weight_share=0.5"]
+
+
+class Asking(Collection):
+    """What was in when its own task between training and sum began; it cannot add the update of one participant."""
+
+    name = "asking"
+
+    def __init__(self, refused=None):
+        self.mean, self.refused, self.names, self.between_with = RunningMean(), refused, [], None
+
+    def zero(self, about):
+        self.mean.zero(about)
+        self.names = []
+
+    def add(self, given):
+        if given.participant == self.refused:
+            raise FederationError("it cannot be added.")
+        self.mean.add(given)
+        self.names.append(given.participant)
+
+    def between(self, ask):
+        self.between_with = sorted(self.names)
+
+    def finish(self):
+        return self.mean.finish()
+
+
+def capped_federation(make_chain, collection, **options):
+    chain = make_chain(lora=True)
+    options = {"training": SGD, "progress": False, "max_weight_share": 0.4, "aggregation": collection} | options
+    return chain, FederatedAveraging(chain, participants=SHARES, **options)
+
+
+def test_a_collections_own_task_comes_after_every_update_is_in(make_chain):
+    """Of shares of 0.4 two updates are kept until all are there: a task between training and sum is about them, too."""
+    collection = Asking()
+    _, fed = capped_federation(make_chain, collection)
+    fed.fit(1)
+    assert collection.between_with == ["a", "b", "c", "large"]
+
+
+def test_an_update_that_was_kept_and_could_not_be_added_counts_for_no_quorum(make_chain):
+    chain, fed = capped_federation(make_chain, Asking("large"), quorum=4)
+    before = chain.model.trainable_state()
+    with pytest.raises(QuorumError, match=r"3 usable updates, the quorum is 4 \(large: .*it cannot be added"):
+        fed.fit(1)
+    assert all(torch.equal(t, before[n]) for n, t in chain.model.trainable_state().items())
+    _, fed = capped_federation(make_chain, Asking("large"), quorum=3)
+    assert fed.fit(1)[0].trained == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan"), True, "0.5", [0.5]])

@@ -247,22 +247,25 @@ class OpenRound:
         Raises:
             QuorumError: Too few updates are in; every reason is listed.
         """
-        trained = self.trained
-        if len(trained) < max(1, quorum):
-            reasons = {n: r.reason for n, r in self.records.items() if r.reason}
-            raise too_few(self.number, len(trained), quorum, reasons, "usable updates")
+        self._check_quorum(quorum)
         self.spent = True
         self._collection.between(ask)
-        combined = self._collection.finish()
-        self._rule.check_outcome(combined, self._about)
         if self._capped is not None:
             self._record_refusals()
+            self._check_quorum(quorum)  # an update that was kept until now may have been of no use after all
             self._weights = self._capped.weights
             for name, note in self._capped.notes.items():
                 self.records[name].notes.append(note)
+        combined = self._collection.finish()
+        self._rule.check_outcome(combined, self._about)
         if self._diagnostics is not None:
             self._diagnostics.compare({name: self.records[name] for name in self.trained}, self._weights)
         return combined
+
+    def _check_quorum(self, quorum: int) -> None:
+        if len(self.trained) < max(1, quorum):
+            reasons = {n: r.reason for n, r in self.records.items() if r.reason}
+            raise too_few(self.number, len(self.trained), quorum, reasons, "usable updates")
 
     def gap(self) -> float | None:
         """‖mean(BA) − B̄·Ā‖ / ‖mean(BA)‖; None where it means nothing, or no single update is seen."""

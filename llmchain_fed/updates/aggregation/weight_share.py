@@ -24,7 +24,7 @@ from typing import Annotated
 from pydantic import Field
 
 from llmchain_fed.errors import LLMChainFedError
-from llmchain_fed.updates.collection import Around, Collection, Combined, Contribution
+from llmchain_fed.updates.collection import Around, Ask, Collection, Contribution
 
 SMALLEST = 1e-6
 """a share of one in a million: no round has more participants, and 1/share is a count"""
@@ -68,7 +68,7 @@ class CappedWeights(Around):
         self._kept: list[tuple[float, int, Contribution]] = []  # a heap: the least weight first
         self._count = 0
         self.weights: dict[str, float] = {}
-        """participant → what its update weighs; final after `finish`"""
+        """participant → what its update weighs; final after `between`"""
         self.notes: dict[str, str] = {}
         """participant → what its record should say of its weight"""
         self.refused: dict[str, LLMChainFedError] = {}
@@ -92,7 +92,7 @@ class CappedWeights(Around):
             self.refused[given.participant] = error
             del self.weights[given.participant]
 
-    def finish(self) -> Combined:
+    def between(self, ask: Ask) -> None:
         """Adds those that were kept, in the order in which they came, at weights of which none passes its share."""
         former, late = self.weights, sorted(self._kept, key=lambda item: -item[1])
         self.weights, self._kept = cut(former, self.share), []
@@ -105,4 +105,4 @@ class CappedWeights(Around):
             if abs(was - now) > _SEEN and (few or weight != given.weight):
                 self.notes[name] = f"its update weighs {now:.4g} of the round, not {was:.4g}: {why}"
             self._add(replace(given, weight=weight))
-        return super().finish()
+        super().between(ask)  # what it asks the participants for is about all of their updates
