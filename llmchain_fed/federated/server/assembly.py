@@ -76,7 +76,7 @@ def assemble(model: Any, participants: Any, optimizer: Any, options: FederationO
     if given and not runtime.sequential:
         _check_travels(config, training.optimizer)
     samples = config.samples if config.samples is not None else int(runtime.sequential)
-    evaluator = Evaluator(target, options.get("evaluation"), samples=samples, seed=config.seed)
+    evaluator = Evaluator(target, options.get("evaluation"), training, samples=samples, seed=config.seed)
     clients = {name: client(participant) for name, participant in evaluator.divide(named).items()}
     settings = _settings_of(config, options, training, target.model, clients.values())
     if not given:

@@ -23,6 +23,7 @@ from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.pooling import HALF, WHOLE, pooled
 from llmchain_fed.federated.target import Target
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.training.evaluation import evaluate_locally
 from llmchain_fed.training.loop import encoded
 from llmchain_fed.untrusted import one_line, printable
@@ -49,24 +50,26 @@ class Evaluator:
     """Measures the current global weights on held-out examples.
 
     Args:
-        trainee: The model in this process.
+        target: The model in this process.
         evaluation: A share to hold out, a mapping name → examples, examples for all, or None.
+        training: How participants train: at the same length and precision the examples for all are measured.
         samples: answers recorded per participant.
         seed: Decides what is held out.
     """
 
     def __init__(
-        self, target: Target, evaluation: float | Mapping[str, Examples] | Examples | None, *, samples: int, seed: int
+        self,
+        target: Target,
+        evaluation: float | Mapping[str, Examples] | Examples | None,
+        training: TrainingConfig,
+        *,
+        samples: int,
+        seed: int,
     ) -> None:
-        if isinstance(evaluation, (int, float)) and (isinstance(evaluation, bool) or not 0 < evaluation < 1):
-            msg = f"evaluation as a share lies between 0 and 1, got {evaluation!r}."
-            raise ConfigError(msg)
-        if not isinstance(samples, int) or samples < 0:
-            msg = f"samples is a count of 0 or more, got {samples!r}."
-            raise ConfigError(msg)
         if isinstance(evaluation, Mapping):
             evaluation = {str(name): examples for name, examples in evaluation.items()}
-        self._target, self._evaluation, self._samples, self._seed = target, evaluation, samples, seed
+        self._target, self._evaluation, self._training = target, evaluation, training
+        self._samples, self._seed = samples, seed
         self._shared: Any = None
         self._with_held_out: set[str] = set()
         self._latest: tuple[int, Measurement] | None = None
@@ -95,7 +98,8 @@ class Evaluator:
             DataError: It cannot be used.
         """
         if self._shared is None and self.is_shared:  # read once: it may be a generator
-            self._shared = encoded(self._evaluation, self._target.model, self._target.prompt, None)
+            longest = self._training.max_length
+            self._shared = encoded(self._evaluation, self._target.model, self._target.prompt, longest)
         return self._shared
 
     def divide(self, participants: dict[str, Participant]) -> dict[str, Participant]:
@@ -152,7 +156,7 @@ class Evaluator:
                 found.own[name] = _read(answer, self._samples, joined[name].held_out_tokens)
                 found.bytes[name] = size + (0 if isinstance(answer, Exception) else len(answer))
         if self.is_shared:
-            result = evaluate_locally(self._target.model, self.shared())
+            result = evaluate_locally(model, self.shared(), precision=self._training.precision)
             found.shared.update(told(result.loss), tokens=result.tokens)
         self._latest = (version, found)
         return replace(found, seconds=time.perf_counter() - started)

@@ -234,7 +234,8 @@ class Server:
 
     def ask(self, op: str, messages: Mapping[str, bytes]) -> dict[str, bytes | Exception]:
         """Sends participants a message each, and waits for all answers."""
-        return dict(self.runtime.call(op, list(messages), messages, self.settings.deadline))
+        answers = self.runtime.call(op, list(messages), messages, self.settings.deadline)
+        return dict(self.client_manager.attendance.following(op, messages, answers))
 
     def moved(self, opened: OpenRound, former: GlobalState, combined: Combined) -> GlobalState:
         """Where the server optimizer moves the global weights to.
