@@ -84,7 +84,7 @@ class Fit:
         over = patience is not None and patience.over(
             record.held_out_before,
             record.held_out_after,
-            believed=server.evaluator.is_shared or patience.is_believed(record),
+            believed=server.evaluator.is_shared or stands_still(record, patience.min_delta),
         )
         return [server.diverged] if self.stops and server.diverged else [str(patience)] if over else []
 
@@ -112,11 +112,11 @@ class Patience:
     """
 
     def __init__(self, rounds: int, min_delta: float) -> None:
-        self._rounds, self._min_delta = rounds, min_delta
+        self._rounds, self.min_delta = rounds, min_delta
         self._best, self._waited = float("inf"), 0
 
     def __str__(self) -> str:
-        by = f" by {self._min_delta}" if self._min_delta else ""
+        by = f" by {self.min_delta}" if self.min_delta else ""
         return f"held-out loss did not improve{by} for {self._waited} round{'s' if self._waited != 1 else ''}"
 
     def state(self) -> list[float]:
@@ -127,10 +127,6 @@ class Patience:
         """Counts on from `state()` of a run that was interrupted."""
         if state:
             self._best, self._waited = float(state[0]), int(state[1])
-
-    def is_believed(self, record: RoundRecord) -> bool:
-        """Whether a round counts where the pooled loss has not improved: no single participant says so alone."""
-        return stands_still(record, self._min_delta)
 
     def over(self, before: float | None, after: float | None, *, believed: bool = True) -> bool:
         """Whether to stop after a round.
@@ -144,7 +140,7 @@ class Patience:
             return False
         if self._waited == 0 and self._best == float("inf") and before is not None and math.isfinite(before):
             self._best = before
-        improved = after < self._best - self._min_delta
+        improved = after < self._best - self.min_delta
         if not improved and not believed:
             return False
         self._best, self._waited = (after, 0) if improved else (self._best, self._waited + 1)

@@ -77,7 +77,7 @@ def close_round(
     server.diverged = None
     with server.restoring() as former:
         try:
-            combined = opened.aggregate(server.settings.quorum, server.ask)  # the rule: updates → one of their kind
+            combined = opened.aggregate(server.settings.config.quorum, server.ask)  # the rule: updates → one of a kind
             new, unusable = server.moved(opened, former.state, combined), []  # the server optimizer
         except UpdateRefusedError as error:
             former.undo()

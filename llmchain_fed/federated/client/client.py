@@ -18,9 +18,9 @@ from llmchain_fed.errors import DeadlineError, FederationError
 from llmchain_fed.federated.client import personalization
 from llmchain_fed.federated.client.data import LocalData
 from llmchain_fed.federated.client.global_state_cache import GlobalStateCache
+from llmchain_fed.federated.client.joining import own_config, own_scaling
 from llmchain_fed.federated.client.limits import Limits, refuse
 from llmchain_fed.federated.client.operations import TaskType, task_type
-from llmchain_fed.federated.client.own_options import own_config, own_scaling
 from llmchain_fed.federated.client.state import ProgressByRound
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.protocol import messages
@@ -45,7 +45,6 @@ class Client:
         target: What to train.
         participant: Whose examples.
         config: How to train; the participant's own options go first. None: as the hub says in its hello.
-        samples: Held-out examples that may leave with the chain's answers, at most; None is as many as are asked for.
         global_states: What this process's participants have been sent; None makes one for this participant alone.
         transforms: What happens to an update before it is sent, one after the other.
         gradient_step: It makes a gradient of each batch, in any training; None is `mean_loss_gradient`.
@@ -61,7 +60,6 @@ class Client:
         participant: Participant,
         config: TrainingConfig | None,
         *,
-        samples: int | None = None,
         global_states: GlobalStateCache | None = None,
         transforms: Sequence[UpdateTransform] = (),
         gradient_step: GradientStep | None = None,
@@ -79,7 +77,6 @@ class Client:
         self.transforms = checked_transforms(transforms)
         self.gradient_step, self.batch_sampler = gradient_step or mean_loss_gradient, batch_sampler
         self.limits: Limits | None = None
-        self.samples = samples
         self.global_states = global_states or GlobalStateCache(target.model, most=Limits().max_states)
         self.progress = ProgressByRound()
         self.kept: set[str] = set()
@@ -159,11 +156,7 @@ class Client:
             task = header.task
             if isinstance(task, StateTask):
                 layout.check(header.state, header.infos)
-            elif kind.check is not None:
-                kind.check(self, task, layout, header.infos)
-        if not isinstance(task, StateTask):
-            return header, layout
-        if task.base != self.model.fingerprint():
+        if isinstance(task, StateTask) and task.base != self.model.fingerprint():
             msg = (
                 f"the {of.operation} message is about another base than this one, or about this one before it was "
                 "changed."
@@ -177,7 +170,6 @@ class Client:
     def obey(self, limits: Limits) -> None:
         """Lets nothing be asked that these limits do not allow, from now on."""
         self.limits = limits
-        self.samples = limits.samples if self.samples is None else min(self.samples, limits.samples)
         self.global_states.most = limits.max_states
 
     def give_up(self) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.errors import FederationError, ParticipantError
+from llmchain_fed.federated.client.limits import steps_per_pass
 from llmchain_fed.federated.client.state import KINDS, Progress, ProgressByRound, at_new_pass, pack, read
 from llmchain_fed.federated.protocol.expected import Layout
 from llmchain_fed.federated.protocol.tasks import PersonalStateTask, ProgressData
@@ -53,7 +54,7 @@ def exchange(client: Client, task: PersonalStateTask, layout: Layout, tensors: M
         if client.follows:
             check_values(given, client.config, layout)
         if task.new_pass:
-            given = at_new_pass(given, client.data.train(), client.config.batch_size)
+            given = at_new_pass(given, steps_per_pass(client.data.train(), client.config))
         client.progress = ProgressByRound(given)
     return pack(dict([client.progress.before(task.round)]))
 

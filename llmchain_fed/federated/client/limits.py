@@ -18,8 +18,8 @@ from llmchain_fed.data.encoding import IGNORE, EncodedExamples
 from llmchain_fed.errors import PolicyError
 from llmchain_fed.federated.protocol.tasks import TrainTask
 from llmchain_fed.training.batch_sampler import BatchSampler, Place, length_buckets
-from llmchain_fed.training.config import DEFAULT_LEARNING_RATE
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.batches import batches_per_pass
+from llmchain_fed.training.config import DEFAULT_LEARNING_RATE, TrainingConfig
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates.aggregation import AGGREGATIONS
 
@@ -210,13 +210,15 @@ def steps_of(data: Any, config: TrainingConfig) -> int | None:
     """Optimizer steps of one training; None where a DataLoader does not know its length."""
     if config.max_steps is not None:
         return config.max_steps
-    try:
-        per_pass = len(data)
-    except TypeError:
-        return None
+    per_pass = steps_per_pass(data, config)
+    return per_pass * (config.epochs or 1) if per_pass is not None else None
+
+
+def steps_per_pass(data: Any, config: TrainingConfig) -> int | None:
+    """Optimizer steps of one pass over the examples; likewise."""
     if isinstance(data, EncodedExamples):
-        per_pass = -(-per_pass // config.batch_size)
-    return per_pass * (config.epochs or 1)
+        return -(-len(data) // config.batch_size)
+    return batches_per_pass(data)
 
 
 def _distinct(data: EncodedExamples, batches: Iterable[Sequence[int]], enough: int) -> int:

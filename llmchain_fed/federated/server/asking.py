@@ -32,10 +32,10 @@ def ask(
     """
     names = server.client_manager.present() if participants is None else list(participants)
     if isinstance(task, StateTask):
-        sent = server.broadcast.call(server.runtime, task, names, server.settings.deadline)
+        sent = server.broadcast.call(server.runtime, task, names, server.settings.config.deadline)
         found: Iterator[tuple[str, bytes | Exception]] = ((node, data) for node, data, _ in sent)
     else:
-        found = server.runtime.call(task.operation, names, messages.write(task), server.settings.deadline)
+        found = server.runtime.call(task.operation, names, messages.write(task), server.settings.config.deadline)
         found = server.client_manager.attendance.following(task.operation, names, found)
     for name, data in found:
         if isinstance(data, Exception):
@@ -78,5 +78,5 @@ def task_now(server: Server, kind: type[TaskT], **fields: object) -> TaskT:
     Raises:
         ConfigError: It is.
     """
-    now = {"round": server.round + 1, "base": server.model.fingerprint(), "seconds": server.settings.deadline}
+    now = {"round": server.round + 1, "base": server.model.fingerprint(), "seconds": server.settings.config.deadline}
     return kind.of(ConfigError, **now, **fields)

@@ -1,6 +1,6 @@
 """ClientManager: who takes part. Who has said hello and fits the contract, who is absent, and why.
 
-Knows the transport's `hello` and what participants say of themselves. Knows nothing about rounds, and believes nothing
+Knows `hello` and what participants say of themselves. Knows nothing about rounds, and believes nothing
 that it can check.
 """
 
@@ -28,7 +28,7 @@ from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.federated.settings import Settings, sampled
 from llmchain_fed.federated.target import Target
 from llmchain_fed.training.batch_sampler import seed_of
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.untrusted import decoding, shown
 
 # What another process reports of itself makes it absent. Any other error is this process's own and raised.
@@ -39,8 +39,8 @@ class ClientManager:
     """Keeps who takes part.
 
     Args:
-        transport: The way to them.
-        trainee: What is trained, whose contract all must share.
+        runtime: The way to them.
+        target: What is trained, whose contract all must share.
         training: How they train; told to those in other processes.
         aggregation: The rule's name, which a site's policy may ask for.
     """
@@ -127,21 +127,16 @@ class ClientManager:
             yield node, found
 
     def present(self) -> list[str]:
-        """Who can be asked, in the transport's order."""
+        """Who can be asked, in the runtime's order."""
         return [node for node in self._runtime.nodes() if node in self.joined]
 
     def sample(self, settings: Settings, number: int) -> list[str]:
-        """Who of those who are there is asked in a round: as many as the options say, drawn from seed and round.
-
-        Args:
-            settings: The federation's.
-            number: The round's, 0 for the first.
-        """
+        """Who of those who are there is asked in a round (0 is the first): as the options say, drawn by seed."""
         present = self.present()
-        count = sampled(settings.per_round, len(present))
+        count = sampled(settings.config.participants_per_round, len(present))
         if count >= len(present):
             return present
-        rng = random.Random(seed_of(settings.seed, "sample", number))  # noqa: S311 (sampling, no secret)
+        rng = random.Random(seed_of(settings.config.seed, "sample", number))  # noqa: S311 (sampling, no secret)
         chosen = set(rng.sample(sorted(present), count))
         return [node for node in present if node in chosen]
 

@@ -1,6 +1,6 @@
 """Dispatcher: lets participants join and train within a deadline, and asks again who could not be reached.
 
-Knows the transport, the roster and the clock. Knows nothing about aggregation or about what an update must be.
+Knows runtimes, who takes part and the clock. Knows nothing about aggregation or about what an update must be.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.client_manager import ClientManager
 from llmchain_fed.federated.server.round import Arrival, too_few
-from llmchain_fed.updates.aggregation.base import Rule
+from llmchain_fed.federated.settings import Settings
 
 _PAUSE = 2.0  # seconds before the first retry; the n-th waits n times as long
 
@@ -25,35 +25,21 @@ class Dispatcher:
     """Asks participants, as patiently as a federation's options say.
 
     Args:
-        transport: The way to them.
-        roster: Who takes part.
+        runtime: The way to them.
+        client_manager: Who takes part.
         broadcast: Sends them what they lack of the global state.
-        rule: Which says whether they may have ranks of their own.
-        deadline: seconds a round's training, or any other answer, may take; None waits.
-        retries: How often those who could not be reached, or failed elsewhere, are asked again.
+        settings: The rule, which says whether they may have ranks of their own; deadline, quorum and retries.
     """
 
     def __init__(
-        self,
-        runtime: Runtime,
-        client_manager: ClientManager,
-        broadcast: Broadcast,
-        rule: Rule,
-        deadline: float | None,
-        retries: int,
+        self, runtime: Runtime, client_manager: ClientManager, broadcast: Broadcast, settings: Settings
     ) -> None:
-        self._runtime, self._client_manager, self._broadcast, self._rule = runtime, client_manager, broadcast, rule
-        self._deadline, self._retries = deadline, retries
+        self._runtime, self._client_manager, self._broadcast = runtime, client_manager, broadcast
+        self._rule, config = settings.rule, settings.config
+        self._deadline, self._retries, self._quorum = config.deadline, config.retries, config.quorum
 
-    def join(self, number: int, quorum: int) -> list[str]:
-        """Lets everyone join who is there; if they are too few, the others are asked again.
-
-        Args:
-            number: Which round they join for.
-            quorum: How many there must be.
-
-        Returns:
-            Who has joined now.
+    def join(self, number: int) -> list[str]:
+        """Lets everyone join a round who is there, and returns who has now; if too few are, the others are asked again.
 
         Raises:
             QuorumError: Too few; every reason is listed.
@@ -63,9 +49,9 @@ class Dispatcher:
         for attempt in range(self._retries + 1):
             time.sleep(_PAUSE * attempt)
             joined += self._join(self._deadline, again=attempt > 0)
-            if len(self._client_manager.joined) >= quorum:
+            if len(self._client_manager.joined) >= self._quorum:
                 return joined
-        raise too_few(number, len(self._client_manager.joined), quorum, self._client_manager.reasons)
+        raise too_few(number, len(self._client_manager.joined), self._quorum, self._client_manager.reasons)
 
     def _join(self, timeout: float | None, *, again: bool) -> list[str]:
         newcomers = self._client_manager.join(timeout=timeout, again=again)

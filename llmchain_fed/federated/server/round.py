@@ -25,14 +25,12 @@ from llmchain_fed.federated.history import ParticipantRecord, told_of
 from llmchain_fed.federated.protocol.tasks import TrainTask
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.server.diagnostics import Diagnostics, Seen
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.federated.settings import Settings
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.untrusted import decoding, one_line
-from llmchain_fed.updates.aggregation import Weighting
-from llmchain_fed.updates.aggregation.base import Rule
 from llmchain_fed.updates.aggregation.gap import WithGap
 from llmchain_fed.updates.aggregation.weight_share import CappedWeights
 from llmchain_fed.updates.codecs import spec
-from llmchain_fed.updates.codecs.base import Codec
 from llmchain_fed.updates.collection import Ask, Collection, Combined, Contribution, Round
 from llmchain_fed.updates.lora_layout import selected
 from llmchain_fed.updates.serialization import TensorInfo, describe
@@ -64,11 +62,8 @@ class OpenRound:
         about: The round as its rule sees it.
         broadcast: What each participant was sent.
         base: Fingerprint of the base weights.
-        rule: The server rule.
-        weighting: What an update counts by.
-        codec: What updates travel as.
+        settings: The rule, the codec, and what an update counts by.
         training: How a participant of this name trains, as far as anybody here knows.
-        max_share: The largest share of the round that one update may weigh; None sets no limit.
     """
 
     def __init__(
@@ -76,11 +71,8 @@ class OpenRound:
         about: Round,
         broadcast: Broadcast,
         base: str,
-        rule: Rule,
-        weighting: Weighting,
-        codec: Codec | None,
+        settings: Settings,
         training: Callable[[str], TrainingConfig],
-        max_share: float | None = None,
     ) -> None:
         self.number = about.number
         self.start = broadcast.state_for()
@@ -88,15 +80,16 @@ class OpenRound:
         self.records: dict[str, ParticipantRecord] = {}
         self.spent = False
         """whether its updates have been combined: rules may use them up"""
-        self._broadcast, self._base, self._rule, self._weighting, self._codec = broadcast, base, rule, weighting, codec
+        self._broadcast, self._base, self._rule, self._codec = broadcast, base, settings.rule, settings.codec
+        self._weighting, max_share = settings.config.weighting, settings.config.max_weight_share
         self._training, self._about = training, replace(about, state=self.start)
-        self._names = selected(self.start, rule.shares(self.number))
-        collection = rule.begin(self._about)
+        self._names = selected(self.start, self._rule.shares(self.number))
+        collection = self._rule.begin(self._about)
         self._layouts: dict[int | None, Mapping[str, TensorInfo]] = {}
         self._diagnostics: Diagnostics | None = None  # of single updates, where the hub sees them
         if collection.payload(describe({n: self.start[n] for n in self._names})) is None:
             self._diagnostics = Diagnostics(self.start, self._names)
-            collection = self._with_gap = WithGap(collection, rule, about)
+            collection = self._with_gap = WithGap(collection, self._rule, about)
         self._capped = CappedWeights(collection, max_share) if max_share is not None else None
         self._collection: Collection = self._capped or collection
         self._weights: dict[str, float] = {}

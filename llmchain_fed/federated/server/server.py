@@ -1,6 +1,6 @@
 """Server: the leading side of a federation. Its state between rounds, and the steps that a round is made of.
 
-Knows the seams: transport, rule, codecs, server optimizer, records. Knows nothing about how participants train or where
+Knows the seams: runtime, rule, codecs, server optimizer, records. Knows nothing about how participants train or where
 they run, nor about when a round is run.
 """
 
@@ -29,7 +29,7 @@ from llmchain_fed.federated.server.round import OpenRound
 from llmchain_fed.federated.settings import Settings, sampled
 from llmchain_fed.federated.target import Target
 from llmchain_fed.model.local_model import LocalModel
-from llmchain_fed.training.loop import TrainingConfig
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.untrusted import printable
 from llmchain_fed.updates import serialization, server_optimizers
 from llmchain_fed.updates.collection import Combined, Round
@@ -65,8 +65,8 @@ class Server:
     """Runs rounds and keeps what they leave.
 
     Args:
-        trainee: The model and chain that learn.
-        transport: The way to the participants.
+        target: The model and chain that learn.
+        runtime: The way to the participants.
         evaluator: What held-out loss is measured on.
         settings: The options.
     """
@@ -77,9 +77,7 @@ class Server:
         rule = printable(settings.rule.name, MAX_AGGREGATION)[:MAX_AGGREGATION] or None
         self.client_manager = ClientManager(runtime, target, settings.training, aggregation=rule)
         self.broadcast = Broadcast(settings.broadcast_codec, settings.layout, self.client_manager.attendance)
-        self.dispatcher = Dispatcher(
-            runtime, self.client_manager, self.broadcast, settings.rule, settings.deadline, settings.retries
-        )
+        self.dispatcher = Dispatcher(runtime, self.client_manager, self.broadcast, settings)
         self.round = 0
         self.history = History()
         self.data_reports: dict[str, DataReport] = {}
@@ -103,7 +101,7 @@ class Server:
         Raises:
             QuorumError: Too few are there.
         """
-        newcomers = self.dispatcher.join(self.round, self.settings.quorum)
+        newcomers = self.dispatcher.join(self.round)
         for name in newcomers:  # one that lost its connection may say something else than before: that shows
             hello = self.client_manager.joined[name]
             counts = hello.num_examples, hello.num_tokens
@@ -119,19 +117,9 @@ class Server:
         """A round that starts at the weights as they are now."""
         settings = self.settings
         self.publish()
-        expected = sampled(settings.per_round, len(self.runtime.nodes()))
-        about = Round(self.broadcast.state_for(), settings.layout, self.round, settings.seed, expected)
-        base = self.model.fingerprint()
-        return OpenRound(
-            about,
-            self.broadcast,
-            base,
-            settings.rule,
-            settings.weighting,
-            settings.codec,
-            self._training_of,
-            settings.max_weight_share,
-        )
+        expected = sampled(settings.config.participants_per_round, len(self.runtime.nodes()))
+        about = Round(self.broadcast.state_for(), settings.layout, self.round, settings.config.seed, expected)
+        return OpenRound(about, self.broadcast, self.model.fingerprint(), settings, self._training_of)
 
     def _training_of(self, name: str) -> TrainingConfig:
         """How a participant trains: as all do, or where it is one of this process with its own options over that."""
@@ -146,15 +134,16 @@ class Server:
 
     def task(self, opened: OpenRound) -> TrainTask:
         """What participants are told to do in a round."""
-        more: dict[str, Any] = {"seconds": self.settings.deadline}
-        if self.settings.personal is not None:
-            more["ditto"] = self.settings.personal.model_dump()
+        config = self.settings.config
+        more: dict[str, Any] = {"seconds": config.deadline}
+        if config.personal is not None:
+            more["ditto"] = config.personal.model_dump()
         return opened.task(**more)
 
     def measure(self, completed: int) -> Measurement | None:
         """Held-out losses under the weights as they are now, which stand after so many rounds."""
         return self.evaluator.measure(
-            self.runtime, self.broadcast, self.client_manager.joined, completed, self.settings.deadline
+            self.runtime, self.broadcast, self.client_manager.joined, completed, self.settings.config.deadline
         )
 
     @contextmanager
@@ -168,12 +157,7 @@ class Server:
             raise
 
     def record_of(self, opened: OpenRound, idle: Mapping[str, ParticipantRecord]) -> RoundRecord:
-        """The record of a round that is aggregated, as far as its updates say.
-
-        Args:
-            opened: The round.
-            idle: Of those who were not asked.
-        """
+        """The record of a round that is aggregated, as far as its updates say, with those of who was not asked."""
         record = RoundRecord(round=self.round + 1, participants={**opened.records, **idle})
         for name, note in self.notes.items():
             if name in record.participants:
@@ -234,7 +218,7 @@ class Server:
 
     def ask(self, op: str, messages: Mapping[str, bytes]) -> dict[str, bytes | Exception]:
         """Sends participants a message each, and waits for all answers."""
-        answers = self.runtime.call(op, list(messages), messages, self.settings.deadline)
+        answers = self.runtime.call(op, list(messages), messages, self.settings.config.deadline)
         return dict(self.client_manager.attendance.following(op, messages, answers))
 
     def moved(self, opened: OpenRound, former: GlobalState, combined: Combined) -> GlobalState:

@@ -50,7 +50,7 @@ class Site:
         self._audit = Audit(audit, say) if isinstance(audit, (str, Path)) else audit
         self._say = say
         target = chain if isinstance(chain, Target) else Target.of(chain)
-        self.client = Client(target, participant, None, samples=self.policy.samples)
+        self.client = Client(target, participant, None)
         self.examples = self.client.data.inspect()
         """what became of the examples, in a line"""
 

@@ -372,7 +372,7 @@ def federation(serve, make_chain, policies=None, hub=None, **options):
     for name, pairs in shares.items():
         participant = Participant(name, pairs, held_out=PAIRS[:2] if name == "b" else None)
         policy = (policies or {}).get(name, OPEN)
-        peer = Client(Target.of(make_chain(lora=True)), participant, None, samples=policy.samples)
+        peer = Client(Target.of(make_chain(lora=True)), participant, None)
         paths[name] = serve(name, peer, policy)
     chain = hub or make_chain(lora=True)
     options = {"training": TRAINING, "progress": False} | options
