@@ -183,8 +183,7 @@ class Client:
     def show_adapter(self, completed: int) -> None:
         """Makes the personal model, if there is one, an adapter of this process's model, by the participant's name.
 
-        Args:
-            completed: Rounds that count; an interrupted one has not happened.
+        An interrupted round is none of those that are completed: it has not happened.
         """
         _, progress = self.progress.before(completed + 1)
         if progress.has_own:

@@ -67,11 +67,7 @@ def check_layout(
 ) -> None:
     """Makes sure, before a value is read, that the tensors are those of a state of this participant's.
 
-    Args:
-        progress: Round → where it stood, as the header has it.
-        infos: What tensors there are.
-        layout: Of the trainable state.
-        carried: What transforms of its updates may carry.
+    `carried` is what transforms of its updates may carry from round to round.
 
     Raises:
         ParticipantError: They are not.
@@ -121,11 +117,7 @@ def fits(
 ) -> bool:
     """Whether a kept state is one of the configuration's optimizer, which has a name, over tensors of these shapes.
 
-    Args:
-        kept: The state.
-        config: Names the optimizer.
-        shapes: Of the tensors.
-        values: Whether they are looked at, too; those of the participant's own training need not be.
+    The values of the participant's own training need not be looked at.
     """
     fresh = config.make_optimizer([torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes])
     ours = json.loads(json.dumps(fresh.state_dict()["param_groups"]))

@@ -65,9 +65,7 @@ class Limits(FrozenConfig):
     def check_training(self, config: TrainingConfig, learning_rate: float | None = None) -> None:
         """Makes sure that training with these options, the participant's own over the hub's, is allowed.
 
-        Args:
-            config: The options.
-            learning_rate: Asked for in their place.
+        A learning rate that is asked for takes the place of theirs.
 
         Raises:
             PolicyError: It is not.
@@ -136,11 +134,7 @@ class Limits(FrozenConfig):
     def check_update(self, data: Any, config: TrainingConfig, place: Place, sampler: BatchSampler | None) -> None:
         """Makes sure that an update will be made of enough different examples; a DataLoader's are counted later.
 
-        Args:
-            data: The participant's training examples.
-            config: How it trains.
-            place: Where it stands in them.
-            sampler: What draws them; None is `length_buckets`.
+        They are drawn as training draws them.
 
         Raises:
             PolicyError: It will not.
@@ -172,9 +166,7 @@ class Limits(FrozenConfig):
     def check_parts(self, name: str | None, task: TrainTask) -> None:
         """Makes sure that a round trains and shares what the rule that the hub named does.
 
-        Args:
-            name: As its hello said; whether it told the truth is seen by this alone.
-            task: The training.
+        Whether its hello told the truth is seen by this alone.
 
         Raises:
             PolicyError: It does not.

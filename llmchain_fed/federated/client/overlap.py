@@ -69,12 +69,7 @@ def overlap(train: Any, held_out: Any) -> Overlap | None:
 
 
 def crossing(train: Mapping[str, Any], held_out: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Participant → how many of its held-out examples others train on, and how many it has; those with none left out.
-
-    Args:
-        train: Participant → its training examples.
-        held_out: Participant → its held-out examples.
-    """
+    """Participant → how many of its held-out examples others train on, and of how many; those of none are left out."""
     apart = {name: [both for both, _ in _digests(data)] for name, data in _encoded(held_out)}
     trained_by: dict[int, set[str]] = {digest: set() for digests in apart.values() for digest in digests}
     for name, data in _encoded(train):

@@ -56,16 +56,10 @@ def train_ditto(
     config: TrainingConfig,
     **place: Any,
 ) -> dict[str, Tensor]:
-    """One round of Ditto's personal model, at the model's present rank.
+    """One round of Ditto's personal model, at the model's present rank; the model is left as it was.
 
-    Args:
-        model: Where to compute; left as it was.
-        state: The global state of the round.
-        personal: The personal factors so far; none before the first round, which starts at the global ones.
-        ditto: λ and steps.
-        data: The participant's training examples.
-        config: How it trains.
-        **place: As `Client.place` makes it, and where the participant stands in its data.
+    It goes on from the personal factors so far, in the first round from the global ones. `place` is what `Client.place`
+    makes, and where the participant stands in its data.
     """
     config = config.replace(proximal_mu=ditto.lam)
     if ditto.max_steps is not None:

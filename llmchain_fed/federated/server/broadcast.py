@@ -195,14 +195,7 @@ class Broadcast:
     # --- who has it -------------------------------------------------------------------------------------------------
 
     def joined(self, node: str, weights_hash: str | None, rank: int | None, alpha: float | None) -> None:
-        """A participant has joined.
-
-        Args:
-            node: Which.
-            weights_hash: Its own weights' hash, if it said so.
-            rank: Its own LoRA rank, if it has one.
-            alpha: Likewise.
-        """
+        """A participant has joined; None is what it did not say of its weights' hash and a LoRA rank of its own."""
         self._known.pop(node, None)
         self._ranks.pop(node, None)
         if rank is not None and self.layout is not None:

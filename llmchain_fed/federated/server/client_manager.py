@@ -96,11 +96,7 @@ class ClientManager:
         return list(found)
 
     def ask(self, nodes: list[str], *, timeout: float | None = None) -> Iterator[tuple[str, Introduction | Exception]]:
-        """What participants have, or why they cannot join; by this alone nobody joins.
-
-        Args:
-            nodes: Who is asked.
-            timeout: seconds to wait for them.
+        """What participants say within so many seconds, or why they cannot join; by this alone nobody joins.
 
         Raises:
             LLMChainFedError: See `join`.

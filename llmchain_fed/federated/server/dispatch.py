@@ -68,10 +68,7 @@ class Dispatcher:
     def train(self, task: TrainTask, chosen: list[str], largest: int) -> Iterator[Arrival]:
         """Lets the chosen train; yields what arrives of each of them once, as it arrives, and at last who did not.
 
-        Args:
-            task: What they are told.
-            chosen: Who shall train.
-            largest: bytes that no answer exceeds.
+        No answer exceeds `largest` bytes.
         """
         until = time.monotonic() + self._deadline if self._deadline is not None else None
         waiting, sent = chosen, dict.fromkeys(chosen, 0)

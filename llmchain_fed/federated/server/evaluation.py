@@ -168,13 +168,9 @@ class Evaluator:
     def fill(
         self, record: RoundRecord, before: Measurement | None, after: Measurement | None, history: History
     ) -> None:
-        """Writes both measurements into the round's record.
+        """Writes what was measured before and after a round into its record.
 
-        Args:
-            record: Of the round.
-            before: What was measured under the weights that it began with.
-            after: And ended with.
-            history: The rounds before it, which say whether something was said already.
+        The rounds before it say whether something was said already.
         """
         if before is None or after is None:
             return
@@ -218,12 +214,8 @@ def _said_half(history: History) -> str | None:
 def _read(answer: bytes | Exception, samples: int, declared: int | None = None) -> dict[str, Any]:
     """A participant's numbers, and at most as many samples as were asked for; nothing else of what it sent.
 
-    An answer that makes no sense counts as an error, like a missing one. All text in it can be shown and written.
-
-    Args:
-        answer: What came.
-        samples: How many were asked for.
-        declared: Completion tokens that it said it holds out when it joined: no more of them count.
+    An answer that makes no sense counts as an error, like a missing one. All text in it can be shown and written. No
+    more completion tokens count than it declared to hold out when it joined.
     """
     if isinstance(answer, Exception):
         return {"error": told_of(answer)}

@@ -37,12 +37,7 @@ from llmchain_fed.updates.server_optimizers import ServerOptimizer
 
 
 class Standing:
-    """Where a federation stands before a round's updates are combined.
-
-    Args:
-        model: Whose weights stand there.
-        optimizer: The server's.
-    """
+    """Where a federation stands before a round's updates are combined: its model and its server's optimizer."""
 
     def __init__(self, model: LocalModel, optimizer: ServerOptimizer | None) -> None:
         self.state, self._model, self._left = GlobalState.of(model), model, False
@@ -62,14 +57,7 @@ class Standing:
 
 
 class Server:
-    """Runs rounds and keeps what they leave.
-
-    Args:
-        target: The model and chain that learn.
-        runtime: The way to the participants.
-        evaluator: What held-out loss is measured on.
-        settings: The options.
-    """
+    """Runs rounds and keeps what they leave."""
 
     def __init__(self, target: Target, runtime: Runtime, evaluator: Evaluator, settings: Settings) -> None:
         self.target, self.model, self.runtime = target, target.model, runtime
