@@ -75,7 +75,7 @@ def introduction(client: Client, config: TrainingConfig) -> Introduction:
     if isinstance(held_out, EncodedExamples):  # by which its held-out loss counts
         said["held_out_examples"], said["held_out_tokens"] = len(held_out), held_out.report.completion_tokens
     if (found := client.data.overlap()) is not None:
-        said["overlap"] = found.to_plain()
+        said["overlap"] = list(found)
     return Introduction(**said)
 
 

@@ -1,6 +1,6 @@
 """Evaluator: held-out loss and sample answers, measured where the held-out examples are.
 
-Knows the transport's `evaluate` operation and the records it fills. Knows nothing about training or aggregation.
+Knows the `evaluate` operation and the records it fills. Knows nothing about training or aggregation.
 """
 
 from __future__ import annotations
