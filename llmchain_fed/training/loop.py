@@ -227,7 +227,7 @@ def _report(loader: Any, done: _Done, config: TrainingConfig, participant: str) 
     if not done.tokens:
         why = "the DataLoader's batches carry no label" if done.steps else "the DataLoader gave no batch"
         raise EmptyParticipantError(no_examples(participant, why))
-    per_pass = _per_pass(loader)
+    per_pass = batches_per_pass(loader)
     passes = done.steps / per_pass if per_pass else config.epochs or 1
     return DataReport(used=round(done.examples / passes), completion_tokens=round(done.tokens / passes))
 
@@ -255,7 +255,7 @@ def _given(loader: Any, config: TrainingConfig, first_step: int) -> Iterator[Any
     """What a DataLoader gives in one call, which goes on where earlier rounds ended."""
     if not config.max_steps:
         return _passes(loader, config)
-    length = _per_pass(loader)
+    length = batches_per_pass(loader)
     start = first_step % length if length else first_step
     return itertools.islice(_passes(loader, config), start, start + config.max_steps)
 
@@ -271,7 +271,7 @@ def _passes(loader: Any, config: TrainingConfig) -> Iterator[Any]:
             return
 
 
-def _per_pass(loader: Any) -> int | None:
+def batches_per_pass(loader: Any) -> int | None:
     """How many batches a DataLoader gives; None where its dataset does not know."""
     try:
         return len(loader)

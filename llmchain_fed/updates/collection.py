@@ -7,12 +7,14 @@ The running mean, the collections of the LoRA rules, a median over all updates, 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from llmchain_fed.errors import FederationError
 from llmchain_fed.training.batch_sampler import seed_of
 from llmchain_fed.updates.lora_layout import LoraLayout
 from llmchain_fed.updates.low_rank import Factors
@@ -42,7 +44,11 @@ class Round:
 
 @dataclass(frozen=True)
 class Contribution:
-    """One participant's accepted values, and what they may be weighed by."""
+    """One participant's accepted values, and what they may be weighed by.
+
+    Raises:
+        FederationError: The weight is not a positive finite number.
+    """
 
     tensors: Mapping[str, Tensor]
     weight: float
@@ -51,6 +57,11 @@ class Contribution:
     scaling: Mapping[str, float] | None = None
     """its own layer → s, where its rank or alpha is its own"""
     participant: str = ""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            msg = f"an update's weight must be positive and finite, got {self.weight}. Use its number of examples."
+            raise FederationError(msg)
 
 
 @dataclass

@@ -50,6 +50,25 @@ def test_an_example_that_is_trained_on_and_held_out_is_noted_once(how, make_chai
     assert expected in repr(fed.history)
 
 
+@pytest.mark.parametrize("how", ["own", "shared"])
+def test_what_is_trained_on_at_a_length_and_precision_is_measured_so(how, make_chain):
+    """One set for all is measured as a participant's own is: without what is too long, in the training's precision."""
+    chain = make_chain()
+    lengths = encode_examples(REST, chain.model, chain).lengths()
+    longest = sorted(lengths)[-2]
+    usable = [pair for pair, length in zip(REST, lengths, strict=True) if length <= longest]
+    assert len(usable) < len(REST)
+    training = TrainingConfig(learning_rate=1e-3, max_length=longest, precision="bf16")
+    expected = evaluate_locally(chain, usable, precision="bf16").loss
+    assert expected not in (evaluate_locally(chain, REST, precision="bf16").loss, evaluate_locally(chain, usable).loss)
+    options = {"training": training, "lr": None, "batch_size": None}
+    if how == "own":
+        fed = federation(chain, [Participant("a", A, REST)], **options)
+    else:
+        fed = federation(chain, {"a": A}, evaluation=REST, **options)
+    assert fed.fit(1)[0].held_out_before == expected
+
+
 def test_the_same_prompt_with_another_completion_is_counted_apart(make_chain):
     held_out = [(A[0][0], "other"), A[1], ({"text": A[2][0]}, A[2][1]), *REST]
     fed = federation(make_chain(), [Participant("a", A, held_out)])

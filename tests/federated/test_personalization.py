@@ -392,7 +392,7 @@ def test_personalizing_after_an_interrupted_round(make_chain, monkeypatch):
     for one in (fed, smooth):
         one.fit(1)
     does(monkeypatch, fed._peers["c"], lambda *_: 1 / 0)
-    fed._server.settings.__dict__["quorum"] = 3
+    fed._server.settings.config.__dict__["quorum"] = 3
     with pytest.raises(FederationError, match="quorum"):
         fed.fit(1)
     monkeypatch.undo()

@@ -248,7 +248,7 @@ def test_updates_may_come_only_after_all_have_trained(make_chain):
 
 @pytest.mark.parametrize("share", [None, 0.5])
 def test_one_that_sees_plain_updates_may_ask_as_well(share, make_chain):
-    """Every participant that trained is asked once, before the end."""
+    """Every participant that trained is asked once, before the end, and waited for as in any other task."""
 
     class Asks(RunningMean):
         def between(self, ask):
@@ -260,7 +260,10 @@ def test_one_that_sees_plain_updates_may_ask_as_well(share, make_chain):
     )
     for name in ("a", "c"):
         telling(fed._peers[name])
+    waited, attendance = [], fed._server.client_manager.attendance
+    attendance.follow(lambda: waited.append(attendance.waiting_for))
     fed.fit(1)
+    assert {"a": "unmask", "c": "unmask"} in waited
     assert {name: json.loads(answer) for name, answer in collection.told.items()} == {
         "a": {"b": 1000},
         "c": {"b": 1002},

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import PAIRS
 
-from llmchain_fed import ConfigError, FederatedAveraging, QuorumError, TrainingConfig, UpdateRefusedError
+from llmchain_fed import ConfigError, FederatedAveraging, FederationError, QuorumError, TrainingConfig
 from llmchain_fed.federated.settings import FederationConfig
 from llmchain_fed.runtimes.federation_file import FederationFile
-from llmchain_fed.updates.aggregation import weight_share
+from llmchain_fed.updates.aggregation import RunningMean, weight_share
 from llmchain_fed.updates.aggregation.weight_share import SMALLEST, CappedWeights, Share, cut
 from llmchain_fed.updates.collection import Collection, Combined, Contribution
 
@@ -171,6 +171,55 @@ def test_who_stays_away_lifts_nobody_above_the_share(make_chain):
     assert record.participants["large"].notes == ["its update weighs 0.5 of the round, not 0.7: max_weight_share=0.5"]
 
 
+class Asking(Collection):
+    """What was in when its own task between training and sum began; it cannot add the update of one participant."""
+
+    name = "asking"
+
+    def __init__(self, refused=None):
+        self.mean, self.refused, self.names, self.between_with = RunningMean(), refused, [], None
+
+    def zero(self, about):
+        self.mean.zero(about)
+        self.names = []
+
+    def add(self, given):
+        if given.participant == self.refused:
+            raise FederationError("it cannot be added.")
+        self.mean.add(given)
+        self.names.append(given.participant)
+
+    def between(self, ask):
+        self.between_with = sorted(self.names)
+
+    def finish(self):
+        return self.mean.finish()
+
+
+def capped_federation(make_chain, collection, **options):
+    chain = make_chain(lora=True)
+    options = {"training": SGD, "progress": False, "max_weight_share": 0.4, "aggregation": collection} | options
+    return chain, FederatedAveraging(chain, participants=SHARES, **options)
+
+
+def test_a_collections_own_task_comes_after_every_update_is_in(make_chain):
+    """Of shares of 0.4 two updates are kept until all are there: a task between training and sum is about them, too."""
+    collection = Asking()
+    _, fed = capped_federation(make_chain, collection)
+    fed.fit(1)
+    assert collection.between_with == ["a", "b", "c", "large"]
+
+
+def test_an_update_that_was_kept_and_could_not_be_added_counts_for_no_quorum(make_chain):
+    chain, fed = capped_federation(make_chain, Asking("large"), quorum=4)
+    before = chain.model.trainable_state()
+    with pytest.raises(QuorumError, match=r"3 usable updates, the quorum is 4 \(large: .*it cannot be added"):
+        fed.fit(1)
+    assert all(torch.equal(t, before[n]) for n, t in chain.model.trainable_state().items())
+    _, fed = capped_federation(make_chain, Asking("large"), quorum=3)
+    assert fed.fit(1)[0].trained == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan"), True, "0.5", [0.5]])
 def test_shares_that_are_none(share, make_chain):
     with pytest.raises(ConfigError, match="`max_weight_share`: Input should be"):
@@ -193,44 +242,3 @@ def test_a_share_of_nothing_is_none_wherever_it_is_given(share, make_chain):
     for model in (FederationConfig, FederationFile):
         assert model.model_fields["max_weight_share"].annotation == Share | None
     assert CappedWeights(Seen(), SMALLEST)._most == 10**6
-
-
-class Late(Collection):
-    """The first update alone; says how many updates were in when it could ask for more, and refuses some of them."""
-
-    refuses = ()
-
-    def zero(self, about):
-        self.values, self.seen = [], None
-
-    def add(self, given):
-        if given.participant in self.refuses:
-            raise UpdateRefusedError("it is of no use")
-        self.values.append(given.tensors)
-
-    def between(self, ask):
-        self.seen = len(self.values)
-
-    def finish(self):
-        return Combined(dict(self.values[0]))
-
-
-def test_a_collection_sees_every_update_before_it_may_ask_for_more(make_chain):
-    rule = Late()
-    FederatedAveraging(
-        make_chain(lora=True), participants=SHARES, training=SGD, aggregation=rule, max_weight_share=0.4, progress=False
-    ).fit(1)
-    assert rule.seen == len(SHARES)
-
-
-def test_updates_that_were_kept_and_are_of_no_use_do_not_count_for_the_quorum(make_chain):
-    rule, chain = Late(), make_chain(lora=True)
-    rule.refuses = ("large",)
-    options = {"training": SGD, "aggregation": rule, "max_weight_share": 0.4, "progress": False}
-    former = chain.model.trainable_state()
-    with pytest.raises(QuorumError, match=r"round 1 has 3 usable updates, the quorum is 4 \(large: .*no use"):
-        FederatedAveraging(chain, participants=SHARES, quorum=4, **options).fit(1)
-    assert rule.seen is None
-    assert all(torch.equal(t, former[n]) for n, t in chain.model.trainable_state().items())
-    history = FederatedAveraging(chain, participants=SHARES, quorum=3, **options).fit(1)
-    assert history[0].trained == ["a", "b", "c"]

@@ -18,9 +18,9 @@ from llmchain_fed.errors import DeadlineError, FederationError
 from llmchain_fed.federated.client import personalization
 from llmchain_fed.federated.client.data import LocalData
 from llmchain_fed.federated.client.global_state_cache import GlobalStateCache
+from llmchain_fed.federated.client.joining import own_config, own_scaling
 from llmchain_fed.federated.client.limits import Limits, refuse
 from llmchain_fed.federated.client.operations import TaskType, task_type
-from llmchain_fed.federated.client.own_options import own_config, own_scaling
 from llmchain_fed.federated.client.state import ProgressByRound
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.protocol import messages
@@ -32,7 +32,8 @@ from llmchain_fed.federated.protocol.versions import STALE
 from llmchain_fed.federated.target import Target
 from llmchain_fed.training.batch_sampler import BatchSampler
 from llmchain_fed.training.config import TrainingConfig
-from llmchain_fed.training.gradient_step import GradientStep, mean_loss_gradient
+from llmchain_fed.training.gradient_step import GradientStep
+from llmchain_fed.training.loop import mean_loss_gradient
 from llmchain_fed.untrusted import decoding
 from llmchain_fed.updates import serialization
 from llmchain_fed.updates.transforms import UpdateTransform, checked_transforms
@@ -77,8 +78,6 @@ class Client:
         self.transforms = checked_transforms(transforms)
         self.gradient_step, self.batch_sampler = gradient_step or mean_loss_gradient, batch_sampler
         self.limits: Limits | None = None
-        self.samples: int | None = None
-        """held-out examples that may leave with the chain's answers, at most; None is as many as are asked for"""
         self.global_states = global_states or GlobalStateCache(target.model, most=Limits().max_states)
         self.progress = ProgressByRound()
         self.kept: set[str] = set()
@@ -158,11 +157,7 @@ class Client:
             task = header.task
             if isinstance(task, StateTask):
                 layout.check(header.state, header.infos)
-            elif kind.check is not None:
-                kind.check(self, task, layout, header.infos)
-        if not isinstance(task, StateTask):
-            return header, layout
-        if task.base != self.model.fingerprint():
+        if isinstance(task, StateTask) and task.base != self.model.fingerprint():
             msg = (
                 f"the {of.operation} message is about another base than this one, or about this one before it was "
                 "changed."
@@ -176,7 +171,6 @@ class Client:
     def obey(self, limits: Limits) -> None:
         """Lets nothing be asked that these limits do not allow, from now on."""
         self.limits = limits
-        self.samples = limits.samples
         self.global_states.most = limits.max_states
 
     def give_up(self) -> None:
@@ -190,8 +184,7 @@ class Client:
     def show_adapter(self, completed: int) -> None:
         """Makes the personal model, if there is one, an adapter of this process's model, by the participant's name.
 
-        Args:
-            completed: Rounds that count; an interrupted one has not happened.
+        An interrupted round is none of those that are completed: it has not happened.
         """
         _, progress = self.progress.before(completed + 1)
         if progress.has_own:

@@ -88,7 +88,8 @@ class LocalData:
         if self._held_out is None:
             held_out = self.participant.held_out
             if not is_ready_tensors(held_out):  # read once: it may be a generator
-                held_out = self._held_out_examples = self._named(lambda: list(self._read()))
+                given, prompt = held_out, self._target.prompt
+                held_out = self._held_out_examples = self._named(lambda: list(read_examples(given, prompt)))
             self._held_out = self._ready(held_out)
         return self._held_out
 
@@ -118,9 +119,6 @@ class LocalData:
         if self.holds_out:
             found += f", holds out {_report(self.held_out())}"
         return found
-
-    def _read(self) -> Iterator[Example | RawText]:
-        return read_examples(self.participant.held_out, self._target.prompt)
 
     def _ready(self, examples: Any, tolerance: float | None = None) -> Any:
         target, longest = self._target, self._max_length

@@ -37,7 +37,7 @@ def side_by_side(client: Client, task: SideBySideTask, state: GlobalState) -> Si
 
 def _samples(client: Client, task: EvaluateTask) -> Mapping[str, Any]:
     """As many held-out examples with the chain's answers as are wanted and may leave; or why there are none."""
-    allowed = task.samples if client.samples is None else min(task.samples, client.samples)
+    allowed = task.samples if client.limits is None else min(task.samples, client.limits.samples)
     if task.samples and not allowed:
         return {"samples_error": "the site's policy lets no samples leave"}
     chosen = client.data.first_held_out(allowed)
@@ -46,7 +46,7 @@ def _samples(client: Client, task: EvaluateTask) -> Mapping[str, Any]:
     try:
         pairs = client.target.answer(chosen, task.sample_tokens)
     except LLMChainFedError as error:  # the loss is worth having without them
-        why = str(error) if client.samples is None else type(error).__name__
+        why = str(error) if client.limits is None else type(error).__name__
         return {"samples_error": why, "samples": []}
     found = ({"prompt": p, "reference": e.completion, "answer": a} for e, (p, a) in zip(chosen, pairs, strict=False))
     return {"samples": list(found)}

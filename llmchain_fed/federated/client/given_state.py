@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.errors import FederationError, ParticipantError
+from llmchain_fed.federated.client.limits import steps_per_pass
 from llmchain_fed.federated.client.state import KINDS, Progress, ProgressByRound, at_new_pass, pack, read
 from llmchain_fed.federated.protocol.expected import Layout
 from llmchain_fed.federated.protocol.tasks import PersonalStateTask, ProgressData
@@ -53,7 +54,7 @@ def exchange(client: Client, task: PersonalStateTask, layout: Layout, tensors: M
         if client.follows:
             check_values(given, client.config, layout)
         if task.new_pass:
-            given = at_new_pass(given, client.data.train(), client.config.batch_size)
+            given = at_new_pass(given, steps_per_pass(client.data.train(), client.config))
         client.progress = ProgressByRound(given)
     return pack(dict([client.progress.before(task.round)]))
 
@@ -66,11 +67,7 @@ def check_layout(
 ) -> None:
     """Makes sure, before a value is read, that the tensors are those of a state of this participant's.
 
-    Args:
-        progress: Round → where it stood, as the header has it.
-        infos: What tensors there are.
-        layout: Of the trainable state.
-        carried: What transforms of its updates may carry.
+    `carried` is what transforms of its updates may carry from round to round.
 
     Raises:
         ParticipantError: They are not.
@@ -130,11 +127,7 @@ def fits(
 ) -> bool:
     """Whether a kept state is one of the configuration's optimizer, which has a name, over tensors of these shapes.
 
-    Args:
-        kept: The state.
-        config: Names the optimizer.
-        shapes: Of the tensors.
-        values: Whether they are looked at, too; those of the participant's own training need not be.
+    The values of the participant's own training need not be looked at.
     """
     fresh = config.make_optimizer([torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes])
     ours = json.loads(json.dumps(fresh.state_dict()["param_groups"]))

@@ -1,6 +1,6 @@
 """The operations `hello` and `stop`: a participant takes part in a federation as its server says, or no more.
 
-Knows training options, contracts and a client's data. Knows nothing of rounds.
+Knows training options, the participant's own over the hub's, contracts and a client's data. Knows nothing of rounds.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 from llmchain_fed.data.encoding import EncodedExamples
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.client.limits import steps_of
-from llmchain_fed.federated.client.own_options import own_config
 from llmchain_fed.federated.client.state import ProgressByRound
+from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.protocol.answers import Introduction, Nothing
 from llmchain_fed.federated.protocol.tasks import HelloTask, StopTask
+from llmchain_fed.federated.target import Target
 from llmchain_fed.training.config import TrainingConfig
+from llmchain_fed.updates.lora_layout import LoraLayout
 
 if TYPE_CHECKING:
     from llmchain_fed.federated.client.client import Client
@@ -73,7 +75,7 @@ def introduction(client: Client, config: TrainingConfig) -> Introduction:
     if isinstance(held_out, EncodedExamples):  # by which its held-out loss counts
         said["held_out_examples"], said["held_out_tokens"] = len(held_out), held_out.report.completion_tokens
     if (found := client.data.overlap()) is not None:
-        said["overlap"] = found.to_plain()
+        said["overlap"] = list(found)
     return Introduction(**said)
 
 
@@ -85,3 +87,39 @@ def _config_for(client: Client, task: HelloTask) -> TrainingConfig:
         msg = f"the hub did not say how {client.name!r} should train."
         raise ConfigError(msg)
     return own_config(TrainingConfig(**task.training.model_dump(exclude_unset=True)), client.participant)
+
+
+def own_scaling(target: Target, participant: Participant) -> dict[str, float] | None:
+    """Layer → s of a participant whose LoRA rank is its own.
+
+    Raises:
+        ConfigError: The model has no LoRA adapter, or a smaller one.
+    """
+    if participant.rank is None:
+        return None
+    layout = LoraLayout.of(target.model)
+    if layout is None or layout.refused or layout.rank is None or participant.rank > layout.rank:
+        have = "no plain LoRA adapter" if layout is None or layout.refused else f"rank {layout.rank}"
+        msg = (
+            f"participant {participant.name!r} wants rank {participant.rank}, and the model has {have}. A "
+            "participant's rank is at most the adapter's: give the chain the largest one."
+        )
+        raise ConfigError(msg)
+    return layout.scaling_at(participant.rank, participant.alpha)
+
+
+def own_config(config: TrainingConfig, participant: Participant) -> TrainingConfig:
+    """The federation's configuration with the participant's own options over it."""
+    if not participant.training:
+        return config
+    options = dict(participant.training)
+    if options.get("max_steps") is not None:  # of two ways to end a round its own counts
+        options.setdefault("epochs", None)
+    elif options.get("epochs") is not None:
+        options.setdefault("max_steps", None)
+    try:
+        own: TrainingConfig = config.replace(**options)
+    except ConfigError as error:
+        msg = f"participant {participant.name!r}: {error}"
+        raise ConfigError(msg) from None
+    return own

@@ -19,6 +19,7 @@ from llmchain_fed.errors import PolicyError
 from llmchain_fed.federated.protocol.tasks import TrainTask
 from llmchain_fed.training.batch_sampler import BatchSampler, Place, length_buckets
 from llmchain_fed.training.config import DEFAULT_LEARNING_RATE, TrainingConfig
+from llmchain_fed.training.loop import batches_per_pass
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates.aggregation import AGGREGATIONS
 from llmchain_fed.updates.codecs import CODECS
@@ -70,9 +71,7 @@ class Limits(FrozenConfig):
     def check_training(self, config: TrainingConfig, learning_rate: float | None = None) -> None:
         """Makes sure that training with these options, the participant's own over the hub's, is allowed.
 
-        Args:
-            config: The options.
-            learning_rate: Asked for in their place.
+        A learning rate that is asked for takes the place of theirs.
 
         Raises:
             PolicyError: It is not.
@@ -141,11 +140,7 @@ class Limits(FrozenConfig):
     def check_update(self, data: Any, config: TrainingConfig, place: Place, sampler: BatchSampler | None) -> None:
         """Makes sure that an update will be made of enough different examples; a DataLoader's are counted later.
 
-        Args:
-            data: The participant's training examples.
-            config: How it trains.
-            place: Where it stands in them.
-            sampler: What draws them; None is `length_buckets`.
+        They are drawn as training draws them.
 
         Raises:
             PolicyError: It will not.
@@ -177,9 +172,7 @@ class Limits(FrozenConfig):
     def check_parts(self, name: str | None, task: TrainTask) -> None:
         """Makes sure that a round trains and shares what the rule that the hub named does.
 
-        Args:
-            name: As its hello said; whether it told the truth is seen by this alone.
-            task: The training.
+        Whether its hello told the truth is seen by this alone.
 
         Raises:
             PolicyError: It does not.
@@ -215,13 +208,15 @@ def steps_of(data: Any, config: TrainingConfig) -> int | None:
     """Optimizer steps of one training; None where a DataLoader does not know its length."""
     if config.max_steps is not None:
         return config.max_steps
-    try:
-        per_pass = len(data)
-    except TypeError:
-        return None
+    per_pass = steps_per_pass(data, config)
+    return per_pass * (config.epochs or 1) if per_pass is not None else None
+
+
+def steps_per_pass(data: Any, config: TrainingConfig) -> int | None:
+    """Optimizer steps of one pass over the examples; likewise."""
     if isinstance(data, EncodedExamples):
-        per_pass = -(-per_pass // config.batch_size)
-    return per_pass * (config.epochs or 1)
+        return -(-len(data) // config.batch_size)
+    return batches_per_pass(data)
 
 
 def _distinct(data: EncodedExamples, batches: Iterable[Sequence[int]], enough: int) -> int:

@@ -7,14 +7,12 @@ What another process counts is read with bounds.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmchain_fed.data.encoding import EncodedExamples
 
 
-@dataclass(frozen=True)
-class Overlap:
+class Overlap(NamedTuple):
     """How many held-out examples are trained on.
 
     >>> Overlap(same=3, asked=0, of=40).notes()
@@ -37,13 +35,9 @@ class Overlap:
             found.append(f"{self.asked} of {self.of} {what} have a prompt that is trained on, with another completion")
         return found
 
-    def to_plain(self) -> list[int]:
-        """As it travels."""
-        return [self.same, self.asked, self.of]
-
     @classmethod
     def read(cls, found: Any, most: int) -> Overlap:
-        """The reverse of `to_plain`, of what came from elsewhere.
+        """From the list of its counts as it came from elsewhere.
 
         Raises:
             ValueError: These are no such counts.
@@ -69,12 +63,7 @@ def overlap(train: Any, held_out: Any) -> Overlap | None:
 
 
 def crossing(train: Mapping[str, Any], held_out: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Participant → how many of its held-out examples others train on, and how many it has; those with none left out.
-
-    Args:
-        train: Participant → its training examples.
-        held_out: Participant → its held-out examples.
-    """
+    """Participant → how many of its held-out examples others train on, and of how many; those of none are left out."""
     apart = {name: [both for both, _ in _digests(data)] for name, data in _encoded(held_out)}
     trained_by: dict[int, set[str]] = {digest: set() for digests in apart.values() for digest in digests}
     for name, data in _encoded(train):

@@ -5,7 +5,7 @@ Knows local training, adapters and one participant's data. Knows nothing about o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.federated.client.data import LocalData
 from llmchain_fed.federated.client.state import Progress
 from llmchain_fed.federated.options import Ditto
 from llmchain_fed.federated.protocol.answers import CurveAnswer, PersonalizeAnswer, SideBySideAnswer
@@ -25,7 +24,7 @@ from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training.batch_sampler import Place
 from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.training.evaluation import evaluate_locally
-from llmchain_fed.training.loop import TrainingResult, train_locally
+from llmchain_fed.training.loop import train_locally
 from llmchain_fed.updates.lora_layout import A, B
 from llmchain_fed.updates.low_rank import Factors, stack
 from llmchain_fed.updates.serialization import TensorInfo
@@ -49,40 +48,19 @@ def loaded(model: LocalModel, state: GlobalState, over: Mapping[str, Tensor] | N
 
 
 def train_ditto(
-    model: LocalModel,
-    state: GlobalState,
-    personal: Mapping[str, Tensor],
-    ditto: Ditto,
-    data: Any,
-    config: TrainingConfig,
-    **place: Any,
+    client: Client, state: GlobalState, personal: Mapping[str, Tensor], ditto: Ditto, place: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """One round of Ditto's personal model, at the model's present rank.
+    """One round of Ditto's personal model, at the model's present rank; the model is left as it was.
 
-    Args:
-        model: Where to compute; left as it was.
-        state: The global state of the round.
-        personal: The personal factors so far; none before the first round, which starts at the global ones.
-        ditto: λ and steps.
-        data: The participant's training examples.
-        config: How it trains.
-        **place: As `Client.place` makes it, and where the participant stands in its data.
+    It goes on from the personal factors so far, in the first round from the global ones. `place` is what `Client.place`
+    makes, and where the participant stands in its data.
     """
-    config = config.replace(proximal_mu=ditto.lam)
+    config = client.config.replace(proximal_mu=ditto.lam)
     if ditto.max_steps is not None:
         config = config.replace(max_steps=ditto.max_steps, epochs=None)
-    with loaded(model, state, personal):
-        train_locally(model, data, config, anchor=state.values, **place)
-        return model.trainable_state()
-
-
-def fine_tune(
-    model: LocalModel, state: GlobalState, data: Any, config: TrainingConfig, **place: Any
-) -> tuple[dict[str, Tensor], TrainingResult]:
-    """Factors after some steps from the global state, as one adapter that needs no remainder beside it."""
-    with loaded(model, state):
-        result = train_locally(model, data, config, **place)
-        return with_remainder(model.trainable_state(), state.remainder, model.lora_scaling()), result
+    with loaded(client.model, state, personal):
+        train_locally(client.model, client.data.train(), config, anchor=state.values, **place)
+        return client.model.trainable_state()
 
 
 def with_remainder(
@@ -97,50 +75,12 @@ def with_remainder(
     return found
 
 
-def adaptation_curve(
-    model: LocalModel, state: GlobalState, data: LocalData, config: TrainingConfig, steps: Sequence[int], **place: Any
-) -> list[dict[str, float]]:
-    """Held-out loss after k optimizer steps from the global state, for every k of `steps`; nothing is kept."""
-    single = config.replace(max_steps=1, epochs=None, keep_optimizer=True)
-    found, optimizer = [], None
-    with loaded(model, state):
-        for done in range(max(steps) + 1):
-            if done in steps:
-                loss = evaluate_locally(model, data.held_out(), precision=config.precision).loss
-                found.append({"steps": done, "loss": loss})
-            if done < max(steps):
-                result = train_locally(model, data.train(), single, first_step=done, optimizer_state=optimizer, **place)
-                optimizer = result.optimizer_state
-    return found
-
-
-def side_by_side(
-    model: LocalModel, state: GlobalState, personal: str | None, data: LocalData, config: TrainingConfig
-) -> dict[str, float]:
-    """Held-out loss of the bare base, of the global model and of the personal one, where there is one."""
-
-    def loss(of: LocalModel) -> float:
-        return evaluate_locally(of, data.held_out(), precision=config.precision).loss
-
-    found = {}
-    if model.adapters:
-        found["base"] = loss(model.without_adapter())
-    with loaded(model, state):
-        found["global"] = loss(model)
-    if personal is not None:
-        found["personal"] = loss(model.with_adapter(personal))
-    return found
-
-
 def steps_config(config: TrainingConfig, steps: int, lr: float | None) -> TrainingConfig:
     """The participant's configuration for so many steps of fine-tuning.
 
     Raises:
-        ConfigError: No positive count.
+        ConfigError: They are too many.
     """
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        msg = f"steps is a count of at least 1, got {steps!r}."
-        raise ConfigError(msg)
     if steps > MOST_STEPS:
         msg = f"{steps:,} steps are more than a personal model is given ({MOST_STEPS:,}): train it in rounds instead."
         raise ConfigError(msg)
@@ -183,7 +123,9 @@ def check_curve(client: Client, task: CurveTask, _layout: Layout, _infos: Mappin
 def personalize(client: Client, task: PersonalizeTask, state: GlobalState) -> PersonalizeAnswer:
     """Makes a personal model from the global one, and says what that did to the held-out loss."""
     config = steps_config(client.config, task.steps, task.lr)
-    values, result = fine_tune(client.model, state, client.data.train(), config, **client.place(task))
+    with loaded(client.model, state):
+        result = train_locally(client.model, client.data.train(), config, **client.place(task))
+        values = with_remainder(client.model.trainable_state(), state.remainder, client.model.lora_scaling())
     answer = {"train_loss": spelled(result.loss), "steps": result.steps, "seconds": result.seconds}
     progress = replace(client.progress.before(task.round)[1], personal=values)
     if client.data.holds_out:
@@ -194,17 +136,34 @@ def personalize(client: Client, task: PersonalizeTask, state: GlobalState) -> Pe
 
 def curve(client: Client, task: CurveTask, state: GlobalState) -> CurveAnswer:
     """Held-out losses over steps of adaptation: it counts as a training, and ends when that would."""
-    config = steps_config(client.config, max(1, *task.steps), task.lr).replace(max_steps=1)
-    points = adaptation_curve(client.model, state, client.data, config, task.steps, **client.place(task))
+    last, model, data = task.steps[-1], client.model, client.data
+    single = steps_config(client.config, max(1, last), task.lr).replace(max_steps=1, keep_optimizer=True)
+    points, place, optimizer = [], client.place(task), None
+    with loaded(model, state):
+        for done in range(last + 1):
+            if done in task.steps:
+                loss = evaluate_locally(model, data.held_out(), precision=single.precision).loss
+                points.append({"steps": done, "loss": loss})
+            if done < last:
+                result = train_locally(model, data.train(), single, first_step=done, optimizer_state=optimizer, **place)
+                optimizer = result.optimizer_state
     return CurveAnswer(curve=spelled(points))
 
 
 def losses(client: Client, state: GlobalState, progress: Progress) -> SideBySideAnswer:
-    """The held-out losses of what there is, with the personal model that is in this progress."""
+    """The held-out losses of the bare base, the global model and the personal one in this progress, where there are."""
+    model = client.model
+
+    def loss(of: LocalModel) -> float:
+        return evaluate_locally(of, client.data.held_out(), precision=client.config.precision).loss
+
+    found = {"base": loss(model.without_adapter())} if model.adapters else {}
+    with loaded(model, state):
+        found["global"] = loss(model)
     if progress.has_own:
         add_adapter(client, own_model(client, progress, state))
-    name = client.name if progress.has_own else None
-    return SideBySideAnswer(**spelled(side_by_side(client.model, state, name, client.data, client.config)))
+        found["personal"] = loss(model.with_adapter(client.name))
+    return SideBySideAnswer(**spelled(found))
 
 
 def own_model(client: Client, progress: Progress, state: GlobalState) -> Mapping[str, Tensor]:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmchain_fed.data.encoding import EncodedExamples
 from llmchain_fed.errors import ParticipantError
 from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.tasks import KeptOptimizer, PersonalStateTask, ProgressData
@@ -119,17 +118,14 @@ def pack(progress: Mapping[int, Progress], *, new_pass: bool = False) -> bytes:
     return messages.write(PersonalStateTask.model_construct(**said), tensors)
 
 
-def at_new_pass(progress: Mapping[int, Progress], data: Any, batch_size: int) -> dict[int, Progress]:
+def at_new_pass(progress: Mapping[int, Progress], per_pass: int | None) -> dict[int, Progress]:
     """The same, at the beginning of the next pass: going on within one would leave a part of other data out of it.
 
     Args:
         progress: By round.
-        data: What the participant trains on now; a DataLoader has batches of its own size.
-        batch_size: examples.
+        per_pass: steps; None of a DataLoader whose dataset does not know, which begins at its beginning every time.
     """
-    try:
-        per_pass = max(1, -(-len(data) // batch_size) if isinstance(data, EncodedExamples) else len(data))
-    except TypeError:  # a DataLoader whose dataset does not know: it begins at its beginning every time
+    if not per_pass:
         return dict(progress)
     return {n: replace(item, next_step=-(-item.next_step // per_pass) * per_pass) for n, item in progress.items()}
 

@@ -121,8 +121,8 @@ def train(client: Client, task: TrainTask, state: GlobalState) -> bytes:
         parts = added(start, parts) if transforms[-1].keeps_names else parts
     pulled, own = progress.ditto, progress.personal
     if task.ditto is not None:
-        ditto, data = Ditto(**task.ditto.model_dump(exclude_unset=True)), client.data.train()
-        pulled = personalization.train_ditto(client.model, state, pulled, ditto, data, client.config, **place)
+        ditto = Ditto(**task.ditto.model_dump(exclude_unset=True))
+        pulled = personalization.train_ditto(client, state, pulled, ditto, place)
         own = {}  # an adapter made before this round is older than this one
     update = Update(
         participant=client.name,

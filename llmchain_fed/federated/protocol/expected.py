@@ -56,10 +56,6 @@ class Layout:
     def check(self, header: StateHeader, infos: Mapping[str, TensorInfo]) -> None:
         """Makes sure that a message brings what its header says and this state has, and nothing else.
 
-        Args:
-            header: What it says that its tensors make of the state.
-            infos: What tensors the message has.
-
         Raises:
             FederationError: A tensor too many or too few, of another type or shape, or a state of another rank.
         """

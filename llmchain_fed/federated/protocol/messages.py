@@ -66,13 +66,7 @@ class Glance:
 
 
 def write(task: Task, tensors: Mapping[str, Tensor] | None = None, state: StateHeader | None = None) -> bytes:
-    """A task as bytes.
-
-    Args:
-        task: What is asked.
-        tensors: That come with it.
-        state: What they make of the global state.
-    """
+    """A task as bytes, with tensors and what they make of the global state."""
     header = task.model_dump(exclude_unset=True)
     if not isinstance(task, TensorTask):
         return json.dumps(header).encode()
@@ -92,12 +86,9 @@ def read(kind: type[TaskT], payload: bytes) -> TaskT:
 
 
 def read_hello(payload: bytes, name: str, contract: Mapping[str, Any]) -> HelloTask:
-    """A hello. Its contract is compared before another field is looked at: of another version they may be others.
+    """A hello to a participant of this name and this contract.
 
-    Args:
-        payload: The message.
-        name: The participant's.
-        contract: The participant's.
+    The hub's contract is compared before another field is looked at: of another version they may be others.
 
     Raises:
         ContractError: The hub stands on another one.
@@ -110,12 +101,7 @@ def read_hello(payload: bytes, name: str, contract: Mapping[str, Any]) -> HelloT
 
 
 def read_header(kind: type[TensorTask], payload: bytes, max_header: int = serialization.MAX_HEADER) -> Header:
-    """The fields of a task with tensors, before a value of these is read.
-
-    Args:
-        kind: The task's type.
-        payload: The message.
-        max_header: bytes that its header may have.
+    """The fields of a task with tensors, before a value of these is read; a header has at most so many bytes.
 
     Raises:
         FederationError: See `read`; or a combination of fields that makes no sense.
@@ -166,13 +152,9 @@ def write_answer(answer: TaskAnswer) -> bytes:
 
 
 def read_answer(kind: type[AnswerT], data: bytes, what: str, longest: int | None = None) -> AnswerT:
-    """An answer, of which every field has its type and its range.
+    """An answer, of which every field has its type and its range, and which is `what` in an error's words.
 
-    Args:
-        kind: Its type.
-        data: What came.
-        what: It is, for the message.
-        longest: bytes that it may have, where its type does not know.
+    It has at most as many bytes as its type says, or `longest` where that does not know.
 
     Raises:
         ParticipantError: It makes no sense.
@@ -183,12 +165,9 @@ def read_answer(kind: type[AnswerT], data: bytes, what: str, longest: int | None
 
 
 def read_introduction(data: bytes, name: str, contract: Mapping[str, Any]) -> Introduction:
-    """What a participant says of itself. Who it is, and on which contract, is looked at before another field.
+    """What the participant at the node of this name says of itself.
 
-    Args:
-        data: What it answered to a hello.
-        name: The node's.
-        contract: The hub's.
+    Who it is, and whether it stands on the hub's contract, is looked at before another field.
 
     Raises:
         ContractError: It stands on another one.

@@ -6,10 +6,7 @@ Knows texts and names of tensors. Knows nothing of who has which state.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import NamedTuple, Self
-
-from torch import Tensor
 
 from llmchain_fed.errors import FederationError
 from llmchain_fed.untrusted import shown
@@ -17,9 +14,9 @@ from llmchain_fed.untrusted import shown
 STALE = b'{"stale": true}'
 """the answer of a participant that does not have what a difference is against: the hub then sends all"""
 START = "start:"
-"""begins the name of the state that a participant has before it was sent any"""
+"""begins the name of the state that a participant has before it was sent any: the hash of its weights follows"""
 CODED = "coded/"
-"""begins the names of a codec's parts in a message"""
+"""begins the names of a codec's parts in a message: the number of the version they made follows"""
 _VERSION = re.compile(r"([^/]{1,64})/([0-9]{1,12})/([^/]{0,64})")
 
 
@@ -47,13 +44,3 @@ class Version(NamedTuple):
             msg = f"{shown(text)} names no version of the global state."
             raise FederationError(msg)
         return cls(found[1], int(found[2]), found[3])
-
-
-def start_version(digest: str) -> str:
-    """The name of the state a participant has before it was sent any: the first that its hub publishes."""
-    return START + digest
-
-
-def coded_parts(parts: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-    """A codec's parts under the names they have in a message: those of the change that made version `number`."""
-    return {f"{CODED}{number}/{name}": part for name, part in parts.items()}

@@ -24,11 +24,7 @@ def ask(
 ) -> Iterator[tuple[str, AnswerT | Exception]]:
     """Yields each participant's answer to a task, or why there is none: it is not there, refuses, or makes no sense.
 
-    Args:
-        server: Whose participants; they have joined.
-        task: What is asked. A `StateTask` comes with the global state as it was published last.
-        answer: What is answered.
-        participants: Who is asked; all who have joined by default.
+    A `StateTask` comes with the global state as it was published last. All who have joined are asked by default.
     """
     names = server.client_manager.present() if participants is None else list(participants)
     if isinstance(task, StateTask):

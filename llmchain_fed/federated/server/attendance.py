@@ -169,10 +169,7 @@ class Attendance:
     def out(self, name: str, why: Exception | str, *, lasting: bool = False) -> None:
         """It does not take part any more, or could not begin to; of one absence the first reason stays.
 
-        Args:
-            name: Whose absence it is.
-            why: The error, or what a record says of it.
-            lasting: Whether only an update that is used ends it.
+        After a `lasting` one only an update that is used ends it.
         """
         found, now = self._of(name), self._clock()
         reason = why if isinstance(why, str) else told_of(why)
@@ -194,12 +191,7 @@ class Attendance:
             self._of(name).took_part = True
 
     def told(self, name: str, reason: str) -> str:
-        """What a record says of one that took no part: the first reason, and the present one if it is of another kind.
-
-        Args:
-            name: Whose record it is.
-            reason: The present one.
-        """
+        """What a record says of one that took no part: the first reason, and this one if it is of another kind."""
         found = self._of(name)
         if found.state not in ("out", "late") or found.reason is None or _kind(found.reason) == _kind(reason):
             return found.reason or reason

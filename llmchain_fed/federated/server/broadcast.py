@@ -19,7 +19,7 @@ from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.global_state import GlobalState, is_start_of, named
 from llmchain_fed.federated.protocol.tasks import StateHeader, StateTask
-from llmchain_fed.federated.protocol.versions import STALE, Version, coded_parts, start_version
+from llmchain_fed.federated.protocol.versions import CODED, STALE, START, Version
 from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.model.weights import change_stamp
@@ -195,14 +195,7 @@ class Broadcast:
     # --- who has it -------------------------------------------------------------------------------------------------
 
     def joined(self, node: str, weights_hash: str | None, rank: int | None, alpha: float | None) -> None:
-        """A participant has joined.
-
-        Args:
-            node: Which.
-            weights_hash: Its own weights' hash, if it said so.
-            rank: Its own LoRA rank, if it has one.
-            alpha: Likewise.
-        """
+        """A participant has joined; None is what it did not say of its weights' hash and a LoRA rank of its own."""
         self._known.pop(node, None)
         self._ranks.pop(node, None)
         if rank is not None and self.layout is not None:
@@ -280,7 +273,7 @@ class Broadcast:
         head: dict[str, Any] = {"version": str(Version(self._token, self._number, suffix))}
         if known.version is not None:
             version = str(Version(self._token, known.version, suffix))
-            head["against"] = start_version(self._start) if known.found else version
+            head["against"] = START + self._start if known.found else version
         since = -1 if known.version is None else known.version
         changed = [n for n, stamp in self._stamps.items() if stamp > since]
         tensors: dict[str, Tensor] = {}
@@ -289,7 +282,7 @@ class Broadcast:
         if all_there and sum(c.nbytes for c in codes) < sum(self._values[n].nbytes for n in changed):
             head |= {"coded": spec(self._codec), "coded_names": {str(c.number): self._named(c.names) for c in codes}}
             for each in codes:
-                tensors |= coded_parts(each.parts, each.number)
+                tensors |= {f"{CODED}{each.number}/{name}": part for name, part in each.parts.items()}
                 changed = [n for n in changed if n not in each.names]
         values = self.state_for(node)
         tensors |= {n: values[n] for n in changed}

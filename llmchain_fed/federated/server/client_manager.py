@@ -96,11 +96,7 @@ class ClientManager:
         return list(found)
 
     def ask(self, nodes: list[str], *, timeout: float | None = None) -> Iterator[tuple[str, Introduction | Exception]]:
-        """What participants have, or why they cannot join; by this alone nobody joins.
-
-        Args:
-            nodes: Who is asked.
-            timeout: seconds to wait for them.
+        """What participants say within so many seconds, or why they cannot join; by this alone nobody joins.
 
         Raises:
             LLMChainFedError: See `join`.
@@ -131,12 +127,7 @@ class ClientManager:
         return [node for node in self._runtime.nodes() if node in self.joined]
 
     def sample(self, settings: Settings, number: int) -> list[str]:
-        """Who of those who are there is asked in a round: as many as the options say, drawn from seed and round.
-
-        Args:
-            settings: The federation's.
-            number: The round's, 0 for the first.
-        """
+        """Who of those who are there is asked in a round (0 is the first): as the options say, drawn by seed."""
         present = self.present()
         count = sampled(settings.config.participants_per_round, len(present))
         if count >= len(present):

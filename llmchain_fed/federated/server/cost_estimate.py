@@ -54,12 +54,7 @@ class Plan:
 
 
 def plan_of(server: Server, rounds: int) -> Plan:
-    """The projection for so many more rounds.
-
-    Args:
-        server: After its participants have joined.
-        rounds: How many.
-    """
+    """The projection for so many more rounds, once participants have joined."""
     present = server.client_manager.present()
     with_held_out = [n for n in present if server.client_manager.joined[n].held_out]
     server.publish()
@@ -112,12 +107,7 @@ def _update_bytes(server: Server, node: str, number: int) -> int:
 
 
 class _Downlink:
-    """What every participant lacks, by size, as rounds go by; what `Broadcast` will find out by comparing values.
-
-    Args:
-        server: Whose state is published.
-        nodes: Who may be asked.
-    """
+    """What every participant lacks, by size, as rounds go by; what `Broadcast` will find out by comparing values."""
 
     def __init__(self, server: Server, nodes: list[str]) -> None:
         self._server, self._rule = server, server.settings.rule

@@ -59,14 +59,9 @@ class Diagnostics:
     def note(
         self, record: ParticipantRecord, name: str, norms: Mapping[str, float], coordinates: Tensor, *, own_rank: bool
     ) -> None:
-        """Fills in what an accepted update's norms and coordinates say, learning guards included.
+        """Fills in what an accepted update's norms and coordinates say, as `look` found them, learning guards included.
 
-        Args:
-            record: The participant's.
-            name: Its name.
-            norms: As `look` found them.
-            coordinates: Likewise.
-            own_rank: Whether its factors are of another rank than the others', so that there is no mean to compare to.
+        Factors of a rank of their own have no mean with the others' that they could be compared to.
         """
         norm = record.update_norm = math.hypot(*norms.values())
         untouched = sorted(key for key, value in norms.items() if value == 0)
@@ -84,12 +79,7 @@ class Diagnostics:
             self._coordinates.add(name, coordinates)
 
     def compare(self, records: Mapping[str, ParticipantRecord], weights: Mapping[str, float]) -> None:
-        """Fills in every record's cosine to the mean, where all ranks are one.
-
-        Args:
-            records: Of those whose updates are in.
-            weights: What each of these weighs.
-        """
+        """Fills in the cosine to the mean by these weights for all whose updates are in, where all ranks are one."""
         if not self._comparable:
             return
         total = math.fsum(weights.values())

@@ -1,6 +1,6 @@
 """Dispatcher: lets participants join and train within a deadline, and asks again who could not be reached.
 
-Knows the runtime, who takes part, and the clock. Knows nothing about aggregation or about what an update must be.
+Knows runtimes, who takes part and the clock. Knows nothing about aggregation or about what an update must be.
 """
 
 from __future__ import annotations
@@ -28,44 +28,37 @@ class Dispatcher:
         runtime: The way to them.
         client_manager: Who takes part.
         broadcast: Sends them what they lack of the global state.
-        settings: How long they are waited for, how often they are asked, and the rule, which says whether they may have
-            ranks of their own.
+        settings: The rule, which says whether they may have ranks of their own; deadline, quorum and retries.
     """
 
     def __init__(
         self, runtime: Runtime, client_manager: ClientManager, broadcast: Broadcast, settings: Settings
     ) -> None:
         self._runtime, self._client_manager, self._broadcast = runtime, client_manager, broadcast
-        self._settings = settings
+        self._rule, config = settings.rule, settings.config
+        self._deadline, self._retries, self._quorum = config.deadline, config.retries, config.quorum
 
-    def join(self, number: int, quorum: int) -> list[str]:
-        """Lets everyone join who is there; if they are too few, the others are asked again.
-
-        Args:
-            number: Which round they join for.
-            quorum: How many there must be.
-
-        Returns:
-            Who has joined now.
+    def join(self, number: int) -> list[str]:
+        """Lets everyone join a round who is there, and returns who has now; if too few are, the others are asked again.
 
         Raises:
             QuorumError: Too few; every reason is listed.
             LLMChainFedError: See `ClientManager.join`.
         """
         joined: list[str] = []
-        for attempt in range(self._settings.config.retries + 1):
+        for attempt in range(self._retries + 1):
             time.sleep(_PAUSE * attempt)
-            joined += self._join(self._settings.config.deadline, again=attempt > 0)
-            if len(self._client_manager.joined) >= quorum:
+            joined += self._join(self._deadline, again=attempt > 0)
+            if len(self._client_manager.joined) >= self._quorum:
                 return joined
-        raise too_few(number, len(self._client_manager.joined), quorum, self._client_manager.reasons)
+        raise too_few(number, len(self._client_manager.joined), self._quorum, self._client_manager.reasons)
 
     def _join(self, timeout: float | None, *, again: bool) -> list[str]:
         newcomers = self._client_manager.join(timeout=timeout, again=again)
         for name in newcomers:
             hello = self._client_manager.joined[name]
             try:
-                check_rank(self._settings.rule, name, hello.rank, self._broadcast.layout)
+                check_rank(self._rule, name, hello.rank, self._broadcast.layout)
             except ConfigError as error:
                 self._client_manager.leave(name, ParticipantError(str(error)))
             else:
@@ -75,17 +68,12 @@ class Dispatcher:
     def train(self, task: TrainTask, chosen: list[str], largest: int) -> Iterator[Arrival]:
         """Lets the chosen train; yields what arrives of each of them once, as it arrives, and at last who did not.
 
-        Args:
-            task: What they are told.
-            chosen: Who shall train.
-            largest: bytes that no answer exceeds.
+        No answer exceeds `largest` bytes.
         """
-        until = (
-            time.monotonic() + self._settings.config.deadline if self._settings.config.deadline is not None else None
-        )
+        until = time.monotonic() + self._deadline if self._deadline is not None else None
         waiting, sent = chosen, dict.fromkeys(chosen, 0)
         missed: dict[str, Exception] = {}
-        for attempt in range(self._settings.config.retries + 1):
+        for attempt in range(self._retries + 1):
             if attempt:
                 time.sleep(_PAUSE * attempt)
                 if until is not None and time.monotonic() >= until:

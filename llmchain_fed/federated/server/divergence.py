@@ -26,10 +26,6 @@ _REMEDY = "Lower the learning rate"
 def checked_on_divergence(choice: str, *, measured: bool) -> bool:
     """Whether `fit` ends when it diverges.
 
-    Args:
-        choice: "warn" or "stop".
-        measured: Whether held-out loss is.
-
     Raises:
         ConfigError: Neither of them; or it should stop by a loss that nobody measures.
     """
@@ -43,11 +39,7 @@ def checked_on_divergence(choice: str, *, measured: bool) -> bool:
 
 
 def nothing_finite(records: Mapping[str, ParticipantRecord]) -> str | None:
-    """What to say of a round that failed because nobody's training stayed finite; None where something else was wrong.
-
-    Args:
-        records: Of everyone who was asked.
-    """
+    """What to say of a round of these that failed because nobody's training stayed finite; None for another reason."""
     reasons = [record.reason or "" for record in records.values()]
     # by their words: from another process an error arrives as the text of one
     if not reasons or not all("NonFiniteLossError" in reason or "not finite" in reason for reason in reasons):
@@ -107,13 +99,7 @@ class Divergence:
         self._begin(None)
 
     def look(self, history: History, record: RoundRecord, after: Measurement | None) -> str | None:
-        """Notes at its participants whose loss diverges, and says so where that of all together does.
-
-        Args:
-            history: The rounds before.
-            record: The round that is about to be added to it.
-            after: What was measured at its end.
-        """
+        """Notes at a new round's participants whose loss diverges, and says so where that of all together does."""
         if after is None:
             return None
         shared = bool(after.shared)

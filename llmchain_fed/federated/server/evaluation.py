@@ -1,6 +1,6 @@
 """Evaluator: held-out loss and sample answers, measured where the held-out examples are.
 
-Knows the runtime's `evaluate` operation and the records it fills. Knows nothing about training or aggregation.
+Knows the `evaluate` operation and the records it fills. Knows nothing about training or aggregation.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Evaluator:
     Args:
         target: The model in this process.
         evaluation: A share to hold out, a mapping name → examples, examples for all, or None.
-        training: Its `max_length` and `precision` are those of a set for all.
+        training: How participants train: at the same length and precision the examples for all are measured.
         samples: answers recorded per participant.
         seed: Decides what is held out.
     """
@@ -159,7 +159,7 @@ class Evaluator:
                 found.own[name] = _read(answer, self._samples, joined[name].held_out_tokens)
                 found.bytes[name] = size + (0 if isinstance(answer, Exception) else len(answer))
         if self.is_shared:
-            result = evaluate_locally(self._target.model, self.shared(), precision=self._training.precision)
+            result = evaluate_locally(model, self.shared(), precision=self._training.precision)
             found.shared.update(told(result.loss), tokens=result.tokens)
         self._latest = (version, found)
         return replace(found, seconds=time.perf_counter() - started)
@@ -171,13 +171,9 @@ class Evaluator:
     def fill(
         self, record: RoundRecord, before: Measurement | None, after: Measurement | None, history: History
     ) -> None:
-        """Writes both measurements into the round's record.
+        """Writes what was measured before and after a round into its record.
 
-        Args:
-            record: Of the round.
-            before: What was measured under the weights that it began with.
-            after: And ended with.
-            history: The rounds before it, which say whether something was said already.
+        The rounds before it say whether something was said already.
         """
         if before is None or after is None:
             return
@@ -221,12 +217,8 @@ def _said_half(history: History) -> str | None:
 def _read(answer: bytes | Exception, samples: int, declared: int | None = None) -> dict[str, Any]:
     """A participant's numbers, and at most as many samples as were asked for; nothing else of what it sent.
 
-    An answer that makes no sense counts as an error, like a missing one. All text in it can be shown and written.
-
-    Args:
-        answer: What came.
-        samples: How many were asked for.
-        declared: Completion tokens that it said it holds out when it joined: no more of them count.
+    An answer that makes no sense counts as an error, like a missing one. All text in it can be shown and written. No
+    more completion tokens count than it declared to hold out when it joined.
     """
     if isinstance(answer, Exception):
         return {"error": told_of(answer)}

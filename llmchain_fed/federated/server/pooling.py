@@ -29,10 +29,6 @@ def pooled(before: Answers, after: Answers) -> tuple[float | None, float | None,
 
     Who sent a loss that is not finite, on either side, is left out of both, and its record says so: one participant's
     numbers do not hide the others'.
-
-    Args:
-        before: Participant → loss and tokens.
-        after: Likewise.
     """
     both = [n for n in before if all(_is_finite(side.get(n, {})) for side in (before, after))]
     if not both:  # nobody's is finite on both sides: perhaps some are on one

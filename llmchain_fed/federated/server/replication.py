@@ -23,12 +23,7 @@ from llmchain_fed.updates import serialization
 
 
 class Replication:
-    """Lets one process work while the others help, and then stand where it does.
-
-    Args:
-        server: This process's.
-        adopted: Called on the others once they do.
-    """
+    """Lets one process work while the others help, and then stand where it does, of which `adopted` is told there."""
 
     def __init__(self, server: Server, adopted: Callable[[], object]) -> None:
         self._server, self._adopted = server, adopted

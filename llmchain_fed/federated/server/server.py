@@ -37,12 +37,7 @@ from llmchain_fed.updates.server_optimizers import ServerOptimizer
 
 
 class Standing:
-    """Where a federation stands before a round's updates are combined.
-
-    Args:
-        model: Whose weights stand there.
-        optimizer: The server's.
-    """
+    """Where a federation stands before a round's updates are combined: its model and its server's optimizer."""
 
     def __init__(self, model: LocalModel, optimizer: ServerOptimizer | None) -> None:
         self.state, self._model, self._left = GlobalState.of(model), model, False
@@ -62,14 +57,7 @@ class Standing:
 
 
 class Server:
-    """Runs rounds and keeps what they leave.
-
-    Args:
-        target: The model and chain that learn.
-        runtime: The way to the participants.
-        evaluator: What held-out loss is measured on.
-        settings: The options.
-    """
+    """Runs rounds and keeps what they leave."""
 
     def __init__(self, target: Target, runtime: Runtime, evaluator: Evaluator, settings: Settings) -> None:
         self.target, self.model, self.runtime = target, target.model, runtime
@@ -101,7 +89,7 @@ class Server:
         Raises:
             QuorumError: Too few are there.
         """
-        newcomers = self.dispatcher.join(self.round, self.settings.config.quorum)
+        newcomers = self.dispatcher.join(self.round)
         for name in newcomers:  # one that lost its connection may say something else than before: that shows
             hello = self.client_manager.joined[name]
             counts = hello.num_examples, hello.num_tokens
@@ -117,9 +105,8 @@ class Server:
         """A round that starts at the weights as they are now."""
         settings = self.settings
         self.publish()
-        config = settings.config
-        expected = sampled(config.participants_per_round, len(self.runtime.nodes()))
-        about = Round(self.broadcast.state_for(), settings.layout, self.round, config.seed, expected)
+        expected = sampled(settings.config.participants_per_round, len(self.runtime.nodes()))
+        about = Round(self.broadcast.state_for(), settings.layout, self.round, settings.config.seed, expected)
         return OpenRound(about, self.broadcast, self.model.fingerprint(), settings, self._training_of)
 
     def _training_of(self, name: str) -> TrainingConfig:
@@ -135,9 +122,10 @@ class Server:
 
     def task(self, opened: OpenRound) -> TrainTask:
         """What participants are told to do in a round."""
-        more: dict[str, Any] = {"seconds": self.settings.config.deadline}
-        if self.settings.config.personal is not None:
-            more["ditto"] = self.settings.config.personal.model_dump()
+        config = self.settings.config
+        more: dict[str, Any] = {"seconds": config.deadline}
+        if config.personal is not None:
+            more["ditto"] = config.personal.model_dump()
         return opened.task(**more)
 
     def measure(self, completed: int) -> Measurement | None:
@@ -157,12 +145,7 @@ class Server:
             raise
 
     def record_of(self, opened: OpenRound, idle: Mapping[str, ParticipantRecord]) -> RoundRecord:
-        """The record of a round that is aggregated, as far as its updates say.
-
-        Args:
-            opened: The round.
-            idle: Of those who were not asked.
-        """
+        """The record of a round that is aggregated, as far as its updates say, with those of who was not asked."""
         record = RoundRecord(round=self.round + 1, participants={**opened.records, **idle})
         for name, note in self.notes.items():
             if name in record.participants:
@@ -223,8 +206,8 @@ class Server:
 
     def ask(self, op: str, messages: Mapping[str, bytes]) -> dict[str, bytes | Exception]:
         """Sends participants a message each, and waits for all answers."""
-        found = self.runtime.call(op, list(messages), messages, self.settings.config.deadline)
-        return dict(self.client_manager.attendance.following(op, list(messages), found))
+        answers = self.runtime.call(op, list(messages), messages, self.settings.config.deadline)
+        return dict(self.client_manager.attendance.following(op, messages, answers))
 
     def moved(self, opened: OpenRound, former: GlobalState, combined: Combined) -> GlobalState:
         """Where the server optimizer moves the global weights to.

@@ -33,10 +33,7 @@ class _Kept(Collection):
         self._norms: Norms | None = Norms()
 
     def add(self, given: Contribution) -> None:
-        """Keeps it; a weight that is no share of anything is refused."""
-        if not (math.isfinite(given.weight) and given.weight > 0):
-            msg = f"an update's weight must be positive and finite, got {given.weight}. Use its number of examples."
-            raise FederationError(msg)
+        """Keeps it."""
         self._weights.append(given.weight)
         self._scaling.append(given.scaling or self.layout.scaling)
         if given.scaling is not None:

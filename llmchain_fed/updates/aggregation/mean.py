@@ -5,7 +5,6 @@ Pure numbers over named tensors. Knows nothing about rules or participants.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -43,12 +42,9 @@ class RunningMean(Collection):
         """Takes one participant's values in.
 
         Raises:
-            FederationError: The weight is not a positive finite number, or names or shapes differ from the first ones.
+            FederationError: Names or shapes differ from the first ones.
         """
         tensors, weight = given.tensors, given.weight
-        if not (math.isfinite(weight) and weight > 0):
-            msg = f"an update's weight must be positive and finite, got {weight}. Use its number of examples."
-            raise FederationError(msg)
         if not self._mean:
             self._begin(tensors)
             self._total = float(weight)
