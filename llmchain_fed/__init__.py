@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from llmchain_fed.federated.callbacks import Callback
     from llmchain_fed.federated.history import History
     from llmchain_fed.federated.learning import FederatedLearning
-    from llmchain_fed.federated.options import Ditto
+    from llmchain_fed.federated.options import Ditto, FederationConfig
     from llmchain_fed.federated.participant import Participant
     from llmchain_fed.federated.runtime import Runtime
     from llmchain_fed.library import list_chains, list_prompts, load_chain, load_prompt
@@ -89,6 +89,7 @@ _HOMES = {
     "FedYogi": "updates.server_optimizers.adaptive",
     "FederatedAveraging": "federated.averaging",
     "FederatedLearning": "federated.learning",
+    "FederationConfig": "federated.options",
     "History": "federated.history",
     "LLMChain": "chain.llm_chain",
     "LocalChatModel": "chain.chat",
@@ -139,6 +140,7 @@ __all__ = [
     "FedYogi",
     "FederatedAveraging",
     "FederatedLearning",
+    "FederationConfig",
     "FederationError",
     "History",
     "LLMChain",

@@ -52,6 +52,7 @@ PUBLIC = [
     "FedYogi",
     "FederatedAveraging",
     "FederatedLearning",
+    "FederationConfig",
     "FederationError",
     "History",
     "LLMChain",

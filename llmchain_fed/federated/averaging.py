@@ -22,6 +22,7 @@ from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.fit import Fit, checked_rounds
 from llmchain_fed.federated.history import History, RoundRecord
 from llmchain_fed.federated.manual_round import ManualRounds
+from llmchain_fed.federated.options import FederationConfig, FederationOptions
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.reporting.screen import Screen
 from llmchain_fed.federated.server import personalization
@@ -32,7 +33,7 @@ from llmchain_fed.federated.server.divergence import OnDivergence
 from llmchain_fed.federated.server.personalization import Personalized, SideBySide
 from llmchain_fed.federated.server.replication import Replication
 from llmchain_fed.federated.server.server import Server
-from llmchain_fed.federated.settings import FederationConfig, FederationOptions, signature_of
+from llmchain_fed.federated.settings import signature_of
 from llmchain_fed.training.evaluation import EvaluationResult, evaluate_locally
 
 

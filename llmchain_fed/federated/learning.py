@@ -12,7 +12,7 @@ from typing import Any, Unpack
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.averaging import FederatedAveraging
 from llmchain_fed.federated.history import History, RoundRecord
-from llmchain_fed.federated.settings import FederationOptions
+from llmchain_fed.federated.options import FederationOptions
 
 
 class FederatedLearning:

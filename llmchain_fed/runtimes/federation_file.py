@@ -12,13 +12,8 @@ from pydantic import AfterValidator, Field
 
 from llmchain_fed._config import FrozenConfig, read_options
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.federated.settings import (
-    FederationConfig,
-    FederationOptions,
-    check_counts,
-    config_of,
-    training_of,
-)
+from llmchain_fed.federated.options import FederationConfig, FederationOptions
+from llmchain_fed.federated.settings import check_counts, config_of, training_of
 from llmchain_fed.runtimes.names import check_name
 from llmchain_fed.untrusted import decoding, shown
 from llmchain_fed.updates.server_optimizers import ServerOptimizer, from_settings

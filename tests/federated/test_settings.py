@@ -18,7 +18,7 @@ from resumed_runs import Elsewhere
 
 from llmchain_fed import ConfigError, Ditto, FedAdam, FederatedAveraging, Participant, TrainingConfig
 from llmchain_fed.federated.checkpoint import files
-from llmchain_fed.federated.settings import FederationConfig, FederationOptions
+from llmchain_fed.federated.options import FederationConfig, FederationOptions
 from llmchain_fed.runtimes.federation_file import FederationFile
 from llmchain_fed.updates.codecs.sparsification import TopK
 

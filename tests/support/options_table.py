@@ -4,9 +4,7 @@ import ast
 import inspect
 from pathlib import Path
 
-from llmchain_fed.federated import settings
-from llmchain_fed.federated.options import Ditto
-from llmchain_fed.federated.settings import FederationConfig
+from llmchain_fed.federated.options import CODE, Ditto, FederationConfig
 from llmchain_fed.training.config import TrainingConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
@@ -49,14 +47,14 @@ def written(schema):
     if "enum" in schema:
         return " or ".join(repr(value) for value in schema["enum"])
     bounds = [f"{sign} {schema[name]:g}" for name, sign in SIGNS.items() if name in schema]
-    if schema.get("pattern") == f"^{settings.CODE}":
+    if schema.get("pattern") == f"^{CODE}":
         return "code"
     kind = schema.get("$ref", "").rpartition("/")[2] or KINDS.get(schema.get("type"), "see there")
     return " ".join([kind, ", ".join(bounds)]).strip()
 
 
 def rows(model, *, differ=False):
-    decisive, schema = settings.FederationConfig().decisive(), model.model_json_schema()["properties"]
+    decisive, schema = FederationConfig().decisive(), model.model_json_schema()["properties"]
     for name, doc in fields(model).items():
         default = model.model_fields[name].default
         shown = "" if isinstance(default, TrainingConfig) else f"`{default!r}`"

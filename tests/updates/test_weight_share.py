@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import PAIRS
 
 from llmchain_fed import ConfigError, FederatedAveraging, FederationError, QuorumError, TrainingConfig
-from llmchain_fed.federated.settings import FederationConfig
+from llmchain_fed.federated.options import FederationConfig
 from llmchain_fed.runtimes.federation_file import FederationFile
 from llmchain_fed.updates.aggregation import RunningMean, weight_share
 from llmchain_fed.updates.aggregation.weight_share import SMALLEST, CappedWeights, Share, cut

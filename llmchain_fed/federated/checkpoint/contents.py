@@ -18,10 +18,9 @@ from llmchain_fed.errors import CheckpointError, ConfigError
 from llmchain_fed.federated.checkpoint.files import MANIFEST, Checkpoint
 from llmchain_fed.federated.history import History
 from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Name, Texts
-from llmchain_fed.federated.options import Ditto
+from llmchain_fed.federated.options import CODE, EXAMPLES, Ditto, FederationConfig, FederationOptions
 from llmchain_fed.federated.participant import Alpha, Rank
 from llmchain_fed.federated.protocol.tasks import FederationId
-from llmchain_fed.federated.settings import CODE, EXAMPLES, FederationConfig, FederationOptions
 from llmchain_fed.federated.target import ContractData
 from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.untrusted import Strict, checked, shown

@@ -19,10 +19,10 @@ from llmchain_fed.federated.checkpoint.contents import Contents, options_again
 from llmchain_fed.federated.checkpoint.membership import Members
 from llmchain_fed.federated.checkpoint.resumption import Resumption, forget_adapters
 from llmchain_fed.federated.client.personalization import with_remainder
+from llmchain_fed.federated.options import FederationOptions
 from llmchain_fed.federated.protocol.answers import Introduction
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.server.server import Server
-from llmchain_fed.federated.settings import FederationOptions
 from llmchain_fed.federated.target import Target
 from llmchain_fed.model.local_model import LocalModel
 

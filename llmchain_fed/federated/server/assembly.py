@@ -14,19 +14,12 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated import compatibility
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.global_state_cache import GlobalStateCache
+from llmchain_fed.federated.options import EXAMPLES, FederationConfig, FederationOptions
 from llmchain_fed.federated.participant import Participant, as_participants
 from llmchain_fed.federated.runtime import checked_runtime
 from llmchain_fed.federated.server.evaluation import Evaluator
 from llmchain_fed.federated.server.server import Server
-from llmchain_fed.federated.settings import (
-    EXAMPLES,
-    FederationConfig,
-    FederationOptions,
-    Settings,
-    check_counts,
-    config_of,
-    training_of,
-)
+from llmchain_fed.federated.settings import Settings, check_counts, config_of, training_of
 from llmchain_fed.federated.target import Target
 from llmchain_fed.model.adapters.switching import GLOBAL
 from llmchain_fed.model.local_model import LocalModel
