@@ -100,20 +100,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """Puts a file, or all files of a folder, on the disk: a rename alone can outlive their contents.
+    """Puts a file, or a folder and all in it, on the disk: a rename alone can outlive their contents.
 
     Raises:
         OSError: One cannot be written.
     """
     for each in (path, *path.rglob("*")):
-        if each.is_dir() and not each.is_symlink():
-            sync_folder(each)
-        elif each.is_file() and not each.is_symlink():
+        if (each.is_file() or each.is_dir()) and not each.is_symlink():
             descriptor = os.open(each, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 os.fsync(descriptor)
             except OSError as error:
-                if error.errno != errno.EINVAL:  # a file system that cannot
+                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a file system that cannot
                     raise
             finally:
                 os.close(descriptor)

@@ -19,6 +19,8 @@ def test_the_example_reads_and_names_every_option(tmp_path):
         "optimizer",
         "evaluation",
         "transforms",
+        "gradient_step",
+        "batch_sampler",
     }  # no file stores them
     assert found.hub.model_fields_set == HubOptions.model_fields.keys()
     for name in ("quorum", "retries", "keep_checkpoints", "aggregation", "weighting", "seed"):
