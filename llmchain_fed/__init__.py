@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from llmchain_fed.data.report import DataReport
     from llmchain_fed.federated.averaging import FederatedAveraging
     from llmchain_fed.federated.callbacks import Callback
+    from llmchain_fed.federated.client.operations import register_task
     from llmchain_fed.federated.history import History
     from llmchain_fed.federated.learning import FederatedLearning
     from llmchain_fed.federated.options import Ditto, FederationConfig
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from llmchain_fed.library import list_chains, list_prompts, load_chain, load_prompt
     from llmchain_fed.model.local_model import LocalModel
     from llmchain_fed.runtimes.nvflare.runtime import NVFlare
+    from llmchain_fed.runtimes.site.policy import Policy
     from llmchain_fed.runtimes.site.site import Site
     from llmchain_fed.runtimes.torch_distributed import TorchDistributed
     from llmchain_fed.tracking.console import ConsoleTable
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from llmchain_fed.training.config import TrainingConfig
     from llmchain_fed.training.evaluation import evaluate_locally
     from llmchain_fed.training.loop import train_locally
+    from llmchain_fed.updates.aggregation.base import Rule
     from llmchain_fed.updates.collection import Collection, Combined
     from llmchain_fed.updates.server_optimizers.adaptive import FedAdagrad, FedAdam, FedAvgM, FedYogi, Reptile
     from llmchain_fed.updates.server_optimizers.torch_optimizers import DiLoCo, TorchServerOptimizer
@@ -98,8 +101,10 @@ _HOMES = {
     "MLflow": "tracking.mlflow",
     "NVFlare": "runtimes.nvflare.runtime",
     "Participant": "federated.participant",
+    "Policy": "runtimes.site.policy",
     "RawText": "data.examples",
     "Reptile": "updates.server_optimizers.adaptive",
+    "Rule": "updates.aggregation.base",
     "Runtime": "federated.runtime",
     "Site": "runtimes.site.site",
     "TensorBoard": "tracking.tensorboard",
@@ -113,6 +118,7 @@ _HOMES = {
     "list_prompts": "library",
     "load_chain": "library",
     "load_prompt": "library",
+    "register_task": "federated.client.operations",
     "train_locally": "training.loop",
 }
 
@@ -157,6 +163,7 @@ __all__ = [
     "NothingTrainedError",
     "Participant",
     "ParticipantError",
+    "Policy",
     "PolicyError",
     "PromptTooLongError",
     "PromptVariablesError",
@@ -164,6 +171,7 @@ __all__ = [
     "RawText",
     "RecipeError",
     "Reptile",
+    "Rule",
     "Runtime",
     "Site",
     "TemplatedTwiceError",
@@ -185,6 +193,7 @@ __all__ = [
     "list_prompts",
     "load_chain",
     "load_prompt",
+    "register_task",
     "train_locally",
 ]
 

@@ -69,6 +69,7 @@ PUBLIC = [
     "NothingTrainedError",
     "Participant",
     "ParticipantError",
+    "Policy",
     "PolicyError",
     "PromptTooLongError",
     "PromptVariablesError",
@@ -76,6 +77,7 @@ PUBLIC = [
     "RawText",
     "RecipeError",
     "Reptile",
+    "Rule",
     "Runtime",
     "Site",
     "TemplatedTwiceError",
@@ -97,6 +99,7 @@ PUBLIC = [
     "list_prompts",
     "load_chain",
     "load_prompt",
+    "register_task",
     "train_locally",
 ]
 

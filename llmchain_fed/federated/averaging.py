@@ -175,8 +175,9 @@ class FederatedAveraging(ManualRounds):
         Raises:
             DataError: The examples cannot be used.
         """
-        target, longest = self._server.target, self._server.settings.training.max_length
-        return evaluate_locally(target.model, data, prompt=target.prompt, max_length=longest)
+        target, how = self._server.target, self._server.settings.training
+        prompt = target.prompt
+        return evaluate_locally(target.model, data, prompt=prompt, max_length=how.max_length, precision=how.precision)
 
     def plan(self, rounds: int) -> Plan:
         """What so many rounds will take: bytes, memory, and time from one timed optimizer step.

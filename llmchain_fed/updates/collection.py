@@ -79,6 +79,8 @@ class Combined:
 class Collection(ABC):
     """Takes in a round's updates as they arrive; `FederatedAveraging(aggregation=…)` takes one of your own.
 
+    One object is for one federation: `zero` of another one would begin its round anew in the middle.
+
     The order is `zero`, then `check` and `add` for each update, `between` once all are in, and `finish`.
     """
 

@@ -81,6 +81,9 @@ def checked_transforms(transforms: Iterable[UpdateTransform] | None) -> tuple[Up
     Raises:
         ConfigError: They do not.
     """
+    if isinstance(transforms, UpdateTransform):
+        msg = f"transforms is a list, got one {type(transforms).__name__}. Write transforms=[…] around it."
+        raise ConfigError(msg)
     found = tuple(transforms if transforms is not None else ())
     for transform in found:
         if not isinstance(transform, UpdateTransform) or not isinstance(getattr(transform, "name", None), str):
@@ -121,9 +124,22 @@ def transformed(
     for transform in transforms:
         prefix, infos = f"{transform.name}/", describe(delta)
         own = {key.removeprefix(prefix): t for key, t in carried.items() if key.startswith(prefix)}
-        outcome, kept = transform.apply(delta, origin, own)
+        made = transform.apply(delta, origin, own)
+        if not isinstance(made, tuple) or len(made) != 2:
+            msg = (
+                f"transform {transform.name!r:.80} gives a pair, an outcome and what it carries ({{}} is nothing)."
+            )
+            raise FederationError(msg)
+        outcome, kept = made
         if transform.keeps_names:
             _check_delta(transform.name, outcome, infos)
+        said = {n: (info.dtype, tuple(info.shape)) for n, info in transform.carries(infos).items()}
+        if wrong := [n for n, t in kept.items() if said.get(n) != (t.dtype, tuple(t.shape))]:
+            msg = (
+                f"transform {transform.name!r:.80} carries {wrong[0]!r:.80}, which its carries() does not say so: no "
+                "checkpoint could be gone on from. Let carries() give type and shape of all it may carry."
+            )
+            raise FederationError(msg)
         left |= {prefix + name: tensor for name, tensor in kept.items()}
         delta = outcome
     return delta, left

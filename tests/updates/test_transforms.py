@@ -10,7 +10,14 @@ import pytest
 import torch
 from tiny import PAIRS
 
-from llmchain_fed import CheckpointError, ConfigError, FederatedAveraging, LLMChainFedError, TrainingConfig
+from llmchain_fed import (
+    CheckpointError,
+    ConfigError,
+    FederatedAveraging,
+    FederationError,
+    LLMChainFedError,
+    TrainingConfig,
+)
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.updates.serialization import TensorInfo
 from llmchain_fed.updates.transforms import UpdateTransform
@@ -250,3 +257,36 @@ def test_any_iterable_of_transforms_is_applied_as_a_list_is(kind, make_chain):
 def test_none_at_all_are_none(empty, make_chain):
     assert federation(make_chain(), transforms=empty).config == federation(make_chain()).config
     federation(make_chain(), None, runtime=InProcess({}), transforms=empty)
+
+
+class Forgetful(UpdateTransform):
+    """Carries what its carries() does not say."""
+
+    name = "forgetful"
+
+    def apply(self, delta, origin, carried):
+        return dict(delta), {"sum": torch.zeros(1)}
+
+
+class Single(UpdateTransform):
+    name = "single"
+
+    def apply(self, delta, origin, carried):
+        return dict(delta)
+
+
+@pytest.mark.parametrize(
+    ("transform", "said"), [(Forgetful(), "which its carries"), (Single(), "a pair, an outcome and what it carries")]
+)
+def test_what_no_checkpoint_could_go_on_from_is_refused_before_it_is_written(transform, said, make_chain, tmp_path):
+    fed = FederatedAveraging(
+        make_chain(), participants={"a": PAIRS[:4]}, transforms=[transform], checkpoint_dir=tmp_path, progress=False
+    )
+    with pytest.raises(FederationError, match=said):
+        fed.fit(1)
+    assert not list(tmp_path.glob("round*"))
+
+
+def test_one_transform_alone_is_no_list(make_chain):
+    with pytest.raises(ConfigError, match=r"Write transforms=\[…\]"):
+        FederatedAveraging(make_chain(), participants={"a": PAIRS[:4]}, transforms=Single(), progress=False)

@@ -197,12 +197,12 @@ class Client:
         return {
             "participant": self.name,
             "round": task.index,
-            "before_step": self._watch(task.seconds),
+            "before_step": self.watch(task.seconds),
             "gradient_step": self.gradient_step,
             "batch_sampler": self.batch_sampler,
         }
 
-    def _watch(self, seconds: float | None) -> Callable[[], None]:
+    def watch(self, seconds: float | None) -> Callable[[], None]:
         """What ends, before a step, a training whose result nobody waits for any more, or that the limits end."""
         started, limits, steps = time.monotonic(), self.limits, itertools.count(1)
 
@@ -224,6 +224,7 @@ class Client:
         Raises:
             PolicyError: They are more than the limits allow.
         """
+        measurements *= self.data.holds_out  # else there is no loss to tell
         with self._counting:
             spent = self._evaluations + measurements
             if measurements and self.limits is not None and spent > self.limits.max_evaluations:

@@ -49,6 +49,7 @@ class TaskType:
 
 
 _TYPES: dict[str, TaskType] = {}
+_BUILT_IN: set[str] = set()
 
 
 def register_task(
@@ -67,17 +68,20 @@ def register_task(
 
     Raises:
         ConfigError: The name is none or is taken, the task brings tensors that are no global state, or it does not say
-            what of it a site's policy limits.
+            what of it a site's policy limits; or a check is given that nobody would call.
     """
     name = getattr(task, "operation", None)
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name):
         msg = f"{task.__name__}.operation is a name of small letters, such as 'statistics', got {name!r:.80}."
         raise ConfigError(msg)
-    if _TYPES.get(name, TaskType(task, work)).task is not task:
+    if name in _BUILT_IN or _TYPES.get(name, TaskType(task, work)).task is not task:
         msg = f"the operation {name!r} is taken, by {_TYPES[name].task.__name__}. Give {task.__name__} another name."
         raise ConfigError(msg)
     if issubclass(task, TensorTask) and not issubclass(task, (StateTask, PersonalStateTask)):
         msg = f"{task.__name__} brings tensors of which nothing is known. Make it a Task, or a StateTask."
+        raise ConfigError(msg)
+    if check is not None and not issubclass(task, TensorTask):
+        msg = f"{task.__name__} brings no state, and what it may be asked is for its work to look at. Leave out check=."
         raise ConfigError(msg)
     unsaid = [limited for limited in ("counts_as_training", "measured") if not hasattr(task, limited)]
     if unsaid:
@@ -115,3 +119,4 @@ register_task(CurveTask, personalization.curve, check=personalization.check_curv
 register_task(TimeStepTask, training.time_step, check=training.check_time_step)
 register_task(PersonalStateTask, given_state.exchange, check=given_state.check)
 register_task(StopTask, joining.leave)
+_BUILT_IN |= _TYPES.keys()

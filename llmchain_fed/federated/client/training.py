@@ -6,6 +6,7 @@ participants or of what becomes of the update. The model is left as it was found
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from llmchain_fed.updates.codecs.error_feedback import Encoding
 from llmchain_fed.updates.lora_layout import selected
 from llmchain_fed.updates.serialization import TensorInfo
 from llmchain_fed.updates.transforms import Origin, added, transformed
-from llmchain_fed.updates.update import Update
+from llmchain_fed.updates.update import MAX_EXAMPLES, Update
 
 if TYPE_CHECKING:
     from llmchain_fed.federated.client.client import Client
@@ -166,4 +167,8 @@ def time_step(client: Client, task: TimeStepTask, state: GlobalState) -> TimeSte
     place, single = client.place(task), personalization.steps_config(config, 1, None)
     with loaded(client.model, state):
         seconds = [train_locally(client.model, data, single, **place).seconds for _ in range(_TIMED)][-1]
-    return TimeStepAnswer(seconds=seconds, steps=steps_of(data, config) or 0)
+    steps = steps_of(data, config)
+    if client.batch_sampler is not None:
+        drawn = client.batch_sampler(data, config, Place(client.name, task.index))
+        steps = sum(1 for _ in itertools.islice(drawn, config.max_steps or MAX_EXAMPLES))
+    return TimeStepAnswer(seconds=seconds, steps=steps or 0)

@@ -7,6 +7,7 @@ result is loaded, a round has changed nothing.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -180,9 +181,9 @@ class OpenRound:
             UpdateRefusedError: It does; FedNova would believe it.
         """
         steps = update.metrics.get("steps", 0.0)
-        training = self._training(update.participant)
+        training, own_draws = self._training(update.participant), self._settings.batch_sampler is not None
         asked = training.max_steps or update.num_examples * (training.epochs or 1)
-        if not 0 <= steps <= _GENEROUS * asked or steps != int(steps):
+        if not 0 <= steps <= (math.inf if own_draws else _GENEROUS * asked) or steps != int(steps):
             msg = (
                 f"it says it took {steps:g} steps, asked for were some {asked}. In another process a participant's own "
                 f"options may ask for {_GENEROUS} times as many: bring them, or the federation's, nearer to each other."
@@ -196,7 +197,9 @@ class OpenRound:
         )
         steps = int(update.metrics["steps"]) if "steps" in update.metrics else None
         scaling = self._broadcast.scaling_of(name)
-        self._collection.add(Contribution(update.tensors, weight, steps, scaling, name))
+        contribution = Contribution(update.tensors, weight, steps, scaling, name)
+        self._collection.check(contribution)
+        self._collection.add(contribution)
         self._weights[name] = weight
 
     def _note(self, record: ParticipantRecord, update: Update, seen: Seen | None) -> None:

@@ -76,7 +76,6 @@ class CappedWeights(Around):
 
     def add(self, given: Contribution) -> None:
         """Takes one in, and hands on one whose weight will not be cut, whoever else comes."""
-        self.check(given)  # before it is kept: later it could not be refused
         self._count += 1
         self.weights[given.participant] = given.weight
         item = (given.weight, -self._count, given)

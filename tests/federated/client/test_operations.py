@@ -12,10 +12,13 @@ from statistics_operation import StatisticsAnswer, StatisticsTask, statistics
 from tiny import PAIRS
 
 from llmchain_fed import ConfigError, FederatedAveraging, FederationError, Participant, Site, TrainingConfig
+from llmchain_fed.federated.client.client import Client
+from llmchain_fed.federated.client.limits import Limits
 from llmchain_fed.federated.client.operations import operations, register_task, task_type
 from llmchain_fed.federated.protocol import messages
-from llmchain_fed.federated.protocol.tasks import StateTask, Task, TensorTask, TrainTask
+from llmchain_fed.federated.protocol.tasks import PersonalizeTask, StateHeader, StateTask, Task, TensorTask, TrainTask
 from llmchain_fed.federated.server.asking import ask
+from llmchain_fed.federated.target import Target
 from llmchain_fed.runtimes.site.explaining import explain
 from llmchain_fed.runtimes.site.policy import Policy
 
@@ -149,3 +152,24 @@ def test_an_operation_on_the_global_state_is_given_it(make_chain, monkeypatch):
     other = NormTask(round=2, base="another")
     with pytest.raises(FederationError, match="the norm message is about another base"):
         fed._peers["a"].handle("norm", messages.write(other, wanted))
+
+
+def test_what_is_built_in_is_not_replaced(make_chain):
+    with pytest.raises(ConfigError, match="the operation 'train' is taken"):
+        register_task(TrainTask, lambda client, task, state: b"")
+
+
+def test_a_check_that_nobody_would_call_is_refused():
+    class Asked(Task):
+        operation = "asked"
+        counts_as_training, measured = False, 0
+
+    with pytest.raises(ConfigError, match="Leave out check="):
+        register_task(Asked, lambda client, task: b"", check=lambda *given: None)
+
+
+def test_a_policy_of_no_evaluations_lets_one_personalise_that_holds_nothing_out(make_chain):
+    client = Client(Target.of(make_chain(lora=True)), Participant("a", PAIRS[:4]), TrainingConfig(batch_size=2))
+    client.obey(Limits(max_evaluations=0))
+    task = PersonalizeTask.of(round=1, base=client.model.fingerprint(), steps=1)
+    client.handle("personalize", messages.write(task, client.model.trainable_state(), StateHeader()))

@@ -56,7 +56,7 @@ def test_every_training_of_a_client_takes_its_own_gradient_step_and_sampler(make
     asked(client, PersonalizeTask, steps=2)
     asked(client, CurveTask, steps=[0, 1])
     asked(client, TimeStepTask)
-    assert len(drawn) == 6  # the update, Ditto's model, the personal one, a step of the curve, two that are timed
+    assert len(drawn) == 7  # the update, Ditto's model, the personal one, a step of the curve, two timed, one counted
     assert set(drawn) == {(8, "a", 0)}
 
 
