@@ -15,7 +15,7 @@ from llmchain_fed.errors import ConfigError, QuorumError
 from llmchain_fed.federated.history import RoundRecord
 from llmchain_fed.federated.loop import run_round
 from llmchain_fed.federated.server.divergence import OnDivergence, checked_on_divergence
-from llmchain_fed.federated.server.pooling import stands_still
+from llmchain_fed.federated.server.evaluation import stands_still
 from llmchain_fed.federated.server.server import Server
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from llmchain_fed.federated.callbacks import Callback, RunInfo
-from llmchain_fed.federated.reporting import lines, stderr
+from llmchain_fed.federated.reporting import lines
 from llmchain_fed.untrusted import one_line
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Screen(Callback):
             self._bar.set_postfix_str(one_line(f"{doing}: {', '.join(waiting)}" if waiting else "", _POSTFIX))
 
     def _say(self, text: str, at: float | None = None) -> None:
-        stderr.write(lines.stamped(text, at))
+        lines.write(lines.stamped(text, at))
 
     def _close(self) -> None:
         bar, self._bar = self._bar, None

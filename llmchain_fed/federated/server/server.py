@@ -15,7 +15,7 @@ from torch import Tensor
 from llmchain_fed.data.report import DataReport
 from llmchain_fed.errors import UpdateRefusedError
 from llmchain_fed.federated.client.client import Client
-from llmchain_fed.federated.client.overlap import crossing, overlap
+from llmchain_fed.federated.client.data import crossing, overlap
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import MAX_AGGREGATION, TrainTask
