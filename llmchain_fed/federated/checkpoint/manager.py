@@ -47,7 +47,6 @@ class CheckpointManager:
     """Keeps a federation's checkpoints.
 
     Args:
-        server: The server whose state is kept.
         directory: The folder that checkpoints are written to; None writes none.
         shown: Called once participants stand where a checkpoint had them: their personal models become adapters.
 
@@ -248,8 +247,6 @@ class Resumption:
     | was told                                  | neither                  | nothing: it takes part as any other    |
 
     Args:
-        server: Stands where the checkpoint was.
-        found: The checkpoint.
         change: What changed of the members; None where they must be those of then.
         declarations: What the checkpoint says of those who take part now, by name.
         states: Where they stood, by name; of one that keeps that for itself there is none.

@@ -27,7 +27,6 @@ class LocalData:
 
     Args:
         target: Whose prompt and tokenizer make tokens of it.
-        participant: Whose examples.
         config: What decides which examples are left out, and how many may be.
     """
 

@@ -108,12 +108,7 @@ class ProgressByRound:
 
 
 def pack(progress: Mapping[int, Progress], *, new_pass: bool = False) -> bytes:
-    """Round → progress as a message that gives it back.
-
-    Args:
-        progress: Of one participant.
-        new_pass: Whether whoever is given it shall begin a new pass over its data, which is other data than then.
-    """
+    """Round → progress as a message that gives it back; `new_pass` has the data, other than then, begun anew."""
     tensors: dict[str, Tensor] = {}
     places: dict[str, ProgressData] = {}
     for number, item in progress.items():
@@ -137,9 +132,7 @@ def pack(progress: Mapping[int, Progress], *, new_pass: bool = False) -> bytes:
 def at_new_pass(progress: Mapping[int, Progress], per_pass: int | None) -> dict[int, Progress]:
     """The same, at the beginning of the next pass: going on within one would leave a part of other data out of it.
 
-    Args:
-        progress: By round.
-        per_pass: steps; None of a DataLoader whose dataset does not know, which begins at its beginning every time.
+    A pass has `per_pass` steps; None of a DataLoader whose dataset does not know begins at its beginning every time.
     """
     if not per_pass:
         return dict(progress)

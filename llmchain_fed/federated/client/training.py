@@ -89,11 +89,7 @@ def _check_kept(client: Client, task: TrainTask, layout: Layout, progress: Progr
 
 
 def check_time_step(client: Client, _task: TimeStepTask, _layout: Layout, _infos: Mapping[str, TensorInfo]) -> None:
-    """Makes sure that steps may be timed.
-
-    Raises:
-        PolicyError: The limits do not allow it.
-    """
+    """Makes sure that steps may be timed, by the limits."""
     client.data.train()
     if client.limits is not None:
         client.limits.check_training(client.config)

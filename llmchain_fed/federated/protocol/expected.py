@@ -31,8 +31,6 @@ class Layout:
 
     Args:
         values: Type and shape by stable name.
-        rank: Its own LoRA rank, if it has one.
-        scaling: The scaling that goes with it.
     """
 
     values: Mapping[str, TensorInfo]

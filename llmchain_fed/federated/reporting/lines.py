@@ -37,9 +37,7 @@ _TYPE = re.compile(rf"({'|'.join(_WORDS)}): ")
 def stamped(text: str, at: float | None = None) -> str:
     r"""A line with the local time in front; what comes from elsewhere can write no further lines.
 
-    Args:
-        text: What is said.
-        at: seconds since the epoch; None is now.
+    It is now, or `at` so many seconds since the epoch.
 
     >>> stamped("a is back\nb, too")[19:]
     ' a is back\\nb, too'

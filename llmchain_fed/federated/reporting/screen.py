@@ -36,7 +36,6 @@ class Screen(Callback):
     """Lines with the time: who takes part, who is out and why, each round. The bar counts all of a federation's rounds.
 
     Args:
-        attendance: Who takes part.
         elsewhere: Whether participants are in other processes, which may have to be waited for.
     """
 

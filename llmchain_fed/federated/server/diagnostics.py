@@ -28,7 +28,6 @@ class Diagnostics:
     """Looks at a round's updates one by one, and keeps some coordinates of each.
 
     Args:
-        start: Where participants start.
         names: Of the tensors that are shared, in one order for all: safetensors come back in an order of their own.
     """
 

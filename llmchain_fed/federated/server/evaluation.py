@@ -61,7 +61,6 @@ class Evaluator:
     """Measures the current global weights on held-out examples.
 
     Args:
-        target: The model in this process.
         evaluation: A share to hold out, a mapping name → examples, examples for all, or None.
         training: How participants train: at the same length and precision the examples for all are measured.
         samples: answers recorded per participant.
@@ -145,12 +144,8 @@ class Evaluator:
     ) -> Measurement | None:
         """The weights as they are now; the last answer again if they are the same; None where nothing is held out.
 
-        Args:
-            runtime: The way to the participants.
-            broadcast: Sends them what they lack of the global state.
-            joined: Who takes part.
-            number: Rounds completed with these weights; the next one is what participants are told.
-            timeout: seconds to wait for their answers.
+        With these weights `number` rounds are completed: participants are told the next one. Their answers are waited
+        for `timeout` seconds.
         """
         with_held_out = [n for n, hello in joined.items() if hello.held_out]
         if not with_held_out and not self.is_shared:
