@@ -134,7 +134,6 @@ def metrics_of(record: RoundRecord) -> dict[str, float]:
     >>> "held_out/before" in found
     False
     """
-    participants = record.participants
     found: dict[str, float | None] = {
         "held_out/before": record.held_out_before,
         "held_out/after": record.held_out_after,
@@ -143,14 +142,14 @@ def metrics_of(record: RoundRecord) -> dict[str, float]:
         "aggregation_gap": record.aggregation_gap,
         "bytes/up": record.bytes_up,
         "bytes/down": record.bytes_down,
-        "bytes/evaluation": sum(p.evaluation_bytes for p in participants.values()),
+        "bytes/evaluation": record.evaluation_bytes,
         "seconds/round": record.seconds,
         "seconds/training": record.training_seconds,
         "seconds/evaluation": record.evaluation_seconds,
         "participants/trained": len(record.trained),
         "participants/asked": record.asked,
     }
-    for name, participant in participants.items():
+    for name, participant in record.participants.items():
         for field, value in asdict(participant).items():
             if isinstance(value, (int, float)):
                 found[f"participant/{one_line(name)}/{field}"] = value

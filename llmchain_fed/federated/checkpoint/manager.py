@@ -267,8 +267,7 @@ class Resumption:
     def joined(self, known: dict[str, bytes]) -> None:
         """Compares and tells those who are there and were not told yet: an earlier attempt may have failed half way.
 
-        Args:
-            known: Participants' states as the next checkpoint begins with them; what changes of them is written there.
+        What changes of states is written to `known`, those that the next checkpoint begins with.
 
         Raises:
             CheckpointError: So many have other examples than they did that those who are left are no quorum.

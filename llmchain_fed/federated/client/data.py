@@ -25,9 +25,8 @@ _T = TypeVar("_T")
 class LocalData:
     """What one participant trains on and is evaluated on.
 
-    Args:
-        target: Whose prompt and tokenizer make tokens of it.
-        config: What decides which examples are left out, and how many may be.
+    The target's prompt and tokenizer make tokens of it; the options decide which examples are left out, and how many
+    may be.
     """
 
     def __init__(self, target: Target, participant: Participant, config: TrainingConfig) -> None:

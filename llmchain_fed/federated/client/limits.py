@@ -38,7 +38,7 @@ def _codec(name: str) -> str:
 class Limits(FrozenConfig):
     """What a participant's training, updates and measurements may be.
 
-    Every `check_…` raises a `PolicyError` where it is not so, which begins with the option's name.
+    Every check raises a `PolicyError` where it is not so, which begins with the option's name.
     """
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
@@ -207,8 +207,7 @@ def _distinct(data: EncodedExamples, batches: Iterable[Sequence[int]], enough: i
 class Counted(DataLoader):  # type: ignore[type-arg]
     """A DataLoader of which one knows afterwards how many different examples came out of it.
 
-    Args:
-        enough: Different examples beyond which none are counted.
+    Beyond `enough` of them none are counted.
     """
 
     def __init__(self, inner: Any, enough: int) -> None:

@@ -95,7 +95,7 @@ def steps_config(config: TrainingConfig, steps: int, lr: float | None) -> Traini
 
 
 def check(client: Client, task: PersonalizeTask, _layout: Layout, _infos: Mapping[str, TensorInfo]) -> None:
-    """Makes sure that a personal model may be trained, by the limits: its mean training loss is told of the examples."""
+    """Makes sure that a personal model may be trained, by the limits: its mean training loss is told of them."""
     data, limits = client.data.train(), client.limits
     if limits is not None:
         limits.check_training(client.config, task.lr)

@@ -35,8 +35,7 @@ _POSTFIX = 60  # characters
 class Screen(Callback):
     """Lines with the time: who takes part, who is out and why, each round. The bar counts all of a federation's rounds.
 
-    Args:
-        elsewhere: Whether participants are in other processes, which may have to be waited for.
+    Participants `elsewhere`, in other processes, may have to be waited for.
     """
 
     def __init__(self, attendance: Attendance, *, elsewhere: bool) -> None:

@@ -1,7 +1,7 @@
 """Server: the leading side of a federation. Its state between rounds, and the steps that a round is made of.
 
 Knows the seams: runtime, rule, codecs, server optimizer, records. Knows nothing about how participants train or where
-they run, nor about when a round is run. By `Replication` the processes of one script end every call with the same state.
+they run, nor about when a round is run. `Replication` lets all processes of one script end every call with its state.
 """
 
 from __future__ import annotations
