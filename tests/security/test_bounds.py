@@ -77,7 +77,7 @@ def test_the_walk_sees_what_is_there():
         "StateHeader",
         "Greeting",
     } <= names
-    assert {"UpdateHeader", "RoundData", "_About", "_Manifest", "AdapterSettings", "ChainFile", "RankTask"} <= names
+    assert {"UpdateHeader", "RoundData", "About", "_Manifest", "AdapterSettings", "ChainFile", "RankTask"} <= names
     assert [kind["type"] for kind in _fields(_Loose)["both"]] == ["dict", "list"]
 
 
@@ -166,7 +166,7 @@ def _schema(model: type[Strict], field: str) -> Any:
 
 def test_a_hello_a_message_and_a_checkpoint_agree_on_what_they_share():
     assert _schema(tasks.HelloTask, "contract") == _schema(answers.Introduction, "contract")
-    ids = [_schema(model, "federation") for model in (tasks.HelloTask, contents._About)]
+    ids = [_schema(model, "federation") for model in (tasks.HelloTask, contents.About)]
     assert ids[0] == ids[1]
     for field in ("rank", "alpha"):
         ranges = [_schema(model, field)["anyOf"] for model in (answers.Introduction, contents.Declaration)]
