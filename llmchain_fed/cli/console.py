@@ -11,8 +11,7 @@ from contextlib import contextmanager
 import typer
 
 from llmchain_fed.errors import DeadlineError, QuorumError, TransportError
-from llmchain_fed.federated.reporting import stderr
-from llmchain_fed.federated.reporting.lines import stamped
+from llmchain_fed.federated.reporting import lines
 from llmchain_fed.stopping import Stopped, stopping
 
 DONE = 0
@@ -29,12 +28,12 @@ INTERRUPTED, TERMINATED = 130, 143
 
 def say(text: str) -> None:
     """One line on stderr that begins with the local time; what comes from elsewhere can write no further lines."""
-    stderr.write(stamped(text))
+    lines.write(lines.stamped(text))
 
 
 def error_line(error: BaseException) -> None:
     """How a command ends that could not do what it was asked."""
-    stderr.write(f"error: {type(error).__name__}: {error}")
+    lines.write(f"error: {type(error).__name__}: {error}")
 
 
 def status_of(error: BaseException) -> int:

@@ -15,7 +15,7 @@ from llmchain_fed._config import read_options
 from llmchain_fed.cli.chains import check, load
 from llmchain_fed.cli.console import INCOMPLETE, error_line, say, stoppable
 from llmchain_fed.errors import ContractError, PolicyError, QuorumError, TransportError
-from llmchain_fed.federated.reporting.stderr import show
+from llmchain_fed.federated.reporting.lines import show
 from llmchain_fed.federated.runtime import Runtime
 
 _WAITS = re.compile(r"\b[Ww]aiting for |\bthe others wait ")  # of what a runtime says: the rest has happened

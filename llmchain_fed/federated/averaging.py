@@ -31,8 +31,7 @@ from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.federated.server.cost_estimate import Plan, plan_of
 from llmchain_fed.federated.server.divergence import OnDivergence
 from llmchain_fed.federated.server.personalization import Personalized, SideBySide
-from llmchain_fed.federated.server.replication import Replication
-from llmchain_fed.federated.server.server import Server
+from llmchain_fed.federated.server.server import Replication, Server
 from llmchain_fed.federated.settings import signature_of
 from llmchain_fed.training.evaluation import EvaluationResult, evaluate_locally
 

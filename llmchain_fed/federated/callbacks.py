@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.untrusted import one_line, printable
 
 if TYPE_CHECKING:
-    from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord, Sample
+    from llmchain_fed.federated.history import History, RoundRecord, Sample
     from llmchain_fed.federated.server.attendance import Attendance, AttendanceChange
 
 _LONGEST = 10_000  # characters of a sample's text
@@ -134,7 +134,6 @@ def metrics_of(record: RoundRecord) -> dict[str, float]:
     >>> "held_out/before" in found
     False
     """
-    participants = record.participants
     found: dict[str, float | None] = {
         "held_out/before": record.held_out_before,
         "held_out/after": record.held_out_after,
@@ -143,15 +142,17 @@ def metrics_of(record: RoundRecord) -> dict[str, float]:
         "aggregation_gap": record.aggregation_gap,
         "bytes/up": record.bytes_up,
         "bytes/down": record.bytes_down,
-        "bytes/evaluation": sum(p.evaluation_bytes for p in participants.values()),
+        "bytes/evaluation": record.evaluation_bytes,
         "seconds/round": record.seconds,
         "seconds/training": record.training_seconds,
         "seconds/evaluation": record.evaluation_seconds,
         "participants/trained": len(record.trained),
         "participants/asked": record.asked,
     }
-    for name, participant in participants.items():
-        found |= {f"participant/{one_line(name)}/{field}": value for field, value in _numbers(participant).items()}
+    for name, participant in record.participants.items():
+        for field, value in asdict(participant).items():
+            if isinstance(value, (int, float)):
+                found[f"participant/{one_line(name)}/{field}"] = value
     return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
@@ -173,11 +174,6 @@ def samples_of(record: RoundRecord) -> dict[str, str]:
     for sample in record.samples:
         grouped.setdefault(sample.participant, []).append(_markdown(sample))
     return {one_line(name): "\n\n---\n\n".join(texts) for name, texts in grouped.items()}
-
-
-def _numbers(participant: ParticipantRecord) -> dict[str, float]:
-    values = {field.name: getattr(participant, field.name) for field in fields(participant)}
-    return {n: v for n, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
 def _markdown(sample: Sample) -> str:

@@ -15,7 +15,7 @@ from llmchain_fed.errors import ConfigError, QuorumError
 from llmchain_fed.federated.history import RoundRecord
 from llmchain_fed.federated.loop import run_round
 from llmchain_fed.federated.server.divergence import OnDivergence, checked_on_divergence
-from llmchain_fed.federated.server.pooling import stands_still
+from llmchain_fed.federated.server.evaluation import stands_still
 from llmchain_fed.federated.server.server import Server
 
 
@@ -73,7 +73,9 @@ class Fit:
             why: list[str] = []
 
             def ends(record: RoundRecord, left: int = left, why: list[str] = why) -> None:
-                why += self._reasons_to_stop(record)
+                over = self.patience is not None and self.patience.over(record, shared=self.server.evaluator.is_shared)
+                diverged = self.server.diverged if self.stops else None
+                why += [diverged] if diverged else [str(self.patience)] if over else []
                 self.server.patience = self.patience.state() if self.patience is not None and not why and left else []
                 completed(record)
 
@@ -105,12 +107,6 @@ class Fit:
                 "evaluation=examples, one set for all."
             )
             raise ConfigError(msg)
-
-    def _reasons_to_stop(self, record: RoundRecord) -> list[str]:
-        """Why this round is the last, where it is; patience counts it."""
-        server, patience = self.server, self.patience
-        over = patience is not None and patience.over(record, shared=server.evaluator.is_shared)
-        return [server.diverged] if self.stops and server.diverged else [str(patience)] if over else []
 
 
 def checked_rounds(what: str, rounds: int, server: Server) -> int:

@@ -27,10 +27,8 @@ def run_round(
 ) -> RoundRecord:
     """One round with those who are there.
 
-    Args:
-        server: The federation.
-        begins: Is told the round's number, counted from 1, and who will be asked.
-        ends: Is told of the round once it has happened: it writes the checkpoint and tells those who watch.
+    `begins` is told its number, counted from 1, and who will be asked; `ends` of the round once it has happened: it
+    writes the checkpoint and tells those who watch.
 
     Raises:
         QuorumError: Too few updates are usable; nothing has changed.

@@ -97,9 +97,7 @@ class Runtime(ABC):
     def expect(self, num_bytes: int, op: Operation = "train") -> None:
         """Says how many bytes an answer to `op` may have from now on; a runtime that takes no bytes in needs no limit.
 
-        Args:
-            num_bytes: What a larger answer is refused for, before memory is taken for it.
-            op: The operation that is answered.
+        A larger one is refused before memory is taken for it.
         """
 
     def follow(self, adopt: Callable[[bytes], None]) -> None:

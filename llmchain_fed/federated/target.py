@@ -52,7 +52,6 @@ class Target:
     """What is trained: a LocalModel, and what makes the text of its examples' inputs, as `invoke` would.
 
     Args:
-        model: Whose weights.
         prompt: A chain or a face; None for a bare `LocalModel` or module, whose examples contain final text.
     """
 
@@ -117,10 +116,7 @@ class Target:
 def check_contract(name: str, *, site: Any, server: Any) -> None:
     """Makes sure that a participant trains what the server does; both sides check, and say it in the same words.
 
-    Args:
-        name: The participant's.
-        site: Its `contract()`; as it arrived, at the server.
-        server: The server's; as it arrived, at the participant.
+    Each compares its own `contract()` with the other's as it arrived.
 
     Raises:
         ContractError: What differs, by name.

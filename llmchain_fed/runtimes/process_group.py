@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from llmchain_fed.errors import ConfigError, FederationError
-from llmchain_fed.federated.reporting import stderr
+from llmchain_fed.federated.reporting import lines
 from llmchain_fed.runtimes.aside import Aside
 from llmchain_fed.runtimes.heartbeat import Heartbeat
 from llmchain_fed.untrusted import one_line, shown
@@ -52,7 +52,7 @@ def say(text: str) -> None:
     """One line on stderr, once: in the tracebacks of several ranks it would be buried."""
     if text not in _said:
         _said.append(text)
-        stderr.write(f"llmchain_fed: {one_line(text)}")
+        lines.write(f"llmchain_fed: {one_line(text)}")
 
 
 def words(error: BaseException) -> str:

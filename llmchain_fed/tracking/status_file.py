@@ -22,8 +22,7 @@ from pydantic import Field
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.callbacks import Callback, RunInfo
-from llmchain_fed.federated.reporting import stderr
-from llmchain_fed.federated.reporting.lines import stamped
+from llmchain_fed.federated.reporting import lines
 from llmchain_fed.storage.own_files import write_whole
 
 if TYPE_CHECKING:
@@ -235,7 +234,7 @@ class StatusFile(Callback):
             except OSError as error:
                 if not self._failing:
                     text = f"{self.path} cannot be written ({error}): `llmchain-fed status` does not see what follows"
-                    stderr.write(stamped(text))
+                    lines.write(lines.stamped(text))
                 self._failing = True
 
     def _plain(self) -> dict[str, Any]:

@@ -126,9 +126,7 @@ def transformed(
         own = {key.removeprefix(prefix): t for key, t in carried.items() if key.startswith(prefix)}
         made = transform.apply(delta, origin, own)
         if not isinstance(made, tuple) or len(made) != 2:
-            msg = (
-                f"transform {transform.name!r:.80} gives a pair, an outcome and what it carries ({{}} is nothing)."
-            )
+            msg = f"transform {transform.name!r:.80} gives a pair, an outcome and what it carries ({{}} is nothing)."
             raise FederationError(msg)
         outcome, kept = made
         if transform.keeps_names:

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 from llmchain_fed import FederatedAveraging, Participant, TrainingConfig, evaluate_locally
 from llmchain_fed.data.encoding import collate, encode_examples
 from llmchain_fed.errors import ConfigError, ParticipantError, TransportError
-from llmchain_fed.federated.client.overlap import Overlap, crossing, overlap
+from llmchain_fed.federated.client.data import Overlap, crossing, overlap
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
 from llmchain_fed.federated.protocol import finiteness, messages
 from llmchain_fed.federated.server import evaluation
-from llmchain_fed.federated.server.pooling import HALF, WHOLE
+from llmchain_fed.federated.server.evaluation import HALF, WHOLE
 
 
 def federation(chain, participants, **options):

@@ -13,7 +13,7 @@ from tiny import PAIRS
 
 from llmchain_fed import FederatedAveraging
 from llmchain_fed.cli import console
-from llmchain_fed.federated.reporting import stderr
+from llmchain_fed.federated.reporting import lines
 from llmchain_fed.runtimes import process_group
 from llmchain_fed.tracking.status_file import StatusFile
 
@@ -50,7 +50,7 @@ def test_lines_of_commands_and_ranks(lost):
     console.say("x")
     console.error_line(OSError("x"))
     process_group.say("a line of a rank")
-    stderr.show("a history")
+    lines.show("a history")
 
 
 @pytest.mark.parametrize("terminal", [False, True], ids=["log", "terminal"])

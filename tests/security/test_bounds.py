@@ -17,7 +17,8 @@ import torch
 import llmchain_fed
 from llmchain_fed.errors import FederationError, ParticipantError
 from llmchain_fed.federated.checkpoint import contents
-from llmchain_fed.federated.client import given_state, global_state_cache
+from llmchain_fed.federated.client import global_state_cache
+from llmchain_fed.federated.client import state as private_state
 from llmchain_fed.federated.participant import ALPHAS, LARGEST_RANK
 from llmchain_fed.federated.protocol import answers, tasks
 from llmchain_fed.training.config import TrainingConfig
@@ -181,7 +182,7 @@ def test_a_hello_a_message_and_a_checkpoint_agree_on_what_they_share():
 
 def test_values_of_a_kept_optimizer_are_looked_at_only_where_they_come_from_outside(monkeypatch):
     looked: list[int] = []
-    monkeypatch.setattr(given_state, "all_finite", lambda tensor: looked.append(tensor.numel()) or True)
+    monkeypatch.setattr(private_state, "all_finite", lambda tensor: looked.append(tensor.numel()) or True)
     config = TrainingConfig(optimizer="adam", keep_optimizer=True)
     weights = torch.nn.Parameter(torch.zeros(3, 4))
     optimizer = config.make_optimizer([weights])
@@ -189,11 +190,11 @@ def test_values_of_a_kept_optimizer_are_looked_at_only_where_they_come_from_outs
     optimizer.step()
     kept = json.loads(json.dumps(optimizer.state_dict()["param_groups"]))
     state = {"state": optimizer.state_dict()["state"], "param_groups": kept}
-    assert given_state.fits(state, config, [(3, 4)], values=False)
-    assert not given_state.fits(state, config, [(4, 3)], values=False)
-    assert not given_state.fits(state, config.replace(learning_rate=0.5), [(3, 4)], values=False)
+    assert private_state.fits(state, config, [(3, 4)], values=False)
+    assert not private_state.fits(state, config, [(4, 3)], values=False)
+    assert not private_state.fits(state, config.replace(learning_rate=0.5), [(3, 4)], values=False)
     assert looked == []
-    assert given_state.fits(state, config, [(3, 4)])
+    assert private_state.fits(state, config, [(3, 4)])
     assert sorted(looked) == [1, 12, 12]
 
 

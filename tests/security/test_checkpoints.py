@@ -36,7 +36,7 @@ from llmchain_fed import FederatedAveraging, untrusted
 from llmchain_fed.errors import CheckpointError, ConfigError, ParticipantError
 from llmchain_fed.federated.checkpoint import files as checkpoint
 from llmchain_fed.federated.checkpoint.manager import read_for
-from llmchain_fed.federated.client import given_state
+from llmchain_fed.federated.client import state as private_state
 from llmchain_fed.federated.protocol.expected import Layout
 from llmchain_fed.federated.protocol.tasks import ProgressData
 from llmchain_fed.updates.lora_layout import A, B
@@ -523,7 +523,7 @@ def test_a_personal_adapter_may_be_as_wide_as_a_remainder_beside_it_makes_it():
 
     def check(rank):
         own = {f"0/personal/x.{A}": torch.zeros(rank, 4), f"0/personal/x.{B}": torch.zeros(6, rank)}
-        given_state.check_layout({"0": ProgressData(next_step=0, optimizer=None)}, describe(own), layout, {})
+        private_state.check_layout({"0": ProgressData(next_step=0, optimizer=None)}, describe(own), layout, {})
 
     check(2)
     check(6)

@@ -17,7 +17,7 @@ from liars import federation
 from llmchain_fed import untrusted
 from llmchain_fed.data.report import DataReport
 from llmchain_fed.errors import ParticipantError
-from llmchain_fed.federated.client.overlap import Overlap
+from llmchain_fed.federated.client.data import Overlap
 from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.answers import Introduction
 from llmchain_fed.federated.server.client_manager import ABSENCE

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from llmchain_fed.errors import CheckpointError, LLMChainFedError
 from llmchain_fed.federated.checkpoint.contents import Contents
 from llmchain_fed.federated.checkpoint.files import FileSizes
-from llmchain_fed.federated.client import given_state
 from llmchain_fed.federated.client import state as private_state
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.protocol import messages
@@ -142,9 +141,9 @@ def check_state(server: Server, name: str, state: bytes, rank: int | None, compl
             task, tensors = messages.read_personal_state(state)
             places = task.progress or {}
             carried = carried_by(server.settings.transforms, infos)
-            given_state.check_layout(places, describe(tensors), Layout(infos), carried)  # as the participant will
+            private_state.check_layout(places, describe(tensors), Layout(infos), carried)  # as the participant will
             found = private_state.read(places, tensors)
-            given_state.check_finite(found)
+            private_state.check_finite(found)
             if any(progress.personal for progress in found.values()) and (layout is None or layout.refused):
                 msg = "it has a personal model, and this model has none beside it"
                 raise CheckpointError(msg)

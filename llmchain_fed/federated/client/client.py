@@ -43,8 +43,6 @@ class Client:
     """One participant, its data and its private state, on a model of this process.
 
     Args:
-        target: What to train.
-        participant: Whose examples.
         config: How to train; the participant's own options go first. None: as the hub says in its hello.
         global_states: What this process's participants have been sent; None makes one for this participant alone.
         transforms: What happens to an update before it is sent, one after the other.
@@ -91,16 +89,11 @@ class Client:
         self._evaluations, self._counting = 0, threading.Lock()
 
     def handle(self, op: str, payload: bytes) -> bytes:
-        """Answers one operation.
+        """Answers one operation, whose task is in the payload.
 
-        What is refused has changed nothing: neither weights, nor where the participant stands, nor what of the global
-        state it has.
-
-        Args:
-            op: Its name: `hello` compares contracts and says what the participant has; `train`, `evaluate` and others
-                work on the global state in the payload; `personal_state` gives back, or takes, where the participant
-                stands; `stop` forgets the federation.
-            payload: The task.
+        `hello` compares contracts and says what the participant has; `train`, `evaluate` and others work on the global
+        state in the payload; `personal_state` gives back, or takes, where the participant stands; `stop` forgets the
+        federation. What is refused has changed nothing of all this.
 
         Raises:
             FederationError: Another operation, one before `hello` told a peer in its own process how to train, or a

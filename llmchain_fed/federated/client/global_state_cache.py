@@ -94,7 +94,9 @@ def _changed(former: GlobalState, number: int, header: StateHeader, tensors: Map
     new_values = dict(former.values)
     changes = header.coded_names or {}
     for newer in sorted(int(key) for key in changes if int(key) > number):
-        new_values |= _decoded(new_values, header.coded, changes[str(newer)], _parts_of(tensors, newer))
+        prefix = f"{CODED}{newer}/"
+        parts = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        new_values |= _decoded(new_values, header.coded, changes[str(newer)], parts)
     if values.keys() - new_values.keys():
         msg = f"the message changes {sorted(values.keys() - new_values.keys())[:3]}, which it did not bring before."
         raise FederationError(msg)
@@ -108,11 +110,6 @@ def _changed(former: GlobalState, number: int, header: StateHeader, tensors: Map
             raise FederationError(msg)
         found[layer] = stack([found[layer].until(rank), factors]) if rank else factors
     return GlobalState(new_values, found)
-
-
-def _parts_of(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-    prefix = f"{CODED}{number}/"
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def _decoded(

@@ -36,7 +36,10 @@ def _codec(name: str) -> str:
 
 
 class Limits(FrozenConfig):
-    """What a participant's training, updates and measurements may be. A refusal begins with the option's name."""
+    """What a participant's training, updates and measurements may be.
+
+    Every check raises a `PolicyError` where it is not so, which begins with the option's name.
+    """
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -72,9 +75,6 @@ class Limits(FrozenConfig):
         """Makes sure that training with these options, the participant's own over the hub's, is allowed.
 
         A learning rate that is asked for takes the place of theirs.
-
-        Raises:
-            PolicyError: It is not.
         """
         if isinstance(config.optimizer, str) and config.optimizer not in self.optimizers:  # an object is one's own
             refuse(
@@ -107,29 +107,17 @@ class Limits(FrozenConfig):
             )
 
     def check_steps(self, steps: int | None) -> None:
-        """Makes sure that so many optimizer steps are allowed; None is a number that only training will tell.
-
-        Raises:
-            PolicyError: They are not.
-        """
+        """Makes sure that so many optimizer steps are allowed; None is a number that only training will tell."""
         if steps is not None and steps > self.max_steps:
             refuse("max_steps", f"{steps:,} optimizer steps are asked for, at most {self.max_steps:,} are allowed")
 
     def check_usable(self, data: Any) -> None:
-        """Makes sure that a participant has enough examples for an update of enough of them.
-
-        Raises:
-            PolicyError: It has not.
-        """
+        """Makes sure that a participant has enough examples for an update of enough of them."""
         if isinstance(data, EncodedExamples):
             self.check_examples(_distinct(data, ([row] for row in range(len(data))), self.min_examples_per_update))
 
     def check_examples(self, count: int) -> None:
-        """Makes sure that an update may be made of so many different examples.
-
-        Raises:
-            PolicyError: They are too few.
-        """
+        """Makes sure that an update may be made of so many different examples."""
         if count < self.min_examples_per_update:
             refuse(
                 "min_examples_per_update",
@@ -141,30 +129,19 @@ class Limits(FrozenConfig):
         """Makes sure that an update will be made of enough different examples; a DataLoader's are counted later.
 
         They are drawn as training draws them.
-
-        Raises:
-            PolicyError: It will not.
         """
         if isinstance(data, EncodedExamples):
             rows = (sampler or length_buckets)(data, config, place)
             self.check_examples(_distinct(data, rows, self.min_examples_per_update))
 
     def check_codec(self, codec: str | None) -> None:
-        """Makes sure that an update may travel as this.
-
-        Raises:
-            PolicyError: It may not.
-        """
+        """Makes sure that an update may travel as this."""
         name = "none" if codec is None else codec.partition(":")[0]
         if name not in self.codecs:
             refuse("codecs", f"{shown(name)} is asked for, allowed are {', '.join(self.codecs) or 'none at all'}")
 
     def check_aggregation(self, name: str | None) -> None:
-        """Makes sure that a rule of this name, as the hub says, is taken part in.
-
-        Raises:
-            PolicyError: It is not.
-        """
+        """Makes sure that a rule of this name, as the hub says, is taken part in."""
         if self.aggregations is not None and name not in self.aggregations:
             said = shown(name) if name is not None else "a rule without a name"
             refuse("aggregations", f"{said} is asked for, allowed are {', '.join(self.aggregations) or 'none'}")
@@ -173,9 +150,6 @@ class Limits(FrozenConfig):
         """Makes sure that a round trains and shares what the rule that the hub named does.
 
         Whether its hello told the truth is seen by this alone.
-
-        Raises:
-            PolicyError: It does not.
         """
         self.check_aggregation(name)
         rule = AGGREGATIONS.get(name) if name is not None else None
@@ -233,9 +207,7 @@ def _distinct(data: EncodedExamples, batches: Iterable[Sequence[int]], enough: i
 class Counted(DataLoader):  # type: ignore[type-arg]
     """A DataLoader of which one knows afterwards how many different examples came out of it.
 
-    Args:
-        inner: Gives the batches.
-        enough: Different examples beyond which none are counted.
+    Beyond `enough` of them none are counted.
     """
 
     def __init__(self, inner: Any, enough: int) -> None:

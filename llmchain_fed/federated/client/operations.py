@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmchain_fed.errors import ConfigError, FederationError
-from llmchain_fed.federated.client import evaluation, given_state, joining, personalization, training
+from llmchain_fed.federated.client import evaluation, joining, personalization, state, training
 from llmchain_fed.federated.protocol.answers import TaskAnswer
 from llmchain_fed.federated.protocol.tasks import (
     CurveTask,
@@ -117,6 +117,6 @@ register_task(EvaluateTask, evaluation.evaluate)
 register_task(SideBySideTask, evaluation.side_by_side)
 register_task(CurveTask, personalization.curve, check=personalization.check_curve)
 register_task(TimeStepTask, training.time_step, check=training.check_time_step)
-register_task(PersonalStateTask, given_state.exchange, check=given_state.check)
+register_task(PersonalStateTask, state.exchange, check=state.check)
 register_task(StopTask, joining.leave)
 _BUILT_IN |= _TYPES.keys()

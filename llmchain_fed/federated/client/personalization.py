@@ -95,11 +95,7 @@ def steps_config(config: TrainingConfig, steps: int, lr: float | None) -> Traini
 
 
 def check(client: Client, task: PersonalizeTask, _layout: Layout, _infos: Mapping[str, TensorInfo]) -> None:
-    """Makes sure that a personal model may be trained: its mean training loss is told, of these examples.
-
-    Raises:
-        PolicyError: The limits do not allow it.
-    """
+    """Makes sure that a personal model may be trained, by the limits: its mean training loss is told of them."""
     data, limits = client.data.train(), client.limits
     if limits is not None:
         limits.check_training(client.config, task.lr)
@@ -109,11 +105,7 @@ def check(client: Client, task: PersonalizeTask, _layout: Layout, _infos: Mappin
 
 
 def check_curve(client: Client, task: CurveTask, _layout: Layout, _infos: Mapping[str, TensorInfo]) -> None:
-    """Makes sure that a curve may be measured.
-
-    Raises:
-        PolicyError: The limits do not allow it.
-    """
+    """Makes sure that a curve may be measured, by the limits."""
     client.data.train()
     if client.limits is not None:
         client.limits.check_training(client.config, task.lr)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from llmchain_fed.errors import FederationError, PolicyError
-from llmchain_fed.federated.client import given_state, personalization
+from llmchain_fed.federated.client import personalization
 from llmchain_fed.federated.client.limits import Counted, counted, steps_of
 from llmchain_fed.federated.client.personalization import loaded
-from llmchain_fed.federated.client.state import Progress
+from llmchain_fed.federated.client.state import Progress, fits
 from llmchain_fed.federated.options import Ditto
 from llmchain_fed.federated.protocol.answers import TimeStepAnswer
 from llmchain_fed.federated.protocol.expected import Layout
@@ -84,17 +84,13 @@ def _check_kept(client: Client, task: TrainTask, layout: Layout, progress: Progr
     if progress.optimizer_state is None or not client.follows or not isinstance(client.config.optimizer, str):
         return
     shapes = [layout.values[n].shape for n in selected(layout.values, task.trains)]
-    if not given_state.fits(progress.optimizer_state, client.config, shapes, values=False):
+    if not fits(progress.optimizer_state, client.config, shapes, values=False):
         msg = "the optimizer that was kept has trained other tensors than this round trains. Keep none, or go on."
         raise FederationError(msg)
 
 
 def check_time_step(client: Client, _task: TimeStepTask, _layout: Layout, _infos: Mapping[str, TensorInfo]) -> None:
-    """Makes sure that steps may be timed.
-
-    Raises:
-        PolicyError: The limits do not allow it.
-    """
+    """Makes sure that steps may be timed, by the limits."""
     client.data.train()
     if client.limits is not None:
         client.limits.check_training(client.config)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from llmchain_fed.data.report import DataReport
-from llmchain_fed.federated.client.overlap import Overlap
+from llmchain_fed.federated.client.data import Overlap
 from llmchain_fed.federated.participant import Alpha, Rank
 from llmchain_fed.federated.protocol import finiteness
 from llmchain_fed.federated.protocol.tasks import MAX_CURVE

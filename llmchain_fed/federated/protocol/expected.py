@@ -27,13 +27,7 @@ _CLOSE = 1e-6  # relative: a scaling comes back from a file with an error in its
 
 @dataclass(frozen=True)
 class Layout:
-    """What the trainable state of a participant looks like, at its own rank.
-
-    Args:
-        values: Type and shape by stable name.
-        rank: Its own LoRA rank, if it has one.
-        scaling: The scaling that goes with it.
-    """
+    """What the trainable state of a participant looks like, at its own rank: type and shape by stable name."""
 
     values: Mapping[str, TensorInfo]
     rank: int | None = None

@@ -1,12 +1,15 @@
-"""Lines: how a time, a change of attendance and a reason are worded for an operator.
+"""Lines: how a time, a change of attendance and a reason are worded for an operator, and how a line is written.
 
-Knows words and the clock. Knows nothing of screens, files or rounds.
+Knows words, the clock, stderr and stdout. Knows nothing of files or rounds. A line that cannot be written costs that
+line, and never what the process is at.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -34,9 +37,7 @@ _TYPE = re.compile(rf"({'|'.join(_WORDS)}): ")
 def stamped(text: str, at: float | None = None) -> str:
     r"""A line with the local time in front; what comes from elsewhere can write no further lines.
 
-    Args:
-        text: What is said.
-        at: seconds since the epoch; None is now.
+    It is now, or `at` so many seconds since the epoch.
 
     >>> stamped("a is back\nb, too")[19:]
     ' a is back\\nb, too'
@@ -101,3 +102,24 @@ def beginning_of(there: list[str], absent: Mapping[str, str]) -> str:
     out = [f"{one_line(name, 80)} ({one_line(reason_of(why), _SHORT)})" for name, why in list(absent.items())[:_NAMES]]
     more = f" and {len(absent) - _NAMES} more" if len(absent) > _NAMES else ""
     return f"in: {names_of(there)}" + (f"; out: {', '.join(out)}{more}" if out else "")
+
+
+def write(line: str) -> None:
+    """A line on stderr, above a progress bar where there is one.
+
+    A log on a full disk, a terminal that has gone, a pipe that nobody reads: in the middle of a round, or in a thread
+    that has other work, none of them is a reason to end.
+    """
+    with suppress(OSError, ValueError):  # ValueError: it was closed
+        if "tqdm" in sys.modules:
+            sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)
+        else:
+            sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+
+def show(text: str) -> None:
+    """What was asked for, on stdout, as far as that can be written."""
+    with suppress(OSError, ValueError):
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()

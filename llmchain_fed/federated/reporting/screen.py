@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from llmchain_fed.federated.callbacks import Callback, RunInfo
-from llmchain_fed.federated.reporting import lines, stderr
+from llmchain_fed.federated.reporting import lines
 from llmchain_fed.untrusted import one_line
 
 if TYPE_CHECKING:
@@ -35,9 +35,7 @@ _POSTFIX = 60  # characters
 class Screen(Callback):
     """Lines with the time: who takes part, who is out and why, each round. The bar counts all of a federation's rounds.
 
-    Args:
-        attendance: Who takes part.
-        elsewhere: Whether participants are in other processes, which may have to be waited for.
+    Participants `elsewhere`, in other processes, may have to be waited for.
     """
 
     def __init__(self, attendance: Attendance, *, elsewhere: bool) -> None:
@@ -110,7 +108,7 @@ class Screen(Callback):
             self._bar.set_postfix_str(one_line(f"{doing}: {', '.join(waiting)}" if waiting else "", _POSTFIX))
 
     def _say(self, text: str, at: float | None = None) -> None:
-        stderr.write(lines.stamped(text, at))
+        lines.write(lines.stamped(text, at))
 
     def _close(self) -> None:
         bar, self._bar = self._bar, None

@@ -72,9 +72,6 @@ class Attendance:
 
     A participant that stops taking part is told once, whatever the cause, and once again when it takes part anew;
     nothing is told of each round in between.
-
-    Args:
-        clock: seconds since the epoch.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:

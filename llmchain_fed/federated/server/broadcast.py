@@ -106,7 +106,8 @@ class Broadcast:
     def __init__(self, codec: Codec | None, layout: LoraLayout | None, attendance: Attendance | None = None) -> None:
         self._codec, self.layout, self._attendance = codec, layout, attendance or Attendance()
         self._token = secrets.token_hex(8)
-        self._number = 0
+        self.number = 0
+        """which version participants are sent now; another number means that something changed"""
         self._start = ""
         self._source: dict[str, Tensor] = {}  # the global values as they are
         self._values: dict[str, Tensor] = {}  # as participants have them: the same, but for what a codec left out
@@ -146,7 +147,7 @@ class Broadcast:
         moved = [n for n, f in state.remainder.items() if shared[n] != f.rank]
         if not (changed or moved or gone):
             return
-        self._number += 1
+        self.number += 1
         self._source |= {n: state.values[n] for n in changed}
         if gone:  # rare, after rolling back
             self._known = {}
@@ -154,11 +155,11 @@ class Broadcast:
             self._encode(changed, state)
         else:
             self._values |= {n: state.values[n] for n in changed}
-        self._stamps |= dict.fromkeys(changed, self._number)
+        self._stamps |= dict.fromkeys(changed, self.number)
         self._remainder = dict(known)
         for layer in moved:
             former = known[layer].before if shared[layer] else ()
-            self._remainder[layer] = _Grown(state.remainder[layer], (*former, (self._number, shared[layer])))
+            self._remainder[layer] = _Grown(state.remainder[layer], (*former, (self.number, shared[layer])))
 
     def _encode(self, changed: list[str], state: GlobalState) -> None:
         assert self._codec is not None
@@ -168,7 +169,7 @@ class Broadcast:
         for name, change in decoded.items():
             old = self._values[name]
             self._values[name] = (old.float() + change).to(old.dtype)
-        self._codes.append(_Codes(self._number, changed, parts))
+        self._codes.append(_Codes(self.number, changed, parts))
         while sum(codes.nbytes for codes in self._codes) > sum(t.nbytes for t in self._values.values()):
             self._codes_since = self._codes.pop(0).number
 
@@ -178,11 +179,6 @@ class Broadcast:
         if rank is None or self.layout is None:
             return self._values
         return self.layout.at_rank(self._values, rank, scaling)
-
-    @property
-    def number(self) -> int:
-        """Which version participants are sent now; another number means that something changed."""
-        return self._number
 
     def rank_of(self, node: str) -> int | None:
         """The LoRA rank of a participant that has one of its own."""
@@ -214,12 +210,7 @@ class Broadcast:
     ) -> Iterator[Sent]:
         """Lets nodes do a task on the global state; yields their answers as `Runtime.call` does.
 
-        Args:
-            runtime: The way to them.
-            task: What to do.
-            nodes: Who should.
-            timeout: seconds to wait for an answer.
-            largest: bytes an answer may have, where the runtime guards that.
+        An answer is waited for `timeout` seconds, and has at most `largest` bytes, where the runtime guards that.
         """
         if largest is not None:
             runtime.expect(largest)
@@ -243,7 +234,7 @@ class Broadcast:
                     self._known[node] = KnownVersion()
                     stale.append(node)
                     continue
-                self._known[node] = KnownVersion(self._number) if isinstance(answer, bytes) else KnownVersion()
+                self._known[node] = KnownVersion(self.number) if isinstance(answer, bytes) else KnownVersion()
                 yield Sent(node, answer, bytes_sent[node])
             waiting = stale
 
@@ -270,7 +261,7 @@ class Broadcast:
     def _brought(self, known: KnownVersion, node: str) -> tuple[StateHeader, dict[str, Tensor]]:
         rank = self.rank_of(node)
         suffix = "" if rank is None else f"{rank}x{next(iter(self._ranks[node][1].values()))!r}"
-        head: dict[str, Any] = {"version": str(Version(self._token, self._number, suffix))}
+        head: dict[str, Any] = {"version": str(Version(self._token, self.number, suffix))}
         if known.version is not None:
             version = str(Version(self._token, known.version, suffix))
             head["against"] = START + self._start if known.found else version
@@ -306,5 +297,5 @@ class Broadcast:
         self._source, self._values = dict(state.values), dict(copy or state.values)
         self._remainder = {n: _Grown(f, ((0, 0),)) for n, f in state.remainder.items()}
         self._token = secrets.token_hex(8)
-        self._number, self._start, self._stamps = 0, "", dict.fromkeys(self._values, 0)
+        self.number, self._start, self._stamps = 0, "", dict.fromkeys(self._values, 0)
         self._known, self._codes, self._codes_since = {}, [], 0

@@ -39,7 +39,6 @@ class ClientManager:
     """Keeps who takes part.
 
     Args:
-        runtime: The way to them.
         target: What is trained, whose contract all must share.
         training: How they train; told to those in other processes.
         aggregation: The rule's name, which a site's policy may ask for.
@@ -59,16 +58,13 @@ class ClientManager:
         """who is not there now, and why it is not now"""
 
     def join(self, *, timeout: float | None = None, again: bool = False) -> list[str]:
-        """Asks everyone who has not joined what they have and whether they stand on the same contract.
+        """Asks everyone who has not joined what they have and on which contract they stand; returns who has joined now.
 
         Whoever was lost meanwhile, when it was to evaluate perhaps, has not: it may have restarted, and is told anew.
 
         Args:
             timeout: seconds to wait for them.
             again: In the same round: who refused by its policy would refuse again, and is left alone until the next.
-
-        Returns:
-            Who has joined now.
 
         Raises:
             LLMChainFedError: A participant's own error in this process, such as examples that cannot be used.

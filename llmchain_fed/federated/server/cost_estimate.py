@@ -59,9 +59,10 @@ def plan_of(server: Server, rounds: int) -> Plan:
     with_held_out = [n for n in present if server.client_manager.joined[n].held_out]
     server.publish()
     in_process = server.runtime.sequential
-    timed = _timed_steps(
-        server, present[:1] if in_process else present
-    )  # before the bytes: it brings the state to them
+    # before the bytes: it brings the state to them
+    answers = ask(server, task_now(server, TimeStepTask), TimeStepAnswer, present[:1] if in_process else present)
+    # one that makes no sense is as good as none
+    timed = [(said.seconds, said.steps) for _, said in answers if isinstance(said, TimeStepAnswer) and said.steps]
     downlink, up, down, kept = _Downlink(server, present), 0, 0, 0
     down += sum(map(downlink.ask, with_held_out))
     for number in range(server.round, server.round + rounds):
@@ -81,7 +82,7 @@ def plan_of(server: Server, rounds: int) -> Plan:
         participants=sampled,
         bytes_up=up,
         bytes_down=down,
-        memory=_memory(server, kept) + 3 * downlink.remainder_bytes,
+        memory=_memory(server, kept) + 3 * downlink.remainder.bytes,
         seconds=seconds,
         seconds_per_step=max(s for s, _ in timed) if timed else None,
     )
@@ -111,7 +112,7 @@ class _Downlink:
 
     def __init__(self, server: Server, nodes: list[str]) -> None:
         self._server, self._rule = server, server.settings.rule
-        self._remainder = _Remainder(server)
+        self.remainder = _Remainder(server)
         self._first: dict[str, set[str]] = {}  # names of what it lacks now, till it is asked
         self._begins: dict[str, list[int]] = {}  # and from which rank on the remainder
         self._sizes: dict[str, int] = {}
@@ -120,14 +121,9 @@ class _Downlink:
             values, remainder = parted(tensors)
             size = len(server.broadcast.message(node, task_now(server, TimeStepTask)))
             self._first[node], self._sizes[node] = set(values), size
-            self._begins[node] = self._remainder.begins(remainder.keys(), state.appended or {})
+            self._begins[node] = self.remainder.begins(remainder.keys(), state.appended or {})
         self._asked = dict.fromkeys(nodes, 0)  # closed rounds that it has been sent
         self._changes: list[Part] = []  # of each closed round
-
-    @property
-    def remainder_bytes(self) -> int:
-        """Size of the frozen factors now."""
-        return self._remainder.bytes
 
     def ask(self, node: str) -> int:
         """Bytes of the next message to it, which it then has."""
@@ -141,7 +137,7 @@ class _Downlink:
         whole = _message_bytes({n: infos[n] for n in infos if n in names}, None)
         lacks_values = bool(first & infos.keys())  # else what it lacked so far travels as codes, too
         coded = self._coded(since) + (self._sizes[node] if first else 0)
-        return self._remainder.since(since, begins) + (whole if lacks_values else min(whole, coded))
+        return self.remainder.since(since, begins) + (whole if lacks_values else min(whole, coded))
 
     def _coded(self, since: int) -> int:
         """Bytes of the changes as codes, where they travel so."""
@@ -154,7 +150,7 @@ class _Downlink:
         """A round of these participants is over."""
         part: Part = "all" if self._rule.rewrites else self._rule.shares(number)
         self._changes.append("A" if self._rule.restarts and self._zero_b() else part)
-        self._remainder.grow(nodes)
+        self.remainder.grow(nodes)
 
     def _zero_b(self) -> bool:
         """Whether B is zero before the round, as the rule leaves it: what does not change does not travel."""
@@ -204,13 +200,6 @@ class _Remainder:
     def bytes(self) -> int:
         """Size of the factors now."""
         return sum(4 * rank * sides for rank, (sides, _) in zip(self._ranks[-1], self._sides, strict=True))
-
-
-def _timed_steps(server: Server, nodes: list[str]) -> list[tuple[float, int]]:
-    """(seconds of a step, steps a round) where somebody says so."""
-    answers = ask(server, task_now(server, TimeStepTask), TimeStepAnswer, nodes)
-    # one that makes no sense is as good as none
-    return [(said.seconds, said.steps) for _, said in answers if isinstance(said, TimeStepAnswer) and said.steps]
 
 
 def _memory(server: Server, updates: int) -> int:

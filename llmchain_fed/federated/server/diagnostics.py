@@ -27,9 +27,7 @@ Seen = tuple[dict[str, float], Tensor]
 class Diagnostics:
     """Looks at a round's updates one by one, and keeps some coordinates of each.
 
-    Args:
-        start: Where participants start.
-        names: Of the tensors that are shared, in one order for all: safetensors come back in an order of their own.
+    The names of the shared tensors stand in one order for all: safetensors come back in an order of their own.
     """
 
     def __init__(self, start: Mapping[str, Tensor], names: Sequence[str]) -> None:

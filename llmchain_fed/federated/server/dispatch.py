@@ -22,14 +22,7 @@ _PAUSE = 2.0  # seconds before the first retry; the n-th waits n times as long
 
 
 class Dispatcher:
-    """Asks participants, as patiently as a federation's options say.
-
-    Args:
-        runtime: The way to them.
-        client_manager: Who takes part.
-        broadcast: Sends them what they lack of the global state.
-        settings: The rule, which says whether they may have ranks of their own; deadline, quorum and retries.
-    """
+    """Asks participants, as patiently as a federation's options say."""
 
     def __init__(
         self, runtime: Runtime, client_manager: ClientManager, broadcast: Broadcast, settings: Settings

@@ -12,8 +12,7 @@ from typing import Any, Literal, get_args
 
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
-from llmchain_fed.federated.server.evaluation import Measurement
-from llmchain_fed.federated.server.pooling import MEASURED, witnesses
+from llmchain_fed.federated.server.evaluation import MEASURED, Measurement, witnesses
 
 FACTOR = 1.5
 """times the best held-out loss so far: above that a round counts"""
@@ -52,24 +51,15 @@ class _Series:
 
     def __init__(self) -> None:
         self._best: dict[Hashable, tuple[float, int]] = {}
-        self._above = 0
-
-    @property
-    def is_above(self) -> bool:
-        """Whether the last loss was far above the best."""
-        return self._above > 0
+        self.above = 0
+        """how many losses in a row were far above the best"""
 
     def add(
         self, over: Hashable, number: int, before: float | None, after: float | None, *, believed: bool = True
     ) -> str | None:
-        """One round's losses; what to say where they diverge.
+        """One round's losses, None or not finite where they were not measured; what to say where they diverge.
 
-        Args:
-            over: What they were measured on: only losses over the same examples are compared.
-            number: The round's.
-            before: Its loss, None or not finite where it was not measured.
-            after: Likewise.
-            believed: Whether a loss far above the best counts.
+        Only losses `over` the same examples are compared; one far above the best counts where it is `believed`.
         """
         known = [self._best[over]] if over in self._best else []
         if before is not None and math.isfinite(before):
@@ -77,10 +67,10 @@ class _Series:
         said = None
         if after is not None and math.isfinite(after):
             best, since = min(known, default=(math.inf, 0))
-            self._above = self._above + 1 if after > FACTOR * best and believed else 0
-            if self._above >= ROUNDS:
+            self.above = self.above + 1 if after > FACTOR * best and believed else 0
+            if self.above >= ROUNDS:
                 when = f"after round {since}" if since else "before round 1"
-                said = f"{after:.4g}, for {self._above} rounds in a row above {FACTOR} × the best ({best:.4g} {when})"
+                said = f"{after:.4g}, for {self.above} rounds in a row above {FACTOR} × the best ({best:.4g} {when})"
             known.append((after, number))
         if known:
             self._best[over] = min(known)
@@ -133,7 +123,7 @@ class Divergence:
             series = self._own.setdefault(name, _Series())
             if (said := series.add(self._members, record.round, before, after)) is not None:
                 own[name] = said
-            if name in measured and series.is_above:
+            if name in measured and series.above:
                 above.append(name)
         # a participant that is away takes its examples with it: the others' loss alone is no progress and no setback
         over = "shared" if shared else (self._members, frozenset(measured))

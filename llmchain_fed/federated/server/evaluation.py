@@ -1,12 +1,19 @@
-"""Evaluator: held-out loss and sample answers, measured where the held-out examples are.
+"""Evaluator: held-out loss and sample answers, measured where the held-out examples are, and the pool of the losses.
 
 Knows the `evaluate` operation and the records it fills. Knows nothing about training or aggregation.
+
+The pool is the mean of the participants' losses, weighted by completion tokens: those that a participant declared when
+it joined, or fewer. From three participants on, none weighs more than all others together, so at most one half; of two,
+nobody could say whose count is the lie. What is decided by the pool (stopping early, divergence) moreover needs as many
+witnesses as half of those who were measured: see `witnesses`. One that always claims to improve can delay an early
+stop, not bring one about.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +29,6 @@ from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import EvaluateTask
 from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.broadcast import Broadcast
-from llmchain_fed.federated.server.pooling import HALF, WHOLE, pooled
 from llmchain_fed.federated.target import Target
 from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.training.evaluation import evaluate_locally
@@ -31,6 +37,11 @@ from llmchain_fed.untrusted import one_line, printable
 _SAMPLE_TOKENS = 32
 _LONGEST = 10_000  # characters of a text that came from elsewhere
 _SHORT = 1000  # and of one that says what went wrong
+MEASURED = 3
+"""participants from which on one alone neither weighs most nor decides"""
+HALF = "it counts one half in the pooled held-out loss: it has more held-out tokens than all others together"
+WHOLE = "it counts by its held-out tokens again in the pooled held-out loss"
+Answers = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,6 @@ class Evaluator:
     """Measures the current global weights on held-out examples.
 
     Args:
-        target: The model in this process.
         evaluation: A share to hold out, a mapping name → examples, examples for all, or None.
         training: How participants train: at the same length and precision the examples for all are measured.
         samples: answers recorded per participant.
@@ -134,12 +144,8 @@ class Evaluator:
     ) -> Measurement | None:
         """The weights as they are now; the last answer again if they are the same; None where nothing is held out.
 
-        Args:
-            runtime: The way to the participants.
-            broadcast: Sends them what they lack of the global state.
-            joined: Who takes part.
-            number: Rounds completed with these weights; the next one is what participants are told.
-            timeout: seconds to wait for their answers.
+        With these weights `number` rounds are completed: participants are told the next one. Their answers are waited
+        for `timeout` seconds.
         """
         with_held_out = [n for n, hello in joined.items() if hello.held_out]
         if not with_held_out and not self.is_shared:
@@ -243,3 +249,73 @@ def _pooled(before: Measurement, after: Measurement) -> tuple[float | None, floa
     if before.shared and after.shared:
         return before.shared["loss"], after.shared["loss"], []
     return pooled(before.own, after.own)
+
+
+# --- one loss of all participants -------------------------------------------------------------------------------------
+
+
+def pooled(before: Answers, after: Answers) -> tuple[float | None, float | None, list[str]]:
+    """Mean over the same held-out tokens on both sides, and whose weight in it was cut.
+
+    Who sent a loss that is not finite, on either side, is left out of both, and its record says so: one participant's
+    numbers do not hide the others'.
+    """
+    both = [n for n in before if all(_is_finite(side.get(n, {})) for side in (before, after))]
+    if not both:  # nobody's is finite on both sides: perhaps some are on one
+        (old, cut), (new, _) = _mean(before), _mean(after)
+        return (old, new, cut) if old is None or new is None else (None, new, [])
+    weights, cut = capped({n: before[n]["tokens"] for n in both})
+    total = sum(weights.values())
+    sides = (sum(side[n]["loss"] * weights[n] for n in both) / total for side in (before, after))
+    return next(sides), next(sides), cut
+
+
+def capped(tokens: Mapping[str, int]) -> tuple[dict[str, int], list[str]]:
+    """Participant → what its loss weighs, and whose weight was cut; as they are where nobody has more than half.
+
+    >>> capped({"a": 10, "b": 30, "c": 10**9})
+    ({'a': 10, 'b': 30, 'c': 40}, ['c'])
+    """
+    weights = dict(tokens)
+    largest = max(weights, key=weights.__getitem__)
+    others = sum(weights.values()) - weights[largest]
+    if len(weights) < MEASURED or weights[largest] <= others:
+        return weights, []
+    return weights | {largest: others}, [largest]
+
+
+def witnesses(measured: Collection[str], wrong: Collection[str]) -> bool:
+    """Whether enough participants say that something is wrong: half of them, or of fewer than three whoever does.
+
+    Not two of any number: in many rounds of many participants somebody honest has a bad one by chance.
+
+    >>> witnesses("abc", "c"), witnesses("abc", "bc"), witnesses("ab", "b"), witnesses("abcdefghi", "abcd")
+    (False, True, True, False)
+    """
+    return 2 * len(wrong) >= len(measured) if len(measured) >= MEASURED else bool(wrong)
+
+
+def stands_still(record: RoundRecord, min_delta: float) -> bool:
+    """Whether enough participants' own losses have not improved in a round to believe a pool that has not.
+
+    Args:
+        record: With the losses of those who were measured; of none, where the hub measured for itself.
+        min_delta: nats per token that count as an improvement.
+    """
+    losses = {n: (p.held_out_before, p.held_out_after) for n, p in record.participants.items()}
+    known = {n: (old, new) for n, (old, new) in losses.items() if old is not None and new is not None}
+    still = [n for n, (old, new) in known.items() if not new < old - min_delta]
+    return not known or witnesses(known, still)
+
+
+def _is_finite(own: Mapping[str, Any]) -> bool:
+    loss = own.get("loss")
+    return loss is not None and math.isfinite(loss)
+
+
+def _mean(found: Answers) -> tuple[float | None, list[str]]:
+    finite = {n: own for n, own in found.items() if _is_finite(own)}
+    if not finite:
+        return None, []
+    weights, cut = capped({n: own["tokens"] for n, own in finite.items()})
+    return sum(own["loss"] * weights[n] for n, own in finite.items()) / sum(weights.values()), cut

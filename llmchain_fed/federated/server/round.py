@@ -239,9 +239,7 @@ class OpenRound:
     def aggregate(self, quorum: int, ask: Ask) -> Combined:
         """The combined values; fills in every record's cosine to the mean.
 
-        Args:
-            quorum: Updates without which the round fails.
-            ask: The way to the participants, for a collection that needs something beside their updates.
+        `ask` is the way to the participants, for a collection that needs something beside their updates.
 
         Raises:
             QuorumError: Too few updates are in, or of use; every reason is listed.

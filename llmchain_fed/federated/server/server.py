@@ -1,23 +1,27 @@
 """Server: the leading side of a federation. Its state between rounds, and the steps that a round is made of.
 
 Knows the seams: runtime, rule, codecs, server optimizer, records. Knows nothing about how participants train or where
-they run, nor about when a round is run.
+they run, nor about when a round is run. `Replication` lets all processes of one script end every call with its state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import asdict
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch import Tensor
 
 from llmchain_fed.data.report import DataReport
-from llmchain_fed.errors import UpdateRefusedError
+from llmchain_fed.errors import FederationError, UpdateRefusedError
 from llmchain_fed.federated.client.client import Client
-from llmchain_fed.federated.client.overlap import crossing, overlap
+from llmchain_fed.federated.client.data import crossing, overlap
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
-from llmchain_fed.federated.protocol.global_state import GlobalState
+from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Count, Name
+from llmchain_fed.federated.protocol.global_state import GlobalState, named, parted
 from llmchain_fed.federated.protocol.tasks import MAX_AGGREGATION, TrainTask
 from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.broadcast import Broadcast
@@ -30,7 +34,7 @@ from llmchain_fed.federated.settings import Settings, sampled
 from llmchain_fed.federated.target import Target
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training.config import TrainingConfig
-from llmchain_fed.untrusted import printable
+from llmchain_fed.untrusted import Strict, checked, decoding, printable
 from llmchain_fed.updates import serialization, server_optimizers
 from llmchain_fed.updates.collection import Combined, Round
 from llmchain_fed.updates.server_optimizers import ServerOptimizer
@@ -234,6 +238,69 @@ class Server:
             remainder = {n + part: t for n, f in new.remainder.items() for part, t in ((" B", f.b), (" A", f.a))}
             _check_finite({**(moved if settings.rule.refactor is not None else {}), **remainder})
         return new
+
+
+class Replication:
+    """Lets one process work while the others help, and then stand where it does, of which `adopted` is told there."""
+
+    def __init__(self, server: Server, adopted: Callable[[], object]) -> None:
+        self._server, self._adopted = server, adopted
+        self._result: Any = None
+
+    def do(self, work: Callable[[], Any]) -> Any:
+        """What `work`, called by the leading process only, gives: JSON, on every process.
+
+        Raises:
+            FederationError: On the others, where the work failed or its process is gone.
+        """
+        runtime = self._server.runtime
+        if not runtime.replicated:
+            return work()
+        if not runtime.leads:
+            runtime.follow(self._adopt)
+            return self._result
+        try:
+            found = work()
+        except BaseException as error:
+            runtime.publish(self._outcome(), error)
+            raise
+        runtime.publish(self._outcome(found))
+        return found
+
+    def _outcome(self, result: Any = None) -> bytes:
+        """What the other processes need in order to stand where this one does."""
+        server, state = self._server, GlobalState.of(self._server.model)
+        header = {
+            "round": server.round,
+            "history": json.loads(server.history.to_json()),
+            "reports": {name: asdict(report) for name, report in server.data_reports.items()},
+            "result": result,
+        }
+        return serialization.pack({**state.values, **named(state.remainder)}, header)
+
+    def _adopt(self, outcome: bytes) -> None:
+        what = "what the leading process says it did"
+        with decoding(what, FederationError):
+            header, infos = serialization.inspect(outcome, max_bytes=len(outcome))
+            found = checked(_Outcome, header, what=what, error=FederationError)
+            history = History.from_dict(found.history, what=what, error=FederationError)
+            reports = {name: DataReport(**report) for name, report in found.reports.items()}
+            state = GlobalState(*parted(serialization.values(outcome, infos)))
+        state.load(self._server.model)
+        self._server.round, self._server.history, self._server.data_reports = found.round, history, reports
+        self._result = found.result
+        self._adopted()
+
+
+class _Outcome(Strict):
+    """What one process tells the others, beside the weights."""
+
+    round: Count
+    history: Any
+    reports: Annotated[
+        dict[Name, Annotated[dict[str, Count], Field(max_length=64)]], Field(max_length=MOST_PARTICIPANTS)
+    ]
+    result: Any
 
 
 def _check_finite(values: Mapping[str, Tensor]) -> None:

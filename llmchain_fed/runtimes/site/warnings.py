@@ -18,7 +18,7 @@ from llmchain_fed.runtimes.messaging.frames import is_own_group
 from llmchain_fed.untrusted import shown
 
 if TYPE_CHECKING:  # they bring torch, and a path that is wrong shall be said before that is imported
-    from llmchain_fed.federated.client.overlap import Overlap
+    from llmchain_fed.federated.client.data import Overlap
     from llmchain_fed.runtimes.site.policy import Policy
 
 

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from llmchain_fed import ConfigError, FederatedAveraging, Participant, cli
 from llmchain_fed.cli import site as commands
 from llmchain_fed.errors import DataError, ParticipantError, QuorumError, RecipeError, TransportError
-from llmchain_fed.federated.client.overlap import Overlap
+from llmchain_fed.federated.client.data import Overlap
 from llmchain_fed.runtimes.messaging import frames, heads
 from llmchain_fed.runtimes.overview import ask_status
 from llmchain_fed.runtimes.site import warnings
