@@ -156,7 +156,7 @@ class LocalLanguageModel(BaseModel):
             template = chat_template.template_of(tokenizer, self.model.name)
         except UnsupportedModelError:  # several and no default: none of them is used
             return frozenset()
-        return chat_template.written_tokens(tokenizer, template, self.switches)
+        return chat_template.facts_of(tokenizer, template, self.switches).written
 
     @property
     def switches(self) -> Mapping[str, Any]:

@@ -21,7 +21,6 @@ from llmchain_fed.errors import UnsupportedModelError
 from llmchain_fed.model import embedded, pristine, wrapping
 from llmchain_fed.model.adapters.lora_config import check_config
 from llmchain_fed.model.folder import files, settings, weights
-from llmchain_fed.model.folder import tokenizer as folder_tokenizer
 from llmchain_fed.untrusted import no_panic, printable, shown
 
 
@@ -91,7 +90,7 @@ def _check_source(path: str) -> None:
     if folder.is_dir():
         files.check_own(folder, error=UnsupportedModelError)
         settings.check_own(folder, error=UnsupportedModelError)
-        folder_tokenizer.check(folder, remedy="Take the folder from another source.", error=UnsupportedModelError)
+        settings.check_tokenizer(folder, remedy="Take the folder from another source.", error=UnsupportedModelError)
         weights.check_index(folder, error=UnsupportedModelError)
         if any(folder.glob("*.safetensors")):
             weights.check_fits(folder, error=UnsupportedModelError)

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from llmchain_fed.data.encoding import IGNORE
 from llmchain_fed.errors import DataError, UnsupportedModelError
-from llmchain_fed.model import vocabulary
 from llmchain_fed.model.adapters.lora_config import check_in_use, unwrapped
 from llmchain_fed.model.generation import padding
 from llmchain_fed.model.generation.answers import evaluating
 from llmchain_fed.model.local_model import LocalModel
-from llmchain_fed.model.tokens import pad_rows
+from llmchain_fed.model.tokens import check_rows, pad_rows
 from llmchain_fed.training import running_state
 from llmchain_fed.training.loss import completion_logits, transformers_model
 
@@ -71,7 +70,7 @@ def pads(model: LocalModel) -> bool:
     module = unwrapped(model.module)
     known = _pads.get(module)
     if known is None:
-        vocabulary.check(model, ())  # says more than the IndexError of a trial would
+        check_rows(model, ())  # says more than the IndexError of a trial would
         with model.exclusive():
             trial = _trial(module, model.pad_id)
             with _no_trace(model.device), evaluating(module):
