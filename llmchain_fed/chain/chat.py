@@ -97,11 +97,8 @@ class LocalChatModel(LocalLanguageModel, BaseChatModel):
         """Messages, or whatever else `invoke` takes → the text that the model sees, up to where its answer begins.
 
         A last message of the assistant's is a begun answer, which the model goes on from. Where a message's text
-        spells a control token, the result is a `Rendered`, which `LocalModel.encode` keeps from becoming one.
-
-        Args:
-            messages: The conversation.
-            chat_template_kwargs: Switches of the template for this call, over the model's own.
+        spells a control token, the result is a `Rendered`, which `LocalModel.encode` keeps from becoming one. Switches
+        of the template for this call go over the model's own.
 
         Raises:
             ChatTemplateError: The template refuses the messages.

@@ -77,11 +77,8 @@ def checked_lines(file: TextIO, name: str) -> Iterator[str]:
     """The lines of a file, none of which contains what no text has."""
     for number, line in numbered_lines(file, name):
         if "\0" in line:
-            refuse(
-                name,
-                number,
-                "has a NUL byte, which no text has: the file is UTF-16, perhaps, or was cut off. Save it as UTF-8",
-            )
+            why = "has a NUL byte, which no text has: the file is UTF-16, perhaps, or was cut off. Save it as UTF-8"
+            refuse(name, number, why)
         yield line
 
 
@@ -102,12 +99,8 @@ def read_csv(file: TextIO, name: str) -> Iterator[tuple[int, Any]]:
     found = 0
     for line, cells, raw in records:
         if len(cells) != len(header):
-            refuse(
-                name,
-                line,
-                f"has {len(cells)} cells under {len(header)} columns ({_few(header)}): quote values that contain "
-                "commas, quotes or line breaks",
-            )
+            cells_found = f"has {len(cells)} cells under {len(header)} columns ({_few(header)})"
+            refuse(name, line, f"{cells_found}: quote values that contain commas, quotes or line breaks")
         found += 1
         if not CSV_MARKERS.isdisjoint(cells):
             bare = _bare(raw)
@@ -140,11 +133,8 @@ def _records(file: TextIO, name: str) -> Iterator[tuple[int, list[str], str]]:
                 cells = next(reader, None)
         except csv.Error as error:
             until = f" (from line {start} on)" if reader.line_num > start else ""
-            refuse(
-                name,
-                max(reader.line_num, start),
-                f"is not CSV{until}: {error}. Quote values that contain commas, quotes or line breaks",
-            )
+            why = f"is not CSV{until}: {error}. Quote values that contain commas, quotes or line breaks"
+            refuse(name, max(reader.line_num, start), why)
         if cells is None:
             return
         raw = "".join(taken)
@@ -185,18 +175,11 @@ def _check_header(header: list[str], name: str, line: int) -> None:
     first: dict[str, int] = {}
     for column, title in enumerate(header, start=1):
         if not title.strip():
-            refuse(
-                name,
-                line,
-                f"gives column {column} no name. Name it, or drop it (pandas writes an index so: to_csv(index=False))",
-            )
+            why = "Name it, or drop it (pandas writes an index so: to_csv(index=False))"
+            refuse(name, line, f"gives column {column} no name. {why}")
         if first.setdefault(title, column) != column:
-            refuse(
-                name,
-                line,
-                f"has the column {title!r:.80} twice ({first[title]} and {column}), and only one can "
-                "count. Rename or drop the other",
-            )
+            twice = f"has the column {title!r:.80} twice ({first[title]} and {column})"
+            refuse(name, line, f"{twice}, and only one can count. Rename or drop the other")
 
 
 def _few(header: list[str]) -> str:

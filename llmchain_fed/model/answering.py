@@ -15,8 +15,17 @@ import torch
 from transformers import StoppingCriteriaList
 
 from llmchain_fed.errors import ConfigError, PromptTooLongError
-from llmchain_fed.model.generation import fields, padding
-from llmchain_fed.model.generation.answers import Completion, GenerationOptions, chunks, evaluating, seeded, stream_text
+from llmchain_fed.model.generation import fields
+from llmchain_fed.model.generation.answers import (
+    Completion,
+    GenerationOptions,
+    Sharing,
+    chunks,
+    evaluating,
+    seeded,
+    sharing,
+    stream_text,
+)
 from llmchain_fed.model.generation.stop_strings import Settling, StopOnText, checked_stops, cut_at_stop
 from llmchain_fed.model.tokens import Tokens, check_rows, input_rows, pad_rows
 
@@ -103,7 +112,7 @@ class Answering(Tokens):
         rooms = [self._room(row, settings.max_new_tokens) for row in rows]
         # Neighbours in length share a batch; so do only prompts with the same room for their answers.
         order = sorted(range(len(rows)), key=lambda i: (-rooms[i], len(rows[i])))
-        share: padding.Sharing = self._sharing(rows) if batch_size > 1 else "any"
+        share: Sharing = self._sharing(rows) if batch_size > 1 else "any"
         reads = self.kind == "causal" and settings.reads_padding
         reads = reads or fields.reads_padding(self._shipped, seq2seq=self.kind == "seq2seq", pad=self.pad_id)
         if reads and share == "any":  # then only prompts of one length go together, without padding
@@ -171,12 +180,12 @@ class Answering(Tokens):
         own = checked_stops(fields.stop_strings(self._shipped))
         return settings, tuple(dict.fromkeys((*stops, *own)))
 
-    def _sharing(self, rows: Sequence[Sequence[int]]) -> padding.Sharing:
+    def _sharing(self, rows: Sequence[Sequence[int]]) -> Sharing:
         """Which of these prompts may share a batch; asked of the module where there is more than one."""
         if len(rows) < 2:
             return "any"
         with self.exclusive():
-            return padding.sharing(self.module, rows, pad=self.pad_id, left=self.kind == "causal")
+            return sharing(self.module, rows, pad=self.pad_id, left=self.kind == "causal")
 
     def _room(self, row: Sequence[int], wanted: int) -> int:
         """How many tokens the answer to this prompt may have."""

@@ -21,8 +21,7 @@ import jinja2.nodes
 
 from llmchain_fed._config import unknown_option
 from llmchain_fed.errors import ChatTemplateError, ConfigError, UnsupportedModelError
-from llmchain_fed.model.control_tokens import added_tokens, may_spell
-from llmchain_fed.model.provenance import Change, map_texts, mark_foreign, texts_of
+from llmchain_fed.model.control_tokens import Change, added_tokens, map_texts, mark_foreign, may_spell, texts_of
 
 Message = dict[str, Any]
 

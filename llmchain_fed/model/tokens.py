@@ -51,9 +51,7 @@ class Tokens:
     def _configured(self, name: str) -> list[int]:
         """The ids that the module's generation configuration has under a name: one, several or none."""
         value = getattr(getattr(self.module, "generation_config", None), name, None)
-        return (
-            [int(i) for i in value] if isinstance(value, (list, tuple)) else [int(value)] if value is not None else []
-        )
+        return [int(i) for i in (value if isinstance(value, (list, tuple)) else [value]) if i is not None]
 
     def control_tokens(self) -> frozenset[str]:
         """The texts of the begin, end and padding tokens, which no foreign text can write."""
@@ -144,10 +142,8 @@ class Tokens:
         """Without the end token and the padding behind it; a row cut at a stop string has padding alone."""
         eos, pad = self.eos_ids, self.pad_id
         end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
-        known = pad in (
-            getattr(self.tokenizer, "pad_token_id", None),
-            *eos,
-        )  # else it is some token, maybe the answer's
+        # else it is some token, maybe the answer's
+        known = pad in (getattr(self.tokenizer, "pad_token_id", None), *eos)
         while known and end and ids[end - 1] == pad:
             end -= 1
         return ids[:end]

@@ -126,7 +126,8 @@ def shipped(own: Any, *, sampling: bool, beams: bool) -> dict[str, Any]:
     known = set(names())
     values = {n: v for n, v in vars(own).items() if n not in METADATA and not n.startswith("_") and v is not None}
     values = {n: v for n, v in values.items() if n not in known or _field(n).treatment in applying}
-    return {n: v for n, v in values.items() if n not in known or not _is_empty(v)}
+    empty = {n for n, v in values.items() if isinstance(v, (list, tuple, dict, set)) and not v}
+    return {n: v for n, v in values.items() if n not in known or n not in empty}
 
 
 def stop_strings(own: Any) -> tuple[str, ...]:
@@ -199,10 +200,6 @@ def _set(own: Any) -> list[tuple[str, Any]]:
 
 def _field(name: str) -> Field:
     return FIELDS.get(name, _WITHOUT_EFFECT)
-
-
-def _is_empty(value: Any) -> bool:
-    return isinstance(value, (list, tuple, dict, set)) and not value
 
 
 def _sequences(biases: Any) -> list[tuple[int, ...]]:
