@@ -13,11 +13,10 @@ from langchain_core.language_models.llms import LLM
 from langchain_core.prompts import BasePromptTemplate, FewShotPromptTemplate
 from pydantic import Field
 
+from llmchain_fed import library
 from llmchain_fed.chain.llm import LocalLLM
 from llmchain_fed.errors import RecipeError
-from llmchain_fed.library import list_chains, list_prompts, load_chain, load_prompt
-from llmchain_fed.recipes import files
-from llmchain_fed.recipes.files import read_spec
+from llmchain_fed.library import list_chains, list_prompts, load_chain, load_prompt, read_spec
 from llmchain_fed.recipes.prompts import prompt_from_data, prompt_to_data
 from llmchain_fed.recipes.schema import ChainSpec, PromptSpec
 
@@ -302,14 +301,14 @@ def test_an_unknown_name_lists_the_valid_ones():
 def test_other_files_in_the_folder_are_not_recipes(tmp_path):
     for name in ["b.yaml", "a.yaml", "c.yml", "d.json", "E.yaml", "f-g.yaml", ".yaml"]:
         (tmp_path / name).write_text("")
-    assert files.recipe_names(tmp_path) == ["a", "b"]
+    assert library.recipe_names(tmp_path) == ["a", "b"]
 
 
 def test_the_installed_folder_comes_before_the_checkout(tmp_path, monkeypatch):
     packaged = tmp_path / "_library" / "prompts"
     packaged.mkdir(parents=True)
     (packaged / "greet.yaml").write_text(GOOD_PROMPT)
-    monkeypatch.setattr(files, "files", lambda package: tmp_path)
+    monkeypatch.setattr(library, "files", lambda package: tmp_path)
     assert list_prompts() == ["greet"]
     assert load_prompt("greet").format(who="Ann") == "Greet Ann in French."
 
@@ -317,7 +316,7 @@ def test_the_installed_folder_comes_before_the_checkout(tmp_path, monkeypatch):
 def test_folders_beside_an_installed_package_are_not_ours(tmp_path, monkeypatch):
     """In site-packages, `prompts` belongs to somebody else."""
     (tmp_path / "prompts").mkdir()
-    monkeypatch.setattr(files, "files", lambda package: tmp_path / "llmchain_fed")
-    monkeypatch.setattr(files, "__file__", str(tmp_path / "llmchain_fed" / "recipes" / "files.py"))
+    monkeypatch.setattr(library, "files", lambda package: tmp_path / "llmchain_fed")
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "llmchain_fed" / "library.py"))
     with pytest.raises(RecipeError, match="Reinstall llmchain-fed"):
         list_prompts()

@@ -66,7 +66,7 @@ def test_two_publishers_teach_it_french(chain, tmp_path):
 
 def test_the_second_load_finds_the_cached_copy(monkeypatch):
     """Dequantising takes half a minute; nobody should wait for it twice."""
-    from llmchain_fed.model import embedded
+    from llmchain_fed.model import loading
 
-    monkeypatch.setattr(embedded, "_dequantise", lambda *_: pytest.fail("dequantised again"))
+    monkeypatch.setattr(loading, "_dequantise", lambda *_: pytest.fail("dequantised again"))
     assert LocalModel.from_pretrained("smollm2-135m-instruct").kind == "causal"

@@ -156,7 +156,7 @@ class LocalLanguageModel(BaseModel):
             template = chat_template.template_of(tokenizer, self.model.name)
         except UnsupportedModelError:  # several and no default: none of them is used
             return frozenset()
-        return chat_template.written_tokens(tokenizer, template, self.switches)
+        return chat_template.facts_of(tokenizer, template, self.switches).written
 
     @property
     def switches(self) -> Mapping[str, Any]:
@@ -199,17 +199,13 @@ class LocalLanguageModel(BaseModel):
 
 @dataclass(frozen=True)
 class Bare:
-    """A face by itself as the `Prompt` of its examples: an example's input is what the face's `invoke` takes.
-
-    Args:
-        face: Who answers.
-        call: Keywords that go along with every call.
-        strips: Whether a parser behind the face drops the white space around an answer.
-    """
+    """A face by itself as the `Prompt` of its examples: an example's input is what the face's `invoke` takes."""
 
     face: LocalLanguageModel
     call: Mapping[str, Any]
+    """keywords that go along with every call"""
     strips: bool = False
+    """whether a parser behind the face drops the white space around an answer"""
 
     input_variables: ClassVar[None] = None
     optional_variables: ClassVar[tuple[str, ...]] = ()

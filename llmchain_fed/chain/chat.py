@@ -1,29 +1,41 @@
 """LocalChatModel: a LocalModel with a chat template as a LangChain chat model.
 
-Knows langchain_core's BaseChatModel, messages and LocalModel. Knows nothing about prompts' templates or training.
+Knows langchain_core's BaseChatModel, LocalModel, and messages in LangChain's and in transformers' form, which chat
+templates are written for. Knows nothing about prompts' templates or training.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import CallbackManagerForLLMRun
 from langchain_core.language_models.base import LanguageModelInput
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    ChatMessage,
+    FunctionMessage,
+    SystemMessage,
+    ToolMessage,
+)
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from pydantic import Field, model_validator
 from typing_extensions import override
 
 from llmchain_fed.chain.base_llm import LocalLanguageModel
-from llmchain_fed.chain.messages import to_transformers
 from llmchain_fed.errors import ConfigError, DataError, UnsupportedModelError
 from llmchain_fed.model import chat_template
 from llmchain_fed.model.generation.answers import Completion
+
+_ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "function"}
+_CALLS = ("tool_call", "tool_use", "function_call", "invalid_tool_call", "tool_call_chunk")
+_REASONING = {"reasoning": "reasoning", "thinking": "thinking"}  # kind of block → the key of its text
 
 
 class LocalChatModel(LocalLanguageModel, BaseChatModel):
@@ -85,11 +97,8 @@ class LocalChatModel(LocalLanguageModel, BaseChatModel):
         """Messages, or whatever else `invoke` takes → the text that the model sees, up to where its answer begins.
 
         A last message of the assistant's is a begun answer, which the model goes on from. Where a message's text
-        spells a control token, the result is a `Rendered`, which `LocalModel.encode` keeps from becoming one.
-
-        Args:
-            messages: The conversation.
-            chat_template_kwargs: Switches of the template for this call, over the model's own.
+        spells a control token, the result is a `Rendered`, which `LocalModel.encode` keeps from becoming one. Switches
+        of the template for this call go over the model's own.
 
         Raises:
             ChatTemplateError: The template refuses the messages.
@@ -102,7 +111,7 @@ class LocalChatModel(LocalLanguageModel, BaseChatModel):
             raise UnsupportedModelError(msg)
         given = self.chat_template_kwargs | dict(chat_template_kwargs or {})
         try:
-            conversation = to_transformers(self._convert_input(messages).to_messages(), model.name)
+            conversation = _in_transformers_form(self._convert_input(messages).to_messages(), model.name)
         except (ValueError, TypeError, NotImplementedError) as error:
             msg = f"cannot read {messages!r:.80} as an input of LocalChatModel: {error}. Pass text or messages."
             raise DataError(msg) from None
@@ -172,3 +181,76 @@ def _usage(done: Completion) -> UsageMetadata:
         output_tokens=done.completion_tokens,
         total_tokens=done.prompt_tokens + done.completion_tokens,
     )
+
+
+def _in_transformers_form(messages: Sequence[BaseMessage], name: str) -> list[dict[str, Any]]:
+    """Messages → mappings: role and content, and where there are any `name`, `tool_calls`, `reasoning_content`.
+
+    A call's arguments are a mapping, not the OpenAI wire form's string
+    (https://huggingface.co/docs/transformers/main/en/chat_extras). Content is a text, or a list of
+    `{"type": "text", "text": …}` where the message has blocks.
+
+    Raises:
+        UnsupportedModelError: A message contains more than text.
+    """
+    return [_converted(message, name) for message in messages]
+
+
+def _converted(message: BaseMessage, name: str) -> dict[str, Any]:
+    role = _role(message)
+    content, reasoning = _content(message, role, name)
+    found: dict[str, Any] = {"role": role, "content": content}
+    if message.name:
+        found["name"] = message.name
+    if isinstance(message, ToolMessage):
+        found["tool_call_id"] = message.tool_call_id
+    if isinstance(message, AIMessage):
+        if calls := [*map(_call, message.tool_calls), *map(_call, message.invalid_tool_calls)]:
+            found["tool_calls"] = calls
+        kept = message.additional_kwargs.get("reasoning_content")
+        if reasoning or isinstance(kept, str):
+            found["reasoning_content"] = reasoning or kept
+    return found
+
+
+def _role(message: BaseMessage) -> str:
+    if isinstance(message, ChatMessage):
+        return message.role
+    if isinstance(message, SystemMessage):
+        return str(message.additional_kwargs.get("__openai_role__", "system"))
+    if isinstance(message, FunctionMessage):
+        return "function"
+    kind = message.type.removesuffix("MessageChunk").lower()
+    return _ROLES.get(kind, kind)
+
+
+def _call(call: Any) -> dict[str, Any]:
+    arguments = call.get("args")
+    return {
+        "type": "function",
+        "id": call.get("id"),
+        "function": {"name": call.get("name"), "arguments": {} if arguments is None else arguments},
+    }
+
+
+def _content(message: BaseMessage, role: str, name: str) -> tuple[str | list[dict[str, Any]], str]:
+    """The content, and the reasoning that stood among its blocks."""
+    if isinstance(message.content, str):
+        return message.content, ""
+    parts: list[dict[str, Any]] = []
+    reasoning: list[str] = []
+    for block in message.content:
+        kind = "text" if isinstance(block, str) else block.get("type")
+        if isinstance(block, str):
+            parts.append({"type": "text", "text": block})
+        elif kind == "text" and isinstance(block.get("text"), str):
+            parts.append({"type": "text", "text": block["text"]})
+        elif role == "assistant" and kind in _REASONING:
+            reasoning.append(str(block.get(_REASONING[kind], "")))
+        elif role != "assistant" or kind not in _CALLS:  # calls stand in `tool_calls`, too
+            msg = (
+                f"a {role} message contains more than text (a block of type {kind!r}), which {name!r} cannot read. "
+                "Send text only."
+            )
+            raise UnsupportedModelError(msg)
+    return parts, "\n".join(reasoning)

@@ -21,8 +21,13 @@ from typing_extensions import override
 
 from llmchain_fed._config import unknown_option
 from llmchain_fed.chain.base_llm import check_saved, saved_fields
-from llmchain_fed.chain.bindings import below_bindings, bound_kwargs, with_face_fields
-from llmchain_fed.chain.call_kwargs import ChainInput, RunnableWithCallKwargs
+from llmchain_fed.chain.bindings import (
+    ChainInput,
+    RunnableWithCallKwargs,
+    below_bindings,
+    bound_kwargs,
+    with_face_fields,
+)
 from llmchain_fed.chain.chat import LocalChatModel
 from llmchain_fed.chain.llm import LocalLLM
 from llmchain_fed.chain.prompt_step import PromptStep, mark_values

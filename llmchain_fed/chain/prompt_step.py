@@ -16,8 +16,7 @@ from langchain_core.runnables.base import RunnableBindingBase
 from pydantic import PrivateAttr
 from typing_extensions import override
 
-from llmchain_fed.model.control_tokens import Rendered, may_spell
-from llmchain_fed.model.provenance import MASK, Change, map_texts, mark_foreign, texts_of
+from llmchain_fed.model.control_tokens import MASK, Change, Rendered, map_texts, mark_foreign, may_spell, texts_of
 
 Controls = Callable[[], tuple[frozenset[str], frozenset[str]]]
 """control tokens of any text, and all added tokens, of which those that a template's fixed texts spell are, too"""

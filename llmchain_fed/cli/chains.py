@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmchain_fed.errors import RecipeError
-from llmchain_fed.recipes.files import recipe_folder, recipe_names
+from llmchain_fed.library import recipe_folder, recipe_names
 from llmchain_fed.untrusted import shown
 
 

@@ -25,10 +25,9 @@ from llmchain_fed.data.examples import (
 from llmchain_fed.data.report import DataReport
 from llmchain_fed.data.sayable import Saying
 from llmchain_fed.errors import DataError, EmptyParticipantError, UnsayableError, UnsupportedModelError
-from llmchain_fed.model import vocabulary
 from llmchain_fed.model.control_tokens import Rendered
 from llmchain_fed.model.local_model import LocalModel
-from llmchain_fed.model.tokens import pad_rows
+from llmchain_fed.model.tokens import check_rows, pad_rows
 
 IGNORE = -100
 """The label that the loss passes over: torch's and transformers' own convention."""
@@ -89,7 +88,7 @@ def encode_examples(
     controls = prompt.completion_controls if prompt is not None else ()
     prompt_ids = model.encode(texts, add_special_tokens=special)
     completion_ids = model.encode_completions(completions, controls=controls)
-    vocabulary.check(model, prompt_ids, completion_ids)
+    check_rows(model, prompt_ids, completion_ids)
     known = {*model.control_tokens(), *controls}
     saying = Saying(model, prompt)
 

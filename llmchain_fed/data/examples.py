@@ -202,9 +202,8 @@ def _parse(item: Any, prompt: Prompt | None) -> Example | RawText:
         example = Example(inputs=item[0], completion=item[1])
     else:
         msg = (
-            f"cannot read {item!r:.80}. Write (inputs, completion), a mapping with the prompt's "
-            "variables and 'completion', "
-            "or {'prompt': …, 'completion': …}."
+            f"cannot read {item!r:.80}. Write (inputs, completion), a mapping with the prompt's variables and "
+            "'completion', or {'prompt': …, 'completion': …}."
         )
         raise DataError(msg)
     if prompt is None and isinstance(example.inputs, str):  # a LocalModel takes final text

@@ -1,6 +1,6 @@
 """Readers: rows out of JSONL and CSV files, frames and other iterables, each with the place where it stands.
 
-Knows files, frames and JSON lines. Knows nothing about prompts or what a row must have. Nothing is repaired, merged,
+Knows files and frames. Knows nothing about prompts or what a row must have. Nothing is repaired, merged,
 renamed or dropped: what is not as it should be is refused with file and line.
 """
 
@@ -8,19 +8,13 @@ from __future__ import annotations
 
 import collections
 import inspect
-import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from llmchain_fed.data.csv_rows import read_csv
-from llmchain_fed.data.text_lines import check_encoding, checked_lines, refuse, undecodable
-from llmchain_fed.errors import DataError, EmptyParticipantError
+from llmchain_fed.data.text_files import check_encoding, read_csv, read_jsonl, refuse, undecodable
+from llmchain_fed.errors import DataError
 from llmchain_fed.untrusted import reason, shown
-
-_DEEPEST = 64
-"""levels of lists and objects in a line of JSON; Python's own limit depends on who calls"""
 
 
 def numbered(source: Any) -> Iterator[tuple[str, Any]]:
@@ -80,9 +74,6 @@ def _frame_rows(source: Any) -> Iterable[Any] | None:
     return source.to_dicts() if package == "polars" else source.to_pylist()  # type: ignore[no-any-return]
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def _read(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         is_file = path.is_file()
@@ -102,81 +93,9 @@ def _read(path: Path) -> Iterator[tuple[int, Any]]:
         check_encoding(path)
         # utf-8-sig: spreadsheets write a byte order mark, which would become part of the first column's name
         with path.open(encoding="utf-8-sig", newline="" if suffix == ".csv" else None) as file:
-            yield from read_csv(file, path.name) if suffix == ".csv" else _read_jsonl(file, path.name)
+            yield from read_csv(file, path.name) if suffix == ".csv" else read_jsonl(file, path.name)
     except UnicodeDecodeError as error:
         refuse(path.name, undecodable(path), f"is not UTF-8 text: {error}. Save the file as UTF-8")
     except OSError as error:
         msg = f"{path.name} cannot be read: {reason(error)}."
         raise DataError(msg) from error
-
-
-# --- JSONL -----------------------------------------------------------------------------------------------------------
-
-
-def _read_jsonl(file: TextIO, name: str) -> Iterator[tuple[int, Any]]:
-    number, found = 0, 0
-    for number, line in enumerate(checked_lines(file, name), start=1):
-        if line.strip():
-            found += 1
-            yield number, _object(line, name, number)
-    if not found:
-        msg = f"the participant has no usable example: {name} ends at line {max(number, 1)} without one."
-        raise EmptyParticipantError(msg)
-
-
-def _object(line: str, name: str, number: int) -> dict[str, Any]:
-    """The object in a line of JSON; NaN is a missing value, as Python's and pandas' writers have it."""
-    if line.count("[") + line.count("{") > _DEEPEST and _depth(line) > _DEEPEST:
-        refuse(name, number, f"is nested more than {_DEEPEST} levels deep: no example needs that")
-    try:
-        row = json.loads(line, object_pairs_hook=_without_twins, parse_constant=_constant, parse_float=_number)
-    except json.JSONDecodeError as error:
-        hint = " It begins like a JSON list: write one object a line" if line.lstrip()[:1] == "[" else ""
-        refuse(name, number, f"is not JSON: {error}.{hint}".rstrip("."))
-    except (ValueError, RecursionError) as error:  # a number of more digits than Python reads, for one
-        refuse(name, number, f"cannot be read: {str(error)[:200].rstrip('.')}")
-    if not isinstance(row, dict):
-        kind = {list: "a list", str: "a text", type(None): "null", bool: "true or false"}.get(type(row), "a number")
-        refuse(name, number, f"is {kind}, not an object such as {{'text': …, 'completion': …}}")
-    return row
-
-
-def _depth(line: str) -> int:
-    """Levels of lists and objects, brackets within texts left out."""
-    deepest = level = 0
-    inside = escaped = False
-    for c in line:
-        if inside:
-            inside, escaped = escaped or c != '"', c == "\\" and not escaped
-        elif c == '"':
-            inside = True
-        elif c in "[{":
-            level += 1
-            deepest = max(deepest, level)
-        elif c in "]}":
-            level -= 1
-    return deepest
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1)
-        msg = f"it has the key {twice!r:.80} twice, and only one value can count"
-        raise ValueError(msg)
-    return found
-
-
-def _constant(name: str) -> float:
-    if name == "NaN":
-        return math.nan
-    msg = f"{name} is no number of JSON"
-    raise ValueError(msg)
-
-
-def _number(digits: str) -> float:
-    found = float(digits)
-    if math.isinf(found):
-        msg = f"the number {digits[:40]} is larger than any float; as a text in quotes it would stay as it is"
-        raise ValueError(msg)
-    return found

@@ -27,7 +27,7 @@ _REMEDY = {
     "contains_end": "Take that text out of the completions, or end answers otherwise (generation_config.eos_token_id)",
     "contains_stop": "Take the stop string out of the completions, or give the chain another `stop`",
     "stripped": "Strip the completions; where the tokenizer puts a space in front, use the parser `strip` "
-    "(llmchain_fed.library.StripOutputParser); where a parser takes it away, another one",
+    "(llmchain_fed.recipes.parsers.StripOutputParser); where a parser takes it away, another one",
     "not_decodable": "Write the completions in characters that the vocabulary has, or use a model whose vocabulary has "
     "them (byte-level ones have all)",
     "forbidden": "Look at suppress_tokens, begin_suppress_tokens and bad_words_ids in module.generation_config, and at "

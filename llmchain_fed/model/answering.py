@@ -15,24 +15,24 @@ import torch
 from transformers import StoppingCriteriaList
 
 from llmchain_fed.errors import ConfigError, PromptTooLongError
-from llmchain_fed.model import vocabulary
-from llmchain_fed.model.generation import fields, padding
+from llmchain_fed.model.generation import fields
 from llmchain_fed.model.generation.answers import (
     Completion,
     GenerationOptions,
+    Sharing,
     chunks,
     evaluating,
     seeded,
+    sharing,
     stream_text,
 )
 from llmchain_fed.model.generation.stop_strings import Settling, StopOnText, checked_stops, cut_at_stop
-from llmchain_fed.model.tokens import Tokens, pad_rows
+from llmchain_fed.model.tokens import Tokens, check_rows, input_rows, pad_rows
 
 
 class Answering(Tokens):
     """What `LocalModel` can do with text: prompts to answers, ids to what they say."""
 
-    name: str
     _lock: threading.RLock
     _said: set[str]
     """what of the module's own generation settings was said to have no effect"""
@@ -108,11 +108,11 @@ class Answering(Tokens):
             raise ConfigError(msg)
         settings, stops = self._settled_options(stop, options)
         rows = self.encode(prompts, add_special_tokens=add_special_tokens)
-        vocabulary.check(self, rows)
+        check_rows(self, rows)
         rooms = [self._room(row, settings.max_new_tokens) for row in rows]
         # Neighbours in length share a batch; so do only prompts with the same room for their answers.
         order = sorted(range(len(rows)), key=lambda i: (-rooms[i], len(rows[i])))
-        share: padding.Sharing = self._sharing(rows) if batch_size > 1 else "any"
+        share: Sharing = self._sharing(rows) if batch_size > 1 else "any"
         reads = self.kind == "causal" and settings.reads_padding
         reads = reads or fields.reads_padding(self._shipped, seq2seq=self.kind == "seq2seq", pad=self.pad_id)
         if reads and share == "any":  # then only prompts of one length go together, without padding
@@ -140,7 +140,7 @@ class Answering(Tokens):
         """
         settings, stops = self._settled_options(stop, options)
         (row,) = self.encode([prompt], add_special_tokens=add_special_tokens)
-        vocabulary.check(self, [row])
+        check_rows(self, [row])
         settings = settings.replace(max_new_tokens=self._room(row, settings.max_new_tokens))
         return self._pieces(row, settings, stops)
 
@@ -176,18 +176,16 @@ class Answering(Tokens):
         """
         settings, stops = GenerationOptions(**options), checked_stops(stop)
         chosen = {name for name, value in options.items() if value is not None}
-        others = fields.overridden(self._shipped, settings, chosen)
-        idle = fields.without_effect(self._shipped)
-        fields.say(self.name, others, idle, said=self._said)
+        fields.say(self.name, self._shipped, settings, chosen, said=self._said)
         own = checked_stops(fields.stop_strings(self._shipped))
         return settings, tuple(dict.fromkeys((*stops, *own)))
 
-    def _sharing(self, rows: Sequence[Sequence[int]]) -> padding.Sharing:
+    def _sharing(self, rows: Sequence[Sequence[int]]) -> Sharing:
         """Which of these prompts may share a batch; asked of the module where there is more than one."""
         if len(rows) < 2:
             return "any"
         with self.exclusive():
-            return padding.sharing(self.module, rows, pad=self.pad_id, left=self.kind == "causal")
+            return sharing(self.module, rows, pad=self.pad_id, left=self.kind == "causal")
 
     def _room(self, row: Sequence[int], wanted: int) -> int:
         """How many tokens the answer to this prompt may have."""
@@ -199,9 +197,8 @@ class Answering(Tokens):
         room = self.context_length - (len(row) if self.kind == "causal" else 0)
         if room < 1 or len(row) > self.context_length:
             msg = (
-                f"the prompt has {len(row)} tokens and the model's context takes "
-                f"{self.context_length}: there is no room "
-                "for an answer. Shorten the input; nothing is cut silently."
+                f"the prompt has {len(row)} tokens and the model's context takes {self.context_length}: there is no "
+                "room for an answer. Shorten the input; nothing is cut silently."
             )
             raise PromptTooLongError(msg)
         return min(wanted, room)
@@ -225,7 +222,7 @@ class Answering(Tokens):
             stop_on_text = StopOnText(self._decode, settled, stops, skip)
             criteria = [*criteria, stop_on_text]
         config = settings.to_transformers(self._shipped, eos=self.eos_ids, pad=self.pad_id, start=skip)
-        fields.check_ids(vars(config), vocabulary.input_rows(self.module))
+        fields.check_ids(vars(config), input_rows(self.module))
         with (
             self._lock,
             self._activated(),

@@ -21,8 +21,7 @@ import jinja2.nodes
 
 from llmchain_fed._config import unknown_option
 from llmchain_fed.errors import ChatTemplateError, ConfigError, UnsupportedModelError
-from llmchain_fed.model.control_tokens import added_tokens, may_spell
-from llmchain_fed.model.provenance import Change, map_texts, mark_foreign, texts_of
+from llmchain_fed.model.control_tokens import Change, added_tokens, map_texts, mark_foreign, may_spell, texts_of
 
 Message = dict[str, Any]
 
@@ -38,17 +37,17 @@ _RESERVED = frozenset(
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")  # transformers' own, unknown to jinja2
 _FOREIGN = ("content", "name", "reasoning_content", "tool_calls", "tool_call_id")
 """fields of a message whose texts are not the template's"""
-_known: WeakKeyDictionary[Any, dict[tuple[str, str], _Facts]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Any, dict[tuple[str, str], Facts]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
-class _Facts:
+class Facts:
     """What trying a template out has shown."""
 
     content: Literal["text", "parts", "both"]
     """what it takes as a message's content: a text, a list of parts, or either"""
     written: frozenset[str]
-    """the added tokens that it writes itself"""
+    """the added tokens that it writes itself: control tokens beside begin, end and padding"""
 
 
 def template_of(tokenizer: Any, name: str) -> str:
@@ -120,11 +119,6 @@ def check_switches(given: Mapping[str, Any], template: str, name: str) -> None:
         raise ConfigError(msg)
 
 
-def written_tokens(tokenizer: Any, template: str, given: Mapping[str, Any]) -> frozenset[str]:
-    """The added tokens that the template writes itself: control tokens beside begin, end and padding."""
-    return _facts(tokenizer, template, given).written
-
-
 def render(
     tokenizer: Any, messages: Sequence[Message], given: Mapping[str, Any], *, controls: frozenset[str], name: str
 ) -> str:
@@ -137,7 +131,7 @@ def render(
     """
     template = template_of(tokenizer, name)
     check_switches(given, template, name)
-    facts = _facts(tokenizer, template, given)
+    facts = facts_of(tokenizer, template, given)
     messages = [_with_content(m, facts.content) for m in messages]
     begun = _begins_answer(messages)
     if messages and messages[-1]["role"] == "assistant" and not begun and not messages[-1].get("tool_calls"):
@@ -226,7 +220,7 @@ def _changed_call(call: dict[str, Any], change: Change) -> dict[str, Any]:
     return call | {"id": map_texts(call.get("id"), change), "function": function}
 
 
-def _facts(tokenizer: Any, template: str, given: Mapping[str, Any]) -> _Facts:
+def facts_of(tokenizer: Any, template: str, given: Mapping[str, Any]) -> Facts:
     """What the template takes and writes, tried out once for these switches."""
     added = added_tokens(tokenizer).values()
     key = template, repr((sorted(given.items()), len(added)))
@@ -235,7 +229,7 @@ def _facts(tokenizer: Any, template: str, given: Mapping[str, Any]) -> _Facts:
         content = _content_form(tokenizer, given)
         texts = [*_literals(template), *_trials(tokenizer, given, content)]
         # white space opens and ends nothing, though some tokenizers (Gemma's) have added tokens of it
-        kept[key] = _Facts(content, frozenset(t for t in added if t.strip() and any(t in text for text in texts)))
+        kept[key] = Facts(content, frozenset(t for t in added if t.strip() and any(t in text for text in texts)))
     return kept[key]
 
 

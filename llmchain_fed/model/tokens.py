@@ -1,18 +1,20 @@
 """Tokens: text to token ids and back, the way one model wants it, for training and for answering alike.
 
-Knows tokenizers and special tokens. Knows nothing about generation, examples or weights.
+Knows tokenizers, special tokens, and for which ids a module has a row of embedding: one beyond them is an IndexError
+on the CPU, and on CUDA an assertion that ends the process, in the middle of a round. Knows nothing about generation,
+examples or weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from llmchain_fed.errors import DataError, UnsupportedModelError
-from llmchain_fed.model import control_tokens, vocabulary
+from llmchain_fed.model import control_tokens
 from llmchain_fed.model.control_tokens import Rendered, foreign_text
 from llmchain_fed.untrusted import PanicError, no_panic, shown
 
@@ -23,6 +25,7 @@ class Tokens:
     """What `LocalModel` can do with token ids: its tokenizer, together with what its module says of special tokens."""
 
     module: nn.Module
+    name: str
     tokenizer: Any
     """a Hugging Face tokenizer, or None where only ready tensors are used"""
 
@@ -36,7 +39,8 @@ class Tokens:
         """The padding token's id, else the end token's; one that the model can look up, for padding is computed too."""
         pad = getattr(self.tokenizer, "pad_token_id", None)
         wanted = ([int(pad)] if pad is not None else []) + list(self.eos_ids)
-        return vocabulary.usable_pad(self.module, wanted)
+        rows = input_rows(self.module)  # behind the mask, padding is looked up all the same
+        return next((i for i in wanted if rows is None or 0 <= i < rows), 0)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -47,9 +51,7 @@ class Tokens:
     def _configured(self, name: str) -> list[int]:
         """The ids that the module's generation configuration has under a name: one, several or none."""
         value = getattr(getattr(self.module, "generation_config", None), name, None)
-        return (
-            [int(i) for i in value] if isinstance(value, (list, tuple)) else [int(value)] if value is not None else []
-        )
+        return [int(i) for i in (value if isinstance(value, (list, tuple)) else [value]) if i is not None]
 
     def control_tokens(self) -> frozenset[str]:
         """The texts of the begin, end and padding tokens, which no foreign text can write."""
@@ -140,10 +142,8 @@ class Tokens:
         """Without the end token and the padding behind it; a row cut at a stop string has padding alone."""
         eos, pad = self.eos_ids, self.pad_id
         end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
-        known = pad in (
-            getattr(self.tokenizer, "pad_token_id", None),
-            *eos,
-        )  # else it is some token, maybe the answer's
+        # else it is some token, maybe the answer's
+        known = pad in (getattr(self.tokenizer, "pad_token_id", None), *eos)
         while known and end and ids[end - 1] == pad:
             end -= 1
         return ids[:end]
@@ -190,3 +190,88 @@ def pad_rows(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Te
         ids[i, place] = torch.tensor(row)
         mask[i, place] = 1
     return ids, mask
+
+
+# --- which ids have a row --------------------------------------------------------------------------------------------
+
+
+def check_rows(model: Tokens, prompts: Iterable[Sequence[int]], completions: Iterable[Sequence[int]] = ()) -> None:
+    """Makes sure that the model can look up every token of these rows, and be taught those of the completions.
+
+    Raises:
+        UnsupportedModelError: A token has no row; the message names it.
+    """
+    _check_decoder(model)
+    for rows, limit, where in (
+        (prompts, input_rows(model.module), "prompt"),
+        (completions, output_rows(model.module), "completion"),
+    ):
+        highest = max((max(row) for row in rows if row), default=-1)
+        if limit is not None and highest >= limit:
+            _refuse(model, highest, limit, where)
+
+
+def _check_decoder(model: Tokens) -> None:
+    """Makes sure that what an encoder-decoder puts before and behind labels by itself has a row.
+
+    Raises:
+        UnsupportedModelError: One of them has no row.
+    """
+    config, limit = getattr(model.module, "config", None), output_rows(model.module)
+    if not getattr(config, "is_encoder_decoder", False) or limit is None:
+        return
+    for name in ("decoder_start_token_id", "pad_token_id"):
+        token = getattr(config, name, None)
+        if isinstance(token, int) and token >= limit:
+            msg = (
+                f"{name} in the configuration of {model.name!r} is {token}, and its decoder has {limit} rows of "
+                f"embedding: it would read that id in every batch. Set module.config.{name} to one below {limit}, or "
+                "call module.resize_token_embeddings(len(tokenizer)) before any adapter is added."
+            )
+            raise UnsupportedModelError(msg)
+
+
+def _refuse(model: Tokens, token: int, rows: int, where: str) -> None:
+    text = model.tokenizer.convert_ids_to_tokens(token)
+    end = " It is the end token, which stands behind every completion." if token in model.eos_ids else ""
+    msg = (
+        f"a {where} contains the token {text!r} with id {token}, and the model {model.name!r} has {rows} rows of "
+        f"embedding, for the ids below {rows}.{end} Make rows for the tokens that were added, before any adapter: "
+        "module.resize_token_embeddings(len(tokenizer)), and train them (modules_to_save=['embed_tokens'] in "
+        "LoraConfig, or all weights), for they are random."
+    )
+    raise UnsupportedModelError(msg)
+
+
+def input_rows(module: nn.Module) -> int | None:
+    """Ids below this can be in a prompt; None where the module does not say."""
+    return _rows(_ask(module, "get_input_embeddings"))
+
+
+def output_rows(module: nn.Module) -> int | None:
+    """Ids below this can be in a completion: it has a logit for them and, read again, a row of embedding."""
+    found = [_rows(_ask(module, "get_output_embeddings"))]
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        decoder = _ask(module, "get_decoder")
+        found.append(_rows(_ask(decoder, "get_input_embeddings")) if decoder is not None else None)
+    else:
+        found.append(input_rows(module))
+    return min((rows for rows in found if rows is not None), default=None)
+
+
+def _ask(module: Any, what: str) -> Any:
+    """What a module answers, or None: not every one has embeddings, or a decoder of its own."""
+    try:
+        return getattr(module, what)()
+    except (AttributeError, NotImplementedError, TypeError, KeyError):
+        return None
+
+
+def _rows(embedding: Any) -> int | None:
+    for inner in ("base_layer", "original_module"):  # PEFT's wrappers around the layer itself
+        embedding = getattr(embedding, inner, embedding)
+    count = getattr(embedding, "num_embeddings", None) or getattr(embedding, "out_features", None)
+    if isinstance(count, int):
+        return count
+    shape: Sequence[int] = getattr(getattr(embedding, "weight", None), "shape", ())
+    return int(shape[0]) if len(shape) == 2 else None

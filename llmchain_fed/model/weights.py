@@ -16,6 +16,7 @@ from llmchain_fed.errors import UnsupportedModelError, WeightsMismatchError
 
 _SAMPLED_VALUES = 64  # per tensor, for the fingerprint of a base that may be many gigabytes
 _WATCHED_VALUES = 16  # per tensor, to notice a change before every call
+_PIECE = 2**18  # values that are looked at together
 _WRAPPINGS = ("_orig_mod", "base_layer", "original_module", "token_adapter")
 _SLOTS = ("modules_to_save", "trainable_tokens_delta", "trainable_tokens_original")
 
@@ -149,7 +150,8 @@ def check_state(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -
     for name, parameter in parameters.items():
         value = state[name]
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise WeightsMismatchError(f"{name} is not a floating-point tensor but {_kind(value)}.")  # noqa: EM102
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise WeightsMismatchError(f"{name} is not a floating-point tensor but {kind}.")  # noqa: EM102
         if value.shape != parameter.shape:
             msg = (
                 f"{name} has shape {tuple(value.shape)}, the model's is {tuple(parameter.shape)}: it was made for "
@@ -166,12 +168,11 @@ def check_state(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite; one pass over the values in the usual case."""
-    # NaN and infinity carry over into a sum; only a sum that overflowed by itself needs the closer look
-    return math.isfinite(float(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
-
-
-def _kind(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+    # NaN and infinity carry over into a sum; only a sum that overflowed by itself needs the closer look, which is taken
+    # in pieces, so that memory for the answer stays small
+    if math.isfinite(float(tensor.sum(dtype=torch.float32))):
+        return True
+    return all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.reshape(-1), _PIECE))
 
 
 @torch.no_grad()

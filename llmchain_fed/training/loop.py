@@ -22,7 +22,7 @@ from llmchain_fed.data.report import DataReport
 from llmchain_fed.errors import ConfigError, EmptyParticipantError, NonFiniteLossError
 from llmchain_fed.model.generation.answers import seeded
 from llmchain_fed.model.local_model import LocalModel
-from llmchain_fed.model.weights import all_finite
+from llmchain_fed.model.weights import all_finite, write_state
 from llmchain_fed.training import running_state, trainable
 from llmchain_fed.training.batch_sampler import BatchSampler, Place, length_buckets, seed_of
 from llmchain_fed.training.config import TrainingConfig
@@ -130,9 +130,7 @@ def train_locally(
                 optimizer_state=copy.deepcopy(optimizer.state_dict()) if config.keep_optimizer else None,
             )
         except BaseException:
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(before[name])
+            write_state(parameters, before)
             raise
         finally:
             model.module.eval()
@@ -184,8 +182,7 @@ def _train(
             if not math.isfinite(result.loss):
                 msg = (
                     f"the loss of {place.participant!r} became {result.loss} at step {done.steps} of round "
-                    f"{place.round + 1}, so its weights are worthless. "
-                    "Lower the learning rate or set max_grad_norm."
+                    f"{place.round + 1}, so its weights are worthless. Lower the learning rate or set max_grad_norm."
                 )
                 raise NonFiniteLossError(msg)
             if config.proximal_mu:

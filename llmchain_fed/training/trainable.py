@@ -17,12 +17,10 @@ from torch import Tensor, nn
 
 from llmchain_fed.data.encoding import IGNORE
 from llmchain_fed.errors import DataError, UnsupportedModelError
-from llmchain_fed.model import vocabulary
 from llmchain_fed.model.adapters.lora_config import check_in_use, unwrapped
-from llmchain_fed.model.generation import padding
-from llmchain_fed.model.generation.answers import evaluating
+from llmchain_fed.model.generation.answers import evaluating, same
 from llmchain_fed.model.local_model import LocalModel
-from llmchain_fed.model.tokens import pad_rows
+from llmchain_fed.model.tokens import check_rows, pad_rows
 from llmchain_fed.training import running_state
 from llmchain_fed.training.loss import completion_logits, transformers_model
 
@@ -71,7 +69,7 @@ def pads(model: LocalModel) -> bool:
     module = unwrapped(model.module)
     known = _pads.get(module)
     if known is None:
-        vocabulary.check(model, ())  # says more than the IndexError of a trial would
+        check_rows(model, ())  # says more than the IndexError of a trial would
         with model.exclusive():
             trial = _trial(module, model.pad_id)
             with _no_trace(model.device), evaluating(module):
@@ -172,7 +170,7 @@ def _check_logits(module: nn.Module, base: Any, batch: Mapping[str, Tensor]) -> 
     count = _LENGTH if seq2seq else _LENGTH - 1  # labelled positions of a full row
     first, changed = rows[:count], rows[count : 2 * count]
     # the last labelled position of a decoder-only row has not seen the changed token either
-    if not seq2seq and not padding.same(first, changed, exact=True):
+    if not seq2seq and not same(first, changed, exact=True):
         msg = (
             f"in {type(base).__name__} a token's logits depend on later tokens, so next-token training would teach it "
             "to copy what it sees, and its answers would be senseless. Set config.is_decoder=True before making it, "
@@ -183,7 +181,7 @@ def _check_logits(module: nn.Module, base: Any, batch: Mapping[str, Tensor]) -> 
         _check_decoder(module, base, batch, first)
     _say_what_else_is_in_its_loss(module, base, batch, rows)
     short = {k: v[2:, :_SHORT] for k, v in batch.items()}
-    return padding.same(rows[2 * count :], _forward(module, base, short, "in evaluation mode"))
+    return same(rows[2 * count :], _forward(module, base, short, "in evaluation mode"))
 
 
 def _check_decoder(module: nn.Module, base: Any, batch: Mapping[str, Tensor], first: Tensor) -> None:
@@ -191,7 +189,7 @@ def _check_decoder(module: nn.Module, base: Any, batch: Mapping[str, Tensor], fi
     row = {k: v[:1].clone() for k, v in batch.items()}
     row["labels"][0, -2] = batch["labels"][2, 0]  # the input of the last position alone
     other = _forward(module, base, row, "in evaluation mode")
-    if not padding.same(first[:-1], other[:-1]):
+    if not same(first[:-1], other[:-1]):
         msg = (
             f"in {type(base).__name__} the decoder's logits depend on later tokens, so training would teach it to copy "
             "what it sees. Set is_decoder=True in the decoder's configuration before making it."

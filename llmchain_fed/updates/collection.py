@@ -21,7 +21,7 @@ from llmchain_fed.updates.low_rank import Factors
 from llmchain_fed.updates.serialization import TensorInfo
 
 Ask = Callable[[str, Mapping[str, bytes]], Mapping[str, bytes | Exception]]
-"""(operation, participant → message) → participant → its answer, or why there is none"""
+"""(operation, participant → its own message) → participant → its answer, or why there is none; waits for all"""
 
 
 @dataclass(frozen=True)
@@ -112,21 +112,15 @@ class Collection(ABC):
         """
 
     def payload(self, layout: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo] | None:  # noqa: ARG002
-        """Type and shape of what an update brings, where that is not the trained values themselves; {} is a receipt.
+        """Type and shape of what an update brings, where that is not the shared values themselves; {} is a receipt.
 
         Participants then need a transform that makes it (`UpdateTransform`, with `keeps_names` off), and the hub looks
         at no single update: no norm, no cosine, no gap.
-
-        Args:
-            layout: Of the values that are shared.
         """
         return None
 
     def between(self, ask: Ask) -> None:  # noqa: B027 (most need nothing more)
         """Asks participants for what is needed beside their updates, once all of those are in.
-
-        Args:
-            ask: Sends each of the participants named its own message for an operation, and waits for all answers.
 
         Raises:
             FederationError: The answers are of no use; the round comes to nothing.

@@ -20,7 +20,6 @@ from llmchain_fed.errors import ParticipantError, UpdateRefusedError
 from llmchain_fed.model.weights import all_finite
 
 _KEY = "llmchain_fed"
-_PIECE = 2**18  # values that are looked at together
 MAX_HEADER = 16 * 2**20
 """bytes: names and shapes of some 100,000 tensors"""
 _ENTRY = len('"":{"dtype":"BF16","shape":[],"data_offsets":[,]},')  # of a tensor, beside its name and numbers
@@ -151,30 +150,9 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of a tensor that contains NaN or infinite values; one pass over those that lie side by side."""
     found = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
     block = side_by_side(list(found.values())) if found else None
-    if block is None:
-        return next((name for name, tensor in found.items() if not all_finite(tensor)), None)
-    if math.isfinite(float(block.sum(dtype=torch.float32))):  # one pass instead of hundreds
+    if block is not None and math.isfinite(float(block.sum(dtype=torch.float32))):
         return None
-    return _owner(_first_not_finite(block), found)
-
-
-def _first_not_finite(block: Tensor) -> int | None:
-    """Where the first value lies that is NaN or infinite; in pieces, so that memory for the answer stays small."""
-    for begin in range(0, block.numel(), _PIECE):
-        piece = block[begin : begin + _PIECE]
-        if not all_finite(piece):
-            return begin + int(torch.isfinite(piece).to(torch.uint8).argmin())
-    return None
-
-
-def _owner(place: int | None, tensors: Mapping[str, Tensor]) -> str | None:
-    """Whose value lies there, where tensors lie side by side."""
-    end = 0
-    for name, tensor in tensors.items():
-        end += tensor.numel()
-        if place is not None and place < end:
-            return name
-    return None
+    return next((name for name, tensor in found.items() if not all_finite(tensor)), None)
 
 
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

@@ -26,7 +26,7 @@ PUBLISHERS = ("django", "wagtail", "plone", "pretix")
 
 def prepare(path: str, pairs: str, held_out: str, texts: str, new_tokens: str) -> None:
     """Writes the work that all sides do: PAIRS and HELD_OUT per publisher, TEXTS to generate from."""
-    from llmchain_fed.model import embedded
+    from llmchain_fed.model import loading
 
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from examples.common.catalogues import split_publishers
@@ -39,7 +39,7 @@ def prepare(path: str, pairs: str, held_out: str, texts: str, new_tokens: str) -
     # publishers take turns, so that any first n pairs are a mixture
     held_out = list(itertools.chain.from_iterable(zip(*(s.held_out for s in splits.values()), strict=True)))
     work = {
-        "model": embedded.resolve(embedded.NAME),
+        "model": loading.resolve(loading.EMBEDDED),
         "train": [final(*pair) for turn in zip(*(s.train for s in splits.values()), strict=True) for pair in turn],
         "held_out": [final(*pair) for pair in held_out],
         "participants": {name: s.train for name, s in splits.items()},

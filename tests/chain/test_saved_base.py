@@ -25,7 +25,7 @@ from transformers import AddedToken, AutoModelForCausalLM
 from llmchain_fed import FederatedAveraging, LLMChain, LocalChatModel, LocalLLM, LocalModel
 from llmchain_fed.errors import ChainFileError, RecipeError, UnsupportedModelError
 from llmchain_fed.federated.target import Target
-from llmchain_fed.model import embedded, pristine
+from llmchain_fed.model import loading, pristine
 
 PEOPLE = {"a": PAIRS[:4], "b": PAIRS[4:8]}
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -91,17 +91,17 @@ def test_auto_peft_loads_the_adapter_by_the_name(kind, hub, tmp_path):
 def test_the_embedded_model_is_known_by_its_hub_id_and_says_that_it_was_dequantised(hub, tmp_path, monkeypatch):
     name = hub("causal")
     folder = tmp_path / "hub" / "models--some--causal" / "snapshots" / SHA
-    monkeypatch.setattr(embedded, "resolve", lambda given: str(folder) if given == embedded.NAME else given)
-    chain = LLMChain(llm=LocalLLM.from_pretrained(embedded.NAME, lora=lora_config()), prompt=TEMPLATE)
-    monkeypatch.setattr(embedded, "HUB_ID", name)
+    monkeypatch.setattr(loading, "resolve", lambda given: str(folder) if given == loading.EMBEDDED else given)
+    chain = LLMChain(llm=LocalLLM.from_pretrained(loading.EMBEDDED, lora=lora_config()), prompt=TEMPLATE)
+    monkeypatch.setattr(loading, "HUB_ID", name)
     loaded = there_and_back(chain, tmp_path / "chain")
     data = yaml.safe_load((tmp_path / "chain" / "chain.yaml").read_text())["model"]
-    assert data["reference"] == embedded.NAME
+    assert data["reference"] == loading.EMBEDDED
     assert "Q4_1" in data["dequantised_from"]
     card = (tmp_path / "chain" / "adapter" / "README.md").read_text()
     assert "dequantised" in card
     assert name in card
-    assert loaded.model.reference == embedded.NAME
+    assert loaded.model.reference == loading.EMBEDDED
     alone = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "chain" / "adapter")).eval()
     torch.testing.assert_close(outcome(alone)[1], outcome(chain.model.module)[1])
 

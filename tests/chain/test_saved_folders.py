@@ -231,7 +231,7 @@ def test_a_reference_that_is_no_hubs_id_is_refused_before_training(model):
 def test_a_folder_in_the_working_directory_is_not_taken_for_the_embedded_model(tmp_path, monkeypatch):
     (tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("llmchain_fed.model.embedded.resolve", lambda _: llmchain_fed.model.embedded.HUB_ID)
+    monkeypatch.setattr("llmchain_fed.model.loading.resolve", lambda _: llmchain_fed.model.loading.HUB_ID)
     with pytest.raises(UnsupportedModelError, match="the working directory has a file or folder of that name"):
         LocalModel.from_pretrained("smollm2-135m-instruct")
 

@@ -5,6 +5,8 @@ Belongs here: reading, encoding, collating. Does not: what the loss makes of lab
 
 import csv
 import json
+import pydoc
+import re
 from pathlib import Path
 
 import datasets
@@ -16,6 +18,7 @@ from torch.utils.data import DataLoader
 from llmchain_fed import DataReport, Example, LocalModel, RawText
 from llmchain_fed.data.encoding import collate, encode_examples
 from llmchain_fed.data.examples import carries, is_ready_tensors, read_examples
+from llmchain_fed.data.sayable import _REMEDY
 from llmchain_fed.errors import DataError, PromptVariablesError, TemplatedTwiceError
 
 EOS, PAD = 1, 0
@@ -306,3 +309,9 @@ def test_labels_are_never_found_by_searching(make_chain, tokenizer):
     assert batch["labels"].tolist() == [[-100] * len(prompt) + answer]
     assert batch["input_ids"].tolist() == [prompt + answer]
     assert batch["labels"].dtype == torch.int64
+
+
+def test_what_a_remedy_names_is_there():
+    named = [name for text in _REMEDY.values() for name in re.findall(r"llmchain_fed[\w.]+\w", text)]
+    assert named
+    assert [name for name in named if pydoc.locate(name) is None] == []

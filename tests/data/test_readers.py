@@ -17,10 +17,10 @@ import pytest
 from tiny import PAIRS
 
 from llmchain_fed import DataReport
-from llmchain_fed.data.csv_rows import _bare
 from llmchain_fed.data.encoding import encode_examples
 from llmchain_fed.data.examples import read_examples
 from llmchain_fed.data.readers import numbered
+from llmchain_fed.data.text_files import _bare
 from llmchain_fed.errors import DataError
 
 

@@ -21,7 +21,7 @@ from llmchain_fed import (
     train_locally,
 )
 from llmchain_fed.errors import UnsupportedModelError
-from llmchain_fed.model.generation import padding
+from llmchain_fed.model.generation import answers
 from llmchain_fed.model.wrapping import wrap
 
 STEP = TrainingConfig(learning_rate=0.1, optimizer="sgd", batch_size=4, epochs=1)
@@ -231,4 +231,4 @@ def test_half_precision_does_not_keep_prompts_apart(tokenizer):
     """The rounding of another shape of batch is no sign of positions counted wrongly."""
     module = tiny_module("causal", len(tokenizer)).to(torch.bfloat16)
     rows = [tokenizer("save the page and open the file")["input_ids"], tokenizer("page")["input_ids"]]
-    assert padding.sharing(module, rows, pad=0, left=True) == "any"
+    assert answers.sharing(module, rows, pad=0, left=True) == "any"

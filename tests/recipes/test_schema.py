@@ -11,7 +11,7 @@ from langchain_core.prompts import PromptTemplate
 from pydantic import ValidationError
 
 from llmchain_fed.errors import LLMChainFedError, RecipeError
-from llmchain_fed.recipes.files import read_spec
+from llmchain_fed.library import read_spec
 from llmchain_fed.recipes.prompts import make_prompt, prompt_from_data, prompt_to_data
 from llmchain_fed.recipes.schema import ChainSpec, PromptSpec
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from llmchain_fed import untrusted
 from llmchain_fed.chain.saving import directory
 from llmchain_fed.errors import ChainFileError, ConfigError, RecipeError
-from llmchain_fed.recipes.files import read_spec
+from llmchain_fed.library import read_spec
 from llmchain_fed.recipes.prompts import make_prompt
 from llmchain_fed.recipes.schema import ChainSpec, PromptSpec
 from llmchain_fed.runtimes.federation_file import FederationFile

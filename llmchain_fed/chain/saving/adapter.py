@@ -63,10 +63,7 @@ def checked(model: LocalModel) -> Resolved:
 def write(model: LocalModel, directory: Path, *, base_name: str) -> Trained | None:
     """Writes the adapter that answers into `adapter/`; which columns are trained, where others lie beside them.
 
-    Args:
-        model: Locked exclusively.
-        directory: The chain's.
-        base_name: What the base is called for other tools: a hub id where there is one.
+    The model is locked exclusively. `base_name` is what other tools call the base: a hub id where there is one.
     """
     found = checked(model)
     (key,) = model.peft_names

@@ -25,7 +25,7 @@ from llmchain_fed.chain.saving.fields import ModelData
 from llmchain_fed.chain.saving.model import CHANGES, FOLDERS
 from llmchain_fed.errors import ChainFileError, ConfigError, RecipeError
 from llmchain_fed.model.folder import files as folder_files
-from llmchain_fed.model.folder import settings, tokenizer, weights
+from llmchain_fed.model.folder import settings, weights
 from llmchain_fed.model.folder.files import SAVE_AGAIN
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.recipes.schema import PromptData
@@ -145,7 +145,7 @@ def _check_files(directory: Path) -> list[str]:
     found = _files(directory)
     _check_names(found)
     settings.check_saved(directory, error=ChainFileError)
-    tokenizer.check(directory / saved_tokenizer.FOLDER, remedy=SAVE_AGAIN, error=ChainFileError)
+    settings.check_tokenizer(directory / saved_tokenizer.FOLDER, remedy=SAVE_AGAIN, error=ChainFileError)
     if (adapter := directory / saved_adapter.FOLDER).is_dir():
         fields.read_settings(adapter)
     for name in found:

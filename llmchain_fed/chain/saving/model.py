@@ -19,12 +19,11 @@ from llmchain_fed.chain.saving import adapter
 from llmchain_fed.chain.saving import tokenizer as saved_tokenizer
 from llmchain_fed.chain.saving.fields import DType, ModelData
 from llmchain_fed.errors import ChainFileError, LLMChainFedError, UnsupportedModelError
-from llmchain_fed.model import embedded, pristine
+from llmchain_fed.model import loading, pristine
 from llmchain_fed.model.adapters.lora_config import unwrapped
 from llmchain_fed.model.folder import settings
 from llmchain_fed.model.folder.files import SAVE_AGAIN
 from llmchain_fed.model.generation import saved
-from llmchain_fed.model.loading import load_base
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.model.weights import base_fingerprint, is_adapter, stable_name
 from llmchain_fed.model.wrapping import every_tensor_saved, loader_of
@@ -89,7 +88,7 @@ def _is_contradicted(model: LocalModel) -> bool:
     if model.reference is None or pristine.of(base) is not None:
         return False
     try:
-        path = embedded.resolve(model.reference)
+        path = loading.resolve(model.reference)
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         return False  # nobody here knows better
@@ -189,9 +188,9 @@ def write(model: LocalModel, directory: Path) -> ModelData:
         save_file(tensors, directory / CHANGES)
     saved_tokenizer.write(model.tokenizer, directory)
     trained = None
-    dequantised = embedded.dequantised_from() if reference == embedded.NAME else None
+    dequantised = loading.dequantised_from() if reference == loading.EMBEDDED else None
     if isinstance(unwrapped(model.module), PeftModel):
-        known_as = embedded.HUB_ID if reference == embedded.NAME else reference
+        known_as = loading.HUB_ID if reference == loading.EMBEDDED else reference
         trained = adapter.write(model, directory, base_name=known_as or model.name)
         _write_card(directory, known_as, model.name, dequantised=dequantised, changed=bool(changes.tensors))
     types = [str(p.dtype).removeprefix("torch.") for n, p in base.named_parameters() if not is_adapter(n)]
@@ -281,7 +280,7 @@ def _base(directory: Path, data: ModelData, tokenizer: Any, generation: Generati
         )
         raise ChainFileError(msg)
     try:
-        base: Any = load_base(source, dtype=getattr(torch, data.dtype), by_name=not folder.is_dir())
+        base: Any = loading.load_base(source, dtype=getattr(torch, data.dtype), by_name=not folder.is_dir())
     except UnsupportedModelError as error:
         msg = f"the base {data.name!r} cannot be loaded: {error}"
         raise ChainFileError(msg) from None

@@ -16,7 +16,6 @@ from transformers import AutoTokenizer
 
 from llmchain_fed.errors import ChainFileError
 from llmchain_fed.model.folder import files, settings
-from llmchain_fed.model.folder import tokenizer as folder_tokenizer
 from llmchain_fed.model.folder.files import SAVE_AGAIN
 from llmchain_fed.untrusted import no_panic, shown
 
@@ -49,7 +48,7 @@ def check_folder(directory: Path) -> None:
     names = files.plain_files(folder, error=ChainFileError) if folder.exists() else []
     files.check_written((f"{FOLDER}/{name}" for name in names), error=ChainFileError)
     settings.check_saved(directory, error=ChainFileError)
-    folder_tokenizer.check(folder, remedy=SAVE_AGAIN, error=ChainFileError)
+    settings.check_tokenizer(folder, remedy=SAVE_AGAIN, error=ChainFileError)
 
 
 def load(directory: Path) -> Any:

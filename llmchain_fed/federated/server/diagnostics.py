@@ -14,7 +14,6 @@ from torch import Tensor
 
 from llmchain_fed.errors import UpdateRefusedError
 from llmchain_fed.federated.history import ParticipantRecord
-from llmchain_fed.updates.coordinates import Rows, cosine
 from llmchain_fed.updates.update import Update
 
 LARGEST_NORM = 1e12
@@ -33,7 +32,7 @@ class Diagnostics:
     def __init__(self, start: Mapping[str, Tensor], names: Sequence[str]) -> None:
         self._names = names
         self._stride = max(1, math.ceil(sum(start[n].numel() for n in names) / _COORDINATES))
-        self._coordinates = Rows()
+        self._coordinates = _Rows()
         self._owners: dict[bytes, str] = {}  # content of an update → who sent it first
         self._comparable = True
 
@@ -83,4 +82,36 @@ class Diagnostics:
         total = math.fsum(weights.values())
         mean = sum((self._coordinates[n] * (weights[n] / total) for n in records), torch.zeros(()))
         for name, record in records.items():
-            record.cosine_to_mean = cosine(self._coordinates[name], mean)
+            record.cosine_to_mean = _cosine(self._coordinates[name], mean)
+
+
+class _Rows:
+    """Equally long vectors by name, in few large blocks.
+
+    A small tensor each would outlive the large ones around it and pin the memory they leave: with 1,000 participants
+    that cost more than all that is really kept.
+    """
+
+    _PER_BLOCK = 256
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._index: dict[str, int] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Copies one in."""
+        row = len(self._index)
+        if row % self._PER_BLOCK == 0:
+            self._blocks.append(torch.empty(self._PER_BLOCK, len(values)))
+        self._blocks[-1][row % self._PER_BLOCK] = values
+        self._index[name] = row
+
+    def __getitem__(self, name: str) -> Tensor:
+        block, row = divmod(self._index[name], self._PER_BLOCK)
+        return self._blocks[block][row]
+
+
+def _cosine(a: Tensor, b: Tensor) -> float | None:
+    """Between −1 and 1; None where one of them is zero."""
+    norms = float(torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
+    return max(-1.0, min(1.0, float(a @ b) / norms)) if norms > 0 else None

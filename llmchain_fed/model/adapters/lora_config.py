@@ -173,9 +173,8 @@ def refusal(config: PeftConfig) -> str | None:
             default = field.default if field.default is not dataclasses.MISSING else None
             if field.default_factory is not dataclasses.MISSING:
                 default = field.default_factory()
-            why = (
-                None if not value or value == default else "this version of llmchain_fed does not know it. Leave it out"
-            )
+            alone = not value or value == default
+            why = None if alone else "this version of llmchain_fed does not know it. Leave it out"
         else:
             why = check(value, config)
         if why is not None:

@@ -1,11 +1,13 @@
 """Settings of models and tokenizers that somebody else wrote: JSON that says nothing of code or of other places.
 
-Knows which keys lead transformers to code, to other files or to a hub. Knows nothing of what the other keys mean.
+Knows which keys lead transformers to code, to other files or to a hub, and which rules of a `tokenizer.json` swell a
+text beyond memory while nothing in Python can stop it. Knows nothing of what the other keys mean.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,11 +16,14 @@ from typing import Any
 from llmchain_fed.errors import UnsupportedModelError
 from llmchain_fed.model.folder.files import SAVE_AGAIN
 from llmchain_fed.model.generation import saved
-from llmchain_fed.untrusted import read_file, read_json, shown
+from llmchain_fed.untrusted import parse_json, read_file, read_json, shown
 from llmchain_fed.untrusted.text import ErrorType, refusal
 
 _MOST = 16 * 2**20  # bytes of a file of settings; a tokenizer's, with all its added tokens, has been seen at 2 MB
 _MOST_TEMPLATE = 2**18  # bytes; what vendors ship has up to 30,000
+_MOST_TOKENIZER = 2**28  # bytes; the largest of vendors have some 35 MB
+_MOST_ADDED = 2**15  # tokens: each is searched for in every text, and more take a minute to read
+_MOST_GROWTH = 2**16  # times as long as before
 _ORIGIN = frozenset({"auto_map", "custom_pipelines", "custom_generate", "_name_or_path", "name_or_path"})
 """where a model comes from, and the code that came with it: of no use to one that is loaded without"""
 _CODE = frozenset({"auto_map", "trust_remote_code", "custom_generate"})
@@ -36,17 +41,8 @@ _LEADING = frozenset(
 _PLACE = re.compile(r".*(_files?|_path|_dir|_folder|_url|_repo|_repo_id)")
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _BUILT_IN = frozenset(
-    {
-        None,
-        "eager",
-        "sdpa",
-        "flash_attention_2",
-        "flash_attention_3",
-        "flash_attention_4",
-        "flex_attention",
-        "grouped_mm",
-        "batched_mm",
-    }
+    {None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm"}
+    | {"flash_attention_2", "flash_attention_3", "flash_attention_4"}
 )
 _KERNELS = frozenset({"kernel_config", "use_kernels"})
 _TEXTS = frozenset({"id2label", "label2id", "task_specific_params"})
@@ -216,3 +212,49 @@ def _pairs(found: Any) -> Iterator[tuple[str, Any]]:
 
 def _refusal(file: str, key: str, why: str, error: ErrorType, remedy: str = SAVE_AGAIN) -> Exception:
     return refusal(error, f"{file}: `{shown(key)}` has no place in a saved chain ({why})", remedy)
+
+
+# --- tokenizer.json --------------------------------------------------------------------------------------------------
+
+
+def check_tokenizer(folder: Path, *, remedy: str, error: ErrorType) -> None:
+    """Makes sure that the tokenizer in a folder, if it has one in this form, can be read in bounded time and memory."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return
+    what = shown(str(path), 300)
+    data = read_file(path, most=_MOST_TOKENIZER, what="the tokenizer", error=error)
+    found = parse_json(data, most=_MOST_TOKENIZER, what=what, error=error, bounded=False)
+    if not isinstance(found, dict):
+        raise refusal(error, f"{what} is no tokenizer", remedy)
+    added = found.get("added_tokens")
+    if isinstance(added, list) and len(added) > _MOST_ADDED:
+        raise refusal(error, f"`added_tokens` in {what} are {len(added):,}, at most {_MOST_ADDED:,} make sense", remedy)
+    for part in ("normalizer", "decoder"):
+        growth = math.prod(_growth(rule) for rule in _rules(found.get(part)))
+        if growth > _MOST_GROWTH:
+            times = f"{growth:,}" if growth < 10**12 else "10¹² and more"
+            raise refusal(error, f"`{part}` in {what} can make a text {times} times as long", remedy)
+
+
+def _rules(part: Any) -> Iterator[dict[str, Any]]:
+    """Every rule in a part, those of sequences within each other included."""
+    left = [part]
+    while left:
+        rule = left.pop()
+        if isinstance(rule, list):
+            left += rule
+        elif isinstance(rule, dict):
+            yield rule
+            left += [inner for inner in rule.values() if isinstance(inner, list)]
+
+
+def _growth(rule: dict[str, Any]) -> int:
+    """How many times as long a text can become by a rule that replaces; an expression may match nothing."""
+    content, pattern = rule.get("content"), rule.get("pattern")
+    if not isinstance(content, str) or pattern is None:
+        return 1
+    literal = pattern.get("String") if isinstance(pattern, dict) else None
+    if isinstance(literal, str) and literal:
+        return max(1, -(-len(content) // len(literal)))
+    return 1 + len(content)

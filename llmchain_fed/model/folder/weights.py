@@ -21,6 +21,10 @@ _AGAIN = "Download the folder again, or save the model or the chain again where 
 INDEX = "model.safetensors.index.json"
 _MOST_HEADER = 8 * 2**20  # bytes; some 50,000 tensors
 _MOST_INDEX = 64 * 2**20  # bytes
+_LAYERS = (
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+    *("encoder_layers", "decoder_layers", "num_decoder_layers"),
+)
 _SPARE = 2**28  # values of buffers that a model makes anew: tables of positions, masks
 
 
@@ -93,14 +97,5 @@ def check_fits(folder: Path, *, error: ErrorType) -> None:
 
 def _largest(config: Mapping[str, Any]) -> int:
     """The number of layers."""
-    names = (
-        "num_hidden_layers",
-        "num_layers",
-        "n_layer",
-        "n_layers",
-        "encoder_layers",
-        "decoder_layers",
-        "num_decoder_layers",
-    )
-    own = [value for name in names if type(value := config.get(name)) is int]
+    own = [value for name in _LAYERS if type(value := config.get(name)) is int]
     return max([*own, *(_largest(value) for value in config.values() if isinstance(value, dict))], default=0)

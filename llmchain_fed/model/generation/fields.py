@@ -126,7 +126,8 @@ def shipped(own: Any, *, sampling: bool, beams: bool) -> dict[str, Any]:
     known = set(names())
     values = {n: v for n, v in vars(own).items() if n not in METADATA and not n.startswith("_") and v is not None}
     values = {n: v for n, v in values.items() if n not in known or _field(n).treatment in applying}
-    return {n: v for n, v in values.items() if n not in known or not _is_empty(v)}
+    empty = {n for n, v in values.items() if isinstance(v, (list, tuple, dict, set)) and not v}
+    return {n: v for n, v in values.items() if n not in known or n not in empty}
 
 
 def stop_strings(own: Any) -> tuple[str, ...]:
@@ -152,7 +153,7 @@ def reads_padding(own: Any, *, seq2seq: bool, pad: int) -> bool:
     )
 
 
-def overridden(own: Any, options: Any, explicit: Collection[str]) -> dict[str, Any]:
+def _overridden(own: Any, options: Any, explicit: Collection[str]) -> dict[str, Any]:
     """What the model ships and defaults of this package, not what the caller chose, override: field → value."""
     sampling, beams = options.temperature > 0, options.num_beams > 1
     found = {}
@@ -172,15 +173,10 @@ def overridden(own: Any, options: Any, explicit: Collection[str]) -> dict[str, A
     return found
 
 
-def without_effect(own: Any) -> dict[str, Any]:
-    """What the model ships and means nothing here: field → value."""
-    return {name: value for name, value in _set(own) if _field(name).treatment == "none"}
-
-
-def say(model: str, others: Mapping[str, Any], idle: Mapping[str, Any], *, said: set[str]) -> None:
-    """Logs what a model ships and its answers do not follow, each field once; `said` grows by them."""
-    others = {n: v for n, v in others.items() if n not in said}
-    idle = {n: v for n, v in idle.items() if n not in said}
+def say(model: str, own: Any, options: Any, explicit: Collection[str], *, said: set[str]) -> None:
+    """Logs what a model ships and a call does not follow, each field once; `said` grows by them."""
+    others = {n: v for n, v in _overridden(own, options, explicit).items() if n not in said}
+    idle = {n: v for n, v in _set(own) if _field(n).treatment == "none" and n not in said}
     said |= {*others, *idle}
     if others:
         options = ", ".join(dict.fromkeys(f"{_field(name).option}=" for name in others))
@@ -204,10 +200,6 @@ def _set(own: Any) -> list[tuple[str, Any]]:
 
 def _field(name: str) -> Field:
     return FIELDS.get(name, _WITHOUT_EFFECT)
-
-
-def _is_empty(value: Any) -> bool:
-    return isinstance(value, (list, tuple, dict, set)) and not value
 
 
 def _sequences(biases: Any) -> list[tuple[int, ...]]:

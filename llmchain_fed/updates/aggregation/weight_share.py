@@ -54,12 +54,7 @@ def cut(weights: Mapping[str, float], share: float) -> dict[str, float]:
 
 
 class CappedWeights(Around):
-    """A collection whose weights are cut; it keeps the updates of a round whose weight may have to be.
-
-    Args:
-        inner: That collection, of a round that has begun.
-        share: The largest that a weight may have.
-    """
+    """A collection whose weights are cut; it keeps the updates of a round whose weight may have to be."""
 
     def __init__(self, inner: Collection, share: float) -> None:
         super().__init__(inner)

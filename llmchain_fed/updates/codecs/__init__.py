@@ -15,8 +15,6 @@ from llmchain_fed.updates.codecs.quantization import BF16, Int4, Int8
 from llmchain_fed.updates.codecs.sparsification import TopK
 
 _LONGEST = 40  # characters of a codec's name and option
-
-
 CODECS: Mapping[str, Callable[[], Codec]] = {"bf16": BF16, "int8": Int8, "int4": Int4, "topk": TopK}
 _WITH_OPTION: Mapping[str, Callable[[str], Codec]] = {
     "int8": lambda block: Int8(int(block)),
@@ -46,10 +44,7 @@ def make_codec(choice: str | Codec | None) -> Codec | None:
             raise ConfigError(msg)
         return choice
     name, colon, option = choice.partition(":")
-    if len(choice) > _LONGEST:
-        msg = f"unknown codec '{shown(choice)}'. {valid}"
-        raise ConfigError(msg)
-    if name not in CODECS or (colon and name not in _WITH_OPTION):
+    if len(choice) > _LONGEST or name not in CODECS or (colon and name not in _WITH_OPTION):
         msg = f"unknown codec '{shown(choice)}'. {valid}"
         raise ConfigError(msg)
     try:

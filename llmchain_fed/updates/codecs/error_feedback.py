@@ -17,12 +17,7 @@ from llmchain_fed.updates.transforms import RESIDUAL, Origin, UpdateTransform
 
 
 class Encoding(UpdateTransform):
-    """A delta as a codec's parts; what they leave out is carried to the next round, unless that is not wanted.
-
-    Args:
-        codec: Makes the parts.
-        feedback: Whether to carry.
-    """
+    """A delta as a codec's parts; with `feedback`, what they leave out is carried to the next round."""
 
     name = RESIDUAL
     keeps_names = False

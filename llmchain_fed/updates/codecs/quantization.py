@@ -104,9 +104,8 @@ class Int8:
         refuse_where(codes < -self._levels, sizes, f"has a code beyond ±{self._levels}")
         wrong = ~((scales >= 0) & (scales < math.inf))  # this way round NaN is wrong, too
         refuse_where(wrong, _blocks(sizes, self.block), "has scales that are negative, NaN or infinite")
-        grid = _grid(
-            codes.float(), sizes, self.block
-        )  # first to [-1, 1]: ±1 · a is a to the bit, and nothing overflows
+        grid = _grid(codes.float(), sizes, self.block)
+        # first to [-1, 1]: ±1 · a is a to the bit, and nothing overflows
         return unflattened(_ungrid(grid.div_(self._levels).mul_(scales[:, None]), sizes, self.block), infos)
 
     def _codes_info(self, total: int) -> TensorInfo:
@@ -122,9 +121,6 @@ class Int8:
 @dataclass(frozen=True)
 class Int4(Int8):
     """As `Int8`, with codes −7 … 7, two a byte (uint8): the first in the low four bits, each as code + 8.
-
-    Args:
-        block: values that share a scale.
 
     >>> parts = Int4().encode({"w": torch.tensor([7.0, -2.0, 0.0])})
     >>> [f"{byte:02x}" for byte in parts["codes"].tolist()], parts["scales"].tolist()

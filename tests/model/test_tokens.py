@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, RawText, evaluate_locally
 from llmchain_fed.data.encoding import collate, encode_examples
 from llmchain_fed.errors import UnsupportedModelError
-from llmchain_fed.model.vocabulary import input_rows, output_rows
+from llmchain_fed.model.tokens import input_rows, output_rows
 
 
 def padded_later(module_kind="causal", *, lora=False, pad="[PAD]", tokens=()):
