@@ -506,3 +506,10 @@ def test_the_wheels_requirements_are_those_of_the_project(wheel):
     assert {(r.name, r.specifier) for r in map(Requirement, lines)} == {(r.name, r.specifier) for r in REQUIRED}
     assert "Requires-Python: >=3.11" in metadata
     assert importlib.metadata.version("llmchain-fed") == llmchain_fed.__version__ == "0.1.0"
+
+
+def test_examples_can_be_read_encoded_and_collated_by_hand():
+    from llmchain_fed import data
+
+    assert set(data.__all__) == {"DataReport", "Example", "RawText", "collate", "encode_examples", "read_examples"}
+    assert all(callable(getattr(data, name)) for name in data.__all__)
