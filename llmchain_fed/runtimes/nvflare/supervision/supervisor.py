@@ -20,10 +20,9 @@ from typing import Any
 
 from llmchain_fed.errors import ConfigError, TransportError
 from llmchain_fed.runtimes.nvflare import certificates, engine, engine_state, kits
-from llmchain_fed.runtimes.nvflare.supervision import job_folders, logs, news, reaching
-from llmchain_fed.runtimes.nvflare.supervision.diary import Diary
+from llmchain_fed.runtimes.nvflare.supervision import logs, news, reaching
 from llmchain_fed.runtimes.nvflare.supervision.guard import Guard
-from llmchain_fed.runtimes.nvflare.supervision.standing import TURNED_AWAY, HubLink, SitesSeen
+from llmchain_fed.runtimes.nvflare.supervision.standing import TURNED_AWAY, Diary, HubLink, SitesSeen
 from llmchain_fed.storage import locks
 
 LASTING, AGAIN = 2, 4
@@ -295,7 +294,7 @@ class Supervisor:
         with suppress(OSError):  # who tidies the temporary folder takes what is not written for days
             if self._hub:
                 engine_state.point(self._port, self._kit)
-        job_folders.remove_ended(self._kit, self._command_lines())
+        logs.remove_ended_jobs(self._kit, self._command_lines())
 
     def _command_lines(self) -> Iterator[str]:
         import psutil
