@@ -27,7 +27,7 @@ from llmchain_fed.federated.history import History
 from llmchain_fed.federated.history_data import rounds_in
 from llmchain_fed.runtimes.federation_file import FederationFile
 from llmchain_fed.stopping import whole
-from llmchain_fed.storage import locks, own_files, whole_folders
+from llmchain_fed.storage import own_files, whole_folders
 from llmchain_fed.tracking.status_file import FILE
 from llmchain_fed.untrusted import Strict, checked, printable, read_file, read_json, shown
 
@@ -59,7 +59,7 @@ class Results:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             for folder in {self.out.resolve(): "out", self.checkpoints.resolve(): "checkpoint_dir"}:
-                stack.enter_context(locks.lock(folder / _LOCK, f"the folder {shown(str(folder), 300)!r}"))
+                stack.enter_context(own_files.lock(folder / _LOCK, f"the folder {shown(str(folder), 300)!r}"))
             whole_folders.put_right(self.chain)
             own_files.sweep(self.history)
             own_files.sweep(self.status)
@@ -91,11 +91,7 @@ class Results:
     def check_finished(self, file: FederationFile, members: str) -> None:
         """Makes sure that the rounds that are here are of this federation, and not of another that had this folder.
 
-        How many rounds it is to have may differ.
-
-        Args:
-            file: The federation.
-            members: "changed": with others than it had.
+        How many rounds it is to have may differ. With `members` "changed", the sites may be others than it had.
 
         Raises:
             CheckpointError: The newest checkpoint is damaged.

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, FederationError
 from llmchain_fed.federated.runtime import InProcess, Operation, Payload, Runtime, TaskHandler, payload_for
 from llmchain_fed.runtimes import process_group
-from llmchain_fed.runtimes.messaging import error_codes
+from llmchain_fed.runtimes.messaging import heads
 from llmchain_fed.runtimes.messaging.chunked_calls import AnswerSizes
 from llmchain_fed.runtimes.process_group import LEADER
 from llmchain_fed.runtimes.rank_messages import (
@@ -188,7 +188,7 @@ class TorchDistributed(Runtime):
                 assert isinstance(head, Ended)
                 adopt(body)
                 if head.error is not None:
-                    raise self._messages.told(error_codes.said(head.error.model_dump()))
+                    raise self._messages.told(heads.said(head.error.model_dump()))
                 return
             # all first, then the answers: a send waits until rank 0 comes round to this rank
             with self._messages.making_sense(LEADER):
@@ -198,13 +198,13 @@ class TorchDistributed(Runtime):
             answers = [answer for _, answer in self._hosted.call(op, head.nodes, given, head.timeout)]
             del given
             for answer in answers:
-                error, body = (error_codes.to_plain(answer), b"") if isinstance(answer, Exception) else (None, answer)
+                error, body = (heads.to_plain(answer), b"") if isinstance(answer, Exception) else (None, answer)
                 if not self._messages.send(LEADER, {"error": error}, body):
                     break  # nobody takes it any more: what comes next is how the loop ended
 
     def publish(self, outcome: bytes, error: BaseException | None = None) -> None:
         """Ends the other ranks' `follow`, on rank 0; those that cannot be reached after an error are left out."""
-        head = {"error": error_codes.to_plain(error) if error is not None else None}
+        head = {"error": heads.to_plain(error) if error is not None else None}
         until = time.monotonic() + OUTCOMES
         for rank in self._others():
             over = self._messages.over  # then some are at work, and are told by their heartbeat
@@ -222,7 +222,7 @@ class TorchDistributed(Runtime):
 
     def _answer(self, rank: int, most: int) -> bytes | Exception:
         head, body = self._messages.receive(rank, Ended, most=most)
-        return body if head.error is None else error_codes.from_same_script(head.error.model_dump())
+        return body if head.error is None else heads.from_same_script(head.error.model_dump())
 
     def _others(self) -> range:
         return range(LEADER + 1, self.world_size)

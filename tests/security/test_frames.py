@@ -23,7 +23,7 @@ from llmchain_fed import untrusted
 from llmchain_fed.errors import DeadlineError, FederationError, LLMChainFedError, ParticipantError, PolicyError
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.runtimes import rank_messages
-from llmchain_fed.runtimes.messaging import chunked_calls, error_codes, frames, heads
+from llmchain_fed.runtimes.messaging import chunked_calls, frames, heads
 from llmchain_fed.runtimes.messaging.chunked_calls import AnswerSizes
 from llmchain_fed.runtimes.nvflare.link import Link
 from llmchain_fed.runtimes.process_group import Group
@@ -317,16 +317,16 @@ def test_a_state_that_makes_no_sense_ends_the_call_for_that_site(state):
 @FUZZ
 @given(values | st.dictionaries(st.sampled_from(["type", "message", "x"]), values))
 def test_an_error_of_elsewhere_is_one_of_ours_in_a_line(plain):
-    for read in (error_codes.from_site, error_codes.from_same_script):
+    for read in (heads.from_site, heads.from_same_script):
         error = read(plain)
         assert isinstance(error, LLMChainFedError)
         told(error)
         assert "\n" not in str(error)
-    told(error_codes.said(plain))
+    told(heads.said(plain))
 
 
 def test_a_refusal_of_a_sites_policy_says_so_in_its_first_words():
-    error = error_codes.from_site({"type": "PolicyError", "message": "policy.max_steps: 10**12 are more than 1,000"})
+    error = heads.from_site({"type": "PolicyError", "message": "policy.max_steps: 10**12 are more than 1,000"})
     assert isinstance(error, PolicyError)
     assert str(error).startswith("refused by site: policy.max_steps: ")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from llmchain_fed.errors import DeadlineError, ParticipantError, TransportError
 from llmchain_fed.federated.runtime import Operation, Payload, payload_for
-from llmchain_fed.runtimes.messaging import error_codes, frames, heads
+from llmchain_fed.runtimes.messaging import frames, heads
 
 _SMALL = 16 * 2**20  # bytes: counts, losses and samples as JSON
 _STATE = 64 * 2**20  # bytes a participant's own state may have beyond what was said of it
@@ -228,4 +228,4 @@ def read(reply: bytes | Exception) -> tuple[heads.Reply | Exception, memoryview]
         head, body = heads.read_reply(reply)
     except TransportError as error:
         return error, empty
-    return (error_codes.from_site(head.error.model_dump()), empty) if isinstance(head, heads.Failed) else (head, body)
+    return (heads.from_site(head.error.model_dump()), empty) if isinstance(head, heads.Failed) else (head, body)

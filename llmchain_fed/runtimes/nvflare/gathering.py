@@ -64,10 +64,8 @@ class Sites:
     def missed(self, name: str, why: str, *, unreached: bool = False) -> None:
         """A site does not answer.
 
-        Args:
-            name: The name of the site.
-            why: The reason, for people; it may be the site's own text, and decides nothing.
-            unreached: Whether that is what the hub's engine says, which cannot see what is behind it.
+        `why` may be the site's own text, and decides nothing. `unreached`: that is what the hub's engine says, which
+        cannot see what is behind it.
         """
         now, why = time.time(), why.rstrip(".")
         self._in.discard(name)

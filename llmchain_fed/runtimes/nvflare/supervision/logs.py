@@ -111,9 +111,7 @@ def _shift(path: Path) -> None:
 def last_error(kit: Path, since: int = 0) -> str:
     """The last line that tells of an error; empty if there is none.
 
-    Args:
-        kit: Whose.
-        since: byte of the file at which to begin: what stands before it is another process's.
+    What stands before the byte `since` of the file is another process's.
     """
     with suppress(OSError), (kit / FILE).open("rb") as file:
         file.seek(max(os.fstat(file.fileno()).st_size - _LAST, since))
@@ -126,10 +124,7 @@ def last_error(kit: Path, since: int = 0) -> str:
 def remove_ended_jobs(kit: Path, running: Iterable[str] = (), *, kept: int = _KEPT_JOBS) -> list[str]:
     """Removes the folders of ended jobs but for the newest; returns their ids.
 
-    Args:
-        kit: Whose.
-        running: Command lines, or parts of them, of the processes that work there: a job whose id is in one stays.
-        kept: How many ended jobs stay.
+    A job stays whose id is in one of `running`: command lines, or parts of them, of the processes that work there.
     """
     busy = " ".join(running)
     gone: list[str] = []

@@ -10,10 +10,9 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
 
 from llmchain_fed.runtimes.nvflare import engine_state
-from llmchain_fed.runtimes.nvflare.engine_state import SeenSite
+from llmchain_fed.runtimes.nvflare.engine_state import SeenSite, State
 from llmchain_fed.runtimes.nvflare.supervision import news
 
 SILENT = 15.0  # seconds: a site's engine is heard every four
@@ -31,7 +30,6 @@ TURNED_AWAY = {
 """what a site's operator is told when the hub does not let it in"""
 _DAY = 86_400.0  # seconds a site is out after which it is no longer told of
 _SAY_AGAIN = 60.0  # seconds after which it is said again for what it waits
-State = Literal["starting", "waiting", "running", "stopping", "ended"]
 
 
 class SitesSeen:

@@ -23,7 +23,7 @@ from llmchain_fed.runtimes.nvflare import certificates, engine, engine_state, ki
 from llmchain_fed.runtimes.nvflare.supervision import logs, news, reaching
 from llmchain_fed.runtimes.nvflare.supervision.guard import Guard
 from llmchain_fed.runtimes.nvflare.supervision.standing import TURNED_AWAY, Diary, HubLink, SitesSeen
-from llmchain_fed.storage import locks
+from llmchain_fed.storage import own_files
 
 LASTING, AGAIN = 2, 4
 """statuses with which it ends by itself: mend what the line says, or start it again"""
@@ -41,10 +41,8 @@ class Supervisor:
     """Runs a kit's engine until it is told to stop, or cannot go on.
 
     Args:
-        kit: Whose.
         socket: At a site: where its peer listens.
         authority: At the hub: the authority's folder, whose registry then says who may come.
-        say: Is given each line.
     """
 
     def __init__(
@@ -78,7 +76,7 @@ class Supervisor:
         """
         engine.needs_socket(self._kit, self._socket)
         engine.check_folder(self._kit)
-        with locks.lock(self._kit / engine.LOCK, f"the kit {self._kit.name}"), self._signals():
+        with own_files.lock(self._kit / engine.LOCK, f"the kit {self._kit.name}"), self._signals():
             try:
                 engine.check(self._kit, reach=False)
                 self._prepare()

@@ -1015,9 +1015,13 @@ def test_it_is_told_to_stop_and_leaves_no_process_and_a_second_start_is_refused(
     status, lines, state = keep(kit, script, stop_after="connected to the hub")
     assert (status, state.state) == (143, "ended")
     assert lines[-1] == "stopping; the same command starts it again"
-    from llmchain_fed.storage import locks
+    from llmchain_fed.storage import own_files
 
-    with locks.lock(kit / engine.LOCK, "the kit a"), pytest.raises(ConfigError, match="the kit a is in use by process"):
+    busy = pytest.raises(ConfigError, match="the kit a is in use by process")
+    with own_files.lock(kit / engine.LOCK, "the kit a"), busy:
+        own_files.lock(kit / engine.LOCK, "the kit a"),
+        pytest.raises(ConfigError, match="the kit a is in use by process"),
+    ):
         keep(kit, [])
 
 
