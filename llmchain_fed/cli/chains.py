@@ -14,9 +14,7 @@ from llmchain_fed.untrusted import shown
 def check(name: str, beside: Path | None = None) -> None:
     """Makes sure, before anything slow is imported, that there is such a chain.
 
-    Args:
-        name: As a command was told.
-        beside: A file whose folder its relative paths start at, too.
+    Its relative paths start at the folder of the file `beside`, too.
 
     Raises:
         RecipeError: There is none.

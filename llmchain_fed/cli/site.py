@@ -106,8 +106,7 @@ def policy_explain(
     file: Annotated[Path | None, typer.Argument(help="a site's policy; by default that of a peer without one")] = None,
 ) -> None:
     """At a site: says in sentences what a policy lets happen, and what it refuses."""
-    from llmchain_fed.runtimes.site.explaining import LIMITATIONS, explain
-    from llmchain_fed.runtimes.site.policy import Policy
+    from llmchain_fed.runtimes.site.policy import LIMITATIONS, Policy, explain
 
     found = Policy.from_file(file) if file is not None else Policy()
     typer.echo("\n".join([*explain(found), "", *LIMITATIONS]))

@@ -1,30 +1,129 @@
-"""RankMessages: whole messages between the ranks of a process group, each watched while it is waited for.
+"""RankMessages: what the ranks of a process group say to each other, each message watched while it is waited for.
 
-Knows gloo's tensors, sizes and signs of life. Knows nothing of operations or of what a message is for. A message is
-whole or the group's end: what follows would be taken for its rest.
+Knows gloo's tensors, sizes and signs of life, heads, and which part of a body is whose. Knows nothing of what an
+operation does. A message is whole or the group's end: what follows would be taken for its rest.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any, Self
 
 import torch
 import torch.distributed as dist
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from llmchain_fed import untrusted
 from llmchain_fed.errors import FederationError
-from llmchain_fed.runtimes import process_group, ranks
+from llmchain_fed.federated.runtime import Payload, payload_for
+from llmchain_fed.runtimes import process_group
 from llmchain_fed.runtimes.aside import Aside
-from llmchain_fed.runtimes.messaging.heads import HeadT
+from llmchain_fed.runtimes.messaging.heads import Fault, HeadT, first_of
 from llmchain_fed.runtimes.process_group import LEADER
 from llmchain_fed.untrusted import shown
 
+MAX_HEAD = 8 * 2**20
+"""bytes: the names of some 100,000 participants"""
+Name = Annotated[str, Field(max_length=4096)]
+_MOST = 2**20  # participants of a job
+_Names = Annotated[list[Name], Field(max_length=_MOST, fail_fast=True)]
+_Rank = Annotated[int, Field(ge=0, lt=2**20)]
+_Size = Annotated[int, Field(ge=0, lt=2**48)]
 _SLICE = 0.5  # seconds between looks at heartbeats
 OUTCOMES = 2.0
 """seconds in which a leader that goes down hands all ranks what the rounds so far have brought"""
+
+
+class Joining(untrusted.Strict):
+    """A rank to the leader: whom it has."""
+
+    names: _Names
+
+
+class Homes(untrusted.Strict):
+    """The leader to a rank: who is where, and who is in two places."""
+
+    names: _Names
+    ranks: Annotated[list[_Rank], Field(max_length=_MOST, fail_fast=True)]
+    twice: _Names
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(self.names) != len(self.ranks):
+            msg = "there are more names than ranks, or fewer"
+            raise ValueError(msg)
+        return self
+
+
+class RankTask(untrusted.Strict):
+    """The leader to a rank: these participants do this; the body carries their payloads."""
+
+    op: Annotated[str, Field(max_length=64)]
+    nodes: _Names
+    timeout: Annotated[float, Field(ge=0)] | None
+    which: Annotated[list[_Rank], Field(max_length=_MOST, fail_fast=True)]
+    sizes: Annotated[list[_Size], Field(min_length=1, max_length=_MOST, fail_fast=True)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(self.which) != len(self.nodes) or any(index >= len(self.sizes) for index in self.which):
+            msg = "it does not say which payload is whose"
+            raise ValueError(msg)
+        return self
+
+
+class Ended(untrusted.Strict):
+    """The leader to a rank: the loop is over, the body is how it ended. A rank to the leader: the body is an answer."""
+
+    error: Fault | None
+
+
+def read_head(text: bytes, kinds: tuple[type[HeadT], ...], what: str) -> HeadT:
+    """A head, which is the first of these kinds whose first field it has.
+
+    Raises:
+        FederationError: It is none of them.
+    """
+    found = untrusted.read_json(text, most=MAX_HEAD, what=what, error=FederationError)
+    return first_of(kinds, found, what=what, error=FederationError)
+
+
+def distinct(payload: Payload, names: list[str]) -> tuple[list[bytes], list[int]]:
+    """The different payloads for these nodes, and which of them is whose."""
+    parts: list[bytes] = []
+    places: dict[int, int] = {}
+    which = []
+    for name in names:
+        part = payload_for(payload, name)
+        if id(part) not in places:
+            places[id(part)] = len(parts)
+            parts.append(part)
+        which.append(places[id(part)])
+    return parts, which
+
+
+def by_node(body: bytes, task: RankTask, hosted: Mapping[str, Any]) -> Payload:
+    """The reverse of `distinct`.
+
+    Raises:
+        FederationError: The body is not made of these parts, or a node is not one of this rank.
+    """
+    strangers = [name for name in task.nodes if name not in hosted]
+    if strangers or sum(task.sizes) != len(body):
+        why = (
+            f"{untrusted.shown(strangers[0])} is not here" if strangers else "the body has another size than its parts"
+        )
+        msg = f"a task that makes no sense: {why}."
+        raise FederationError(msg)
+    if len(task.sizes) == 1:
+        return body
+    ends = list(itertools.accumulate(task.sizes))
+    parts = [body[end - size : end] for end, size in zip(ends, task.sizes, strict=True)]
+    return {name: parts[index] for name, index in zip(task.nodes, task.which, strict=True)}
 
 
 class RankMessages:
@@ -95,13 +194,13 @@ class RankMessages:
         with self._whole(rank):
             sizes = self._fill(torch.empty(2, dtype=torch.int64), rank).tolist()
             with self.making_sense(rank):
-                for size, limit, what in zip(sizes, (ranks.MAX_HEAD, most), ("head", "body"), strict=True):
+                for size, limit, what in zip(sizes, (MAX_HEAD, most), ("head", "body"), strict=True):
                     if not 0 <= size <= limit:
                         msg = f"a {what} of {size:,} bytes was announced where at most {limit:,} make sense."
                         raise FederationError(msg)
             text, body = (self._fill(torch.empty(size, dtype=torch.uint8), rank) for size in sizes)
         with self.making_sense(rank):
-            head = ranks.read_head(text.numpy().tobytes(), kinds, "its head")
+            head = read_head(text.numpy().tobytes(), kinds, "its head")
         return head, body.numpy().tobytes()
 
     @contextmanager

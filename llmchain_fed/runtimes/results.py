@@ -1,33 +1,41 @@
 """Results: the folders in which a federation leaves chain, history and checkpoints, and never less than before.
 
-Knows files, locks and counts of rounds. Knows nothing of how rounds are run.
+Knows files, locks, counts of rounds, and what of a folder tells whose federation it is: its file, what the newest
+checkpoint says of itself, and a digest of the chain that it began with. Knows nothing of how rounds are run, or of
+weights: what those of a checkpoint mean is compared where a federation goes on (`checkpoint.state`).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from llmchain_fed import untrusted
+from pydantic import Field
+
 from llmchain_fed.chain.saving import directory
 from llmchain_fed.errors import ChainFileError, ConfigError
 from llmchain_fed.federated.checkpoint import files
+from llmchain_fed.federated.checkpoint.contents import identity
 from llmchain_fed.federated.checkpoint.files import MAX_MANIFEST
 from llmchain_fed.federated.history import History
 from llmchain_fed.federated.history_data import rounds_in
-from llmchain_fed.runtimes import finished
 from llmchain_fed.runtimes.federation_file import FederationFile
 from llmchain_fed.stopping import whole
-from llmchain_fed.storage import locks, own_files, whole_folders
+from llmchain_fed.storage import own_files, whole_folders
 from llmchain_fed.tracking.status_file import FILE
-from llmchain_fed.untrusted import shown
+from llmchain_fed.untrusted import Strict, checked, printable, read_file, read_json, shown
 
 _LOCK = ".lock"
 _START = "start.json"  # which chain it began with
+_WHOLE = 2**26  # bytes of a file that are all read; of a larger one its size, its beginning and its end
+_PART = 2**20
+_MOST = 2**16
 
 
 class Results:
@@ -51,7 +59,7 @@ class Results:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             for folder in {self.out.resolve(): "out", self.checkpoints.resolve(): "checkpoint_dir"}:
-                stack.enter_context(locks.lock(folder / _LOCK, f"the folder {shown(str(folder), 300)!r}"))
+                stack.enter_context(own_files.lock(folder / _LOCK, f"the folder {shown(str(folder), 300)!r}"))
             whole_folders.put_right(self.chain)
             own_files.sweep(self.history)
             own_files.sweep(self.status)
@@ -77,16 +85,38 @@ class Results:
             ConfigError: The file is none of ours.
         """
         what = shown(str(self.history), 300)
-        data = untrusted.read_file(self.history, most=MAX_MANIFEST, what=what, error=ConfigError)
-        return History.from_dict(untrusted.read_json(data, most=MAX_MANIFEST, what=what, error=ConfigError), what=what)
+        data = read_file(self.history, most=MAX_MANIFEST, what=what, error=ConfigError)
+        return History.from_dict(read_json(data, most=MAX_MANIFEST, what=what, error=ConfigError), what=what)
 
     def check_finished(self, file: FederationFile, members: str) -> None:
         """Makes sure that the rounds that are here are of this federation, and not of another that had this folder.
 
+        How many rounds it is to have may differ. With `members` "changed", the sites may be others than it had.
+
         Raises:
-            CheckpointError, ConfigError: See `finished.check`.
+            CheckpointError: The newest checkpoint is damaged.
+            ConfigError: They are another federation's.
         """
-        finished.check(file, self.checkpoints, self.start, members=members)
+        config, there = identity(files.about(self.checkpoints))
+        then, now = config.decisive(), file.written().decisive()
+        asked = {name for name in then if members == "same" or name != "participants_per_round"}
+        wrong = [
+            f"{name}: {shown(repr(then[name]), 200)} there, {shown(repr(now[name]), 200)} here"
+            for name in then
+            if name in asked and then[name] != now[name]
+        ]
+        if members == "same" and sorted(there) != sorted(file.hub.sites):
+            wrong.append(f"sites: {shown(', '.join(there), 200)} there, {shown(', '.join(file.hub.sites), 200)} here")
+        before, here = _noted(self.start), _chain_of(file.chain)
+        gone = "files" not in here and here["name"] == before.get("name")  # its folder is not there any more
+        if before and not gone and before.get("files", before.get("name")) != here.get("files", here["name"]):
+            wrong.append(f"chain: {shown(file.chain, 200)} is not the one that it began with")
+        if wrong:
+            msg = (
+                f"out: {shown(str(file.out), 300)} contains the rounds of another federation ({'; '.join(wrong)}). "
+                "Choose another `out` for this one, or give the chain, sites and options of then."
+            )
+            raise ConfigError(msg)
 
     def begin(self, chain: str) -> None:
         """Takes down which chain the federation begins with, unless that is the one that it leaves here.
@@ -96,7 +126,7 @@ class Results:
         """
         if not self.rounds and Path(chain) != self.chain:
             with _writing(self.out):
-                finished.note(self.start, finished.chain_of(chain))
+                _note(self.start, _chain_of(chain))
 
     def check(self, *, start: str) -> None:
         """Makes sure, before anything is loaded or trained, that the results to come can be left here.
@@ -149,3 +179,50 @@ def _writing(folder: Path) -> Iterator[None]:
             "Make room there, or give this account the right to write, and start again."
         )
         raise ConfigError(msg) from error
+
+
+class _Chain(Strict):
+    name: Annotated[str, Field(max_length=2000)]
+    files: Annotated[str, Field(max_length=64)] | None = None
+
+
+def _note(start: Path, chain: Mapping[str, str]) -> None:
+    """Keeps which chain a federation begins with, as `_chain_of` says it.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    if _noted(start) != chain:
+        own_files.write_whole(start, json.dumps(chain) + "\n", mode=0o600)
+
+
+def _chain_of(chain: str) -> dict[str, str]:
+    """Which chain it is, without loading it: its name, and a digest of the files where it is a folder."""
+    folder, found = Path(chain), hashlib.sha256()
+    name = {"name": printable(folder.name, 300)}
+    if not folder.is_absolute() or not folder.is_dir():
+        return name
+    try:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            found.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                found.update(file.read(_WHOLE if size <= _WHOLE else _PART))
+                if size > _WHOLE:
+                    file.seek(-_PART, os.SEEK_END)
+                    found.update(file.read(_PART))
+    except OSError:
+        return name
+    return name | {"files": found.hexdigest()}
+
+
+def _noted(start: Path) -> dict[str, str]:
+    """What `_note` wrote; nothing for a federation that was begun by an earlier version."""
+    try:
+        data = read_file(start, most=_MOST, what="the digest of the chain", error=ConfigError)
+        found = read_json(data, most=_MOST, what="the digest of the chain", error=ConfigError)
+        return dict(
+            checked(_Chain, found, what="the digest of the chain", error=ConfigError).model_dump(exclude_none=True)
+        )
+    except ConfigError:
+        return {}

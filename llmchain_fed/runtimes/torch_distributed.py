@@ -18,11 +18,20 @@ import torch.distributed as dist
 
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, FederationError
 from llmchain_fed.federated.runtime import InProcess, Operation, Payload, Runtime, TaskHandler, payload_for
-from llmchain_fed.runtimes import process_group, ranks
-from llmchain_fed.runtimes.messaging import error_codes
-from llmchain_fed.runtimes.messaging.answer_sizes import AnswerSizes
+from llmchain_fed.runtimes import process_group
+from llmchain_fed.runtimes.messaging import heads
+from llmchain_fed.runtimes.messaging.chunked_calls import AnswerSizes
 from llmchain_fed.runtimes.process_group import LEADER
-from llmchain_fed.runtimes.rank_messages import OUTCOMES, RankMessages
+from llmchain_fed.runtimes.rank_messages import (
+    OUTCOMES,
+    Ended,
+    Homes,
+    Joining,
+    RankMessages,
+    RankTask,
+    by_node,
+    distinct,
+)
 from llmchain_fed.untrusted import machine_memory, shown
 
 _OUTCOME = 1.0  # seconds in which a leader that goes down hands one rank what the rounds so far have brought
@@ -106,7 +115,7 @@ class TorchDistributed(Runtime):
         if self.leads:
             homes: list[tuple[str, int]] = [(name, LEADER) for name in clients]
             for rank in self._others():
-                joining, _ = self._messages.receive(rank, ranks.Joining, most=0)
+                joining, _ = self._messages.receive(rank, Joining, most=0)
                 homes += [(name, rank) for name in joining.names]
             names = [name for name, _ in homes]
             twice = sorted(name for name, count in Counter(names).items() if count > 1)
@@ -115,7 +124,7 @@ class TorchDistributed(Runtime):
                 self._messages.send(rank, told, b"")
         else:
             self._messages.send(LEADER, {"names": list(clients)}, b"")
-            found, _ = self._messages.receive(LEADER, ranks.Homes, most=0)
+            found, _ = self._messages.receive(LEADER, Homes, most=0)
             homes, twice = list(zip(found.names, found.ranks, strict=True)), found.twice
         if twice:
             both = [rank for name, rank in homes if name == twice[0]]
@@ -150,7 +159,7 @@ class TorchDistributed(Runtime):
             wanted.setdefault(self._homes[node], []).append(node)
         mine = wanted.pop(LEADER, [])
         for rank, names in wanted.items():
-            parts, which = ranks.distinct(payload, names)
+            parts, which = distinct(payload, names)
             head = {"op": op, "nodes": names, "timeout": timeout, "which": which, "sizes": [len(p) for p in parts]}
             self._messages.send(rank, head, parts[0] if len(parts) == 1 else b"".join(parts))
         outstanding = [(rank, name) for rank in sorted(wanted) for name in wanted[rank]]
@@ -174,28 +183,28 @@ class TorchDistributed(Runtime):
         """
         self._messages.check_usable()
         while True:
-            head, body = self._messages.receive(LEADER, ranks.RankTask, ranks.Ended, most=machine_memory())
-            if not isinstance(head, ranks.RankTask):
-                assert isinstance(head, ranks.Ended)
+            head, body = self._messages.receive(LEADER, RankTask, Ended, most=machine_memory())
+            if not isinstance(head, RankTask):
+                assert isinstance(head, Ended)
                 adopt(body)
                 if head.error is not None:
-                    raise self._messages.told(error_codes.said(head.error.model_dump()))
+                    raise self._messages.told(heads.said(head.error.model_dump()))
                 return
             # all first, then the answers: a send waits until rank 0 comes round to this rank
             with self._messages.making_sense(LEADER):
-                given = ranks.by_node(body, head, self.local)
+                given = by_node(body, head, self.local)
             del body
             op: Any = head.op  # any that the peers know
             answers = [answer for _, answer in self._hosted.call(op, head.nodes, given, head.timeout)]
             del given
             for answer in answers:
-                error, body = (error_codes.to_plain(answer), b"") if isinstance(answer, Exception) else (None, answer)
+                error, body = (heads.to_plain(answer), b"") if isinstance(answer, Exception) else (None, answer)
                 if not self._messages.send(LEADER, {"error": error}, body):
                     break  # nobody takes it any more: what comes next is how the loop ended
 
     def publish(self, outcome: bytes, error: BaseException | None = None) -> None:
         """Ends the other ranks' `follow`, on rank 0; those that cannot be reached after an error are left out."""
-        head = {"error": error_codes.to_plain(error) if error is not None else None}
+        head = {"error": heads.to_plain(error) if error is not None else None}
         until = time.monotonic() + OUTCOMES
         for rank in self._others():
             over = self._messages.over  # then some are at work, and are told by their heartbeat
@@ -212,8 +221,8 @@ class TorchDistributed(Runtime):
         process_group.leave()
 
     def _answer(self, rank: int, most: int) -> bytes | Exception:
-        head, body = self._messages.receive(rank, ranks.Ended, most=most)
-        return body if head.error is None else error_codes.from_same_script(head.error.model_dump())
+        head, body = self._messages.receive(rank, Ended, most=most)
+        return body if head.error is None else heads.from_same_script(head.error.model_dump())
 
     def _others(self) -> range:
         return range(LEADER + 1, self.world_size)

@@ -107,7 +107,6 @@ class StatusFile(Callback):
     most once a second, by a thread of its own, with permissions for this account alone.
 
     Args:
-        path: Of the file.
         rounds: How many rounds the federation has; None takes each fit for a whole one.
         about: What else to say, name → a value, or a function that gives it at each writing.
     """

@@ -5,12 +5,20 @@ it. Every reader gives the documented type or raises the one error of our tree t
 and memory follow from a size that is checked before anything is parsed.
 """
 
-from llmchain_fed.untrusted.fields import Strict, checked
-from llmchain_fed.untrusted.files import machine_memory, read_file
-from llmchain_fed.untrusted.json_text import MAX_DEPTH, parse_json, read_json
+from llmchain_fed.untrusted.json_text import MAX_DEPTH, Strict, checked, parse_json, read_json
 from llmchain_fed.untrusted.plain_yaml import MAX_YAML, dump_yaml, key_lines, parse_yaml, read_yaml
 from llmchain_fed.untrusted.safetensors_header import MAX_NAME, TensorHeader, read_safetensors_header
-from llmchain_fed.untrusted.text import PanicError, decoding, no_panic, one_line, printable, reason, shown
+from llmchain_fed.untrusted.text import (
+    PanicError,
+    decoding,
+    machine_memory,
+    no_panic,
+    one_line,
+    printable,
+    read_file,
+    reason,
+    shown,
+)
 
 __all__ = [
     "MAX_DEPTH",

@@ -14,9 +14,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from llmchain_fed.untrusted.files import read_file
 from llmchain_fed.untrusted.json_text import MAX_DEPTH
-from llmchain_fed.untrusted.text import MAX_INTEGER, ErrorType, refusal, shown
+from llmchain_fed.untrusted.text import MAX_INTEGER, ErrorType, read_file, refusal, shown
 
 MAX_YAML = 2**20
 """bytes"""

@@ -41,9 +41,9 @@ from llmchain_fed.federated.checkpoint.state import OtherExamplesError
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
 from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.runtimes.federation_file import FederationFile
-from llmchain_fed.runtimes.messaging import error_codes
+from llmchain_fed.runtimes.messaging import heads
 from llmchain_fed.runtimes.site.policy import AuditError
-from llmchain_fed.storage import locks, own_files, whole_folders
+from llmchain_fed.storage import own_files, whole_folders
 
 FILE = """
 chain: start
@@ -493,7 +493,7 @@ def federation(records, **out):
 
 
 OTHER = OtherExamplesError("participant 'b' is not as it was (examples: 5 then, 6 now): …")
-FULL = error_codes.from_site(error_codes.to_plain(AuditError("the audit file cannot be written: No space left (28)")))
+FULL = heads.from_site(heads.to_plain(AuditError("the audit file cannot be written: No space left (28)")))
 
 
 @pytest.mark.parametrize(
@@ -765,23 +765,23 @@ def test_a_history_is_not_replaced_by_a_shorter_one(tmp_path):
 
 
 def test_a_lock_names_its_owner_and_dies_with_it(tmp_path):
-    code = "import sys, time; from llmchain_fed.storage.locks import lock\n"
+    code = "import sys, time; from llmchain_fed.storage.own_files import lock\n"
     code += "with lock(sys.argv[1], 'x'): print(1, flush=True); time.sleep(60)"
     owner = subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"], stdout=subprocess.PIPE)
     assert owner.stdout.readline()
     with (
         pytest.raises(ConfigError, match=rf"^the folder is in use by process {owner.pid}\. Two at once"),
-        locks.lock(tmp_path / "lock", "the folder"),
+        own_files.lock(tmp_path / "lock", "the folder"),
     ):
         raise AssertionError
     owner.kill()
     owner.wait()
     owner.stdout.close()
-    with locks.lock(tmp_path / "lock", "the folder"):
+    with own_files.lock(tmp_path / "lock", "the folder"):
         pass
     with (
         pytest.raises(ConfigError, match=r"cannot be locked: .*No such file"),
-        locks.lock(tmp_path / "no" / "lock", "x"),
+        own_files.lock(tmp_path / "no" / "lock", "x"),
     ):
         raise AssertionError
 

@@ -20,7 +20,7 @@ from torchrun_script import SHARES, federate, tiny_chain
 
 from llmchain_fed import ConfigError, FederationError, TorchDistributed
 from llmchain_fed.runtimes import process_group
-from llmchain_fed.runtimes.messaging import error_codes
+from llmchain_fed.runtimes.messaging import heads
 
 
 def by_hand(out, *options, seconds=100):
@@ -301,11 +301,11 @@ def test_gloo_is_quoted_without_its_source(said, wanted):
 
 
 def test_errors_keep_their_type_between_ranks_and_lose_it_between_organisations():
-    plain = error_codes.to_plain(ConfigError("x" * 5000))
+    plain = heads.to_plain(ConfigError("x" * 5000))
     assert len(plain["message"]) == 2000
-    assert type(error_codes.from_same_script(plain)) is ConfigError
-    assert str(error_codes.from_site(plain)).startswith("ConfigError: xx")
-    assert type(error_codes.from_site({"type": "DeadlineError", "message": "late"})).__name__ == "DeadlineError"
+    assert type(heads.from_same_script(plain)) is ConfigError
+    assert str(heads.from_site(plain)).startswith("ConfigError: xx")
+    assert type(heads.from_site({"type": "DeadlineError", "message": "late"})).__name__ == "DeadlineError"
     for nonsense in (None, {}, {"type": "SystemExit", "message": 3}, {"type": "LLMChainFedError"}):
-        for read in (error_codes.from_same_script, error_codes.from_site):
+        for read in (heads.from_same_script, heads.from_site):
             assert read(nonsense).args[0] is not None

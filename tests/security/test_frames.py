@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from llmchain_fed import untrusted
 from llmchain_fed.errors import DeadlineError, FederationError, LLMChainFedError, ParticipantError, PolicyError
 from llmchain_fed.federated.runtime import InProcess
-from llmchain_fed.runtimes import ranks
-from llmchain_fed.runtimes.messaging import chunked_calls, error_codes, frames, heads
-from llmchain_fed.runtimes.messaging.answer_sizes import AnswerSizes
+from llmchain_fed.runtimes import rank_messages
+from llmchain_fed.runtimes.messaging import chunked_calls, frames, heads
+from llmchain_fed.runtimes.messaging.chunked_calls import AnswerSizes
 from llmchain_fed.runtimes.nvflare.link import Link
 from llmchain_fed.runtimes.process_group import Group
 from llmchain_fed.runtimes.rank_messages import RankMessages
@@ -317,16 +317,16 @@ def test_a_state_that_makes_no_sense_ends_the_call_for_that_site(state):
 @FUZZ
 @given(values | st.dictionaries(st.sampled_from(["type", "message", "x"]), values))
 def test_an_error_of_elsewhere_is_one_of_ours_in_a_line(plain):
-    for read in (error_codes.from_site, error_codes.from_same_script):
+    for read in (heads.from_site, heads.from_same_script):
         error = read(plain)
         assert isinstance(error, LLMChainFedError)
         told(error)
         assert "\n" not in str(error)
-    told(error_codes.said(plain))
+    told(heads.said(plain))
 
 
 def test_a_refusal_of_a_sites_policy_says_so_in_its_first_words():
-    error = error_codes.from_site({"type": "PolicyError", "message": "policy.max_steps: 10**12 are more than 1,000"})
+    error = heads.from_site({"type": "PolicyError", "message": "policy.max_steps: 10**12 are more than 1,000"})
     assert isinstance(error, PolicyError)
     assert str(error).startswith("refused by site: policy.max_steps: ")
 
@@ -432,7 +432,7 @@ def test_many_wrong_fields_or_entries_cost_no_more_than_one():
     with within(1), pytest.raises(LLMChainFedError):
         heads.read_reply(many)
     with within(3), pytest.raises(FederationError):
-        ranks.read_head(names, (ranks.Joining,), "its head")
+        rank_messages.read_head(names, (rank_messages.Joining,), "its head")
     with within(1), pytest.raises(LLMChainFedError):
         heads.one_of(corpus.head(run="r", sites=[1] * 100_000), heads.Greeting, what="a greeting")
 
@@ -452,10 +452,10 @@ def test_what_a_rank_has_and_what_the_leader_asks_is_read_as_strictly():
 
 
 def test_pieces_of_a_body_are_given_to_whom_they_are_for():
-    parts, which = ranks.distinct({"a": b"1", "b": b"23"}, ["a", "b"])
+    parts, which = rank_messages.distinct({"a": b"1", "b": b"23"}, ["a", "b"])
     sizes = [len(p) for p in parts]
-    task = ranks.RankTask(op="train", nodes=["a", "b"], timeout=None, which=which, sizes=sizes)
-    assert ranks.by_node(b"".join(parts), task, {"a": 1, "b": 1}) == {"a": b"1", "b": b"23"}
+    task = rank_messages.RankTask(op="train", nodes=["a", "b"], timeout=None, which=which, sizes=sizes)
+    assert rank_messages.by_node(b"".join(parts), task, {"a": 1, "b": 1}) == {"a": b"1", "b": b"23"}
     for body, hosted in ((b"12", {"a": 1, "b": 1}), (b"123", {"a": 1})):
         with pytest.raises(FederationError, match="a task that makes no sense"):
-            ranks.by_node(body, task, hosted)
+            rank_messages.by_node(body, task, hosted)

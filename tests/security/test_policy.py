@@ -27,8 +27,7 @@ from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.limits import Limits
 from llmchain_fed.federated.protocol.versions import STALE
 from llmchain_fed.runtimes.messaging import frames
-from llmchain_fed.runtimes.site.explaining import explain
-from llmchain_fed.runtimes.site.policy import Audit, Policy
+from llmchain_fed.runtimes.site.policy import Audit, Policy, explain
 from llmchain_fed.runtimes.site.server import SiteServer
 from llmchain_fed.untrusted import printable
 from llmchain_fed.updates import serialization

@@ -196,8 +196,7 @@ class Listener:
     def serve(self, hear: Callable[[Channel], None]) -> None:
         """Accepts until this is closed.
 
-        Args:
-            hear: Given each caller, in a thread; it closes the channel when it is done with it.
+        `hear` is given each caller, in a thread; it closes the channel when it is done with it.
         """
         self._serving = True
         self._socket.settimeout(_TICK)

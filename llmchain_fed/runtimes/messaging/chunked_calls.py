@@ -1,8 +1,8 @@
 """Sliced calls: the hub's half of what `site` answers. Payloads go out and answers come in as slices of bounded size.
 
-Knows frames, deadlines and an `exchange` that carries one frame to several nodes. Knows nothing of the engine behind
-it, of models or of rounds. Believes no node: what makes no sense, is too large or comes too slowly ends that node's
-part in the call, and takes no more than its share of the time that all have.
+Knows frames, deadlines, how large an answer may be, and an `exchange` that carries one frame to several nodes. Knows
+nothing of the engine behind it, of models or of rounds. Believes no node: what makes no sense, is too large or comes
+too slowly ends that node's part in the call, and takes no more than its share of the time that all have.
 """
 
 from __future__ import annotations
@@ -14,14 +14,38 @@ from dataclasses import dataclass, field
 
 from llmchain_fed.errors import DeadlineError, ParticipantError, TransportError
 from llmchain_fed.federated.runtime import Operation, Payload, payload_for
-from llmchain_fed.runtimes.messaging import error_codes, frames, heads
-from llmchain_fed.runtimes.messaging.answer_sizes import AnswerSizes
+from llmchain_fed.runtimes.messaging import frames, heads
 
+_SMALL = 16 * 2**20  # bytes: counts, losses and samples as JSON
+_STATE = 64 * 2**20  # bytes a participant's own state may have beyond what was said of it
 # (nodes, frame, seconds) → (node, the frame it answered or why there is none) for each of them
 Exchange = Callable[[Sequence[str], bytes, float], Iterable[tuple[str, bytes | Exception]]]
 _POLL = 2.0  # seconds a site keeps a poll waiting before it says that it is still at work
 _LATE = 5.0  # seconds by which the last poll, or a farewell, may outlast the deadline
 _LONGEST = 86_400.0  # seconds a node may be at work where no deadline was set: nobody is waited for without end
+
+
+class AnswerSizes:
+    """Remembers what was said of the size of answers.
+
+    A training whose updates nobody described, and a participant's own state, may have twice what was sent to it and
+    some more; everything else is JSON.
+    """
+
+    def __init__(self) -> None:
+        self._said: dict[str, int] = {}
+
+    def expect(self, num_bytes: int, op: Operation = "train") -> None:
+        """Says how large an answer to `op` may be from now on."""
+        self._said[op] = num_bytes
+
+    def most(self, op: str, payload: int) -> int:
+        """bytes: what no sensible answer to `op` exceeds, for which so many bytes of `payload` were sent."""
+        if op == "train":  # what is not an update is JSON: a loss, a curve
+            return max(self._said[op], _SMALL) if op in self._said else 2 * payload + _SMALL
+        if op == "personal_state":
+            return max(self._said.get(op, 0), 2 * payload) + _STATE
+        return _SMALL
 
 
 @dataclass
@@ -204,4 +228,4 @@ def read(reply: bytes | Exception) -> tuple[heads.Reply | Exception, memoryview]
         head, body = heads.read_reply(reply)
     except TransportError as error:
         return error, empty
-    return (error_codes.from_site(head.error.model_dump()), empty) if isinstance(head, heads.Failed) else (head, body)
+    return (heads.from_site(head.error.model_dump()), empty) if isinstance(head, heads.Failed) else (head, body)

@@ -1,7 +1,8 @@
 """Heads of frames: which fields each kind has, of which type and in which range. Anything else is refused.
 
-Knows what is said between hub, bridge and peer. Knows nothing of sockets or of what becomes of it; no torch, because
-the engine's own processes import this.
+Knows what is said between hub, bridge and peer, and this package's error tree: what failed in one process is raised by
+name in another, and no type is looked up outside that tree. Knows nothing of sockets or of what becomes of it; no
+torch, because the engine's own processes import this.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
-from llmchain_fed import untrusted
-from llmchain_fed.errors import LLMChainFedError, TransportError
+from llmchain_fed import errors, untrusted
+from llmchain_fed.errors import DeadlineError, LLMChainFedError, ParticipantError, PolicyError, TransportError
 from llmchain_fed.runtimes.messaging import frames
 
 Count = Annotated[int, Field(ge=0, lt=2**48)]
 """bytes"""
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 """of a site, as its certificate has it"""
+_KNOWN: dict[str, type[LLMChainFedError]] = {
+    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, LLMChainFedError)
+}
+_LONGEST = 2000  # characters of a message that came from elsewhere
 _Names = Annotated[list[Name], Field(max_length=100_000, fail_fast=True)]
 _CallId = Annotated[str, Field(min_length=1, max_length=64)]
 _Seconds = Annotated[float, Field(ge=0, le=7 * 86_400)]
@@ -99,7 +104,7 @@ _OF_THIS_ACCOUNT = (RefusedRequest, StatusRequest)
 
 
 class Fault(untrusted.Strict):
-    """An error of elsewhere; see `error_codes`."""
+    """An error of elsewhere."""
 
     type: str
     message: str
@@ -256,3 +261,45 @@ def read_status(frame: bytes | memoryview) -> PeerStatus:
         failed = untrusted.checked(Failed, head, what="what a site answered", error=TransportError)
         raise TransportError(untrusted.one_line(failed.error.message, 500))
     return untrusted.checked(PeerStatus, head, what="what a site says of itself", error=TransportError)
+
+
+def to_plain(error: BaseException) -> dict[str, str]:
+    """The error's type and message."""
+    return {"type": type(error).__name__, "message": str(error)[:_LONGEST]}
+
+
+def from_same_script(plain: Any) -> LLMChainFedError:
+    """The error of a process that runs the same script: its own type where it is one of this package's."""
+    name, message = _parts(plain)
+    kind = _KNOWN.get(name)
+    return kind(message) if kind is not None else ParticipantError(f"{name}: {message}")
+
+
+def from_site(plain: Any) -> LLMChainFedError:
+    """The error of another organisation's process: late, out of reach, against its policy, or its own trouble.
+
+    It must not stop the loop, so it never comes back as any other error of this side.
+    """
+    name, message = _parts(plain)
+    if name == PolicyError.__name__:
+        return PolicyError(f"refused by site: {message}")
+    for kind in (DeadlineError, TransportError):
+        if name == kind.__name__:
+            return kind(message)
+    return ParticipantError(f"{name}: {message}")
+
+
+def said(plain: Any) -> str:
+    """An error of elsewhere in a line."""
+    return ": ".join(_parts(plain))
+
+
+def _parts(plain: Any) -> tuple[str, str]:
+    found = plain if isinstance(plain, dict) else {}
+    return _line(found.get("type", "an unknown error"), 80), _line(found.get("message", ""), _LONGEST)
+
+
+def _line(text: Any, longest: int) -> str:
+    """One line that can be shown and written anywhere."""
+    shown = text if isinstance(text, str) else untrusted.shown(text)
+    return untrusted.printable(shown, longest).replace("\n", " ").replace("\t", " ")

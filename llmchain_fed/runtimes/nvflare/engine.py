@@ -21,7 +21,7 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.runtimes.nvflare import certificates, kits
 from llmchain_fed.runtimes.nvflare.job import SOCKET
 from llmchain_fed.runtimes.nvflare.supervision import reaching
-from llmchain_fed.storage import locks
+from llmchain_fed.storage import own_files
 
 LOCK = "engine.lock"
 """in the kit: locked while its engine runs"""
@@ -38,9 +38,7 @@ _SAFE = {"PYTHONSAFEPATH": "1"}
 def check(kit: Path, *, reach: bool = True) -> None:
     """Makes sure that an engine started from this kit can work.
 
-    Args:
-        kit: The folder of the kit.
-        reach: Whether a site's hub is dialled as well; one that is not up yet is no error, the engine waits for it.
+    With `reach` a site's hub is dialled as well; one that is not up yet is no error, the engine waits for it.
 
     Raises:
         ConfigError: See `check_folder`; certificate expired, not yet valid, not of this federation's authority or of
@@ -112,7 +110,7 @@ def start(
     kit = kit.absolute()
     command, variables = command_of(kit, socket, authority)
     check_folder(kit)
-    with locks.lock(kit / LOCK, f"the kit {kit.name}"):
+    with own_files.lock(kit / LOCK, f"the kit {kit.name}"):
         check(kit)
     descriptor = os.open(log or kit / "engine.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(descriptor, "ab") as output:

@@ -23,6 +23,7 @@ _LARGEST = 2**23  # bytes: all sites that there can be
 _LONGEST_PATH = 2**13  # bytes
 _Text = Annotated[str, Field(max_length=2000)]
 _Name = Annotated[str, Field(max_length=256)]
+State = Literal["starting", "waiting", "running", "stopping", "ended"]
 
 
 class SeenSite(untrusted.Strict):
@@ -46,7 +47,7 @@ class EngineState(untrusted.Strict):
     started: float
     """seconds since the epoch, as all times here"""
     written: float
-    state: Literal["starting", "waiting", "running", "stopping", "ended"]
+    state: State
     says: _Text
     """one sentence: what it does or waits for"""
     hub: _Text

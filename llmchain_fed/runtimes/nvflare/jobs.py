@@ -17,11 +17,10 @@ from pathlib import Path
 
 from llmchain_fed.errors import TransportError
 from llmchain_fed.runtimes.messaging import chunked_calls, frames
-from llmchain_fed.runtimes.nvflare.gathering import Gathering
+from llmchain_fed.runtimes.nvflare.gathering import Gathering, Sites
 from llmchain_fed.runtimes.nvflare.job import write_job
 from llmchain_fed.runtimes.nvflare.link import JobLostError, Link, UnreachedError
 from llmchain_fed.runtimes.nvflare.session import EngineSession
-from llmchain_fed.runtimes.nvflare.sites import Sites
 
 _NAME = "llmchain_fed"
 _REUSE = 2.0  # seconds in which the bridge of a running job, left by a killed driver, finds this one

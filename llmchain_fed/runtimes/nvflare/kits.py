@@ -23,7 +23,7 @@ from llmchain_fed.runtimes import names
 from llmchain_fed.runtimes.nvflare.job import CONTROLLER, EXECUTOR, HUB, SITE
 from llmchain_fed.runtimes.nvflare.provisioning import tool
 from llmchain_fed.runtimes.nvflare.provisioning.registry import normal
-from llmchain_fed.runtimes.nvflare.provisioning.scratch import place, scratch
+from llmchain_fed.runtimes.nvflare.provisioning.tool import place, scratch
 from llmchain_fed.storage.own_files import write_whole
 
 ADMIN = "admin@hub.org"
@@ -135,11 +135,8 @@ def configure(kit: Path, *, at: Path | None = None) -> None:
     """Closes a kit down: only this package's two bridge classes run, no code is accepted, storage is the kit's own.
 
     Writes `local/resources.json` and `local/authorization.json` beside the engine's defaults; an administrator's kit
-    runs nothing, and is only made this account's alone.
-
-    Args:
-        kit: The folder of the kit.
-        at: The folder that it will lie in, if that is another one: the engine's settings name it.
+    runs nothing, and is only made this account's alone. `at` is the folder that it will lie in, if that is another one:
+    the engine's settings name it.
 
     Raises:
         ConfigError: It is no kit.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import TransportError
-from llmchain_fed.runtimes.messaging import error_codes, frames, heads
+from llmchain_fed.runtimes.messaging import frames, heads
 from llmchain_fed.runtimes.messaging.channel import Channel
 
 _GREETING = 10.0  # seconds in which whoever connected has said which job it is of
@@ -59,9 +59,7 @@ class _Bridge:
                         msg = f"it answers for {untrusted.shown(head.node)}, who was not asked or has answered"
                         raise TransportError(msg)
                     error = head.error
-                    told_by_hub = (
-                        UnreachedError(error_codes.from_site(error.model_dump())) if error is not None else None
-                    )
+                    told_by_hub = UnreachedError(heads.from_site(error.model_dump())) if error is not None else None
                     answers[head.node] = told_by_hub or bytes(body)
             except (OSError, EOFError, TransportError) as lost:
                 msg = f"the job's bridge went away ({type(lost).__name__}: {lost})."

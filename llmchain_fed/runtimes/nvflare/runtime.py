@@ -21,11 +21,10 @@ from llmchain_fed.runtimes.aside import within
 from llmchain_fed.runtimes.messaging.chunked_calls import ChunkedCalls
 from llmchain_fed.runtimes.names import check_name
 from llmchain_fed.runtimes.nvflare import certificates
-from llmchain_fed.runtimes.nvflare.gathering import in_the_hubs_words
+from llmchain_fed.runtimes.nvflare.gathering import Sites, in_the_hubs_words
 from llmchain_fed.runtimes.nvflare.jobs import Jobs
 from llmchain_fed.runtimes.nvflare.link import UnreachedError
 from llmchain_fed.runtimes.nvflare.session import EngineSession
-from llmchain_fed.runtimes.nvflare.sites import Sites
 from llmchain_fed.runtimes.nvflare.supervision.reaching import hindrance
 
 # seconds of `close`: a hub or site that is frozen keeps nobody from stopping, eight with the farewell of a call

@@ -29,7 +29,6 @@ class SiteLog:
     """Thread-safe where one thread tells and others ask: each field is replaced as a whole.
 
     Args:
-        say: Takes a line.
         about: What is known from the start: `name`, `examples`, `held_out`, `audit`, `contract`.
     """
 

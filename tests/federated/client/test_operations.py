@@ -19,8 +19,7 @@ from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.tasks import PersonalizeTask, StateHeader, StateTask, Task, TensorTask, TrainTask
 from llmchain_fed.federated.server.asking import ask
 from llmchain_fed.federated.target import Target
-from llmchain_fed.runtimes.site.explaining import explain
-from llmchain_fed.runtimes.site.policy import Policy
+from llmchain_fed.runtimes.site.policy import Policy, explain
 
 TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=4, epochs=1)
 SHARES = {"a": PAIRS[:4], "b": PAIRS[4:9]}

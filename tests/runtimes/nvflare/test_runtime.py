@@ -23,7 +23,7 @@ from llmchain_fed.runtimes.nvflare import bridge as bridges
 from llmchain_fed.runtimes.nvflare import certificates, gathering, job, jobs
 from llmchain_fed.runtimes.nvflare import runtime as nvflare_runtime
 from llmchain_fed.runtimes.nvflare.engine_state import SeenSite
-from llmchain_fed.runtimes.nvflare.sites import Sites
+from llmchain_fed.runtimes.nvflare.gathering import Sites
 from llmchain_fed.runtimes.nvflare.supervision.reaching import Hindrance
 from llmchain_fed.runtimes.site.policy import Audit, Policy
 from llmchain_fed.runtimes.site.server import SiteServer

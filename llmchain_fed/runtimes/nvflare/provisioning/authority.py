@@ -24,8 +24,8 @@ from llmchain_fed.runtimes.names import Role
 from llmchain_fed.runtimes.nvflare import certificates, kits
 from llmchain_fed.runtimes.nvflare.provisioning import registry, sent, tool
 from llmchain_fed.runtimes.nvflare.provisioning.registry import Certificate, CertificateRegistry
-from llmchain_fed.runtimes.nvflare.provisioning.scratch import place, said, scratch
 from llmchain_fed.runtimes.nvflare.provisioning.sent import Asked
+from llmchain_fed.runtimes.nvflare.provisioning.tool import place, said, scratch
 from llmchain_fed.stopping import whole
 from llmchain_fed.storage.own_files import write_whole
 

@@ -22,7 +22,7 @@ from llmchain_fed.runtimes import names
 from llmchain_fed.runtimes.names import Role
 from llmchain_fed.runtimes.nvflare import kits
 from llmchain_fed.runtimes.nvflare.provisioning import registry, sent, tool
-from llmchain_fed.runtimes.nvflare.provisioning.scratch import place, scratch, sweep
+from llmchain_fed.runtimes.nvflare.provisioning.tool import place, scratch, sweep
 from llmchain_fed.storage.own_files import write_whole
 
 _REQUEST, _RENEWAL, _KITS = kits.REQUEST, "renewal", kits.KITS

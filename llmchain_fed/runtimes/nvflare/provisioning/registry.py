@@ -18,7 +18,7 @@ from pydantic import Field
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.storage import locks
+from llmchain_fed.storage import own_files
 from llmchain_fed.storage.own_files import sweep, write_whole
 
 FILE = "names.json"
@@ -69,9 +69,7 @@ class CertificateRegistry(untrusted.Strict):
     def allowed(self, name: str, fingerprint: str) -> str | None:
         """Why whoever presents this certificate under this name is not let in, in a sentence; None where it is.
 
-        Args:
-            name: That the certificate gives its owner.
-            fingerprint: SHA-256 of the certificate in DER, in hex, with or without colons and "SHA256:".
+        The fingerprint is in hex, with or without colons and "SHA256:".
         """
         who = untrusted.one_line(name, 80)
         presented = normal(fingerprint)
@@ -133,7 +131,7 @@ def alone(authority: Path) -> Iterator[None]:
     if not authority.is_dir():
         msg = f"{authority} is no authority's folder. Give the folder of `provision start`."
         raise ConfigError(msg)
-    with locks.lock_folder(authority, f"the authority in {authority}"):
+    with own_files.lock_folder(authority, f"the authority in {authority}"):
         sweep(authority / FILE)
         yield
 

@@ -85,10 +85,7 @@ class Guard:
     def refusal(self, name: str, fingerprint: str, *, admin: bool = False) -> Refusal | None:
         """Why this certificate may not come under this name; None where it may.
 
-        Args:
-            name: In the certificate.
-            fingerprint: The certificate's.
-            admin: Whether it is an administrator's, whose kits are made at the hub: only a registry tells them apart.
+        Administrators' kits are made at the hub: only a registry tells them apart.
         """
         with self._lock:
             if self._authority is not None:

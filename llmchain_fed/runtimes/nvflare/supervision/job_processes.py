@@ -18,8 +18,7 @@ _ABORTED = "_abort_requested"  # NVFlare's mark of a job that is told to end
 def install(died: Callable[[str], object]) -> None:
     """Takes the place of the launchers' command lines, and watches how a site's jobs end.
 
-    Args:
-        died: Is told in a sentence, by a thread, that a process of a job died.
+    `died` is told in a sentence, by a thread, that a process of a job died.
     """
     from nvflare.apis.fl_constant import FLContextKey
     from nvflare.apis.job_launcher_spec import JobProcessArgs

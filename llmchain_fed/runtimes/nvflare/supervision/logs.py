@@ -1,14 +1,18 @@
-"""Logs: what NVFlare's processes write down, in one file of the kit that does not grow without end.
+"""Logs: what NVFlare's processes leave in a kit: one file that does not grow without end, and the newest ended jobs.
 
-Knows NVFlare's loggers and one file. Knows nothing of processes. NVFlare by itself writes each line into three files,
-of each process; here all write to their standard output, which is the file, and only the parent bounds it.
+Knows NVFlare's loggers, one file, and where NVFlare puts a job: KIT/ID at each engine, and in the hub's store. Knows
+nothing of processes: which jobs run is for the caller to say. NVFlare by itself writes each line into three files, of
+each process; here all write to their standard output, which is the file, and only the parent bounds it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,12 @@ _PER_CALL = (
     "nvflare.apis.impl",
 )  # fmt: skip
 """loggers that write for every call and poll below a warning"""
+_KEPT_JOBS = 3
+"""of ended jobs"""
+_YOUNG = 600.0  # seconds in which a folder may be of a job whose process is not there yet
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_LARGEST = 2**20  # bytes of a job's description
+_STORES = ("storage/jobs", "storage/snapshots")
 
 
 def config() -> dict[str, Any]:
@@ -101,9 +111,7 @@ def _shift(path: Path) -> None:
 def last_error(kit: Path, since: int = 0) -> str:
     """The last line that tells of an error; empty if there is none.
 
-    Args:
-        kit: Whose.
-        since: byte of the file at which to begin: what stands before it is another process's.
+    What stands before the byte `since` of the file is another process's.
     """
     with suppress(OSError), (kit / FILE).open("rb") as file:
         file.seek(max(os.fstat(file.fileno()).st_size - _LAST, since))
@@ -111,3 +119,44 @@ def last_error(kit: Path, since: int = 0) -> str:
         told = [line for line in lines if " ERROR " in line or "Error: " in line or " CRITICAL " in line]
         return untrusted.one_line(told[-1], 500) if told else ""
     return ""
+
+
+def remove_ended_jobs(kit: Path, running: Iterable[str] = (), *, kept: int = _KEPT_JOBS) -> list[str]:
+    """Removes the folders of ended jobs but for the newest; returns their ids.
+
+    A job stays whose id is in one of `running`: command lines, or parts of them, of the processes that work there.
+    """
+    busy = " ".join(running)
+    gone: list[str] = []
+    for folder in (kit, *(kit / store for store in _STORES)):
+        old = [job for job in _jobs(folder) if time.time() - _when(job) > _YOUNG]
+        ended = [job for job in old if job.name not in busy and _has_ended(job)]
+        for job in sorted(ended, key=_when, reverse=True)[kept:]:
+            shutil.rmtree(job, ignore_errors=True)
+            if not job.exists() and job.name not in gone:
+                gone.append(job.name)
+    return gone
+
+
+def _jobs(folder: Path) -> list[Path]:
+    with suppress(OSError):
+        return [e for e in folder.iterdir() if _ID.fullmatch(e.name) and e.is_dir() and not e.is_symlink()]
+    return []
+
+
+def _when(job: Path) -> float:
+    with suppress(OSError):
+        return job.stat().st_mtime
+    return 0.0
+
+
+def _has_ended(job: Path) -> bool:
+    """In the hub's store a job that was submitted stands before it runs: only what it says to be finished has ended."""
+    meta = job / "meta"
+    if not meta.is_file():
+        return True
+    with suppress(OSError, ValueError):
+        if meta.stat().st_size <= _LARGEST:
+            found = json.loads(meta.read_bytes())
+            return isinstance(found, dict) and str(found.get("status", "")).startswith("FINISHED")
+    return False

@@ -48,8 +48,7 @@ class _KitError(Exception):
 def hindrance(kit: Path) -> Hindrance | None:
     """Does what the site's engine does first: name, connection, TLS with the kit's certificate; None where all works.
 
-    Args:
-        kit: A site's, or the administrator's: who of the two reads this can mend different things.
+    The kit is a site's, or the administrator's: who of the two reads this can mend different things.
 
     Raises:
         ConfigError: It is no such kit.

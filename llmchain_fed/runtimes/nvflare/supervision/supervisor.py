@@ -20,11 +20,10 @@ from typing import Any
 
 from llmchain_fed.errors import ConfigError, TransportError
 from llmchain_fed.runtimes.nvflare import certificates, engine, engine_state, kits
-from llmchain_fed.runtimes.nvflare.supervision import job_folders, logs, news, reaching
-from llmchain_fed.runtimes.nvflare.supervision.diary import Diary
+from llmchain_fed.runtimes.nvflare.supervision import logs, news, reaching
 from llmchain_fed.runtimes.nvflare.supervision.guard import Guard
-from llmchain_fed.runtimes.nvflare.supervision.standing import TURNED_AWAY, HubLink, SitesSeen
-from llmchain_fed.storage import locks
+from llmchain_fed.runtimes.nvflare.supervision.standing import TURNED_AWAY, Diary, HubLink, SitesSeen
+from llmchain_fed.storage import own_files
 
 LASTING, AGAIN = 2, 4
 """statuses with which it ends by itself: mend what the line says, or start it again"""
@@ -42,10 +41,8 @@ class Supervisor:
     """Runs a kit's engine until it is told to stop, or cannot go on.
 
     Args:
-        kit: Whose.
         socket: At a site: where its peer listens.
         authority: At the hub: the authority's folder, whose registry then says who may come.
-        say: Is given each line.
     """
 
     def __init__(
@@ -79,7 +76,7 @@ class Supervisor:
         """
         engine.needs_socket(self._kit, self._socket)
         engine.check_folder(self._kit)
-        with locks.lock(self._kit / engine.LOCK, f"the kit {self._kit.name}"), self._signals():
+        with own_files.lock(self._kit / engine.LOCK, f"the kit {self._kit.name}"), self._signals():
             try:
                 engine.check(self._kit, reach=False)
                 self._prepare()
@@ -295,7 +292,7 @@ class Supervisor:
         with suppress(OSError):  # who tidies the temporary folder takes what is not written for days
             if self._hub:
                 engine_state.point(self._port, self._kit)
-        job_folders.remove_ended(self._kit, self._command_lines())
+        logs.remove_ended_jobs(self._kit, self._command_lines())
 
     def _command_lines(self) -> Iterator[str]:
         import psutil

@@ -31,7 +31,7 @@ from llmchain_fed import ConfigError, NVFlare, cli
 from llmchain_fed.runtimes import names
 from llmchain_fed.runtimes.federation_file import FederationFile
 from llmchain_fed.runtimes.nvflare import certificates, engine, kits
-from llmchain_fed.runtimes.nvflare.provisioning import authority, own_kit, registry, scratch, sent, tool
+from llmchain_fed.runtimes.nvflare.provisioning import authority, own_kit, registry, sent, tool
 from llmchain_fed.runtimes.site import warnings
 from llmchain_fed.storage import whole_folders
 
@@ -507,7 +507,7 @@ def test_what_a_killed_command_left_is_removed_by_the_next_and_what_another_is_a
         tool.run = engine_run
     (left,) = site.glob(".unfinished-*")
     assert (left / "request" / "alpha.key").is_file()
-    with scratch.scratch(site) as other:
+    with tool.scratch(site) as other:
         assert not left.exists()
         refused(run, *package[:-1], WRONG)
         assert other.is_dir()
@@ -529,7 +529,7 @@ def test_a_folder_that_cannot_be_written_and_a_disk_that_is_full(tmp_path, run, 
     def mkdtemp(*_, dir, **__):  # noqa: A002 (tempfile's)
         raise PermissionError(13, "Permission denied", str(dir))
 
-    monkeypatch.setattr(scratch.tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr(tool.tempfile, "mkdtemp", mkdtemp)
     said = refused(run, "request", "beta", tmp_path / "site")
     assert f"{tmp_path / 'site'} cannot be written or read (Permission denied). Nothing was changed" in said
     assert digest(tmp_path) == before

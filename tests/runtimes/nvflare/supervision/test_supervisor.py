@@ -29,7 +29,6 @@ from llmchain_fed.runtimes.nvflare import engine, engine_state, gathering, kits
 from llmchain_fed.runtimes.nvflare.supervision import (
     child,
     diary,
-    job_folders,
     job_processes,
     logs,
     news,
@@ -667,7 +666,7 @@ def test_folders_of_ended_jobs_go_but_the_newest_and_the_running_stay(tmp_path):
     done = [job(store, number, "FINISHED:COMPLETED") for number in range(3, 8)]
     (tmp_path / "startup").mkdir()
     (tmp_path / "00000009-0000-0000-0000-000000000000").symlink_to(tmp_path / "startup")
-    job_folders.remove_ended(tmp_path, [f"python runner -r {ours[0].name}"], kept=2)
+    logs.remove_ended_jobs(tmp_path, [f"python runner -r {ours[0].name}"], kept=2)
     assert [path.exists() for path in ours] == [True, False, False, False, True, True]
     assert all(path.exists() for path in kept)
     assert [path.exists() for path in done] == [False, False, False, True, True]
@@ -677,7 +676,7 @@ def test_folders_of_ended_jobs_go_but_the_newest_and_the_running_stay(tmp_path):
 def test_a_folder_whose_job_may_not_have_begun_stays(tmp_path):
     ours = [job(tmp_path, number) for number in range(1, 4)]
     os.utime(ours[0])
-    job_folders.remove_ended(tmp_path, kept=0)
+    logs.remove_ended_jobs(tmp_path, kept=0)
     assert [path.exists() for path in ours] == [True, False, False]
 
 
@@ -686,7 +685,7 @@ def test_folders_of_ended_jobs_are_looked_for_every_ten_minutes(kit, monkeypatch
     found = Supervisor(kit, socket=Path("/nowhere"), say=print)
     found._next |= {"write": 1e9, "warn": 1e9}
     monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(job_folders, "remove_ended", lambda *_: swept.append(now[0]))
+    monkeypatch.setattr(logs, "remove_ended_jobs", lambda *_: swept.append(now[0]))
     for _ in range(40):
         found._regularly()
         now[0] += 60.0
@@ -1016,9 +1015,13 @@ def test_it_is_told_to_stop_and_leaves_no_process_and_a_second_start_is_refused(
     status, lines, state = keep(kit, script, stop_after="connected to the hub")
     assert (status, state.state) == (143, "ended")
     assert lines[-1] == "stopping; the same command starts it again"
-    from llmchain_fed.storage import locks
+    from llmchain_fed.storage import own_files
 
-    with locks.lock(kit / engine.LOCK, "the kit a"), pytest.raises(ConfigError, match="the kit a is in use by process"):
+    busy = pytest.raises(ConfigError, match="the kit a is in use by process")
+    with own_files.lock(kit / engine.LOCK, "the kit a"), busy:
+        own_files.lock(kit / engine.LOCK, "the kit a"),
+        pytest.raises(ConfigError, match="the kit a is in use by process"),
+    ):
         keep(kit, [])
 
 
