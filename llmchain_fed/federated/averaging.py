@@ -186,7 +186,6 @@ class FederatedAveraging(ManualRounds):
         """
         rounds = checked_rounds("plan", rounds, self._server)
         self._check_closed()
-
         return Plan(**self._together(lambda: asdict(plan_of(self._server, rounds))))
 
     def fit(
