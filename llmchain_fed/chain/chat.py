@@ -7,7 +7,7 @@ templates are written for. Knows nothing about prompts' templates or training.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from langchain_core.caches import BaseCache
@@ -111,7 +111,7 @@ class LocalChatModel(LocalLanguageModel, BaseChatModel):
             raise UnsupportedModelError(msg)
         given = self.chat_template_kwargs | dict(chat_template_kwargs or {})
         try:
-            conversation = _in_transformers_form(self._convert_input(messages).to_messages(), model.name)
+            conversation = [_converted(m, model.name) for m in self._convert_input(messages).to_messages()]
         except (ValueError, TypeError, NotImplementedError) as error:
             msg = f"cannot read {messages!r:.80} as an input of LocalChatModel: {error}. Pass text or messages."
             raise DataError(msg) from None
@@ -183,20 +183,12 @@ def _usage(done: Completion) -> UsageMetadata:
     )
 
 
-def _in_transformers_form(messages: Sequence[BaseMessage], name: str) -> list[dict[str, Any]]:
-    """Messages → mappings: role and content, and where there are any `name`, `tool_calls`, `reasoning_content`.
-
-    A call's arguments are a mapping, not the OpenAI wire form's string
-    (https://huggingface.co/docs/transformers/main/en/chat_extras). Content is a text, or a list of
-    `{"type": "text", "text": …}` where the message has blocks.
-
-    Raises:
-        UnsupportedModelError: A message contains more than text.
-    """
-    return [_converted(message, name) for message in messages]
-
-
 def _converted(message: BaseMessage, name: str) -> dict[str, Any]:
+    """A message as transformers has it (https://huggingface.co/docs/transformers/main/en/chat_extras).
+
+    A call's arguments are a mapping, not the OpenAI wire form's string. Content is a text, or a list of
+    `{"type": "text", "text": …}` where the message has blocks; a message of more than text is refused.
+    """
     role = _role(message)
     content, reasoning = _content(message, role, name)
     found: dict[str, Any] = {"role": role, "content": content}

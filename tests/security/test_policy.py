@@ -25,7 +25,7 @@ from llmchain_fed.data.encoding import collate, encoded
 from llmchain_fed.errors import DeadlineError, PolicyError
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.limits import Limits
-from llmchain_fed.federated.protocol.versions import STALE
+from llmchain_fed.federated.protocol.global_state import STALE
 from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.site.policy import Audit, Policy, explain
 from llmchain_fed.runtimes.site.server import SiteServer

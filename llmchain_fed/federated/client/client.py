@@ -26,9 +26,8 @@ from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.answers import TaskAnswer
 from llmchain_fed.federated.protocol.expected import Layout
-from llmchain_fed.federated.protocol.global_state import GlobalState
+from llmchain_fed.federated.protocol.global_state import STALE, GlobalState
 from llmchain_fed.federated.protocol.tasks import HelloTask, StateTask, StopTask, Task, TensorTask
-from llmchain_fed.federated.protocol.versions import STALE
 from llmchain_fed.federated.target import Target
 from llmchain_fed.training.batch_sampler import BatchSampler
 from llmchain_fed.training.config import TrainingConfig

@@ -12,9 +12,8 @@ from typing import cast
 from torch import Tensor
 
 from llmchain_fed.errors import FederationError
-from llmchain_fed.federated.protocol.global_state import GlobalState, parted
+from llmchain_fed.federated.protocol.global_state import CODED, START, GlobalState, Version, parted
 from llmchain_fed.federated.protocol.tasks import StateHeader
-from llmchain_fed.federated.protocol.versions import CODED, START, Version
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates.codecs import make_codec

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from llmchain_fed.errors import FederationError
-from llmchain_fed.federated.protocol.global_state import REMAINDER_A, REMAINDER_B
+from llmchain_fed.federated.protocol.global_state import CODED, REMAINDER_A, REMAINDER_B, Version
 from llmchain_fed.federated.protocol.tasks import StateHeader
-from llmchain_fed.federated.protocol.versions import CODED, Version
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates.codecs import make_codec

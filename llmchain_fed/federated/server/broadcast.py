@@ -17,9 +17,8 @@ from torch import Tensor
 from llmchain_fed import untrusted
 from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.protocol import messages
-from llmchain_fed.federated.protocol.global_state import GlobalState, is_start_of, named
+from llmchain_fed.federated.protocol.global_state import CODED, STALE, START, GlobalState, Version, is_start_of, named
 from llmchain_fed.federated.protocol.tasks import StateHeader, StateTask
-from llmchain_fed.federated.protocol.versions import CODED, STALE, START, Version
 from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.model.weights import change_stamp

@@ -149,13 +149,11 @@ class _Downlink:
     def close(self, number: int, nodes: list[str]) -> None:
         """A round of these participants is over."""
         part: Part = "all" if self._rule.rewrites else self._rule.shares(number)
-        self._changes.append("A" if self._rule.restarts and self._zero_b() else part)
-        self.remainder.grow(nodes)
-
-    def _zero_b(self) -> bool:
-        """Whether B is zero before the round, as the rule leaves it: what does not change does not travel."""
         values = self._server.broadcast.state_for()
-        return bool(self._changes) or not any(bool(values[n].any()) for n in selected(values, "B"))
+        # as the rule leaves it, B is zero before a round: what does not change does not travel
+        zero_b = self._changes or not any(bool(values[n].any()) for n in selected(values, "B"))
+        self._changes.append("A" if self._rule.restarts and zero_b else part)
+        self.remainder.grow(nodes)
 
 
 class _Remainder:

@@ -179,7 +179,8 @@ class Server:
 
     def _note_overlaps(self, record: RoundRecord) -> None:
         """Says of those whose first round this is what is both trained on and held out."""
-        new = [n for n in record.participants if n in self.client_manager.joined and not self._has_been_there(n)]
+        there = {n for r in self.history.rounds for n, p in r.participants.items() if p.status != "absent"}
+        new = [n for n in record.participants if n in self.client_manager.joined and n not in there]
         for name in new:
             own = self.client_manager.joined[name].overlapping
             record.participants[name].notes += own.notes() if own is not None else []
@@ -203,10 +204,6 @@ class Server:
                     f"{count} of {of} held-out examples are trained on by another participant: held-out loss flatters"
                 )
                 record.participants[name].notes.append(note)
-
-    def _has_been_there(self, name: str) -> bool:
-        found = (r.participants[name].status for r in reversed(self.history.rounds) if name in r.participants)
-        return any(status != "absent" for status in found)
 
     def ask(self, op: str, messages: Mapping[str, bytes]) -> dict[str, bytes | Exception]:
         """Sends participants a message each, and waits for all answers."""

@@ -17,9 +17,8 @@ from llmchain_fed.federated.client import training
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.global_state_cache import GlobalStateCache
 from llmchain_fed.federated.protocol import messages
-from llmchain_fed.federated.protocol.global_state import GlobalState
+from llmchain_fed.federated.protocol.global_state import STALE, GlobalState, Version
 from llmchain_fed.federated.protocol.tasks import TimeStepTask
-from llmchain_fed.federated.protocol.versions import STALE, Version
 from llmchain_fed.federated.runtime import InProcess, Runtime, payload_for
 from llmchain_fed.federated.server.broadcast import Broadcast, KnownVersion
 from llmchain_fed.federated.target import Target

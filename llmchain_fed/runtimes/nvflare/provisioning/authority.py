@@ -49,7 +49,9 @@ def start(folder: Path, *, host: str, port: int) -> str:
         write_whole(unfinished / _PROFILE, yaml.safe_dump(profile, sort_keys=False), mode=0o600)
         # never with --org: NVFlare 2.9.0 then signs leaf certificates under another issuer than the root's subject
         tool.run("cert", "init", "--profile", unfinished / _PROFILE, "-o", unfinished / _CA, within=unfinished)
-        _tell_where(unfinished / _CA / "ca.json", folder / _PROFILE)
+        notes = unfinished / _CA / "ca.json"  # its path is that in the scratch folder still
+        found = json.loads(notes.read_text()) | {"project_profile": str(folder / _PROFILE)}
+        write_whole(notes, json.dumps(found, indent=2) + "\n", mode=0o600)
         trusted = kits.fingerprint(unfinished / _CA / "rootCA.pem")
         registry.write(unfinished, CertificateRegistry())
         # ca/ comes last: killed before, this is no authority yet, and nobody has anything of it
@@ -303,9 +305,3 @@ def _server(authority: Path) -> dict[str, object]:
     found = untrusted.read_yaml(profile, what=f"the authority's {_PROFILE}", error=ConfigError)
     server = found.get("server") if isinstance(found, dict) else None
     return server if isinstance(server, dict) else {}
-
-
-def _tell_where(notes: Path, profile: Path) -> None:
-    """Puts the path into the engine's notes where its file will be, in place of that in the scratch folder."""
-    found = json.loads(notes.read_text())
-    write_whole(notes, json.dumps(found | {"project_profile": str(profile)}, indent=2) + "\n", mode=0o600)

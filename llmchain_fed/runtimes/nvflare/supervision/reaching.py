@@ -56,7 +56,8 @@ def hindrance(kit: Path) -> Hindrance | None:
     host, port = kits.address(kit)
     where = f"{host}:{port}"
     try:
-        addresses = _resolve(host, port)
+        # the system's resolver has no limit that one could set
+        addresses = within(SECONDS, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     except TimeoutError:
         return Hindrance(f"{host} does not resolve (no DNS server answered within {SECONDS:g} s)")
     except (OSError, UnicodeError) as error:
@@ -96,16 +97,6 @@ def proxy_ignored(kit: Path, environment: Mapping[str, str] = os.environ) -> str
         return None
     host, port = kits.address(kit)
     return f"{found[0]} is set and not used: the engine connects directly to {host}:{port}."
-
-
-def _resolve(host: str, port: int) -> list[Any]:
-    """Addresses of a name.
-
-    Raises:
-        OSError: It has none; as TimeoutError, nobody said so in time.
-    """
-    # the system's resolver has no limit that one could set
-    return within(SECONDS, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
 
 
 def _connect(addresses: list[Any]) -> socket.socket:
