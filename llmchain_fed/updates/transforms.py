@@ -131,8 +131,8 @@ def transformed(
         outcome, kept = made
         if transform.keeps_names:
             _check_delta(transform.name, outcome, infos)
-        said = {n: (info.dtype, tuple(info.shape)) for n, info in transform.carries(infos).items()}
-        if wrong := [n for n, t in kept.items() if said.get(n) != (t.dtype, tuple(t.shape))]:
+        said = {**transform.carries(infos), **describe(own)}  # what a round that shared other tensors left may stay
+        if wrong := [name for name, info in describe(kept).items() if said.get(name) != info]:
             msg = (
                 f"transform {transform.name!r:.80} carries {wrong[0]!r:.80}, which its carries() does not say so: no "
                 "checkpoint could be gone on from. Let carries() give type and shape of all it may carry."
