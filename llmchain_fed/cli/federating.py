@@ -150,7 +150,7 @@ def _lasting_causes(fed: Any, rounds: int, where: str) -> Iterator[None]:
 
 
 def _lasts(error: Exception | None) -> bool:
-    from llmchain_fed.federated.checkpoint.state import OtherExamplesError
+    from llmchain_fed.federated.checkpoint.contents import OtherExamplesError
 
     return isinstance(error, (OtherExamplesError, ContractError, PolicyError))
 

@@ -2,7 +2,7 @@
 
 Knows files, locks, counts of rounds, and what of a folder tells whose federation it is: its file, what the newest
 checkpoint says of itself, and a digest of the chain that it began with. Knows nothing of how rounds are run, or of
-weights: what those of a checkpoint mean is compared where a federation goes on (`checkpoint.state`).
+weights: what those of a checkpoint mean is compared where a federation goes on (`checkpoint.contents`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pydantic import Field
 from llmchain_fed.chain.saving import directory
 from llmchain_fed.errors import ChainFileError, ConfigError
 from llmchain_fed.federated.checkpoint import files
-from llmchain_fed.federated.checkpoint.contents import identity
 from llmchain_fed.federated.checkpoint.files import MAX_MANIFEST
+from llmchain_fed.federated.checkpoint.schema import identity
 from llmchain_fed.federated.history import History
 from llmchain_fed.federated.history_data import rounds_in
 from llmchain_fed.runtimes.federation_file import FederationFile

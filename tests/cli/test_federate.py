@@ -37,7 +37,7 @@ from llmchain_fed.errors import (
     QuorumError,
     TransportError,
 )
-from llmchain_fed.federated.checkpoint.state import OtherExamplesError
+from llmchain_fed.federated.checkpoint.contents import OtherExamplesError
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
 from llmchain_fed.federated.server.attendance import Attendance
 from llmchain_fed.runtimes.federation_file import FederationFile
@@ -555,7 +555,7 @@ def test_a_units_command_is_one_of_ours(name):
     """Every option in ExecStart exists, and misconfiguration is not started again."""
     from typer.main import get_command
 
-    from llmchain_fed.cli import app
+    from llmchain_fed.cli.__main__ import app
 
     unit = Unit(
         f"llmchain-fed-{name}@.service", "x", {"OPTIONS": "--socket s", "FEDERATE_OPTIONS": "--members changed"}

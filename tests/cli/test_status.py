@@ -20,7 +20,7 @@ from scripted import CUT, SHARES, TRAINING, federation
 from typer.testing import CliRunner
 
 from llmchain_fed import ConfigError, FederatedAveraging
-from llmchain_fed.cli import app
+from llmchain_fed.cli.__main__ import app
 from llmchain_fed.runtimes import overview
 from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.nvflare import engine_state
@@ -101,7 +101,7 @@ def test_the_command_takes_no_torch_and_little_time(tmp_path):
     file = tmp_path / "federation.yaml"
     file.write_text("out: .\nhub: {admin: admin, sites: [a]}\n")
     code = (
-        "import sys; from llmchain_fed.cli import app\n"
+        "import sys; from llmchain_fed.cli.__main__ import app\n"
         f"try: app(['status', {str(tmp_path)!r}, {str(file)!r}])\n"
         "except SystemExit as e: print(e.code, [m for m in ('torch', 'transformers', 'nvflare') if m in sys.modules])"
     )

@@ -16,7 +16,7 @@ import torch
 
 import llmchain_fed
 from llmchain_fed.errors import FederationError, ParticipantError
-from llmchain_fed.federated.checkpoint import contents
+from llmchain_fed.federated.checkpoint import schema as checkpoint_schema
 from llmchain_fed.federated.client import global_state_cache
 from llmchain_fed.federated.client import state as private_state
 from llmchain_fed.federated.participant import ALPHAS, LARGEST_RANK
@@ -166,15 +166,15 @@ def _schema(model: type[Strict], field: str) -> Any:
 
 def test_a_hello_a_message_and_a_checkpoint_agree_on_what_they_share():
     assert _schema(tasks.HelloTask, "contract") == _schema(answers.Introduction, "contract")
-    ids = [_schema(model, "federation") for model in (tasks.HelloTask, contents.About)]
+    ids = [_schema(model, "federation") for model in (tasks.HelloTask, checkpoint_schema.About)]
     assert ids[0] == ids[1]
     for field in ("rank", "alpha"):
-        ranges = [_schema(model, field)["anyOf"] for model in (answers.Introduction, contents.Declaration)]
+        ranges = [_schema(model, field)["anyOf"] for model in (answers.Introduction, checkpoint_schema.Declaration)]
         assert ranges[0] == ranges[1]
     declaration = {"examples": 1, "tokens": 1, "rank": 1, "alpha": 1.0, "options": None}
-    assert _told(contents.Declaration, declaration) == ""
+    assert _told(checkpoint_schema.Declaration, declaration) == ""
     for wrong in ({"rank": LARGEST_RANK + 1}, {"alpha": ALPHAS[0] / 2}, {"alpha": 2 * ALPHAS[1]}):
-        assert "`" + next(iter(wrong)) + "`" in _told(contents.Declaration, declaration | wrong)
+        assert "`" + next(iter(wrong)) + "`" in _told(checkpoint_schema.Declaration, declaration | wrong)
 
 
 # --- values are looked at once ----------------------------------------------------------------------------------------

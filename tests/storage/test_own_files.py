@@ -14,7 +14,7 @@ from tiny import PAIRS
 from typer.testing import CliRunner
 
 from llmchain_fed import FederatedAveraging, History
-from llmchain_fed.cli import app
+from llmchain_fed.cli.__main__ import app
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.storage.own_files import as_the_user_says, for_this_account_alone
 

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, train_tokenizer, with_lora
 
-from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, cli, stopping
+from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, stopping
+from llmchain_fed.cli import __main__ as cli
 from llmchain_fed.errors import ContractError, ParticipantError, PolicyError, TransportError
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.storage import whole_folders

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from llmchain_fed.errors import CheckpointError, LLMChainFedError
-from llmchain_fed.federated.checkpoint.contents import Contents
 from llmchain_fed.federated.checkpoint.files import FileSizes
+from llmchain_fed.federated.checkpoint.schema import Contents
 from llmchain_fed.federated.client import state as private_state
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.protocol import messages

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from llmchain_fed.errors import CheckpointError, ConfigError, UnsupportedModelError
-from llmchain_fed.federated.checkpoint import files, fitting, membership
-from llmchain_fed.federated.checkpoint import state as resuming
-from llmchain_fed.federated.checkpoint.contents import Contents, options_again
+from llmchain_fed.federated.checkpoint import contents, files, fitting, membership
 from llmchain_fed.federated.checkpoint.membership import Members, MembershipChange
+from llmchain_fed.federated.checkpoint.schema import Contents, options_again
 from llmchain_fed.federated.client.personalization import with_remainder
 from llmchain_fed.federated.options import FederationOptions
 from llmchain_fed.federated.protocol.answers import Introduction
@@ -84,7 +83,7 @@ class CheckpointManager:
         if self._directory is None or not self._leads:
             return
         self.check_directory()
-        made = resuming.checkpoint_of(self._server, self._states, self._asked)
+        made = contents.checkpoint_of(self._server, self._states, self._asked)
         # before it is written: what fails once the folder has its name leaves a round that is this run's own
         self._states, self._asked = dict(made.participants), made.round
         self._rounds = _Rounds.OWN if self._rounds is _Rounds.ANY else self._rounds
@@ -146,7 +145,7 @@ class CheckpointManager:
         """
         server = self._server
         nodes, here = server.runtime.nodes(), server.runtime.sequential
-        change = resuming.check(server, found, members)
+        change = contents.check(server, found, members)
         if change is not None and not nodes:
             msg = "members='changed' goes on with those who take part from now on: pass participants=…."
             raise ConfigError(msg)
@@ -156,12 +155,12 @@ class CheckpointManager:
             asked = dict(server.client_manager.ask(nodes if change else list(declarations)))
             hellos = {n: answer for n, answer in asked.items() if isinstance(answer, Introduction)}
         if change is None:
-            resuming.check_declarations(hellos, declarations, found)
+            contents.check_declarations(hellos, declarations, found)
         fitting.check_participants(found, server, membership.different(hellos, declarations).keys())
         former = dict(vars(self))
         try:
-            with resuming.as_before(server):
-                states = resuming.restore(server, found)
+            with contents.as_before(server):
+                states = contents.restore(server, found)
                 self._states = {n: state for n, state in states.items() if n in nodes}
                 self._asked, self._rounds = found.round, _Rounds.LATER
                 trained = {name for record in server.history for name in record.trained}
@@ -224,7 +223,7 @@ class CheckpointManager:
             state = GlobalState.of(model)
         else:
             found = read_for(model, self._there("promote"), number)
-            resuming.check_contract(self._server, found)
+            contents.check_contract(self._server, found)
             state = fitting.state_of(found, model)
         with torch.no_grad():
             model.add_adapter(name, with_remainder(state.values, state.remainder, model.lora_scaling()))
@@ -285,8 +284,8 @@ class Resumption:
         if len(there) - len(others) < self._server.settings.config.quorum:
             return  # `compare` says of the first what is to be done
         for name, changes in others.items():
-            why = resuming.other_declaration(name, changes, self._found)
-            self._server.client_manager.leave(name, resuming.OtherExamplesError(why))
+            why = contents.other_declaration(name, changes, self._found)
+            self._server.client_manager.leave(name, contents.OtherExamplesError(why))
 
     def compare(self, hellos: Mapping[str, Introduction], known: dict[str, bytes]) -> None:
         """Refuses, or takes note of, what participants have that is not what they had.
@@ -295,7 +294,7 @@ class Resumption:
             CheckpointError: One has something else, and members must be those of then.
         """
         if self._change is None:
-            resuming.check_declarations(hellos, self._declarations, self._found)
+            contents.check_declarations(hellos, self._declarations, self._found)
         else:
             differences = membership.different(hellos, self._declarations)
             for name in differences.keys() & known.keys():
@@ -310,7 +309,7 @@ class Resumption:
 
     def tell(self, names: list[str]) -> None:
         """Tells participants where they stood at the checkpoint."""
-        resuming.give_back(self._server, names, self._states)
+        contents.give_back(self._server, names, self._states)
         self._owed -= set(names)
         self._states = {name: state for name, state in self._states.items() if name not in names}
 

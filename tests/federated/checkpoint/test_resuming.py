@@ -34,8 +34,8 @@ from tiny import PAIRS, lora_config
 
 from llmchain_fed import FederatedAveraging, Participant, TrainingConfig
 from llmchain_fed.errors import CheckpointError, ConfigError, LLMChainFedError, ParticipantError, PolicyError
+from llmchain_fed.federated.checkpoint import contents as resuming
 from llmchain_fed.federated.checkpoint import files as checkpoint
-from llmchain_fed.federated.checkpoint import state as resuming
 from llmchain_fed.federated.checkpoint.fitting import limits_of
 from llmchain_fed.federated.options import Ditto
 from llmchain_fed.federated.runtime import InProcess

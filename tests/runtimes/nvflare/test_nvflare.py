@@ -18,7 +18,8 @@ import pytest
 from federation_processes import SITES, Federation, difference, free_port, write_examples
 from torchrun_script import SHARES, TRAINING, federate, tiny_chain
 
-from llmchain_fed import ConfigError, FederatedAveraging, NVFlare, QuorumError, cli
+from llmchain_fed import ConfigError, FederatedAveraging, NVFlare, QuorumError
+from llmchain_fed.cli import __main__ as cli
 from llmchain_fed.errors import FederationError, PolicyError, TransportError
 from llmchain_fed.runtimes.federation_file import FederationFile
 from llmchain_fed.runtimes.messaging import frames
@@ -442,7 +443,7 @@ def test_the_extra_is_named_where_it_is_missing(tmp_path):
     code = blocked + f"from llmchain_fed import NVFlare; NVFlare({str(tmp_path)!r}, sites=['a'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "MissingExtraError: the NVFlare runtime needs its engine: pip install 'llmchain-fed[nvflare]'" in done.stderr
-    code = "import sys; sys.modules['typer'] = None; import llmchain_fed.cli"
+    code = "import sys; sys.modules['typer'] = None; import llmchain_fed.cli.__main__"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "pip install 'llmchain-fed[nvflare]'" in done.stderr
     assert done.returncode == 1

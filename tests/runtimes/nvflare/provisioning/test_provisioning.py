@@ -27,7 +27,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from sites import wait_for_hub
 
-from llmchain_fed import ConfigError, NVFlare, cli
+from llmchain_fed import ConfigError, NVFlare
+from llmchain_fed.cli import __main__ as cli
 from llmchain_fed.runtimes import names
 from llmchain_fed.runtimes.federation_file import FederationFile
 from llmchain_fed.runtimes.nvflare import certificates, engine, kits
@@ -539,7 +540,7 @@ def test_a_folder_that_cannot_be_written_and_a_disk_that_is_full(tmp_path, run, 
 def test_a_command_that_is_ended_clears_away_what_it_had_begun(number, ended, tmp_path):
     before = digest(tmp_path)
     code = (
-        "import sys; from llmchain_fed.runtimes.nvflare.provisioning import tool; from llmchain_fed import cli; "
+        "import sys; from llmchain_fed.runtimes.nvflare.provisioning import tool; from llmchain_fed.cli import __main__ as cli; "
         "tool.program = lambda: [sys.executable, '-S', '-c', 'import time; print(1); time.sleep(60)']; cli.main()"
     )
     arguments = ["provision", "start", str(tmp_path / "hub"), "--host", "h"]
