@@ -540,7 +540,8 @@ def test_a_folder_that_cannot_be_written_and_a_disk_that_is_full(tmp_path, run, 
 def test_a_command_that_is_ended_clears_away_what_it_had_begun(number, ended, tmp_path):
     before = digest(tmp_path)
     code = (
-        "import sys; from llmchain_fed.runtimes.nvflare.provisioning import tool; from llmchain_fed.cli import __main__ as cli; "
+        "import sys; from llmchain_fed.runtimes.nvflare.provisioning import tool; "
+        "from llmchain_fed.cli import __main__ as cli; "
         "tool.program = lambda: [sys.executable, '-S', '-c', 'import time; print(1); time.sleep(60)']; cli.main()"
     )
     arguments = ["provision", "start", str(tmp_path / "hub"), "--host", "h"]
