@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from llmchain_fed import LLMChain, LocalChatModel, LocalLLM, LocalModel
 from llmchain_fed.chain.saving import model as saved_model
 from llmchain_fed.errors import ChainFileError, RecipeError
+from llmchain_fed.model import loading
 
 INPUTS = [{"text": english} for english, _ in PAIRS]
 MODULE_INPUTS = {
@@ -48,13 +49,12 @@ def saved(tmp_path):
 def nothing_is_loaded(monkeypatch):
     """No weights and no tokenizer may be read while a tampered directory is refused."""
     from llmchain_fed.chain.saving import adapter
-    from llmchain_fed.chain.saving import model as saved_model
     from llmchain_fed.chain.saving import tokenizer as saved_tokenizer
 
     def loaded(*_, **__):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(saved_model, "load_base", loaded)
+    monkeypatch.setattr(loading, "load_base", loaded)
     monkeypatch.setattr(saved_tokenizer, "load", loaded)
     monkeypatch.setattr(saved_model, "load_file", loaded)
     monkeypatch.setattr(adapter, "load_file", loaded)
@@ -210,7 +210,7 @@ def test_an_adapter_over_a_named_base_is_saved_without_the_base(tokenizer, tmp_p
         asked.append((name, dtype))
         return base.module
 
-    monkeypatch.setattr(saved_model, "load_base", load_base)
+    monkeypatch.setattr(loading, "load_base", load_base)
     loaded = LLMChain.load(tmp_path / "chain")
     assert asked == [("some/model", torch.float32)]
     assert torch.equal(logits(loaded.model), logits(named))
