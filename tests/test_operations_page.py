@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from llmchain_fed import cli
+from llmchain_fed import 
+from llmchain_fed.cli import __main__ as cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["docs/operations.md", "examples/federation/README.md", "deploy/systemd/README.md"]

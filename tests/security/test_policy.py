@@ -20,7 +20,8 @@ from tiny import PAIRS
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
-from llmchain_fed import ConfigError, Participant, cli
+from llmchain_fed import ConfigError, Participant
+from llmchain_fed.cli import __main__ as cli
 from llmchain_fed.data.encoding import collate, encoded
 from llmchain_fed.errors import DeadlineError, PolicyError
 from llmchain_fed.federated.client.client import Client

@@ -20,7 +20,8 @@ from tiny import PAIRS
 from torchrun_script import tiny_chain
 from typer.testing import CliRunner
 
-from llmchain_fed import ConfigError, FederatedAveraging, Participant, cli
+from llmchain_fed import ConfigError, FederatedAveraging, Participant
+from llmchain_fed.cli import __main__ as cli
 from llmchain_fed.cli import site as commands
 from llmchain_fed.errors import DataError, ParticipantError, QuorumError, RecipeError, TransportError
 from llmchain_fed.federated.client.data import Overlap
