@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import typer
 
-from llmchain_fed import 
 from llmchain_fed.cli import __main__ as cli
 
 ROOT = Path(__file__).parents[1]
