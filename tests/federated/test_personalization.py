@@ -7,6 +7,7 @@ share one base (test_adapters), or what rules do to the global model (test_lora_
 import json
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from other_work import does
@@ -474,3 +475,19 @@ def test_train_says_anew_what_rank_a_participant_has(make_chain):
     fed = federation(make_chain(lora=True), None, aggregation="flora")
     fed._server.broadcast.joined("new", None, 2, None)
     assert fed.train(PAIRS[:4], "new").status == "trained"
+
+
+def test_numbers_of_numpy_are_numbers_between_rounds_too(make_chain, tmp_path):
+    fed, plain = (federation(make_chain(lora=True), evaluation=SHARES, checkpoint_dir=tmp_path / n) for n in "ab")
+    for each in (fed, plain):
+        each.fit(2)
+    learning_rate = np.float64(1e-3)
+    assert fed.adaptation_curve("a", steps=np.arange(2), lr=learning_rate) == plain.adaptation_curve(
+        "a", steps=[0, 1], lr=1e-3
+    )
+    assert fed.personalize("a", steps=np.int64(2), lr=learning_rate).losses == pytest.approx(
+        plain.personalize("a", steps=2, lr=1e-3).losses
+    )
+    fed.promote(np.int64(1))
+    fed.roll_back(np.int64(1))
+    assert fed.round == 1

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from llmchain_fed._config import plain_number
 from llmchain_fed.errors import CheckpointError, ConfigError, UnsupportedModelError
 from llmchain_fed.federated.checkpoint import contents, files, fitting, membership
 from llmchain_fed.federated.checkpoint.membership import Members, MembershipChange
@@ -194,7 +195,7 @@ class CheckpointManager:
             ConfigError: `to` is no round.
             CheckpointError: There is no checkpoint of it, or it is another federation's; nothing has changed.
         """
-        _check_round("roll_back", to)
+        to = _checked_round("roll_back", to)
         found = read_for(self._server.model, self._there("roll_back"), to)
         self.go_on(found)
         self._server.patience = []
@@ -212,7 +213,7 @@ class CheckpointManager:
             UnsupportedModelError: The model has no LoRA adapter.
         """
         model = self._server.model
-        _check_round("promote", number)
+        number = _checked_round("promote", number)
         if name in self._server.runtime.nodes():
             msg = f"{name!r} is a participant, whose personal model would take its place. Choose another name."
             raise ConfigError(msg)
@@ -338,7 +339,8 @@ def _path(directory: Any) -> Path:
         raise ConfigError(msg) from None
 
 
-def _check_round(what: str, number: Any) -> None:
-    if type(number) is not int:
+def _checked_round(what: str, number: Any) -> int:
+    if type(number := plain_number(number)) is not int:
         msg = f"{what} takes the number of a round, such as 3, got {number!r:.80}."
         raise ConfigError(msg)
+    return number

@@ -32,7 +32,6 @@ from llmchain_fed.federated.target import Target
 from llmchain_fed.training.batch_sampler import BatchSampler
 from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.training.gradient_step import GradientStep
-from llmchain_fed.training.loop import mean_loss_gradient
 from llmchain_fed.untrusted import decoding
 from llmchain_fed.updates import serialization
 from llmchain_fed.updates.transforms import UpdateTransform, checked_transforms
@@ -73,7 +72,7 @@ class Client:
         self.scaling = own_scaling(target, participant)
         """layer → s, where its LoRA rank is its own"""
         self.transforms = checked_transforms(transforms)
-        self.gradient_step, self.batch_sampler = gradient_step or mean_loss_gradient, batch_sampler
+        self.gradient_step, self.batch_sampler = gradient_step, batch_sampler
         self.limits: Limits | None = None
         self.global_states = global_states or GlobalStateCache(target.model, most=Limits().max_states)
         self.progress = ProgressByRound()
@@ -121,7 +120,7 @@ class Client:
         if state is None:
             return STALE
         del tensors
-        self._spend(task.losses)
+        self._spend(task)
         with self._at_own_rank():
             return _told(kind.work(self, task, state))
 
@@ -132,7 +131,7 @@ class Client:
             task = messages.read_hello(payload, self.name, self.target.contract())
         else:
             task = messages.read(kind.task, payload)
-        self._spend(task.losses)
+        self._spend(task)
         answer: TaskAnswer | bytes = kind.work(self, task)
         return answer
 
@@ -157,7 +156,7 @@ class Client:
             raise FederationError(msg)
         if kind.check is not None:
             kind.check(self, task, layout, header.infos)
-        self._spend(task.losses, count=False)
+        self._spend(task, count=False)
         return header, layout
 
     def obey(self, limits: Limits) -> None:
@@ -210,13 +209,13 @@ class Client:
 
         return check
 
-    def _spend(self, measurements: int, *, count: bool = True) -> None:
-        """Counts measurements, which nothing a hub sends takes back.
+    def _spend(self, task: Task, *, count: bool = True) -> None:
+        """Counts what a task measures, which nothing a hub sends takes back.
 
         Raises:
             PolicyError: They are more than the limits allow.
         """
-        measurements *= self.data.holds_out  # else there is no loss to tell
+        measurements = task.losses(held_out=self.data.holds_out)
         with self._counting:
             spent = self._evaluations + measurements
             if measurements and self.limits is not None and spent > self.limits.max_evaluations:

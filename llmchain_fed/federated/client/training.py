@@ -6,7 +6,6 @@ participants or of what becomes of the update. The model is left as it was found
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,7 @@ from llmchain_fed.updates.codecs.error_feedback import Encoding
 from llmchain_fed.updates.lora_layout import selected
 from llmchain_fed.updates.serialization import TensorInfo
 from llmchain_fed.updates.transforms import Origin, added, transformed
-from llmchain_fed.updates.update import MAX_EXAMPLES, Update
+from llmchain_fed.updates.update import Update
 
 if TYPE_CHECKING:
     from llmchain_fed.federated.client.client import Client
@@ -166,5 +165,5 @@ def time_step(client: Client, task: TimeStepTask, state: GlobalState) -> TimeSte
     steps = steps_of(data, config)
     if client.batch_sampler is not None:
         drawn = client.batch_sampler(data, config, Place(client.name, task.index))
-        steps = sum(1 for _ in itertools.islice(drawn, config.max_steps or MAX_EXAMPLES))
+        steps = sum(1 for _ in drawn)  # as many as it draws are taken, whatever the options say
     return TimeStepAnswer(seconds=seconds, steps=steps or 0)

@@ -67,9 +67,8 @@ class Task(Strict):
     measured: ClassVar[int]
     """held-out losses that its answer tells, of which a site's policy allows so many (`max_evaluations`)"""
 
-    @property
-    def losses(self) -> int:
-        """The same; of a task that does not know before it is asked, as its fields say."""
+    def losses(self, *, held_out: bool) -> int:  # noqa: ARG002
+        """The same of this task, at a participant that has held-out examples or none."""
         return self.measured
 
     @classmethod
@@ -205,6 +204,10 @@ class PersonalizeTask(StateTask):
     steps: _Steps
     lr: _Rate | None = None
 
+    def losses(self, *, held_out: bool) -> int:
+        """None where nothing is held out: a personal model is worth having all the same."""
+        return self.measured * held_out
+
 
 class CurveTask(StateTask):
     """Measure the held-out loss after so many steps of adaptation, each of these."""
@@ -215,8 +218,7 @@ class CurveTask(StateTask):
     steps: Annotated[list[_Count], Field(min_length=1, max_length=MAX_CURVE, fail_fast=True)]
     lr: _Rate | None = None
 
-    @property
-    def losses(self) -> int:
+    def losses(self, *, held_out: bool) -> int:  # noqa: ARG002
         """One for each point."""
         return len(self.steps)
 

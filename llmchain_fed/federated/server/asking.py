@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from llmchain_fed._config import plain_number
 from llmchain_fed.errors import ConfigError, FederationError, LLMChainFedError, ParticipantError
 from llmchain_fed.federated.history import told_of
 from llmchain_fed.federated.protocol import messages
@@ -76,4 +75,4 @@ def task_now(server: Server, kind: type[TaskT], **fields: object) -> TaskT:
         ConfigError: It is.
     """
     now = {"round": server.round + 1, "base": server.model.fingerprint(), "seconds": server.settings.config.deadline}
-    return kind.of(ConfigError, **now, **{name: plain_number(value) for name, value in fields.items()})
+    return kind.of(ConfigError, **now, **fields)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from llmchain_fed._config import plain_number
 from llmchain_fed.errors import ConfigError, ParticipantError
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.participant import Participant
@@ -92,11 +93,11 @@ def personalize(server: Server, participant: str, steps: int, lr: float | None) 
     if rule.personal:
         msg = f"under aggregation={rule.name!r} every participant's B is personal already: use with_adapter(name)."
         raise ConfigError(msg)
+    steps = plain_number(steps)
     if type(steps) is not int or steps < 1:
         msg = f"steps is a count of at least 1, got {steps!r}."
         raise ConfigError(msg)
-    _check_lr(lr)
-    task = task_now(server, PersonalizeTask, steps=steps, lr=lr)
+    task = task_now(server, PersonalizeTask, steps=steps, lr=_checked_lr(lr))
     found = ask_one(server, task, PersonalizeAnswer, participant)
     return Personalized(participant, steps, found.train_loss, found.seconds, found.losses.by_kind())
 
@@ -116,8 +117,8 @@ def compare(server: Server, participants: Sequence[str] | None) -> dict[str, dic
 def curve(server: Server, participant: str, steps: Sequence[int], lr: float | None) -> dict[int, float]:
     """Held-out loss over steps of adaptation; see `FederatedAveraging.adaptation_curve`."""
     wanted = _checked_steps(steps)
-    _check_lr(lr)
-    if not server.client_manager.joined[participant].held_out if participant in server.client_manager.joined else False:
+    lr, hello = _checked_lr(lr), server.client_manager.joined.get(participant)
+    if hello is not None and not hello.held_out:
         msg = f"participant {participant!r} holds out no examples to measure on. Pass evaluation=, or held_out=."
         raise ConfigError(msg)
     task = task_now(server, CurveTask, steps=wanted, lr=lr)
@@ -128,8 +129,7 @@ def curve_of_stranger(
     server: Server, participant: Participant, steps: Sequence[int], lr: float | None
 ) -> dict[int, float]:
     """The same for one that takes no part, in this process; nothing of it stays."""
-    wanted = _checked_steps(steps)
-    _check_lr(lr)
+    wanted, lr = _checked_steps(steps), _checked_lr(lr)
     if participant.held_out is None:
         msg = f"participant {participant.name!r} has no held_out= to measure on."
         raise ConfigError(msg)
@@ -157,18 +157,20 @@ def curve_of_stranger(
 
 
 def _checked_steps(steps: Sequence[int]) -> list[int]:
-    found = list(steps) if isinstance(steps, Iterable) else []
+    found = [plain_number(k) for k in steps] if isinstance(steps, Iterable) else []
     if not found or any(type(k) is not int or k < 0 for k in found):
         msg = f"steps are counts of 0 or more, such as (0, 1, 2), got {found or steps!r:.80}."
         raise ConfigError(msg)
     return sorted(set(found))
 
 
-def _check_lr(lr: float | None) -> None:
+def _checked_lr(lr: float | None) -> float | None:
+    lr = plain_number(lr)
     number = isinstance(lr, (int, float)) and not isinstance(lr, bool)
     if lr is not None and not (number and 0 < lr <= sys.float_info.max):
         msg = f"lr is a positive number, got {lr!r:.80}."
         raise ConfigError(msg)
+    return lr
 
 
 def _curve(answer: CurveAnswer, wanted: list[int], participant: str) -> dict[int, float]:

@@ -11,12 +11,29 @@ from sites import SocketTransport, answering, audit
 from statistics_operation import StatisticsAnswer, StatisticsTask, statistics
 from tiny import PAIRS
 
-from llmchain_fed import ConfigError, FederatedAveraging, FederationError, Participant, Site, TrainingConfig
+from llmchain_fed import (
+    ConfigError,
+    DataError,
+    FederatedAveraging,
+    FederationError,
+    Participant,
+    PolicyError,
+    Site,
+    TrainingConfig,
+)
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.limits import Limits
 from llmchain_fed.federated.client.operations import operations, register_task, task_type
 from llmchain_fed.federated.protocol import messages
-from llmchain_fed.federated.protocol.tasks import PersonalizeTask, StateHeader, StateTask, Task, TensorTask, TrainTask
+from llmchain_fed.federated.protocol.tasks import (
+    EvaluateTask,
+    PersonalizeTask,
+    StateHeader,
+    StateTask,
+    Task,
+    TensorTask,
+    TrainTask,
+)
 from llmchain_fed.federated.server.asking import ask
 from llmchain_fed.federated.target import Target
 from llmchain_fed.runtimes.site.policy import Policy, explain
@@ -172,3 +189,15 @@ def test_a_policy_of_no_evaluations_lets_one_personalise_that_holds_nothing_out(
     client.obey(Limits(max_evaluations=0))
     task = PersonalizeTask.of(round=1, base=client.model.fingerprint(), steps=1)
     client.handle("personalize", messages.write(task, client.model.trainable_state(), StateHeader()))
+
+
+def test_what_an_own_operation_measures_is_limited_also_where_nothing_is_held_out(make_chain):
+    """What it tells a loss of is its own: only the package's personalisation is known to tell none then."""
+    client = Client(Target.of(make_chain(lora=True)), Participant("a", PAIRS[:4]), TrainingConfig(batch_size=2))
+    client.obey(Limits(max_evaluations=1))
+    task = EvaluateTask.of(round=1, base=client.model.fingerprint())
+    message = messages.write(task, client.model.trainable_state(), StateHeader())
+    with pytest.raises(DataError):
+        client.handle("evaluate", message)
+    with pytest.raises(PolicyError, match="max_evaluations"):
+        client.handle("evaluate", message)
