@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from llmchain_fed.updates.collection import Collection, Combined
     from llmchain_fed.updates.server_optimizers.adaptive import FedAdagrad, FedAdam, FedAvgM, FedYogi, Reptile
     from llmchain_fed.updates.server_optimizers.torch_optimizers import DiLoCo, TorchServerOptimizer
-    from llmchain_fed.updates.transforms import UpdateTransform
+    from llmchain_fed.updates.transforms.base import UpdateTransform
 
 __version__ = "0.1.0"
 
@@ -112,7 +112,7 @@ _HOMES = {
     "TorchServerOptimizer": "updates.server_optimizers.torch_optimizers",
     "Trackio": "tracking.trackio",
     "TrainingConfig": "training.config",
-    "UpdateTransform": "updates.transforms",
+    "UpdateTransform": "updates.transforms.base",
     "evaluate_locally": "training.evaluation",
     "list_chains": "library",
     "list_prompts": "library",

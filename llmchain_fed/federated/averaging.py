@@ -5,12 +5,11 @@ Knows the options, the server, checkpoints and callbacks. Knows nothing about ho
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self, Unpack
+from typing import Any, Self, Unpack
 
 from llmchain_fed.data.examples import Examples
 from llmchain_fed.data.report import DataReport
@@ -32,7 +31,7 @@ from llmchain_fed.federated.server.cost_estimate import Plan, plan_of
 from llmchain_fed.federated.server.divergence import OnDivergence
 from llmchain_fed.federated.server.personalization import Personalized, SideBySide
 from llmchain_fed.federated.server.server import Replication, Server
-from llmchain_fed.federated.settings import signature_of
+from llmchain_fed.federated.settings import showing_options
 from llmchain_fed.training.evaluation import EvaluationResult, evaluate_locally
 
 
@@ -66,8 +65,7 @@ class FederatedAveraging(ManualRounds):
         UnsupportedModelError: `model` is none of the above, or one that cannot be trained here (see `train_locally`).
     """
 
-    __signature__: ClassVar[inspect.Signature]
-
+    @showing_options
     def __init__(
         self,
         model: Any,
@@ -91,6 +89,7 @@ class FederatedAveraging(ManualRounds):
         self._open, self._opened = None, 0.0
 
     @classmethod
+    @showing_options
     def resume(
         cls,
         checkpoint_dir: str | Path,
@@ -345,6 +344,3 @@ def _show_adapters(server: Server, clients: Mapping[str, Client]) -> None:
     """Personal models of this process's participants become adapters of its chain."""
     for client in clients.values():
         client.show_adapter(server.round)
-
-
-FederatedAveraging.__signature__ = signature_of(FederatedAveraging.__init__)  # with every option, for a notebook

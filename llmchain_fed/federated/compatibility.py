@@ -32,7 +32,7 @@ from llmchain_fed.updates.codecs.base import Codec
 from llmchain_fed.updates.lora_layout import LoraLayout
 from llmchain_fed.updates.serialization import TensorInfo
 from llmchain_fed.updates.server_optimizers.adaptive import Reptile
-from llmchain_fed.updates.transforms import UpdateTransform
+from llmchain_fed.updates.transforms.base import UpdateTransform
 
 _SUMMABLE = [name for name, rule in AGGREGATIONS.items() if rule.summable]
 _MIXED = [repr(name) for name, rule in AGGREGATIONS.items() if rule.mixed_ranks]

@@ -13,6 +13,7 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.averaging import FederatedAveraging
 from llmchain_fed.federated.history import History, RoundRecord
 from llmchain_fed.federated.options import FederationOptions
+from llmchain_fed.federated.settings import showing_options
 
 
 class FederatedLearning:
@@ -22,6 +23,7 @@ class FederatedLearning:
         data_loader: One source per participant: a mapping, a list, or a single DataLoader for a single participant.
     """
 
+    @showing_options
     def __init__(
         self,
         model: Any,

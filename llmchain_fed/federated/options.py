@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from llmchain_fed.updates.codecs.base import Codec
     from llmchain_fed.updates.collection import Collection
     from llmchain_fed.updates.server_optimizers import ServerOptimizer
-    from llmchain_fed.updates.transforms import UpdateTransform
+    from llmchain_fed.updates.transforms.base import UpdateTransform
 
 CODE, EXAMPLES = "code: ", "examples: given beside the options (give them again on resume)"
+AGAIN = " (give it again on resume)"  # at the end of what is code
 _MAY_DIFFER: Final = object()
 _T = TypeVar("_T")
 MayDiffer = Annotated[_T, _MAY_DIFFER]

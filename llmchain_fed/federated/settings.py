@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from llmchain_fed._config import unknown_option
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.federated.options import CODE, EXAMPLES, FederationConfig, FederationOptions
+from llmchain_fed.federated.options import AGAIN, CODE, EXAMPLES, FederationConfig, FederationOptions
 from llmchain_fed.training.batch_sampler import BatchSampler
 from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.training.gradient_step import GradientStep
@@ -25,14 +25,19 @@ from llmchain_fed.updates.codecs import make_codec, spec
 from llmchain_fed.updates.codecs.base import Codec
 from llmchain_fed.updates.lora_layout import LoraLayout
 from llmchain_fed.updates.server_optimizers import ResumableServerOptimizer, ServerOptimizer
-from llmchain_fed.updates.transforms import UpdateTransform, checked_transforms
+from llmchain_fed.updates.transforms import checked_transforms
+from llmchain_fed.updates.transforms.base import UpdateTransform
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 _BESIDE: Mapping[str, Any] = {"lr": None, "batch_size": None, "runtime": None, "callbacks": (), "progress": True}
 
 
-def signature_of(function: Any) -> inspect.Signature:
-    """The signature of a function over `FederationOptions`, each of them by name and with its default."""
-    plain = [p for p in inspect.signature(function).parameters.values() if p.name not in ("self", "options")]
+def showing_options(function: _F) -> _F:
+    """Gives a function over `FederationOptions` the signature in which each stands by name and with its default.
+
+    A notebook then completes them, and `help` shows them.
+    """
+    plain = [p for p in inspect.signature(function).parameters.values() if p.name != "options"]
     options = [
         inspect.Parameter(
             name,
@@ -42,7 +47,8 @@ def signature_of(function: Any) -> inspect.Signature:
         )
         for name, annotation in FederationOptions.__annotations__.items()
     ]
-    return inspect.Signature([*plain, *options])
+    function.__signature__ = inspect.Signature([*plain, *options])  # type: ignore[attr-defined]
+    return function
 
 
 def training_of(options: FederationOptions, optimizer: Any = None) -> TrainingConfig:
@@ -108,7 +114,7 @@ def config_of(options: FederationOptions, training: TrainingConfig) -> Federatio
 
 
 def _code(name: str, options: str = "") -> str:
-    return f"{CODE}{name[:200]}{options[: 2**14]} (give it again on resume)"
+    return f"{CODE}{name[:200]}{options[: 2**14]}{AGAIN}"
 
 
 @dataclass(frozen=True)
@@ -119,12 +125,20 @@ class Settings:
     rule: Rule
     layout: LoraLayout | None
     training: TrainingConfig
-    codec: Codec | None
-    broadcast_codec: Codec | None
     server_optimizer: ServerOptimizer | None
     transforms: tuple[UpdateTransform, ...]
     gradient_step: GradientStep | None
     batch_sampler: BatchSampler | None
+
+    @property
+    def codec(self) -> Codec | None:
+        """How updates travel; None: as they are."""
+        return make_codec(self.config.codec)
+
+    @property
+    def broadcast_codec(self) -> Codec | None:
+        """How the global state travels."""
+        return make_codec(self.config.broadcast_codec)
 
 
 def sampled(wanted: float | None, present: int) -> int:

@@ -36,6 +36,8 @@ _DOING = {
     "personalize": "for a personal model",
     "evaluate": "to evaluate",
     "side_by_side": "to evaluate",
+    "curve": "for a curve",
+    "time_step": "to time a step",
     "personal_state": "for its state",
 }
 _VERBS = {

@@ -16,7 +16,7 @@ import pytest
 import torch
 from resumed_runs import Elsewhere
 
-from llmchain_fed import ConfigError, Ditto, FedAdam, FederatedAveraging, Participant, TrainingConfig
+from llmchain_fed import ConfigError, Ditto, FedAdam, FederatedAveraging, FederatedLearning, Participant, TrainingConfig
 from llmchain_fed.federated.checkpoint import files
 from llmchain_fed.federated.options import FederationConfig, FederationOptions
 from llmchain_fed.runtimes.federation_file import FederationFile
@@ -39,6 +39,9 @@ def test_the_constructor_takes_the_configs_fields_and_shows_their_defaults():
     shown = inspect.signature(FederatedAveraging).parameters
     assert shown.keys() == FIELDS.keys() | BESIDE | {"model", "participants", "checkpoint_dir"}
     assert {n: shown[n].default for n in FIELDS} == {n: field.default for n, field in FIELDS.items()}
+    assert inspect.signature(FederatedAveraging.resume).parameters.keys() == shown.keys() | {"round", "members"}
+    short = inspect.signature(FederatedLearning).parameters
+    assert short.keys() == shown.keys() - {"participants"} | {"data_loader"}
 
 
 def test_the_file_has_the_same_options_and_defaults():

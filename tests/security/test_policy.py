@@ -382,6 +382,20 @@ def test_nothing_a_hub_sends_gives_evaluations_back(target):
     assert isinstance(ask.train(), bytes)
 
 
+def test_evaluations_follow_the_rounds_unless_they_are_given():
+    few = Policy(max_rounds=3)
+    assert (few.max_evaluations, few.replace(max_rounds=20).max_evaluations) == (8, 42)
+    assert Policy(max_rounds=3, max_evaluations=5).replace(max_rounds=20).max_evaluations == 5
+    assert Policy(max_rounds=10**6).max_evaluations == Policy().max_evaluations == 2_000
+
+
+def test_a_curve_where_nothing_is_held_out_costs_no_evaluations(target):
+    ask = Asker(target, Policy(max_evaluations=3), participant=Participant("a", PAIRS[:8]))
+    ask.hello()
+    assert ask.on_state("curve", steps=[0, 1, 2])[0] == "DataError"
+    assert ask.peer._evaluations == 0
+
+
 class Slow:
     """A peer that works until it is told to stop, and counts."""
 

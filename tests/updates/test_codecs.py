@@ -19,10 +19,10 @@ from llmchain_fed.errors import ConfigError, FederationError, UpdateRefusedError
 from llmchain_fed.updates import serialization
 from llmchain_fed.updates.codecs import CODECS, make_codec, spec
 from llmchain_fed.updates.codecs.base import encoded_bytes
-from llmchain_fed.updates.codecs.error_feedback import encode_with_feedback
 from llmchain_fed.updates.codecs.quantization import BF16, Int4, Int8
 from llmchain_fed.updates.codecs.sparsification import TopK
 from llmchain_fed.updates.serialization import TensorInfo, describe
+from llmchain_fed.updates.transforms.error_feedback import encode_with_feedback
 
 SHAPES = {"b.weight": (33, 17), "a": (256,), "scalar": (), "empty": (0, 4), "c": (3,), "big": (40, 64)}
 ALL = [BF16(), Int8(), Int8(block=7), Int4(), Int4(block=5), Int4(block=1), TopK(), TopK(0.013), TopK(1)]

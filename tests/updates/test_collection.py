@@ -20,7 +20,7 @@ from llmchain_fed.updates.aggregation import RunningMean
 from llmchain_fed.updates.aggregation.base import Rule
 from llmchain_fed.updates.collection import Collection, Combined, Contribution
 from llmchain_fed.updates.serialization import TensorInfo
-from llmchain_fed.updates.transforms import UpdateTransform
+from llmchain_fed.updates.transforms.base import UpdateTransform
 
 SHARES = {"a": PAIRS[:3], "b": PAIRS[3:7], "c": PAIRS[7:]}
 SGD = TrainingConfig(optimizer="sgd", learning_rate=0.05, batch_size=4)

@@ -20,7 +20,7 @@ from llmchain_fed import (
 )
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.updates.serialization import TensorInfo
-from llmchain_fed.updates.transforms import UpdateTransform
+from llmchain_fed.updates.transforms.base import UpdateTransform
 
 SHARES = {"a": PAIRS[:3], "b": PAIRS[3:7], "c": PAIRS[7:]}
 FAST = TrainingConfig(learning_rate=1e-2, batch_size=4)

@@ -78,8 +78,9 @@ class Checkpoint:
     @property
     def remedy(self) -> str:
         """What to do instead of using it."""
-        remedy = f"Pass round={self.others[-1]} to go on from there" if self.others else "There is no other one"
-        return f"{remedy}, or copy it again."
+        if not self.others:
+            return "There is no other one: copy it again from where it is whole."
+        return f"Pass round={self.others[-1]} to go on from there, or copy it again."
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from llmchain_fed.errors import CheckpointError, ConfigError
 from llmchain_fed.federated.checkpoint.files import MANIFEST, Checkpoint
 from llmchain_fed.federated.history import History
 from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Name, Texts
-from llmchain_fed.federated.options import CODE, EXAMPLES, Ditto, FederationConfig, FederationOptions
+from llmchain_fed.federated.options import AGAIN, CODE, EXAMPLES, Ditto, FederationConfig, FederationOptions
 from llmchain_fed.federated.participant import Alpha, Rank
 from llmchain_fed.federated.protocol.tasks import FederationId
 from llmchain_fed.federated.target import ContractData
@@ -149,11 +149,12 @@ def options_again(config: FederationConfig, given: FederationOptions, optimizer:
         short = {"learning_rate": given.get("lr"), "batch_size": given.get("batch_size"), "optimizer": optimizer}
         merged["training"] = config.training.replace(**{n: value for n, value in short.items() if value is not None})
     if config.transforms and "transforms" not in given:
-        msg = f"the run's transforms were code: {', '.join(config.transforms)}. Pass transforms= again."
+        were = ", ".join(each.removesuffix(AGAIN) for each in config.transforms)
+        msg = f"the run's transforms were {were}. Pass transforms= again."
         raise ConfigError(msg)
     for name, value in merged.items():
         if isinstance(value, str) and (value == EXAMPLES or value.startswith(CODE)):
-            msg = f"the run's {name} was {value}. Pass {name}= again."
+            msg = f"the run's {name} was {value.removesuffix(AGAIN)}. Pass {name}= again."
             raise ConfigError(msg)
     if isinstance(settings := merged["server_optimizer"], dict):
         merged["server_optimizer"] = server_optimizers.from_settings(settings)

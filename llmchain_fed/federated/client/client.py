@@ -34,7 +34,8 @@ from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.training.gradient_step import GradientStep
 from llmchain_fed.untrusted import decoding
 from llmchain_fed.updates import serialization
-from llmchain_fed.updates.transforms import UpdateTransform, checked_transforms
+from llmchain_fed.updates.transforms import checked_transforms
+from llmchain_fed.updates.transforms.base import UpdateTransform
 
 
 class Client:

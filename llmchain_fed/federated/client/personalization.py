@@ -107,6 +107,7 @@ def check(client: Client, task: PersonalizeTask, _layout: Layout, _infos: Mappin
 def check_curve(client: Client, task: CurveTask, _layout: Layout, _infos: Mapping[str, TensorInfo]) -> None:
     """Makes sure that a curve may be measured, by the limits."""
     client.data.train()
+    client.data.held_out()
     if client.limits is not None:
         client.limits.check_training(client.config, task.lr)
         client.limits.check_steps(task.steps[-1])

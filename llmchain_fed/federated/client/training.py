@@ -25,10 +25,11 @@ from llmchain_fed.federated.protocol.tasks import TimeStepTask, TrainTask
 from llmchain_fed.training.batch_sampler import Place
 from llmchain_fed.training.loop import TrainingResult, train_locally
 from llmchain_fed.updates.codecs import make_codec
-from llmchain_fed.updates.codecs.error_feedback import Encoding
 from llmchain_fed.updates.lora_layout import selected
 from llmchain_fed.updates.serialization import TensorInfo
-from llmchain_fed.updates.transforms import Origin, added, transformed
+from llmchain_fed.updates.transforms import added, transformed
+from llmchain_fed.updates.transforms.base import Origin
+from llmchain_fed.updates.transforms.error_feedback import Encoding
 from llmchain_fed.updates.update import Update
 
 if TYPE_CHECKING:

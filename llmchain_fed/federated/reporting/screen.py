@@ -26,6 +26,7 @@ _DOING = {
     "personalize": "personalizing",
     "evaluate": "evaluating",
     "side_by_side": "evaluating",
+    "curve": "measuring a curve",
     "time_step": "timing a step",
     "personal_state": "checkpoint",
 }

@@ -26,7 +26,6 @@ from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training import trainable
 from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.updates.aggregation import make_aggregation
-from llmchain_fed.updates.codecs import make_codec
 from llmchain_fed.updates.lora_layout import LoraLayout
 from llmchain_fed.updates.serialization import describe
 from llmchain_fed.updates.server_optimizers import ResumableServerOptimizer
@@ -107,8 +106,6 @@ def _settings_of(
         rule=make_aggregation(options.get("aggregation", "fedavg")),
         layout=LoraLayout.of(model),
         training=training,
-        codec=make_codec(config.codec),
-        broadcast_codec=make_codec(config.broadcast_codec),
         # its own copy: the memory of another federation, or of a run before, must not move this one's weights
         server_optimizer=copy.deepcopy(optimizer) if isinstance(optimizer, ResumableServerOptimizer) else optimizer,
         transforms=tuple(options["transforms"] or ()),

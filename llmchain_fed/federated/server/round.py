@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -75,14 +74,14 @@ class OpenRound:
         training: Callable[[str], TrainingConfig],
     ) -> None:
         self.number = about.number
-        self.start = broadcast.state_for()
+        self.start = about.state
         """where participants start: the global state, or with a broadcast codec what they decoded of it"""
         self.records: dict[str, ParticipantRecord] = {}
         self.spent = False
         """whether its updates have been combined: rules may use them up"""
         self._broadcast, self._base, self._settings, self._training = broadcast, base, settings, training
         self._rule = rule = settings.rule
-        self._about = replace(about, state=self.start)
+        self._about = about
         self._names = selected(self.start, rule.shares(self.number))
         collection = rule.begin(self._about)
         self._layouts: dict[int | None, Mapping[str, TensorInfo]] = {}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -75,13 +75,12 @@ class Policy(Limits):
     """whether the messages of errors may leave, which can quote an example; else their type does, and the rest stays in
     the audit file"""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _evaluations_follow_rounds(cls, given: Any) -> Any:
-        rounds = given.get("max_rounds") if isinstance(given, dict) else None
-        if type(rounds) is not int or not 0 <= rounds < cls.model_fields["max_evaluations"].default // 2:
-            return given
-        return {"max_evaluations": 2 * rounds + 2} | given
+    @model_validator(mode="after")
+    def _evaluations_follow_rounds(self) -> Self:
+        if self.max_rounds is not None and self.model_fields_set.isdisjoint({"max_evaluations"}):
+            following = min(2 * self.max_rounds + 2, type(self).model_fields["max_evaluations"].default)
+            object.__setattr__(self, "max_evaluations", following)  # past pydantic: `replace` sees it as not given
+        return self
 
     @classmethod
     def from_file(cls, path: str | Path) -> Policy:

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmchain_fed.errors import FederationError
 from llmchain_fed.updates.codecs.base import Codec
 from llmchain_fed.updates.serialization import TensorInfo, describe
-from llmchain_fed.updates.transforms import RESIDUAL, Origin, UpdateTransform
+from llmchain_fed.updates.transforms.base import RESIDUAL, Origin, UpdateTransform
 
 
 class Encoding(UpdateTransform):
