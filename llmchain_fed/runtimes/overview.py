@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError, LLMChainFedError, TransportError
-from llmchain_fed.federated.reporting.lines import clock, reason_of, span
+from llmchain_fed.federated.reporting.lines import DOING, clock, reason_of, span
 from llmchain_fed.runtimes.messaging import frames, heads
 from llmchain_fed.tracking import status_file
 from llmchain_fed.untrusted import one_line
@@ -30,16 +30,6 @@ _KNOCK = 0.7  # seconds for the hub's port to be reached
 _FROZEN = 120.0  # seconds after which an engine that has written nothing hangs: it does every ten, or every minute
 _LITTLE = 200e6  # bytes on a disk
 _SHORT = 300  # characters of a reason
-_DOING = {
-    "hello": "to take part",
-    "train": "to train",
-    "personalize": "for a personal model",
-    "evaluate": "to evaluate",
-    "side_by_side": "to evaluate",
-    "curve": "for a curve",
-    "time_step": "to time a step",
-    "personal_state": "for its state",
-}
 _VERBS = {
     "starting": "starting",
     "joining": "asking who takes part in round {next}",
@@ -203,7 +193,7 @@ def _participant(name: str, standing: status_file.ParticipantStatus, now: float,
     parts += [f"since {_since(standing.since, now)}"] if standing.since is not None else []
     parts.append(f"last heard {_since(standing.heard, now)}" if standing.heard is not None else "never heard")
     if standing.asked is not None and not over:
-        parts.append(f"asked {_DOING.get(standing.asked, standing.asked)}")
+        parts.append(f"asked: {DOING.get(standing.asked, standing.asked)}")
     parts += [one_line(reason_of(standing.reason), _SHORT)] if standing.reason else []
     parts += [f"now: {one_line(reason_of(standing.latest), _SHORT)}"] if standing.latest else []
     return ", ".join(parts)

@@ -36,7 +36,7 @@ class Factors:
     @property
     def full_rank(self) -> int:
         """min(m, n): from here on factors contain nothing that fewer could not."""
-        return full_rank(self.b.shape[0], self.a.shape[1])
+        return min(self.b.shape[0], self.a.shape[1])
 
     def until(self, rank: int) -> Factors:
         """The first so many columns and rows."""
@@ -104,15 +104,6 @@ class Factors:
     def compacted(self) -> Factors:
         """The same product with at most min(m, n) columns and rows."""
         return self if self.rank <= self.full_rank else self.truncated(self.full_rank)
-
-
-def full_rank(m: int, n: int) -> int:
-    """min(m, n), the largest rank that a product of (m, n) has.
-
-    No remainder has more: `GlobalState.plus` brings what is wider back to this, losslessly. Beside trained factors of
-    rank r it takes r + min(m, n) columns.
-    """
-    return min(m, n)
 
 
 def stack(parts: Sequence[Factors]) -> Factors:

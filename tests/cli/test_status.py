@@ -81,7 +81,7 @@ def test_from_elsewhere_one_sees_who_is_out_which_round_it_is_and_what_is_waited
     lines = done.stdout.splitlines()
     assert lines[1].startswith("  training, round 2 of 3; since ")
     assert f"process {os.getpid()}" in lines[1]
-    assert any(line.startswith("  in      c, since ") and line.endswith("asked to train") for line in lines)
+    assert any(line.startswith("  in      c, since ") and line.endswith("asked: training") for line in lines)
     assert any(line.startswith("  out     b, since ") and "never heard, the cable is out" in line for line in lines)
     assert "  waits for the answers of: c (train)" in lines
     assert any(line.startswith("  last: round 1 of 3 · 2 of 3 trained · ") for line in lines)

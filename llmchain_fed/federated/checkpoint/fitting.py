@@ -28,7 +28,6 @@ from llmchain_fed.model.weights import all_finite
 from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.untrusted import decoding, shown
 from llmchain_fed.updates.lora_layout import A, B, at_rank, selected
-from llmchain_fed.updates.low_rank import full_rank
 from llmchain_fed.updates.serialization import TensorInfo, describe
 from llmchain_fed.updates.transforms import carried_by
 
@@ -72,7 +71,7 @@ def state_of(contents: Contents, model: LocalModel) -> GlobalState:
         m, n = layers.get(layer, (0, 0))
         b, a = tuple(factors.b.shape), tuple(factors.a.shape)
         rank = a[0] if a else 0
-        fits = b == (m, rank) and a == (rank, n) and rank <= full_rank(m, n)
+        fits = b == (m, rank) and a == (rank, n) and rank <= min(m, n)
         if not fits or not all(t.is_floating_point() and all_finite(t) for t in (factors.a, factors.b)):
             msg = f"global.safetensors has a remainder of {shown(layer)} that is none of this model's"
             raise found.unusable(msg)

@@ -24,7 +24,6 @@ from llmchain_fed.model.weights import all_finite
 from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates.lora_layout import PARTS, A, B, selected
-from llmchain_fed.updates.low_rank import full_rank
 from llmchain_fed.updates.serialization import TensorInfo
 from llmchain_fed.updates.transforms import carried_by
 
@@ -327,7 +326,7 @@ def _is_own(kind: str, key: str, info: TensorInfo, values: Mapping[str, TensorIn
     (r, n), m = a.shape, b.shape[0]
     rank = info.shape[0] if key.endswith(A) else info.shape[1]
     whole = (rank, n) if key.endswith(A) else (m, rank)
-    return info.shape == whole and 1 <= rank <= r + full_rank(m, n)  # a remainder is stacked beside it
+    return info.shape == whole and 1 <= rank <= r + min(m, n)  # a remainder is stacked beside it
 
 
 def _refuse(why: str) -> None:

@@ -17,7 +17,6 @@ from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates.codecs import make_codec
 from llmchain_fed.updates.lora_layout import A, B, Part, at_rank, selected
-from llmchain_fed.updates.low_rank import full_rank
 from llmchain_fed.updates.serialization import TensorInfo, describe
 
 _REMEDY = "Hub and participants need the same model and adapter."
@@ -105,7 +104,7 @@ class Layout:
                 _refuse(f"brings {shown(layer)}'s remainder as {_told(pair[1])} and {_told(pair[0])}, over ({m}, {n})")
             if not all(each.dtype.is_floating_point for each in pair if each is not None):
                 _refuse(f"brings {shown(layer)}'s remainder as {_told(pair[1])}, which is no floating-point type")
-            whole, most = rank + appended.get(layer, 0), full_rank(m, n)
+            whole, most = rank + appended.get(layer, 0), min(m, n)
             if whole > most:
                 _refuse(f"brings {shown(layer)}'s remainder to rank {whole:,}, of which {most:,} can mean something")
 

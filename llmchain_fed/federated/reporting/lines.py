@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 _LONGEST = 2000  # characters of a line
 _SHORT = 160  # and of a reason in a list
 _NAMES = 20  # names that are listed
+DOING = {
+    "hello": "joining",
+    "train": "training",
+    "personalize": "personalizing",
+    "evaluate": "evaluating",
+    "side_by_side": "comparing",
+    "curve": "measuring a curve",
+    "time_step": "timing a step",
+    "personal_state": "its state for a checkpoint",
+}
 # what an operator need not know a class's name for; the others stay, because they say what to look for
 _WORDS = {
     "ContractError": "refused: ",

@@ -20,16 +20,6 @@ if TYPE_CHECKING:
     from llmchain_fed.federated.history import History, RoundRecord
     from llmchain_fed.federated.server.attendance import Attendance, AttendanceChange
 
-_DOING = {
-    "hello": "joining",
-    "train": "training",
-    "personalize": "personalizing",
-    "evaluate": "evaluating",
-    "side_by_side": "evaluating",
-    "curve": "measuring a curve",
-    "time_step": "timing a step",
-    "personal_state": "checkpoint",
-}
 _POSTFIX = 60  # characters
 
 
@@ -104,7 +94,7 @@ class Screen(Callback):
         if self._bar is None or self._bar.disable:
             return
         waiting = self._attendance.waiting_for
-        doing = _DOING.get(next(iter(waiting.values()), ""), "")
+        doing = lines.DOING.get(next(iter(waiting.values()), ""), "")
         with suppress(OSError):
             self._bar.set_postfix_str(one_line(f"{doing}: {', '.join(waiting)}" if waiting else "", _POSTFIX))
 

@@ -31,14 +31,9 @@ def checked_transforms(transforms: Iterable[UpdateTransform] | None) -> tuple[Up
         if not isinstance(transform, UpdateTransform) or not isinstance(getattr(transform, "name", None), str):
             msg = f"transforms are UpdateTransform objects with a name, got {transform!r:.80}."
             raise ConfigError(msg)
-        if (
-            transform.name in ("", RESIDUAL)
-            or "/" in transform.name
-            or [t.name for t in found].count(transform.name) > 1
-        ):
-            msg = (
-                f"a transform needs a name of its own without '/', other than {RESIDUAL!r}, got {transform.name!r:.80}."
-            )
+        name = transform.name
+        if name in ("", RESIDUAL) or "/" in name or [t.name for t in found].count(name) > 1:
+            msg = f"a transform needs a name of its own without '/', other than {RESIDUAL!r}, got {name!r:.80}."
             raise ConfigError(msg)
     if not all(transform.keeps_names for transform in found[:-1]):
         msg = "a transform that makes something else than a delta is the last one: no other can use that. Put it last."
