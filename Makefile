@@ -69,7 +69,7 @@ test-federation: $(VENV)/dev.stamp  ## kills and restarts real processes, and pu
 	$(BIN)/python -m pytest -m federation --durations=10
 
 test-kills: $(VENV)/dev.stamp  ## SIGKILL into a federation with checkpoints, 50 times; some minutes
-	$(BIN)/python -m pytest -m kills --durations=10 -s
+	$(BIN)/python -m pytest -m kills --durations=10 -s --timeout 3600
 
 test-architectures: $(VENV)/dev.stamp  ## every text model type of transformers against transformers itself; some minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m architectures --durations=10 tests/model/test_architectures.py

@@ -7,6 +7,8 @@ import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("LANGSMITH_TRACING", "false")
+# tiny models: a second thread costs more than it helps, and far more on a busy machine; for every process and thread
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +26,7 @@ from llmchain_fed import LLMChain, LocalLLM, LocalModel
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-torch.set_num_threads(1)  # tiny models: a second thread costs more than it helps, and far more on a busy machine
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")
