@@ -39,6 +39,8 @@ from llmchain_fed.recipes.parsers import StripOutputParser, make_parser, parser_
 from llmchain_fed.recipes.prompts import prompt_from_data, prompt_to_data
 from llmchain_fed.recipes.schema import ParserName
 
+_PARTS = frozenset({"prompt", "llm", "output_parser", "llm_kwargs", "bound"})
+
 
 class LLMChain(RunnableWithCallKwargs):
     r"""`prompt | llm | parser`, and the same object after a federation has trained its model.
@@ -82,6 +84,13 @@ class LLMChain(RunnableWithCallKwargs):
         options |= {"prompt": prompt, "llm": llm, "output_parser": parser, "llm_kwargs": kwargs}
         options["bound"] = _steps(prompt, llm, kwargs, parser)
         super().__init__(**options)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses another prompt, model or parser: whoever renders, answers and trains would not agree on it."""
+        if name in _PARTS:
+            msg = f"a chain's {name} stays what it is. Make another: LLMChain(llm=chain.llm, prompt=chain.prompt, …)."
+            raise ConfigError(msg)
+        super().__setattr__(name, value)
 
     # --- its parts --------------------------------------------------------------------------------------------------
 

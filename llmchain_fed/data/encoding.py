@@ -51,6 +51,10 @@ class EncodedExamples:
         return (len(self.bounds) - 1) // 2
 
     def __getitem__(self, i: int) -> tuple[list[int], list[int]]:
+        if not -len(self) <= i < len(self):
+            msg = f"there is no row {i}: {len(self):,} examples have the rows 0 to {len(self) - 1}."
+            raise IndexError(msg)
+        i %= len(self)
         start, middle, end = self.bounds[2 * i : 2 * i + 3].tolist()
         return self.tokens[start:middle].tolist(), self.tokens[middle:end].tolist()
 

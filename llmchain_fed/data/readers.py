@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,9 @@ def _rows(source: Any) -> Iterable[Any]:
     frame = _frame_rows(source)
     if frame is not None:
         return frame
+    if isinstance(source, Set):
+        msg = "a set has no order of its own, so no two runs would train alike. Pass sorted(examples)."
+        raise DataError(msg)
     if isinstance(source, (Mapping, bytes, bytearray)) or not isinstance(source, Iterable):
         msg = (
             "examples are a list of (inputs, completion), a JSONL or CSV path or a dataset, got "

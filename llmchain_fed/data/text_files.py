@@ -154,11 +154,7 @@ def _any_size() -> Iterator[None]:
 
 
 def _check_header(header: list[str], name: str, line: int) -> None:
-    """Makes sure that every column has a name of its own.
-
-    Raises:
-        DataError: A column has no name or another's, or the columns are not separated by commas.
-    """
+    """Makes sure that every column has a name of its own."""
     if header[0].lower().startswith("sep="):
         refuse(name, line, f"is a spreadsheet's note {header[0]!r:.80} and names no columns. Delete it")
     if len(header) == 1:

@@ -92,11 +92,7 @@ class Fit:
         self.server.patience = []
 
     def _check_measured(self) -> None:
-        """Makes sure that what is to end it early is measured; of participants elsewhere it shows once all have joined.
-
-        Raises:
-            ConfigError: It is measured nowhere.
-        """
+        """Makes sure that what is to end it early is measured; of participants elsewhere that shows once all are in."""
         server, joined = self.server, self.server.client_manager.joined
         if not (self.stops or self.patience) or server.evaluator.is_shared or server.runtime.sequential:
             return

@@ -47,7 +47,8 @@ class ManualRounds(ABC):
         """Trains one participant, on its examples in any form, from the current global weights.
 
         The chain keeps those until `step()`. One whose update was refused, which its record says, may train again in
-        the same round: its new record then takes the place of the old one.
+        the same round: its new record then takes the place of the old one. It takes part from then on, in rounds of
+        `fit` too, with the examples that were given last.
 
         Raises:
             DuplicateParticipantError: An update of its own is in this round already.

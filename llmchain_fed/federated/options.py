@@ -97,8 +97,8 @@ class FederationConfig(FrozenConfig):
     "flexlora" (what each promises: `llmchain_fed.updates.aggregation`); or your own `Collection` or `Rule`"""
     server_optimizer: dict[str, Any] | Code | None = None
     """moves the global weights along the mean update: `FedAdam()`, `DiLoCo()` …, in a file {class: FedAdam, lr: 0.01};
-    None loads the mean itself. One of your own needs `state_dict` and `load_state_dict` to go on from a checkpoint with
-    its memory"""
+    None loads the mean itself. One of your own needs `settings`, `state_dict` and `load_state_dict` to go on from a
+    checkpoint with its memory"""
     codec: Word | None = None
     """what updates travel as: "bf16", "int8", "int4", "topk" or "topk:0.01", with error feedback; None sends the
     trained values bit by bit"""

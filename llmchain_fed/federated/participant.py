@@ -123,11 +123,7 @@ def as_participants(given: Mapping[Any, Any] | Iterable[Participant] | None) -> 
 
 
 def _refuse_splits(given: Mapping[Any, Any]) -> None:
-    """Makes sure that the participants are not train, validation and test: all three would be trained on.
-
-    Raises:
-        ConfigError: Every name is one of a split; or the mapping is a `DatasetDict` with such names, among others.
-    """
+    """Makes sure that the participants are not train, validation and test: all three would be trained on."""
     of_datasets = type(given).__name__.endswith("DatasetDict")  # also the iterable kind
     bare = [str(key) for key, value in given.items() if not isinstance(value, Participant)]
     known = {key: split for key in bare if (split := _split_named(key, loosely=of_datasets)) is not None}

@@ -29,6 +29,7 @@ from llmchain_fed.updates.transforms import checked_transforms
 from llmchain_fed.updates.transforms.base import UpdateTransform
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_OF_TRAINING = TrainingConfig.model_fields.keys()
 _BESIDE: Mapping[str, Any] = {"lr": None, "batch_size": None, "runtime": None, "callbacks": (), "progress": True}
 
 
@@ -85,7 +86,8 @@ def config_of(options: FederationOptions, training: TrainingConfig) -> Federatio
     """
     for name in options:
         if name not in FederationOptions.__annotations__:
-            raise ConfigError(unknown_option(name, [*FederationOptions.__annotations__, "optimizer"]))
+            hint = f". It is one of training's: training=TrainingConfig({name}=…)" if name in _OF_TRAINING else ""
+            raise ConfigError(unknown_option(name, [*FederationOptions.__annotations__, "optimizer"]) + hint)
     plain: dict[str, Any] = {n: value for n, value in options.items() if n in FederationConfig.model_fields}
     plain["training"] = training
     if not isinstance(optimizer := training.optimizer, str):

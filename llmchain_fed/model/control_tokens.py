@@ -237,11 +237,7 @@ def encode(tokenizer: Any, text: Rendered, **options: Any) -> list[int]:
 
 
 def _around(tokenizer: Any, *, target: bool) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and behind any text now.
-
-    Raises:
-        DataError: The control tokens cannot be told apart from the text.
-    """
+    """The special tokens that the tokenizer puts before and behind any text now."""
     for text in ("a", "1", "."):
         given = {"text_target": text} if target else {"text": text}
         dressed = list(tokenizer(**given, add_special_tokens=True, verbose=False)["input_ids"])

@@ -90,11 +90,7 @@ def load_base(name_or_path: str, *, dtype: torch.dtype, by_name: bool = False) -
 
 
 def _check_source(path: str) -> None:
-    """Makes sure that what lies there is a model, not what leads elsewhere; code there is never run.
-
-    Raises:
-        UnsupportedModelError: An adapter lies there, or a file leads to code or out of the folder.
-    """
+    """Makes sure that what lies there is a model, not what leads elsewhere; code there is never run."""
     folder = Path(path)
     if folder.is_dir():
         files.check_own(folder, error=UnsupportedModelError)
@@ -117,11 +113,7 @@ def _check_source(path: str) -> None:
 
 
 def _check_complete(module: nn.Module, missing: AbstractSet[str], name: str) -> None:
-    """Makes sure that no parameter is one that transformers has made up, for want of weights; tied ones are none.
-
-    Raises:
-        UnsupportedModelError: transformers has made up some parameters.
-    """
+    """Makes sure that no parameter is one that transformers has made up, for want of weights; tied ones are none."""
     made_up = sorted(missing & {n for n, _ in module.named_parameters(remove_duplicate=False)})
     if made_up:
         more = f" and {len(made_up) - 3} more" if len(made_up) > 3 else ""

@@ -212,11 +212,7 @@ def check_rows(model: Tokens, prompts: Iterable[Sequence[int]], completions: Ite
 
 
 def _check_decoder(model: Tokens) -> None:
-    """Makes sure that what an encoder-decoder puts before and behind labels by itself has a row.
-
-    Raises:
-        UnsupportedModelError: One of them has no row.
-    """
+    """Makes sure that what an encoder-decoder puts before and behind labels by itself has a row."""
     config, limit = getattr(model.module, "config", None), output_rows(model.module)
     if not getattr(config, "is_encoder_decoder", False) or limit is None:
         return

@@ -232,11 +232,7 @@ class RankMessages:
         return tensor
 
     def _watched(self, rank: int, wait: Callable[[], Any], seconds: float = 0.0, *, sends: bool = False) -> bool:
-        """Waits for one message from or to a rank, as long as it shows signs of life; False where it is not taken.
-
-        Raises:
-            FederationError: It shows none, has taken too long, or leads and has stopped.
-        """
+        """Waits for one message from or to a rank, as long as it shows signs of life; False where it is not taken."""
         most = seconds or self._most
         message, waited, alive = Aside(wait), 0.0, self._heartbeat
         while not message.over(_SLICE):

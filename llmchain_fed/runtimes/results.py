@@ -187,11 +187,7 @@ class _Chain(Strict):
 
 
 def _note(start: Path, chain: Mapping[str, str]) -> None:
-    """Keeps which chain a federation begins with, as `_chain_of` says it.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Keeps which chain a federation begins with, as `_chain_of` says it."""
     if _noted(start) != chain:
         own_files.write_whole(start, json.dumps(chain) + "\n", mode=0o600)
 

@@ -99,11 +99,7 @@ def _beside(directory: Path, kind: str) -> Iterator[Path]:
 
 @contextmanager
 def _claimed(folder: Path, *, sure: bool) -> Iterator[None]:
-    """Within, no other process takes the folder for one that a killed process left.
-
-    Raises:
-        OSError: `sure`, and another one is at it, or this file system knows no locks.
-    """
+    """Within, no other process takes the folder for one that a killed process left."""
     import fcntl
 
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

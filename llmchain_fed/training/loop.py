@@ -9,8 +9,9 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -235,17 +236,30 @@ def _report(loader: Any, done: _Done, config: TrainingConfig, participant: str) 
 def _batches(
     data: EncodedExamples | Any, config: TrainingConfig, place: Place, sampler: BatchSampler | None
 ) -> Iterator[Batch]:
-    """The batches of one call of `train_locally`.
-
-    Raises:
-        ConfigError: A sampler is given for a DataLoader, which draws its batches itself.
-    """
+    """The batches of one call of `train_locally`."""
     if isinstance(data, EncodedExamples):
-        return (Batch([data[i] for i in rows]) for rows in (sampler or length_buckets)(data, config, place))
+        return (Batch([data[i] for i in rows]) for rows in _drawn(data, config, place, sampler or length_buckets))
     if sampler is not None:
         msg = "a DataLoader draws its batches itself, so no batch_sampler can. Give the examples, or leave it out."
         raise ConfigError(msg)
     return (Batch(None, ready) for ready in _given(data, config, place.first_step))
+
+
+def _drawn(
+    data: EncodedExamples, config: TrainingConfig, place: Place, sampler: BatchSampler
+) -> Iterator[Sequence[int]]:
+    """What a sampler draws, each of it rows that there are."""
+    drawn = sampler(data, config, place)
+    if not isinstance(drawn, Iterable):
+        msg = f"a batch sampler gives the rows of each step, a list of numbers for each, got {drawn!r:.80}."
+        raise ConfigError(msg)
+    for rows in drawn:
+        if not isinstance(rows, Sequence) or not all(isinstance(i, Integral) and 0 <= i < len(data) for i in rows):
+            msg = (
+                f"the batch sampler draws {rows!r:.80}, and {len(data):,} examples have the rows 0 to {len(data) - 1}."
+            )
+            raise ConfigError(msg)
+        yield rows
 
 
 def _given(loader: Any, config: TrainingConfig, first_step: int) -> Iterator[Any]:

@@ -90,11 +90,7 @@ def write(model: LocalModel, directory: Path, *, base_name: str) -> Trained | No
 
 
 def _settings(written: Resolved, model: LocalModel, *, base_name: str) -> AdapterSettings:
-    """What is written of an adapter; in the ranges in which it will be read.
-
-    Raises:
-        ChainFileError: It is outside of them.
-    """
+    """What is written of an adapter; in the ranges in which it will be read."""
     config: Any = cast(PeftModel, unwrapped(model.module)).peft_config[model.peft_names[0]]
     values = settings(written) | {
         "peft_type": "LORA",

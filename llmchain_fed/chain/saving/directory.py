@@ -137,11 +137,7 @@ def may_be_replaced(directory: Path) -> bool:
 
 
 def _check_files(directory: Path) -> list[str]:
-    """Paths within the directory, once every file is one that `save` writes, containing the kind of data it writes.
-
-    Raises:
-        ChainFileError: One is not, by its name, its settings or its weights' header.
-    """
+    """Paths within the directory, once every file is one that `save` writes, containing the kind of data it writes."""
     found = _files(directory)
     _check_names(found)
     settings.check_saved(directory, error=ChainFileError)

@@ -206,6 +206,8 @@ def restore(server: Server, found: Contents) -> dict[str, bytes]:
     server.round, server.history = found.round, found.history
     server.broadcast.restore({n: copy[n] for n in state.values if n in copy}, state)
     server.patience, server.round_notes = list(found.found.about["patience"]), list(found.about.round_notes)
+    if optimizer is not None and not isinstance(optimizer, ResumableServerOptimizer):
+        server.round_notes.append("the server optimizer's memory began anew: it has no state_dict()")
     server.members_changed = found.about.members_changed
     server.evaluator.forget()
     server.client_manager.attendance.remember({name for record in server.history for name in record.trained})

@@ -113,11 +113,7 @@ def identity(about: Mapping[str, Any]) -> tuple[FederationConfig, list[str]]:
 
 
 def _config_of(data: object) -> FederationConfig:
-    """The options that a checkpoint contains, each of them there and in its range.
-
-    Raises:
-        ConfigError: They are not.
-    """
+    """The options that a checkpoint contains, each of them there and in its range."""
     if not isinstance(data, dict) or data.keys() != FederationConfig.model_fields.keys():
         names = data.keys() ^ FederationConfig.model_fields.keys() if isinstance(data, dict) else data
         msg = f"it is no mapping of all options and no other ({shown(names, 200)})"

@@ -137,12 +137,7 @@ class Client:
         return answer
 
     def _admitted(self, kind: TaskType, of: type[TensorTask], payload: bytes) -> tuple[messages.Header, Layout]:
-        """What a message says, if it may be asked; no value of its tensors has been read then.
-
-        Raises:
-            FederationError: It is none, is about another base, or about tensors that are not trained here.
-            PolicyError: The limits do not allow it, or it asks for what is private.
-        """
+        """What a message says, if it may be asked; no value of its tensors has been read then."""
         with decoding(f"the {of.operation} message", FederationError):
             layout = Layout.of(self.model, self.participant.rank, self.scaling)
             header = messages.read_header(of, payload, layout.max_header)
@@ -211,11 +206,7 @@ class Client:
         return check
 
     def _spend(self, task: Task, *, count: bool = True) -> None:
-        """Counts what a task measures, which nothing a hub sends takes back.
-
-        Raises:
-            PolicyError: They are more than the limits allow.
-        """
+        """Counts what a task measures, which nothing a hub sends takes back."""
         measurements = task.losses(held_out=self.data.holds_out)
         with self._counting:
             spent = self._evaluations + measurements

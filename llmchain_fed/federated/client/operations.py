@@ -70,11 +70,15 @@ def register_task(
         ConfigError: The name is none or is taken, the task brings tensors that are no global state, or it does not say
             what of it a site's policy limits; or a check is given that nobody would call.
     """
+    if not (isinstance(task, type) and issubclass(task, Task) and callable(work)):
+        msg = f"register_task takes a subclass of Task and a function, got {task!r:.80} and {work!r:.80}."
+        raise ConfigError(msg)
     name = getattr(task, "operation", None)
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name):
         msg = f"{task.__name__}.operation is a name of small letters, such as 'statistics', got {name!r:.80}."
         raise ConfigError(msg)
-    if name in _BUILT_IN or _TYPES.get(name, TaskType(task, work)).task is not task:
+    former = _TYPES[name].task if name in _TYPES else task  # a notebook's cell, run again, defines its class anew
+    if name in _BUILT_IN or (former.__module__, former.__qualname__) != (task.__module__, task.__qualname__):
         msg = f"the operation {name!r} is taken, by {_TYPES[name].task.__name__}. Give {task.__name__} another name."
         raise ConfigError(msg)
     if issubclass(task, TensorTask) and not issubclass(task, (StateTask, PersonalStateTask)):

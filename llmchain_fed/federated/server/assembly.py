@@ -25,6 +25,7 @@ from llmchain_fed.model.adapters.switching import GLOBAL
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training import trainable
 from llmchain_fed.training.config import TrainingConfig
+from llmchain_fed.updates import server_optimizers
 from llmchain_fed.updates.aggregation import make_aggregation
 from llmchain_fed.updates.lora_layout import LoraLayout
 from llmchain_fed.updates.serialization import describe
@@ -40,7 +41,9 @@ def assemble(
     They are checked as a whole; see `FederatedAveraging` for what it raises.
     """
     transforms = checked_transforms(options.get("transforms"))  # read once: it may be a generator
-    options = cast("FederationOptions", {**options, "transforms": transforms})
+    moves = options.get("server_optimizer")  # as a mapping it is that of a file, or of another federation's config
+    moves = server_optimizers.from_settings(moves) if isinstance(moves, Mapping) else moves
+    options = cast("FederationOptions", {**options, "transforms": transforms, "server_optimizer": moves})
     training = training_of(options, optimizer)
     config = config_of(options, training)
     target = Target.of(model)
@@ -89,11 +92,7 @@ def _settings_of(
     model: LocalModel,
     clients: Collection[Client],
 ) -> Settings:
-    """The settings, if they make sense for this model and this process's participants with options of their own.
-
-    Raises:
-        ConfigError: Two contradict each other.
-    """
+    """The settings, if they make sense for this model and this process's participants with options of their own."""
     if model.adapter not in (None, GLOBAL):
         msg = (
             f"this chain answers with the adapter {model.adapter!r}, and a federation trains the chain's own. Pass the "
@@ -127,11 +126,7 @@ def _check_brought(
     *,
     elsewhere: bool,
 ) -> None:
-    """Makes sure that nothing is asked of participants that a runtime brings which only those of this process can do.
-
-    Raises:
-        ConfigError: It is.
-    """
+    """Makes sure that nothing is asked of a runtime's participants which only those of this process can do."""
     if named:
         msg = "give participants (they run in this process) or a runtime (which knows its own), not both."
         raise ConfigError(msg)

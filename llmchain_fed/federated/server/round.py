@@ -77,6 +77,8 @@ class OpenRound:
         self.start = about.state
         """where participants start: the global state, or with a broadcast codec what they decoded of it"""
         self.records: dict[str, ParticipantRecord] = {}
+        self.notes: list[str] = []
+        """what the round's record should say of its outcome"""
         self.spent = False
         """whether its updates have been combined: rules may use them up"""
         self._broadcast, self._base, self._settings, self._training = broadcast, base, settings, training
@@ -162,11 +164,7 @@ class OpenRound:
         return record
 
     def _verified(self, answer: bytes, expected: Expected) -> tuple[Update, Seen | None]:
-        """The update in a message, its codec's parts decoded to values, and what can be seen of it.
-
-        Raises:
-            UpdateRefusedError: It is not what was asked for, or nothing that training makes.
-        """
+        """The update in a message, its codec's parts decoded to values, and what can be seen of it."""
         with decoding("its update", UpdateRefusedError):
             update = Update.from_bytes(answer, expected)
             seen = self._diagnostics.look(update, expected.start) if self._diagnostics is not None else None
@@ -174,11 +172,7 @@ class OpenRound:
         return update, seen
 
     def _check_steps(self, update: Update) -> None:
-        """Makes sure that a participant says it took no more steps than it was asked for, its own options allowed for.
-
-        Raises:
-            UpdateRefusedError: It does; FedNova would believe it.
-        """
+        """Makes sure that a participant says it took no more steps than it was asked for, or may have options for."""
         steps = update.metrics.get("steps", 0.0)
         training, own_draws = self._training(update.participant), self._settings.batch_sampler is not None
         asked = training.max_steps or update.num_examples * (training.epochs or 1)
@@ -255,6 +249,15 @@ class OpenRound:
         self._collection.between(ask)
         combined = self._collection.finish()
         self._rule.check_outcome(combined, self._about)
+        left = [] if combined.remainder else [n for n in self._names if n not in combined.values]
+        self.notes = (
+            [
+                f"{len(left)} of {len(self._names)} shared tensors, such as {left[0]}, came out of no update: "
+                "they are as before"
+            ]
+            if left
+            else []
+        )
         if self._diagnostics is not None:
             self._diagnostics.compare({name: self.records[name] for name in self.trained}, self._weights)
         return combined

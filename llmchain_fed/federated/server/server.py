@@ -156,7 +156,7 @@ class Server:
                 record.participants[name].notes.append(note)
         self._note_overlaps(record)
         record.aggregation_gap = opened.gap()
-        record.notes, record.members_changed = list(self.round_notes), self.members_changed
+        record.notes, record.members_changed = [*self.round_notes, *opened.notes], self.members_changed
         record.training_seconds = sum(r.seconds or 0.0 for r in opened.records.values())
         return record
 
@@ -301,11 +301,7 @@ class _Outcome(Strict):
 
 
 def _check_finite(values: Mapping[str, Tensor]) -> None:
-    """Makes sure that updates, each of which is finite, were not so large that what comes out of them overflows.
-
-    Raises:
-        UpdateRefusedError: They were.
-    """
+    """Makes sure that updates, each of which is finite, were not so large that what comes out of them overflows."""
     if (name := serialization.not_finite(values)) is not None:
         msg = f"their combination is not finite in {name}"
         raise UpdateRefusedError(msg)

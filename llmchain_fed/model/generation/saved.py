@@ -69,11 +69,7 @@ def from_data(data: Mapping[str, Any]) -> GenerationConfig:
 
 
 def _plain(value: Any) -> Any:
-    """The same in None, bool, int, float, text, list and dict.
-
-    Raises:
-        TypeError: The value is something else.
-    """
+    """The same in None, bool, int, float, text, list and dict."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, BaseWatermarkingConfig):

@@ -114,11 +114,7 @@ def _listen(path: Path) -> Listener:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Of processes that begin to listen at one path at once, one after the other: each finds what the former left.
-
-    Raises:
-        OSError: The lock is another account's, or somebody keeps it for longer than beginning takes.
-    """
+    """Of processes that begin to listen at one path at once, one after the other: each finds what the former left."""
     lock = path.with_name(path.name + ".lock")
     until = time.monotonic() + _BEGINNING
     while True:
@@ -220,12 +216,7 @@ def _dial(path: Path, seconds: float) -> Channel:
 
 
 def _read_key(path: Path) -> bytes:
-    """The key beside a socket, once it is certain that both are this account's.
-
-    Raises:
-        OSError: They are not there.
-        AuthenticationError: They are another account's, or could be.
-    """
+    """The key beside a socket, once it is certain that both are this account's."""
     found = path.lstat()
     if not stat.S_ISSOCK(found.st_mode):
         msg = "it is no socket"

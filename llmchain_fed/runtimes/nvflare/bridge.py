@@ -143,11 +143,7 @@ class HubBridge:
             time.sleep(_REDIAL)
 
     def _serve(self, driver: Channel, sites: set[str]) -> None:
-        """Carries frames until the driver says stop, or the job is aborted.
-
-        Raises:
-            EOFError, OSError, TransportError: The driver went away.
-        """
+        """Carries frames until the driver says stop, or the job is aborted."""
         while not collab.is_aborted:
             if not driver.poll(_REDIAL):
                 continue
@@ -168,10 +164,6 @@ class HubBridge:
 
         Another thread waits for the sites: a driver that gave up, and dials anew to say so, is not kept waiting by a
         site that is silent.
-
-        Raises:
-            EOFError, OSError: The driver went away.
-            TransportError: The job was ended.
         """
         told: queue.Queue[tuple[str, object] | None] = queue.Queue()
         calls, troubles = _call(names, frame, seconds)
@@ -225,9 +217,6 @@ def _call(names: list[str], frame: bytes, seconds: float) -> tuple[list[Any], di
 
     The engine refuses a call to all of them where one of them says that its bridge takes other arguments: that is this
     site's own trouble.
-
-    Raises:
-        TransportError: The job was ended meanwhile: that is no site's trouble.
     """
 
     def begin(asked: list[str]) -> Any:

@@ -133,11 +133,7 @@ def _read(path: Path) -> Certificate:
 
 
 def _check_dates(what: str, certificate: Certificate, now: datetime, remedy: str) -> None:
-    """Makes sure that a certificate has begun, and has not ended.
-
-    Raises:
-        ConfigError: It is not so, or a clock is wrong.
-    """
+    """Makes sure that a certificate has begun, and has not ended."""
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now < begin:
         msg = (

@@ -193,11 +193,7 @@ class Jobs:
     # --- jobs -------------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        """The first job, or the first after all were lost, with those who are connected after a while.
-
-        Raises:
-            TransportError: Nobody is, or no job comes up.
-        """
+        """The first job, or the first after all were lost, with those who are connected after a while."""
         here = self._gathering.wait()
         self._sites.left(self._sites.names)
         self._bring_up(here)
@@ -207,9 +203,6 @@ class Jobs:
 
         The engine ends a job for all as soon as one site refuses it. Then its sites are tried in smaller groups, all at
         once, and each such job goes on; those for which nobody waits any more begin beside the rounds.
-
-        Raises:
-            TransportError: None comes up.
         """
         now = time.monotonic()
         until, others = now + _JOB_START, None
@@ -319,11 +312,7 @@ class Jobs:
     # --- what breaks ------------------------------------------------------------------------------------------------
 
     def _recover(self, lost: Sequence[str], until: float) -> None:
-        """Waits for the job's bridge, or for the engine and its sites, and submits a new job for those who lost theirs.
-
-        Raises:
-            TransportError: Not in time.
-        """
+        """Waits for the job's bridge, or engine and sites, and submits a new job for those who lost theirs."""
         link = self._open()
         dialled = time.monotonic() + _REUSE
         while time.monotonic() < dialled:  # a bridge that was given up dials again

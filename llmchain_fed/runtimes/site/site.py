@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.target import Target
@@ -46,6 +47,9 @@ class Site:
         audit: Audit | str | Path | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
+        if not isinstance(policy, Policy | None) or not isinstance(participant, Participant):
+            msg = f"a site has a Participant and a Policy, got {participant!r:.80} and {policy!r:.80}. Pass "
+            raise ConfigError(msg + "Participant(name, examples), and Policy(…) or Policy.from_file(path).")
         self.policy = policy or Policy()
         self._audit = Audit(audit, say) if isinstance(audit, (str, Path)) else audit
         self._say = say

@@ -139,7 +139,7 @@ class WithGap(Around):
     def finish(self) -> Combined:
         """What the inner one makes."""
         found = super().finish()
-        self._measured = getattr(found, "gap", None)
+        self._measured = found.gap if isinstance(found.gap, float) else None
         return found
 
     def gap(self) -> float | None:
@@ -148,4 +148,4 @@ class WithGap(Around):
             return None
         if self._part != "all":
             return None if self._personal else 0.0
-        return self._gap.value() if self._gap is not None else self._measured
+        return self._gap.value() if self._gap is not None and self._measured is None else self._measured

@@ -25,6 +25,7 @@ from llmchain_fed.updates.server_optimizers.torch_optimizers import DiLoCo, Torc
 
 _WRITTEN_OUT = (FedAvgM, Reptile, FedAdagrad, FedAdam, FedYogi, DiLoCo)
 _OWN: Mapping[str, type[Any]] = {kind.__name__: kind for kind in _WRITTEN_OUT}
+_OF_MEMORY = ("settings", "state_dict", "load_state_dict")
 _LONGEST = 64  # characters of an option, or values in a list of them
 
 
@@ -109,6 +110,24 @@ def check(optimizer: Any) -> None:
             f"step(state, pseudo_gradient), got {optimizer!r:.80}."
         )
         raise ConfigError(msg)
+    _check_memory(optimizer)
+
+
+def _check_memory(optimizer: Any) -> None:
+    """Makes sure that one whose memory is to be saved says all that is needed for that, in the form it is kept in."""
+    said = [name for name in _OF_MEMORY if callable(getattr(optimizer, name, None))]
+    wanted = "settings() → a mapping, state_dict() → (tensors by name, plain data), load_state_dict(tensors, data)"
+    if said and len(said) < len(_OF_MEMORY):
+        msg = (
+            f"{optimizer!r:.80} has {', '.join(said)} alone, so no checkpoint could keep its memory. Give it {wanted}, "
+            "or none of them: then its memory begins anew with a resumed run."
+        )
+        raise ConfigError(msg)
+    if said and type(optimizer) not in (*_WRITTEN_OUT, TorchServerOptimizer):
+        found = optimizer.state_dict()
+        if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(part, Mapping) for part in found)):
+            msg = f"{optimizer!r:.80}: state_dict() gives {type(found).__name__}, no pair of mappings. Give {wanted}."
+            raise ConfigError(msg)
 
 
 def snapshot(optimizer: ServerOptimizer | None) -> Callable[[], None]:

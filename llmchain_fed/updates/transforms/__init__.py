@@ -23,7 +23,7 @@ def checked_transforms(transforms: Iterable[UpdateTransform] | None) -> tuple[Up
     Raises:
         ConfigError: They do not.
     """
-    if isinstance(transforms, UpdateTransform):
+    if isinstance(transforms, UpdateTransform | type):
         msg = f"transforms is a list, got one {type(transforms).__name__}. Write transforms=[…] around it."
         raise ConfigError(msg)
     found = tuple(transforms if transforms is not None else ())

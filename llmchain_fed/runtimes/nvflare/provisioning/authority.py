@@ -154,11 +154,7 @@ def warnings(authority: Path) -> list[str]:
 
 
 def _refuse_second(folder: Path, host: str, port: int) -> None:
-    """Makes sure that no authority is here: with another host, every kit approved from then on would dial that one.
-
-    Raises:
-        ConfigError: One is.
-    """
+    """Makes sure that no authority is here: with another host, every kit approved from then on would dial that one."""
     parts = [folder / _PROFILE, folder / registry.FILE, folder / _CA]
     if not any(os.path.lexists(part) for part in parts):
         return
@@ -178,11 +174,7 @@ def _refuse_second(folder: Path, host: str, port: int) -> None:
 
 
 def _refuse_taken(asked: Asked, owner: Certificate | None, signed: Path, *, replace: bool) -> None:
-    """One name, one key: also where only the case differs, because the engine would sign a second key without a word.
-
-    Raises:
-        ConfigError: The name has a certificate and is not to get another, or the answer would overwrite something.
-    """
+    """One name, one key, also where only the case differs: the engine would sign a second key without a word."""
     if owner is not None and not replace:
         key = sent.by_telephone(owner.public_key)
         if owner.public_key == asked.public_key:
@@ -227,11 +219,7 @@ def _about_answer(asked: Asked, owner: Certificate | None, signed: Path) -> str:
 
 
 def _check_root(authority: Path) -> datetime:
-    """Makes sure that the authority's own certificate can sign; returns its end.
-
-    Raises:
-        ConfigError: It or its key is not there, or it has ended.
-    """
+    """Makes sure that the authority's own certificate can sign; returns its end."""
     from cryptography.x509 import load_pem_x509_certificate
 
     key = authority / _CA / "rootCA.key"

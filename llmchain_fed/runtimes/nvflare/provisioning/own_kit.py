@@ -201,11 +201,7 @@ def _check_authority(answer: sent.Answer, trusted: str) -> None:
 
 
 def _check_key(answer: sent.Answer, name: str, own: Path) -> None:
-    """Makes sure that the answer certifies the key that is here.
-
-    Raises:
-        ConfigError: It does not, or there is none.
-    """
+    """Makes sure that the answer certifies the key that is here."""
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     asked = _own_request(own).get("name")

@@ -136,11 +136,7 @@ class Guard:
         )
 
     def _read_again(self) -> None:
-        """Takes over what an operator changed in the file; where there is none, all are new.
-
-        Raises:
-            ConfigError: It cannot be looked at, or is none of ours: what was read last stays.
-        """
+        """Takes over what an operator changed in the file; where there is none, all are new."""
         stamp = self._stamp_now()
         if stamp == self._stamp:
             return
@@ -154,11 +150,7 @@ class Guard:
         self._known = untrusted.checked(KnownSites, found, what=what, error=ConfigError, remedy=remedy)
 
     def _stamp_now(self) -> tuple[int, int] | None:
-        """When it was written, and how large it is; None where there is no such file.
-
-        Raises:
-            ConfigError: It cannot be looked at, nor can the kit.
-        """
+        """When it was written, and how large it is; None where there is no such file."""
         with untrusted.decoding(f"{FILE} of the hub's kit", ConfigError):
             self._path.parent.stat()  # a kit that is away for a moment has no list either
             try:
@@ -169,11 +161,7 @@ class Guard:
 
 
 def _read_registry(authority: Path, former: CertificateRegistry | None) -> CertificateRegistry:
-    """What the authority signed.
-
-    Raises:
-        ConfigError: It cannot be read, or there is nothing where something was: it only ever grows.
-    """
+    """What the authority signed."""
     from llmchain_fed.runtimes.nvflare.provisioning import registry
 
     with untrusted.decoding(f"{registry.FILE} of the authority in {authority}", ConfigError):

@@ -100,11 +100,7 @@ def proxy_ignored(kit: Path, environment: Mapping[str, str] = os.environ) -> str
 
 
 def _connect(addresses: list[Any]) -> socket.socket:
-    """A connection to the first address that takes one.
-
-    Raises:
-        OSError: None does.
-    """
+    """A connection to the first address that takes one."""
     until, last = time.monotonic() + SECONDS, OSError("no address")
     for family, kind, protocol, _, address in addresses:
         tried = socket.socket(family, kind, protocol)
@@ -119,11 +115,7 @@ def _connect(addresses: list[Any]) -> socket.socket:
 
 
 def _context(kit: Path) -> ssl.SSLContext:
-    """For TLS as the engine does it.
-
-    Raises:
-        _KitError: The kit's certificates or key cannot be read.
-    """
+    """For TLS as the engine does it."""
     startup = kit / "startup"
     try:
         context = ssl.create_default_context(cafile=str(startup / "rootCA.pem"))
@@ -136,11 +128,7 @@ def _context(kit: Path) -> ssl.SSLContext:
 
 
 def _shake_hands(kit: Path, plain: socket.socket, where: str) -> Hindrance | None:
-    """TLS over a connection.
-
-    Raises:
-        _KitError: The kit's certificates or key cannot be read.
-    """
+    """TLS over a connection."""
     try:
         context = _context(kit)
     except _KitError:
