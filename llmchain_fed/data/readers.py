@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def _rows(source: Any) -> Iterable[Any]:
     frame = _frame_rows(source)
     if frame is not None:
         return frame
-    if isinstance(source, Set):
+    if isinstance(source, (set, frozenset)):
         msg = "a set has no order of its own, so no two runs would train alike. Pass sorted(examples)."
         raise DataError(msg)
     if isinstance(source, (Mapping, bytes, bytearray)) or not isinstance(source, Iterable):

@@ -68,6 +68,14 @@ async def every_verb(chain, given, **kwargs):
     }
 
 
+@pytest.mark.parametrize("part", ["prompt", "llm", "output_parser", "llm_kwargs", "bound"])
+def test_a_chains_parts_stay_what_they_are(part, causal):
+    with pytest.raises(ConfigError, match=f"a chain's {part} stays what it is. Make another: LLMChain"):
+        setattr(causal, part, getattr(causal, part))
+    causal.name = "translator"
+    assert causal.get_name() == "translator"
+
+
 # --- verbs ----------------------------------------------------------------------------------------------------------
 
 

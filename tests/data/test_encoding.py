@@ -33,6 +33,15 @@ def by_hand(tokenizer, pairs, template=TEMPLATE):
     return rows
 
 
+def test_rows_are_numbered_as_pythons_are(make_chain):
+    chain = make_chain()
+    encoded = encode_examples(PAIRS[:3], chain.model, chain)
+    assert [encoded[i - 3] for i in range(3)] == [encoded[i] for i in range(3)]
+    for beyond in (3, -4):
+        with pytest.raises(IndexError, match=f"no row {beyond}: 3 examples have the rows 0 to 2"):
+            encoded[beyond]
+
+
 def rows_of(encoded):
     return [encoded[i] for i in range(len(encoded))]
 

@@ -220,6 +220,12 @@ def test_frames_give_their_rows_and_no_column_is_lost(make_chain):
             rows(source)
 
 
+def test_a_set_has_no_order_to_train_in():
+    for source in ({("a", "b")}, frozenset([("a", "b")])):
+        with pytest.raises(DataError, match=r"a set has no order.*Pass sorted\(examples\)"):
+            rows(source)
+
+
 def test_splits_are_not_examples(make_chain):
     data = datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "a", "completion": "b"}])})
     with pytest.raises(DataError, match=r"splits 'train' of a data set are not examples.*d\['train'\]"):

@@ -50,6 +50,17 @@ def test_the_file_has_the_same_options_and_defaults():
     assert {n: FederationFile.model_fields[n].default for n in FIELDS} == {n: f.default for n, f in FIELDS.items()}
 
 
+def test_a_config_goes_on_to_another_federation(make_chain):
+    first = FederatedAveraging(make_chain(), participants={"a": PAIRS}, server_optimizer=FedAdam(lr=0.02), seed=3)
+    given = {n: v for n, v in dict(first.config).items() if n not in ("optimizer", "runtime")}
+    second = FederatedAveraging(make_chain(), participants={"a": PAIRS}, **given)
+    assert second.config == first.config
+    with pytest.raises(
+        ConfigError, match=r"option `learning_rate`.*TrainingConfig\(learning_rate=…\)"
+    ):
+        FederatedAveraging(make_chain(), participants={"a": PAIRS}, learning_rate=0.1)
+
+
 def test_the_page_is_what_the_fields_say():
     assert options_table.PAGE.read_text(encoding="utf-8") == options_table.page(), options_table.__doc__
 

@@ -63,6 +63,15 @@ def test_the_place_decides_the_draw_and_a_rerun_is_bit_identical(make_chain):
     assert len({repr(rows) for rows in draws[1:]}) == 4
 
 
+@pytest.mark.parametrize("wrong", [[[-1]], [[0, 12]], [[1.0]], [3], ["ab"], None])
+def test_rows_that_there_are_not_are_refused_and_nothing_is_learnt(wrong, make_chain):
+    chain = make_chain()
+    before = chain.model.weights_hash
+    with pytest.raises(ConfigError, match=r"batch sampler (draws|gives)"):
+        train_locally(chain, PAIRS, TrainingConfig(learning_rate=0.1), batch_sampler=lambda *_: wrong)
+    assert chain.model.weights_hash == before
+
+
 def test_a_poisson_draw_has_the_rate_that_it_says():
     """12 examples at 1/4 over 4,000 steps: each 1,000 times, within five standard deviations of a binomial."""
     config = TrainingConfig(batch_size=3, max_steps=4000)

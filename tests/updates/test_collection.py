@@ -316,3 +316,27 @@ def test_plain_values_are_not_the_payload_that_was_asked_for(make_chain):
     fed = FederatedAveraging(chain, runtime=InProcess(peers), **options)
     with pytest.raises(FederationError, match=r"asked for was torch\.int32"):
         fed.fit(1)
+
+
+class Forgets(RunningMean):
+    """The mean of all tensors but the last, with a gap that it says itself."""
+
+    def finish(self):
+        found = super().finish()
+        del found.values[max(found.values)]
+        return Combined(found.values, gap=0.25)
+
+
+def test_what_comes_out_of_no_update_is_noted_and_a_gap_of_its_own_is_recorded(make_chain):
+    chain = make_chain(lora=True)
+    before = chain.model.trainable_state()
+    fed = FederatedAveraging(
+        chain, participants=SHARES, training=SGD, aggregation=Rule("forgets", Forgets), progress=False
+    )
+    (record,) = fed.fit(1)
+    last = max(before)
+    assert record.notes == [
+        f"1 of {len(before)} shared tensors, such as {last}, came out of no update: they are as before"
+    ]
+    assert record.aggregation_gap == 0.25
+    assert torch.equal(chain.model.trainable_state()[last], before[last])

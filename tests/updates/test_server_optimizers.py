@@ -364,6 +364,29 @@ def test_a_snapshot_of_an_object_of_ones_own():
         snapshot(own)
 
 
+def test_half_a_memory_is_refused_and_so_is_one_of_another_form():
+    class Plain:
+        def step(self, state, pseudo_gradient):
+            return {n: state[n] + g for n, g in pseudo_gradient.items()}
+
+    class Torchs(Plain):
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            raise AssertionError
+
+    class Unpaired(Torchs):
+        def settings(self):
+            return {"class": "Unpaired"}
+
+    check(Plain())
+    with pytest.raises(ConfigError, match=r"has state_dict, load_state_dict alone.*settings\(\) → a mapping"):
+        check(Torchs())
+    with pytest.raises(ConfigError, match=r"state_dict\(\) gives dict, no pair of mappings"):
+        check(Unpaired())
+
+
 # --- types and odd values ---------------------------------------------------------------------------------------------
 
 

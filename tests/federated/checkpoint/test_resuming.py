@@ -229,6 +229,14 @@ def test_a_round_interrupted_after_a_step_in_place_leaves_the_chain_as_it_was(ma
     assert_tensors_equal(weights_of(fed), before)
 
 
+def test_a_memory_that_no_checkpoint_has_begins_anew_and_that_is_said(make_chain, tmp_path):
+    federation(make_chain(), server_optimizer=InPlace(), checkpoint_dir=tmp_path).fit(rounds=1)
+    again = resumed(tmp_path, make_chain(), server_optimizer=InPlace())
+    found = again.fit(rounds=2)
+    assert found[1].notes == ["the server optimizer's memory began anew: it has no state_dict()"]
+    assert found[2].notes == []
+
+
 def test_a_run_may_be_resumed_after_every_round(make_chain, tmp_path):
     options = {"training": KEPT, "codec": "topk", "broadcast_codec": "int8"}
     straight = federation(make_chain(lora=True), server_optimizer=FedAdam(lr=0.01), **options)

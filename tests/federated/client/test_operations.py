@@ -92,6 +92,28 @@ def test_a_policy_speaks_of_operations_by_name(sites, make_chain, tmp_path):
         Policy(operations=("hello", "shell"))
 
 
+def test_a_cell_that_is_run_again_registers_its_class_anew():
+    def cell():
+        class Words(Task):
+            operation = "words"
+            counts_as_training, measured = False, 0
+
+        register_task(Words, lambda client, task: b"")
+        return Words
+
+    class Words(Task):
+        operation = "words"
+        counts_as_training, measured = False, 0
+
+    cell()
+    assert task_type("words").task is cell()
+    with pytest.raises(ConfigError, match=r"'words' is taken, by Words\. Give Words another name"):
+        register_task(Words, lambda client, task: b"")
+    for task, work in ((object, print), ("words", print), (Words, 3)):
+        with pytest.raises(ConfigError, match="a subclass of Task and a function"):
+            register_task(task, work)
+
+
 def test_what_it_is_asked_and_what_it_answers_is_read_within_bounds(make_chain, monkeypatch):
     fed = FederatedAveraging(make_chain(), participants=SHARES, training=TRAINING, progress=False)
     client = fed._peers["a"]

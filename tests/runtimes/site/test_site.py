@@ -44,5 +44,8 @@ def test_a_site_of_ones_own_script_trains_as_a_participant_of_this_process_does(
 def test_what_cannot_be_served_is_said_before_anything_is(make_chain, tmp_path):
     with pytest.raises(DataError, match="participant 'a'"):
         Site(make_chain(), Participant("a", []))
+    for participant, policy in ((("a", PAIRS), None), (Participant("a", PAIRS), {"max_rounds": 1}), ("a", Policy())):
+        with pytest.raises(ConfigError, match=r"a Participant and a Policy.*Policy\.from_file"):
+            Site(make_chain(), participant, policy=policy)
     with pytest.raises(ConfigError, match="audit file"):
         Site(make_chain(), Participant("a", PAIRS), audit=tmp_path / "nowhere" / "audit.jsonl")
