@@ -115,8 +115,8 @@ class Server:
 
     def _training_of(self, name: str) -> TrainingConfig:
         """How a participant trains: as all do, or where it is one of this process with its own options over that."""
-        peer = self.runtime.local.get(name)
-        return peer.config if isinstance(peer, Client) else self.settings.training
+        client = self.runtime.local.get(name)
+        return client.config if isinstance(client, Client) else self.settings.training
 
     def publish(self) -> GlobalState:
         """Makes the weights as they are now what participants are sent."""
