@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmchain_fed.errors import ConfigError, LLMChainFedError, MissingExtraError
-from llmchain_fed.federated.history_data import HistoryData, checked_rounds, rounds_in
+from llmchain_fed.federated.history_file import HistoryData, checked_rounds, rounds_in
 from llmchain_fed.storage.own_files import write_whole
 from llmchain_fed.untrusted import checked, one_line, printable, shown
 from llmchain_fed.untrusted.text import DANGEROUS

@@ -24,7 +24,7 @@ from llmchain_fed.federated.checkpoint import files
 from llmchain_fed.federated.checkpoint.files import MAX_MANIFEST
 from llmchain_fed.federated.checkpoint.schema import identity
 from llmchain_fed.federated.history import History
-from llmchain_fed.federated.history_data import rounds_in
+from llmchain_fed.federated.history_file import rounds_in
 from llmchain_fed.runtimes.federation_file import FederationFile
 from llmchain_fed.stopping import whole
 from llmchain_fed.storage import own_files, whole_folders

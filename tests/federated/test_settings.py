@@ -55,9 +55,7 @@ def test_a_config_goes_on_to_another_federation(make_chain):
     given = {n: v for n, v in dict(first.config).items() if n not in ("optimizer", "runtime")}
     second = FederatedAveraging(make_chain(), participants={"a": PAIRS}, **given)
     assert second.config == first.config
-    with pytest.raises(
-        ConfigError, match=r"option `learning_rate`.*TrainingConfig\(learning_rate=…\)"
-    ):
+    with pytest.raises(ConfigError, match=r"option `learning_rate`.*TrainingConfig\(learning_rate=…\)"):
         FederatedAveraging(make_chain(), participants={"a": PAIRS}, learning_rate=0.1)
 
 

@@ -32,7 +32,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from llmchain_fed.errors import CheckpointError
-from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Name
+from llmchain_fed.federated.history_file import MOST_PARTICIPANTS, Name
 from llmchain_fed.stopping import whole
 from llmchain_fed.untrusted import Strict, checked, decoding, parse_json, read_file, read_safetensors_header, shown
 from llmchain_fed.untrusted.text import machine_memory, reason

@@ -17,7 +17,7 @@ from pydantic import FailFast, Field
 from llmchain_fed.errors import CheckpointError, ConfigError
 from llmchain_fed.federated.checkpoint.files import MANIFEST, Checkpoint
 from llmchain_fed.federated.history import History
-from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Name, Texts
+from llmchain_fed.federated.history_file import MOST_PARTICIPANTS, Name, Texts
 from llmchain_fed.federated.options import AGAIN, CODE, EXAMPLES, Ditto, FederationConfig, FederationOptions
 from llmchain_fed.federated.participant import Alpha, Rank
 from llmchain_fed.federated.protocol.tasks import FederationId

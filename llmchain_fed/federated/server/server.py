@@ -20,7 +20,7 @@ from llmchain_fed.errors import FederationError, UpdateRefusedError
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.data import crossing, overlap
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
-from llmchain_fed.federated.history_data import MOST_PARTICIPANTS, Count, Name
+from llmchain_fed.federated.history_file import MOST_PARTICIPANTS, Count, Name
 from llmchain_fed.federated.protocol.global_state import GlobalState, named, parted
 from llmchain_fed.federated.protocol.tasks import MAX_AGGREGATION, TrainTask
 from llmchain_fed.federated.runtime import Runtime
