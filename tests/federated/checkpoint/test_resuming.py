@@ -709,7 +709,7 @@ def test_of_an_optimizer_that_is_code_the_rest_need_not_be_given_again(make_chai
     straight = federation(make_chain(), **options)
     straight.fit(rounds=2)
     federation(make_chain(), checkpoint_dir=tmp_path, **options).fit(rounds=1)
-    with pytest.raises(CheckpointError, match=r"optimizer was code: Adagrad .*Pass optimizer= again"):
+    with pytest.raises(CheckpointError, match=r"optimizer was code: Adagrad\. Pass optimizer= again"):
         resumed(tmp_path, make_chain(), lr=0.01)
     fed = resumed(tmp_path, make_chain(), optimizer=torch.optim.Adagrad)
     fed.fit(rounds=1)
