@@ -48,7 +48,7 @@ def showing_options(function: _F) -> _F:
         )
         for name, annotation in FederationOptions.__annotations__.items()
     ]
-    function.__signature__ = inspect.Signature([*plain, *options])  # type: ignore[attr-defined]
+    function.__signature__ = inspect.Signature([*plain, *options])  # type: ignore[attr-defined] # functions have it
     return function
 
 

@@ -254,12 +254,13 @@ def _drawn(
         msg = f"a batch sampler gives the rows of each step, a list of numbers for each, got {drawn!r:.80}."
         raise ConfigError(msg)
     for rows in drawn:
-        if not isinstance(rows, Sequence) or not all(isinstance(i, Integral) and 0 <= i < len(data) for i in rows):
+        found = list(rows) if isinstance(rows, Iterable) else [None]  # an array of numpy's will do
+        if not all(isinstance(i, Integral) and 0 <= i < len(data) for i in found):
             msg = (
                 f"the batch sampler draws {rows!r:.80}, and {len(data):,} examples have the rows 0 to {len(data) - 1}."
             )
             raise ConfigError(msg)
-        yield rows
+        yield [int(i) for i in found]
 
 
 def _given(loader: Any, config: TrainingConfig, first_step: int) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from tiny import PAIRS
@@ -70,6 +71,14 @@ def test_rows_that_there_are_not_are_refused_and_nothing_is_learnt(wrong, make_c
     with pytest.raises(ConfigError, match=r"batch sampler (draws|gives)"):
         train_locally(chain, PAIRS, TrainingConfig(learning_rate=0.1), batch_sampler=lambda *_: wrong)
     assert chain.model.weights_hash == before
+
+
+def test_rows_may_be_an_array_of_numpys(make_chain):
+    config, order = TrainingConfig(learning_rate=0.1, optimizer="sgd"), [[0, 3, 2], [5]]
+    chains = [make_chain(), make_chain()]
+    train_locally(chains[0], PAIRS, config, batch_sampler=lambda *_: order)
+    train_locally(chains[1], PAIRS, config, batch_sampler=lambda *_: [np.array(rows) for rows in order])
+    assert chains[0].model.weights_hash == chains[1].model.weights_hash != make_chain().model.weights_hash
 
 
 def test_a_poisson_draw_has_the_rate_that_it_says():

@@ -77,7 +77,7 @@ class Policy(Limits):
 
     @model_validator(mode="after")
     def _evaluations_follow_rounds(self) -> Self:
-        if self.max_rounds is not None and self.model_fields_set.isdisjoint({"max_evaluations"}):
+        if self.max_rounds is not None and "max_evaluations" not in self.model_fields_set:
             following = min(2 * self.max_rounds + 2, type(self).model_fields["max_evaluations"].default)
             object.__setattr__(self, "max_evaluations", following)  # past pydantic: `replace` sees it as not given
         return self

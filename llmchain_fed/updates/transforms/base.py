@@ -45,7 +45,7 @@ class UpdateTransform(ABC):
     needs_sum: bool = False
     """whether single outcomes mean nothing and only their sum does: the rule must be `summable`"""
 
-    def carries(self, infos: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:  # noqa: ARG002
+    def carries(self, infos: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:  # noqa: ARG002 (most carry nothing)
         """Type (a float) and shape of all it may carry from round to round, by its own names, for such a delta.
 
         A rule that writes the factors anew every round goes with none that carries anything.
