@@ -222,7 +222,7 @@ def test_no_two_modules_need_each_other():
 
 def test_only_the_faces_know_langchain():
     knowing = {
-        name.rpartition(".")[0]
+        name.partition(".")[0]
         for name, path in modules().items()
         for m, _ in imports(path)
         if m.startswith("langchain")

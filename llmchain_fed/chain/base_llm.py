@@ -6,7 +6,7 @@ Knows pydantic and LocalModel. Knows nothing of LangChain: `llm` and `chat` add 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -15,9 +15,11 @@ from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmchain_fed._config import explain, unknown_option
+from llmchain_fed.chain.recording import recorded
+from llmchain_fed.data.prompt import Call, plain_text
 from llmchain_fed.errors import ConfigError, UnsupportedModelError
 from llmchain_fed.model import chat_template, control_tokens
-from llmchain_fed.model.generation.answers import GenerationOptions
+from llmchain_fed.model.generation.answers import Completion, GenerationOptions
 from llmchain_fed.model.generation.stop_strings import checked_stops
 from llmchain_fed.model.local_model import LocalModel
 
@@ -124,6 +126,41 @@ class LocalLanguageModel(BaseModel):
         """
         return {name: getattr(self, name) for name in OPTIONS} | self.options(stop, overrides)
 
+    def complete(self, texts: Sequence[str], options: Mapping[str, Any]) -> list[Completion]:
+        """The answers to texts, as one batch: the one door from a face to its model.
+
+        Args:
+            texts: What the model sees.
+            options: As `options` gives them.
+        """
+        found = [recorded(self, text) for text in texts]
+        open_ = [i for i, done in enumerate(found) if done is None]
+        if open_:
+            done = self.model.complete(
+                [texts[i] for i in open_],
+                batch_size=self.batch_size,
+                add_special_tokens=self.adds_special_tokens,
+                **options,
+            )
+            for i, answer in zip(open_, done, strict=True):
+                found[i] = answer
+        return found  # type: ignore[return-value]
+
+    def pieces(self, text: str, options: Mapping[str, Any]) -> Generator[str, None, Completion]:
+        """The answer to a text piece by piece; the generator returns the whole. The other door."""
+        done = recorded(self, text)
+        if done is None:
+            return self.model.stream(text, add_special_tokens=self.adds_special_tokens, **options)
+        return _at_once(done)
+
+    def written(self, completion: Any) -> str:
+        """A completion → the text that the model is to write for it.
+
+        Raises:
+            DataError: It is nothing that this face could answer.
+        """
+        return plain_text(completion)
+
     def as_prompt(self) -> Bare:
         """What makes text of this object's own input: with it, training sees what a call sends."""
         return Bare(self, {})
@@ -197,6 +234,11 @@ class LocalLanguageModel(BaseModel):
         }
 
 
+def _at_once(done: Completion) -> Generator[str, None, Completion]:
+    yield done.text
+    return done
+
+
 @dataclass(frozen=True)
 class Bare:
     """A face by itself as the `Prompt` of its examples: an example's input is what the face's `invoke` takes."""
@@ -233,6 +275,14 @@ class Bare:
             DataError: No input that `invoke` takes.
         """
         return self.face.text_of(inputs, self.call)
+
+    def calls(self, inputs: Any, completion: Any) -> Sequence[Call]:
+        """What the model reads for an example and what it should answer.
+
+        Raises:
+            DataError: No input that `invoke` takes, or nothing that the face could answer.
+        """
+        return (Call(self.render(inputs), self.face.written(completion)),)
 
     def generation_options(self) -> dict[str, Any]:
         """Keywords for `model.generate` that give the answers the face gives."""

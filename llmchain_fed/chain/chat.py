@@ -14,28 +14,17 @@ from langchain_core.caches import BaseCache
 from langchain_core.callbacks import CallbackManagerForLLMRun
 from langchain_core.language_models.base import LanguageModelInput
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import (
-    AIMessage,
-    AIMessageChunk,
-    BaseMessage,
-    ChatMessage,
-    FunctionMessage,
-    SystemMessage,
-    ToolMessage,
-)
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from pydantic import Field, model_validator
 from typing_extensions import override
 
 from llmchain_fed.chain.base_llm import LocalLanguageModel
+from llmchain_fed.chain.messages import converted
 from llmchain_fed.errors import ConfigError, DataError, UnsupportedModelError
 from llmchain_fed.model import chat_template
 from llmchain_fed.model.generation.answers import Completion
-
-_ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "function"}
-_CALLS = ("tool_call", "tool_use", "function_call", "invalid_tool_call", "tool_call_chunk")
-_REASONING = {"reasoning": "reasoning", "thinking": "thinking"}  # kind of block → the key of its text
 
 
 class LocalChatModel(LocalLanguageModel, BaseChatModel):
@@ -111,7 +100,7 @@ class LocalChatModel(LocalLanguageModel, BaseChatModel):
             raise UnsupportedModelError(msg)
         given = self.chat_template_kwargs | dict(chat_template_kwargs or {})
         try:
-            conversation = [_converted(m, model.name) for m in self._convert_input(messages).to_messages()]
+            conversation = [converted(m, model.name) for m in self._convert_input(messages).to_messages()]
         except (ValueError, TypeError, NotImplementedError) as error:
             msg = f"cannot read {messages!r:.80} as an input of LocalChatModel: {error}. Pass text or messages."
             raise DataError(msg) from None
@@ -137,7 +126,7 @@ class LocalChatModel(LocalLanguageModel, BaseChatModel):
     ) -> ChatResult:
         text = self._rendered(messages, kwargs)
         options = self.options(stop, kwargs)
-        (done,) = self.model.complete([text], add_special_tokens=False, **options)
+        (done,) = self.complete([text], options)
         message = AIMessage(content=done.text, usage_metadata=_usage(done), response_metadata=self._about(done))
         return ChatResult(generations=[ChatGeneration(message=message)], llm_output={"model_name": self.model.name})
 
@@ -151,7 +140,7 @@ class LocalChatModel(LocalLanguageModel, BaseChatModel):
     ) -> Iterator[ChatGenerationChunk]:
         text = self._rendered(messages, kwargs)
         options = self.options(stop, kwargs)
-        pieces = self.model.stream(text, add_special_tokens=False, **options)
+        pieces = self.pieces(text, options)
         while True:
             try:
                 piece = next(pieces)
@@ -181,68 +170,3 @@ def _usage(done: Completion) -> UsageMetadata:
         output_tokens=done.completion_tokens,
         total_tokens=done.prompt_tokens + done.completion_tokens,
     )
-
-
-def _converted(message: BaseMessage, name: str) -> dict[str, Any]:
-    """A message as transformers has it (https://huggingface.co/docs/transformers/main/en/chat_extras).
-
-    A call's arguments are a mapping, not the OpenAI wire form's string. Content is a text, or a list of
-    `{"type": "text", "text": …}` where the message has blocks; a message of more than text is refused.
-    """
-    role = _role(message)
-    content, reasoning = _content(message, role, name)
-    found: dict[str, Any] = {"role": role, "content": content}
-    if message.name:
-        found["name"] = message.name
-    if isinstance(message, ToolMessage):
-        found["tool_call_id"] = message.tool_call_id
-    if isinstance(message, AIMessage):
-        if calls := [*map(_call, message.tool_calls), *map(_call, message.invalid_tool_calls)]:
-            found["tool_calls"] = calls
-        kept = message.additional_kwargs.get("reasoning_content")
-        if reasoning or isinstance(kept, str):
-            found["reasoning_content"] = reasoning or kept
-    return found
-
-
-def _role(message: BaseMessage) -> str:
-    if isinstance(message, ChatMessage):
-        return message.role
-    if isinstance(message, SystemMessage):
-        return str(message.additional_kwargs.get("__openai_role__", "system"))
-    if isinstance(message, FunctionMessage):
-        return "function"
-    kind = message.type.removesuffix("MessageChunk").lower()
-    return _ROLES.get(kind, kind)
-
-
-def _call(call: Any) -> dict[str, Any]:
-    arguments = call.get("args")
-    return {
-        "type": "function",
-        "id": call.get("id"),
-        "function": {"name": call.get("name"), "arguments": {} if arguments is None else arguments},
-    }
-
-
-def _content(message: BaseMessage, role: str, name: str) -> tuple[str | list[dict[str, Any]], str]:
-    """The content, and the reasoning that stood among its blocks."""
-    if isinstance(message.content, str):
-        return message.content, ""
-    parts: list[dict[str, Any]] = []
-    reasoning: list[str] = []
-    for block in message.content:
-        kind = "text" if isinstance(block, str) else block.get("type")
-        if isinstance(block, str):
-            parts.append({"type": "text", "text": block})
-        elif kind == "text" and isinstance(block.get("text"), str):
-            parts.append({"type": "text", "text": block["text"]})
-        elif role == "assistant" and kind in _REASONING:
-            reasoning.append(str(block.get(_REASONING[kind], "")))
-        elif role != "assistant" or kind not in _CALLS:  # calls stand in `tool_calls`, too
-            msg = (
-                f"a {role} message contains more than text (a block of type {kind!r}), which {name!r} cannot read. "
-                "Send text only."
-            )
-            raise UnsupportedModelError(msg)
-    return parts, "\n".join(reasoning)

@@ -5,7 +5,7 @@ Knows langchain_core's BaseLLM and LocalModel. Knows nothing about prompts' temp
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from langchain_core.caches import BaseCache
@@ -127,7 +127,7 @@ class LocalLLM(LocalLanguageModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        done = self.model.complete(prompts, batch_size=self.batch_size, **self.options(stop, kwargs))
+        done = self.complete(prompts, self.options(stop, kwargs))
         usage = {
             "prompt_tokens": sum(c.prompt_tokens for c in done),
             "completion_tokens": sum(c.completion_tokens for c in done),
@@ -148,8 +148,7 @@ class LocalLLM(LocalLanguageModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        pieces: Generator[str, None, Any] = self.model.stream(prompt, **self.options(stop, kwargs))
-        for piece in pieces:
+        for piece in self.pieces(prompt, self.options(stop, kwargs)):
             chunk = GenerationChunk(text=piece)
             if run_manager is not None:
                 run_manager.on_llm_new_token(piece, chunk=chunk)

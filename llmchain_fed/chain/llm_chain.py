@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 from langchain_core.language_models import BaseLanguageModel
-from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
+from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompt_values import PromptValue
 from langchain_core.prompts import BasePromptTemplate, PromptTemplate
 from langchain_core.runnables import Runnable
@@ -20,29 +19,25 @@ from pydantic import SkipValidation
 from typing_extensions import override
 
 from llmchain_fed._config import unknown_option
-from llmchain_fed.chain.base_llm import check_saved, saved_fields
 from llmchain_fed.chain.bindings import (
     ChainInput,
     RunnableWithCallKwargs,
     below_bindings,
-    bound_kwargs,
     with_face_fields,
 )
 from llmchain_fed.chain.chat import LocalChatModel
 from llmchain_fed.chain.llm import LocalLLM
 from llmchain_fed.chain.prompt_step import PromptStep, mark_values
-from llmchain_fed.chain.saving import directory as saving
-from llmchain_fed.chain.saving import model as saved_model
+from llmchain_fed.chain.saving.savable import Savable
+from llmchain_fed.data.prompt import Call
 from llmchain_fed.errors import ConfigError, PromptVariablesError, UnsupportedModelError
 from llmchain_fed.model.local_model import LocalModel
-from llmchain_fed.recipes.parsers import StripOutputParser, make_parser, parser_name
-from llmchain_fed.recipes.prompts import prompt_from_data, prompt_to_data
-from llmchain_fed.recipes.schema import ParserName
+from llmchain_fed.recipes.parsers import StripOutputParser
 
 _PARTS = frozenset({"prompt", "llm", "output_parser", "llm_kwargs", "bound"})
 
 
-class LLMChain(RunnableWithCallKwargs):
+class LLMChain(RunnableWithCallKwargs, Savable):
     r"""`prompt | llm | parser`, and the same object after a federation has trained its model.
 
     Every Runnable verb works, sync and async, and call-time keywords (`stop`, `max_new_tokens` …) reach the model;
@@ -164,6 +159,15 @@ class LLMChain(RunnableWithCallKwargs):
         """What makes text of an example's input: the chain itself."""
         return self
 
+    def calls(self, inputs: Any, completion: Any) -> Sequence[Call]:
+        """What the model reads for an example and what it should answer.
+
+        Raises:
+            DataError: Nothing that the model could answer.
+            PromptVariablesError: Other variables than the prompt's.
+        """
+        return (Call(self.render(inputs), self.face.written(completion)),)
+
     def parsed(self, text: str) -> str:
         """What the parser leaves of an answer's text, as far as it only drops the white space around it."""
         return text.strip() if isinstance(self.output_parser, StripOutputParser) else text
@@ -268,71 +272,6 @@ class LLMChain(RunnableWithCallKwargs):
     def apply(self, inputs: Sequence[ChainInput]) -> list[Any]:
         """The answers to a list of inputs, computed as one batch."""
         return self.batch(list(inputs))
-
-    # --- on disk ----------------------------------------------------------------------------------------------------
-
-    def save(self, directory: str | Path) -> None:
-        """Writes the chain with its weights as they are now: `chain.yaml` and safetensors, no pickle, no class paths.
-
-        A LoRA chain over a model that others can load by name is saved as recipe, tokenizer and PEFT adapter folder,
-        with what differs from the base that the name loads; otherwise the base's weights come along. The directory is
-        replaced whole or not at all.
-
-        Raises:
-            ChainFileError: The directory contains something else or cannot be written, or the model cannot be stored;
-                `check_savable` finds the latter before any training.
-            RecipeError: The prompt or the parser cannot be written as data.
-        """
-        saving.write(Path(directory), self.model, **self._as_data())
-
-    def check_savable(self) -> None:
-        """Makes sure that `save` could write this chain and `load` would give the same one; writes no weights.
-
-        Raises:
-            ChainFileError: The model, or the options and keywords, cannot be stored.
-            RecipeError: The prompt or the parser cannot be written as data.
-        """
-        saved_model.check(self.model)
-        saving.check(**self._as_data())
-
-    def _as_data(self) -> dict[str, Any]:
-        """All of the chain but its model, as `chain.yaml` contains it."""
-        face = self.face
-        return {
-            "face": "chat" if isinstance(face, LocalChatModel) else "llm",
-            "options": {n: getattr(face, n) for n in sorted(saved_fields(type(face)) & face.model_fields_set)},
-            "llm_kwargs": self._all_llm_kwargs(),
-            "prompt": prompt_to_data(self.prompt),
-            "parser": parser_name(cast(BaseOutputParser[Any], self.output_parser)),
-        }
-
-    def _all_llm_kwargs(self) -> dict[str, Any]:
-        """Also those bound to the model before it came into the chain."""
-        return {**bound_kwargs(self.llm), **self.llm_kwargs}
-
-    @classmethod
-    def load(cls, directory: str | Path, *, model: LocalModel | None = None) -> LLMChain:
-        """Reads back what `save` wrote; the answers are the same.
-
-        Args:
-            directory: What `save` wrote. Every file is checked against its SHA-256 first.
-            model: The base to use instead of the one on record; needed for a quantised one. It must be what the chain
-                was saved over, down to tokenizer and generation_config; without a tokenizer it gets the saved one.
-
-        Raises:
-            ChainFileError: Incomplete, altered, of another base, or not a saved chain.
-        """
-        path = Path(directory)
-        file = saving.read(path)
-        kind = LocalChatModel if file.face == "chat" else LocalLLM
-        # everything that can be wrong with the data is found before the weights are read
-        with saving.refusing():
-            prompt, parser = prompt_from_data(file.prompt), make_parser(cast(ParserName, file.parser))
-            check_saved(kind, file.options, file.llm_kwargs)
-        loaded = saved_model.load(path, file.model, model)
-        with saving.refusing():
-            face = kind(model=loaded, **file.options)
-        return cls(llm=face, prompt=prompt, output_parser=parser, llm_kwargs=file.llm_kwargs)
 
 
 def _steps(

@@ -6,6 +6,7 @@ stands in `examples`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,15 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmchain_fed.data.examples import (
-    Examples,
-    Prompt,
-    PromptRow,
-    RawText,
-    is_ready_tensors,
-    prompt_text,
-    read_examples,
-)
+from llmchain_fed.data.examples import Examples, PromptRow, RawText, calls_of, is_ready_tensors, read_examples
+from llmchain_fed.data.prompt import Call, Prompt
 from llmchain_fed.data.report import DataReport
 from llmchain_fed.data.sayable import Saying
 from llmchain_fed.errors import DataError, EmptyParticipantError, UnsayableError, UnsupportedModelError
@@ -33,34 +27,42 @@ IGNORE = -100
 """The label that the loss passes over: torch's and transformers' own convention."""
 
 
+Row = Sequence[list[int]]
+"""Token ids by turns: what the model reads, what it learns to answer, what it reads then …"""
+
+
 @dataclass(frozen=True)
 class EncodedExamples:
-    """Token ids of all usable examples in one flat tensor, eight numbers of overhead an example.
+    """Token ids of all usable examples in one flat tensor, some numbers of overhead an example.
 
-    `tokens` contains prompt and completion ids alternately; example i's prompt is `tokens[bounds[2i]:bounds[2i+1]]` and
-    its completion (with the end token) `tokens[bounds[2i+1]:bounds[2i+2]]`.
+    A row is made of segments that are read and learnt by turns: a prompt and its completion (with the end token), and
+    of a conversation what follows. Segment s is `tokens[bounds[s]:bounds[s + 1]]`; row i has the segments `starts[i]`
+    to `starts[i + 1]`.
     """
 
     tokens: Tensor = field(repr=False)  # (sum of lengths,) int32
-    bounds: Tensor = field(repr=False)  # (2 * examples + 1,) int64
+    bounds: Tensor = field(repr=False)  # (segments + 1,) int64
+    starts: Tensor = field(repr=False)  # (rows + 1,) int64
     report: DataReport = field(default_factory=DataReport)
     unsayable: str = ""
     """the first completion that no answer could be, and why; empty where there is none"""
 
     def __len__(self) -> int:
-        return (len(self.bounds) - 1) // 2
+        return len(self.starts) - 1
 
-    def __getitem__(self, i: int) -> tuple[list[int], list[int]]:
+    def __getitem__(self, i: int) -> tuple[list[int], ...]:
         if not -len(self) <= i < len(self):
             msg = f"there is no row {i}: {len(self):,} examples have the rows 0 to {len(self) - 1}."
             raise IndexError(msg)
         i %= len(self)
-        start, middle, end = self.bounds[2 * i : 2 * i + 3].tolist()
-        return self.tokens[start:middle].tolist(), self.tokens[middle:end].tolist()
+        first, last = self.starts[i : i + 2].tolist()
+        bounds = self.bounds[first : last + 1].tolist()
+        return tuple(self.tokens[a:b].tolist() for a, b in itertools.pairwise(bounds))
 
     def lengths(self) -> list[int]:
-        """tokens: prompt and completion together, per example."""
-        return (self.bounds[2::2] - self.bounds[:-1:2]).tolist()
+        """tokens: all segments together, per row."""
+        ends = self.bounds[self.starts]
+        return (ends[1:] - ends[:-1]).tolist()
 
 
 def encode_examples(
@@ -69,59 +71,89 @@ def encode_examples(
     """Renders and tokenises every example; prompt and completion apart, joined as ids, the end token appended.
 
     The forms are those of `read_examples`. What has more than `max_length` tokens is left out and counted; the model's
-    context is the outer limit.
+    context is the outer limit. Where an example makes several calls of the model, those that go on from one another
+    share a row, and every row counts.
 
     Raises:
         DataError: See `read_examples`.
         UnsupportedModelError: The model's embedding has no row for some token.
     """
-    report, texts, completions, kinds = DataReport(), [], [], []
+    report = DataReport()
+    examples: list[tuple[Sequence[Call], str]] = []
     for number, example in enumerate(read_examples(source, prompt)):
         if example.empty:  # not rendered: a missing list of messages, for one, is nothing that a prompt takes
             report.empty += 1
             continue
         try:
-            texts.append(prompt_text(example, prompt))
+            calls = calls_of(example, prompt)
         except DataError as error:
             raise type(error)(f"example {number}: {error}") from None  # noqa: EM102
-        completions.append(example.completion)
-        kinds.append(
-            "raw" if isinstance(example, RawText) else "prompt_as_input" if isinstance(example, PromptRow) else ""
-        )
+        kind = "raw" if isinstance(example, RawText) else "prompt_as_input" if isinstance(example, PromptRow) else ""
+        examples.append((calls, kind))
     special = prompt.adds_special_tokens if prompt is not None else True
     controls = prompt.completion_controls if prompt is not None else ()
-    prompt_ids = model.encode(texts, add_special_tokens=special)
-    completion_ids = model.encode_completions(completions, controls=controls)
+    prompt_ids = model.encode([call.text for calls, _ in examples for call in calls], add_special_tokens=special)
+    completion_ids = model.encode_completions(
+        [call.completion for calls, _ in examples for call in calls], controls=controls
+    )
     check_rows(model, prompt_ids, completion_ids)
     known = {*model.control_tokens(), *controls}
     saying = Saying(model, prompt)
 
     limits = [limit for limit in (max_length, model.context_length) if limit is not None]
-    flat, bounds, seen, first = [], [0], set(), ""
-    rows = zip(texts, completions, kinds, prompt_ids, completion_ids, strict=True)
-    for text, completion, kind, p, c in rows:
-        longest = len(p) + len(c) if model.kind == "causal" else max(len(p), len(c))
-        if not completion.strip() or not p:
+    flat, bounds, starts, seen, first = [], [0], [0], set(), ""
+    pairs = iter(zip(prompt_ids, completion_ids, strict=True))
+    for calls, kind in examples:
+        asked = [(call, *pair) for call, pair in zip(calls, pairs, strict=False)]
+        if not all(call.completion.strip() and p for call, p, _ in asked):
             report.empty += 1
             continue
+        rows = turns([(p, c) for _, p, c in asked]) if model.kind == "causal" else [(p, c) for _, p, c in asked]
+        longest = max((sum(map(len, row)) if model.kind == "causal" else max(map(len, row)) for row in rows), default=0)
         if limits and longest > min(limits):
             report.too_long += 1
             continue
-        if (unsaid := saying.fails(completion, c)) is not None:
-            setattr(report, unsaid, getattr(report, unsaid) + 1)
-            first = first or saying.explain(completion, c, unsaid)
+        if unsaid := next(((call, c, why) for call, _, c in asked if (why := saying.fails(call.completion, c))), None):
+            call, c, why = unsaid
+            setattr(report, why, getattr(report, why) + 1)
+            first = first or saying.explain(call.completion, c, why)
             continue
-        report.duplicate += (text, completion) in seen
-        seen.add((text, completion))
-        report.used += 1
-        report.length_out_of_range += saying.out_of_range(c)
+        key = tuple((call.text, call.completion) for call in calls)
+        report.duplicate += key in seen
+        seen.add(key)
+        report.used += len(rows)
+        report.length_out_of_range += any(saying.out_of_range(c) for _, _, c in asked)
         report.raw += prompt is not None and kind == "raw"
         report.prompt_as_input += prompt is not None and kind == "prompt_as_input"
-        report.control_text += isinstance(text, Rendered) or any(c in completion for c in known)
-        report.completion_tokens += len(c)
-        flat += p + c
-        bounds += [bounds[-1] + len(p), bounds[-1] + len(p) + len(c)]
-    return EncodedExamples(torch.tensor(flat, dtype=torch.int32), torch.tensor(bounds), report, first)
+        report.control_text += any(
+            isinstance(call.text, Rendered) or any(c in call.completion for c in known) for call in calls
+        )
+        report.completion_tokens += sum(len(c) for _, _, c in asked)
+        for row in rows:
+            for segment in row:
+                flat += segment
+                bounds.append(bounds[-1] + len(segment))
+            starts.append(len(bounds) - 1)
+    return EncodedExamples(
+        torch.tensor(flat, dtype=torch.int32), torch.tensor(bounds), torch.tensor(starts), report, first
+    )
+
+
+def turns(calls: Sequence[tuple[list[int], list[int]]]) -> list[Row]:
+    """(prompt ids, completion ids) of an example's calls → its rows; a call that reads on from a row continues it.
+
+    >>> turns([([1, 2], [3]), ([1, 2, 3, 4], [5]), ([1, 9], [6])])
+    [[[1, 2], [3], [4], [5]], [[1, 9], [6]]]
+    """
+    rows: list[list[list[int]]] = []
+    read: list[int] = []
+    for p, c in calls:
+        if rows and len(p) > len(read) and p[: len(read)] == read:
+            rows[-1] += [p[len(read) :], c]
+        else:
+            rows.append([p, c])
+        read = p + c
+    return rows  # type: ignore[return-value]
 
 
 def encoded(
@@ -167,8 +199,8 @@ def no_examples(who: str, report: str) -> str:
     return f"{who} has no usable example ({report}): there is nothing to learn. Check the data path and max_length."
 
 
-def collate(rows: Sequence[tuple[list[int], list[int]]], model: LocalModel) -> dict[str, Tensor]:
-    """Prompt and completion ids → a batch; the prompt's labels are −100 by length.
+def collate(rows: Sequence[Row], model: LocalModel) -> dict[str, Tensor]:
+    """Rows of ids → a batch; the labels of what is read are −100 by length.
 
     For a causal model `([5, 6], [7, 2])` and `([5], [8, 2])` become::
 
@@ -176,22 +208,26 @@ def collate(rows: Sequence[tuple[list[int], list[int]]], model: LocalModel) -> d
 
     For seq2seq the prompt is the encoder's input and the completion the labels.
     """
-    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
     if model.kind == "seq2seq":
-        input_ids, mask = pad_rows(prompts, model.pad_id, left=False)
-        labels, _ = pad_rows(completions, IGNORE, left=False)
+        input_ids, mask = pad_rows([row[0] for row in rows], model.pad_id, left=False)
+        labels, _ = pad_rows([row[1] for row in rows], IGNORE, left=False)
     else:
-        input_ids, mask = pad_rows([p + c for p, c in rows], model.pad_id, left=False)
-        labels, _ = pad_rows([[IGNORE] * len(p) + c for p, c in rows], IGNORE, left=False)
+        input_ids, mask = pad_rows([[i for ids in row for i in ids] for row in rows], model.pad_id, left=False)
+        labels, _ = pad_rows([labels_of(row) for row in rows], IGNORE, left=False)
     return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+
+
+def labels_of(row: Row) -> list[int]:
+    """The labels of a row of a causal model: every other segment is learnt."""
+    return [i if at % 2 else IGNORE for at, ids in enumerate(row) for i in ids]
 
 
 @dataclass(frozen=True)
 class Batch:
     """What one optimizer step is made of: rows of examples, possibly none, or ready tensors."""
 
-    rows: Sequence[tuple[list[int], list[int]]] | None
-    """(prompt ids, completion ids) of each example; None where a DataLoader gave the tensors"""
+    rows: Sequence[Row] | None
+    """the ids of each example; None where a DataLoader gave the tensors"""
     ready: Any = None
     """what the DataLoader gave"""
 

@@ -7,13 +7,14 @@ tokens, models or training; files are read in `readers`, and what counts as a mi
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch.utils.data import DataLoader
 
 from llmchain_fed.data.missing import filled, is_blank, is_empty, is_missing
+from llmchain_fed.data.prompt import Call, Prompt, plain_text
 from llmchain_fed.data.readers import numbered
 from llmchain_fed.errors import DataError, PromptVariablesError, TemplatedTwiceError
 from llmchain_fed.untrusted import shown
@@ -21,39 +22,6 @@ from llmchain_fed.untrusted import shown
 _LARGEST = 10**4300  # Python refuses to write longer numbers, and would do so in the middle of rendering
 Examples = Any
 """What is accepted as examples: an iterable of the forms of `read_examples`, a JSONL or CSV path, a DataLoader."""
-
-
-class Prompt(Protocol):
-    """What training needs of a prompt: the same rendering that inference uses."""
-
-    @property
-    def input_variables(self) -> Sequence[str] | None:
-        """The variables an example must give; None where an input is no mapping of variables (a bare model)."""
-
-    @property
-    def optional_variables(self) -> Sequence[str]:
-        """The variables an example may give, because the prompt has a default for them."""
-
-    @property
-    def literals(self) -> Sequence[str]:
-        """The template's fixed texts, in order."""
-
-    @property
-    def adds_special_tokens(self) -> bool:
-        """Whether the tokenizer adds special tokens to the rendered text."""
-
-    @property
-    def completion_controls(self) -> Collection[str]:
-        """Control tokens, beside the model's own, that a completion cannot write."""
-
-    def render(self, inputs: Any) -> str:
-        """Inputs → the text that the model sees."""
-
-    def generation_options(self) -> Mapping[str, Any]:
-        """How answers are generated; `stop` ends them."""
-
-    def parsed(self, text: str) -> str:
-        """What is left of an answer's text, for the white space around it."""
 
 
 @dataclass(frozen=True)
@@ -65,21 +33,17 @@ class Example:
 
     Args:
         inputs: A mapping of the prompt's variables, or a string where the prompt has one; what a bare model takes.
-        completion: The wanted answer.
+        completion: The wanted answer: its text, or what the chain's model writes as one (a message, an object).
     """
 
     inputs: Any
-    completion: str
+    completion: Any
 
     def __post_init__(self) -> None:
         if not isinstance(self.completion, str) and is_missing(self.completion):  # as everywhere: counted as empty
             object.__setattr__(self, "completion", "")
-        if not isinstance(self.completion, str):
-            msg = (
-                f"a completion is text, got {type(self.completion).__name__} ({self.completion!r:.60}). "
-                "Convert it to the words the model should write; of a message, pass its text."
-            )
-            raise DataError(msg)
+        if isinstance(self.completion, (int, float, complex, bytes, bytearray, type)):
+            plain_text(self.completion)
         _check_unicode(self.completion, self.inputs)
 
     @property
@@ -132,21 +96,30 @@ def _check_unicode(*texts: Any) -> None:
             raise DataError(msg)
 
 
-def prompt_text(example: Example | RawText, prompt: Prompt | None) -> str:
-    """The text that the model sees before the completion.
+def calls_of(example: Example | RawText, prompt: Prompt | None) -> Sequence[Call]:
+    """What the model reads for an example and what it should answer, call by call.
 
     Raises:
-        DataError: The example has variables, and there is nothing to render them.
+        DataError: The example has variables, and there is nothing to render them; or its completion is no answer.
     """
     if isinstance(example, RawText):
-        return example.prompt
+        return (Call(example.prompt, example.completion),)
     if prompt is None:
         msg = (
             f"{example.inputs!r:.80} needs a prompt to become text. Pass the chain, or final text as "
             "RawText(prompt, completion)."
         )
         raise DataError(msg)
-    return prompt.render(example.inputs)
+    return prompt.calls(example.inputs, example.completion)
+
+
+def prompt_text(example: Example | RawText, prompt: Prompt | None) -> str:
+    """The text that the model sees before its first answer.
+
+    Raises:
+        DataError: As `calls_of`.
+    """
+    return calls_of(example, prompt)[0].text
 
 
 def read_examples(source: Examples, prompt: Prompt | None = None) -> Iterator[Example | RawText]:

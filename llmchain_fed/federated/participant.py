@@ -14,7 +14,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from llmchain_fed._config import plain_number
-from llmchain_fed.data.examples import Example, Examples, Prompt, RawText, is_ready_tensors, prompt_text, read_examples
+from llmchain_fed.data.examples import Example, Examples, RawText, is_ready_tensors, prompt_text, read_examples
+from llmchain_fed.data.prompt import Prompt
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, EmptyParticipantError
 from llmchain_fed.untrusted import shown
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.data.encoding import EncodedExamples, collate, encoded, no_examples, on_device, unwrap
-from llmchain_fed.data.examples import Examples, Prompt
+from llmchain_fed.data.examples import Examples
+from llmchain_fed.data.prompt import Prompt
 from llmchain_fed.errors import EmptyParticipantError
 from llmchain_fed.model.generation.answers import evaluating
 from llmchain_fed.model.local_model import LocalModel

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.data.encoding import IGNORE, Batch, EncodedExamples, encoded, no_examples, unwrap
-from llmchain_fed.data.examples import Examples, Prompt
+from llmchain_fed.data.examples import Examples
+from llmchain_fed.data.prompt import Prompt
 from llmchain_fed.data.report import DataReport
 from llmchain_fed.errors import ConfigError, EmptyParticipantError, NonFiniteLossError
 from llmchain_fed.model.generation.answers import seeded

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from sites import wait_for_hub
+from sites import wait_for_hub, wait_for_sites
 from torchrun_script import HELD_OUT, SHARES, TRAINING, tiny_chain
 
 from llmchain_fed import FederatedAveraging, NVFlare
@@ -68,6 +68,7 @@ class Federation:
             self.start_site(name)
         for name in self.sites:
             self.wait_for_peer(name)
+        wait_for_sites(self.kits["admin"], self.sites)
         return self
 
     def start_hub(self) -> None:

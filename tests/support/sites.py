@@ -16,6 +16,7 @@ from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.runtimes.messaging import frames, heads
 from llmchain_fed.runtimes.messaging.chunked_calls import ChunkedCalls
 from llmchain_fed.runtimes.nvflare import kits
+from llmchain_fed.runtimes.nvflare.session import EngineSession
 from llmchain_fed.runtimes.site.policy import Policy
 
 TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=4, epochs=2)
@@ -101,6 +102,25 @@ def wait_for_hub(kit):
             return
         assert time.monotonic() < until, "no hub answers: see nvflare.log in its kit"
         time.sleep(0.2)
+
+
+def wait_for_sites(admin, names):
+    """Until the hub's engine knows the engines of all these sites, however slow the machine is that starts them."""
+    session, until = EngineSession(admin), time.monotonic() + 120
+    try:
+        while missing := set(names) - connected(session):
+            assert time.monotonic() < until, f"{missing} never came: see engine.log in their kits"
+            time.sleep(0.2)
+    finally:
+        session.close()
+
+
+def connected(session):
+    """The sites that the hub's engine knows; none while it does not answer yet."""
+    try:
+        return session.connected().keys()
+    except TransportError:
+        return set()
 
 
 def answering(path):

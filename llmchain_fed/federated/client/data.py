@@ -205,8 +205,8 @@ def _encoded(by_name: Mapping[str, Any]) -> Iterable[tuple[str, EncodedExamples]
 
 def _digests(data: EncodedExamples) -> Iterator[tuple[int, int]]:
     """(hash of prompt and completion, hash of the prompt) per example; the two kinds never equal each other."""
-    tokens, bounds = data.tokens.numpy(), data.bounds.tolist()
-    for i in range(len(data)):
-        start, middle, end = bounds[2 * i : 2 * i + 3]
+    tokens, bounds, starts = data.tokens.numpy(), data.bounds.tolist(), data.starts.tolist()
+    for first, last in itertools.pairwise(starts):
+        start, middle, end = bounds[first], bounds[first + 1], bounds[last]
         prompt = tokens[start:middle].tobytes()
         yield hash((prompt, tokens[middle:end].tobytes())), hash((prompt,))
