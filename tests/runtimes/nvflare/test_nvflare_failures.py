@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from federation_processes import LONG, SITES, STEPS, Federation, difference
-from sites import wait_for_hub
+from sites import wait_for_hub, wait_for_sites
 from torchrun_script import SHARES, tiny_chain
 
 from llmchain_fed import FederatedAveraging, QuorumError
@@ -296,6 +296,7 @@ def test_a_host_cut_off_for_longer_than_a_heartbeat_is_absent_and_comes_back(two
         federation.start_site("b", prefix=["ip", "netns", "exec", namespace])
         for name in SITES:
             federation.wait_for_peer(name)
+        wait_for_sites(federation.kits["admin"], SITES)
         with federation.runtime() as runtime:
             running = Running(federation, runtime, 3)
             running.wait_for_round(2)
