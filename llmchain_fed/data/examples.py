@@ -42,7 +42,8 @@ class Example:
     def __post_init__(self) -> None:
         if not isinstance(self.completion, str) and is_missing(self.completion):  # as everywhere: counted as empty
             object.__setattr__(self, "completion", "")
-        if isinstance(self.completion, (int, float, complex, bytes, bytearray, type)):
+        refused = isinstance(self.completion, (int, float, complex, bytes, bytearray, type))
+        if refused or (hasattr(self.completion, "__array__") and not isinstance(self.completion, str)):
             plain_text(self.completion)
         _check_unicode(self.completion, self.inputs)
 
