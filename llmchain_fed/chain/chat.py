@@ -108,13 +108,25 @@ class LocalChatModel(LocalLanguageModel, BaseChatModel):
             model.tokenizer, conversation, given, controls=model.control_tokens(), name=model.name
         )
 
-    def _rendered(self, messages: list[BaseMessage], kwargs: dict[str, Any]) -> str:
-        """The prompt of a call; its switches leave `kwargs`."""
+    def asked(
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: Mapping[str, Any]
+    ) -> tuple[str, dict[str, Any]]:
+        """What a call asks of the model: the text that it reads, and the options for its answer.
+
+        Raises:
+            ConfigError: A keyword that is no option, or one out of range.
+        """
+        kwargs = dict(kwargs)
         switches = kwargs.pop("chat_template_kwargs", None)
         if switches is not None and not isinstance(switches, Mapping):
             msg = f"chat_template_kwargs is a mapping of switches to values, got {switches!r:.80}."
             raise ConfigError(msg)
-        return self.render(messages, chat_template_kwargs=switches)
+        return self.render(messages, chat_template_kwargs=switches), self.options(stop, kwargs)
+
+    def message(self, done: Completion, kwargs: Mapping[str, Any]) -> AIMessage:
+        """The message that an answer is, for a call with these keywords; the one place where that is made of it."""
+        _ = kwargs
+        return AIMessage(content=done.text, usage_metadata=_usage(done), response_metadata=self._about(done))
 
     @override
     def _generate(
@@ -124,11 +136,10 @@ class LocalChatModel(LocalLanguageModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        text = self._rendered(messages, kwargs)
-        options = self.options(stop, kwargs)
+        text, options = self.asked(messages, stop, kwargs)
         (done,) = self.complete([text], options)
-        message = AIMessage(content=done.text, usage_metadata=_usage(done), response_metadata=self._about(done))
-        return ChatResult(generations=[ChatGeneration(message=message)], llm_output={"model_name": self.model.name})
+        generations = [ChatGeneration(message=self.message(done, kwargs))]
+        return ChatResult(generations=generations, llm_output={"model_name": self.model.name})
 
     @override
     def _stream(
@@ -138,9 +149,7 @@ class LocalChatModel(LocalLanguageModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        text = self._rendered(messages, kwargs)
-        options = self.options(stop, kwargs)
-        pieces = self.pieces(text, options)
+        pieces = self.pieces(*self.asked(messages, stop, kwargs))
         while True:
             try:
                 piece = next(pieces)
