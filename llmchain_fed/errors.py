@@ -17,6 +17,7 @@ and files as they were.
     ├── DataError
     │   ├── ChatTemplateError         a chat template that refuses its messages, or looks into text it should not
     │   ├── EmptyParticipantError     no usable example
+    │   ├── ExampleFailedError        a composed chain that raises for an example
     │   ├── PromptVariablesError      the example's variables are not the prompt's
     │   ├── TemplatedTwiceError       a value already carries the template's text
     │   └── UnsayableError            completions that decoding does not give back
@@ -85,6 +86,10 @@ class DataError(LLMChainFedError):
 
 class EmptyParticipantError(DataError):
     """A participant without a single usable example."""
+
+
+class ExampleFailedError(DataError):
+    """A composed chain raises for an example before or behind its model: a retriever, a function, a parser."""
 
 
 class ChatTemplateError(DataError):

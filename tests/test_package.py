@@ -45,6 +45,7 @@ PUBLIC = [
     "Ditto",
     "DuplicateParticipantError",
     "EmptyParticipantError",
+    "ExampleFailedError",
     "Example",
     "FedAdagrad",
     "FedAdam",

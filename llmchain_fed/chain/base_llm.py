@@ -250,6 +250,7 @@ class Bare:
     """whether a parser behind the face drops the white space around an answer"""
 
     input_variables: ClassVar[None] = None
+    any_input: ClassVar[bool] = False
     optional_variables: ClassVar[tuple[str, ...]] = ()
     literals: ClassVar[tuple[str, ...]] = ()
 

@@ -16,12 +16,13 @@ from langchain_core.language_models.base import LanguageModelInput
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from pydantic import Field, model_validator
 from typing_extensions import override
 
 from llmchain_fed.chain.base_llm import LocalLanguageModel
 from llmchain_fed.chain.messages import converted
+from llmchain_fed.chain.recording import is_recording
 from llmchain_fed.errors import ConfigError, DataError, UnsupportedModelError
 from llmchain_fed.model import chat_template
 from llmchain_fed.model.generation.answers import Completion
@@ -127,6 +128,18 @@ class LocalChatModel(LocalLanguageModel, BaseChatModel):
         """The message that an answer is, for a call with these keywords; the one place where that is made of it."""
         _ = kwargs
         return AIMessage(content=done.text, usage_metadata=_usage(done), response_metadata=self._about(done))
+
+    @override
+    def generate(self, messages: list[list[BaseMessage]], *args: Any, **kwargs: Any) -> LLMResult:
+        return super(LocalChatModel, self._as_it_answers()).generate(messages, *args, **kwargs)
+
+    @override
+    async def agenerate(self, messages: list[list[BaseMessage]], *args: Any, **kwargs: Any) -> LLMResult:
+        return await super(LocalChatModel, self._as_it_answers()).agenerate(messages, *args, **kwargs)
+
+    def _as_it_answers(self) -> LocalChatModel:
+        """This model; while a recorder answers for it, one without a cache."""
+        return self.model_copy(update={"cache": False}) if is_recording() else self
 
     @override
     def _generate(

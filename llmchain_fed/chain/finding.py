@@ -1,59 +1,75 @@
-"""Finds what renders the prompts of a Runnable over a local model, below every wrapping.
+"""Finds the local model in whatever a user gives, and what makes calls of that model out of an example.
 
-Knows LangChain's Runnables, chains and faces. Knows nothing about training.
+Knows chains of one call and composed ones. Knows nothing about training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from langchain_core.prompts import BasePromptTemplate
-from langchain_core.runnables import Runnable, RunnableSequence, RunnableWithFallbacks
-from langchain_core.runnables.base import RunnableBindingBase
+from langchain_core.runnables import Runnable
 
 from llmchain_fed.chain.base_llm import Bare, LocalLanguageModel
-from llmchain_fed.chain.bindings import below_bindings, with_face_fields
-from llmchain_fed.chain.llm import LocalLLM
 from llmchain_fed.chain.llm_chain import LLMChain
-from llmchain_fed.recipes.parsers import StripOutputParser
+from llmchain_fed.chain.tracing.composed import ComposedChain
+from llmchain_fed.chain.tracing.contents import faces_in, places_of
+from llmchain_fed.chain.tracing.pipes import single_call
+from llmchain_fed.errors import UnsupportedModelError
+from llmchain_fed.model.local_model import LocalModel
 
 
-class PipedChain(LLMChain):
-    """A chain made of somebody's `prompt | llm | parser`, for training alone: nobody keeps it, so nobody saves it."""
+def find_prompt(given: Any, llm: Any = None) -> LLMChain | Bare | ComposedChain | None:
+    """What makes calls of its local model out of an example, as `invoke` of the given object would.
 
+    An LLMChain, a face, and `prompt | llm | parser` whose model is called nowhere else make one call; everything else
+    is a composed chain.
 
-def find_prompt(runnable: Any) -> LLMChain | Bare | None:
-    """What renders the prompts of a Runnable over a local model, so that training sees what its `invoke` sends.
+    Args:
+        given: Any Runnable.
+        llm: The model to train, where there are several, or it cannot be found; a face, or a chain over one.
 
-    Finds an LLMChain or a face within `with_config`, `with_retry`, `with_fallbacks`, `bind`, `prompt | llm | parser`
-    and `llm | parser`. LangChain's legacy chain found its model in the same way. None where there is none.
+    Raises:
+        UnsupportedModelError: A Runnable without a local model, or with two.
     """
-    call: dict[str, Any] = {}
-    strips = False
-    while True:
-        if isinstance(runnable, LLMChain):
-            return runnable._with(call)
-        if isinstance(runnable, LocalLanguageModel):
-            return Bare(runnable, call, strips)
-        if isinstance(runnable, RunnableSequence):
-            first, second, *rest = runnable.steps
-            if isinstance(prompt := below_bindings(first), BasePromptTemplate):
-                return _chain_of(prompt, second, rest)
-            strips = strips or any(isinstance(step, StripOutputParser) for step in (second, *rest))
-            runnable = first  # the first is what learns
-        # by class: RunnableWithFallbacks forwards unknown attributes, `bound` too, to the chain within
-        elif isinstance(runnable, RunnableBindingBase):
-            runnable, call = runnable.bound, {**runnable.kwargs, **call}
-        elif isinstance(runnable, RunnableWithFallbacks):
-            runnable = runnable.runnable
-        else:
-            return None
+    if not isinstance(given, Runnable):
+        return None
+    faces = faces_in(given)
+    if llm is not None:
+        named = single_call(llm)
+        if named is None:
+            msg = (
+                f"llm= names the model to train: a LocalLLM, a LocalChatModel or an LLMChain, got {type(llm).__name__}."
+            )
+            raise UnsupportedModelError(msg)
+        module = named.model.module
+        faces = [face for face in faces if face.model.module is module] or [_face(named)]
+        only = len(faces) == 1
+    else:
+        only = len({id(face.model.module) for face in faces}) == 1
+        if len({id(face.model.module) for face in faces}) > 1:
+            names = ", ".join(sorted({f"{type(face).__name__} over {face.model.name!r}" for face in faces}))
+            msg = (
+                f"{type(given).__name__} holds two trainable models ({names}), and one is trained. Say which: "
+                "FederatedAveraging(chain, llm=model); the other answers as it is."
+            )
+            raise UnsupportedModelError(msg)
+    single = single_call(given)
+    if single is not None and (_calls(given) <= 1 or not only):
+        return single
+    if not faces:
+        return None
+    return ComposedChain(given, faces)
 
 
-def _chain_of(prompt: BasePromptTemplate[Any], llm: Any, rest: Sequence[Runnable[Any, Any]]) -> LLMChain:
-    """`prompt | llm | …` as a chain. LangChain hands a string model one text there, whose author is the caller."""
-    parser = rest[0] if len(rest) == 1 else RunnableSequence(*rest) if rest else None
-    if isinstance(below_bindings(llm), LocalLLM):
-        llm = with_face_fields(llm, control_tokens="template")
-    return PipedChain(llm=llm, prompt=prompt, output_parser=parser)  # type: ignore[call-arg,arg-type] # as LLMChain's
+def face_in(given: Any, model: LocalModel) -> LocalLanguageModel | None:
+    """A face of this very model in a Runnable; None where there is none."""
+    return next((face for face in faces_in(given) if face.model.module is model.module), None)
+
+
+def _face(named: LLMChain | Bare) -> LocalLanguageModel:
+    return named.face
+
+
+def _calls(given: Any) -> int:
+    """In how many places of a Runnable a local model can be called."""
+    return len(places_of((LLMChain, LocalLanguageModel), given))

@@ -18,6 +18,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from llmchain_fed.chain.base_llm import LocalLanguageModel
+from llmchain_fed.chain.recording import is_recording
 from llmchain_fed.errors import DataError
 from llmchain_fed.model.control_tokens import Rendered
 from llmchain_fed.model.generation.answers import GenerationOptions
@@ -84,7 +85,8 @@ class LocalLLM(LocalLanguageModel, BaseLLM):
 
         Upstream: https://github.com/langchain-ai/langchain/issues/39598
         """
-        if any(isinstance(prompt, Rendered) for prompt in prompts):  # a key has a prompt's text, not whose it is
+        # a key has a prompt's text, not whose it is
+        if is_recording() or any(isinstance(prompt, Rendered) for prompt in prompts):
             return self.model_copy(update={"cache": False}), kwargs
         cached = self.cache if self.cache is not None else get_llm_cache()
         given = {k: v for k, v in kwargs.items() if k not in _OF_THE_RUN}

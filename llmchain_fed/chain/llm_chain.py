@@ -146,6 +146,11 @@ class LLMChain(RunnableWithCallKwargs, Savable):
         return [*self.prompt.partial_variables, *self.prompt.optional_variables]
 
     @property
+    def any_input(self) -> bool:
+        """False: an input gives the prompt's variables."""
+        return False
+
+    @property
     def adds_special_tokens(self) -> bool:
         """False over a chat model: a chat template writes its special tokens itself."""
         return self.face.adds_special_tokens

@@ -34,6 +34,11 @@ def recording(recorder: Recorder) -> Iterator[None]:
         _recorder.reset(token)
 
 
+def is_recording() -> bool:
+    """Whether a recorder answers: what it says is nobody's answer, and belongs into no cache."""
+    return _recorder.get() is not None
+
+
 def recorded(face: Any, text: str) -> Completion | None:
     """What the recorder answers to `text`; None where the model is to answer."""
     recorder = _recorder.get()

@@ -18,7 +18,13 @@ from llmchain_fed.data.examples import Examples, PromptRow, RawText, calls_of, i
 from llmchain_fed.data.prompt import Call, Prompt
 from llmchain_fed.data.report import DataReport
 from llmchain_fed.data.sayable import Saying
-from llmchain_fed.errors import DataError, EmptyParticipantError, UnsayableError, UnsupportedModelError
+from llmchain_fed.errors import (
+    DataError,
+    EmptyParticipantError,
+    ExampleFailedError,
+    UnsayableError,
+    UnsupportedModelError,
+)
 from llmchain_fed.model.control_tokens import Rendered
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.model.tokens import check_rows, pad_rows
@@ -44,8 +50,8 @@ class EncodedExamples:
     bounds: Tensor = field(repr=False)  # (segments + 1,) int64
     starts: Tensor = field(repr=False)  # (rows + 1,) int64
     report: DataReport = field(default_factory=DataReport)
-    unsayable: str = ""
-    """the first completion that no answer could be, and why; empty where there is none"""
+    first_left_out: str = ""
+    """the first example that was left out because no answer could be its completion, or the chain failed, and why"""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -79,17 +85,7 @@ def encode_examples(
         UnsupportedModelError: The model's embedding has no row for some token.
     """
     report = DataReport()
-    examples: list[tuple[Sequence[Call], str]] = []
-    for number, example in enumerate(read_examples(source, prompt)):
-        if example.empty:  # not rendered: a missing list of messages, for one, is nothing that a prompt takes
-            report.empty += 1
-            continue
-        try:
-            calls = calls_of(example, prompt)
-        except DataError as error:
-            raise type(error)(f"example {number}: {error}") from None  # noqa: EM102
-        kind = "raw" if isinstance(example, RawText) else "prompt_as_input" if isinstance(example, PromptRow) else ""
-        examples.append((calls, kind))
+    examples, first = _asked(source, prompt, report)
     special = prompt.adds_special_tokens if prompt is not None else True
     controls = prompt.completion_controls if prompt is not None else ()
     prompt_ids = model.encode([call.text for calls, _ in examples for call in calls], add_special_tokens=special)
@@ -101,7 +97,7 @@ def encode_examples(
     saying = Saying(model, prompt)
 
     limits = [limit for limit in (max_length, model.context_length) if limit is not None]
-    flat, bounds, starts, seen, first = [], [0], [0], set(), ""
+    flat, bounds, starts, seen = [], [0], [0], set()
     pairs = iter(zip(prompt_ids, completion_ids, strict=True))
     for calls, kind in examples:
         asked = [(call, *pair) for call, pair in zip(calls, pairs, strict=False)]
@@ -139,6 +135,27 @@ def encode_examples(
     )
 
 
+def _asked(source: Examples, prompt: Prompt | None, report: DataReport) -> tuple[list[tuple[Sequence[Call], str]], str]:
+    """The calls of every example with its kind, and why the first for which the chain fails is left out."""
+    first = ""
+    examples: list[tuple[Sequence[Call], str]] = []
+    for number, example in enumerate(read_examples(source, prompt)):
+        if example.empty:  # not rendered: a missing list of messages, for one, is nothing that a prompt takes
+            report.empty += 1
+            continue
+        try:
+            calls = calls_of(example, prompt)
+        except ExampleFailedError as error:
+            report.failed += 1
+            first = first or f"example {number}: {error}"
+            continue
+        except DataError as error:
+            raise type(error)(f"example {number}: {error}") from None  # noqa: EM102
+        kind = "raw" if isinstance(example, RawText) else "prompt_as_input" if isinstance(example, PromptRow) else ""
+        examples.append((calls, kind))
+    return examples, first
+
+
 def turns(calls: Sequence[tuple[list[int], list[int]]]) -> list[Row]:
     """(prompt ids, completion ids) of an example's calls → its rows; a call that reads on from a row continues it.
 
@@ -171,6 +188,7 @@ def encoded(
 
     Raises:
         EmptyParticipantError: Not a single example is usable.
+        ExampleFailedError: A composed chain raises for more examples than `tolerance`.
         UnsayableError: More completions than `tolerance` could never be an answer.
         DataError: See `read_examples`.
     """
@@ -181,14 +199,16 @@ def encoded(
         if isinstance(examples, EncodedExamples)
         else encode_examples(examples, model, prompt, max_length=max_length)
     )
-    left_out = data.report.unsayable
+    left_out, unsayable = data.report.left_out, data.report.unsayable
     total = left_out + data.report.used
     if tolerance is not None and left_out > tolerance * total:
+        what = f"{unsayable} of {total} completions could never be an answer" if unsayable else ""
+        failed = f"the chain fails for {data.report.failed} of {total} examples" if data.report.failed else ""
         msg = (
-            f"{left_out} of {total} completions could never be an answer, and up to {tolerance:.0%} are left out. "
-            f"The first: {data.unsayable} TrainingConfig(tolerance=…) leaves more out."
+            f"{', and '.join(filter(None, (what, failed)))}, and up to {tolerance:.0%} are left out. "
+            f"The first: {data.first_left_out} TrainingConfig(tolerance=…) leaves more out."
         )
-        raise UnsayableError(msg)
+        raise (UnsayableError if unsayable else ExampleFailedError)(msg)
     if not len(data):
         raise EmptyParticipantError(no_examples("the participant", repr(data.report)))
     return data

@@ -192,6 +192,8 @@ def _parse_mapping(item: Mapping[Any, Any], prompt: Prompt | None) -> Example:
             msg += " Of a conversation, pass (all messages before the answer, the answer's text) to a chat model."
         raise DataError(msg)
     rest = {k: v for k, v in item.items() if k != "completion"}
+    if prompt is not None and prompt.any_input:
+        return Example(inputs=rest, completion=item["completion"])
     bare = prompt is None or prompt.input_variables is None
     variables = [] if prompt is None or prompt.input_variables is None else list(prompt.input_variables)
     optional = [] if prompt is None else list(prompt.optional_variables)

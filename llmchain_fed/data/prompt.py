@@ -38,6 +38,10 @@ class Prompt(Protocol):
         """The variables an example may give, because the prompt has a default for them."""
 
     @property
+    def any_input(self) -> bool:
+        """Whether an input may be anything, a mapping too, for nothing is known of it: a composed chain's."""
+
+    @property
     def literals(self) -> Sequence[str]:
         """The template's fixed texts, in order."""
 

@@ -16,6 +16,7 @@ _KEPT = {
 }
 _LEFT_OUT = {
     "empty": "empty",
+    "failed": "for which the chain fails",
     "too_long": "too long",
     "contains_end": "with an end token within the answer",
     "contains_stop": "with a stop string within the answer",
@@ -32,6 +33,8 @@ class DataReport:
     used: int = 0
     empty: int = 0
     """left out: a missing or blank completion, prompt or variable"""
+    failed: int = 0
+    """left out: the composed chain raises for it: a retriever, a function, a parser"""
     too_long: int = 0
     """left out: longer than `max_length` or the model's context"""
     contains_end: int = 0
@@ -63,10 +66,15 @@ class DataReport:
         return self.contains_end + self.contains_stop + self.stripped + self.not_decodable + self.forbidden
 
     @property
+    def left_out(self) -> int:
+        """Examples left out for a reason that `TrainingConfig(tolerance=…)` bounds."""
+        return self.unsayable + self.failed
+
+    @property
     def worth_saying(self) -> bool:
         """Whether examples were left out, or taken otherwise than their form suggests."""
         taken = self.raw + self.prompt_as_input + self.control_text + self.length_out_of_range
-        return bool(self.empty or self.too_long or self.unsayable or taken)
+        return bool(self.empty or self.too_long or self.left_out or taken)
 
     def in_words(self) -> str:
         """The same for an operator.

@@ -47,14 +47,16 @@ class FederatedAveraging(ManualRounds):
     they were. Updates can leak what they were trained on: this is no privacy guarantee by itself.
 
     Args:
-        model: A chain (also wrapped by `with_config` or `with_fallbacks`), an LLM, a LocalModel or a torch module.
+        model: A chain, an LLM, any Runnable around one local model (retrieval, a graph, an agent …), a LocalModel or a
+            torch module.
         participants: Name → examples, or a list of `Participant`; with `runtime=TorchDistributed()` those of this rank.
         optimizer: The participants': a name, a torch.optim class, or an instance taken as the template.
         checkpoint_dir: Where a checkpoint is written after each round; `FederatedAveraging.resume` goes on from it.
         **options: What `FederationConfig` says, where each is explained: `training` or `lr` and `batch_size` for it,
-            `aggregation`, `codec`, `evaluation`, `seed` … Also `runtime`: where participants run, by default this
-            process; `callbacks`, told of every round and of who is out or back: TensorBoard, MLflow, Trackio,
-            ConsoleTable, or your own `Callback`; and `progress`, which shows each round, and who goes out, on stderr.
+            `aggregation`, `codec`, `evaluation`, `seed` … Also `llm`: which model of a Runnable is trained, where that
+            cannot be told; `runtime`: where participants run, by default this process; `callbacks`, told of every round
+            and of who is out or back: TensorBoard, MLflow, Trackio, ConsoleTable, or your own `Callback`; and
+            `progress`, which shows each round, and who goes out, on stderr.
 
     Raises:
         ChainFileError, RecipeError: `model` is a chain that `save` could not write, so what is learnt would be lost.

@@ -185,6 +185,7 @@ class FederationOptions(TypedDict, total=False):
     lr: float | None
     batch_size: int | None
     # beside what is written down
+    llm: Any
     runtime: Runtime | None
     callbacks: Sequence[Callback]
     progress: bool

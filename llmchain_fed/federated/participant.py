@@ -16,7 +16,7 @@ from pydantic import Field
 from llmchain_fed._config import plain_number
 from llmchain_fed.data.examples import Example, Examples, RawText, is_ready_tensors, prompt_text, read_examples
 from llmchain_fed.data.prompt import Prompt
-from llmchain_fed.errors import ConfigError, DuplicateParticipantError, EmptyParticipantError
+from llmchain_fed.errors import ConfigError, DuplicateParticipantError, EmptyParticipantError, ExampleFailedError
 from llmchain_fed.untrusted import shown
 
 ALPHAS = (1e-3, 2.0**16)
@@ -42,6 +42,8 @@ class Participant:
         training: Options of `TrainingConfig` that differ for it: a slow device takes `{"max_steps": 4}`.
         rank: LoRA rank it trains with, at most the chain's own; for the rules `flora` and `flexlora`.
         alpha: LoRA alpha that goes with that rank; the chain's own by default, as `LoraConfig(r=rank)` would have it.
+        chain: Its own composed chain, with its own retriever and documents, around the federation's model; the
+            federation's by default. Prompts are the same, and what else it does stays here.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Participant:
     training: Mapping[str, Any] = field(default_factory=dict)
     rank: int | None = None
     alpha: float | None = None
+    chain: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", str(self.name))  # numbers are names too, and travel as text
@@ -187,4 +190,7 @@ def hold_out(participant: Participant, share: float, prompt: Prompt | None, seed
 
 def _key(example: Example | RawText, prompt: Prompt | None, seed: int) -> str:
     # by the question alone: the same question with two answers, or in another form, must not stand on both sides
-    return hashlib.sha256(f"{seed}|{prompt_text(example, prompt)}".encode()).hexdigest()
+    try:
+        return hashlib.sha256(f"{seed}|{prompt_text(example, prompt)}".encode()).hexdigest()
+    except ExampleFailedError:  # stays where it is counted
+        return ""

@@ -30,7 +30,14 @@ from llmchain_fed.updates.transforms.base import UpdateTransform
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _OF_TRAINING = TrainingConfig.model_fields.keys()
-_BESIDE: Mapping[str, Any] = {"lr": None, "batch_size": None, "runtime": None, "callbacks": (), "progress": True}
+_BESIDE: Mapping[str, Any] = {
+    "llm": None,
+    "lr": None,
+    "batch_size": None,
+    "runtime": None,
+    "callbacks": (),
+    "progress": True,
+}
 
 
 def showing_options(function: _F) -> _F:

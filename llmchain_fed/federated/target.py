@@ -15,10 +15,13 @@ from weakref import WeakKeyDictionary
 from pydantic import Field
 
 from llmchain_fed.chain.base_llm import Bare
-from llmchain_fed.chain.finding import PipedChain, find_prompt
+from llmchain_fed.chain.finding import face_in, find_prompt
 from llmchain_fed.chain.llm_chain import LLMChain
+from llmchain_fed.chain.tracing.composed import ComposedChain
+from llmchain_fed.chain.tracing.pipes import PipedChain
 from llmchain_fed.data.examples import Example, RawText, prompt_text
-from llmchain_fed.errors import ContractError, UnsupportedModelError
+from llmchain_fed.errors import ConfigError, ContractError, UnsupportedModelError
+from llmchain_fed.federated.participant import Participant
 from llmchain_fed.model.adapters.resolved import resolve
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.untrusted import Strict, shown
@@ -52,32 +55,58 @@ class Target:
     """What is trained: a LocalModel, and what makes the text of its examples' inputs, as `invoke` would.
 
     Args:
-        prompt: A chain or a face; None for a bare `LocalModel` or module, whose examples contain final text.
+        prompt: A chain, a composed one, or a face; None for a bare `LocalModel` or module, whose examples contain
+            final text.
     """
 
     model: LocalModel
-    prompt: LLMChain | Bare | None = None
+    prompt: LLMChain | Bare | ComposedChain | None = None
 
     @classmethod
-    def of(cls, given: Any) -> Target:
-        """Finds the model in a chain, an LLM (wrapped ones too), a LocalModel or a bare module.
+    def of(cls, given: Any, llm: Any = None) -> Target:
+        """Finds the model in a chain, an LLM, any Runnable around one, a LocalModel or a bare module.
+
+        Args:
+            given: What is trained.
+            llm: Which model of it, where there are several, or where it cannot be found.
 
         Raises:
-            UnsupportedModelError: None of these.
+            UnsupportedModelError: None of these, or a Runnable with no trainable model or with two.
         """
         if isinstance(given, LocalModel):
             return cls(given)
-        prompt = find_prompt(given)
+        prompt = find_prompt(given, llm)
         if prompt is not None:
             return cls(prompt.model, prompt)
         if hasattr(given, "named_parameters"):
             return cls(LocalModel(given))
+        found = "no trainable local model was found in it. " if hasattr(given, "invoke") else ""
         msg = (
-            f"cannot train {type(given).__name__}: pass an LLMChain (or prompt | LocalLLM), a "
-            "LocalLLM, a LocalModel or a "
-            "torch module."
+            f"cannot train {type(given).__name__}: {found}Pass an LLMChain, any Runnable around a LocalLLM or a "
+            "LocalChatModel, a LocalModel or a torch module; where the model is built within a function, name it: "
+            "FederatedAveraging(chain, llm=model)."
         )
         raise UnsupportedModelError(msg)
+
+    def of_participant(self, participant: Participant) -> Target:
+        """What this participant trains: its own composed chain around the same model, where it has one.
+
+        Raises:
+            ConfigError: Its chain is around another model.
+            ContractError: Its chain's prompts are others.
+            UnsupportedModelError: It is nothing that can be trained.
+        """
+        if participant.chain is None:
+            return self
+        own = Target.of(participant.chain, face_in(participant.chain, self.model))
+        if own.model.module is not self.model.module:
+            msg = (
+                f"the chain of participant {participant.name!r} is around another model than the federation's. Build "
+                "both around one LocalLLM or LocalChatModel: it is what they train together."
+            )
+            raise ConfigError(msg)
+        check_contract(participant.name, site=own.contract(), server=self.contract())
+        return own
 
     def check_savable(self) -> None:
         """Makes sure, before training, that what a chain learns can be saved; pipes and faces have no `save`.
@@ -92,12 +121,24 @@ class Target:
     def answer(self, examples: list[Example | RawText], max_new_tokens: int) -> list[tuple[str, str]]:
         """(prompt, answer) per example; generated without callbacks, so that examples reach no tracer."""
         texts = [prompt_text(e, self.prompt) for e in examples]
+        if isinstance(self.prompt, ComposedChain):
+            return [(text, self._answered(e)) for text, e in zip(texts, examples, strict=True)]
         if self.prompt is None:
             return list(zip(texts, self.model.generate(texts, max_new_tokens=max_new_tokens), strict=True))
         options = self.prompt.generation_options()
         options["max_new_tokens"] = min(options["max_new_tokens"], max_new_tokens)
         special = self.prompt.adds_special_tokens
         return list(zip(texts, self.model.generate(texts, add_special_tokens=special, **options), strict=True))
+
+    def _answered(self, example: Example | RawText) -> str:
+        """The whole chain's answer to an example; what it raises on the way is part of what a reader should see."""
+        assert isinstance(self.prompt, ComposedChain)
+        if isinstance(example, RawText):
+            return self.model.generate([example.prompt])[0]
+        try:
+            return self.prompt.answer(example.inputs)
+        except Exception as error:  # whatever somebody's function or parser makes of this model's answer
+            return f"({type(error).__name__}: {error!s:.200})"
 
     def contract(self) -> dict[str, Any]:
         """What all sides of a federation must share, as digests."""

@@ -129,7 +129,7 @@ class CheckpointManager:
             ConfigError: `directory` is no path.
             CheckpointError: See `files.read` and `Contents.of`; or an option is missing that no file stores.
         """
-        found = read_for(Target.of(model).model, _path(directory), number)
+        found = read_for(Target.of(model, given.get("llm")).model, _path(directory), number)
         try:
             return found, options_again(found.config, given, optimizer)
         except ConfigError as error:

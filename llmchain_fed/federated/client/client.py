@@ -63,13 +63,13 @@ class Client:
         gradient_step: GradientStep | None = None,
         batch_sampler: BatchSampler | None = None,
     ) -> None:
-        self.target, self.model = target, target.model
+        self.target, self.model = target.of_participant(participant), target.model
         self.participant, self.name = participant, participant.name
         self.follows = config is None
         """whether a hub says how it trains"""
         self.config = own_config(config or TrainingConfig(), participant)
         """how it trains, its own options included"""
-        self.data: LocalData = LocalData(target, participant, self.config)
+        self.data: LocalData = LocalData(self.target, participant, self.config)
         self.scaling = own_scaling(target, participant)
         """layer → s, where its LoRA rank is its own"""
         self.transforms = checked_transforms(transforms)

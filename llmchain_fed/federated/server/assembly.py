@@ -46,7 +46,7 @@ def assemble(
     options = cast("FederationOptions", {**options, "transforms": transforms, "server_optimizer": moves})
     training = training_of(options, optimizer)
     config = config_of(options, training)
-    target = Target.of(model)
+    target = Target.of(model, options.get("llm"))
     trainable.admit(target.model)
     target.check_savable()
     trainable.check_batches(target.model, training.micro_batch_size or training.batch_size)

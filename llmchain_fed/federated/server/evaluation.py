@@ -118,8 +118,10 @@ class Evaluator:
         if isinstance(evaluation, Mapping):
             participants = {n: replace(p, held_out=evaluation.get(n, p.held_out)) for n, p in participants.items()}
         elif isinstance(evaluation, float):
-            prompt = self._target.prompt
-            participants = {n: hold_out(p, evaluation, prompt, self._seed) for n, p in participants.items()}
+            participants = {
+                n: hold_out(p, evaluation, self._target.of_participant(p).prompt, self._seed)
+                for n, p in participants.items()
+            }
         self._with_held_out = {n for n, p in participants.items() if p.held_out is not None}
         return participants
 

@@ -1,0 +1,364 @@
+"""Composed chains: what is recorded is what `invoke` sends; each call has its gold answer, by order or by step."""
+
+import asyncio
+import functools
+import threading
+from operator import itemgetter
+from typing import Annotated, TypedDict
+
+import pytest
+from langchain_core.caches import InMemoryCache
+from langchain_core.chat_history import InMemoryChatMessageHistory
+from langchain_core.documents import Document
+from langchain_core.language_models.fake_chat_models import FakeListChatModel
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
+from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import (
+    ConfigurableField,
+    RunnableBranch,
+    RunnableLambda,
+    RunnableParallel,
+    RunnablePassthrough,
+)
+from langchain_core.runnables.history import RunnableWithMessageHistory
+from langsmith import utils
+
+from llmchain_fed import LLMChain, LocalChatModel, LocalLLM
+from llmchain_fed.chain.finding import find_prompt
+from llmchain_fed.chain.recording import recording
+from llmchain_fed.chain.tracing.composed import ComposedChain
+from llmchain_fed.data.encoding import encode_examples, encoded
+from llmchain_fed.errors import DataError, ExampleFailedError, UnsupportedModelError
+from llmchain_fed.model.generation.answers import Completion
+
+DOCUMENTS = {"who": "Ada wrote the first program.", "when": "It was in 1843."}
+PROMPT = PromptTemplate.from_template("{context}\nQ: {question}\nA:")
+
+
+class Library(BaseRetriever):
+    """Finds a document by a word."""
+
+    fails: bool = False
+
+    def _get_relevant_documents(self, query, *, run_manager):
+        if self.fails and query == "fails":
+            raise ConnectionError("the index is away")
+        return [Document(DOCUMENTS.get(query, "nothing"))]
+
+
+def joined(documents):
+    return " ".join(d.page_content for d in documents)
+
+
+@pytest.fixture
+def llm(make_chain):
+    return make_chain("causal", lora=True).llm
+
+
+@pytest.fixture
+def chat(make_chain):
+    model = make_chain("causal", lora=True).model
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    return LocalChatModel(model=model, max_new_tokens=8)
+
+
+class Watch:
+    """An independent witness: the texts that `invoke` sends, each answered by what comes next."""
+
+    def __init__(self, *answers):
+        self.texts, self.answers = [], list(answers)
+
+    def answer(self, face, text):
+        self.texts.append(str(text))
+        return Completion(self.answers.pop(0), 0, 0, "stop")
+
+
+def seen(runnable, inputs, *answers):
+    watch = Watch(*answers)
+    with recording(watch):
+        result = runnable.invoke(inputs)
+    return watch.texts, result
+
+
+def rag(llm, **options):
+    return (
+        {"context": Library(**options) | joined, "question": RunnablePassthrough()} | PROMPT | llm | StrOutputParser()
+    )
+
+
+def graph_of(llm):
+    from langgraph.graph import END, START, StateGraph
+
+    ask = PromptTemplate.from_template("Ask {x}")
+    graph = StateGraph(TypedDict("State", {"x": str, "y": str}))
+    graph.add_node("first", lambda state: {"y": llm.invoke("node " + state["x"])})
+    graph.add_node("second", RunnableLambda(lambda state: {"x": state["y"]}) | ask | llm | (lambda y: {"y": y}))
+    graph.add_edge(START, "first")
+    graph.add_edge("first", "second")
+    graph.add_edge("second", END)
+    return graph.compile()
+
+
+def structure(name, llm):
+    """(runnable, input, completions in order, step names; None: whatever they are)."""
+    ask, inner = PromptTemplate.from_template("Ask {x}"), LLMChain(llm=llm, prompt="In {x}")
+    other = FakeListChatModel(responses=["a model elsewhere"])
+    same = RunnableLambda(lambda x: x)
+
+    def called(value):
+        return llm.invoke(f"from a function: {value}")
+
+    if name == "rag":
+        return rag(llm), "who", ["Ada"], ["3"]
+    if name == "assign":
+        return RunnablePassthrough.assign(fr=ask | llm), {"x": "q"}, ["oui"], ["fr/2"]
+    if name == "branch":
+        no = PromptTemplate.from_template("No {x}")
+        return RunnableBranch((lambda d: d["x"] == "q", ask | llm), no | llm), {"x": "q"}, ["yes"], ["1/2"]
+    if name == "before and behind":
+        runnable = RunnableLambda(str.strip) | RunnableLambda(lambda x: {"x": x}) | inner | str.upper
+        return runnable, "  q ", ["ok"], None
+    if name == "fallbacks":
+        return (same | ask | llm).with_fallbacks([other]), {"x": "q"}, ["first"], ["3"]
+    if name == "alternatives":
+        far = llm.configurable_alternatives(ConfigurableField(id="llm"), far=other)
+        return same | ask | far, {"x": "q"}, ["here"], ["3"]
+    if name == "function":
+        return RunnableLambda(called), "q", ["said"], ["called"]
+    if name == "partial":
+        return RunnableLambda(functools.partial(lambda n, x: llm.invoke(n + x), "p")), "q", ["said"], None
+    if name == "two in a row":
+        then = PromptTemplate.from_template("Then {x}")
+        return ask | llm | RunnableLambda(lambda y: {"x": y}) | then | llm, {"x": "q"}, ["one", "two"], ["2", "5"]
+    if name == "named":
+        first, second = ((ask | llm).with_config(run_name=n) for n in ("translate", "tell"))
+        return first | (lambda y: {"x": y}) | second, {"x": "q"}, ["one", "two"], ["translate", "tell"]
+    if name == "graph":
+        return graph_of(llm), {"x": "q", "y": ""}, ["one", "two"], ["first", "second"]
+    assert name == "map"
+    return RunnableLambda(lambda x: [{"x": c} for c in x]) | (ask | llm).map(), "ab", ["1", "2"], None
+
+
+NAMES = [
+    "rag", "assign", "branch", "before and behind", "fallbacks", "alternatives", "function", "partial", "two in a row",
+    "named", "graph", "map",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_learnt_is_what_invoke_sends(name, llm):
+    runnable, inputs, gold, steps = structure(name, llm)
+    found = find_prompt(runnable)
+    assert isinstance(found, ComposedChain)
+    assert found.model is llm.model
+    texts, _ = seen(runnable, inputs, *gold)
+    calls = found.calls(inputs, gold if len(gold) > 1 else gold[0])
+    assert [call.text for call in calls] == texts
+    assert [call.completion for call in calls] == gold
+    if steps is not None:
+        assert [call.step for call in calls] == steps
+        assert found.calls(inputs, dict(zip(steps, gold, strict=True))) == calls
+
+
+def test_the_chain_runs_with_the_gold_answer_behind_the_model(llm):
+    kept = []
+    find_prompt(rag(llm) | kept.append).calls("who", "Ada")
+    assert kept == ["Ada"]
+
+
+def test_everyone_of_a_parallel_has_its_own_by_name_and_never_by_order(llm):
+    runnable = RunnableParallel(
+        fr=PromptTemplate.from_template("F {x}") | llm, de=PromptTemplate.from_template("D {x}") | llm
+    )
+    found = find_prompt(runnable)
+    calls = found.calls({"x": "q"}, {"de/2": "ja", "fr/2": "oui"})
+    assert {(c.text, c.completion) for c in calls} == {("F q", "oui"), ("D q", "ja")}
+    with pytest.raises(DataError, match="runs beside others"):
+        found.calls({"x": "q"}, ["oui", "ja"])
+
+
+def test_a_skipped_and_a_repeated_step_keep_their_names(llm):
+    fix = (PromptTemplate.from_template("Fix {x}") | llm).with_config(run_name="fix")
+    tell = (PromptTemplate.from_template("Tell {x}") | llm).with_config(run_name="tell")
+
+    def work(x):
+        while x.startswith("!"):
+            x = fix.invoke({"x": x})
+        return tell.invoke({"x": x})
+
+    found = find_prompt(RunnableLambda(work))
+    assert [c.step for c in found.calls("fine", {"tell": "t"})] == ["tell"]
+    repeated = found.calls("!a", {"fix": ["!b", "c"], "tell": "t"})
+    assert [(c.step, c.text) for c in repeated] == [("fix", "Fix !a"), ("fix", "Fix !b"), ("tell", "Tell c")]
+
+
+def test_an_agent_that_reads_on_is_one_row(chat):
+    from langgraph.checkpoint.memory import InMemorySaver
+    from langgraph.graph import END, START, StateGraph
+    from langgraph.graph.message import add_messages
+
+    graph = StateGraph(TypedDict("State", {"messages": Annotated[list, add_messages]}))
+    graph.add_node("model", lambda s: {"messages": [chat.invoke(s["messages"])]})
+    graph.add_node("user", lambda s: {"messages": [("user", "more")]})
+    graph.add_edge(START, "model")
+    graph.add_conditional_edges("model", lambda s: "user" if len(s["messages"]) < 4 else END)
+    graph.add_edge("user", "model")
+    found = find_prompt(graph.compile(checkpointer=InMemorySaver()))
+    source = [({"messages": [("user", "hi")]}, ["one", "two"])] * 2  # a thread of its own: the second remembers nothing
+    data = encode_examples(source, chat.model, found)
+    assert (len(data), data.report.duplicate) == (2, 1)
+    assert len(data[0]) == 4, "read, learnt, read, learnt"
+    assert [chat.model.decoded(ids) for ids in data[0][1::2]] == ["one", "two"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_conversation_of_ones_own_for_each_example(chat):
+    store = {}
+
+    def history(session_id):
+        return store.setdefault(session_id, InMemoryChatMessageHistory())
+
+    prompt = ChatPromptTemplate([MessagesPlaceholder("history"), ("user", "{question}")])
+    runnable = RunnableWithMessageHistory(
+        prompt | chat, history, input_messages_key="question", history_messages_key="history"
+    )
+    found = find_prompt(runnable)
+    assert isinstance(found, ComposedChain)
+    first, second = (found.calls({"question": q}, "yes")[0].text for q in ("one", "two"))
+    assert "one" in first
+    assert "one" not in second
+
+
+def test_async_chains_too(llm):
+    async def only_async(x):
+        await asyncio.sleep(0)
+        return {"x": x}
+
+    runnable = RunnableLambda(only_async) | PromptTemplate.from_template("A {x}") | llm
+    assert find_prompt(runnable).calls("q", "g")[0].text == "A q"
+
+
+def test_each_example_runs_once(llm):
+    ran = []
+
+    def look(x):
+        ran.append(x)
+        return {"x": x}
+
+    found = find_prompt(RunnableLambda(look) | PromptTemplate.from_template("{x}") | llm)
+    for _ in range(3):
+        encode_examples([("a", "b"), ("c", "d")], llm.model, found)
+    assert ran == ["a", "c"]
+
+
+@pytest.mark.parametrize("kind", ["llm", "chat"])
+def test_the_cache_of_answers_learns_nothing(kind, llm, chat):
+    face = {"llm": llm, "chat": chat}[kind].model_copy(update={"cache": InMemoryCache(), "max_new_tokens": 4})
+    runnable = RunnableLambda(lambda x: {"x": x}) | PromptTemplate.from_template("C {x}") | face | StrOutputParser()
+    assert find_prompt(runnable).calls("q", "taught")
+    assert runnable.invoke("q") != "taught"
+
+
+def test_no_tracer_hears_of_examples(llm, monkeypatch):
+    monkeypatch.setenv("LANGSMITH_TRACING", "true")
+    monkeypatch.setenv("LANGSMITH_ENDPOINT", "http://127.0.0.1:9")
+    utils.get_env_var.cache_clear()
+    assert utils.tracing_is_enabled()
+    traced = []
+
+    def look(x):
+        traced.append(utils.tracing_is_enabled())
+        return {"x": x}
+
+    try:
+        find_prompt(RunnableLambda(look) | PromptTemplate.from_template("{x}") | llm).calls("a", "b")
+    finally:
+        monkeypatch.undo()
+        utils.get_env_var.cache_clear()
+    assert traced == [False]
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_calls_without_gold_and_gold_without_calls(llm):
+    runnable, inputs, _, _ = structure("named", llm)
+    found = find_prompt(runnable)
+    with pytest.raises(DataError, match="calls its model 2 times, at last in the step 'tell', and the example has 1"):
+        found.calls(inputs, "one")
+    with pytest.raises(DataError, match="'tell' calls the model, and there is no completion for it, but for 'transl"):
+        found.calls(inputs, {"translate": "one"})
+    with pytest.raises(DataError, match=r"1 completion is left over.*The steps that called: translate, tell"):
+        found.calls(inputs, ["one", "two", "three"])
+    with pytest.raises(DataError, match="left over for 'other'"):
+        found.calls(inputs, {"translate": "one", "tell": "two", "other": "three"})
+    with pytest.raises(DataError, match="there is no completion for it, but for 'text'"):
+        found.calls(inputs, {"text": "one"})
+
+
+def test_a_fallback_never_takes_the_recording_for_a_failure(llm):
+    runnable = (rag(llm) | llm).with_fallbacks([RunnableLambda(lambda x: "fell back")])
+    with pytest.raises(DataError, match="calls its model 2 times"):
+        find_prompt(runnable).calls("who", "only one")
+
+
+def test_a_call_from_a_thread_of_ones_own_is_not_seen(llm):
+    def work(x):
+        said = []
+        thread = threading.Thread(target=lambda: said.append(llm.invoke(x)))
+        thread.start()
+        thread.join()
+        return said[0]
+
+    with pytest.raises(DataError, match=r"did not call its model for it.*thread pool of one's own"):
+        find_prompt(RunnableLambda(work)).calls("q", "gold")
+
+
+def test_a_retriever_that_raises(llm):
+    found = find_prompt(rag(llm, fails=True))
+    with pytest.raises(ExampleFailedError, match="raises before its model was called: ConnectionError: the ind"):
+        found.calls("fails", "x")
+    rows = [("who", "Ada"), ("when", "1843"), ("fails", "x")]
+    data = encoded(rows, llm.model, found, None, tolerance=0.4)
+    assert (data.report.used, data.report.failed) == (2, 1)
+    assert "1 more left out (for which the chain fails)" in data.report.in_words()
+    with pytest.raises(ExampleFailedError, match=r"fails for 1 of 3 examples, and up to 5% .*example 2: .*is away"):
+        encoded(rows, llm.model, found, None, tolerance=0.05)
+
+
+def test_no_model_and_two_models(llm, make_chain):
+    assert find_prompt(RunnableLambda(lambda x: x)) is None
+    second = make_chain("causal", lora=True, seed=3).llm
+    both = RunnableLambda(lambda x: second.invoke(llm.invoke(x)))
+    with pytest.raises(UnsupportedModelError, match="holds two trainable models"):
+        find_prompt(both)
+    (call,) = find_prompt(both, llm).calls("q", "gold")
+    assert (call.text, call.completion) == ("q", "gold")
+
+
+def test_a_model_that_no_walk_finds_is_named(llm):
+    class Registry:
+        __slots__ = ()
+
+        def model(self):
+            return eval("models[0]", {"models": [llm]})
+
+    runnable = RunnableLambda(lambda x: Registry().model().invoke(x))
+    assert find_prompt(runnable, llm).calls("q", "gold")[0].text == "q"
+
+
+def test_rows_of_names(llm):
+    runnable = RunnableLambda(itemgetter("q")) | (lambda q: {"x": q}) | PromptTemplate.from_template("R {x}") | llm
+    data = encode_examples([{"q": "a", "completion": "b"}], llm.model, find_prompt(runnable))
+    assert llm.model.decoded(data[0][0]) == "R a"
+
+
+def test_both_kinds_of_faces_in_one_chain_are_refused(llm):
+    chat = LocalChatModel(model=llm.model)
+    plain = LocalLLM(model=llm.model)
+    with pytest.raises(UnsupportedModelError, match="as a LocalLLM and as a LocalChatModel"):
+        find_prompt(RunnableLambda(lambda x: chat.invoke(plain.invoke(x))))
