@@ -15,6 +15,7 @@ from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmchain_fed._config import explain, unknown_option
+from llmchain_fed.chain import gathering
 from llmchain_fed.chain.recording import recorded
 from llmchain_fed.data.prompt import Call, plain_text
 from llmchain_fed.errors import ConfigError, UnsupportedModelError
@@ -54,6 +55,9 @@ class LocalLanguageModel(BaseModel):
     """strings before which every answer ends, unless a call gives its own"""
     batch_size: int = Field(default=32, ge=1, le=2**16)
     """prompts computed together"""
+    gather_ms: float = Field(default=5.0, ge=0, le=10)
+    """milliseconds for which an awaited call waits for others of the same time, to be answered with them as one batch;
+    0 answers each by itself"""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         try:
@@ -152,6 +156,10 @@ class LocalLanguageModel(BaseModel):
         if done is None:
             return self.model.stream(text, add_special_tokens=self.adds_special_tokens, **options)
         return _at_once(done)
+
+    async def acomplete(self, texts: Sequence[str], options: Mapping[str, Any]) -> list[Completion]:
+        """`complete` for a coroutine, beside which the loop goes on; calls of the same time share a batch."""
+        return await gathering.answers(self, texts, options)
 
     def written(self, completion: Any) -> str:
         """A completion → the text that the model is to write for it.

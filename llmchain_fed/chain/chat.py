@@ -20,7 +20,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from pydantic import Field, model_validator
 from typing_extensions import override
 
-from llmchain_fed.chain.base_llm import LocalLanguageModel
+from llmchain_fed.chain.chat_batch import ChatBatch
 from llmchain_fed.chain.messages import converted
 from llmchain_fed.chain.recording import is_recording
 from llmchain_fed.errors import ConfigError, DataError, UnsupportedModelError
@@ -28,11 +28,10 @@ from llmchain_fed.model import chat_template
 from llmchain_fed.model.generation.answers import Completion
 
 
-class LocalChatModel(LocalLanguageModel, BaseChatModel):
+class LocalChatModel(ChatBatch, BaseChatModel):
     """A local causal model behind LangChain's chat interface; the tokenizer's chat template writes the prompt.
 
-    `batch` answers message lists one by one (LangChain's chat models run a thread pool); for true batches use
-    `LocalLLM`. No tools and no structured output are claimed: a parser behind the model does that for local models.
+    `batch` and `abatch` are real batches, and so are calls that are awaited at the same time.
 
     Args:
         model: The `LocalModel`; its tokenizer needs a chat template.
@@ -150,8 +149,21 @@ class LocalChatModel(LocalLanguageModel, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         text, options = self.asked(messages, stop, kwargs)
-        (done,) = self.complete([text], options)
-        generations = [ChatGeneration(message=self.message(done, kwargs))]
+        return self._result(self.complete([text], options), kwargs)
+
+    @override
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: Any = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        text, options = self.asked(messages, stop, kwargs)
+        return self._result(await self.acomplete([text], options), kwargs)
+
+    def _result(self, answers: list[Completion], kwargs: Mapping[str, Any]) -> ChatResult:
+        generations = [ChatGeneration(message=self.message(done, kwargs)) for done in answers]
         return ChatResult(generations=generations, llm_output={"model_name": self.model.name})
 
     @override

@@ -21,7 +21,7 @@ from llmchain_fed.chain.base_llm import LocalLanguageModel
 from llmchain_fed.chain.recording import is_recording
 from llmchain_fed.errors import DataError
 from llmchain_fed.model.control_tokens import Rendered
-from llmchain_fed.model.generation.answers import GenerationOptions
+from llmchain_fed.model.generation.answers import Completion, GenerationOptions
 
 _OF_THE_RUN = frozenset({"tags", "metadata", "run_name", "run_id"})  # LangChain's keywords, not the model's
 
@@ -129,7 +129,19 @@ class LocalLLM(LocalLanguageModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        done = self.complete(prompts, self.options(stop, kwargs))
+        return self._result(self.complete(prompts, self.options(stop, kwargs)))
+
+    @override
+    async def _agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: Any = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        return self._result(await self.acomplete(prompts, self.options(stop, kwargs)))
+
+    def _result(self, done: list[Completion]) -> LLMResult:
         usage = {
             "prompt_tokens": sum(c.prompt_tokens for c in done),
             "completion_tokens": sum(c.completion_tokens for c in done),
