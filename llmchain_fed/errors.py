@@ -16,6 +16,7 @@ and files as they were.
     │   └── PromptTooLongError        the prompt leaves no room in the model's context
     ├── DataError
     │   ├── ChatTemplateError         a chat template that refuses its messages, or looks into text it should not
+    │   ├── DialogueError             messages out of order, or without an answer to learn
     │   ├── EmptyParticipantError     no usable example
     │   ├── ExampleFailedError        a composed chain that raises for an example
     │   ├── PromptVariablesError      the example's variables are not the prompt's
@@ -82,6 +83,10 @@ class PromptTooLongError(ModelError):
 
 class DataError(LLMChainFedError):
     """An example, or a source of examples, that cannot be used."""
+
+
+class DialogueError(DataError):
+    """A conversation whose messages are out of order, or in which there is no answer to learn."""
 
 
 class EmptyParticipantError(DataError):

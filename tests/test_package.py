@@ -42,6 +42,7 @@ PUBLIC = [
     "DataReport",
     "DeadlineError",
     "DiLoCo",
+    "DialogueError",
     "Ditto",
     "DuplicateParticipantError",
     "EmptyParticipantError",

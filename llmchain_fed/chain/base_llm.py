@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from llmchain_fed._config import explain, unknown_option
 from llmchain_fed.chain import gathering
 from llmchain_fed.chain.recording import recorded
+from llmchain_fed.data.dialogues import Dialogue
 from llmchain_fed.data.prompt import Call, plain_text
-from llmchain_fed.errors import ConfigError, UnsupportedModelError
+from llmchain_fed.errors import ConfigError, DataError, UnsupportedModelError
 from llmchain_fed.model import chat_template, control_tokens
 from llmchain_fed.model.generation.answers import Completion, GenerationOptions
 from llmchain_fed.model.generation.stop_strings import checked_stops
@@ -161,13 +162,22 @@ class LocalLanguageModel(BaseModel):
         """`complete` for a coroutine, beside which the loop goes on; calls of the same time share a batch."""
         return await gathering.answers(self, texts, options)
 
-    def written(self, completion: Any) -> str:
-        """A completion → the text that the model is to write for it.
+    def written(self, completion: Any, call: Mapping[str, Any] | None = None) -> str:
+        """A completion → the text that the model is to write for it, in a call with these keywords.
 
         Raises:
             DataError: It is nothing that this face could answer.
         """
+        _ = call
         return plain_text(completion)
+
+    @abstractmethod
+    def dialogue_calls(self, dialogue: Dialogue, call: Mapping[str, Any]) -> Sequence[Call]:
+        """What the model reads before each answer of a conversation, and that answer, in calls with these keywords.
+
+        Raises:
+            DataError: The face takes no messages, or its template refuses these.
+        """
 
     def as_prompt(self) -> Bare:
         """What makes text of this object's own input: with it, training sees what a call sends."""
@@ -291,7 +301,21 @@ class Bare:
         Raises:
             DataError: No input that `invoke` takes, or nothing that the face could answer.
         """
-        return (Call(self.render(inputs), self.face.written(completion)),)
+        return (Call(self.render(inputs), self.face.written(completion, self.call)),)
+
+    def dialogue_calls(self, dialogue: Dialogue) -> Sequence[Call]:
+        """What the model reads before each answer of a conversation, and that answer.
+
+        Raises:
+            DataError: The face takes no messages, or its template refuses these.
+        """
+        if dialogue.variables:
+            msg = (
+                f"the keys {sorted(map(str, dialogue.variables))} of a row of messages name variables, and there is no "
+                "template to put them into. Drop them, or pass a chain."
+            )
+            raise DataError(msg)
+        return self.face.dialogue_calls(dialogue, self.call)
 
     def generation_options(self) -> dict[str, Any]:
         """Keywords for `model.generate` that give the answers the face gives."""
@@ -324,8 +348,9 @@ def check_saved(kind: type[LocalLanguageModel], options: Mapping[str, Any], llm_
         raise ConfigError(unknown_option(name, saved))
     kwargs = {ALIASES.get(k, k): v for k, v in llm_kwargs.items() if v is not None}
     for name in kind.rendering_options & kwargs.keys():
-        if not isinstance(kwargs.pop(name), Mapping):
-            raise ConfigError(f"{name} is a mapping, got {llm_kwargs[name]!r:.80}.")  # noqa: EM102
+        form, what = (list, "list") if name == "tools" else (Mapping, "mapping")
+        if not isinstance(kwargs.pop(name), form):
+            raise ConfigError(f"{name} is a {what}, got {llm_kwargs[name]!r:.80}.")  # noqa: EM102
     checked_stops(kwargs.pop("stop", None))
     GenerationOptions(**kwargs)
     GenerationOptions(**{k: v for k, v in options.items() if k in OPTIONS})

@@ -7,7 +7,7 @@ templates are written for. Knows nothing about prompts' templates or training.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from langchain_core.caches import BaseCache
@@ -21,10 +21,12 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from llmchain_fed.chain.chat_batch import ChatBatch
-from llmchain_fed.chain.messages import converted
+from llmchain_fed.chain.messages import answer_in, converted, dialogue_calls, read_tools
 from llmchain_fed.chain.recording import is_recording
-from llmchain_fed.errors import ConfigError, DataError, UnsupportedModelError
-from llmchain_fed.model import chat_template
+from llmchain_fed.data.dialogues import Dialogue
+from llmchain_fed.data.prompt import Call
+from llmchain_fed.errors import ChatTemplateError, ConfigError, DataError, UnsupportedModelError
+from llmchain_fed.model import chat_answer, chat_template
 from llmchain_fed.model.generation.answers import Completion
 
 
@@ -43,7 +45,7 @@ class LocalChatModel(ChatBatch, BaseChatModel):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """switches of the chat template, such as `{"enable_thinking": False}`; a call may give others, which go first"""
     path_fields: ClassVar[frozenset[str]] = frozenset({"chat_template_kwargs"})
-    rendering_options: ClassVar[frozenset[str]] = frozenset({"chat_template_kwargs"})
+    rendering_options: ClassVar[frozenset[str]] = frozenset({"chat_template_kwargs", "tools"})
 
     @model_validator(mode="after")
     def _known_switches(self) -> Self:
@@ -71,7 +73,45 @@ class LocalChatModel(ChatBatch, BaseChatModel):
 
     @override
     def text_of(self, value: Any, call: Mapping[str, Any]) -> str:
-        return self.render(value, chat_template_kwargs=call.get("chat_template_kwargs"))
+        return self.render(value, **{k: v for k, v in call.items() if k in self.rendering_options})
+
+    @override
+    def written(self, completion: Any, call: Mapping[str, Any] | None = None) -> str:
+        """A completion → the text that the model is to write for it.
+
+        Text is taken as it is. A message of the assistant's, with its reasoning and its calls of tools, becomes what
+        the chat template writes between the generation prompt and the end token.
+
+        Args:
+            completion: Text, an `AIMessage`, or a mapping of the role `assistant`.
+            call: Keywords of the call that it answers.
+
+        Raises:
+            DataError: It is nothing that this face could answer.
+        """
+        message = None if isinstance(completion, str) else answer_in(completion)
+        if message is None:
+            return super().written(completion, call)
+        call = call or {}
+        answer, name = converted(message, self.model.name), self.model.name
+        given = self._switches(call.get("chat_template_kwargs"))
+        text = chat_answer.answer_text(
+            self.model.tokenizer, answer, given, controls=self.model.control_tokens(), name=name,
+            tools=call.get("tools") or (),
+        )  # fmt: skip
+        if text is not None:
+            return text
+        if answer.get("tool_calls"):
+            msg = f"the chat template of {name!r} writes no calls of tools, so no answer can be one. Answer in text."
+            raise ChatTemplateError(msg)
+        opened = chat_answer.opens_reasoning(self.model.tokenizer, given, name=name)
+        return chat_answer.own_text(message.text, answer.get("reasoning_content", ""), opened=opened)
+
+    @override
+    def dialogue_calls(self, dialogue: Dialogue, call: Mapping[str, Any]) -> Sequence[Call]:
+        tools = read_tools(dialogue.tools)
+        call = {**call, "tools": tools} if tools else call
+        return dialogue_calls(dialogue, tools, lambda m: self.text_of(m, call), lambda a: self.written(a, call))
 
     @classmethod
     def _tolerated(cls) -> frozenset[str]:
@@ -82,12 +122,18 @@ class LocalChatModel(ChatBatch, BaseChatModel):
     def _llm_type(self) -> str:
         return "llmchain_fed-local-chat"
 
-    def render(self, messages: LanguageModelInput, *, chat_template_kwargs: Mapping[str, Any] | None = None) -> str:
+    def render(
+        self,
+        messages: LanguageModelInput,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> str:
         """Messages, or whatever else `invoke` takes → the text that the model sees, up to where its answer begins.
 
         A last message of the assistant's is a begun answer, which the model goes on from. Where a message's text
         spells a control token, the result is a `Rendered`, which `LocalModel.encode` keeps from becoming one. Switches
-        of the template for this call go over the model's own.
+        of the template for this call go over the model's own. JSON schemas of tools go to the template.
 
         Raises:
             ChatTemplateError: The template refuses the messages.
@@ -98,15 +144,42 @@ class LocalChatModel(ChatBatch, BaseChatModel):
         if model.kind != "causal":
             msg = f"{model.name!r} is seq2seq, and chat templates are for causal models. Use LocalLLM."
             raise UnsupportedModelError(msg)
-        given = self.chat_template_kwargs | dict(chat_template_kwargs or {})
+        given = self._switches(chat_template_kwargs)
         try:
             conversation = [converted(m, model.name) for m in self._convert_input(messages).to_messages()]
         except (ValueError, TypeError, NotImplementedError) as error:
             msg = f"cannot read {messages!r:.80} as an input of LocalChatModel: {error}. Pass text or messages."
             raise DataError(msg) from None
+        if tools and not chat_template.takes_tools(chat_template.template_of(model.tokenizer, model.name)):
+            msg = f"the chat template of {model.name!r} has no place for tools. Describe them in a system message."
+            raise ChatTemplateError(msg)
         return chat_template.render(
-            model.tokenizer, conversation, given, controls=model.control_tokens(), name=model.name
+            model.tokenizer, conversation, given, controls=model.control_tokens(), name=model.name, tools=tools or ()
         )
+
+    def _switches(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The template's switches for a call: its own over the model's."""
+        return self.chat_template_kwargs | dict(given or {})
+
+    @override
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
+        """tokens: what `invoke` would send for these messages, with all that the template puts around them.
+
+        Raises:
+            ChatTemplateError: The template refuses the messages.
+        """
+        if not messages:
+            return 0
+        text = self.render(messages, tools=read_tools(tools or ()))
+        return len(self.model.encode([text], add_special_tokens=False)[0])
+
+    def parting(self, kwargs: Mapping[str, Any]) -> chat_answer.Parting:
+        """What takes the answer to a call with these keywords apart: what is thought, and what is said."""
+        return chat_answer.Parting(opened=self._opened(kwargs))
+
+    def _opened(self, kwargs: Mapping[str, Any]) -> bool:
+        given = self._switches(kwargs.get("chat_template_kwargs"))
+        return chat_answer.opens_reasoning(self.model.tokenizer, given, name=self.model.name)
 
     def asked(
         self, messages: list[BaseMessage], stop: list[str] | None, kwargs: Mapping[str, Any]
@@ -125,8 +198,13 @@ class LocalChatModel(ChatBatch, BaseChatModel):
 
     def message(self, done: Completion, kwargs: Mapping[str, Any]) -> AIMessage:
         """The message that an answer is, for a call with these keywords; the one place where that is made of it."""
-        _ = kwargs
-        return AIMessage(content=done.text, usage_metadata=_usage(done), response_metadata=self._about(done))
+        reasoning, content = chat_answer.parted(done.text, opened=self._opened(kwargs))
+        return AIMessage(
+            content=content,
+            additional_kwargs=_thought(reasoning),
+            usage_metadata=_usage(done),
+            response_metadata=self._about(done),
+        )
 
     @override
     def generate(self, messages: list[list[BaseMessage]], *args: Any, **kwargs: Any) -> LLMResult:
@@ -174,17 +252,19 @@ class LocalChatModel(ChatBatch, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        pieces = self.pieces(*self.asked(messages, stop, kwargs))
-        while True:
+        pieces, parting = self.pieces(*self.asked(messages, stop, kwargs)), self.parting(kwargs)
+        done: Completion | None = None
+        while done is None:
             try:
-                piece = next(pieces)
+                parts = list(parting.feed(next(pieces)))
             except StopIteration as end:
-                done: Completion = end.value
-                break
-            chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
-            if run_manager is not None:
-                run_manager.on_llm_new_token(piece, chunk=chunk)
-            yield chunk
+                done, parts = end.value, list(parting.end())
+            for kind, part in parts:
+                said, thought = (part, "") if kind == "content" else ("", part)
+                chunk = ChatGenerationChunk(message=AIMessageChunk(content=said, additional_kwargs=_thought(thought)))
+                if run_manager is not None:
+                    run_manager.on_llm_new_token(said, chunk=chunk)
+                yield chunk
         yield ChatGenerationChunk(
             message=AIMessageChunk(
                 content="",
@@ -196,6 +276,10 @@ class LocalChatModel(ChatBatch, BaseChatModel):
 
     def _about(self, done: Completion) -> dict[str, Any]:
         return {"model_name": self.model.name, "finish_reason": done.finish_reason}
+
+
+def _thought(reasoning: str) -> dict[str, str]:
+    return {"reasoning_content": reasoning} if reasoning else {}
 
 
 def _usage(done: Completion) -> UsageMetadata:

@@ -5,7 +5,7 @@ Knows langchain_core's BaseLLM and LocalModel. Knows nothing about prompts' temp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from langchain_core.caches import BaseCache
@@ -19,6 +19,8 @@ from typing_extensions import override
 
 from llmchain_fed.chain.base_llm import LocalLanguageModel
 from llmchain_fed.chain.recording import is_recording
+from llmchain_fed.data.dialogues import Dialogue
+from llmchain_fed.data.prompt import Call
 from llmchain_fed.errors import DataError
 from llmchain_fed.model.control_tokens import Rendered
 from llmchain_fed.model.generation.answers import Completion, GenerationOptions
@@ -61,6 +63,15 @@ class LocalLLM(LocalLanguageModel, BaseLLM):
         except ValueError as error:
             msg = f"cannot read {value!r:.80} as an input of LocalLLM: {error}. Pass text."
             raise DataError(msg) from None
+
+    @override
+    def dialogue_calls(self, dialogue: Dialogue, call: Mapping[str, Any]) -> Sequence[Call]:
+        """Refuses: it takes text."""
+        msg = (
+            "LocalLLM takes text, and a row of messages is a conversation. Use LocalChatModel(model=llm.model), or "
+            "pass (prompt, completion)."
+        )
+        raise DataError(msg)
 
     @property
     def _llm_type(self) -> str:

@@ -27,8 +27,10 @@ from llmchain_fed.chain.bindings import (
 )
 from llmchain_fed.chain.chat import LocalChatModel
 from llmchain_fed.chain.llm import LocalLLM
+from llmchain_fed.chain.messages import dialogue_calls, placeholder, read_tools
 from llmchain_fed.chain.prompt_step import PromptStep, mark_values
 from llmchain_fed.chain.saving.savable import Savable
+from llmchain_fed.data.dialogues import Dialogue
 from llmchain_fed.data.prompt import Call
 from llmchain_fed.errors import ConfigError, PromptVariablesError, UnsupportedModelError
 from llmchain_fed.model.local_model import LocalModel
@@ -171,7 +173,26 @@ class LLMChain(RunnableWithCallKwargs, Savable):
             DataError: Nothing that the model could answer.
             PromptVariablesError: Other variables than the prompt's.
         """
-        return (Call(self.render(inputs), self.face.written(completion)),)
+        return (Call(self.render(inputs), self.face.written(completion, self._all_llm_kwargs())),)
+
+    def dialogue_calls(self, dialogue: Dialogue) -> Sequence[Call]:
+        """What the model reads before each answer of a conversation that stands in the prompt, and that answer.
+
+        Raises:
+            DataError: The prompt has no place for the messages, or the chat template refuses these.
+        """
+        face = self.face
+        if not isinstance(face, LocalChatModel):
+            return face.dialogue_calls(dialogue, {})
+        name = placeholder(self.prompt, dialogue.variables)
+        tools = read_tools(dialogue.tools)
+        chain = self._with({"tools": tools} if tools else {})
+        return dialogue_calls(
+            dialogue,
+            tools,
+            lambda messages: chain.render({**dialogue.variables, name: messages}),
+            lambda answer: face.written(answer, chain._all_llm_kwargs()),
+        )
 
     def parsed(self, text: str) -> str:
         """What the parser leaves of an answer's text, as far as it only drops the white space around it."""

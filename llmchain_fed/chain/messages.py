@@ -1,15 +1,31 @@
-"""Messages between LangChain's form and transformers', which chat templates are written for.
+"""Messages between LangChain's form, that of data sets, and transformers', which chat templates are written for.
 
-Knows both forms. Knows nothing about models, prompts or training.
+Knows these forms, and the calls that a conversation makes. Knows nothing about models, templates or training.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, FunctionMessage, SystemMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    ChatMessage,
+    FunctionMessage,
+    SystemMessage,
+    ToolMessage,
+    convert_to_messages,
+)
+from langchain_core.prompts import BasePromptTemplate, ChatPromptTemplate, MessagesPlaceholder
+from langchain_core.utils.function_calling import convert_to_openai_tool
 
-from llmchain_fed.errors import UnsupportedModelError
+from llmchain_fed.data.dialogues import Dialogue
+from llmchain_fed.data.messages import calls_of_tools, content_of, id_answered, id_of_call, role_of, thought_in
+from llmchain_fed.data.prompt import Call
+from llmchain_fed.errors import DataError, DialogueError, UnsupportedModelError
+from llmchain_fed.untrusted import shown
 
 _ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "function"}
 _CALLS = ("tool_call", "tool_use", "function_call", "invalid_tool_call", "tool_call_chunk")
@@ -79,3 +95,149 @@ def _content(message: BaseMessage, role: str, name: str) -> tuple[str | list[dic
             )
             raise UnsupportedModelError(msg)
     return parts, "\n".join(reasoning)
+
+
+# --- messages of data sets -------------------------------------------------------------------------------------------
+
+
+def read(messages: Sequence[Any], tools: Sequence[Mapping[str, Any]] = ()) -> list[BaseMessage]:
+    """Messages in any form, in their order → LangChain's.
+
+    Beside what LangChain itself reads, this takes what data sets have: arguments as mappings, calls and results without
+    ids (each result belongs to the first call that waits, by name where it has one), keys that are null, and null
+    arguments that a table has put where a tool has none of that name.
+
+    Raises:
+        DialogueError: A message, or a call within, that cannot be read.
+    """
+    found: list[BaseMessage] = []
+    waiting: list[tuple[str, str]] = []
+    known = {t["function"]["name"]: t["function"].get("parameters", {}).get("properties", {}) for t in tools}
+    for at, message in enumerate(messages):
+        try:
+            made = message if isinstance(message, BaseMessage) else _read(message, at, waiting, known)
+        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+            msg = f"message {at} cannot be read ({type(error).__name__}: {error!s:.200}). Write it as OpenAI does."
+            raise DialogueError(msg) from None
+        if isinstance(made, AIMessage):
+            waiting = [(str(call["id"]), str(call["name"])) for call in made.tool_calls]
+        elif isinstance(made, ToolMessage):
+            waiting = [call for call in waiting if call[0] != made.tool_call_id]
+        found.append(made)
+    return found
+
+
+def _read(message: Any, at: int, waiting: Sequence[tuple[str, str]], known: Mapping[str, Any]) -> BaseMessage:
+    role = role_of(message)
+    if role == "assistant":
+        calls = [_read_call(call, f"call{at:03}{n:02}", known) for n, call in enumerate(calls_of_tools(message))]
+        thought = thought_in(message)
+        kept = {"reasoning_content": thought} if thought else {}
+        content = content_of(message)
+        name = message.get("name") if isinstance(message, Mapping) else None
+        return AIMessage("" if content is None else content, tool_calls=calls, additional_kwargs=kept, name=name)
+    if role == "tool" and isinstance(message, Mapping):
+        name, content = message.get("name"), message.get("content")
+        text = content if isinstance(content, (str, list)) else json.dumps(content, ensure_ascii=False)
+        mine = id_answered(message) or next((i for i, called in waiting if name in (None, called)), waiting[0][0])
+        return ToolMessage("" if content is None else text, tool_call_id=mine, name=name)
+    if isinstance(message, Mapping):
+        message = {key: value for key, value in message.items() if value is not None}
+    return convert_to_messages([message])[0]
+
+
+def _read_call(call: Mapping[str, Any], made_id: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    name, arguments = function["name"], function.get("arguments", function.get("args"))
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError:
+            arguments = None
+    arguments = {} if arguments is None and "arguments" not in function else arguments
+    if not isinstance(arguments, Mapping) or not isinstance(name, str):
+        msg = f"the call {shown(repr(call), 120)} has no name, or arguments that are no JSON object"
+        raise ValueError(msg)
+    if name in known:
+        arguments = {key: value for key, value in arguments.items() if value is not None or key in known[name]}
+    return {"name": name, "args": dict(arguments), "id": id_of_call(call) or made_id, "type": "tool_call"}
+
+
+def read_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
+    """Tools in any form that LangChain takes → JSON schemas, as templates take them.
+
+    Raises:
+        DataError: Something is no tool.
+    """
+    try:
+        return [convert_to_openai_tool(tool) for tool in tools]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        msg = f"`tools` has something that is no tool ({error!s:.200}). Write the JSON schema of a function."
+        raise DataError(msg) from None
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def answer_in(completion: Any) -> AIMessage | None:
+    """The assistant's message that a completion is; None where it is none.
+
+    Raises:
+        DialogueError: It is a message that is no answer, or one that cannot be read.
+    """
+    if isinstance(completion, (list, tuple)) and len(completion) == 1:
+        completion = completion[0]
+    if isinstance(completion, Mapping) and not ("role" in completion and completion.keys() & {"content", "tool_calls"}):
+        return None
+    if not isinstance(completion, (BaseMessage, Mapping)):
+        return None
+    (message,) = read([completion]) if role_of(completion) == "assistant" else (None,)
+    if not isinstance(message, AIMessage):
+        msg = f"a completion is what the assistant says, got a message of {role_of(completion)!r}. Give its answer."
+        raise DialogueError(msg)
+    return message
+
+
+def dialogue_calls(
+    dialogue: Dialogue,
+    tools: Sequence[Mapping[str, Any]],
+    render: Callable[[list[BaseMessage]], str],
+    written: Callable[[AIMessage], str],
+) -> list[Call]:
+    """What the model reads before each answer to learn, and that answer.
+
+    Args:
+        dialogue: The conversation.
+        tools: The JSON schemas of its tools.
+        render: Messages → the text up to where the next answer begins.
+        written: An answer → its text.
+
+    Raises:
+        DialogueError: A message that cannot be read.
+    """
+    messages = read(dialogue.messages, tools)
+    answers = ((i, messages[i]) for i in dialogue.answers)
+    return [Call(render(messages[:i]), written(answer)) for i, answer in answers if isinstance(answer, AIMessage)]
+
+
+def placeholder(prompt: BasePromptTemplate[Any], given: Mapping[str, Any]) -> str:
+    """The variable of a prompt that takes all the messages of a dialogue.
+
+    Raises:
+        DialogueError: There is none, or other text stands behind it, or further variables have no value.
+    """
+    parts = prompt.messages if isinstance(prompt, ChatPromptTemplate) else []
+    places = [part.variable_name for part in parts if isinstance(part, MessagesPlaceholder)]
+    last = parts[-1] if parts else None
+    needed = set(prompt.input_variables)
+    taken = set(places[-1:])
+    allowed = {*needed, *prompt.partial_variables, *prompt.optional_variables}
+    if len(places) == 1 and isinstance(last, MessagesPlaceholder) and needed <= {*given, *taken} <= allowed:
+        return places[0]
+    msg = (
+        f"a row of messages does not say what the prompt's variables {sorted(needed)} are"
+        + (f" (besides {sorted(map(str, given))})" if given else "")
+        + ": that is clear where a ChatPromptTemplate ends in its one MessagesPlaceholder. Write such a prompt, train "
+        "the chat model itself, or pass (inputs, completion) pairs."
+    )
+    raise DialogueError(msg)

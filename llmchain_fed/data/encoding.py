@@ -7,7 +7,7 @@ stands in `examples`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,9 +121,7 @@ def encode_examples(
         report.length_out_of_range += any(saying.out_of_range(c) for _, _, c in asked)
         report.raw += prompt is not None and kind == "raw"
         report.prompt_as_input += prompt is not None and kind == "prompt_as_input"
-        report.control_text += any(
-            isinstance(call.text, Rendered) or any(c in call.completion for c in known) for call in calls
-        )
+        report.control_text += any(isinstance(call.text, Rendered) or _spells(call.completion, known) for call in calls)
         report.completion_tokens += sum(len(c) for _, _, c in asked)
         for row in rows:
             for segment in row:
@@ -154,6 +152,11 @@ def _asked(source: Examples, prompt: Prompt | None, report: DataReport) -> tuple
         kind = "raw" if isinstance(example, RawText) else "prompt_as_input" if isinstance(example, PromptRow) else ""
         examples.append((calls, kind))
     return examples, first
+
+
+def _spells(completion: str, known: Collection[str]) -> bool:
+    """Whether a completion spells a control token where its author is not the template."""
+    return bool(completion.foreign) if isinstance(completion, Rendered) else any(c in completion for c in known)
 
 
 def turns(calls: Sequence[tuple[list[int], list[int]]]) -> list[Row]:

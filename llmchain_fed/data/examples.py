@@ -6,20 +6,21 @@ tokens, models or training; files are read in `readers`, and what counts as a mi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from llmchain_fed.data.missing import filled, is_blank, is_empty, is_missing
-from llmchain_fed.data.prompt import Call, Prompt, plain_text
+from llmchain_fed.data.dialogues import Dialogue, dialogue_in
+from llmchain_fed.data.missing import filled, is_empty, is_missing
+from llmchain_fed.data.prompt import Call, Converses, Prompt, plain_text
 from llmchain_fed.data.readers import numbered
-from llmchain_fed.errors import DataError, PromptVariablesError, TemplatedTwiceError
+from llmchain_fed.data.variables import check_inputs, is_unicode
+from llmchain_fed.errors import DataError, PromptVariablesError
+from llmchain_fed.model.control_tokens import texts_of
 from llmchain_fed.untrusted import shown
 
-_LARGEST = 10**4300  # Python refuses to write longer numbers, and would do so in the middle of rendering
 Examples = Any
 """What is accepted as examples: an iterable of the forms of `read_examples`, a JSONL or CSV path, a DataLoader."""
 
@@ -58,6 +59,24 @@ class PromptRow(Example):
 
 
 @dataclass(frozen=True)
+class DialogueRow(Example):
+    """An example out of a row of messages: what stands before the first answer that is learnt, and that answer.
+
+    Args:
+        inputs: The messages before it.
+        completion: It.
+        dialogue: All of the conversation; every further answer is learnt, too.
+    """
+
+    dialogue: Dialogue
+
+    @property
+    def empty(self) -> bool:
+        """Whether an answer to learn, or a message of the user's, says nothing: counted, and not trained on."""
+        return self.dialogue.empty
+
+
+@dataclass(frozen=True)
 class RawText:
     r"""A prompt that is final text, used as it is: no template, no chat template; its author is you.
 
@@ -92,9 +111,13 @@ class RawText:
 
 def _check_unicode(*texts: Any) -> None:
     for text in texts:
-        if isinstance(text, str) and not _is_unicode(text):
+        if isinstance(text, str) and not is_unicode(text):
             msg = f"the text {text!r:.60} has half a surrogate pair, which is no character. Decode the source anew."
             raise DataError(msg)
+
+
+def _texts(message: Any) -> list[str]:
+    return texts_of(message if isinstance(message, (Mapping, tuple)) else message.content)
 
 
 def calls_of(example: Example | RawText, prompt: Prompt | None) -> Sequence[Call]:
@@ -111,6 +134,14 @@ def calls_of(example: Example | RawText, prompt: Prompt | None) -> Sequence[Call
             "RawText(prompt, completion)."
         )
         raise DataError(msg)
+    if isinstance(example, DialogueRow):
+        if not isinstance(prompt, Converses):
+            msg = (
+                f"a row of messages is a dialogue, and {type(prompt).__name__} does not hold one. Pass (inputs, "
+                "completion), or train a LocalChatModel or a chain whose prompt ends in a MessagesPlaceholder."
+            )
+            raise DataError(msg)
+        return prompt.dialogue_calls(example.dialogue)
     return prompt.calls(example.inputs, example.completion)
 
 
@@ -128,8 +159,10 @@ def read_examples(source: Examples, prompt: Prompt | None = None) -> Iterator[Ex
 
     Accepted forms: `(x, completion)` with x what `invoke` takes; a mapping of the prompt's variables plus
     `"completion"`; `{"prompt": x, "completion": text}` (the TRL format), where x is the input of a bare model, or the
-    one variable of a prompt; `Example`; `RawText`. The source is any iterable of these (a `datasets.Dataset` is one), a
-    frame of pandas or polars, or the path of a JSONL or CSV file.
+    one variable of a prompt; `{"messages": […]}`, a conversation, of which every answer of the assistant's is learnt,
+    and `{"prompt": […], "completion": […]}` with lists of messages, both with `tools` where there are some; `Example`;
+    `RawText`. The source is any iterable of these (a `datasets.Dataset` is one), a frame of pandas or polars, or the
+    path of a JSONL or CSV file.
 
     A missing value (None, NaN, NaT, `pandas.NA` …) or a blank text makes an example `empty`, in every form alike; in a
     CSV file so do the words that programs write for it, such as NaN, NA or NULL, unless they stand in quotes.
@@ -138,6 +171,7 @@ def read_examples(source: Examples, prompt: Prompt | None = None) -> Iterator[Ex
 
     Raises:
         DataError: It is no source of examples, or an entry has none of these forms; its position is named.
+        DialogueError: The messages of a conversation are out of order, or none is an answer to learn.
         PromptVariablesError: An example has other variables than the prompt.
         TemplatedTwiceError: A value already carries the template's text.
     """
@@ -146,8 +180,8 @@ def read_examples(source: Examples, prompt: Prompt | None = None) -> Iterator[Ex
             item = filled(item)
             _check_no_header(item, prompt)
             example = _parse(item, prompt)
-            if prompt is not None and isinstance(example, Example) and prompt.input_variables is not None:
-                _check_inputs(example.inputs, prompt)
+            if prompt is not None and not isinstance(example, (RawText, DialogueRow)):
+                check_inputs(example.inputs, prompt)
         except DataError as error:
             raise type(error)(f"{place}: {error}") from None  # noqa: EM102
         yield example
@@ -186,17 +220,26 @@ def _parse(item: Any, prompt: Prompt | None) -> Example | RawText:
 
 
 def _parse_mapping(item: Mapping[Any, Any], prompt: Prompt | None) -> Example:
+    variables = [] if prompt is None or prompt.input_variables is None else list(prompt.input_variables)
+    optional = [] if prompt is None else list(prompt.optional_variables)
+    if dialogue := dialogue_in(item, (*variables, *optional)):
+        first = next(iter(dialogue.answers), 0)
+        for message in dialogue.messages:
+            _check_unicode(*_texts(message))
+        answer = dialogue.messages[first] if dialogue.messages else ""
+        return DialogueRow(list(dialogue.messages[:first]), answer, dialogue)
     if "completion" not in item:
         msg = f"no 'completion' among the keys {shown(sorted(map(str, item)), 300)}: nothing to learn."
-        if "messages" in item:
-            msg += " Of a conversation, pass (all messages before the answer, the answer's text) to a chat model."
+        if set(item) == {"text"}:
+            msg += (
+                " A text alone does not say which part is the answer: write {'prompt': …, 'completion': …}, "
+                "{'messages': […]}, or (inputs, completion); text as it is by RawText(prompt, completion)."
+            )
         raise DataError(msg)
     rest = {k: v for k, v in item.items() if k != "completion"}
     if prompt is not None and prompt.any_input:
         return Example(inputs=rest, completion=item["completion"])
     bare = prompt is None or prompt.input_variables is None
-    variables = [] if prompt is None or prompt.input_variables is None else list(prompt.input_variables)
-    optional = [] if prompt is None else list(prompt.optional_variables)
     if set(rest) != {"prompt"} or "prompt" in (*variables, *optional):
         if bare:
             msg = (
@@ -214,78 +257,6 @@ def _parse_mapping(item: Mapping[Any, Any], prompt: Prompt | None) -> Example:
         )
         raise PromptVariablesError(msg)
     return PromptRow(inputs={variables[0]: rest["prompt"]}, completion=item["completion"])
-
-
-def _check_inputs(inputs: Mapping[str, Any] | str, prompt: Prompt) -> None:
-    needed = set(prompt.input_variables or ())
-    allowed = needed | set(prompt.optional_variables)
-    if not isinstance(inputs, Mapping) and is_blank(inputs):
-        return  # whatever the variables are called, there is nothing in it
-    if isinstance(inputs, str):
-        if len(needed) != 1:
-            msg = f"the prompt has the variables {sorted(needed)}, so one string is not enough. Pass a mapping of them."
-            raise PromptVariablesError(msg)
-        inputs = {next(iter(needed)): inputs}
-    if isinstance(inputs, (list, tuple)) and len(needed) == 1:  # messages for a placeholder
-        inputs = {next(iter(needed)): list(inputs)}
-    if not isinstance(inputs, Mapping):
-        msg = f"inputs are a mapping of the variables {sorted(needed)} or a string, got {type(inputs).__name__}."
-        raise PromptVariablesError(msg)
-    missing, extra = sorted(needed - inputs.keys()), sorted(map(str, inputs.keys() - allowed))
-    if missing or extra:
-        msg = (
-            f"the prompt takes {sorted(needed)}"
-            + (f", {shown(missing, 300)} is missing" if missing else "")
-            + (f", {shown(extra, 300)} is unknown" if extra else "")
-            + ". Rename or drop keys; final text is passed as RawText(prompt, completion)."
-        )
-        raise PromptVariablesError(msg)
-    for name, value in inputs.items():
-        if isinstance(value, (bytes, bytearray)):
-            msg = f"`{name}` is {type(value).__name__}, which would be templated as {value!r:.40}. Decode it first."
-            raise DataError(msg)
-        if isinstance(value, int) and abs(value) >= _LARGEST:
-            msg = f"`{name}` is a number of more digits than Python writes (4300). Pass it as text."
-            raise DataError(msg)
-        if isinstance(value, float) and math.isinf(value):
-            msg = f"`{name}` is infinite, which would be templated as {value!s}. Leave the example out, or pass a text."
-            raise DataError(msg)
-        if isinstance(value, str) and not _is_unicode(value):
-            msg = f"`{name}` has half a surrogate pair, which is no character. Decode the source anew."
-            raise DataError(msg)
-        if isinstance(value, str) and carries(value, prompt.literals):
-            msg = (
-                f"`{name}` already carries the template's text ({value!r:.80}): it would be templated "
-                "twice. Pass the bare value, or final text as RawText(prompt, completion)."
-            )
-            raise TemplatedTwiceError(msg)
-
-
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= c <= "\udfff" for c in text)
-
-
-def carries(value: str, literals: Sequence[str]) -> bool:
-    """Whether `value` contains all of a template's fixed texts in order, beginning or ending with one.
-
-    Templates with fewer than four fixed letters are never recognised: too much ordinary text looks like them.
-
-    >>> carries("Translate to French: Page locked", ["Translate to French: ", ""])
-    True
-    >>> carries("Page locked", ["Translate to French: ", ""])
-    False
-    """
-    texts = [stripped for text in literals if (stripped := text.strip())]
-    if sum(c.isalpha() for c in "".join(texts)) < 4:
-        return False
-    at = 0
-    for text in texts:
-        found = value.find(text, at)
-        if found < 0:
-            return False
-        at = found + len(text)
-    stripped = value.strip()
-    return stripped.startswith(texts[0]) or stripped.endswith(texts[-1])
 
 
 def is_ready_tensors(source: Examples) -> bool:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import numbers
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
 _MARKERS = {("pandas", "NAType"), ("pandas", "NaTType"), ("numpy", "MaskedConstant")}
 """(package, type): values that are nothing but markers, and refuse to be compared"""
-_USER = ("user", "human", "HumanMessageChunk")
-_ROLES = ("system", "human", "user", "ai", "assistant", "tool", "placeholder")
 _NUMPY_WORDS = ("nan", "NaT", "<NA>")
 """what numpy makes of a marker that it is given among texts: `np.array(["a", nan])` contains two strings"""
 _INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")
@@ -82,33 +80,25 @@ def is_blank(value: Any) -> bool:
     """
     if isinstance(value, str):
         return is_missing(value) or all(unicodedata.category(c) in _INVISIBLE for c in value)
-    if isinstance(value, (list, tuple)) and value and all(_is_message(m) for m in value):
-        said = [_said(m) for m in value]
-        return all(said_nothing for _, said_nothing in said) or any(nothing for role, nothing in said if role in _USER)
+    if isinstance(value, (list, tuple)) and value and (said := _said_by(value)):
+        return all(said_nothing for _, said_nothing in said) or any(nothing for role, nothing in said if role == "user")
     return is_missing(value)
 
 
-def _is_message(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return "role" in value or ("type" in value and "content" in value)
-    return hasattr(value, "content") or (
-        isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and value[0] in _ROLES
-    )
+def _said_by(messages: Sequence[Any]) -> list[tuple[str, bool]]:
+    """The role of each message, and whether it says nothing: no text, and no call of a tool; empty for no messages."""
+    from llmchain_fed.data import messages as form  # here, so that telling a missing value needs nothing else
 
-
-def _said(message: Any) -> tuple[str, bool]:
-    """A message's role, and whether it says nothing: no text, and no call of a tool."""
-    if isinstance(message, tuple):
-        role, content, calls = message[0], message[1], None
-    elif isinstance(message, Mapping):
-        role = str(message.get("role", message.get("type")))
-        content, calls = message.get("content"), message.get("tool_calls")
-    else:
-        role, content = str(getattr(message, "type", "")), message.content
-        calls = getattr(message, "tool_calls", None)
-    parts = content if isinstance(content, (list, tuple)) else [content]
-    texts = [part.get("text", part) if isinstance(part, Mapping) else part for part in parts]
-    return role, not calls and all(is_blank(text) for text in texts)
+    if not form.are_messages(messages):
+        return []
+    found = []
+    for message in messages:
+        content = form.content_of(message)
+        parts = content if isinstance(content, (list, tuple)) else [content]
+        texts = [part.get("text", part) if isinstance(part, Mapping) else part for part in parts]
+        nothing = not form.calls_of_tools(message) and all(is_blank(text) for text in texts)
+        found.append((form.role_of(message), nothing))
+    return found
 
 
 def filled(item: Any) -> Any:

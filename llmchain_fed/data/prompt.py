@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from llmchain_fed.errors import DataError
+
+if TYPE_CHECKING:
+    from llmchain_fed.data.dialogues import Dialogue
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,18 @@ class Prompt(Protocol):
 
     def parsed(self, text: str) -> str:
         """What is left of an answer's text, for the white space around it."""
+
+
+@runtime_checkable
+class Converses(Protocol):
+    """A prompt that holds a conversation, too."""
+
+    def dialogue_calls(self, dialogue: Dialogue) -> Sequence[Call]:
+        """What the model reads before each answer to learn, and that answer.
+
+        Raises:
+            DataError: The prompt has no place for the messages, or the model could not answer so.
+        """
 
 
 def plain_text(completion: Any) -> str:

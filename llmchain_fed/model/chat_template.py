@@ -119,10 +119,37 @@ def check_switches(given: Mapping[str, Any], template: str, name: str) -> None:
         raise ConfigError(msg)
 
 
+@functools.lru_cache(maxsize=32)
+def takes_tools(template: str) -> bool:
+    """Whether a template has a place of its own for the tools that a model may call.
+
+    >>> takes_tools("{% if tools %}{{ tools | tojson }}{% endif %}{{ messages[0].content }}")
+    True
+    """
+    try:
+        return "tools" in jinja2.meta.find_undeclared_variables(_parsed(template))
+    except jinja2.TemplateError:
+        return False
+
+
 def render(
-    tokenizer: Any, messages: Sequence[Message], given: Mapping[str, Any], *, controls: frozenset[str], name: str
+    tokenizer: Any,
+    messages: Sequence[Message],
+    given: Mapping[str, Any],
+    *,
+    controls: frozenset[str],
+    name: str,
+    tools: Sequence[Message] = (),
 ) -> str:
     """Messages → the text up to where the answer begins; a last message of the assistant's is a begun answer.
+
+    Args:
+        tokenizer: Its chat template writes the text.
+        messages: In transformers' form.
+        given: The template's switches.
+        controls: The model's control tokens.
+        name: The model's, for messages of errors.
+        tools: JSON schemas of the tools that the model may call, for a template that takes some.
 
     Raises:
         ChatTemplateError: The template refuses the messages, or something in it fails.
@@ -132,15 +159,16 @@ def render(
     template = template_of(tokenizer, name)
     check_switches(given, template, name)
     facts = facts_of(tokenizer, template, given)
-    messages = [_with_content(m, facts.content) for m in messages]
+    messages = [with_content(m, facts.content) for m in messages]
     begun = _begins_answer(messages)
     if messages and messages[-1]["role"] == "assistant" and not begun and not messages[-1].get("tool_calls"):
         messages = messages[:-1]  # an empty beginning is none
 
-    def apply(changed: Sequence[Message]) -> str:
-        return _apply(tokenizer, changed, given, begun=begun, name=name)
+    def apply(some: Sequence[Message]) -> str:
+        return applied(tokenizer, some, given, begun=begun, name=name, tools=tools)
 
     known = controls | facts.written
+    check_tools(tools, known)
     for message in messages:
         if any(c in str(message["role"]) for c in known):
             msg = f"the role {message['role']!r} spells a control token, which would open or end a turn. Rename it."
@@ -151,21 +179,51 @@ def render(
         return text
 
     def changing(whose: Callable[[Message], bool]) -> Callable[[Change], str]:
-        changed = [whose(m) for m in foreign] + [False] * (len(messages) - len(foreign))
-        return lambda change: apply([_changed(m, change) if c else m for m, c in zip(messages, changed, strict=True)])
+        which = [whose(m) for m in foreign] + [False] * (len(messages) - len(foreign))
+        return lambda change: apply([changed(m, change) if c else m for m, c in zip(messages, which, strict=True)])
 
     # a template may look into former answers, for their reasoning say: then those are taken as they are
     others = changing(lambda m: m["role"] != "assistant")
     return mark_foreign(text, known, [changing(lambda _: True), others])
 
 
-def _apply(tokenizer: Any, messages: Sequence[Message], given: Mapping[str, Any], *, begun: bool, name: str) -> str:
+def check_tools(tools: Sequence[Message], controls: frozenset[str]) -> None:
+    """Makes sure that what is told of tools writes no control token.
+
+    Raises:
+        ChatTemplateError: It does.
+    """
+    texts = texts_of(list(tools)) if tools else []
+    if spelled := sorted(c for c in controls if any(c in text for text in texts)):
+        msg = (
+            f"the description of a tool spells the control token {spelled[0]!r}, which would open or end something. "
+            "Take it out of the tool's name, description and parameters."
+        )
+        raise ChatTemplateError(msg)
+
+
+def applied(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    given: Mapping[str, Any],
+    *,
+    begun: bool = False,
+    finished: bool = False,
+    name: str = "",
+    tools: Sequence[Message] = (),
+) -> str:
+    """What the template makes of messages as they are: up to where the next answer begins, unless it is `finished`.
+
+    Raises:
+        ChatTemplateError: The template refuses the messages, or something in it fails.
+    """
     try:
         text: str = tokenizer.apply_chat_template(
             copy.deepcopy(list(messages)),
             tokenize=False,
-            add_generation_prompt=not begun,
+            add_generation_prompt=not begun and not finished,
             continue_final_message=begun,
+            **({"tools": copy.deepcopy(list(tools))} if tools else {}),
             **given,
         )
     except Exception as error:  # a template may raise anything at all
@@ -190,7 +248,7 @@ def _texts(content: Any) -> list[str]:
     return [content] if isinstance(content, str) else [p.get("text", "") for p in content or [] if isinstance(p, dict)]
 
 
-def _with_content(message: Message, form: Literal["text", "parts", "both"]) -> Message:
+def with_content(message: Message, form: Literal["text", "parts", "both"]) -> Message:
     """The message with its content as the template takes it: a text or a list of parts."""
     content = message.get("content")
     if isinstance(content, list) and form == "text":
@@ -200,7 +258,7 @@ def _with_content(message: Message, form: Literal["text", "parts", "both"]) -> M
     return message
 
 
-def _changed(message: Message, change: Change) -> Message:
+def changed(message: Message, change: Change) -> Message:
     """The message with its foreign texts changed; what names a part's kind or a call is left alone."""
     found = dict(message)
     for key in _FOREIGN:
@@ -248,7 +306,7 @@ def _content_form(tokenizer: Any, given: Mapping[str, Any]) -> Literal["text", "
 
     def shows(content: Any) -> bool:
         try:
-            text = _apply(tokenizer, [{"role": "user", "content": content}], given, begun=False, name="")
+            text = applied(tokenizer, [{"role": "user", "content": content}], given)
         except ChatTemplateError:
             return False
         return "probe" in text and "'type'" not in text and '"type"' not in text
@@ -267,6 +325,6 @@ def _trials(tokenizer: Any, given: Mapping[str, Any], form: Literal["text", "par
     system: list[Message] = [{"role": "system", "content": "s"}]
     for messages in (asked, [*system, *asked], [*answered, *asked], [*system, *answered, *asked], called, returned):
         try:
-            yield _apply(tokenizer, [_with_content(m, form) for m in messages], given, begun=False, name="")
+            yield applied(tokenizer, [with_content(m, form) for m in messages], given)
         except ChatTemplateError:
             continue  # no system role, no tools: then it writes nothing for them

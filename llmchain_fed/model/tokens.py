@@ -96,11 +96,12 @@ class Tokens:
         """Completions → token ids with the end token behind each, so that the model learns to stop.
 
         Args:
-            texts: The completions. What in them spells a control token is encoded as text.
+            texts: The completions. What in them spells a control token is encoded as text, but for what a `Rendered`
+                has of its author's.
             controls: These are control tokens beside `control_tokens()`: those that a chat template writes.
         """
         known = {*self.control_tokens(), *controls}
-        texts = [foreign_text(text, known) for text in texts]
+        texts = [text if isinstance(text, Rendered) else foreign_text(text, known) for text in texts]
         eos = list(self.eos_ids[:1])
         if self.kind == "causal":
             return [row + eos for row in self._tokenize(texts, add_special_tokens=False)]

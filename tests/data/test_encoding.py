@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 
 from llmchain_fed import DataReport, Example, LocalModel, RawText
 from llmchain_fed.data.encoding import collate, encode_examples
-from llmchain_fed.data.examples import carries, is_ready_tensors, read_examples
+from llmchain_fed.data.examples import is_ready_tensors, read_examples
 from llmchain_fed.data.sayable import _REMEDY
+from llmchain_fed.data.variables import carries
 from llmchain_fed.errors import DataError, PromptVariablesError, TemplatedTwiceError
 
 EOS, PAD = 1, 0

@@ -1,0 +1,241 @@
+"""An answer as a chat template writes it, and an answer's text taken apart again: what was thought, what is said.
+
+Knows chat templates as functions, and the tags of reasoning models. Knows nothing of LangChain, examples or training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+from llmchain_fed.errors import ChatTemplateError
+from llmchain_fed.model.chat_template import (
+    Message,
+    applied,
+    changed,
+    check_tools,
+    facts_of,
+    template_of,
+    with_content,
+)
+from llmchain_fed.model.control_tokens import MASK, Rendered, mark_foreign, occurrences
+
+OPEN, CLOSE = "<think>", "</think>"
+"""around what a model thinks before it speaks: Qwen's and DeepSeek's tags, which others have taken over"""
+_ASKED: list[Message] = [{"role": "user", "content": "a"}]
+"""what the answer is put behind, to see how the template writes it"""
+_opened: WeakKeyDictionary[Any, dict[tuple[str, str], bool]] = WeakKeyDictionary()
+
+Kind = Literal["reasoning", "content"]
+
+
+def answer_text(
+    tokenizer: Any,
+    answer: Message,
+    given: Mapping[str, Any],
+    *,
+    controls: frozenset[str],
+    name: str,
+    tools: Sequence[Message] = (),
+) -> str | None:
+    r"""An answer → the text between the generation prompt and the end token, as the model's own template writes it.
+
+    The template is rendered with the answer and without it; what is new is the answer's. Where the answer's own texts
+    spell a control token, the result is a `Rendered`; the tags that the template writes around calls are its own.
+
+    Args:
+        tokenizer: Its chat template writes the text.
+        answer: A message of the assistant's in transformers' form.
+        given: The template's switches.
+        controls: The model's control tokens.
+        name: The model's, for messages of errors.
+        tools: JSON schemas of the tools that the model may call.
+
+    Returns:
+        None where the template does not show all of the answer: its reasoning, its calls or their arguments.
+
+    Raises:
+        ChatTemplateError: A text of the answer spells a control token, and where it stands cannot be told.
+        UnsupportedModelError: The tokenizer has no chat template.
+    """
+    facts = facts_of(tokenizer, template_of(tokenizer, name), given)
+    known = controls | facts.written
+    check_tools(tools, known)
+
+    def behind(some: Message) -> str:
+        """What the template writes behind the generation prompt for this answer; raises where it writes another."""
+        texts = [with_content(m, facts.content) for m in (*_ASKED, some)]
+        begun = applied(tokenizer, texts[:1], given, tools=tools)
+        whole = applied(tokenizer, texts, given, finished=True, tools=tools)
+        if not whole.startswith(begun):
+            msg = "the template writes a finished answer otherwise than it begins one."
+            raise ChatTemplateError(msg)
+        return whole[len(begun) :]
+
+    try:
+        text = behind(answer)
+        if not _shows(answer, text, behind):
+            return None
+        plain = [behind({"role": "assistant", "content": letter}) for letter in "xy"]
+    except ChatTemplateError:
+        return None
+    marked = mark_foreign(text, known, [lambda change: behind(changed(answer, change))])
+    if not isinstance(marked, Rendered):  # what it spells is the template's own, which no other text's would be
+        marked = Rendered(marked, (), known)
+    return _cut(marked, _end(marked, _common_end(*plain), controls))
+
+
+def _shows(answer: Message, text: str, behind: Callable[[Message], str]) -> bool:
+    """Whether the template writes all of an answer: what it drops makes no difference when it is another."""
+
+    def other(value: str) -> str:
+        return MASK * len(value)
+
+    for key in ("reasoning_content", "content"):
+        value = answer.get(key)
+        if isinstance(value, str) and value.strip() and behind({**answer, key: other(value)}) == text:
+            return False
+    for at, call in enumerate(answer.get("tool_calls") or ()):
+        function = call["function"]
+        given = function["arguments"]
+        arguments = {**given, MASK: MASK} if isinstance(given, Mapping) else other(str(given))
+        for changes in ({"name": other(function["name"])}, {"arguments": arguments}):
+            calls = list(answer["tool_calls"])
+            calls[at] = {**call, "function": {**function, **changes}}
+            if behind({**answer, "tool_calls": calls}) == text:
+                return False
+    return True
+
+
+def _common_end(one: str, other: str) -> str:
+    """What both texts end in.
+
+    >>> _common_end("x</s>", "y</s>")
+    '</s>'
+    """
+    count = 0
+    while count < min(len(one), len(other)) and one[-1 - count] == other[-1 - count]:
+        count += 1
+    return one[len(one) - count :]
+
+
+def _end(text: Rendered, tail: str, controls: frozenset[str]) -> int:
+    """Where the answer ends: before what stands behind any answer, else before the last control token."""
+    if tail and text.endswith(tail):
+        return len(text) - len(tail)
+    own = [start for start, end in occurrences(text, controls) if (start, end) not in text.foreign]
+    return own[-1] if own else len(text)
+
+
+def _cut(text: Rendered, end: int) -> str:
+    """The beginning of a text, which keeps whose its parts are; plain where it spells no control token."""
+    begun = str(text)[:end]
+    places = [place for place in text.foreign if place[1] <= end]
+    return Rendered(begun, places, text.controls) if occurrences(begun, text.controls) else begun
+
+
+def own_text(content: str, reasoning: str, *, opened: bool) -> str:
+    """What this package writes where a template drops an answer's reasoning.
+
+    Args:
+        content: What is said.
+        reasoning: What is thought before.
+        opened: Whether the generation prompt ends in the tag that opens the reasoning.
+    """
+    if not reasoning:
+        return f"{CLOSE}\n\n{content}" if opened else content
+    return f"{'' if opened else OPEN + chr(10)}{reasoning}\n{CLOSE}\n\n{content}"
+
+
+def opens_reasoning(tokenizer: Any, given: Mapping[str, Any], *, name: str) -> bool:
+    """Whether the template opens the reasoning itself, so that an answer begins within it; tried out once.
+
+    Raises:
+        UnsupportedModelError: The tokenizer has no chat template.
+    """
+    key = template_of(tokenizer, name), repr(sorted(given.items()))
+    kept = _opened.setdefault(tokenizer, {})
+    if key not in kept:
+        form = facts_of(tokenizer, key[0], given).content
+        try:
+            text = applied(tokenizer, [with_content(m, form) for m in _ASKED], given)
+        except ChatTemplateError:
+            text = ""
+        kept[key] = text.rstrip().endswith(OPEN)
+    return kept[key]
+
+
+def parted(text: str, *, opened: bool = False) -> tuple[str, str]:
+    r"""An answer's text → what was thought, and what is said; without the line breaks around the tags.
+
+    Args:
+        text: All of the answer.
+        opened: Whether the prompt has opened the reasoning.
+
+    >>> parted("<think>\nIt is a greeting.\n</think>\n\nHello")
+    ('It is a greeting.', 'Hello')
+    >>> parted("Hello")
+    ('', 'Hello')
+    """
+    parting = Parting(opened=opened)
+    parts = [*parting.feed(text), *parting.end()]
+    reasoning, content = ("".join(part for kind, part in parts if kind == which) for which in ("reasoning", "content"))
+    return reasoning, content
+
+
+class Parting:
+    """Takes an answer apart while it comes, piece by piece; the joined parts are those of `parted`.
+
+    Args:
+        opened: Whether the prompt has opened the reasoning.
+    """
+
+    def __init__(self, *, opened: bool = False) -> None:
+        self._state: Literal["begins", "thinks", "has thought", "speaks"] = "thinks" if opened else "begins"
+        self._kept = ""
+        self._thought = False
+        """whether anything of the reasoning has been given on, so that line breaks now stand within it"""
+
+    def feed(self, piece: str) -> Iterator[tuple[Kind, str]]:
+        """The parts that can be told now; the beginning of a tag, and line breaks before one, are held back."""
+        self._kept += piece
+        if self._state == "begins":
+            begun = self._kept.lstrip()
+            if begun.startswith(OPEN):
+                self._state, self._kept = "thinks", begun[len(OPEN) :]
+            elif not OPEN.startswith(begun):
+                self._state = "speaks"
+        if self._state == "thinks":
+            yield from self._thinking()
+        if self._state == "has thought" and (said := self._kept.lstrip("\n")):
+            self._state, self._kept = "speaks", said
+        if self._state == "speaks" and self._kept:
+            said, self._kept = self._kept, ""
+            yield "content", said
+
+    def _thinking(self) -> Iterator[tuple[Kind, str]]:
+        at = self._kept.find(CLOSE)
+        if at >= 0:
+            found, self._kept, self._state = self._kept[:at].rstrip("\n"), self._kept[at + len(CLOSE) :], "has thought"
+        else:
+            begun = next((n for n in range(len(CLOSE) - 1, 0, -1) if self._kept.endswith(CLOSE[:n])), 0)
+            found = self._kept[: len(self._kept) - begun].rstrip("\n")
+        found = found if self._thought else found.lstrip("\n")
+        if at < 0:
+            # what is held back begins behind what is given on
+            start = len(self._kept) - len(self._kept.lstrip("\n")) if not self._thought else 0
+            self._kept = self._kept[start + len(found) :] if found else self._kept
+        if found:
+            self._thought = True
+            yield "reasoning", found
+
+    def end(self) -> Iterator[tuple[Kind, str]]:
+        """What was held back, once the answer has ended: half a tag is text."""
+        kept, self._kept = self._kept, ""
+        if self._state == "thinks":
+            kept = kept.rstrip("\n") if self._thought else kept.strip("\n")
+            if kept:
+                yield "reasoning", kept
+        elif self._state == "begins" and kept:
+            yield "content", kept
