@@ -25,6 +25,7 @@ OPEN, CLOSE = "<think>", "</think>"
 """around what a model thinks before it speaks: Qwen's and DeepSeek's tags, which others have taken over"""
 _ASKED: list[Message] = [{"role": "user", "content": "a"}]
 """what the answer is put behind, to see how the template writes it"""
+_TEXTS = ("reasoning_content", "content")
 _opened: WeakKeyDictionary[Any, dict[tuple[str, str], bool]] = WeakKeyDictionary()
 
 Kind = Literal["reasoning", "content"]
@@ -41,8 +42,9 @@ def answer_text(
 ) -> str | None:
     r"""An answer → the text between the generation prompt and the end token, as the model's own template writes it.
 
-    The template is rendered with the answer and without it; what is new is the answer's. Where the answer's own texts
-    spell a control token, the result is a `Rendered`; the tags that the template writes around calls are its own.
+    The template is rendered with the answer and without it; what is new is the answer's. Where the template drops what
+    was thought, that is put before in Qwen's tags. Where the answer's own texts spell a control token, the result is a
+    `Rendered`; the tags that the template writes around calls are its own.
 
     Args:
         tokenizer: Its chat template writes the text.
@@ -53,7 +55,7 @@ def answer_text(
         tools: JSON schemas of the tools that the model may call.
 
     Returns:
-        None where the template does not show all of the answer: its reasoning, its calls or their arguments.
+        None where the template does not show all of the answer: its content, its calls or their arguments.
 
     Raises:
         ChatTemplateError: A text of the answer spells a control token, and where it stands cannot be told.
@@ -62,37 +64,47 @@ def answer_text(
     facts = facts_of(tokenizer, template_of(tokenizer, name), given)
     known = controls | facts.written
     check_tools(tools, known)
+    opened = opens_reasoning(tokenizer, given, name=name)
 
     def behind(some: Message) -> str:
         """What the template writes behind the generation prompt for this answer; raises where it writes another."""
         texts = [with_content(m, facts.content) for m in (*_ASKED, some)]
         begun = applied(tokenizer, texts[:1], given, tools=tools)
         whole = applied(tokenizer, texts, given, finished=True, tools=tools)
-        if not whole.startswith(begun):
+        if whole.startswith(begun):
+            return whole[len(begun) :]
+        stem = begun.rstrip().removesuffix(OPEN)
+        if not opened or not whole.startswith(stem):
             msg = "the template writes a finished answer otherwise than it begins one."
             raise ChatTemplateError(msg)
-        return whole[len(begun) :]
+        rest = whole[len(stem) :]  # of a finished answer, the template drops what was thought, or its tags' line breaks
+        return rest.removeprefix(OPEN).lstrip("\n") if rest.startswith(OPEN) else f"{CLOSE}\n\n{rest}"
 
     try:
         text = behind(answer)
-        if not _shows(answer, text, behind):
+        if not _shows(answer, text, behind, ("content",)):
             return None
         plain = [behind({"role": "assistant", "content": letter}) for letter in "xy"]
+        thought = answer.get("reasoning_content") or ""
+        dropped = bool(thought) and not _shows({"reasoning_content": thought}, text, lambda m: behind({**answer, **m}))
     except ChatTemplateError:
         return None
     marked = mark_foreign(text, known, [lambda change: behind(changed(answer, change))])
     if not isinstance(marked, Rendered):  # what it spells is the template's own, which no other text's would be
         marked = Rendered(marked, (), known)
-    return _cut(marked, _end(marked, _common_end(*plain), controls))
+    end = _end(marked, _common_end(*plain), controls)
+    start = len(text) - len(parted(text, opened=opened)[1]) if dropped else 0
+    before = own_text("", thought, opened=opened) if dropped else ""
+    return _cut(marked, start, end, before, thought)
 
 
-def _shows(answer: Message, text: str, behind: Callable[[Message], str]) -> bool:
+def _shows(answer: Message, text: str, behind: Callable[[Message], str], keys: Sequence[str] = _TEXTS) -> bool:
     """Whether the template writes all of an answer: what it drops makes no difference when it is another."""
 
     def other(value: str) -> str:
         return MASK * len(value)
 
-    for key in ("reasoning_content", "content"):
+    for key in keys:
         value = answer.get(key)
         if isinstance(value, str) and value.strip() and behind({**answer, key: other(value)}) == text:
             return False
@@ -128,11 +140,14 @@ def _end(text: Rendered, tail: str, controls: frozenset[str]) -> int:
     return own[-1] if own else len(text)
 
 
-def _cut(text: Rendered, end: int) -> str:
-    """The beginning of a text, which keeps whose its parts are; plain where it spells no control token."""
-    begun = str(text)[:end]
-    places = [place for place in text.foreign if place[1] <= end]
-    return Rendered(begun, places, text.controls) if occurrences(begun, text.controls) else begun
+def _cut(text: Rendered, start: int, end: int, before: str, thought: str) -> str:
+    """A part of a text behind another in which somebody's thoughts stand; plain where it spells no control token."""
+    at = before.find(thought)
+    places = [(at + a, at + b) for a, b in occurrences(thought, text.controls)] if before else []
+    shift = len(before) - start
+    places += [(a + shift, b + shift) for a, b in text.foreign if start <= a and b <= end]
+    joined = before + str(text)[start:end]
+    return Rendered(joined, places, text.controls) if occurrences(joined, text.controls) else joined
 
 
 def own_text(content: str, reasoning: str, *, opened: bool) -> str:
