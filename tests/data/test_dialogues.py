@@ -1,0 +1,326 @@
+"""Rows of messages: which forms they may have, what of them is learnt, and what is refused.
+
+Belongs here: dialogues from a row to labels. Does not: how a message is written (test_chat_answer, test_messages). The
+oracles are transformers' own mask of assistant tokens and pairs written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from chat_templates import FORGETS, TOOLS
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
+from tokenizers_of_kinds import make_module, make_tokenizer
+
+from llmchain_fed import (
+    ChatTemplateError,
+    DataError,
+    DialogueError,
+    FederatedAveraging,
+    LLMChain,
+    LocalChatModel,
+    LocalLLM,
+    LocalModel,
+)
+from llmchain_fed.data.encoding import collate, encode_examples, labels_of
+from llmchain_fed.training.loss import summed_loss
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+ASKED = {"role": "user", "content": "guten morgen"}
+SAID = {"role": "assistant", "content": "hallo welt"}
+ASKED_AGAIN = {"role": "user", "content": "licht"}
+SAID_AGAIN = {"role": "assistant", "content": "mond"}
+TALK = [SYSTEM, ASKED, SAID, ASKED_AGAIN, SAID_AGAIN]
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells the weather.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALL = {"type": "function", "id": "call00100", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "name": "weather", "tool_call_id": "call00100", "content": "sunny"}
+AGENT = [ASKED, CALLING, RESULT, SAID]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer("byte-level")
+
+
+@pytest.fixture
+def chat(tokenizer):
+    tokenizer.chat_template = TOOLS
+    return LocalChatModel(model=LocalModel(make_module(tokenizer), tokenizer), max_new_tokens=16)
+
+
+def rows_of(rows, learner):
+    encoded = encode_examples(rows, learner.model, learner.as_prompt())
+    return [encoded[i] for i in range(len(encoded))], encoded.report
+
+
+def flat(row):
+    return [i for ids in row for i in ids]
+
+
+def masked_by_transformers(tokenizer, messages, tools=None, first=0):
+    """(ids, labels) with transformers' mask of the assistant's tokens, without those before message `first`."""
+    done = tokenizer.apply_chat_template(
+        messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    before = 0
+    if first:
+        given = tokenizer.apply_chat_template(
+            messages[:first], tools=tools, tokenize=True, return_dict=True, add_generation_prompt=True
+        )
+        before = len(given["input_ids"])
+    ids, mask = done["input_ids"], done["assistant_masks"]
+    return ids, [i if m and at >= before else -100 for at, (i, m) in enumerate(zip(ids, mask, strict=True))]
+
+
+# --- what is learnt --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("messages", "tools"), [(TALK, None), (AGENT, [WEATHER]), ([*AGENT, *TALK[3:]], [WEATHER])])
+def test_labels_are_those_of_transformers_own_assistant_mask(messages, tools, chat, tokenizer):
+    (row,), report = rows_of([{"messages": messages, "tools": tools}], chat)
+    ids, labels = masked_by_transformers(tokenizer, messages, tools)
+    # behind the last end token the template writes a line break, which no answer has
+    assert flat(row) == ids[: len(flat(row))]
+    assert labels_of(row) == labels[: len(flat(row))]
+    assert tokenizer.decode(ids[len(flat(row)) :]) == "\n"
+    assert report.used == 1
+
+
+def test_of_trls_conversational_form_the_completions_answers_are_learnt(chat, tokenizer):
+    rows = [
+        {"prompt": TALK[:2], "completion": TALK[2:3]},
+        {"prompt": TALK[:4], "completion": TALK[4:]},
+        {"prompt": TALK[:2], "completion": TALK[2:]},
+        {"prompt": AGENT[:1], "completion": AGENT[1:], "tools": [WEATHER]},
+        {"prompt": AGENT[:3], "completion": AGENT[3]["content"], "tools": json.dumps([WEATHER])},
+    ]
+    found, report = rows_of(rows, chat)
+    lists = [(TALK[:3], 2, None), (TALK, 4, None), (TALK, 2, None), (AGENT, 1, [WEATHER]), (AGENT, 3, [WEATHER])]
+    for row, (messages, first, tools) in zip(found, lists, strict=True):
+        ids, labels = masked_by_transformers(tokenizer, messages, tools, first)
+        assert flat(row) == ids[: len(flat(row))]
+        assert labels_of(row) == labels[: len(flat(row))]
+    assert report.used == 5
+
+
+def gradients(module, rows, model):
+    module.zero_grad()
+    batch = collate(rows, model)
+    loss, tokens = summed_loss(module, batch)
+    (loss / tokens).backward()
+    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    return float(loss.detach() / tokens), tokens, found
+
+
+def test_one_pass_gives_the_loss_and_gradients_of_the_pairs(chat):
+    (row,), _ = rows_of([{"messages": [*TALK, ASKED, SAID]}], chat)
+    pairs = [(TALK[:2], "hallo welt"), (TALK[:4], "mond"), ([*TALK, ASKED], "hallo welt")]
+    several, _ = rows_of(pairs, chat)
+    assert len(several) == 3
+    module = chat.model.module
+    loss, tokens, found = gradients(module, [row], chat.model)
+    wanted, wanted_tokens, others = gradients(module, several, chat.model)
+    assert tokens == wanted_tokens
+    assert loss == pytest.approx(wanted, abs=1e-5)
+    assert found.keys() == others.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, others[name], atol=1e-5, rtol=1e-4)
+
+
+def test_where_a_template_does_not_keep_its_prefix_every_answer_is_a_row(chat, tokenizer):
+    tokenizer.chat_template = FORGETS
+    said = [{**SAID, "reasoning_content": "why"}, {**SAID_AGAIN, "reasoning_content": "because"}]
+    found, report = rows_of([{"messages": [ASKED, said[0], ASKED_AGAIN, said[1]]}], chat)
+    texts = [
+        ("<|user|>guten morgen<eos>\n<|assistant|>", "<think>\nwhy\n</think>\n\nhallo welt<eos>"),
+        (
+            "<|user|>guten morgen<eos>\n<|assistant|>hallo welt<eos>\n<|user|>licht<eos>\n<|assistant|>",
+            "<think>\nbecause\n</think>\n\nmond<eos>",
+        ),
+    ]
+    assert [tuple(map(tokenizer.decode, row)) for row in found] == texts
+    assert report.used == 2
+
+
+def test_what_is_read_before_an_answer_is_what_invoke_sends(chat):
+    messages = [SystemMessage("Be brief."), HumanMessage("guten morgen"), AIMessage("hallo welt"), HumanMessage("x")]
+    sent = []
+    chat.model.module.register_forward_pre_hook(
+        lambda m, args, kwargs: sent.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    for until in (2, 4):
+        chat.invoke(messages[:until], max_new_tokens=1)
+    (row,), _ = rows_of([{"messages": [*messages, AIMessage("mond")]}], chat)
+    assert sent == [row[0], flat(row[:3])]
+
+
+# --- forms -----------------------------------------------------------------------------------------------------------
+
+WIRE = {**CALL, "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+FORMS = {
+    "OpenAI's arguments as text": [ASKED, {**CALLING, "content": None, "tool_calls": [WIRE]}, RESULT, SAID],
+    "no ids": [
+        ASKED,
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL["function"]}]},
+        {"role": "tool", "name": "weather", "content": "sunny"},
+        SAID,
+    ],
+    "the function without its frame": [ASKED, {**CALLING, "tool_calls": [CALL["function"]]}, RESULT, SAID],
+    "null keys": [{**m, "tool_calls": m.get("tool_calls"), "name": m.get("name")} for m in AGENT],
+    "null arguments of other tools": [
+        ASKED,
+        {
+            **CALLING,
+            "tool_calls": [{**CALL, "function": {"name": "weather", "arguments": {"city": "Bern", "day": None}}}],
+        },
+        RESULT,
+        SAID,
+    ],
+    "LangChain's objects": [
+        HumanMessage("guten morgen"),
+        AIMessage("", tool_calls=[{"name": "weather", "args": {"city": "Bern"}, "id": "call00100"}]),
+        ToolMessage("sunny", tool_call_id="call00100", name="weather"),
+        AIMessage("hallo welt"),
+    ],
+    "mixed": [("user", "guten morgen"), CALLING, RESULT, ("ai", "hallo welt")],
+    "an array, as frames have them": np.array(AGENT, dtype=object),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_read_alike(form, chat):
+    wanted, _ = rows_of([{"messages": AGENT, "tools": [WEATHER]}], chat)
+    assert rows_of([{"messages": FORMS[form], "tools": [WEATHER]}], chat)[0] == wanted
+
+
+def test_a_dataset_fills_keys_with_null_and_nothing_changes(chat, tmp_path):
+    rows = [{"messages": AGENT}, {"messages": TALK}]
+    wanted, _ = rows_of(rows, chat)
+    assert rows_of(datasets.Dataset.from_list(rows), chat)[0] == wanted
+    path = tmp_path / "talks.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert rows_of(path, chat)[0] == wanted
+
+
+def test_what_says_nothing_is_counted(chat):
+    rows = [
+        {"messages": None},
+        {"messages": [ASKED, {**SAID, "content": " "}]},
+        {"messages": [{**ASKED, "content": ""}, SAID]},
+        {"messages": [{**ASKED, "content": float("nan")}, SAID]},
+        {"messages": TALK},
+    ]
+    _, report = rows_of(rows, chat)
+    assert (report.empty, report.used) == (4, 1)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "no answer": ([SYSTEM, ASKED], "no message is an answer to learn"),
+    "an empty list": ([], "no message is an answer to learn"),
+    "an answer to nothing": ([SAID, ASKED, SAID], "message 0 is an answer that answers nothing"),
+    "two answers": ([ASKED, SAID, SAID_AGAIN], "message 2 is an answer that stands right behind another"),
+    "a result without a call": ([ASKED, RESULT, SAID], "message 1 is a tool's result, and no call waits for one"),
+    "a second result": ([ASKED, CALLING, RESULT, RESULT, SAID], "message 3 is a tool's result"),
+    "another call's result": ([ASKED, CALLING, {**RESULT, "tool_call_id": "x"}, SAID], "the result of the call 'x'"),
+    "no message": ([ASKED, "hallo"], "message 1 is 'hallo', which is no message"),
+    "text": ("hallo", "`messages` is str, not a list"),
+    "broken arguments": (
+        [ASKED, {**CALLING, "tool_calls": [{"function": {"name": "weather", "arguments": '{"city"'}}]}],
+        "arguments that are no JSON object",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_messages_out_of_order_are_refused_by_place_and_reason(case, chat):
+    messages, why = REFUSED[case]
+    with pytest.raises(DialogueError, match="example 1: .*" + why):
+        rows_of([{"messages": TALK}, {"messages": messages}], chat)
+
+
+def test_an_order_that_the_template_refuses_is_its_own_to_refuse(chat, tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
+        "{{ raise_exception('System message must be at the beginning.') }}{% endif %}"
+        "<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    with pytest.raises(ChatTemplateError, match=r"example 0: .*must be at the beginning"):
+        rows_of([{"messages": [ASKED, SAID, SYSTEM, ASKED, SAID]}], chat)
+    assert rows_of([{"messages": [ASKED, ASKED_AGAIN, SAID]}], chat)[1].used == 1  # two of the user's in a row are fine
+
+
+@pytest.mark.parametrize("rest", [{}, {"messages": None}])
+def test_a_text_alone_is_refused_and_what_to_give_is_named(rest, chat):
+    with pytest.raises(DataError, match=r"\{'prompt': …, 'completion': …\}.*\{'messages': \[…\]\}.*RawText"):
+        rows_of([{"text": "guten morgen"}], chat)
+
+
+def test_who_takes_no_messages_says_so(chat):
+    rows = [{"messages": TALK}]
+    with pytest.raises(DataError, match=r"Use LocalChatModel\(model=llm.model\)"):
+        rows_of(rows, LocalLLM(model=chat.model))
+    with pytest.raises(DataError, match=r"Use LocalChatModel\(model=llm.model\)"):
+        rows_of(rows, LLMChain(llm=LocalLLM(model=chat.model), prompt="{text}"))
+    with pytest.raises(DataError, match="needs a prompt"):
+        encode_examples(rows, chat.model)
+    with pytest.raises(DataError, match=r"the keys \['id'\] of a row of messages name variables"):
+        rows_of([{"messages": TALK, "id": 7}], chat)
+    with pytest.raises(DataError, match="`tools` has something that is no tool"):
+        rows_of([{"messages": TALK, "tools": [3]}], chat)
+
+
+# --- in a chain ------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_ends_in_its_placeholder_holds_a_dialogue(chat):
+    prompt = ChatPromptTemplate.from_messages([("system", "Be brief."), MessagesPlaceholder("history")])
+    wanted, _ = rows_of([{"messages": TALK}], chat)
+    assert rows_of([{"messages": TALK[1:]}], LLMChain(llm=chat, prompt=prompt))[0] == wanted
+    with_manner = ChatPromptTemplate.from_messages([("system", "Be {manner}."), ("placeholder", "{history}")])
+    assert rows_of([{"messages": TALK[1:], "manner": "brief"}], LLMChain(llm=chat, prompt=with_manner))[0] == wanted
+    wanted, _ = rows_of([{"messages": [SYSTEM, *AGENT], "tools": [WEATHER]}], chat)
+    assert rows_of([{"messages": AGENT, "tools": [WEATHER]}], LLMChain(llm=chat, prompt=prompt))[0] == wanted
+
+
+@pytest.mark.parametrize(
+    ("prompt", "row"),
+    [
+        ("{text}", {}),
+        (ChatPromptTemplate.from_messages([MessagesPlaceholder("history"), ("human", "{question}")]), {}),
+        (ChatPromptTemplate.from_messages([("system", "Be {manner}."), MessagesPlaceholder("history")]), {}),
+        (ChatPromptTemplate.from_messages([MessagesPlaceholder("history")]), {"manner": "brief"}),
+    ],
+)
+def test_a_prompt_without_a_clear_place_for_a_dialogue_refuses_it(prompt, row, chat):
+    with pytest.raises(DialogueError, match="ends in its one MessagesPlaceholder"):
+        rows_of([{"messages": TALK, **row}], LLMChain(llm=chat, prompt=prompt))
+
+
+def test_dialogues_are_learnt_in_a_federation(chat):
+    first = [ASKED, SAID, ASKED_AGAIN, SAID_AGAIN]
+    second = [ASKED_AGAIN, SAID, ASKED, SAID_AGAIN]
+    fed = FederatedAveraging(
+        chat, participants={"a": [{"messages": first}] * 4, "b": [{"messages": second}] * 4},
+        lr=1e-2, batch_size=4, progress=False, evaluation=[{"messages": first}],
+    )  # fmt: skip
+    history = fed.fit(12)
+    assert history[-1].held_out_after < 0.5 < history[0].held_out_before
+    assert chat.invoke([("user", "guten morgen")]).content == "hallo welt"
+    assert chat.invoke([("user", "guten morgen"), ("ai", "hallo welt"), ("user", "licht")]).content == "mond"
+    assert chat.invoke([("user", "licht")]).content == "hallo welt"

@@ -1,0 +1,38 @@
+"""Chat templates in the manners that models have, for the control tokens of `tokenizers_of_kinds`.
+
+Each marks what the assistant writes with transformers' own `generation` tags, so that
+`apply_chat_template(return_assistant_tokens_mask=True)` says, independently of the package, what is learnt.
+"""
+
+_CALLS = (
+    "{% for c in m.tool_calls or [] %}"
+    "<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>{% endfor %}"
+)
+_ASK = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+
+TOOLS = (
+    "{% if tools %}<|system|>{{ tools | tojson }}<eos>{% endif %}"
+    "{% for m in messages %}<|{{ 'user' if m.role == 'tool' else m.role }}|>"
+    "{% if m.role == 'assistant' %}{% generation %}"
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}" + _CALLS + "<eos>{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m.content }}<eos>\n{% endif %}{% endfor %}" + _ASK
+)
+"""writes tools, calls, results and reasoning, and keeps what stood before as it was"""
+
+FORGETS = (
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.role == 'assistant' %}{% if loop.last %}"
+    "<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{% endif %}"
+    "{{ m.content }}<eos>\n{% endfor %}" + _ASK
+)
+"""drops the reasoning of all but the last answer, as Qwen3's does"""
+
+OPENS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}" + _CALLS + "<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+"""opens the reasoning in the generation prompt and drops it later, as DeepSeek's does"""
+
+TRIMS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<eos>{% endfor %}" + _ASK
+"""trims contents, as Llama's does, and writes neither calls nor reasoning"""
