@@ -7,6 +7,7 @@ templates are written for. Knows nothing about prompts' templates or training.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -14,7 +15,7 @@ from langchain_core.caches import BaseCache
 from langchain_core.callbacks import CallbackManagerForLLMRun
 from langchain_core.language_models.base import LanguageModelInput
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from pydantic import Field, model_validator
@@ -165,13 +166,18 @@ class LocalChatModel(ChatBatch, BaseChatModel):
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """tokens: what `invoke` would send for these messages, with all that the template puts around them.
 
-        Raises:
-            ChatTemplateError: The template refuses the messages.
+        Messages that the template refuses, as a part of a conversation that LangChain counts may be, are counted one by
+        one, as if the user had said each.
         """
         if not messages:
             return 0
-        text = self.render(messages, tools=read_tools(tools or ()))
-        return len(self.model.encode([text], add_special_tokens=False)[0])
+        schemas = read_tools(tools or ())
+        try:
+            texts = [self.render(messages, tools=schemas)]
+        except ChatTemplateError:
+            texts = [self.render([HumanMessage(message.text)]) for message in messages]
+            texts += [json.dumps(schemas)] if schemas else []
+        return sum(map(len, self.model.encode(texts, add_special_tokens=False)))
 
     def parting(self, kwargs: Mapping[str, Any]) -> chat_answer.Parting:
         """What takes the answer to a call with these keywords apart: what is thought, and what is said."""

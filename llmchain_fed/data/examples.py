@@ -154,6 +154,16 @@ def prompt_text(example: Example | RawText, prompt: Prompt | None) -> str:
     return calls_of(example, prompt)[0].text
 
 
+def wanted_text(example: Example | RawText, prompt: Prompt | None) -> str:
+    """The answer to that text: of a conversation the first that is learnt, of a program what it ends in.
+
+    Raises:
+        DataError: As `calls_of`.
+    """
+    calls = calls_of(example, prompt)
+    return str(calls[0 if isinstance(example, DialogueRow) else -1].completion)
+
+
 def read_examples(source: Examples, prompt: Prompt | None = None) -> Iterator[Example | RawText]:
     """Every example of a source, checked.
 

@@ -317,10 +317,12 @@ def test_dialogues_are_learnt_in_a_federation(chat):
     second = [ASKED_AGAIN, SAID, ASKED, SAID_AGAIN]
     fed = FederatedAveraging(
         chat, participants={"a": [{"messages": first}] * 4, "b": [{"messages": second}] * 4},
-        lr=1e-2, batch_size=4, progress=False, evaluation=[{"messages": first}],
+        lr=1e-2, batch_size=4, progress=False, evaluation={"a": [{"messages": first}]},
     )  # fmt: skip
     history = fed.fit(12)
     assert history[-1].held_out_after < 0.5 < history[0].held_out_before
+    (sample, *_) = history[-1].samples
+    assert (sample.reference, sample.after) == ("hallo welt", "hallo welt")
     assert chat.invoke([("user", "guten morgen")]).content == "hallo welt"
     assert chat.invoke([("user", "guten morgen"), ("ai", "hallo welt"), ("user", "licht")]).content == "mond"
     assert chat.invoke([("user", "licht")]).content == "hallo welt"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmchain_fed.data.examples import calls_of
+from llmchain_fed.data.examples import wanted_text
 from llmchain_fed.errors import LLMChainFedError
 from llmchain_fed.federated.client import personalization
 from llmchain_fed.federated.client.personalization import loaded
@@ -49,6 +49,6 @@ def _samples(client: Client, task: EvaluateTask) -> Mapping[str, Any]:
     except LLMChainFedError as error:  # the loss is worth having without them
         why = str(error) if client.limits is None else type(error).__name__
         return {"samples_error": why, "samples": []}
-    wanted = (calls_of(example, client.target.prompt)[-1].completion for example in chosen)
+    wanted = (wanted_text(example, client.target.prompt) for example in chosen)
     found = ({"prompt": p, "reference": w, "answer": a} for w, (p, a) in zip(wanted, pairs, strict=False))
     return {"samples": list(found)}
