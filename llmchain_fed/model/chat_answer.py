@@ -5,7 +5,9 @@ Knows chat templates as functions, and the tags of reasoning models. Knows nothi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -26,9 +28,21 @@ OPEN, CLOSE = "<think>", "</think>"
 _ASKED: list[Message] = [{"role": "user", "content": "a"}]
 """what the answer is put behind, to see how the template writes it"""
 _TEXTS = ("reasoning_content", "content")
-_opened: WeakKeyDictionary[Any, dict[tuple[str, str], bool]] = WeakKeyDictionary()
+_frames: WeakKeyDictionary[Any, dict[tuple[str, str], Frame]] = WeakKeyDictionary()
 
 Kind = Literal["reasoning", "content"]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a template writes around an answer."""
+
+    begun: str
+    """all before it, up to the end of the generation prompt"""
+    opened: bool
+    """whether that opens the reasoning, so that the answer begins within it"""
+    tail: str = ""
+    """what stands behind any answer of text"""
 
 
 def answer_text(
@@ -64,27 +78,16 @@ def answer_text(
     facts = facts_of(tokenizer, template_of(tokenizer, name), given)
     known = controls | facts.written
     check_tools(tools, known)
-    opened = opens_reasoning(tokenizer, given, name=name)
-
-    def behind(some: Message) -> str:
-        """What the template writes behind the generation prompt for this answer; raises where it writes another."""
-        texts = [with_content(m, facts.content) for m in (*_ASKED, some)]
-        begun = applied(tokenizer, texts[:1], given, tools=tools)
-        whole = applied(tokenizer, texts, given, finished=True, tools=tools)
-        if whole.startswith(begun):
-            return whole[len(begun) :]
-        stem = begun.rstrip().removesuffix(OPEN)
-        if not opened or not whole.startswith(stem):
-            msg = "the template writes a finished answer otherwise than it begins one."
-            raise ChatTemplateError(msg)
-        rest = whole[len(stem) :]  # of a finished answer, the template drops what was thought, or its tags' line breaks
-        return rest.removeprefix(OPEN).lstrip("\n") if rest.startswith(OPEN) else f"{CLOSE}\n\n{rest}"
-
     try:
+        frame = _frame(tokenizer, given, name=name, tools=tools)
+
+        def behind(some: Message) -> str:
+            asked = [with_content(m, facts.content) for m in (*_ASKED, some)]
+            return _behind(applied(tokenizer, asked, given, finished=True, tools=tools), frame)
+
         text = behind(answer)
         if not _shows(answer, text, behind, ("content",)):
             return None
-        plain = [behind({"role": "assistant", "content": letter}) for letter in "xy"]
         thought = answer.get("reasoning_content") or ""
         dropped = bool(thought) and not _shows({"reasoning_content": thought}, text, lambda m: behind({**answer, **m}))
     except ChatTemplateError:
@@ -92,10 +95,46 @@ def answer_text(
     marked = mark_foreign(text, known, [lambda change: behind(changed(answer, change))])
     if not isinstance(marked, Rendered):  # what it spells is the template's own, which no other text's would be
         marked = Rendered(marked, (), known)
-    end = _end(marked, _common_end(*plain), controls)
-    start = len(text) - len(parted(text, opened=opened)[1]) if dropped else 0
-    before = own_text("", thought, opened=opened) if dropped else ""
+    end = _end(marked, frame.tail, controls)
+    start = len(text) - len(parted(text, opened=frame.opened)[1]) if dropped else 0
+    before = own_text("", thought, opened=frame.opened) if dropped else ""
     return _cut(marked, start, end, before, thought)
+
+
+def _frame(tokenizer: Any, given: Mapping[str, Any], *, name: str, tools: Sequence[Message] = ()) -> Frame:
+    """What the template writes around any answer; tried out once for these switches and tools.
+
+    Raises:
+        ChatTemplateError: The template refuses a question, or an answer to it.
+    """
+    template = template_of(tokenizer, name)
+    key = template, json.dumps([sorted(given.items()), list(tools)], default=repr)
+    kept = _frames.setdefault(tokenizer, {})
+    if key not in kept:
+        form = facts_of(tokenizer, template, given).content
+        asked = [with_content(m, form) for m in _ASKED]
+        begun = applied(tokenizer, asked, given, tools=tools)
+        frame = Frame(begun, begun.rstrip().endswith(OPEN))
+        answers = [with_content({"role": "assistant", "content": letter}, form) for letter in "xy"]
+        whole = [applied(tokenizer, [*asked, a], given, finished=True, tools=tools) for a in answers]
+        kept[key] = replace(frame, tail=_common_end(*(_behind(text, frame) for text in whole)))
+    return kept[key]
+
+
+def _behind(whole: str, frame: Frame) -> str:
+    """What stands behind the generation prompt in a conversation of one answer.
+
+    Raises:
+        ChatTemplateError: Another text stands in the prompt's place.
+    """
+    if whole.startswith(frame.begun):
+        return whole[len(frame.begun) :]
+    stem = frame.begun.rstrip().removesuffix(OPEN)
+    if not frame.opened or not whole.startswith(stem):
+        msg = "the template writes a finished answer otherwise than it begins one."
+        raise ChatTemplateError(msg)
+    rest = whole[len(stem) :]  # of a finished answer, the template drops what was thought, or its tags' line breaks
+    return rest.removeprefix(OPEN).lstrip("\n") if rest.startswith(OPEN) else f"{CLOSE}\n\n{rest}"
 
 
 def _shows(answer: Message, text: str, behind: Callable[[Message], str], keys: Sequence[str] = _TEXTS) -> bool:
@@ -169,16 +208,10 @@ def opens_reasoning(tokenizer: Any, given: Mapping[str, Any], *, name: str) -> b
     Raises:
         UnsupportedModelError: The tokenizer has no chat template.
     """
-    key = template_of(tokenizer, name), repr(sorted(given.items()))
-    kept = _opened.setdefault(tokenizer, {})
-    if key not in kept:
-        form = facts_of(tokenizer, key[0], given).content
-        try:
-            text = applied(tokenizer, [with_content(m, form) for m in _ASKED], given)
-        except ChatTemplateError:
-            text = ""
-        kept[key] = text.rstrip().endswith(OPEN)
-    return kept[key]
+    try:
+        return _frame(tokenizer, given, name=name).opened
+    except ChatTemplateError:
+        return False
 
 
 def parted(text: str, *, opened: bool = False) -> tuple[str, str]:
