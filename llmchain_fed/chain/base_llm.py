@@ -22,7 +22,6 @@ from llmchain_fed.data.prompt import Call, plain_text
 from llmchain_fed.errors import ConfigError, DataError, UnsupportedModelError
 from llmchain_fed.model import chat_template, control_tokens
 from llmchain_fed.model.generation.answers import Completion, GenerationOptions
-from llmchain_fed.model.generation.stop_strings import checked_stops
 from llmchain_fed.model.local_model import LocalModel
 
 OPTIONS = frozenset(GenerationOptions.model_fields)
@@ -330,27 +329,3 @@ class Bare:
         """What two sides of a federation must share of the way from input to tokens."""
         rendering = {k: v for k, v in self.call.items() if k in self.face.rendering_options}
         return [self.face.path_identity(), sorted((k, repr(v)) for k, v in rendering.items())]
-
-
-def saved_fields(kind: type[LocalLanguageModel]) -> frozenset[str]:
-    """The fields of a face that a saved chain has."""
-    return frozenset({*LocalLanguageModel.model_fields, *kind.path_fields} - {"model"})
-
-
-def check_saved(kind: type[LocalLanguageModel], options: Mapping[str, Any], llm_kwargs: Mapping[str, Any]) -> None:
-    """Makes sure that a saved chain's fields and call-time keywords are what they were when they were saved.
-
-    Raises:
-        ConfigError: An unknown option, or one out of range.
-    """
-    saved = saved_fields(kind)
-    for name in options.keys() - saved:
-        raise ConfigError(unknown_option(name, saved))
-    kwargs = {ALIASES.get(k, k): v for k, v in llm_kwargs.items() if v is not None}
-    for name in kind.rendering_options & kwargs.keys():
-        form, what = (list, "list") if name == "tools" else (Mapping, "mapping")
-        if not isinstance(kwargs.pop(name), form):
-            raise ConfigError(f"{name} is a {what}, got {llm_kwargs[name]!r:.80}.")  # noqa: EM102
-    checked_stops(kwargs.pop("stop", None))
-    GenerationOptions(**kwargs)
-    GenerationOptions(**{k: v for k, v in options.items() if k in OPTIONS})

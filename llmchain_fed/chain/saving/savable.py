@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from langchain_core.output_parsers import BaseOutputParser
 
-from llmchain_fed.chain.base_llm import check_saved, saved_fields
 from llmchain_fed.chain.bindings import bound_kwargs
 from llmchain_fed.chain.chat import LocalChatModel
 from llmchain_fed.chain.llm import LocalLLM
 from llmchain_fed.chain.saving import directory as saving
 from llmchain_fed.chain.saving import model as saved_model
+from llmchain_fed.chain.saving.options import check_saved, saved_fields
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.recipes.parsers import make_parser, parser_name
 from llmchain_fed.recipes.prompts import prompt_from_data, prompt_to_data
