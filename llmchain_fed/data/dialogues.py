@@ -46,6 +46,18 @@ class Dialogue:
         return [i for i, m in enumerate(self.messages) if i >= self.first and role_of(m) == "assistant"]
 
     @property
+    def exchanges(self) -> list[tuple[int, list[int]]]:
+        """Where each message of the user's stands that is answered, with the answers to it that are learnt."""
+        found: list[tuple[int, list[int]]] = []
+        for at in self.answers:
+            asked = max((i for i in range(at) if role_of(self.messages[i]) == "user"), default=at - 1)
+            if found and found[-1][0] == asked:
+                found[-1][1].append(at)
+            else:
+                found.append((asked, [at]))
+        return found
+
+    @property
     def empty(self) -> bool:
         """Whether some answer, or some message of the user's, says nothing."""
         said = [m for i, m in enumerate(self.messages) if i in self.answers or role_of(m) == "user"]

@@ -15,6 +15,7 @@ import torch
 from chat_templates import FORGETS, TOOLS
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
+from langchain_core.runnables import RunnableLambda
 from tokenizers_of_kinds import make_module, make_tokenizer
 
 from llmchain_fed import (
@@ -27,6 +28,7 @@ from llmchain_fed import (
     LocalLLM,
     LocalModel,
 )
+from llmchain_fed.chain.finding import find_prompt
 from llmchain_fed.data.encoding import collate, encode_examples, labels_of
 from llmchain_fed.training.loss import summed_loss
 
@@ -326,3 +328,41 @@ def test_dialogues_are_learnt_in_a_federation(chat):
     assert chat.invoke([("user", "guten morgen")]).content == "hallo welt"
     assert chat.invoke([("user", "guten morgen"), ("ai", "hallo welt"), ("user", "licht")]).content == "mond"
     assert chat.invoke([("user", "licht")]).content == "hallo welt"
+
+
+# --- in a composed chain ---------------------------------------------------------------------------------------------
+
+
+def test_a_graph_over_messages_is_run_for_each_message_of_the_users(chat):
+    """The graph's own tool answers; its answer stands in what the model reads next, and tags are the template's."""
+    from langgraph.graph import END, START, MessagesState, StateGraph
+
+    def tools(state):
+        calls = state["messages"][-1].tool_calls
+        return {"messages": [ToolMessage("sunny", tool_call_id=c["id"], name=c["name"]) for c in calls]}
+
+    graph = StateGraph(MessagesState)
+    graph.add_node("model", lambda state: {"messages": [called(chat.invoke(state["messages"]))]})
+    graph.add_node("tools", tools)
+    graph.add_edge(START, "model")
+    graph.add_conditional_edges("model", lambda s: "tools" if s["messages"][-1].tool_calls else END)
+    graph.add_edge("tools", "model")
+
+    def called(message):
+        if not message.content.startswith("<call>"):
+            return message
+        return AIMessage("", tool_calls=[{"name": "weather", "args": {"city": "Bern"}, "id": "call00100"}])
+
+    found = find_prompt(graph.compile())
+    wanted, _ = rows_of([{"messages": [*AGENT, *TALK[3:]]}], chat)
+    encoded = encode_examples([{"messages": [*AGENT, *TALK[3:]]}], chat.model, found)
+    assert [encoded[i] for i in range(len(encoded))] == wanted
+    with pytest.raises(DialogueError, match="tools are the chain's own"):
+        encode_examples([{"messages": AGENT, "tools": [WEATHER]}], chat.model, found)
+
+
+def test_a_composed_chain_that_takes_no_messages_refuses_a_dialogue(chat):
+    prompt = ChatPromptTemplate.from_messages([("human", "{text}")])
+    found = find_prompt({"text": RunnableLambda(str.strip)} | prompt | chat)
+    with pytest.raises(DialogueError, match="a row of messages is no input of this chain"):
+        encode_examples([{"messages": TALK}], chat.model, found)

@@ -15,13 +15,15 @@ from langchain_core.messages import BaseMessage
 from langchain_core.runnables import Runnable
 
 from llmchain_fed.chain.base_llm import LocalLanguageModel
+from llmchain_fed.chain.messages import read
 from llmchain_fed.chain.recording import recording
 from llmchain_fed.chain.tracing.gold import GoldAnswers
 from llmchain_fed.chain.tracing.running import run, sessions_of
 from llmchain_fed.chain.tracing.steps import StepNames
 from llmchain_fed.chain.tracing.templates import templates_of
+from llmchain_fed.data.dialogues import Dialogue
 from llmchain_fed.data.prompt import Call
-from llmchain_fed.errors import DataError, ExampleFailedError, LLMChainFedError, UnsupportedModelError
+from llmchain_fed.errors import DataError, DialogueError, ExampleFailedError, LLMChainFedError, UnsupportedModelError
 from llmchain_fed.model.local_model import LocalModel
 
 _MOST_KEPT = 100_000  # runs: hold-out keys, encoding and previews ask for the same ones
@@ -96,6 +98,30 @@ class ComposedChain:
             if key is not None and len(self._kept) < _MOST_KEPT:
                 self._kept[key] = found
         return found
+
+    def dialogue_calls(self, dialogue: Dialogue) -> tuple[Call, ...]:
+        """Runs the chain for each message of the user's, with all before it, and its answers as completions.
+
+        What its own tools answer counts, not what the row says that they did.
+
+        Raises:
+            DialogueError: The chain takes no `messages`, or the row brings tools or variables.
+            DataError: As `calls`.
+        """
+        properties = self.runnable.get_input_jsonschema().get("properties", {})
+        if "messages" not in properties or dialogue.tools or dialogue.variables:
+            extra = [*sorted(map(str, dialogue.variables)), *(["tools"] if dialogue.tools else [])]
+            msg = (
+                f"a row of messages is no input of this chain, which takes {sorted(properties) or 'something else'}"
+                + (f"; its {', '.join(extra)} are the chain's own" if extra else "")
+                + ". Pass (x, [answer, …]) with x what its invoke takes."
+            )
+            raise DialogueError(msg)
+        messages = read(dialogue.messages)
+        found: list[Call] = []
+        for asked, answers in dialogue.exchanges:
+            found += self.calls({"messages": messages[: asked + 1]}, [messages[at] for at in answers])
+        return tuple(found)
 
     def _run(self, inputs: Any, completion: Any) -> tuple[Call, ...]:
         gold = GoldAnswers(self.model.module, completion)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from llmchain_fed.chain.base_llm import LocalLanguageModel
 from llmchain_fed.chain.tracing.steps import Step, current_step
 from llmchain_fed.data.prompt import Call
 from llmchain_fed.errors import DataError
@@ -61,19 +62,19 @@ class GoldAnswers:
                 self.error = self.error or error
             return Completion(written, 0, 0, "stop")
 
-    def _written(self, face: Any, step: Step) -> str:
+    def _written(self, face: LocalLanguageModel, step: Step) -> str:
         if self._by_step is None:
-            return str(face.written(self._next_in_order(step)))
+            return face.written(self._next_in_order(step))  # as it is: it may know whose its control tokens are
         names = [name for name in self._by_step if step.is_called(name)]
         for name in names:
             if self._by_step[name]:
-                return str(face.written(self._by_step[name].pop(0)))
+                return face.written(self._by_step[name].pop(0))
         has = ", ".join(repr(str(name)) for name in self._by_step)
         msg = f"the step {step.name!r} calls the model, and there is no completion for it, but for {has}. {_FORMS}"
         if names or len(self.steps) > 1:
             raise DataError(msg)
         try:
-            whole = str(face.written(self._given))  # one object that the model is to write, not one per step
+            whole = face.written(self._given)  # one object that the model is to write, not one per step
         except DataError:
             raise DataError(msg) from None
         self._by_step = None
