@@ -152,7 +152,7 @@ def _read_call(call: Mapping[str, Any], made_id: str, known: Mapping[str, Any]) 
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             arguments = None
     arguments = {} if arguments is None and "arguments" not in function else arguments
     if not isinstance(arguments, Mapping) or not isinstance(name, str):

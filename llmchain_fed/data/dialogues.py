@@ -117,8 +117,8 @@ def _tools(given: Any) -> Sequence[Any]:
     if isinstance(given, str) and given.strip():
         try:
             given = json.loads(given)
-        except ValueError as error:
-            msg = f"`tools` is text and no JSON: {error}. Write a list of the tools' JSON schemas."
+        except (ValueError, RecursionError) as error:
+            msg = f"`tools` is text and no JSON: {error!s:.200}. Write a list of the tools' JSON schemas."
             raise DataError(msg) from None
     if not given:
         return ()

@@ -101,6 +101,15 @@ def _said_by(messages: Sequence[Any]) -> list[tuple[str, bool]]:
     return found
 
 
+def _answers_nothing(completion: Any) -> bool:
+    """Whether this is an assistant's message without text, thoughts or calls."""
+    from llmchain_fed.data import messages as form
+
+    if not form.is_message(completion) or form.role_of(completion) != "assistant" or form.thought_in(completion):
+        return False
+    return all(nothing for _, nothing in _said_by([completion]))
+
+
 def filled(item: Any) -> Any:
     """A row as given, with the empty text for every missing value, so that all forms of a row are treated alike.
 
@@ -142,7 +151,7 @@ def is_empty(inputs: Any, completion: Any) -> bool:
     empty and one that is missing. That is so for variables with a default as well, for a row that names one and gives
     nothing does not say that it wants the default.
     """
-    if is_blank(completion):
+    if is_blank(completion) or _answers_nothing(completion):
         return True
     if isinstance(inputs, Mapping):
         return any(is_blank(value) for value in inputs.values())

@@ -108,7 +108,9 @@ def test_a_string_model_takes_no_message(chat):
         row_of(("wie", AIMessage("hallo")), LocalLLM(model=chat.model))
 
 
-def test_an_example_whose_message_says_nothing_is_counted(chat):
+@pytest.mark.parametrize("template", [TOOLS, FORGETS])
+def test_an_example_whose_message_says_nothing_is_counted(template, chat, tokenizer):
+    tokenizer.chat_template = template
     encoded = encode_examples([("wie", AIMessage("")), ("wie", AIMessage("hallo"))], chat.model, chat.as_prompt())
     assert (encoded.report.empty, encoded.report.used) == (1, 1)
 

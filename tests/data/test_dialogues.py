@@ -12,11 +12,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from chat_templates import FORGETS, TOOLS
+from chat_templates import FORGETS, OPENS, TOOLS, TRIMS
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 from langchain_core.runnables import RunnableLambda
-from tokenizers_of_kinds import make_module, make_tokenizer
+from tokenizers_of_kinds import KINDS, make_module, make_tokenizer
 
 from llmchain_fed import (
     ChatTemplateError,
@@ -158,6 +158,23 @@ def test_where_a_template_does_not_keep_its_prefix_every_answer_is_a_row(chat, t
     assert report.used == 2
 
 
+def expanded(row):
+    """A row as pairs: each learnt segment with all that stands before it."""
+    return [(flat(row[:at]), row[at]) for at in range(1, len(row), 2)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", [TOOLS, FORGETS, OPENS, TRIMS])
+def test_a_dialogue_is_its_pairs_for_every_kind_of_tokenizer(kind, template):
+    other = make_tokenizer(kind)
+    other.chat_template = template
+    chat = LocalChatModel(model=LocalModel(make_module(other), other))
+    found, report = rows_of([{"messages": TALK}], chat)
+    pairs, _ = rows_of([(TALK[:2], AIMessage("hallo welt")), (TALK[:4], AIMessage("mond"))], chat)
+    assert [pair for row in found for pair in expanded(row)] == [tuple(pair) for pair in pairs]
+    assert report.used == len(found)
+
+
 def test_what_is_read_before_an_answer_is_what_invoke_sends(chat):
     messages = [SystemMessage("Be brief."), HumanMessage("guten morgen"), AIMessage("hallo welt"), HumanMessage("x")]
     sent = []
@@ -285,6 +302,9 @@ def test_who_takes_no_messages_says_so(chat):
         rows_of([{"messages": TALK, "id": 7}], chat)
     with pytest.raises(DataError, match="`tools` has something that is no tool"):
         rows_of([{"messages": TALK, "tools": [3]}], chat)
+    for text in ("{", "[" * 200_000, "9" * 5_000):
+        with pytest.raises(DataError, match="example 0: `tools`"):
+            rows_of([{"messages": TALK, "tools": text}], chat)
 
 
 # --- in a chain ------------------------------------------------------------------------------------------------------
