@@ -214,15 +214,22 @@ class LocalChatModel(ChatBatch, BaseChatModel):
 
     @override
     def generate(self, messages: list[list[BaseMessage]], *args: Any, **kwargs: Any) -> LLMResult:
-        return super(LocalChatModel, self._as_it_answers()).generate(messages, *args, **kwargs)
+        return super(LocalChatModel, self._as_it_answers(kwargs)).generate(messages, *args, **kwargs)
 
     @override
     async def agenerate(self, messages: list[list[BaseMessage]], *args: Any, **kwargs: Any) -> LLMResult:
-        return await super(LocalChatModel, self._as_it_answers()).agenerate(messages, *args, **kwargs)
+        return await super(LocalChatModel, self._as_it_answers(kwargs)).agenerate(messages, *args, **kwargs)
 
-    def _as_it_answers(self) -> LocalChatModel:
-        """This model; while a recorder answers for it, one without a cache."""
-        return self.model_copy(update={"cache": False}) if is_recording() else self
+    def _as_it_answers(self, kwargs: Mapping[str, Any]) -> LocalChatModel:
+        """This model; while a recorder answers for it, one without a cache, and with the call's switches for its own.
+
+        What an answer is written like, the recorder asks this model without knowing the call.
+        """
+        if not is_recording():
+            return self
+        given = kwargs.get("chat_template_kwargs")
+        switches = self._switches(given if isinstance(given, Mapping) else None)
+        return self.model_copy(update={"cache": False, "chat_template_kwargs": switches})
 
     @override
     def _generate(

@@ -11,6 +11,7 @@ from chat_templates import FORGETS, OPENS, TOOLS, TRIMS
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage, trim_messages
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool
 from tokenizers_of_kinds import make_module, make_tokenizer
 
@@ -87,6 +88,8 @@ def test_the_switches_of_a_call_count(tokenizer):
         chat_template_kwargs={"mood": "glad"}
     )):  # fmt: skip
         encoded = encode_examples([("wie", AIMessage("hallo"))], chat.model, find_prompt(glad))
+        assert tokenizer.decode(encoded[0][1]) == "glad: hallo<eos>"
+        encoded = encode_examples([("wie", AIMessage("hallo"))], chat.model, find_prompt(RunnableLambda(str) | glad))
         assert tokenizer.decode(encoded[0][1]) == "glad: hallo<eos>"
 
 
