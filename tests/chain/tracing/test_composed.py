@@ -57,12 +57,13 @@ def llm(make_chain):
 
 
 @pytest.fixture
-def chat(make_chain):
+def chat(make_chain, monkeypatch):
     model = make_chain("causal", lora=True).model
-    model.tokenizer.chat_template = (
+    template = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
+    monkeypatch.setattr(model.tokenizer, "chat_template", template)  # other tests have the same tokenizer
     return LocalChatModel(model=model, max_new_tokens=8)
 
 
