@@ -129,10 +129,9 @@ def calls_of(example: Example | RawText, prompt: Prompt | None) -> Sequence[Call
     if isinstance(example, RawText):
         return (Call(example.prompt, example.completion),)
     if prompt is None:
-        msg = (
-            f"{example.inputs!r:.80} needs a prompt to become text. Pass the chain, or final text as "
-            "RawText(prompt, completion)."
-        )
+        chat = isinstance(example, DialogueRow)
+        how = "LocalChatModel(model=…) over this model" if chat else "the chain, or final text as RawText(…, …)"
+        msg = f"{example.inputs!r:.80} needs a prompt to become text. Pass {how}."
         raise DataError(msg)
     if isinstance(example, DialogueRow):
         if not isinstance(prompt, Converses):
@@ -245,6 +244,8 @@ def _parse_mapping(item: Mapping[Any, Any], prompt: Prompt | None) -> Example:
                 " A text alone does not say which part is the answer: write {'prompt': …, 'completion': …}, "
                 "{'messages': […]}, or (inputs, completion); text as it is by RawText(prompt, completion)."
             )
+        elif "conversations" in item:
+            msg += " Write a conversation as {'messages': [{'role': 'user', 'content': …}, …]}."
         raise DataError(msg)
     rest = {k: v for k, v in item.items() if k != "completion"}
     if prompt is not None and prompt.any_input:

@@ -40,7 +40,7 @@ def role_of(message: Any) -> str:
     if isinstance(message, tuple):
         role = message[0]
     elif isinstance(message, Mapping):
-        role = str(message.get("role", message.get("type")))
+        role = str(message.get("role", message.get("type"))).replace("function", "tool")  # OpenAI's older name
     else:
         role = str(getattr(message, "role", message.type))
     return _NAMES.get(str(role), str(role))
@@ -58,7 +58,8 @@ def calls_of_tools(message: Any) -> Sequence[Any]:
     if isinstance(message, tuple):
         return ()
     if isinstance(message, Mapping):
-        return message.get("tool_calls") or ()
+        older = message.get("function_call")
+        return message.get("tool_calls") or ([older] if older else ())
     return [*(getattr(message, "tool_calls", None) or ()), *(getattr(message, "invalid_tool_calls", None) or ())]
 
 

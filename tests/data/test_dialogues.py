@@ -199,6 +199,12 @@ FORMS = {
         SAID,
     ],
     "the function without its frame": [ASKED, {**CALLING, "tool_calls": [CALL["function"]]}, RESULT, SAID],
+    "OpenAI's older function calls": [
+        ASKED,
+        {"role": "assistant", "content": None, "function_call": WIRE["function"]},
+        {"role": "function", "name": "weather", "content": "sunny"},
+        SAID,
+    ],
     "null keys": [{**m, "tool_calls": m.get("tool_calls"), "name": m.get("name")} for m in AGENT],
     "null arguments of other tools": [
         ASKED,
@@ -284,10 +290,11 @@ def test_an_order_that_the_template_refuses_is_its_own_to_refuse(chat, tokenizer
     assert rows_of([{"messages": [ASKED, ASKED_AGAIN, SAID]}], chat)[1].used == 1  # two of the user's in a row are fine
 
 
-@pytest.mark.parametrize("rest", [{}, {"messages": None}])
-def test_a_text_alone_is_refused_and_what_to_give_is_named(rest, chat):
+def test_a_row_without_an_answer_is_refused_and_what_to_give_is_named(chat):
     with pytest.raises(DataError, match=r"\{'prompt': …, 'completion': …\}.*\{'messages': \[…\]\}.*RawText"):
         rows_of([{"text": "guten morgen"}], chat)
+    with pytest.raises(DataError, match=r"Write a conversation as \{'messages'"):
+        rows_of([{"conversations": [{"from": "human", "value": "guten morgen"}]}], chat)
 
 
 def test_who_takes_no_messages_says_so(chat):
@@ -296,7 +303,7 @@ def test_who_takes_no_messages_says_so(chat):
         rows_of(rows, LocalLLM(model=chat.model))
     with pytest.raises(DataError, match=r"Use LocalChatModel\(model=llm.model\)"):
         rows_of(rows, LLMChain(llm=LocalLLM(model=chat.model), prompt="{text}"))
-    with pytest.raises(DataError, match="needs a prompt"):
+    with pytest.raises(DataError, match=r"needs a prompt to become text. Pass LocalChatModel\(model=…\)"):
         encode_examples(rows, chat.model)
     with pytest.raises(DataError, match=r"the keys \['id'\] of a row of messages name variables"):
         rows_of([{"messages": TALK, "id": 7}], chat)
