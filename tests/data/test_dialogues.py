@@ -393,3 +393,26 @@ def test_a_composed_chain_that_takes_no_messages_refuses_a_dialogue(chat):
     found = find_prompt({"text": RunnableLambda(str.strip)} | prompt | chat)
     with pytest.raises(DialogueError, match="a row of messages is no input of this chain"):
         encode_examples([{"messages": TALK}], chat.model, found)
+
+
+@pytest.mark.real_model
+def test_the_embedded_models_own_template_is_learnt_between_its_marks():
+    """Labels found by scanning the ids of the whole conversation for the marks of an assistant's turn."""
+    chat = LocalChatModel.from_pretrained("smollm2-135m-instruct")
+    tokenizer = chat.model.tokenizer
+    messages = [
+        ASKED,
+        SAID,
+        {**ASKED_AGAIN, "content": "Fine.\n"},
+        {**SAID_AGAIN, "content": "Good:\n\n1. a\n2. ünïcödé"},
+    ]
+    (row,), _ = rows_of([{"messages": messages}], chat)
+    ids = list(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
+    begin, end = tokenizer("<|im_start|>assistant\n")["input_ids"], tokenizer.convert_tokens_to_ids("<|im_end|>")
+    labels, learning = [], False
+    for at, token in enumerate(ids):
+        labels.append(token if learning else -100)
+        learning = token != end if learning else ids[at + 1 - len(begin) : at + 1] == begin
+    assert flat(row) == ids[: len(flat(row))]
+    assert labels_of(row) == labels[: len(flat(row))]
+    assert all(label == -100 for label in labels[len(flat(row)) :])

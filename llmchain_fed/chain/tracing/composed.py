@@ -108,11 +108,11 @@ class ComposedChain:
             DialogueError: The chain takes no `messages`, or the row brings tools or variables.
             DataError: As `calls`.
         """
-        properties = self.runnable.get_input_jsonschema().get("properties", {})
-        if "messages" not in properties or dialogue.tools or dialogue.variables:
+        taken = set(self.runnable.get_input_schema().model_fields) - {"root"}
+        if "messages" not in taken or dialogue.tools or dialogue.variables:
             extra = [*sorted(map(str, dialogue.variables)), *(["tools"] if dialogue.tools else [])]
             msg = (
-                f"a row of messages is no input of this chain, which takes {sorted(properties) or 'something else'}"
+                f"a row of messages is no input of this chain, which takes {sorted(taken) or 'something else'}"
                 + (f"; its {', '.join(extra)} are the chain's own" if extra else "")
                 + ". Pass (x, [answer, …]) with x what its invoke takes."
             )
