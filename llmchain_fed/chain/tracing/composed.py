@@ -108,7 +108,10 @@ class ComposedChain:
             DialogueError: The chain takes no `messages`, or the row brings tools or variables.
             DataError: As `calls`.
         """
-        taken = set(self.runnable.get_input_schema().model_fields) - {"root"}
+        try:
+            taken = set(self.runnable.get_input_jsonschema().get("properties", ()))
+        except Exception:  # a state of objects that no schema describes: then the chain itself says what it takes
+            taken = {"messages"}
         if "messages" not in taken or dialogue.tools or dialogue.variables:
             extra = [*sorted(map(str, dialogue.variables)), *(["tools"] if dialogue.tools else [])]
             msg = (
