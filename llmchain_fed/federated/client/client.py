@@ -187,6 +187,7 @@ class Client:
             "before_step": self.watch(task.seconds),
             "gradient_step": self.gradient_step,
             "batch_sampler": self.batch_sampler,
+            "prompt": self.target.prompt,
         }
 
     def watch(self, seconds: float | None) -> Callable[[], None]:
