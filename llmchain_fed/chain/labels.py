@@ -84,7 +84,7 @@ class Classifies:
         return await asyncio.to_thread(self.classify, x, labels, temperature=temperature)
 
     def loglikelihood(self, x: Any, completion: Any) -> float:
-        """log p(completion | x) in nats, its end token included: what training on it would raise.
+        """Log p(completion | x) in nats, its end token included: what training on it would raise.
 
         Raises:
             DataError: `x` is nothing that `invoke` takes, or the completion nothing that the model could answer.

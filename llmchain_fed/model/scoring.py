@@ -33,7 +33,7 @@ def answer_scores(model: LocalModel, prompts: Ids, answers: Ids, *, rows: int = 
     """(prompts, answers) nats: log p(answer | prompt), summed over the answer's tokens, its end token included.
 
     A prompt passes the model once and all answers go on from its keys and values. Whether that gives what whole rows
-    give is tried once per module; where it does not (a recurrent state, a sliding window), rows are computed one by one.
+    give is tried once per module; where it does not (recurrent states, sliding windows), each row is computed alone.
 
     Args:
         model: It computes in the mode and precision that it is in.
@@ -193,8 +193,8 @@ def _logits(model: LocalModel, **inputs: Any) -> Tensor:
     logits = getattr(model.module(**inputs), "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3:
         msg = (
-            f"{type(model.module).__name__} gives no logits for its tokens, so answers have no probability. Use a model "
-            "with a language modelling head."
+            f"{type(model.module).__name__} gives no logits for its tokens, so answers have no probability. Use a "
+            "model with a language modelling head."
         )
         raise UnsupportedModelError(msg)
     return logits

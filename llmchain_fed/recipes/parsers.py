@@ -53,9 +53,9 @@ class StripOutputParser(StrOutputParser):
 
 
 class LabelParser(BaseOutputParser[str]):
-    """One of the labels, out of an answer that is it but for the white space around it and its case.
+    r"""One of the labels, out of an answer that is it but for the white space around it and its case.
 
-    >>> LabelParser(labels=["minor", "major"]).parse(" Major\\n")
+    >>> LabelParser(labels=["minor", "major"]).parse(" Major\n")
     'major'
 
     Args:
@@ -68,7 +68,7 @@ class LabelParser(BaseOutputParser[str]):
     labels: tuple[str, ...]
 
     def __init__(self, *, labels: Any, **options: Any) -> None:
-        super().__init__(labels=checked_labels(labels), **options)
+        super().__init__(**options, labels=checked_labels(labels))  # type: ignore[call-arg] # a field of this class
 
     @property
     def _type(self) -> str:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from llmchain_fed.data.encoding import EncodedExamples, collate, controls_of, encoded, no_examples, on_device, unwrap
 from llmchain_fed.data.examples import Examples
-from llmchain_fed.data.prompt import Prompt
 from llmchain_fed.data.labels import checked_labels
+from llmchain_fed.data.prompt import Prompt
 from llmchain_fed.errors import EmptyParticipantError, LabelError
 from llmchain_fed.model.generation.answers import evaluating
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training import trainable
+from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.training.label_loss import evaluate_labels
 from llmchain_fed.training.loss import Precision, computing_in, examples_with_loss, summed_loss
 
@@ -82,6 +83,25 @@ def evaluate_locally(
         raise EmptyParticipantError(no_examples("the evaluation", "no labelled token"))
     collapsed = _collapsed(model, data, labels, prompt, batch_size, precision)
     return EvaluationResult(total / tokens, tokens, count, collapsed)
+
+
+def evaluate_as(
+    config: TrainingConfig, model: LocalModel, examples: Examples | EncodedExamples, prompt: Prompt | None
+) -> EvaluationResult:
+    """The held-out loss of the kind, length and precision that training has.
+
+    Raises:
+        DataError: See `evaluate_locally`.
+    """
+    return evaluate_locally(
+        model,
+        examples,
+        prompt=prompt,
+        max_length=config.max_length,
+        precision=config.precision,
+        loss=config.loss,
+        labels=config.labels,
+    )
 
 
 def _of_labels(
