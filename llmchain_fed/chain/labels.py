@@ -69,7 +69,7 @@ class Classifies:
         inputs = list(inputs)
         if not inputs:
             return []
-        rows = (self._label_scores(inputs, known) / temperature).softmax(1).tolist()
+        rows = (self._label_scores(inputs, known).double() / temperature).softmax(1).tolist()
         found = [dict(zip(known, row, strict=True)) for row in rows]
         return [Classification(max(p, key=p.__getitem__), p) for p in found]
 

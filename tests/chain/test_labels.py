@@ -90,7 +90,7 @@ def test_classify_follows_the_weights_and_leaves_them(make_chain):
     state = chain.model.trainable_state()
     before = chain.classify("sign in", LABELS)
     assert all(torch.equal(t, state[n]) for n, t in chain.model.trainable_state().items())
-    config = TrainingConfig(loss="labels", labels=LABELS, learning_rate=1e-2, epochs=10)
+    config = TrainingConfig(loss="labels", labels=LABELS, learning_rate=1e-2, epochs=30)
     train_locally(chain, [("sign in", "erreur"), ("new folder", "page vide")], config)
     after = chain.classify("sign in", LABELS)
     assert after.label == "erreur"
