@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmchain_fed.data.labels import checked_labels, encode_labels
+from llmchain_fed.data.labels import encode_labels
 from llmchain_fed.errors import ConfigError, DataError, LabelError
 from llmchain_fed.model.generation.answers import evaluating
 from llmchain_fed.model.scoring import answer_scores
+from llmchain_fed.recipes.labels import checked_labels
 
 if TYPE_CHECKING:
     from llmchain_fed.data.prompt import Prompt

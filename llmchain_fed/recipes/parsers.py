@@ -17,8 +17,8 @@ from langchain_core.output_parsers import (
     StrOutputParser,
 )
 
-from llmchain_fed.data.labels import checked_labels
 from llmchain_fed.errors import LabelError, RecipeError
+from llmchain_fed.recipes.labels import checked_labels
 from llmchain_fed.recipes.schema import LabelsData, ParserData, ParserName
 
 

@@ -12,8 +12,8 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from llmchain_fed._config import FrozenConfig
-from llmchain_fed.data.labels import checked_labels
 from llmchain_fed.errors import ConfigError
+from llmchain_fed.recipes.labels import checked_labels
 from llmchain_fed.training.loss import Precision
 
 _BY_NAME = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}

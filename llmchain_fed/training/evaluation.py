@@ -14,11 +14,11 @@ from torch import Tensor
 
 from llmchain_fed.data.encoding import EncodedExamples, collate, controls_of, encoded, no_examples, on_device, unwrap
 from llmchain_fed.data.examples import Examples
-from llmchain_fed.data.labels import checked_labels
 from llmchain_fed.data.prompt import Prompt
 from llmchain_fed.errors import EmptyParticipantError, LabelError
 from llmchain_fed.model.generation.answers import evaluating
 from llmchain_fed.model.local_model import LocalModel
+from llmchain_fed.recipes.labels import checked_labels
 from llmchain_fed.training import trainable
 from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.training.label_loss import evaluate_labels
