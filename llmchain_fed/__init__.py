@@ -23,6 +23,7 @@ from llmchain_fed.errors import (
     EmptyParticipantError,
     ExampleFailedError,
     FederationError,
+    LabelError,
     LLMChainFedError,
     MissingExtraError,
     ModelError,
@@ -46,6 +47,7 @@ from llmchain_fed.errors import (
 
 if TYPE_CHECKING:
     from llmchain_fed.chain.chat import LocalChatModel
+    from llmchain_fed.chain.labels import Classification
     from llmchain_fed.chain.llm import LocalLLM
     from llmchain_fed.chain.llm_chain import LLMChain
     from llmchain_fed.data.examples import Example, RawText
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from llmchain_fed.federated.runtime import Runtime
     from llmchain_fed.library import list_chains, list_prompts, load_chain, load_prompt
     from llmchain_fed.model.local_model import LocalModel
+    from llmchain_fed.recipes.parsers import LabelParser
     from llmchain_fed.runtimes.nvflare.runtime import NVFlare
     from llmchain_fed.runtimes.site.policy import Policy
     from llmchain_fed.runtimes.site.site import Site
@@ -81,6 +84,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Callback": "federated.callbacks",
+    "Classification": "chain.labels",
     "Collection": "updates.collection",
     "Combined": "updates.collection",
     "ConsoleTable": "tracking.console",
@@ -97,6 +101,7 @@ _HOMES = {
     "FederationConfig": "federated.options",
     "History": "federated.history",
     "LLMChain": "chain.llm_chain",
+    "LabelParser": "recipes.parsers",
     "LocalChatModel": "chain.chat",
     "LocalLLM": "chain.llm",
     "LocalModel": "model.local_model",
@@ -129,6 +134,7 @@ __all__ = [
     "ChainFileError",
     "ChatTemplateError",
     "CheckpointError",
+    "Classification",
     "Collection",
     "Combined",
     "ConfigError",
@@ -155,6 +161,8 @@ __all__ = [
     "History",
     "LLMChain",
     "LLMChainFedError",
+    "LabelError",
+    "LabelParser",
     "LocalChatModel",
     "LocalLLM",
     "LocalModel",

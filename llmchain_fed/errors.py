@@ -19,6 +19,7 @@ and files as they were.
     │   ├── DialogueError             messages out of order, or without an answer to learn
     │   ├── EmptyParticipantError     no usable example
     │   ├── ExampleFailedError        a composed chain that raises for an example
+    │   ├── LabelError                labels that are no set of different texts, or a completion that is none of them
     │   ├── PromptVariablesError      the example's variables are not the prompt's
     │   ├── TemplatedTwiceError       a value already carries the template's text
     │   └── UnsayableError            completions that decoding does not give back
@@ -95,6 +96,10 @@ class EmptyParticipantError(DataError):
 
 class ExampleFailedError(DataError):
     """A composed chain raises for an example before or behind its model: a retriever, a function, a parser."""
+
+
+class LabelError(DataError):
+    """Labels that are empty, given twice or cannot be told apart, or a completion that is none of them."""
 
 
 class ChatTemplateError(DataError):

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from llmchain_fed._config import explain, unknown_option
 from llmchain_fed.chain import gathering
+from llmchain_fed.chain.labels import Classifies
 from llmchain_fed.chain.recording import recorded
 from llmchain_fed.data.dialogues import Dialogue
 from llmchain_fed.data.prompt import Call, plain_text
@@ -30,7 +31,7 @@ OPTIONS = frozenset(GenerationOptions.model_fields)
 ALIASES = {"max_tokens": "max_new_tokens"}  # LangChain's standard name → transformers'
 
 
-class LocalLanguageModel(BaseModel):
+class LocalLanguageModel(Classifies, BaseModel):
     """The fields of `LocalLLM` and `LocalChatModel`. Constructors are cheap; only `from_pretrained` reads weights."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)

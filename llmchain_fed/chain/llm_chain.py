@@ -26,6 +26,7 @@ from llmchain_fed.chain.bindings import (
     with_face_fields,
 )
 from llmchain_fed.chain.chat import LocalChatModel
+from llmchain_fed.chain.labels import Classifies
 from llmchain_fed.chain.llm import LocalLLM
 from llmchain_fed.chain.messages import dialogue_calls, placeholder, read_tools
 from llmchain_fed.chain.prompt_step import PromptStep, mark_values
@@ -39,7 +40,7 @@ from llmchain_fed.recipes.parsers import StripOutputParser
 _PARTS = frozenset({"prompt", "llm", "output_parser", "llm_kwargs", "bound"})
 
 
-class LLMChain(RunnableWithCallKwargs, Savable):
+class LLMChain(RunnableWithCallKwargs, Savable, Classifies):
     r"""`prompt | llm | parser`, and the same object after a federation has trained its model.
 
     Every Runnable verb works, sync and async, and call-time keywords (`stop`, `max_new_tokens` …) reach the model;

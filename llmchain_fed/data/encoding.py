@@ -87,7 +87,7 @@ def encode_examples(
     report = DataReport()
     examples, first = _asked(source, prompt, report)
     special = prompt.adds_special_tokens if prompt is not None else True
-    controls = prompt.completion_controls if prompt is not None else ()
+    controls = controls_of(prompt)
     prompt_ids = model.encode([call.text for calls, _ in examples for call in calls], add_special_tokens=special)
     completion_ids = model.encode_completions(
         [call.completion for calls, _ in examples for call in calls], controls=controls
@@ -292,6 +292,11 @@ def check_ready(batch: object) -> None:
             "Let the DataLoader's collate_fn return such mappings."
         )
         raise DataError(msg)
+
+
+def controls_of(prompt: Prompt | None) -> Collection[str]:
+    """Control tokens, beside the model's own, that a completion cannot write."""
+    return prompt.completion_controls if prompt is not None else ()
 
 
 def unwrap(model: Any, prompt: Prompt | None) -> tuple[LocalModel, Prompt | None]:

@@ -32,7 +32,7 @@ from llmchain_fed.federated.server.divergence import OnDivergence
 from llmchain_fed.federated.server.personalization import Personalized, SideBySide
 from llmchain_fed.federated.server.server import Replication, Server
 from llmchain_fed.federated.settings import showing_options
-from llmchain_fed.training.evaluation import EvaluationResult, evaluate_locally
+from llmchain_fed.training.evaluation import EvaluationResult, evaluate_as
 
 
 class FederatedAveraging(ManualRounds):
@@ -170,14 +170,13 @@ class FederatedAveraging(ManualRounds):
         return self._server.data_reports
 
     def evaluate(self, data: Examples) -> EvaluationResult:
-        """Held-out loss of the current global weights on any examples, in nats per completion token.
+        """Held-out loss of the current global weights on any examples: nats per token, or per example over labels.
 
         Raises:
-            DataError: The examples cannot be used.
+            DataError: The examples cannot be used, or, over labels, a completion is none of them.
         """
         target, how = self._server.target, self._server.settings.training
-        prompt = target.prompt
-        return evaluate_locally(target.model, data, prompt=prompt, max_length=how.max_length, precision=how.precision)
+        return evaluate_as(how, target.model, data, target.prompt)
 
     def plan(self, rounds: int) -> Plan:
         """What so many rounds will take: bytes, memory, and time from one timed optimizer step.

@@ -102,6 +102,8 @@ class RoundRecord:
     members_changed: bool = False
     """whether members, or what they have, are others than in the round before (`resume(members="changed")`): its
     held-out losses are then over other examples"""
+    loss: str = "tokens"
+    """what losses are: "tokens" are nats per completion token, "labels" nats per example, over the labels"""
 
     @property
     def trained(self) -> list[str]:
@@ -264,7 +266,7 @@ class History:
         return pd.DataFrame(_mapped(rows, lambda leaf: printable(leaf) if isinstance(leaf, str) else leaf))
 
     def plot(self) -> Figure:
-        """Training and held-out loss per participant over the rounds, in nats per token.
+        """Training and held-out loss per participant over the rounds, in nats per token, or per example over labels.
 
         Raises:
             MissingExtraError: matplotlib is not installed.
@@ -276,6 +278,7 @@ class History:
         figure: Figure
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
         plt.close(figure)  # a notebook shows what a cell returns; left open, it would show it twice
+        unit = "nats per example" if self.rounds and self.rounds[-1].loss == "labels" else "nats per token"
         names = list(dict.fromkeys(n for r in self.rounds for n in r.participants))
         for name in names:
             found = [(r.round, r.participants[name]) for r in self.rounds if name in r.participants]
@@ -287,7 +290,7 @@ class History:
                 if points:  # a dollar would begin a formula
                     axes.plot(*zip(*points, strict=True), marker="o", label=one_line(name, 80).replace("$", r"\$"))
         for axes, title in ((left, "training"), (right, "held out")):
-            axes.set(title=title, xlabel="round", ylabel="nats per token")
+            axes.set(title=title, xlabel="round", ylabel=unit)
             axes.xaxis.get_major_locator().set_params(integer=True)
             if axes.lines:
                 axes.legend()

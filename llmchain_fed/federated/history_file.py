@@ -89,6 +89,7 @@ class RoundData(Strict):
     samples: Annotated[list[SampleData], FailFast(), Field(max_length=_MOST)] = Field(default_factory=list)
     notes: Texts = Field(default_factory=list)
     members_changed: bool = False
+    loss: Literal["tokens", "labels"] = "tokens"
 
 
 class HistoryData(Strict):

@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 ParserName = Literal["text", "strip", "json", "comma_list"]
+
+
+class LabelsData(Strict):
+    """The parser of a closed set of answers."""
+
+    labels: Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(min_length=2, max_length=1000)]
+
+
+ParserData = ParserName | LabelsData
 """text: as generated; strip: without outer whitespace; json: the parsed value; comma_list: list of str"""
 
 NAME = re.compile(r"[a-z0-9_]+")
@@ -193,7 +202,7 @@ class ChainSpec(_Spec):
     generation: GenerationSpec = GenerationSpec()
     stop: Several[Text] = ()
     """the answer ends before the first of these"""
-    parser: ParserName = "text"
+    parser: ParserData = "text"
     chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict, max_length=1000)
     """switches of the model's chat template; with any, the recipe is one for a chat model"""
 

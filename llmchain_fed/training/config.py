@@ -6,17 +6,19 @@ Knows the options and torch's optimizer classes. Knows nothing about data, model
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llmchain_fed._config import FrozenConfig
 from llmchain_fed.errors import ConfigError
+from llmchain_fed.recipes.labels import checked_labels
 from llmchain_fed.training.loss import Precision
 
 _BY_NAME = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 DEFAULT_LEARNING_RATE = 2e-4
+_MOST_WEIGHT = 1e6
 
 
 class TrainingConfig(FrozenConfig):
@@ -55,6 +57,19 @@ class TrainingConfig(FrozenConfig):
     """keep each participant's optimizer state for its next round instead of starting afresh"""
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """decides the order of the data and dropout, together with participant and round"""
+    loss: Literal["tokens", "labels"] = "tokens"
+    """"labels": cross-entropy over `labels`, each scored as a whole text; held-out losses are nats per example then"""
+    labels: tuple[str, ...] | None = None
+    """all answers that there are, written exactly as the completions. With the loss "tokens" they train nothing, and a
+    round's record says when all held-out examples are given the same one"""
+    class_weight: Literal["balanced"] | dict[str, float] | None = None
+    """what an example counts in the loss "labels", by its label; "balanced" is examples / (labels · examples of this
+    label), of the participant's own. A label that a mapping leaves out counts 1"""
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _checked_labels(cls, labels: Any) -> Any:
+        return None if labels is None else checked_labels(labels)
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingConfig:
@@ -65,7 +80,25 @@ class TrainingConfig(FrozenConfig):
             )
             raise ConfigError(msg)
         self._optimizer_class()
+        self._check_labels()
         return self
+
+    def _check_labels(self) -> None:
+        if self.loss == "labels" and self.labels is None:
+            msg = 'loss="labels" compares labels, and none are given. Write labels=["minor", "major"].'
+            raise ConfigError(msg)
+        if self.class_weight is None:
+            return
+        if self.loss != "labels":
+            msg = 'class_weight weighs the examples of loss="labels", and the loss is "tokens". Choose that loss too.'
+            raise ConfigError(msg)
+        if isinstance(self.class_weight, dict):
+            if strange := sorted(self.class_weight.keys() - set(self.labels or ())):
+                msg = f"class_weight weighs {strange[0]!r:.80}, which is none of the labels {list(self.labels or ())}."
+                raise ConfigError(msg)
+            if wrong := [w for w in self.class_weight.values() if not 0.0 < w <= _MOST_WEIGHT]:
+                msg = f"a class weight is a number above 0, at most {_MOST_WEIGHT:g}, got {wrong[0]!r}."
+                raise ConfigError(msg)
 
     def _optimizer_class(self) -> type[torch.optim.Optimizer]:
         choice = self.optimizer
@@ -92,7 +125,8 @@ class TrainingConfig(FrozenConfig):
         """The options that were given, as JSON-able values; None where the optimizer is no name and cannot travel."""
         if not isinstance(self.optimizer, str):
             return None
-        return {name: getattr(self, name) for name in sorted(self.model_fields_set)}
+        plain = {name: getattr(self, name) for name in sorted(self.model_fields_set)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
     def make_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """A fresh optimizer over `parameters`.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmchain_fed.data.encoding import IGNORE, Batch, EncodedExamples, encoded, no_examples, unwrap
+from llmchain_fed.data.encoding import IGNORE, Batch, EncodedExamples, controls_of, encoded, no_examples, unwrap
 from llmchain_fed.data.examples import Examples
 from llmchain_fed.data.prompt import Prompt
 from llmchain_fed.data.report import DataReport
@@ -29,6 +29,7 @@ from llmchain_fed.training import running_state, trainable
 from llmchain_fed.training.batch_sampler import BatchSampler, Place, length_buckets, seed_of
 from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.training.gradient_step import GradientStep, StepResult
+from llmchain_fed.training.label_loss import LabelGradient
 from llmchain_fed.training.loss import computing_in, examples_with_loss, summed_loss
 
 
@@ -37,9 +38,9 @@ class TrainingResult:
     """What one call of `train_locally` did. The model has the trained weights."""
 
     loss: float
-    """nats per completion token, mean over `losses`; 0 where there is none"""
+    """nats per completion token (per example with `loss="labels"`), mean over `losses`; 0 where there is none"""
     losses: list[float]
-    """nats per completion token, per step that had examples"""
+    """the same, per step that had examples"""
     examples: int
     """usable examples that the participant has (n_k)"""
     tokens: int
@@ -86,11 +87,13 @@ def train_locally(
         before_step: It is called before every optimizer step; what it raises ends the training, and the weights
             are as before the call.
         anchor: What `proximal_mu` pulls towards, by stable name; None is where the training began.
-        gradient_step: It makes a gradient of each batch; None is `mean_loss_gradient`.
+        gradient_step: It makes a gradient of each batch, whatever `config.loss` says; None is `mean_loss_gradient`, or
+            `LabelGradient` for labels.
         batch_sampler: It draws the batches; None is `length_buckets`, or the DataLoader itself.
 
     Raises:
         ConfigError: A DataLoader and a `batch_sampler` are given.
+        LabelError: With `loss="labels"`, a completion is no label, or the examples are a DataLoader.
         EmptyParticipantError: Not a single example is usable.
         NonFiniteLossError: The loss or a weight became NaN or infinite; the weights are as before the call.
         DataError: See `read_examples`.
@@ -107,6 +110,8 @@ def train_locally(
     if isinstance(data, EncodedExamples):
         trainable.check_batches(model, min(config.micro_batch_size or config.batch_size, len(data)))
     batches = _batches(data, config, place, batch_sampler)
+    if config.loss == "labels" and gradient_step is None:
+        gradient_step = LabelGradient.of(data, model, config, controls_of(prompt))
     parameters = model.trainable_parameters()
     with model.exclusive():
         started = time.perf_counter()

@@ -28,7 +28,7 @@ from llmchain_fed.model.folder import files as folder_files
 from llmchain_fed.model.folder import settings, weights
 from llmchain_fed.model.folder.files import SAVE_AGAIN
 from llmchain_fed.model.local_model import LocalModel
-from llmchain_fed.recipes.schema import PromptData
+from llmchain_fed.recipes.schema import LabelsData, PromptData
 from llmchain_fed.storage.whole_folders import replaced
 from llmchain_fed.untrusted import Strict, checked, dump_yaml, read_yaml, shown
 
@@ -46,7 +46,7 @@ class ChainFile(Strict):
     options: Annotated[dict[str, Any], Field(max_length=1000)]
     llm_kwargs: Annotated[dict[str, Any], Field(max_length=1000)]
     prompt: PromptData
-    parser: Annotated[str, Field(max_length=100)]
+    parser: Annotated[str, Field(max_length=100)] | LabelsData
     model: ModelData
     files: Annotated[dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]], Field(max_length=100_000)]
     """path within the directory → SHA-256 of its content"""

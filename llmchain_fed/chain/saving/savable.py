@@ -17,9 +17,9 @@ from llmchain_fed.chain.saving import directory as saving
 from llmchain_fed.chain.saving import model as saved_model
 from llmchain_fed.chain.saving.options import check_saved, saved_fields
 from llmchain_fed.model.local_model import LocalModel
-from llmchain_fed.recipes.parsers import make_parser, parser_name
+from llmchain_fed.recipes.parsers import make_parser, parser_to_data
 from llmchain_fed.recipes.prompts import prompt_from_data, prompt_to_data
-from llmchain_fed.recipes.schema import ParserName
+from llmchain_fed.recipes.schema import ParserData
 
 
 class Savable:
@@ -65,7 +65,7 @@ class Savable:
             "options": {n: getattr(face, n) for n in sorted(saved_fields(type(face)) & face.model_fields_set)},
             "llm_kwargs": self._all_llm_kwargs(),
             "prompt": prompt_to_data(self.prompt),
-            "parser": parser_name(cast(BaseOutputParser[Any], self.output_parser)),
+            "parser": parser_to_data(cast(BaseOutputParser[Any], self.output_parser)),
         }
 
     def _all_llm_kwargs(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Savable:
         kind = LocalChatModel if file.face == "chat" else LocalLLM
         # everything that can be wrong with the data is found before the weights are read
         with saving.refusing():
-            prompt, parser = prompt_from_data(file.prompt), make_parser(cast(ParserName, file.parser))
+            prompt, parser = prompt_from_data(file.prompt), make_parser(cast(ParserData, file.parser))
             check_saved(kind, file.options, file.llm_kwargs)
         loaded = saved_model.load(path, file.model, model)
         with saving.refusing():

@@ -29,8 +29,10 @@ from llmchain_fed.federated.protocol.expected import Layout
 from llmchain_fed.federated.protocol.global_state import STALE, GlobalState
 from llmchain_fed.federated.protocol.tasks import HelloTask, StateTask, StopTask, Task, TensorTask
 from llmchain_fed.federated.target import Target
+from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training.batch_sampler import BatchSampler
 from llmchain_fed.training.config import TrainingConfig
+from llmchain_fed.training.evaluation import EvaluationResult, evaluate_as
 from llmchain_fed.training.gradient_step import GradientStep
 from llmchain_fed.untrusted import decoding
 from llmchain_fed.updates import serialization
@@ -187,7 +189,12 @@ class Client:
             "before_step": self.watch(task.seconds),
             "gradient_step": self.gradient_step,
             "batch_sampler": self.batch_sampler,
+            "prompt": self.target.prompt,
         }
+
+    def measure(self, model: LocalModel) -> EvaluationResult:
+        """The held-out loss of a model in which its weights are loaded."""
+        return evaluate_as(self.config, model, self.data.held_out(), self.target.prompt)
 
     def watch(self, seconds: float | None) -> Callable[[], None]:
         """What ends, before a step, a training whose result nobody waits for any more, or that the limits end."""

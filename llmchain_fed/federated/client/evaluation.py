@@ -16,7 +16,6 @@ from llmchain_fed.federated.protocol.answers import EvaluateAnswer, SideBySideAn
 from llmchain_fed.federated.protocol.finiteness import told
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import EvaluateTask, SideBySideTask
-from llmchain_fed.training.evaluation import evaluate_locally
 
 if TYPE_CHECKING:
     from llmchain_fed.federated.client.client import Client
@@ -26,9 +25,12 @@ def evaluate(client: Client, task: EvaluateTask, state: GlobalState) -> Evaluate
     """The held-out loss of the global state, with what of it is this participant's own."""
     _, progress = client.progress.before(task.round)
     with loaded(client.model, state, progress.private):
-        result = evaluate_locally(client.model, client.data.held_out(), precision=client.config.precision)
+        result = client.measure(client.model)
         samples = _samples(client, task)
-    return EvaluateAnswer(**told(result.loss), tokens=result.tokens, examples=result.examples, **samples)
+    labels = client.config.labels
+    collapsed = labels.index(result.collapsed) if labels and result.collapsed is not None else None
+    answer: dict[str, Any] = {**told(result.loss), **samples, "collapsed": collapsed}
+    return EvaluateAnswer(tokens=result.tokens, examples=result.examples, **answer)
 
 
 def side_by_side(client: Client, task: SideBySideTask, state: GlobalState) -> SideBySideAnswer:

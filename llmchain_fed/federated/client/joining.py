@@ -122,4 +122,10 @@ def own_config(config: TrainingConfig, participant: Participant) -> TrainingConf
     except ConfigError as error:
         msg = f"participant {participant.name!r}: {error}"
         raise ConfigError(msg) from None
+    if (own.loss, own.labels) != (config.loss, config.labels):
+        msg = (
+            f"participant {participant.name!r}: the loss and its labels are the federation's, as losses of different "
+            "kinds cannot be compared. Give them as training=TrainingConfig(loss=…, labels=…); class_weight may differ."
+        )
+        raise ConfigError(msg)
     return own

@@ -23,7 +23,6 @@ from llmchain_fed.federated.protocol.tasks import CurveTask, PersonalizeTask
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training.batch_sampler import Place
 from llmchain_fed.training.config import TrainingConfig
-from llmchain_fed.training.evaluation import evaluate_locally
 from llmchain_fed.training.loop import train_locally
 from llmchain_fed.updates.lora_layout import A, B
 from llmchain_fed.updates.low_rank import Factors, stack
@@ -135,8 +134,7 @@ def curve(client: Client, task: CurveTask, state: GlobalState) -> CurveAnswer:
     with loaded(model, state):
         for done in range(last + 1):
             if done in task.steps:
-                loss = evaluate_locally(model, data.held_out(), precision=single.precision).loss
-                points.append({"steps": done, "loss": loss})
+                points.append({"steps": done, "loss": client.measure(model).loss})
             if done < last:
                 result = train_locally(model, data.train(), single, first_step=done, optimizer_state=optimizer, **place)
                 optimizer = result.optimizer_state
@@ -148,7 +146,7 @@ def losses(client: Client, state: GlobalState, progress: Progress) -> SideBySide
     model = client.model
 
     def loss(of: LocalModel) -> float:
-        return evaluate_locally(of, client.data.held_out(), precision=client.config.precision).loss
+        return client.measure(of).loss
 
     found = {"base": loss(model.without_adapter())} if model.adapters else {}
     with loaded(model, state):

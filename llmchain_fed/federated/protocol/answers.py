@@ -14,7 +14,7 @@ from llmchain_fed.data.report import DataReport
 from llmchain_fed.federated.client.data import Overlap
 from llmchain_fed.federated.participant import Alpha, Rank
 from llmchain_fed.federated.protocol import finiteness
-from llmchain_fed.federated.protocol.tasks import MAX_CURVE
+from llmchain_fed.federated.protocol.tasks import MAX_CURVE, MAX_LABELS
 from llmchain_fed.federated.target import ContractData, Digest
 from llmchain_fed.untrusted import Strict, shown
 from llmchain_fed.updates.update import MAX_EXAMPLES, MAX_SECONDS
@@ -106,6 +106,8 @@ class EvaluateAnswer(TaskAnswer):
     not_finite: str | None = None
     tokens: int = Field(ge=1, le=MAX_EXAMPLES)
     examples: int | None = Field(default=None, ge=1, le=MAX_EXAMPLES)
+    collapsed: int | None = Field(default=None, ge=0, lt=MAX_LABELS)
+    """which of the federation's labels all its held-out examples are taken for, though not all have it"""
     samples: list[SampleAnswer] = Field(default_factory=list, max_length=_MOST_SAMPLES, fail_fast=True)
     samples_error: str | None = None
 

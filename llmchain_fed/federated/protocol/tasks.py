@@ -49,6 +49,8 @@ _Against = Annotated[str, StringConstraints(pattern=f"^({_VERSION}|start:[0-9a-f
 _Number = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,12}$")]
 _RoundText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=untrusted.MAX_NAME)]
+MAX_LABELS = 1000
+_Label = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 _MOST_TENSORS = 2**17  # names of them: a header has no room for more
 _MOST_OPTIONS = 1000  # of a group of an optimizer's, or what it keeps of one tensor
 _Chosen = Annotated[list[_Name], Field(min_length=1, max_length=_MOST_TENSORS, fail_fast=True)]
@@ -142,6 +144,15 @@ class TrainingOptions(Strict):
     precision: Precision = "fp32"
     keep_optimizer: bool = False
     seed: int = 0
+    loss: Literal["tokens", "labels"] = "tokens"
+    labels: list[_Label] | None = Field(default=None, min_length=2, max_length=MAX_LABELS, fail_fast=True)
+    class_weight: Literal["balanced"] | dict[_Label, _Rate] | None = Field(default=None)
+
+    @model_validator(mode="after")
+    def _labels(self) -> Self:
+        if isinstance(self.class_weight, dict) and len(self.class_weight) > MAX_LABELS:
+            _refuse(f"`class_weight` has more than {MAX_LABELS:,} labels")
+        return self
 
 
 class HelloTask(Task):

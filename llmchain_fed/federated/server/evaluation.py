@@ -31,7 +31,7 @@ from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.target import Target
 from llmchain_fed.training.config import TrainingConfig
-from llmchain_fed.training.evaluation import evaluate_locally
+from llmchain_fed.training.evaluation import evaluate_as
 from llmchain_fed.untrusted import one_line, printable
 
 _SAMPLE_TOKENS = 32
@@ -167,8 +167,11 @@ class Evaluator:
                 found.own[name] = _read(answer, self._samples, joined[name].held_out_tokens)
                 found.bytes[name] = size + (0 if isinstance(answer, Exception) else len(answer))
         if self.is_shared:
-            result = evaluate_locally(model, self.shared(), precision=self._training.precision)
+            how = self._training
+            result = evaluate_as(how, model, self.shared(), self._target.prompt)
             found.shared.update(told(result.loss), tokens=result.tokens)
+            if result.collapsed is not None and how.labels:
+                found.shared["collapsed"] = how.labels.index(result.collapsed)
         self._latest = (version, found)
         return replace(found, seconds=time.perf_counter() - started)
 
@@ -187,6 +190,8 @@ class Evaluator:
             return
         record.evaluation_seconds = before.seconds + after.seconds
         record.held_out_before, record.held_out_after, cut = _pooled(before, after)
+        if after.shared.get("collapsed") is not None:
+            record.notes.append(self._collapse(after.shared["collapsed"]))
         self._say_half(record, next(iter(cut), None), history)
         for name, target in record.participants.items():
             old, new = before.own.get(name, {}), after.own.get(name, {})
@@ -196,10 +201,20 @@ class Evaluator:
                 found = dict.fromkeys(side[key] for side in (old, new) if key in side)
                 target.notes += [f"{what}: {error}" for error in found]
             target.notes += finiteness.notes(old, new)
+            if self._training.labels and new.get("collapsed") is not None:
+                target.notes.append(self._collapse(new["collapsed"]))
             if target.status == "trained":
                 target.notes += finiteness.notes(before.shared, after.shared, "the shared evaluation's loss")
             for was, now in zip(old.get("samples", []), new.get("samples", []), strict=False):
                 record.samples.append(Sample(name, was["prompt"], was["reference"], was["answer"], now["answer"]))
+
+    def _collapse(self, label: int) -> str:
+        """What a record says where held-out examples are all given one label; the loss alone may fall all the same."""
+        labels = self._training.labels or ()
+        name = repr(labels[label])[:80] if label < len(labels) else "an unknown one"
+        over_labels = self._training.loss == "labels"
+        tip = 'Try class_weight="balanced" or more rounds.' if over_labels else 'Train with loss="labels".'
+        return f"all held-out examples are taken for the label {name}, and not all have it. {tip}"
 
     def _say_half(self, record: RoundRecord, name: str | None, history: History) -> None:
         """Says of who counts one half that it does, when that begins and when it ends."""
@@ -241,6 +256,8 @@ def _read(answer: bytes | Exception, samples: int, declared: int | None = None) 
     kept: dict[str, Any] = loss | {"tokens": min(found.tokens, declared or found.tokens)}
     texts = (sample.model_dump() for sample in found.samples[:samples])
     kept["samples"] = [{key: printable(text, _LONGEST) for key, text in sample.items()} for sample in texts]
+    if found.collapsed is not None:
+        kept["collapsed"] = found.collapsed
     if found.samples_error is not None:
         kept["samples_error"] = one_line(found.samples_error, _SHORT)
     return kept

@@ -150,7 +150,9 @@ class Server:
 
     def record_of(self, opened: OpenRound, idle: Mapping[str, ParticipantRecord]) -> RoundRecord:
         """The record of a round that is aggregated, as far as its updates say, with those of who was not asked."""
-        record = RoundRecord(round=self.round + 1, participants={**opened.records, **idle})
+        record = RoundRecord(
+            round=self.round + 1, participants={**opened.records, **idle}, loss=self.settings.training.loss
+        )
         for name, note in self.notes.items():
             if name in record.participants:
                 record.participants[name].notes.append(note)
