@@ -9,7 +9,7 @@ import pytest
 from tiny import PAIRS
 
 from llmchain_fed import ConfigError, FederatedAveraging, History, Participant, TrainingConfig, evaluate_locally
-from llmchain_fed.errors import FederationError
+from llmchain_fed.errors import FederationError, LabelError, ParticipantError
 from llmchain_fed.federated.protocol.tasks import TrainingOptions
 from llmchain_fed.untrusted import checked
 
@@ -82,3 +82,25 @@ def test_a_participant_keeps_the_federations_loss_and_may_weigh_its_own(make_cha
     other = Participant("a", DATA, training={"loss": "tokens"})
     with pytest.raises(ConfigError, match="federation's"):
         FederatedAveraging(make_chain(), participants=[other], training=training(), progress=False).fit(rounds=1)
+
+
+def test_a_run_over_labels_goes_on_from_its_checkpoint(make_chain, tmp_path):
+    how, part = training(class_weight={"page": 2.0}, epochs=2), Participant("a", DATA, held_out=DATA[:4])
+    options = {"participants": [part], "training": how, "progress": False}
+    wanted = FederatedAveraging(make_chain(), **options).fit(rounds=2)
+    FederatedAveraging(make_chain(), **options, checkpoint_dir=tmp_path).fit(rounds=1)
+    history = FederatedAveraging.resume(tmp_path, make_chain(), **options).fit(rounds=1)
+    assert [record.loss for record in history] == ["labels", "labels"]
+    assert history[-1].held_out_after == wanted[-1].held_out_after
+
+
+@pytest.mark.parametrize("wrong", ["examples", "held_out"])
+def test_a_completion_that_is_no_label_is_found_before_any_round(make_chain, wrong):
+    chain, bad = make_chain(), [*DATA, ("sign in", "Page")]
+    before = chain.model.weights_hash
+    part = Participant("a", **({"examples": DATA, "held_out": DATA[:2]} | {wrong: bad}))
+    fed = FederatedAveraging(chain, participants=[part, Participant("b", DATA)], training=training(), progress=False)
+    with pytest.raises((LabelError, ParticipantError), match="none of the labels"):
+        fed.fit(rounds=1)
+    assert chain.model.weights_hash == before
+    assert len(fed.history) == 0

@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from llmchain_fed.data.encoding import EncodedExamples
+from llmchain_fed.data.encoding import EncodedExamples, controls_of
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.client.limits import steps_of
 from llmchain_fed.federated.client.state import ProgressByRound
@@ -18,6 +18,7 @@ from llmchain_fed.federated.protocol.answers import Introduction, Nothing
 from llmchain_fed.federated.protocol.tasks import HelloTask, StopTask
 from llmchain_fed.federated.target import Target
 from llmchain_fed.training.config import TrainingConfig
+from llmchain_fed.training.label_loss import LabelGradient
 from llmchain_fed.updates.lora_layout import LoraLayout
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def join(client: Client, task: HelloTask) -> Introduction:
     Raises:
         ConfigError: The options make no sense.
         PolicyError: The limits do not allow them.
+        LabelError: Over labels, a completion is none of them.
     """
     config, limits = _config_for(client, task), client.limits
     if limits is not None:
@@ -40,6 +42,8 @@ def join(client: Client, task: HelloTask) -> Introduction:
         if limits is not None:
             limits.check_usable(data)
             limits.check_steps(steps_of(data, config))
+        if config.loss == "labels":
+            _check_labels(client, config)
         answer = introduction(client, config)
     if client.federation not in (None, task.federation):
         client.progress = ProgressByRound()  # another federation begins: nothing is carried over
@@ -47,6 +51,14 @@ def join(client: Client, task: HelloTask) -> Introduction:
         client.progress = client.progress.without_optimizers()
     client.config, client.aggregation, client.federation = config, task.aggregation, task.federation
     return answer
+
+
+def _check_labels(client: Client, config: TrainingConfig) -> None:
+    """Makes sure, before the first round, that every completion is a label: also of what is held out."""
+    controls = controls_of(client.target.prompt)
+    LabelGradient.of(client.data.train(), client.model, config, controls)
+    if client.data.holds_out:
+        LabelGradient.of(client.data.held_out(), client.model, config, controls)
 
 
 def leave(client: Client, _task: StopTask) -> Nothing:

@@ -41,6 +41,23 @@ def test_a_site_of_ones_own_script_trains_as_a_participant_of_this_process_does(
     assert status.audit == str(written)
 
 
+def test_a_site_trains_on_labels_as_a_participant_of_this_process_does(make_chain, tmp_path):
+    """Loss, labels and weights travel in the hub's hello; what held-out examples are taken for travels back."""
+    data = [(x, ("page", "erreur")[at % 4 == 3]) for at, (x, _) in enumerate(PAIRS[:8])]
+    how = TRAINING.replace(loss="labels", labels=["page", "erreur"], class_weight="balanced")
+    part = Participant("a", data, held_out=data[:4])
+    site = Site(make_chain(), part, policy=Policy(max_rounds=2), say=lambda _line: None)
+    threading.Thread(target=site.serve, args=(tmp_path / "a.sock",), daemon=True).start()
+    transport = SocketTransport({"a": answering(tmp_path / "a.sock")})
+    chain, here = make_chain(), make_chain()
+    found = FederatedAveraging(chain, runtime=transport, training=how, progress=False).fit(2)
+    wanted = FederatedAveraging(here, participants=[part], training=how, progress=False).fit(2)
+    assert chain.model.weights_hash == here.model.weights_hash
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.participants["a"].held_out_after == theirs.participants["a"].held_out_after
+        assert mine.participants["a"].notes == theirs.participants["a"].notes
+
+
 def test_what_cannot_be_served_is_said_before_anything_is(make_chain, tmp_path):
     with pytest.raises(DataError, match="participant 'a'"):
         Site(make_chain(), Participant("a", []))
