@@ -25,7 +25,7 @@ from llmchain_fed.updates.codecs.sparsification import TopK
 ROOT = Path(__file__).parents[2]
 PAIRS = [(f"w{i}", f"mot {i}") for i in range(8)]
 SHARES = {"a": PAIRS[:5], "b": PAIRS[5:]}
-BESIDE = {"lr", "batch_size", "runtime", "callbacks", "progress"}
+BESIDE = {"llm", "lr", "batch_size", "runtime", "callbacks", "progress"}
 FIELDS = FederationConfig.model_fields
 
 
