@@ -18,13 +18,14 @@ from resumed_runs import Elsewhere, Interrupt, assert_same
 from tiny import PAIRS
 from tqdm import tqdm
 
-from llmchain_fed import ConsoleTable, FederatedAveraging, TrainingConfig, evaluate_locally
+from llmchain_fed import ConsoleTable, FederatedAveraging, TrainingConfig
 from llmchain_fed.errors import ConfigError, QuorumError
 from llmchain_fed.federated.callbacks import notes_of
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
 from llmchain_fed.federated.server import evaluation
 from llmchain_fed.federated.server.divergence import Divergence
 from llmchain_fed.federated.server.evaluation import Measurement
+from llmchain_fed.training.evaluation import evaluate_as
 
 SHARES = {"a": PAIRS[:5], "b": PAIRS[5:9]}
 HELD_OUT = {"a": PAIRS[9:11], "b": PAIRS[10:]}
@@ -274,13 +275,13 @@ def test_a_loss_that_is_no_longer_finite_stops(names, of, elsewhere, make_chain,
 def test_a_shared_loss_that_is_not_finite(make_chain, monkeypatch):
     fed = federation(make_chain(), training=GENTLE, evaluation=PAIRS[9:])
     fed.fit(rounds=1)
-    inner = evaluate_locally
+    inner = evaluate_as
 
     def broken(*given_, **options):
         found = inner(*given_, **options)
         return type(found)(math.inf, found.tokens, found.examples)
 
-    monkeypatch.setattr(evaluation, "evaluate_locally", broken)
+    monkeypatch.setattr(evaluation, "evaluate_as", broken)
     history = fed.fit(rounds=3, on_divergence="stop")
     assert len(history) == 2
     assert history.stopped_early == history[-1].notes[0]
