@@ -18,6 +18,7 @@ from llmchain_fed._config import explain, unknown_option
 from llmchain_fed.chain import gathering
 from llmchain_fed.chain.labels import Classifies
 from llmchain_fed.chain.recording import recorded
+from llmchain_fed.chain.sources import Previews
 from llmchain_fed.data.dialogues import Dialogue
 from llmchain_fed.data.prompt import Call, plain_text
 from llmchain_fed.errors import ConfigError, DataError, UnsupportedModelError
@@ -31,7 +32,7 @@ OPTIONS = frozenset(GenerationOptions.model_fields)
 ALIASES = {"max_tokens": "max_new_tokens"}  # LangChain's standard name → transformers'
 
 
-class LocalLanguageModel(Classifies, BaseModel):
+class LocalLanguageModel(Classifies, Previews, BaseModel):
     """The fields of `LocalLLM` and `LocalChatModel`. Constructors are cheap; only `from_pretrained` reads weights."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -316,6 +317,10 @@ class Bare:
             )
             raise DataError(msg)
         return self.face.dialogue_calls(dialogue, self.call)
+
+    def call_options(self) -> Mapping[str, Any]:
+        """The keywords that go along with every call."""
+        return self.call
 
     def generation_options(self) -> dict[str, Any]:
         """Keywords for `model.generate` that give the answers the face gives."""

@@ -31,6 +31,7 @@ from llmchain_fed.chain.llm import LocalLLM
 from llmchain_fed.chain.messages import dialogue_calls, placeholder, read_tools
 from llmchain_fed.chain.prompt_step import PromptStep, mark_values
 from llmchain_fed.chain.saving.savable import Savable
+from llmchain_fed.chain.sources import Previews
 from llmchain_fed.data.dialogues import Dialogue
 from llmchain_fed.data.prompt import Call
 from llmchain_fed.errors import ConfigError, PromptVariablesError, UnsupportedModelError
@@ -40,7 +41,7 @@ from llmchain_fed.recipes.parsers import StripOutputParser
 _PARTS = frozenset({"prompt", "llm", "output_parser", "llm_kwargs", "bound"})
 
 
-class LLMChain(RunnableWithCallKwargs, Savable, Classifies):
+class LLMChain(RunnableWithCallKwargs, Savable, Classifies, Previews):
     r"""`prompt | llm | parser`, and the same object after a federation has trained its model.
 
     Every Runnable verb works, sync and async, and call-time keywords (`stop`, `max_new_tokens` …) reach the model;
@@ -166,6 +167,10 @@ class LLMChain(RunnableWithCallKwargs, Savable, Classifies):
     def as_prompt(self) -> Self:
         """What makes text of an example's input: the chain itself."""
         return self
+
+    def call_options(self) -> dict[str, Any]:
+        """The keywords that go along with every call to the model."""
+        return self._all_llm_kwargs()
 
     def calls(self, inputs: Any, completion: Any) -> Sequence[Call]:
         """What the model reads for an example and what it should answer.

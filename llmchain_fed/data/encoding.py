@@ -128,6 +128,7 @@ def encode_examples(
                 flat += segment
                 bounds.append(bounds[-1] + len(segment))
             starts.append(len(bounds) - 1)
+    report.without_end = report.used if not model.eos_ids else 0
     return EncodedExamples(
         torch.tensor(flat, dtype=torch.int32), torch.tensor(bounds), torch.tensor(starts), report, first
     )

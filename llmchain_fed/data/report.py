@@ -13,6 +13,7 @@ _KEPT = {
     "raw": "raw text",
     "prompt_as_input": "with a prompt that goes through the template",
     "control_text": "with a control token spelled as text",
+    "without_end": "without an end token, which the model lacks, so that no answer learns where to end",
 }
 _LEFT_OUT = {
     "empty": "empty",
@@ -57,6 +58,8 @@ class DataReport:
     """kept: rows of `prompt` and `completion` whose prompt is the input and goes through the template"""
     control_text: int = 0
     """kept: examples that spell a control token where they may not write one; it is encoded as text"""
+    without_end: int = 0
+    """kept: all of them, where the model and its tokenizer have no end token: no answer learns where to end"""
     completion_tokens: int = 0
     """tokens that carry loss, end tokens included"""
 
@@ -73,7 +76,7 @@ class DataReport:
     @property
     def worth_saying(self) -> bool:
         """Whether examples were left out, or taken otherwise than their form suggests."""
-        taken = self.raw + self.prompt_as_input + self.control_text + self.length_out_of_range
+        taken = self.raw + self.prompt_as_input + self.control_text + self.length_out_of_range + self.without_end
         return bool(self.empty or self.too_long or self.left_out or taken)
 
     def in_words(self) -> str:

@@ -23,6 +23,7 @@ from llmchain_fed.federated.history import History, RoundRecord
 from llmchain_fed.federated.manual_round import ManualRounds
 from llmchain_fed.federated.options import FederationConfig, FederationOptions
 from llmchain_fed.federated.participant import Participant
+from llmchain_fed.federated.previewing import PreviewsData
 from llmchain_fed.federated.reporting.screen import Screen
 from llmchain_fed.federated.server import personalization
 from llmchain_fed.federated.server.assembly import assemble
@@ -35,7 +36,7 @@ from llmchain_fed.federated.settings import showing_options
 from llmchain_fed.training.evaluation import EvaluationResult, evaluate_as
 
 
-class FederatedAveraging(ManualRounds):
+class FederatedAveraging(ManualRounds, PreviewsData):
     """Lets a chain learn from several participants' examples without pooling them.
 
     In each round every participant starts from the same global weights, trains on its own examples, and hands over its

@@ -62,6 +62,11 @@ class ComposedChain:
         self._lock = threading.Lock()
 
     @property
+    def faces(self) -> Sequence[LocalLanguageModel]:
+        """The faces of the trainable model, through which it is called."""
+        return self._faces
+
+    @property
     def model(self) -> LocalModel:
         """The `LocalModel` that answers and that a federation trains."""
         return self._faces[0].model
