@@ -41,6 +41,8 @@ class LocalLanguageModel(Classifies, Previews, BaseModel):
     """fields of a kind of face alone, which decide how its input becomes text"""
     rendering_options: ClassVar[frozenset[str]] = frozenset()
     """call-time keywords that decide the prompt's text, not how the model answers it"""
+    answer_options: ClassVar[frozenset[str]] = frozenset()
+    """call-time keywords that decide what is made of an answer, or of how many"""
 
     model: LocalModel = Field(exclude=True, repr=False)
     """what answers; shared, never copied"""
@@ -120,7 +122,7 @@ class LocalLanguageModel(Classifies, Previews, BaseModel):
         """
         given = {ALIASES.get(k, k): v for k, v in overrides.items() if v is not None}
         for name in given.keys() - OPTIONS:
-            raise ConfigError(unknown_option(name, {*OPTIONS, "stop", *self.rendering_options}))
+            raise ConfigError(unknown_option(name, {*OPTIONS, "stop", *self.rendering_options, *self.answer_options}))
         own = {name: getattr(self, name) for name in OPTIONS & self.model_fields_set}
         return own | given | {"stop": self.stop if stop is None else stop}
 
@@ -324,7 +326,8 @@ class Bare:
 
     def generation_options(self) -> dict[str, Any]:
         """Keywords for `model.generate` that give the answers the face gives."""
-        call = {k: v for k, v in self.call.items() if k not in self.face.rendering_options}
+        apart = self.face.rendering_options | self.face.answer_options
+        call = {k: v for k, v in self.call.items() if k not in apart}
         return self.face.all_options(call.pop("stop", None), call)
 
     def parsed(self, text: str) -> str:

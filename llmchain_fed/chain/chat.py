@@ -6,6 +6,7 @@ templates are written for. Knows nothing about prompts' templates or training.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from llmchain_fed.data.prompt import Call
 from llmchain_fed.errors import ChatTemplateError, ConfigError, DataError, UnsupportedModelError
 from llmchain_fed.model import chat_answer, chat_template
 from llmchain_fed.model.generation.answers import Completion
+from llmchain_fed.model.token_logprobs import AnswerForm, openai_logprobs
 
 
 class LocalChatModel(ChatBatch, BaseChatModel):
@@ -47,6 +49,7 @@ class LocalChatModel(ChatBatch, BaseChatModel):
     """switches of the chat template, such as `{"enable_thinking": False}`; a call may give others, which go first"""
     path_fields: ClassVar[frozenset[str]] = frozenset({"chat_template_kwargs"})
     rendering_options: ClassVar[frozenset[str]] = frozenset({"chat_template_kwargs", "tools"})
+    answer_options: ClassVar[frozenset[str]] = frozenset(AnswerForm.model_fields)
 
     @model_validator(mode="after")
     def _known_switches(self) -> Self:
@@ -195,7 +198,8 @@ class LocalChatModel(ChatBatch, BaseChatModel):
         Raises:
             ConfigError: A keyword that is no option, or one out of range.
         """
-        kwargs = dict(kwargs)
+        AnswerForm.of(kwargs)  # refuses what is none
+        kwargs = {name: value for name, value in kwargs.items() if name not in self.answer_options}
         switches = kwargs.pop("chat_template_kwargs", None)
         if switches is not None and not isinstance(switches, Mapping):
             msg = f"chat_template_kwargs is a mapping of switches to values, got {switches!r:.80}."
@@ -240,7 +244,8 @@ class LocalChatModel(ChatBatch, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         text, options = self.asked(messages, stop, kwargs)
-        return self._result(self.complete([text], options), kwargs)
+        done = self.complete([text] * AnswerForm.of(kwargs).n, options)
+        return self._result(text, done, kwargs)
 
     @override
     async def _agenerate(
@@ -251,11 +256,25 @@ class LocalChatModel(ChatBatch, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         text, options = self.asked(messages, stop, kwargs)
-        return self._result(await self.acomplete([text], options), kwargs)
+        form = AnswerForm.of(kwargs)
+        done = await self.acomplete([text] * form.n, options)
+        if form.logprobs:  # computed beside the loop
+            return await asyncio.to_thread(self._result, text, done, kwargs)
+        return self._result(text, done, kwargs)
 
-    def _result(self, answers: list[Completion], kwargs: Mapping[str, Any]) -> ChatResult:
-        generations = [ChatGeneration(message=self.message(done, kwargs)) for done in answers]
+    def _result(self, text: str, answers: list[Completion], kwargs: Mapping[str, Any]) -> ChatResult:
+        messages = [self.message(done, kwargs) for done in answers]
+        for message, logprobs in zip(messages, self._logprobs(text, answers, kwargs), strict=False):
+            message.response_metadata["logprobs"] = logprobs
+        generations = [ChatGeneration(message=message) for message in messages]
         return ChatResult(generations=generations, llm_output={"model_name": self.model.name})
+
+    def _logprobs(self, text: str, answers: list[Completion], kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Of each answer's tokens, where the call asks for them; else none. A recorder's answers have no tokens."""
+        form = AnswerForm.of(kwargs)
+        if not form.logprobs or is_recording():
+            return []
+        return openai_logprobs(self.model, text, answers, top=form.top_logprobs or 0, add_special_tokens=False)
 
     @override
     def _stream(
@@ -265,7 +284,11 @@ class LocalChatModel(ChatBatch, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        pieces, parting = self.pieces(*self.asked(messages, stop, kwargs)), self.parting(kwargs)
+        if AnswerForm.of(kwargs).n > 1:
+            msg = "a stream is one answer, and n asks for more. Call generate(…, n=…), or stream without n."
+            raise ConfigError(msg)
+        text, options = self.asked(messages, stop, kwargs)
+        pieces, parting = self.pieces(text, options), self.parting(kwargs)
         done: Completion | None = None
         while done is None:
             try:
@@ -278,11 +301,14 @@ class LocalChatModel(ChatBatch, BaseChatModel):
                 if run_manager is not None:
                     run_manager.on_llm_new_token(said, chunk=chunk)
                 yield chunk
+        about = self._about(done)
+        for logprobs in self._logprobs(text, [done], kwargs):
+            about["logprobs"] = logprobs
         yield ChatGenerationChunk(
             message=AIMessageChunk(
                 content="",
                 usage_metadata=_usage(done),
-                response_metadata=self._about(done),
+                response_metadata=about,
                 chunk_position="last",
             )
         )

@@ -260,8 +260,8 @@ class LLMChain(RunnableWithCallKwargs, Savable, Classifies, Previews):
 
     def generation_options(self) -> dict[str, Any]:
         """Keywords for `model.generate` that give the answers this chain gives."""
-        rendering = self._rendering_kwargs()
-        kwargs = {k: v for k, v in self._all_llm_kwargs().items() if k not in rendering}
+        apart = self.face.rendering_options | self.face.answer_options
+        kwargs = {k: v for k, v in self._all_llm_kwargs().items() if k not in apart}
         return self.face.all_options(kwargs.pop("stop", None), kwargs)
 
     def _rendering_kwargs(self) -> dict[str, Any]:

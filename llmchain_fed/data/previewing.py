@@ -17,6 +17,7 @@ from llmchain_fed.data.preview import Preview, PreviewExample, PreviewToken
 from llmchain_fed.data.prompt import Call, Prompt
 from llmchain_fed.errors import DataError
 from llmchain_fed.model.local_model import LocalModel
+from llmchain_fed.model.token_texts import pieces
 
 RAW = "raw text"
 TOKENIZER = "the tokenizer's own"
@@ -151,29 +152,6 @@ def _why(found: EncodedExamples, model: LocalModel, max_length: int | None) -> s
     if found.report.empty:
         return "its completion, its prompt or a variable is missing or blank"
     return found.first_left_out
-
-
-def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token says; of a character that takes several tokens, the last one says it.
-
-    Joined they are the text of all, whatever white space a tokenizer puts where a text begins.
-    """
-    found: list[str] = []
-    before = start = 0  # tokens from `before` to `start` have been told, and say what the next ones follow on
-    for at in range(len(ids)):
-        known = _decoded(tokenizer, ids[before:start])
-        whole = _decoded(tokenizer, ids[before : at + 1])
-        if whole.endswith("\N{REPLACEMENT CHARACTER}") and at + 1 < len(ids) and at - start < 4:
-            found.append("")
-            continue
-        found.append(whole[len(known) :] if whole.startswith(known) else _decoded(tokenizer, ids[start : at + 1]))
-        before, start = start, at + 1
-    return found
-
-
-def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
-    text: str = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return text
 
 
 def _aligned(texts: Sequence[str], text: str, spans: Sequence[Span]) -> list[str]:

@@ -249,4 +249,4 @@ class Answering(Tokens):
         text = self._decode(answer)
         cut = cut_at_stop(text, stops)
         ended = len(answer) < len(ids) or cut != text
-        return Completion(cut, prompt_tokens, len(answer), "stop" if ended else "length")
+        return Completion(cut, prompt_tokens, len(answer), "stop" if ended else "length", tuple(answer))

@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -110,6 +110,8 @@ class Completion:
     prompt_tokens: int
     completion_tokens: int
     finish_reason: Literal["stop", "length"]
+    ids: tuple[int, ...] = field(default=(), repr=False, compare=False)
+    """the tokens that were generated, without the end token, and with those of a stop string"""
 
 
 class StopOnEvent(StoppingCriteria):  # type: ignore[misc]
