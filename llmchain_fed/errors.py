@@ -6,6 +6,7 @@ and files as they were.
     LLMChainFedError
     ├── ConfigError                   an option that is unknown, out of range or contradicts another
     ├── MissingExtraError             an optional dependency is not installed (names the extra)
+    ├── SchemaError                   a schema that no text can keep to, not within the budget, or not understood
     ├── RecipeError                   a prompt or chain recipe that is unknown or not allowed
     ├── ChainFileError                a saved chain directory that is incomplete, altered or foreign
     ├── CheckpointError               a checkpoint that is incomplete, altered or another federation's
@@ -48,6 +49,10 @@ class ConfigError(LLMChainFedError):
 
 class MissingExtraError(LLMChainFedError):
     """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+class SchemaError(LLMChainFedError):
+    """A schema, or the schema of a tool, that no text can keep to, not within the budget, or that is not understood."""
 
 
 class RecipeError(LLMChainFedError):
