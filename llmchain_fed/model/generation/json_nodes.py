@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -84,6 +84,10 @@ class Literal(Node):
     def pattern(self) -> str:
         """The text with every character that means something escaped."""
         return "".join(_escaped(ord(c)) for c in self.text)
+
+
+class Control(Literal):
+    """A control token by its text: no other spelling of it is one."""
 
 
 class Chars(Node):
@@ -398,8 +402,12 @@ def _shorter(one: str | None, other: str | None) -> str | None:
 # --- as the engine reads it -----------------------------------------------------------------------------------------
 
 
-def lark(root: Node) -> str:
+def lark(root: Node, controls: Mapping[str, int] | None = None) -> str:
     r"""A node as a grammar of llguidance's Lark.
+
+    Args:
+        root: The node.
+        controls: The id of every control token in it, by its text.
 
     >>> print(lark(Sequence_("[", Leaf(Repeat(Chars.of("01"), 1)), "]")))
     start: "[" T1 "]"
@@ -409,6 +417,8 @@ def lark(root: Node) -> str:
     rules: list[str] = []
 
     def name(node: Node) -> str:
+        if isinstance(node, Control) and controls is not None and node.text in controls:
+            return f"<[{controls[node.text]}]>"
         if isinstance(node, Literal):
             return json.dumps(node.text, ensure_ascii=False) if node.text else '""'
         if id(node) not in written:

@@ -170,7 +170,8 @@ def number(low: Decimal | None, high: Decimal | None, *, low_open: bool, high_op
         msg = f"there is no {'whole ' if whole else ''}number between {low} and {high}. Correct the bounds."
         raise SchemaError(msg)
     unbounded = low is None and high is None
-    exponent = Choice("", Sequence_(Chars.of("eE"), Choice("", "+", "-"), Repeat(DIGIT, 1, 3)))
+    power = Choice(Sequence_("-", Repeat(DIGIT, 1, 3)), Sequence_(Choice("", "+"), Repeat(DIGIT, 1, 2)))  # finite
+    exponent = Choice("", Sequence_(Chars.of("eE"), power))
     return Sequence_(Choice(*options), exponent) if unbounded and not whole else Choice(*options)
 
 
