@@ -6,7 +6,6 @@ and files as they were.
     LLMChainFedError
     ├── ConfigError                   an option that is unknown, out of range or contradicts another
     ├── MissingExtraError             an optional dependency is not installed (names the extra)
-    ├── SchemaError                   a schema that no text can keep to, not within the budget, or not understood
     ├── RecipeError                   a prompt or chain recipe that is unknown or not allowed
     ├── ChainFileError                a saved chain directory that is incomplete, altered or foreign
     ├── CheckpointError               a checkpoint that is incomplete, altered or another federation's
@@ -22,6 +21,7 @@ and files as they were.
     │   ├── ExampleFailedError        a composed chain that raises for an example
     │   ├── LabelError                labels that are no set of different texts, or a completion that is none of them
     │   ├── PromptVariablesError      the example's variables are not the prompt's
+    │   ├── SchemaError               a schema that no answer can keep to, or a value or call that does not fit its own
     │   ├── TemplatedTwiceError       a value already carries the template's text
     │   └── UnsayableError            completions that decoding does not give back
     ├── TrainingError
@@ -49,10 +49,6 @@ class ConfigError(LLMChainFedError):
 
 class MissingExtraError(LLMChainFedError):
     """An optional dependency is not installed; the message names the extra that brings it."""
-
-
-class SchemaError(LLMChainFedError):
-    """A schema, or the schema of a tool, that no text can keep to, not within the budget, or that is not understood."""
 
 
 class RecipeError(LLMChainFedError):
@@ -105,6 +101,10 @@ class ExampleFailedError(DataError):
 
 class LabelError(DataError):
     """Labels that are empty, given twice or cannot be told apart, or a completion that is none of them."""
+
+
+class SchemaError(DataError):
+    """A schema that no answer can keep to, or not within the budget; or an object or a call that does not fit."""
 
 
 class ChatTemplateError(DataError):

@@ -319,7 +319,7 @@ class Bare:
 
     def generation_options(self) -> dict[str, Any]:
         """Keywords for `model.generate` that give the answers the face gives."""
-        call = {k: v for k, v in self.call.items() if k not in self.face.rendering_options}
+        call = dict(self.call)
         return self.face.all_options(call.pop("stop", None), call)
 
     def parsed(self, text: str) -> str:

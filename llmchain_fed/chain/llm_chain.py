@@ -255,8 +255,7 @@ class LLMChain(RunnableWithCallKwargs, Savable, Classifies):
 
     def generation_options(self) -> dict[str, Any]:
         """Keywords for `model.generate` that give the answers this chain gives."""
-        rendering = self._rendering_kwargs()
-        kwargs = {k: v for k, v in self._all_llm_kwargs().items() if k not in rendering}
+        kwargs = self._all_llm_kwargs()
         return self.face.all_options(kwargs.pop("stop", None), kwargs)
 
     def _rendering_kwargs(self) -> dict[str, Any]:

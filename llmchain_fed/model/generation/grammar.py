@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from llmchain_fed.errors import ConfigError, SchemaError
-from llmchain_fed.model.generation.json_nodes import Node, lark
+from llmchain_fed.model.generation.json_nodes import Node
+from llmchain_fed.model.generation.lark import lark
 from llmchain_fed.model.generation.vocabulary import Vocabulary
 
 _LOOKED_AT = 32  # of the tokens that may come, by probability, where each must be tried out
@@ -64,9 +65,9 @@ class Grammar:
         needed = len(self.shortest(vocabulary)) + 1
         if needed > budget:
             msg = (
-                f"the shortest answer that keeps to the schema ({self.node.shortest!r:.120}) takes {needed} tokens with "
-                f"the end token, and there is room for {budget}. Set max_new_tokens={needed} or more, and keep the "
-                "prompt short enough for them."
+                f"the shortest answer that keeps to the schema ({self.node.shortest!r:.120}) takes {needed} tokens "
+                f"with the end token, and there is room for {budget}. Set max_new_tokens={needed} or more, and keep "
+                "the prompt short enough for them."
             )
             raise SchemaError(msg)
 
@@ -151,10 +152,10 @@ class _Row:
 
 
 def _characters(said: bytes) -> tuple[str, bytes]:
-    """Bytes → the text of them, an unfinished character finished, and the bytes that finish it.
+    r"""Bytes → the text of them, an unfinished character finished, and the bytes that finish it.
 
     >>> _characters("é".encode()[:1])
-    ('À', b'\\x80')
+    ('À', b'\x80')
     """
     for cut in range(4):
         try:

@@ -6,10 +6,9 @@ must follow. Knows texts alone. Knows nothing about JSON, tokens or models.
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -67,10 +66,12 @@ class Literal(Node):
 
     @property
     def shortest(self) -> str:
+        """The text."""
         return self.text
 
     @property
     def longest_rest(self) -> int:
+        """See `Node`."""
         return len(self.text)
 
     def read(self, text: str, at: int) -> Reading:
@@ -108,6 +109,7 @@ class Chars(Node):
 
     @property
     def longest_rest(self) -> int:
+        """See `Node`."""
         return 1
 
     def has(self, character: str) -> bool:
@@ -280,6 +282,7 @@ class StringBody(Node):
 
     @property
     def longest_rest(self) -> int:
+        """See `Node`."""
         return self.least + 6
 
     def read(self, text: str, at: int) -> Reading:
@@ -300,9 +303,7 @@ class StringBody(Node):
 
     def pattern(self) -> str:
         """A quantified group of characters and escapes."""
-        return (
-            r'(?:[^"\\\x00-\x1f]|\\["\\\/bfnrt]|\\u00[01][0-9a-f])' + quantifier(self.least, self.most)
-        )
+        return r'(?:[^"\\\x00-\x1f]|\\["\\\/bfnrt]|\\u00[01][0-9a-f])' + quantifier(self.least, self.most)
 
 
 class Text(Node):
@@ -323,13 +324,14 @@ class Text(Node):
 
     @property
     def longest_rest(self) -> int:
+        """See `Node`."""
         return len(self.shortest)
 
     def read(self, text: str, at: int) -> Reading:
         """Looks for the marker; without one, all of the text is read."""
         found = text.find(self.marker, at)
-        if not self.marked:  # what follows a text cannot be told from it, so it is read to the end
-            return Reading(frozenset((len(text),)), "") if found < 0 else _NO
+        if not self.marked:  # nothing but the marker can be told from a text
+            return Reading(frozenset((len(text),)), "") if found < 0 else Reading(frozenset((found,)), None)
         if found >= 0:
             end = found + len(self.marker)
             return Reading(frozenset((end,)), "" if end == len(text) else None)
@@ -354,6 +356,7 @@ class Leaf(Node):
 
     @property
     def longest_rest(self) -> int:
+        """See `Node`."""
         return self.inner.longest_rest
 
     def read(self, text: str, at: int) -> Reading:
@@ -397,58 +400,3 @@ def _shorter(one: str | None, other: str | None) -> str | None:
     if one is None or other is None:
         return other if one is None else one
     return other if len(other) < len(one) else one
-
-
-# --- as the engine reads it -----------------------------------------------------------------------------------------
-
-
-def lark(root: Node, controls: Mapping[str, int] | None = None) -> str:
-    r"""A node as a grammar of llguidance's Lark.
-
-    Args:
-        root: The node.
-        controls: The id of every control token in it, by its text.
-
-    >>> print(lark(Sequence_("[", Leaf(Repeat(Chars.of("01"), 1)), "]")))
-    start: "[" T1 "]"
-    T1: /(?:[0-1])+/
-    """
-    written: dict[int, str] = {}
-    rules: list[str] = []
-
-    def name(node: Node) -> str:
-        if isinstance(node, Control) and controls is not None and node.text in controls:
-            return f"<[{controls[node.text]}]>"
-        if isinstance(node, Literal):
-            return json.dumps(node.text, ensure_ascii=False) if node.text else '""'
-        if id(node) not in written:
-            terminal = isinstance(node, (Leaf, Text))
-            written[id(node)] = f"{'T' if terminal else 'r'}{len(written) + 1}"
-            at = len(rules)
-            rules.append("")
-            rules[at] = f"{written[id(node)]}: {_terminal(node) if terminal else body(node)}"
-        return written[id(node)]
-
-    def body(node: Node) -> str:
-        if isinstance(node, Sequence_):
-            return _joined([name(part) for part in node.parts], " ")
-        if isinstance(node, Choice):
-            return _joined([name(option) for option in node.options], " | ")
-        if isinstance(node, Repeat):
-            return f"({name(node.item)}){quantifier(node.least, node.most)}"
-        return name(node)
-
-    top = f"start: {body(root)}"
-    return "\n".join([top, *rules])
-
-
-def _joined(parts: Sequence[str], by: str) -> str:
-    return by.join(parts) or '""'
-
-
-def _terminal(node: Node) -> str:
-    if isinstance(node, Text):
-        marker = Literal(node.marker).pattern()
-        without = f"/(?s:.*)/ & ~/(?s:.*){marker}(?s:.*)/"
-        return f"({without}) /{marker}/" if node.marked else without
-    return f"/{node.pattern()}/"

@@ -46,10 +46,12 @@ _OF_TYPES: dict[str, frozenset[str]] = {
     "boolean": frozenset(),
     "null": frozenset(),
 }
-_KNOWN = frozenset().union(_DESCRIBES, *_OF_TYPES.values(), {"type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"})
+_KNOWN = frozenset().union(
+    _DESCRIBES, *_OF_TYPES.values(), {"type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"}
+)
 
 
-def shape_of(schema: Mapping[str, Any] | bool, style: Style | None = None) -> Shape:
+def shape_of(schema: Mapping[str, Any], style: Style | None = None) -> Shape:
     """What the values of a schema look like.
 
     Args:
@@ -273,5 +275,3 @@ def _both(one: Mapping[str, Any], other: Any, where: str) -> Mapping[str, Any]:
 def _wrong(where: str, what: str) -> SchemaError:
     place = f"at {where.lstrip('/') or 'its top'}"
     return SchemaError(f"the schema {place}: {what}. An answer could not be kept to it; write it otherwise.")
-
-

@@ -74,6 +74,7 @@ class Scalar(Shape):
 
     @property
     def node(self) -> Node:
+        """Their texts."""
         return self._node
 
     def write(self, value: Any, where: str = "") -> str:
@@ -93,7 +94,11 @@ class Scalar(Shape):
 def string(style: Style, least: int = 0, most: int | None = None, body: Node | None = None, named: str = "") -> Scalar:
     """Strings of so many characters, or those whose text between the quotes a node describes."""
     inner = body if body is not None else StringBody(least, most)
-    size = f" of {least} to {most if most is not None else 'any number of'} characters" if least or most is not None else ""
+    size = (
+        f" of {least} to {most if most is not None else 'any number of'} characters"
+        if least or most is not None
+        else ""
+    )
     return Scalar(Sequence_('"', inner, '"'), (str,), named or f"a string{size}", style)
 
 
@@ -165,7 +170,9 @@ class Items(Shape):
             most = self._most if self._most is not None else "any number"
             raise misfit(value, where, f"an array of {self._least} to {most} items")
         shapes = [self._first[i] if i < len(self._first) else self._rest for i in range(len(value))]
-        texts = [s.write(v, f"{where}[{i}]") for i, (s, v) in enumerate(zip(shapes, value, strict=True)) if s is not None]
+        texts = [
+            s.write(v, f"{where}[{i}]") for i, (s, v) in enumerate(zip(shapes, value, strict=True)) if s is not None
+        ]
         return f"[{self._style.item.join(texts)}]"
 
 
@@ -246,7 +253,9 @@ class Named(Shape):
         if self._most is not None and len(value) > self._most:
             raise misfit(value, where, f"an object of at most {self._most} names")
         pairs = [
-            self._name.write(k, f"a name in {where or 'the object'}") + self._style.key + self._value.write(v, f"{where}.{k}")
+            self._name.write(k, f"a name in {where or 'the object'}")
+            + self._style.key
+            + self._value.write(v, f"{where}.{k}")
             for k, v in value.items()
         ]
         return "{" + self._style.item.join(pairs) + "}"

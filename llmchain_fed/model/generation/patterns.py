@@ -29,6 +29,7 @@ _NEGATED = {
     sre.CATEGORY_NOT_SPACE: sre.CATEGORY_SPACE,
 }
 DIGIT = Chars(((48, 57),))
+_MOST_DIGITS = 30  # of a number without bounds: Python reads thousands of digits no more, and no double has so many
 ESCAPED = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\b": "\\b", "\f": "\\f"}
 """how JSON writes what cannot stand in a string as it is"""
 
@@ -196,7 +197,7 @@ def _from(low: Decimal, high: Decimal | None, low_open: bool, high_open: bool, w
     return found
 
 
-_FRACTION = Choice("", Sequence_(".", Repeat(DIGIT, 1)))
+_FRACTION = Choice("", Sequence_(".", Repeat(DIGIT, 1, _MOST_DIGITS)))
 
 
 def _fractions(low: Decimal, high: Decimal | None, low_open: bool, high_open: bool) -> list[Node]:  # noqa: FBT001
@@ -219,7 +220,9 @@ def _fraction(low: str | None, high: str | None, low_open: bool, high_open: bool
     b = int(high[0]) if high else 0 if high is not None else 10
     options: list[Node] = []
     if a == b:
-        rest = _fraction(low[1:] if low else low, high[1:] if high else high, low_open, high_open) if low or high else None
+        rest = (
+            _fraction(low[1:] if low else low, high[1:] if high else high, low_open, high_open) if low or high else None
+        )
         if not low and not high and not low_open and not high_open:
             return Repeat(Literal("0"), 1)
         return Sequence_(str(a), rest) if rest is not None else None
@@ -269,9 +272,9 @@ def integers(low: int, high: int | None) -> list[Node]:
         return []
     if high is None:
         size = len(str(low))
-        longer: list[Node] = [Sequence_(Chars(((49, 57),)), Repeat(DIGIT, size))]
+        longer: list[Node] = [Sequence_(Chars(((49, 57),)), Repeat(DIGIT, size, max(size, _MOST_DIGITS)))]
         if low == 0:
-            return [Literal("0"), Sequence_(Chars(((49, 57),)), Repeat(DIGIT))]
+            return [Literal("0"), Sequence_(Chars(((49, 57),)), Repeat(DIGIT, 0, _MOST_DIGITS))]
         return [*integers(low, 10**size - 1), *longer]
     found: list[Node] = []
     for size in range(len(str(low)), len(str(high)) + 1):

@@ -32,7 +32,7 @@ class Vocabulary:
         count = len(tokenizer)
         ends = [token for token in eos if token < count]
         if not ends:
-            msg = f"{name!r} has no end token, so an answer that keeps to a schema could not end. Set tokenizer.eos_token."
+            msg = f"{name!r} has no end token, so an answer kept to a schema could not end. Set tokenizer.eos_token."
             raise UnsupportedModelError(msg)
         try:
             self.inner: Any = engine.hf.from_tokenizer(tokenizer, n_vocab=count, eos_token=ends)
