@@ -18,6 +18,7 @@ from langchain_core.output_parsers import (
 )
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel, TypeAdapter
 from pydantic.errors import PydanticUserError
 from typing_extensions import is_typeddict
@@ -62,7 +63,7 @@ class StructuredAnswers(CallsTools):
         if schema is None and method != "json_mode":
             msg = "with_structured_output takes a Pydantic class, a TypedDict or a JSON schema. Pass one."
             raise ConfigError(msg)
-        model = schema if isinstance(schema, type) and issubclass(schema, BaseModel) else None
+        model = schema if isinstance(schema, type) and is_basemodel_subclass(schema) else None
         parser: Runnable[Any, Any]
         if method == "function_calling":
             assert schema is not None
@@ -111,8 +112,9 @@ def json_schema_of(schema: Any) -> dict[str, Any]:
         SchemaError: It is nothing of that kind, or has no schema.
     """
     try:
-        if isinstance(schema, type) and issubclass(schema, BaseModel):
-            return schema.model_json_schema()
+        if isinstance(schema, type) and is_basemodel_subclass(schema):
+            make = schema.model_json_schema if issubclass(schema, BaseModel) else schema.schema  # of Pydantic 1
+            return dict(make())
         if is_typeddict(schema):
             return TypeAdapter(schema).json_schema()
         if isinstance(schema, Mapping) and ("parameters" in schema or "function" in schema):

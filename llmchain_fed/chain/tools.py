@@ -18,6 +18,7 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
+from langchain_core.utils.pydantic import is_basemodel_instance
 from pydantic import BaseModel
 from typing_extensions import override
 
@@ -272,8 +273,12 @@ class MessagePieces:
 
 def as_data(value: Any) -> Any:
     """An object as JSON data: a Pydantic model's fields, a dataclass's, or the value itself."""
-    if isinstance(value, BaseModel) and not isinstance(value, BaseMessage):
+    if isinstance(value, BaseMessage):
+        return value
+    if isinstance(value, BaseModel):
         return value.model_dump(mode="json", by_alias=True)
+    if is_basemodel_instance(value):  # of Pydantic 1
+        return json.loads(value.json(by_alias=True))
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     return value

@@ -20,6 +20,7 @@ from llmchain_fed.model.control_tokens import added_tokens
 from llmchain_fed.model.generation.json_nodes import Choice, Control, Literal, Node, Repeat, Sequence_, Text
 from llmchain_fed.model.generation.json_schema import shape_of
 from llmchain_fed.model.generation.json_shapes import Shape, Style
+from llmchain_fed.model.generation.lark import lark
 
 _NAMES, _KEYS = ("zqonez", "zqtwoz"), ("zqkeyz", "zqvaluez")
 _TOLD = """# Tools
@@ -204,17 +205,21 @@ def shapes_of(tools: Sequence[Message], style: Style) -> dict[str, Shape]:
     for tool in tools:
         function = tool.get("function", tool)
         name = function.get("name")
-        if not isinstance(name, str) or not name or name in found:
-            msg = f"tools have names, and each its own; got {name!r:.80}{' twice' if name in found else ''}. Rename it."
+        if not isinstance(name, str) or not name:
+            msg = f"a tool has no name: {tool!r:.120}. Name it."
             raise SchemaError(msg)
         parameters = dict(function.get("parameters") or {"type": "object", "properties": {}})
         if not parameters.get("properties") and "additionalProperties" not in parameters:
             parameters["additionalProperties"] = False
         try:
-            found[name] = shape_of(parameters, style)
+            shape = shape_of(parameters, style)
         except SchemaError as error:
             msg = f"the parameters of the tool {name!r}: {error}"
             raise SchemaError(msg) from None
+        if name in found and lark(shape.node) != lark(found[name].node):
+            msg = f"two tools are called {name!r}, with parameters of their own: a call would be of either. Rename one."
+            raise SchemaError(msg)
+        found[name] = shape
     return found
 
 
