@@ -41,6 +41,9 @@ class LocalLanguageModel(Classifies, BaseModel):
     rendering_options: ClassVar[frozenset[str]] = frozenset()
     """call-time keywords that decide the prompt's text, not how the model answers it"""
 
+    answer_options: ClassVar[frozenset[str]] = frozenset()
+    """call-time keywords that decide what an answer may be: a schema, tools"""
+
     model: LocalModel = Field(exclude=True, repr=False)
     """what answers; shared, never copied"""
     max_new_tokens: int = 256
@@ -119,7 +122,7 @@ class LocalLanguageModel(Classifies, BaseModel):
         """
         given = {ALIASES.get(k, k): v for k, v in overrides.items() if v is not None}
         for name in given.keys() - OPTIONS:
-            raise ConfigError(unknown_option(name, {*OPTIONS, "stop", *self.rendering_options}))
+            raise ConfigError(unknown_option(name, {*OPTIONS, "stop", *self.rendering_options, *self.answer_options}))
         own = {name: getattr(self, name) for name in OPTIONS & self.model_fields_set}
         return own | given | {"stop": self.stop if stop is None else stop}
 

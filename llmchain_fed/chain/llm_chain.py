@@ -22,6 +22,7 @@ from llmchain_fed._config import unknown_option
 from llmchain_fed.chain.bindings import (
     ChainInput,
     RunnableWithCallKwargs,
+    apart,
     below_bindings,
     with_face_fields,
 )
@@ -67,6 +68,7 @@ class LLMChain(RunnableWithCallKwargs, Savable, Classifies):
         llm_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
+        llm, output_parser = apart(llm, output_parser)
         prompt = PromptTemplate.from_template(prompt) if isinstance(prompt, str) else prompt
         if not isinstance(prompt, BasePromptTemplate):
             msg = f"prompt is an f-string template or a LangChain prompt, got {type(prompt).__name__}."

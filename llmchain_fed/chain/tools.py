@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any
+from typing import Any, ClassVar
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
@@ -29,8 +29,7 @@ from llmchain_fed.model import chat_answer, tool_format
 from llmchain_fed.model.answer_plan import Plan, chosen_tools, response_shape
 from llmchain_fed.model.tool_reading import Broken, CallReader, Said, read_calls
 
-KEYWORDS = frozenset({"tools", "tool_choice", "parallel_tool_calls", "strict", "response_format"})
-"""keywords of a call that decide what its answer may be"""
+_KEYWORDS = frozenset({"tools", "tool_choice", "parallel_tool_calls", "strict", "response_format"})
 _SILENT = frozenset({"chat_template_kwargs", "ls_structured_output_format"})
 """keywords that are no generation options, and have their place elsewhere"""
 
@@ -40,6 +39,8 @@ _plans: WeakKeyDictionary[Any, dict[str, Plan]] = WeakKeyDictionary()
 
 class CallsTools(LocalLanguageModel):
     """The chat face's part that knows tools; LangChain's class comes behind it."""
+
+    answer_options: ClassVar[frozenset[str]] = _KEYWORDS
 
     def bind_tools(
         self,
@@ -86,7 +87,7 @@ class CallsTools(LocalLanguageModel):
         """
         switches = self.switches | dict(kwargs.get("chat_template_kwargs") or {})
         tools = read_tools(kwargs.get("tools") or ())
-        own = {name: kwargs.get(name) for name in sorted(KEYWORDS - {"tools"})}
+        own = {name: kwargs.get(name) for name in sorted(_KEYWORDS - {"tools"})}
         template = str(getattr(self.model.tokenizer, "chat_template", None))
         key = json.dumps([tools, own, sorted(switches.items()), template], default=repr)
         kept = _plans.setdefault(self.model.tokenizer, {})
@@ -138,7 +139,7 @@ class CallsTools(LocalLanguageModel):
 
     @override
     def options(self, stop: Sequence[str] | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        rest = {name: value for name, value in overrides.items() if name not in KEYWORDS | _SILENT}
+        rest = {name: value for name, value in overrides.items() if name not in self.answer_options | _SILENT}
         found = super().options(stop, rest)
         if not any(overrides.get(name) for name in ("tools", "response_format")):
             return found
