@@ -21,6 +21,7 @@ and files as they were.
     │   ├── ExampleFailedError        a composed chain that raises for an example
     │   ├── LabelError                labels that are no set of different texts, or a completion that is none of them
     │   ├── PromptVariablesError      the example's variables are not the prompt's
+    │   ├── SchemaError               a schema that no answer can keep to, or a value or call that does not fit its own
     │   ├── TemplatedTwiceError       a value already carries the template's text
     │   └── UnsayableError            completions that decoding does not give back
     ├── TrainingError
@@ -100,6 +101,10 @@ class ExampleFailedError(DataError):
 
 class LabelError(DataError):
     """Labels that are empty, given twice or cannot be told apart, or a completion that is none of them."""
+
+
+class SchemaError(DataError):
+    """A schema that no answer can keep to, or not within the budget; or an object or a call that does not fit."""
 
 
 class ChatTemplateError(DataError):

@@ -84,6 +84,7 @@ PUBLIC = [
     "Reptile",
     "Rule",
     "Runtime",
+    "SchemaError",
     "Site",
     "TemplatedTwiceError",
     "TensorBoard",

@@ -41,8 +41,10 @@ class LocalLanguageModel(Classifies, Previews, BaseModel):
     """fields of a kind of face alone, which decide how its input becomes text"""
     rendering_options: ClassVar[frozenset[str]] = frozenset()
     """call-time keywords that decide the prompt's text, not how the model answers it"""
-    answer_options: ClassVar[frozenset[str]] = frozenset()
+    form_options: ClassVar[frozenset[str]] = frozenset()
     """call-time keywords that decide what is made of an answer, or of how many"""
+    answer_options: ClassVar[frozenset[str]] = frozenset()
+    """call-time keywords that decide what an answer may be: a schema, tools"""
 
     model: LocalModel = Field(exclude=True, repr=False)
     """what answers; shared, never copied"""
@@ -326,8 +328,7 @@ class Bare:
 
     def generation_options(self) -> dict[str, Any]:
         """Keywords for `model.generate` that give the answers the face gives."""
-        apart = self.face.rendering_options | self.face.answer_options
-        call = {k: v for k, v in self.call.items() if k not in apart}
+        call = {k: v for k, v in self.call.items() if k not in self.face.form_options}
         return self.face.all_options(call.pop("stop", None), call)
 
     def parsed(self, text: str) -> str:

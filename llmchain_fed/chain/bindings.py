@@ -9,7 +9,8 @@ from abc import abstractmethod
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Self
 
-from langchain_core.runnables import RunnableConfig, RunnableWithFallbacks
+from langchain_core.language_models import BaseLanguageModel
+from langchain_core.runnables import RunnableConfig, RunnableSequence, RunnableWithFallbacks
 from langchain_core.runnables.base import RunnableBindingBase
 from typing_extensions import override
 
@@ -22,6 +23,14 @@ def below_bindings(llm: Any) -> Any:
         # by class: RunnableWithFallbacks forwards unknown attributes, `bound` too, to what is within
         llm = llm.runnable if isinstance(llm, RunnableWithFallbacks) else llm.bound
     return llm
+
+
+def apart(llm: Any, parser: Any) -> tuple[Any, Any]:
+    """A model and a parser, where what was given as the model is both: `chat.with_structured_output(…)`."""
+    if not isinstance(llm, RunnableSequence) or not isinstance(below_bindings(llm.first), BaseLanguageModel):
+        return llm, parser
+    own = llm.steps[1] if len(llm.steps) == 2 else RunnableSequence(*llm.steps[1:])
+    return llm.first, own if parser is None else own | parser
 
 
 def with_face_fields(llm: Any, **fields: Any) -> Any:

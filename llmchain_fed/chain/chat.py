@@ -19,21 +19,23 @@ from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from typing_extensions import override
 
 from llmchain_fed.chain.chat_batch import ChatBatch
 from llmchain_fed.chain.messages import answer_in, converted, dialogue_calls, read_tools
 from llmchain_fed.chain.recording import is_recording
+from llmchain_fed.chain.structured import StructuredAnswers
 from llmchain_fed.data.dialogues import Dialogue
 from llmchain_fed.data.prompt import Call
 from llmchain_fed.errors import ChatTemplateError, ConfigError, DataError, UnsupportedModelError
-from llmchain_fed.model import chat_answer, chat_template
+from llmchain_fed.model import chat_answer, chat_template, tool_format
+from llmchain_fed.model.answer_plan import Plan
 from llmchain_fed.model.generation.answers import Completion
 from llmchain_fed.model.token_logprobs import AnswerForm, openai_logprobs
 
 
-class LocalChatModel(ChatBatch, BaseChatModel):
+class LocalChatModel(StructuredAnswers, ChatBatch, BaseChatModel):
     """A local causal model behind LangChain's chat interface; the tokenizer's chat template writes the prompt.
 
     `batch` and `abatch` are real batches, and so are calls that are awaited at the same time.
@@ -49,7 +51,9 @@ class LocalChatModel(ChatBatch, BaseChatModel):
     """switches of the chat template, such as `{"enable_thinking": False}`; a call may give others, which go first"""
     path_fields: ClassVar[frozenset[str]] = frozenset({"chat_template_kwargs"})
     rendering_options: ClassVar[frozenset[str]] = frozenset({"chat_template_kwargs", "tools"})
-    answer_options: ClassVar[frozenset[str]] = frozenset(AnswerForm.model_fields)
+    form_options: ClassVar[frozenset[str]] = frozenset(AnswerForm.model_fields)
+    _recorded_call: dict[str, Any] = PrivateAttr(default_factory=dict)
+    """keywords of the call that a recorder is about to answer"""
 
     @model_validator(mode="after")
     def _known_switches(self) -> Self:
@@ -84,32 +88,44 @@ class LocalChatModel(ChatBatch, BaseChatModel):
         """A completion → the text that the model is to write for it.
 
         Text is taken as it is. A message of the assistant's, with its reasoning and its calls of tools, becomes what
-        the chat template writes between the generation prompt and the end token.
+        the chat template writes between the generation prompt and the end token. An object becomes JSON, or the call
+        of a tool, as the keywords of the call want it.
 
         Args:
-            completion: Text, an `AIMessage`, or a mapping of the role `assistant`.
+            completion: Text, an `AIMessage`, a mapping of the role `assistant`, or an object of the call's schema.
             call: Keywords of the call that it answers.
 
         Raises:
             DataError: It is nothing that this face could answer.
+            SchemaError: It does not fit the schema or the tools of the call.
         """
-        message = None if isinstance(completion, str) else answer_in(completion)
-        if message is None:
-            return super().written(completion, call)
-        call = call or {}
-        answer, name = converted(message, self.model.name), self.model.name
+        call = self._recorded_call if call is None else call
+        plan = self.plan(call)
+        made = self.answer_object(completion, plan)
+        if isinstance(made, str):
+            return plan.kept(made)
+        message = made or (None if isinstance(completion, str) else answer_in(completion))
+        if message is not None:
+            return plan.kept(self._written_message(message, call, plan))
+        text = super().written(completion, call)
+        if plan.node is not None and plan.opened and chat_answer.CLOSE not in text:
+            text = chat_answer.own_text(text, "", opened=True)
+        return plan.kept(text)
+
+    def _written_message(self, message: AIMessage, call: Mapping[str, Any], plan: Plan) -> str:
+        answer = self.checked_calls(converted(message, self.model.name), plan)
         given = self._switches(call.get("chat_template_kwargs"))
-        text = chat_answer.answer_text(
-            self.model.tokenizer, answer, given, controls=self.model.control_tokens(), name=name,
-            tools=call.get("tools") or (),
-        )  # fmt: skip
-        if text is not None:
-            return text
-        if answer.get("tool_calls"):
-            msg = f"the chat template of {name!r} writes no calls of tools, so no answer can be one. Answer in text."
-            raise ChatTemplateError(msg)
-        opened = chat_answer.opens_reasoning(self.model.tokenizer, given, name=name)
-        return chat_answer.own_text(message.text, answer.get("reasoning_content", ""), opened=opened)
+        calls, form = answer.get("tool_calls"), plan.form if plan.tools else self.form(given)
+        if not calls or form.own or (form.shows and not plan.tools):
+            text = chat_answer.answer_text(
+                self.model.tokenizer, answer, given, controls=self.model.control_tokens(), name=self.model.name,
+                tools=plan.tools if form.own else (),
+            )  # fmt: skip
+            if text is not None:
+                return text
+        (said,) = tool_format.told([{**answer, "content": message.text}], ())
+        opened = chat_answer.opens_reasoning(self.model.tokenizer, given, name=self.model.name)
+        return chat_answer.own_text(said["content"], answer.get("reasoning_content", ""), opened=opened)
 
     @override
     def dialogue_calls(self, dialogue: Dialogue, call: Mapping[str, Any]) -> Sequence[Call]:
@@ -131,13 +147,13 @@ class LocalChatModel(ChatBatch, BaseChatModel):
         messages: LanguageModelInput,
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        tools: Sequence[dict[str, Any]] | None = None,
+        tools: Sequence[Any] | None = None,
     ) -> str:
         """Messages, or whatever else `invoke` takes → the text that the model sees, up to where its answer begins.
 
         A last message of the assistant's is a begun answer, which the model goes on from. Where a message's text
         spells a control token, the result is a `Rendered`, which `LocalModel.encode` keeps from becoming one. Switches
-        of the template for this call go over the model's own. JSON schemas of tools go to the template.
+        of the template for this call go over the model's own. Tools go to the template, or into the system message.
 
         Raises:
             ChatTemplateError: The template refuses the messages.
@@ -154,12 +170,26 @@ class LocalChatModel(ChatBatch, BaseChatModel):
         except (ValueError, TypeError, NotImplementedError) as error:
             msg = f"cannot read {messages!r:.80} as an input of LocalChatModel: {error}. Pass text or messages."
             raise DataError(msg) from None
-        if tools and not chat_template.takes_tools(chat_template.template_of(model.tokenizer, model.name)):
-            msg = f"the chat template of {model.name!r} has no place for tools. Describe them in a system message."
-            raise ChatTemplateError(msg)
+        schemas = read_tools(tools or ())
+        conversation, schemas = self._told(conversation, schemas, given)
         return chat_template.render(
-            model.tokenizer, conversation, given, controls=model.control_tokens(), name=model.name, tools=tools or ()
+            model.tokenizer, conversation, given, controls=model.control_tokens(), name=model.name, tools=schemas
         )
+
+    def _told(
+        self, conversation: list[dict[str, Any]], tools: list[dict[str, Any]], given: Mapping[str, Any]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The messages, and what the template is given of tools; where it cannot tell of them, messages do."""
+        calls = any(m.get("tool_calls") or m["role"] == "tool" for m in conversation)
+        if not tools and not calls:
+            return conversation, tools
+        form = self.form(given)
+        if form.own or (form.shows and not tools):
+            return conversation, tools
+        told = tool_format.told(conversation, tools)
+        if tools and not tool_format.takes_system(self.model.tokenizer, given):
+            told = tool_format.told_to_user(told)
+        return told, []
 
     def _switches(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
         """The template's switches for a call: its own over the model's."""
@@ -182,14 +212,6 @@ class LocalChatModel(ChatBatch, BaseChatModel):
             texts += [json.dumps(schemas)] if schemas else []
         return sum(map(len, self.model.encode(texts, add_special_tokens=False)))
 
-    def parting(self, kwargs: Mapping[str, Any]) -> chat_answer.Parting:
-        """What takes the answer to a call with these keywords apart: what is thought, and what is said."""
-        return chat_answer.Parting(opened=self._opened(kwargs))
-
-    def _opened(self, kwargs: Mapping[str, Any]) -> bool:
-        given = self._switches(kwargs.get("chat_template_kwargs"))
-        return chat_answer.opens_reasoning(self.model.tokenizer, given, name=self.model.name)
-
     def asked(
         self, messages: list[BaseMessage], stop: list[str] | None, kwargs: Mapping[str, Any]
     ) -> tuple[str, dict[str, Any]]:
@@ -199,19 +221,18 @@ class LocalChatModel(ChatBatch, BaseChatModel):
             ConfigError: A keyword that is no option, or one out of range.
         """
         AnswerForm.of(kwargs)  # refuses what is none
-        kwargs = {name: value for name, value in kwargs.items() if name not in self.answer_options}
-        switches = kwargs.pop("chat_template_kwargs", None)
+        kwargs = {name: value for name, value in kwargs.items() if name not in self.form_options}
+        switches = kwargs.get("chat_template_kwargs")
         if switches is not None and not isinstance(switches, Mapping):
             msg = f"chat_template_kwargs is a mapping of switches to values, got {switches!r:.80}."
             raise ConfigError(msg)
-        return self.render(messages, chat_template_kwargs=switches), self.options(stop, kwargs)
+        options = self.options(stop, kwargs)
+        return self.render(messages, chat_template_kwargs=switches, tools=kwargs.get("tools")), options
 
     def message(self, done: Completion, kwargs: Mapping[str, Any]) -> AIMessage:
         """The message that an answer is, for a call with these keywords; the one place where that is made of it."""
-        reasoning, content = chat_answer.parted(done.text, opened=self._opened(kwargs))
         return AIMessage(
-            content=content,
-            additional_kwargs=_thought(reasoning),
+            **self.message_fields(done.text, kwargs),
             usage_metadata=_usage(done),
             response_metadata=self._about(done),
         )
@@ -233,7 +254,9 @@ class LocalChatModel(ChatBatch, BaseChatModel):
             return self
         given = kwargs.get("chat_template_kwargs")
         switches = self._switches(given if isinstance(given, Mapping) else None)
-        return self.model_copy(update={"cache": False, "chat_template_kwargs": switches})
+        own = self.model_copy(update={"cache": False, "chat_template_kwargs": switches})
+        own._recorded_call = dict(kwargs)
+        return own
 
     @override
     def _generate(
@@ -288,18 +311,17 @@ class LocalChatModel(ChatBatch, BaseChatModel):
             msg = "a stream is one answer, and n asks for more. Call generate(…, n=…), or stream without n."
             raise ConfigError(msg)
         text, options = self.asked(messages, stop, kwargs)
-        pieces, parting = self.pieces(text, options), self.parting(kwargs)
+        pieces, parts = self.pieces(text, options), self.pieces_of_message(kwargs)
         done: Completion | None = None
         while done is None:
             try:
-                parts = list(parting.feed(next(pieces)))
+                found = list(parts.feed(next(pieces)))
             except StopIteration as end:
-                done, parts = end.value, list(parting.end())
-            for kind, part in parts:
-                said, thought = (part, "") if kind == "content" else ("", part)
-                chunk = ChatGenerationChunk(message=AIMessageChunk(content=said, additional_kwargs=_thought(thought)))
+                done, found = end.value, list(parts.end())
+            for fields in found:
+                chunk = ChatGenerationChunk(message=AIMessageChunk(**fields))
                 if run_manager is not None:
-                    run_manager.on_llm_new_token(said, chunk=chunk)
+                    run_manager.on_llm_new_token(fields["content"], chunk=chunk)
                 yield chunk
         about = self._about(done)
         for logprobs in self._logprobs(text, [done], kwargs):
@@ -315,10 +337,6 @@ class LocalChatModel(ChatBatch, BaseChatModel):
 
     def _about(self, done: Completion) -> dict[str, Any]:
         return {"model_name": self.model.name, "finish_reason": done.finish_reason}
-
-
-def _thought(reasoning: str) -> dict[str, str]:
-    return {"reasoning_content": reasoning} if reasoning else {}
 
 
 def _usage(done: Completion) -> UsageMetadata:

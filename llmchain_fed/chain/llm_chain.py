@@ -22,6 +22,7 @@ from llmchain_fed._config import unknown_option
 from llmchain_fed.chain.bindings import (
     ChainInput,
     RunnableWithCallKwargs,
+    apart,
     below_bindings,
     with_face_fields,
 )
@@ -68,6 +69,7 @@ class LLMChain(RunnableWithCallKwargs, Savable, Classifies, Previews):
         llm_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
+        llm, output_parser = apart(llm, output_parser)
         prompt = PromptTemplate.from_template(prompt) if isinstance(prompt, str) else prompt
         if not isinstance(prompt, BasePromptTemplate):
             msg = f"prompt is an f-string template or a LangChain prompt, got {type(prompt).__name__}."
@@ -260,8 +262,7 @@ class LLMChain(RunnableWithCallKwargs, Savable, Classifies, Previews):
 
     def generation_options(self) -> dict[str, Any]:
         """Keywords for `model.generate` that give the answers this chain gives."""
-        apart = self.face.rendering_options | self.face.answer_options
-        kwargs = {k: v for k, v in self._all_llm_kwargs().items() if k not in apart}
+        kwargs = {k: v for k, v in self._all_llm_kwargs().items() if k not in self.face.form_options}
         return self.face.all_options(kwargs.pop("stop", None), kwargs)
 
     def _rendering_kwargs(self) -> dict[str, Any]:

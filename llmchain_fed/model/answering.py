@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from transformers import StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from llmchain_fed.errors import ConfigError, PromptTooLongError
 from llmchain_fed.model.generation import fields
@@ -26,7 +26,9 @@ from llmchain_fed.model.generation.answers import (
     sharing,
     stream_text,
 )
+from llmchain_fed.model.generation.grammar import Grammar, KeepsTo, check_beams
 from llmchain_fed.model.generation.stop_strings import Settling, StopOnText, checked_stops, cut_at_stop
+from llmchain_fed.model.generation.vocabulary import vocabulary_of
 from llmchain_fed.model.tokens import Tokens, check_rows, input_rows, pad_rows
 
 
@@ -72,6 +74,7 @@ class Answering(Tokens):
         stop: Sequence[str] | None = None,
         add_special_tokens: bool = True,
         batch_size: int = 32,
+        grammar: Grammar | None = None,
         **options: Any,
     ) -> list[str]:
         """The answers to `prompts`, in their order, without the prompts.
@@ -81,15 +84,18 @@ class Answering(Tokens):
             stop: An answer ends before these strings.
             add_special_tokens: See `encode`.
             batch_size: So many prompts are computed together.
+            grammar: What the answers may be; they keep to it and end within their budget.
             **options: Fields of `GenerationOptions`: `max_new_tokens=256`, `temperature=0.0`, `num_beams=1` …
 
         Raises:
             ConfigError: An option is unknown or a value out of range.
+            MissingExtraError: A grammar needs the extra `structured`.
             PromptTooLongError: A prompt leaves no room in the context.
+            SchemaError: The shortest answer that the grammar allows does not fit.
             UnsupportedModelError: A prompt contains a token that the model's embedding has no row for.
         """
         done = self.complete(
-            prompts, stop=stop, add_special_tokens=add_special_tokens, batch_size=batch_size, **options
+            prompts, stop=stop, add_special_tokens=add_special_tokens, batch_size=batch_size, grammar=grammar, **options
         )
         return [completion.text for completion in done]
 
@@ -100,6 +106,7 @@ class Answering(Tokens):
         stop: Sequence[str] | None = None,
         add_special_tokens: bool = True,
         batch_size: int = 32,
+        grammar: Grammar | None = None,
         **options: Any,
     ) -> list[Completion]:
         """Like `generate`, with token counts and the reason why each answer ended."""
@@ -110,6 +117,7 @@ class Answering(Tokens):
         rows = self.encode(prompts, add_special_tokens=add_special_tokens)
         check_rows(self, rows)
         rooms = [self._room(row, settings.max_new_tokens) for row in rows]
+        self._check_grammar(grammar, settings, rooms)
         # Neighbours in length share a batch; so do only prompts with the same room for their answers.
         order = sorted(range(len(rows)), key=lambda i: (-rooms[i], len(rows[i])))
         share: Sharing = self._sharing(rows) if batch_size > 1 else "any"
@@ -122,12 +130,18 @@ class Answering(Tokens):
         done: dict[int, Completion] = {}
         for chunk in chunks(order, keys, batch_size):
             limited = settings.replace(max_new_tokens=rooms[chunk[0]])
-            new_ids = self._generate_ids([rows[i] for i in chunk], limited, stops)
+            new_ids = self._generate_ids([rows[i] for i in chunk], limited, stops, grammar=grammar)
             done |= {i: self._completion(len(rows[i]), ids, stops) for i, ids in zip(chunk, new_ids, strict=True)}
         return [done[i] for i in range(len(rows))]
 
     def stream(
-        self, prompt: str, *, stop: Sequence[str] | None = None, add_special_tokens: bool = True, **options: Any
+        self,
+        prompt: str,
+        *,
+        stop: Sequence[str] | None = None,
+        add_special_tokens: bool = True,
+        grammar: Grammar | None = None,
+        **options: Any,
     ) -> Generator[str, None, Completion]:
         """The answer piece by piece; joined it equals `generate([prompt])[0]`.
 
@@ -137,15 +151,24 @@ class Answering(Tokens):
         Raises:
             ConfigError: An option is unknown or a value out of range.
             PromptTooLongError: The prompt leaves no room in the context.
+            SchemaError: The shortest answer that the grammar allows does not fit.
         """
         settings, stops = self._settled_options(stop, options)
         (row,) = self.encode([prompt], add_special_tokens=add_special_tokens)
         check_rows(self, [row])
         settings = settings.replace(max_new_tokens=self._room(row, settings.max_new_tokens))
-        return self._pieces(row, settings, stops)
+        self._check_grammar(grammar, settings, [settings.max_new_tokens])
+        return self._pieces(row, settings, stops, grammar)
+
+    def _check_grammar(self, grammar: Grammar | None, settings: GenerationOptions, rooms: Sequence[int]) -> None:
+        """Makes sure that answers of these lengths can keep to the grammar."""
+        if grammar is None:
+            return
+        check_beams(settings.num_beams)
+        grammar.check_budget(vocabulary_of(self.tokenizer, self.eos_ids, self.name), min(rooms, default=2**24))
 
     def _pieces(
-        self, row: list[int], settings: GenerationOptions, stops: Sequence[str]
+        self, row: list[int], settings: GenerationOptions, stops: Sequence[str], grammar: Grammar | None
     ) -> Generator[str, None, Completion]:
         if settings.num_beams > 1:  # which beam wins is only known at the end
             whole = self._completion(len(row), self._generate_ids([row], settings, stops)[0], stops)
@@ -153,7 +176,7 @@ class Answering(Tokens):
             return whole
 
         def work(streamer: Any, abandoned: Any) -> None:
-            self._generate_ids([row], settings, stops, streamer=streamer, criteria=[abandoned])
+            self._generate_ids([row], settings, stops, streamer=streamer, criteria=[abandoned], grammar=grammar)
 
         ids = yield from stream_text(work, self._text, Settling(self.tokenizer, self._text), stops)
         return self._completion(len(row), ids, stops)
@@ -211,6 +234,7 @@ class Answering(Tokens):
         *,
         streamer: Any = None,
         criteria: Sequence[Any] = (),
+        grammar: Grammar | None = None,
     ) -> list[list[int]]:
         """Rows of prompt ids → rows of new ids as `generate` leaves them, with the end token and padding."""
         left = self.kind == "causal"  # a causal model goes on from the last column: that must be the prompt's end
@@ -221,6 +245,11 @@ class Answering(Tokens):
             settled = Settling(self.tokenizer, self._text)
             stop_on_text = StopOnText(self._decode, settled, stops, skip)
             criteria = [*criteria, stop_on_text]
+        processors = LogitsProcessorList()
+        if grammar is not None:
+            known = vocabulary_of(self.tokenizer, self.eos_ids, self.name)
+            budget, greedy = settings.max_new_tokens, settings.temperature == 0
+            processors.append(KeepsTo(grammar, known, prompt_width=skip, budget=budget, greedy=greedy))
         config = settings.to_transformers(self._shipped, eos=self.eos_ids, pad=self.pad_id, start=skip)
         fields.check_ids(vars(config), input_rows(self.module))
         with (
@@ -234,6 +263,7 @@ class Answering(Tokens):
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),
                 generation_config=config,
+                logits_processor=processors,
                 stopping_criteria=StoppingCriteriaList(criteria),
                 streamer=streamer,
             )

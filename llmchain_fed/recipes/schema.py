@@ -27,7 +27,9 @@ ParserName = Literal["text", "strip", "json", "comma_list"]
 class LabelsData(Strict):
     """The parser of a closed set of answers."""
 
-    labels: Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(min_length=2, max_length=1000)]
+    labels: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(min_length=2, max_length=1000, fail_fast=True)
+    ]
 
 
 ParserData = ParserName | LabelsData

@@ -48,7 +48,7 @@ def spoken(chat, monkeypatch):
 def tiny_local_model():
     tokenizer = train_tokenizer()
     module = tiny_module("causal", len(tokenizer))
-    module.config.max_position_embeddings = 1024  # the suites' conversations are longer than 128 tokens
+    module.config.max_position_embeddings = 8192  # tools in the system message are long in tiny tokens
     return LocalModel(module, tokenizer, name="tiny")
 
 
@@ -59,12 +59,12 @@ class _Local:
 
     @property
     def chat_model_params(self):
-        return {"model": tiny_local_model(), "max_new_tokens": 12}
+        return {"model": tiny_local_model(), "max_new_tokens": 160}
 
     @property
     def standard_chat_model_params(self):
         """The suites' own, with fewer tokens than their 100."""
-        return super().standard_chat_model_params | {"max_tokens": 12}
+        return super().standard_chat_model_params | {"max_tokens": 160}
 
 
 class TestUnit(_Local, ChatModelUnitTests):

@@ -14,6 +14,15 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.model.generation.answers import GenerationOptions
 from llmchain_fed.model.generation.stop_strings import checked_stops
 
+_FORMS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "chat_template_kwargs": (Mapping, "mapping"),
+    "tools": (list, "list"),
+    "response_format": (Mapping, "mapping"),
+    "tool_choice": ((str, bool, Mapping), "name, a truth value or a mapping"),
+    "parallel_tool_calls": (bool, "truth value"),
+    "strict": (bool, "truth value"),
+}
+
 
 def saved_fields(kind: type[LocalLanguageModel]) -> frozenset[str]:
     """The fields of a face that a saved chain has."""
@@ -30,8 +39,8 @@ def check_saved(kind: type[LocalLanguageModel], options: Mapping[str, Any], llm_
     for name in options.keys() - saved:
         raise ConfigError(unknown_option(name, saved))
     kwargs = {ALIASES.get(k, k): v for k, v in llm_kwargs.items() if v is not None}
-    for name in kind.rendering_options & kwargs.keys():
-        form, what = (list, "list") if name == "tools" else (Mapping, "mapping")
+    for name in (kind.rendering_options | kind.answer_options) & kwargs.keys():
+        form, what = _FORMS[name]
         if not isinstance(kwargs.pop(name), form):
             raise ConfigError(f"{name} is a {what}, got {llm_kwargs[name]!r:.80}.")  # noqa: EM102
     checked_stops(kwargs.pop("stop", None))

@@ -63,7 +63,8 @@ class Savable:
         return {
             "face": "chat" if isinstance(face, LocalChatModel) else "llm",
             "options": {n: getattr(face, n) for n in sorted(saved_fields(type(face)) & face.model_fields_set)},
-            "llm_kwargs": self._all_llm_kwargs(),
+            # what LangChain's tracers are told of a schema may be a class, and decides nothing
+            "llm_kwargs": {k: v for k, v in self._all_llm_kwargs().items() if k != "ls_structured_output_format"},
             "prompt": prompt_to_data(self.prompt),
             "parser": parser_to_data(cast(BaseOutputParser[Any], self.output_parser)),
         }

@@ -146,12 +146,10 @@ class TrainingOptions(Strict):
     seed: int = 0
     loss: Literal["tokens", "labels"] = "tokens"
     labels: list[_Label] | None = Field(default=None, min_length=2, max_length=MAX_LABELS, fail_fast=True)
-    class_weight: Literal["balanced"] | dict[_Label, _Rate] | None = Field(default=None)
+    class_weight: Literal["balanced"] | Annotated[dict[_Label, _Rate], Field(max_length=MAX_LABELS)] | None = Field(default=None)
 
     @model_validator(mode="after")
     def _labels(self) -> Self:
-        if isinstance(self.class_weight, dict) and len(self.class_weight) > MAX_LABELS:
-            _refuse(f"`class_weight` has more than {MAX_LABELS:,} labels")
         return self
 
 

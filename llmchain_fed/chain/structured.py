@@ -1,0 +1,128 @@
+"""Structured answers: `with_structured_output` on the chat face, whose answers always parse.
+
+Knows LangChain's parsers and schemas. Knows nothing about how an answer is kept to a schema, or about training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import itemgetter
+from typing import Any, Literal
+
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.output_parsers import (
+    JsonOutputKeyToolsParser,
+    JsonOutputParser,
+    PydanticOutputParser,
+    PydanticToolsParser,
+)
+from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_subclass
+from pydantic import BaseModel, TypeAdapter
+from pydantic.errors import PydanticUserError
+from typing_extensions import is_typeddict
+
+from llmchain_fed.chain.tools import CallsTools
+from llmchain_fed.errors import ConfigError, SchemaError
+from llmchain_fed.model.generation.json_schema import shape_of
+
+Method = Literal["json_schema", "function_calling", "json_mode"]
+
+
+class StructuredAnswers(CallsTools):
+    """The chat face's part that answers objects; LangChain's class comes behind it."""
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type | None = None,
+        *,
+        method: Method = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """The same model with answers that are objects of a schema, every one, inside `max_new_tokens`.
+
+        Its tokens are chosen among those that the schema allows; from where only the shortest ending fits, that is
+        written. The prompt says nothing of the schema: a model that was not trained on such answers fills it validly
+        and senselessly. Completions to train on are the objects themselves.
+
+        Args:
+            schema: A Pydantic class (answers are its instances), a TypedDict or a JSON schema (answers are dicts).
+            method: `"json_schema"`: the answer is the object's JSON; `"function_calling"`: it is the call of a tool of
+                the schema's name, which the model is told of; `"json_mode"`: it is JSON, of any form.
+            include_raw: If true, answers are dicts of `raw` (the message), `parsed` and `parsing_error`.
+            strict: As in `bind_tools`, for `"function_calling"`.
+            **kwargs: Further keywords for every call.
+
+        Raises:
+            ConfigError: No schema, or an unknown method.
+            SchemaError: No text can keep to the schema, or something in it is not known here.
+        """
+        if schema is None and method != "json_mode":
+            msg = "with_structured_output takes a Pydantic class, a TypedDict or a JSON schema. Pass one."
+            raise ConfigError(msg)
+        model = schema if isinstance(schema, type) and is_basemodel_subclass(schema) else None
+        parser: Runnable[Any, Any]
+        if method == "function_calling":
+            assert schema is not None
+            name = convert_to_openai_tool(schema)["function"]["name"]
+            about = {"kwargs": {"method": method}, "schema": schema}
+            llm = self.bind_tools(
+                [schema], tool_choice=name, parallel_tool_calls=False, strict=strict,
+                ls_structured_output_format=about, **kwargs,
+            )  # fmt: skip
+            parser = (
+                PydanticToolsParser(tools=[model], first_tool_only=True)
+                if model is not None
+                else JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
+            )
+        elif method in ("json_schema", "json_mode"):
+            wanted = _response_format(schema, method)
+            about = {"kwargs": {"method": method}, "schema": schema}
+            llm = self.bind(  # type: ignore[attr-defined] # LangChain's half
+                response_format=wanted, ls_structured_output_format=about, **kwargs
+            )
+            parser = PydanticOutputParser(pydantic_object=model) if model is not None else JsonOutputParser()
+        else:
+            msg = f"method is 'json_schema', 'function_calling' or 'json_mode', got {method!r:.80}."
+            raise ConfigError(msg)
+        if not include_raw:
+            return llm | parser
+        parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
+        failed = RunnablePassthrough.assign(parsed=lambda _: None)
+        return RunnableMap(raw=llm) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+
+
+def _response_format(schema: Any, method: Method) -> dict[str, Any]:
+    """A schema as `response_format` has it, in OpenAI's form; looked at here, so that what is wrong is said at once."""
+    if method == "json_mode":
+        return {"type": "json_object"}
+    found = json_schema_of(schema)
+    shape_of(found)
+    name = str(found.get("title") or getattr(schema, "__name__", "answer"))
+    return {"type": "json_schema", "json_schema": {"name": name, "schema": found}}
+
+
+def json_schema_of(schema: Any) -> dict[str, Any]:
+    """The JSON schema of a Pydantic class, a TypedDict or a tool's schema; a JSON schema as it is.
+
+    Raises:
+        SchemaError: It is nothing of that kind, or has no schema.
+    """
+    try:
+        if isinstance(schema, type) and is_basemodel_subclass(schema):
+            make = schema.model_json_schema if issubclass(schema, BaseModel) else schema.schema  # of Pydantic 1
+            return dict(make())
+        if is_typeddict(schema):
+            return TypeAdapter(schema).json_schema()
+        if isinstance(schema, Mapping) and ("parameters" in schema or "function" in schema):
+            return dict(convert_to_json_schema(dict(schema)))
+    except (PydanticUserError, ValueError, TypeError, KeyError, NameError) as error:
+        msg = f"{schema!r:.80} has no JSON schema ({type(error).__name__}: {error!s:.200}). Give fields of plain types."
+        raise SchemaError(msg) from None
+    if not isinstance(schema, Mapping):
+        msg = f"a schema is a Pydantic class, a TypedDict or a JSON schema, got {schema!r:.80}."
+        raise ConfigError(msg)
+    return dict(schema)

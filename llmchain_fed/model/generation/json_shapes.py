@@ -1,0 +1,283 @@
+"""What a JSON value may be: as a tree of nodes for an engine that writes one, and as the writer of a given one.
+
+Both keep to one form of writing: properties in the schema's order, one space behind `,` and `:` or none. Knows JSON.
+Knows nothing about schemas as people write them, tokens or models.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from llmchain_fed.errors import SchemaError
+from llmchain_fed.model.generation.json_nodes import Choice, Leaf, Literal, Node, Repeat, Sequence_, StringBody
+
+
+@dataclass(frozen=True)
+class Style:
+    """How JSON is written: as Python does by default, or without a space."""
+
+    item: str = ", "
+    key: str = ": "
+
+    def text(self, value: Any) -> str:
+        """A value in this style.
+
+        >>> Style().text({"a": [1, "é"]})
+        '{"a": [1, "é"]}'
+        """
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(self.item, self.key))
+
+
+class Shape(ABC):
+    """A set of JSON values."""
+
+    @property
+    @abstractmethod
+    def node(self) -> Node:
+        """Their texts."""
+
+    @abstractmethod
+    def write(self, value: Any, where: str = "") -> str:
+        """A value's text, which is one of the node's.
+
+        Args:
+            value: JSON data.
+            where: The path to it, for the message of an error.
+
+        Raises:
+            SchemaError: It is none of these values.
+        """
+
+
+def misfit(value: Any, where: str, wanted: str) -> SchemaError:
+    """The error that a value is not what its schema wants."""
+    return SchemaError(f"{where or 'the value'} is {value!r:.80}, and the schema wants {wanted}.")
+
+
+class Scalar(Shape):
+    """Strings or numbers whose text a node describes.
+
+    Args:
+        node: Their texts, quotes included.
+        kinds: The types of Python that they have; `bool` is no number.
+        wanted: What they are, for people.
+        style: How JSON is written.
+    """
+
+    def __init__(self, node: Node, kinds: tuple[type, ...], wanted: str, style: Style) -> None:
+        self._node, self._kinds, self._wanted, self._style = Leaf(node), kinds, wanted, style
+
+    @property
+    def node(self) -> Node:
+        """Their texts."""
+        return self._node
+
+    def write(self, value: Any, where: str = "") -> str:
+        """The value as JSON writes it."""
+        if not isinstance(value, self._kinds) or isinstance(value, bool):
+            raise misfit(value, where, self._wanted)
+        if isinstance(value, float):
+            whole = value.is_integer() and abs(value) < 2**53
+            value = int(value) if whole and float not in self._kinds else value + 0.0  # -0.0 is 0
+            value = 0.0 if value == 0 and isinstance(value, float) else value
+        text = self._style.text(value) if value == value and value not in (float("inf"), -float("inf")) else ""
+        if not self._node.whole(text):
+            raise misfit(value, where, self._wanted)
+        return text
+
+
+def string(style: Style, least: int = 0, most: int | None = None, body: Node | None = None, named: str = "") -> Scalar:
+    """Strings of so many characters, or those whose text between the quotes a node describes."""
+    inner = body if body is not None else StringBody(least, most)
+    size = (
+        f" of {least} to {most if most is not None else 'any number of'} characters"
+        if least or most is not None
+        else ""
+    )
+    return Scalar(Sequence_('"', inner, '"'), (str,), named or f"a string{size}", style)
+
+
+class Constants(Shape):
+    """Some values, one by one."""
+
+    def __init__(self, values: Sequence[Any], style: Style) -> None:
+        self._texts = list(dict.fromkeys(style.text(value) for value in values))
+        self._style = style
+
+    @cached_property
+    def node(self) -> Node:
+        """Their texts."""
+        return Literal(self._texts[0]) if len(self._texts) == 1 else Choice(*self._texts)
+
+    def write(self, value: Any, where: str = "") -> str:
+        """The value's text, if it is one of them."""
+        text = self._style.text(value)
+        if text not in self._texts:
+            raise misfit(value, where, f"one of {', '.join(self._texts):.200}")
+        return text
+
+
+class Items(Shape):
+    """Arrays.
+
+    Args:
+        first: What the first items are, each.
+        rest: What all further items are; None: there are none.
+        least: So many items at least.
+        most: So many at most; None: any number.
+        style: How JSON is written.
+    """
+
+    def __init__(self, first: Sequence[Shape], rest: Shape | None, least: int, most: int | None, style: Style) -> None:
+        self._first, self._rest, self._style = list(first), rest, style
+        limit = len(first) if rest is None else most
+        self._least, self._most = least, limit if most is None or limit is None else min(most, limit)
+
+    @cached_property
+    def node(self) -> Node:
+        """An array is closed at once, or has an item, and others behind a comma each."""
+        return Sequence_("[", self._from(0), "]")
+
+    def _from(self, at: int) -> Node:
+        comma = [self._style.item] if at else []
+        if at < len(self._first):
+            if self._most is not None and at >= self._most:
+                return Literal("")
+            some = Sequence_(*comma, self._first[at].node, self._from(at + 1))
+            return some if at < self._least else Choice("", some)
+        if self._rest is None:
+            return Literal("")
+        least, most = max(self._least - at, 0), None if self._most is None else self._most - at
+        if most is not None and most <= 0:
+            return Literal("")
+        item = self._rest.node
+        if at:
+            return Repeat(Sequence_(self._style.item, item), least, most)
+        behind = Repeat(Sequence_(self._style.item, item), max(least - 1, 0), None if most is None else most - 1)
+        some = Sequence_(item, behind)
+        return some if least else Choice("", some)
+
+    def write(self, value: Any, where: str = "") -> str:
+        """The items' texts, one behind the other."""
+        if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
+            raise misfit(value, where, "an array")
+        if len(value) < self._least or (self._most is not None and len(value) > self._most):
+            most = self._most if self._most is not None else "any number"
+            raise misfit(value, where, f"an array of {self._least} to {most} items")
+        shapes = [self._first[i] if i < len(self._first) else self._rest for i in range(len(value))]
+        texts = [
+            s.write(v, f"{where}[{i}]") for i, (s, v) in enumerate(zip(shapes, value, strict=True)) if s is not None
+        ]
+        return f"[{self._style.item.join(texts)}]"
+
+
+class Properties(Shape):
+    """Objects whose properties have names.
+
+    Args:
+        known: Their values by name, in the order in which they are written.
+        required: Those that an object must have.
+        style: How JSON is written.
+    """
+
+    def __init__(self, known: Mapping[str, Shape], required: frozenset[str], style: Style) -> None:
+        self._known, self._required, self._style = dict(known), required, style
+
+    @cached_property
+    def node(self) -> Node:
+        """Property by property; what may be left out is a choice, and so is then the comma before the next."""
+        names = list(self._known)
+        begun: Node = Literal("}")
+        fresh: Node = begun
+        for name in reversed(names):
+            pair = Literal(self._style.text(name) + self._style.key), self._known[name].node
+            following = Sequence_(self._style.item, *pair, begun)
+            first = Sequence_(*pair, begun)
+            optional = name not in self._required
+            begun, fresh = (Choice(begun, following), Choice(fresh, first)) if optional else (following, first)
+        return Sequence_("{", fresh)
+
+    def write(self, value: Any, where: str = "") -> str:
+        """The properties in their order; those that are None and may not be are left out, where they may."""
+        if not isinstance(value, Mapping):
+            raise misfit(value, where, f"an object with {', '.join(map(repr, self._known))}")
+        unknown = [name for name in value if name not in self._known]
+        missing = [name for name in self._known if name in self._required and name not in value]
+        if unknown or missing:
+            wrong = [f"{', '.join(map(repr, missing))} is missing"] if missing else []
+            wrong += [f"{', '.join(map(repr, unknown))} is unknown"] if unknown else []
+            known = ", ".join(map(repr, self._known)) or "nothing"
+            msg = f"{where or 'the value'}: {' and '.join(wrong)}; the schema has {known}."
+            raise SchemaError(msg)
+        pairs = [
+            self._style.text(name) + self._style.key + shape.write(value[name], f"{where}.{name}" if where else name)
+            for name, shape in self._known.items()
+            if name in value
+        ]
+        return "{" + self._style.item.join(pairs) + "}"
+
+
+class Named(Shape):
+    """Objects of any names, each with a value of one kind.
+
+    Args:
+        name: What a name may be: its text with quotes.
+        value: What its value may be.
+        least: So many pairs at least.
+        most: So many at most; None: any number.
+        style: How JSON is written.
+    """
+
+    def __init__(self, name: Shape, value: Shape, least: int, most: int | None, style: Style) -> None:
+        self._name, self._value, self._least, self._most, self._style = name, value, least, most, style
+
+    @cached_property
+    def node(self) -> Node:
+        """Pairs behind a comma each."""
+        pair = Sequence_(self._name.node, self._style.key, self._value.node)
+        most = None if self._most is None else self._most - 1
+        if most is not None and most < 0:
+            return Literal("{}")
+        some = Sequence_(pair, Repeat(Sequence_(self._style.item, pair), max(self._least - 1, 0), most))
+        return Sequence_("{", some if self._least else Choice("", some), "}")
+
+    def write(self, value: Any, where: str = "") -> str:
+        """The pairs in the order in which they stand."""
+        if not isinstance(value, Mapping) or len(value) < self._least:
+            raise misfit(value, where, f"an object of {self._least} or more names")
+        if self._most is not None and len(value) > self._most:
+            raise misfit(value, where, f"an object of at most {self._most} names")
+        pairs = [
+            self._name.write(k, f"a name in {where or 'the object'}")
+            + self._style.key
+            + self._value.write(v, f"{where}.{k}")
+            for k, v in value.items()
+        ]
+        return "{" + self._style.item.join(pairs) + "}"
+
+
+class AnyOf(Shape):
+    """Any of some shapes; a value is written by the first that takes it."""
+
+    def __init__(self, options: Sequence[Shape]) -> None:
+        self._options = list(options)
+
+    @cached_property
+    def node(self) -> Node:
+        """A choice."""
+        return Choice(*(option.node for option in self._options))
+
+    def write(self, value: Any, where: str = "") -> str:
+        """As the first that takes it."""
+        errors: list[str] = []
+        for option in self._options:
+            try:
+                return option.write(value, where)
+            except SchemaError as error:
+                errors.append(str(error))
+        raise SchemaError(" Or: ".join(dict.fromkeys(errors)))
