@@ -51,6 +51,7 @@ _RoundText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=untrusted.MAX_NAME)]
 MAX_LABELS = 1000
 _Label = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+_Weights = Annotated[dict[_Label, _Rate], Field(max_length=MAX_LABELS)]
 _MOST_TENSORS = 2**17  # names of them: a header has no room for more
 _MOST_OPTIONS = 1000  # of a group of an optimizer's, or what it keeps of one tensor
 _Chosen = Annotated[list[_Name], Field(min_length=1, max_length=_MOST_TENSORS, fail_fast=True)]
@@ -146,11 +147,7 @@ class TrainingOptions(Strict):
     seed: int = 0
     loss: Literal["tokens", "labels"] = "tokens"
     labels: list[_Label] | None = Field(default=None, min_length=2, max_length=MAX_LABELS, fail_fast=True)
-    class_weight: Literal["balanced"] | Annotated[dict[_Label, _Rate], Field(max_length=MAX_LABELS)] | None = Field(default=None)
-
-    @model_validator(mode="after")
-    def _labels(self) -> Self:
-        return self
+    class_weight: Literal["balanced"] | _Weights | None = Field(default=None)
 
 
 class HelloTask(Task):
