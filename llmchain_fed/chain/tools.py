@@ -85,7 +85,7 @@ class CallsTools(LocalLanguageModel):
             DataError: Something is no tool.
             SchemaError: A schema that is not known here.
         """
-        switches = self.switches | dict(kwargs.get("chat_template_kwargs") or {})
+        switches = dict(self.switches) | dict(kwargs.get("chat_template_kwargs") or {})
         tools = read_tools(kwargs.get("tools") or ())
         own = {name: kwargs.get(name) for name in sorted(_KEYWORDS - {"tools"})}
         template = str(getattr(self.model.tokenizer, "chat_template", None))
@@ -129,7 +129,7 @@ class CallsTools(LocalLanguageModel):
         return tool_format.tool_format(model.tokenizer, switches, controls=model.control_tokens(), name=model.name)
 
     def tool_note(self) -> str:
-        """What a preview says of a chat template that does not know tools; empty for one that does."""
+        """What to say of a chat template that does not know tools; empty for one that does."""
         if self.form(self.switches).own:
             return ""
         return (
@@ -206,7 +206,8 @@ class CallsTools(LocalLanguageModel):
         if plan is None or plan.response is not None:
             return fields
         said, calls, broken = read_calls(content, plan.form)
-        valid, invalid = [], [invalid_tool_call(name=None, args=b, id=_new_id(), error=_BROKEN) for b in broken]
+        valid: list[Any] = []
+        invalid: list[Any] = [invalid_tool_call(name=None, args=b, id=_new_id(), error=_BROKEN) for b in broken]
         for name, arguments in calls:
             try:
                 given = json.loads(arguments)
