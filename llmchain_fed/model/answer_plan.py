@@ -22,7 +22,7 @@ _ANY_OBJECT = {"type": "object"}
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class AnswerPlan:
     """What a call wants of its answer."""
 
     form: tool_format.ToolFormat
