@@ -30,7 +30,7 @@ from llmchain_fed.data.dialogues import Dialogue
 from llmchain_fed.data.prompt import Call
 from llmchain_fed.errors import ChatTemplateError, ConfigError, DataError, UnsupportedModelError
 from llmchain_fed.model import chat_answer, chat_template, tool_format
-from llmchain_fed.model.answer_plan import Plan
+from llmchain_fed.model.answer_plan import AnswerPlan
 from llmchain_fed.model.generation.answers import Completion
 from llmchain_fed.model.token_logprobs import AnswerForm, openai_logprobs
 
@@ -112,7 +112,7 @@ class LocalChatModel(StructuredAnswers, ChatBatch, BaseChatModel):
             text = chat_answer.own_text(text, "", opened=True)
         return plan.kept(text)
 
-    def _written_message(self, message: AIMessage, call: Mapping[str, Any], plan: Plan) -> str:
+    def _written_message(self, message: AIMessage, call: Mapping[str, Any], plan: AnswerPlan) -> str:
         answer = self.checked_calls(converted(message, self.model.name), plan)
         given = self._switches(call.get("chat_template_kwargs"))
         calls, form = answer.get("tool_calls"), plan.form if plan.tools else self.form(given)

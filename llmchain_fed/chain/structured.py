@@ -65,10 +65,10 @@ class StructuredAnswers(CallsTools):
             raise ConfigError(msg)
         model = schema if isinstance(schema, type) and is_basemodel_subclass(schema) else None
         parser: Runnable[Any, Any]
+        about: dict[str, Any] = {"kwargs": {"method": method}, "schema": schema}
         if method == "function_calling":
             assert schema is not None
             name = convert_to_openai_tool(schema)["function"]["name"]
-            about = {"kwargs": {"method": method}, "schema": schema}
             llm = self.bind_tools(
                 [schema], tool_choice=name, parallel_tool_calls=False, strict=strict,
                 ls_structured_output_format=about, **kwargs,
@@ -80,7 +80,6 @@ class StructuredAnswers(CallsTools):
             )
         elif method in ("json_schema", "json_mode"):
             wanted = _response_format(schema, method)
-            about = {"kwargs": {"method": method}, "schema": schema}
             llm = self.bind(  # type: ignore[attr-defined] # LangChain's half
                 response_format=wanted, ls_structured_output_format=about, **kwargs
             )
@@ -113,8 +112,8 @@ def json_schema_of(schema: Any) -> dict[str, Any]:
     """
     try:
         if isinstance(schema, type) and is_basemodel_subclass(schema):
-            make = schema.model_json_schema if issubclass(schema, BaseModel) else schema.schema  # of Pydantic 1
-            return dict(make())
+            kind: Any = schema
+            return dict(kind.model_json_schema() if issubclass(kind, BaseModel) else kind.schema())  # of Pydantic 1
         if is_typeddict(schema):
             return TypeAdapter(schema).json_schema()
         if isinstance(schema, Mapping) and ("parameters" in schema or "function" in schema):

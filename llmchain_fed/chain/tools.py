@@ -26,7 +26,7 @@ from llmchain_fed.chain.base_llm import LocalLanguageModel
 from llmchain_fed.chain.messages import answer_in, read_tools
 from llmchain_fed.errors import SchemaError
 from llmchain_fed.model import chat_answer, tool_format
-from llmchain_fed.model.answer_plan import Plan, chosen_tools, response_shape
+from llmchain_fed.model.answer_plan import AnswerPlan, chosen_tools, response_shape
 from llmchain_fed.model.tool_reading import Broken, CallReader, Said, read_calls
 
 _KEYWORDS = frozenset({"tools", "tool_choice", "parallel_tool_calls", "strict", "response_format"})
@@ -34,7 +34,7 @@ _SILENT = frozenset({"chat_template_kwargs", "ls_structured_output_format"})
 """keywords that are no generation options, and have their place elsewhere"""
 
 
-_plans: WeakKeyDictionary[Any, dict[str, Plan]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[Any, dict[str, AnswerPlan]] = WeakKeyDictionary()
 
 
 class CallsTools(LocalLanguageModel):
@@ -54,7 +54,7 @@ class CallsTools(LocalLanguageModel):
         """The same model with tools that it may call; what it calls always exists, with arguments that fit.
 
         The tools are told by the model's chat template, and calls are written as it writes them. A template that has no
-        place for tools gets them in the system message, and calls stand between `<tool_call>` tags: `preview` shows it.
+        place for tools gets them in the system message, and calls stand between `<tool_call>` tags: `render` shows it.
         A model that was not trained on either calls tools validly and senselessly, until it learns.
 
         Args:
@@ -77,7 +77,7 @@ class CallsTools(LocalLanguageModel):
         _ = plan.shapes if plan.strict else ()
         return self.bind(**given, **kwargs)  # type: ignore[attr-defined, no-any-return] # LangChain's half
 
-    def plan(self, kwargs: Mapping[str, Any]) -> Plan:
+    def plan(self, kwargs: Mapping[str, Any]) -> AnswerPlan:
         """What a call with these keywords wants of its answer.
 
         Raises:
@@ -85,7 +85,7 @@ class CallsTools(LocalLanguageModel):
             DataError: Something is no tool.
             SchemaError: A schema that is not known here.
         """
-        switches = self.switches | dict(kwargs.get("chat_template_kwargs") or {})
+        switches = dict(self.switches) | dict(kwargs.get("chat_template_kwargs") or {})
         tools = read_tools(kwargs.get("tools") or ())
         own = {name: kwargs.get(name) for name in sorted(_KEYWORDS - {"tools"})}
         template = str(getattr(self.model.tokenizer, "chat_template", None))
@@ -97,7 +97,9 @@ class CallsTools(LocalLanguageModel):
             kept[key] = self._made(tools, own, switches, key)
         return kept[key]
 
-    def _made(self, tools: list[dict[str, Any]], own: Mapping[str, Any], switches: Mapping[str, Any], key: str) -> Plan:
+    def _made(
+        self, tools: list[dict[str, Any]], own: Mapping[str, Any], switches: Mapping[str, Any], key: str
+    ) -> AnswerPlan:
         model = self.model
         form = tool_format.OURS
         if tools:
@@ -106,7 +108,7 @@ class CallsTools(LocalLanguageModel):
         choice, chosen = chosen_tools(own["tool_choice"], names)
         response = response_shape(own["response_format"])
         texts = (form.begin, form.middle, form.again, form.end) if tools else ()
-        return Plan(
+        return AnswerPlan(
             form=form,
             tools=tuple(tools),
             choice=choice,
@@ -129,7 +131,7 @@ class CallsTools(LocalLanguageModel):
         return tool_format.tool_format(model.tokenizer, switches, controls=model.control_tokens(), name=model.name)
 
     def tool_note(self) -> str:
-        """What a preview says of a chat template that does not know tools; empty for one that does."""
+        """What to say of a chat template that does not know tools; empty for one that does."""
         if self.form(self.switches).own:
             return ""
         return (
@@ -148,7 +150,7 @@ class CallsTools(LocalLanguageModel):
 
     # --- what training teaches --------------------------------------------------------------------------------------
 
-    def answer_object(self, completion: Any, plan: Plan) -> str | AIMessage | None:
+    def answer_object(self, completion: Any, plan: AnswerPlan) -> str | AIMessage | None:
         """A completion that is no text and no message: an object's JSON, or the call of a tool with it for arguments.
 
         Raises:
@@ -165,7 +167,7 @@ class CallsTools(LocalLanguageModel):
         arguments = json.loads(plan.checked(name, data))
         return AIMessage("", tool_calls=[tool_call(name=name, args=arguments, id=_new_id())])
 
-    def _json_answer(self, completion: Any, plan: Plan) -> str:
+    def _json_answer(self, completion: Any, plan: AnswerPlan) -> str:
         assert plan.response is not None
         message = None if isinstance(completion, (str, BaseModel)) else answer_in(completion)
         thoughts = ""
@@ -180,7 +182,7 @@ class CallsTools(LocalLanguageModel):
         text = plan.response.write(as_data(completion))
         return chat_answer.own_text(text, thoughts, opened=plan.opened)
 
-    def checked_calls(self, answer: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    def checked_calls(self, answer: dict[str, Any], plan: AnswerPlan) -> dict[str, Any]:
         """An answer in transformers' form with its calls' arguments in the order of their tools' schemas.
 
         Raises:
@@ -206,7 +208,8 @@ class CallsTools(LocalLanguageModel):
         if plan is None or plan.response is not None:
             return fields
         said, calls, broken = read_calls(content, plan.form)
-        valid, invalid = [], [invalid_tool_call(name=None, args=b, id=_new_id(), error=_BROKEN) for b in broken]
+        valid: list[Any] = []
+        invalid: list[Any] = [invalid_tool_call(name=None, args=b, id=_new_id(), error=_BROKEN) for b in broken]
         for name, arguments in calls:
             try:
                 given = json.loads(arguments)

@@ -126,7 +126,8 @@ class Target:
         if self.prompt is None:
             return list(zip(texts, self.model.generate(texts, max_new_tokens=max_new_tokens), strict=True))
         options = self.prompt.generation_options()
-        options["max_new_tokens"] = min(options["max_new_tokens"], max_new_tokens)
+        if "grammar" not in options:  # what keeps to a schema is no answer before it ends
+            options["max_new_tokens"] = min(options["max_new_tokens"], max_new_tokens)
         special = self.prompt.adds_special_tokens
         return list(zip(texts, self.model.generate(texts, add_special_tokens=special, **options), strict=True))
 

@@ -13,15 +13,16 @@ from typing import Any, Literal
 from llmchain_fed.errors import ConfigError, SchemaError
 from llmchain_fed.model import chat_answer, tool_format
 from llmchain_fed.model.generation.grammar import Grammar
-from llmchain_fed.model.generation.json_nodes import Node, Sequence_, Text
 from llmchain_fed.model.generation.json_schema import shape_of
 from llmchain_fed.model.generation.json_shapes import Shape
+from llmchain_fed.model.generation.nodes import Node, Series
+from llmchain_fed.model.generation.text_nodes import Text
 
 _ANY_OBJECT = {"type": "object"}
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class AnswerPlan:
     """What a call wants of its answer."""
 
     form: tool_format.ToolFormat
@@ -57,7 +58,7 @@ class Plan:
                     self.form, self.shapes, text=self.choice == "auto", several=self.several, controls=self.control_ids
                 )
         if node is not None and self.opened:
-            return Sequence_(Text(chat_answer.CLOSE, marked=True), "\n\n", node)
+            return Series(Text(chat_answer.CLOSE, marked=True), "\n\n", node)
         return node
 
     @cached_property

@@ -10,17 +10,18 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from llmchain_fed.errors import ChatTemplateError, SchemaError
 from llmchain_fed.model.chat_answer import answer_text
 from llmchain_fed.model.chat_template import Message, applied, takes_tools, template_of, with_content
 from llmchain_fed.model.control_tokens import added_tokens
-from llmchain_fed.model.generation.json_nodes import Choice, Control, Literal, Node, Repeat, Sequence_, Text
 from llmchain_fed.model.generation.json_schema import shape_of
 from llmchain_fed.model.generation.json_shapes import Shape, Style
 from llmchain_fed.model.generation.lark import lark
+from llmchain_fed.model.generation.nodes import Choice, Control, Fixed, Node, Repeat, Series
+from llmchain_fed.model.generation.text_nodes import Text
 
 _NAMES, _KEYS = ("zqonez", "zqtwoz"), ("zqkeyz", "zqvaluez")
 _TOLD = """# Tools
@@ -173,9 +174,10 @@ def told_to_user(messages: Sequence[Message]) -> list[Message]:
 def takes_system(tokenizer: Any, given: Mapping[str, Any]) -> bool:
     """Whether the template shows what a system message says."""
     probe: list[Message] = [{"role": "system", "content": "zqsystemz"}, {"role": "user", "content": "a"}]
-    for form in ("text", "parts"):
+    forms: tuple[Literal["text", "parts"], ...] = ("text", "parts")
+    for form in forms:
         try:
-            if "zqsystemz" in applied(tokenizer, [with_content(m, form) for m in probe], given):  # type: ignore[arg-type]
+            if "zqsystemz" in applied(tokenizer, [with_content(m, form) for m in probe], given):
                 return True
         except ChatTemplateError:
             continue
@@ -239,17 +241,17 @@ def calls_node(
     def literal(words: str) -> Node:
         return _with_controls(words, controls)
 
-    call = Choice(*(Sequence_(literal(name + form.middle), shape.node) for name, shape in shapes.items()))
-    more = [Repeat(Sequence_(literal(form.again), call))] if several and form.again is not None else []
+    call = Choice(*(Series(literal(name + form.middle), shape.node) for name, shape in shapes.items()))
+    more = [Repeat(Series(literal(form.again), call))] if several and form.again is not None else []
     if not text:
-        return Sequence_(literal(form.begin), call, *more, literal(form.end))
+        return Series(literal(form.begin), call, *more, literal(form.end))
     marker = form.marker
     behind = form.begin[form.begin.index(marker) + len(marker) :]
     if marker in controls:
         opened: list[Node] = [Text(marker), Control(marker)]
     else:
         opened = [Text(marker, marked=True)]
-    return Choice(Text(marker), Sequence_(*opened, literal(behind), call, *more, literal(form.end)))
+    return Choice(Text(marker), Series(*opened, literal(behind), call, *more, literal(form.end)))
 
 
 def control_ids(tokenizer: Any, *texts: str | None) -> dict[str, int]:
@@ -266,7 +268,7 @@ def control_ids(tokenizer: Any, *texts: str | None) -> dict[str, int]:
 
 def _with_controls(text: str, controls: Mapping[str, int]) -> Node:
     if not controls:
-        return Literal(text)
+        return Fixed(text)
     parts = re.split("(" + "|".join(map(re.escape, sorted(controls, key=len, reverse=True))) + ")", text)
-    nodes = [Control(part) if part in controls else Literal(part) for part in parts if part]
-    return nodes[0] if len(nodes) == 1 else Sequence_(*nodes)
+    nodes = [Control(part) if part in controls else Fixed(part) for part in parts if part]
+    return nodes[0] if len(nodes) == 1 else Series(*nodes)

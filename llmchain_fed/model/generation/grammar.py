@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from llmchain_fed.errors import ConfigError, SchemaError
-from llmchain_fed.model.generation.json_nodes import Node
 from llmchain_fed.model.generation.lark import lark
+from llmchain_fed.model.generation.nodes import Node
 from llmchain_fed.model.generation.vocabulary import Vocabulary
 
 _LOOKED_AT = 32  # of the tokens that may come, by probability, where each must be tried out

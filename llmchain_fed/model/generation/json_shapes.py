@@ -14,7 +14,8 @@ from functools import cached_property
 from typing import Any
 
 from llmchain_fed.errors import SchemaError
-from llmchain_fed.model.generation.json_nodes import Choice, Leaf, Literal, Node, Repeat, Sequence_, StringBody
+from llmchain_fed.model.generation.nodes import Choice, Fixed, Node, Repeat, Series
+from llmchain_fed.model.generation.text_nodes import Leaf, StringBody
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def string(style: Style, least: int = 0, most: int | None = None, body: Node | N
         if least or most is not None
         else ""
     )
-    return Scalar(Sequence_('"', inner, '"'), (str,), named or f"a string{size}", style)
+    return Scalar(Series('"', inner, '"'), (str,), named or f"a string{size}", style)
 
 
 class Constants(Shape):
@@ -112,7 +113,7 @@ class Constants(Shape):
     @cached_property
     def node(self) -> Node:
         """Their texts."""
-        return Literal(self._texts[0]) if len(self._texts) == 1 else Choice(*self._texts)
+        return Fixed(self._texts[0]) if len(self._texts) == 1 else Choice(*self._texts)
 
     def write(self, value: Any, where: str = "") -> str:
         """The value's text, if it is one of them."""
@@ -141,25 +142,25 @@ class Items(Shape):
     @cached_property
     def node(self) -> Node:
         """An array is closed at once, or has an item, and others behind a comma each."""
-        return Sequence_("[", self._from(0), "]")
+        return Series("[", self._from(0), "]")
 
     def _from(self, at: int) -> Node:
         comma = [self._style.item] if at else []
         if at < len(self._first):
             if self._most is not None and at >= self._most:
-                return Literal("")
-            some = Sequence_(*comma, self._first[at].node, self._from(at + 1))
+                return Fixed("")
+            some = Series(*comma, self._first[at].node, self._from(at + 1))
             return some if at < self._least else Choice("", some)
         if self._rest is None:
-            return Literal("")
+            return Fixed("")
         least, most = max(self._least - at, 0), None if self._most is None else self._most - at
         if most is not None and most <= 0:
-            return Literal("")
+            return Fixed("")
         item = self._rest.node
         if at:
-            return Repeat(Sequence_(self._style.item, item), least, most)
-        behind = Repeat(Sequence_(self._style.item, item), max(least - 1, 0), None if most is None else most - 1)
-        some = Sequence_(item, behind)
+            return Repeat(Series(self._style.item, item), least, most)
+        behind = Repeat(Series(self._style.item, item), max(least - 1, 0), None if most is None else most - 1)
+        some = Series(item, behind)
         return some if least else Choice("", some)
 
     def write(self, value: Any, where: str = "") -> str:
@@ -192,15 +193,15 @@ class Properties(Shape):
     def node(self) -> Node:
         """Property by property; what may be left out is a choice, and so is then the comma before the next."""
         names = list(self._known)
-        begun: Node = Literal("}")
+        begun: Node = Fixed("}")
         fresh: Node = begun
         for name in reversed(names):
-            pair = Literal(self._style.text(name) + self._style.key), self._known[name].node
-            following = Sequence_(self._style.item, *pair, begun)
-            first = Sequence_(*pair, begun)
+            pair = Fixed(self._style.text(name) + self._style.key), self._known[name].node
+            following = Series(self._style.item, *pair, begun)
+            first = Series(*pair, begun)
             optional = name not in self._required
             begun, fresh = (Choice(begun, following), Choice(fresh, first)) if optional else (following, first)
-        return Sequence_("{", fresh)
+        return Series("{", fresh)
 
     def write(self, value: Any, where: str = "") -> str:
         """The properties in their order; those that are None and may not be are left out, where they may."""
@@ -239,12 +240,12 @@ class Named(Shape):
     @cached_property
     def node(self) -> Node:
         """Pairs behind a comma each."""
-        pair = Sequence_(self._name.node, self._style.key, self._value.node)
+        pair = Series(self._name.node, self._style.key, self._value.node)
         most = None if self._most is None else self._most - 1
         if most is not None and most < 0:
-            return Literal("{}")
-        some = Sequence_(pair, Repeat(Sequence_(self._style.item, pair), max(self._least - 1, 0), most))
-        return Sequence_("{", some if self._least else Choice("", some), "}")
+            return Fixed("{}")
+        some = Series(pair, Repeat(Series(self._style.item, pair), max(self._least - 1, 0), most))
+        return Series("{", some if self._least else Choice("", some), "}")
 
     def write(self, value: Any, where: str = "") -> str:
         """The pairs in the order in which they stand."""

@@ -8,17 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from llmchain_fed.model.generation.json_nodes import (
-    Choice,
-    Control,
-    Leaf,
-    Literal,
-    Node,
-    Repeat,
-    Sequence_,
-    Text,
-    quantifier,
-)
+from llmchain_fed.model.generation.nodes import Choice, Control, Fixed, Node, Repeat, Series, quantifier
+from llmchain_fed.model.generation.text_nodes import Leaf, Text
 
 
 def lark(root: Node, controls: Mapping[str, int] | None = None) -> str:
@@ -28,8 +19,8 @@ def lark(root: Node, controls: Mapping[str, int] | None = None) -> str:
         root: The node.
         controls: The id of every control token in it, by its text.
 
-    >>> from llmchain_fed.model.generation.json_nodes import Chars
-    >>> print(lark(Sequence_("[", Leaf(Repeat(Chars.of("01"), 1)), "]")))
+    >>> from llmchain_fed.model.generation.nodes import Chars
+    >>> print(lark(Series("[", Leaf(Repeat(Chars.of("01"), 1)), "]")))
     start: "[" T1 "]"
     T1: /(?:[0-1])+/
     """
@@ -39,7 +30,7 @@ def lark(root: Node, controls: Mapping[str, int] | None = None) -> str:
     def name(node: Node) -> str:
         if isinstance(node, Control) and controls is not None and node.text in controls:
             return f"<[{controls[node.text]}]>"
-        if isinstance(node, Literal):
+        if isinstance(node, Fixed):
             return json.dumps(node.text, ensure_ascii=False) if node.text else '""'
         if id(node) not in written:
             terminal = isinstance(node, (Leaf, Text))
@@ -50,7 +41,7 @@ def lark(root: Node, controls: Mapping[str, int] | None = None) -> str:
         return written[id(node)]
 
     def body(node: Node) -> str:
-        if isinstance(node, Sequence_):
+        if isinstance(node, Series):
             return _joined([name(part) for part in node.parts], " ")
         if isinstance(node, Choice):
             return _joined([name(option) for option in node.options], " | ")
@@ -68,7 +59,7 @@ def _joined(parts: Sequence[str], by: str) -> str:
 
 def _terminal(node: Node) -> str:
     if isinstance(node, Text):
-        marker = Literal(node.marker).pattern()
+        marker = Fixed(node.marker).pattern()
         without = f"/(?s:.*)/ & ~/(?s:.*){marker}(?s:.*)/"
         return f"({without}) /{marker}/" if node.marked else without
     return f"/{node.pattern()}/"

@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
-from re import _constants as sre  # type: ignore[attr-defined] # the parser's names, which `re` documents no others for
-from re import _parser
+from re import _constants as sre  # type: ignore[attr-defined] # `re` has no public parser; there since Python 3.11
+from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 from llmchain_fed.errors import SchemaError
-from llmchain_fed.model.generation.json_nodes import Chars, Choice, Literal, Node, Ranges, Repeat, Sequence_, merged
+from llmchain_fed.model.generation.nodes import Chars, Choice, Fixed, Node, Ranges, Repeat, Series, merged
 
 _FIRST, _LAST = 0x20, 0x10FFFF
 _OUTSIDE = ((0, 0x1F), (0x22, 0x22), (0x5C, 0x5C), (0xD800, 0xDFFF))
@@ -68,17 +68,17 @@ def expression(pattern: str) -> Node:
     starts = bool(parsed) and parsed[0] == (sre.AT, sre.AT_BEGINNING)
     ends = bool(parsed) and parsed[-1] in ((sre.AT, sre.AT_END), (sre.AT, sre.AT_END_STRING))
     inner = _nodes(parsed[starts : len(parsed) - ends], pattern)
-    anything = Repeat(Choice(Chars(_within(((_FIRST, _LAST),))), *map(Literal, ESCAPED.values())))
-    return Sequence_(*([] if starts else [anything]), inner, *([] if ends else [anything]))
+    anything = Repeat(Choice(Chars(_within(((_FIRST, _LAST),))), *map(Fixed, ESCAPED.values())))
+    return Series(*([] if starts else [anything]), inner, *([] if ends else [anything]))
 
 
 def _nodes(parsed: Iterable[tuple[Any, Any]], pattern: str) -> Node:
-    return Sequence_(*(_node(kind, value, pattern) for kind, value in parsed))
+    return Series(*(_node(kind, value, pattern) for kind, value in parsed))
 
 
 def _node(kind: Any, value: Any, pattern: str) -> Node:
     if kind is sre.LITERAL:
-        return Literal(ESCAPED.get(chr(value), chr(value)))
+        return Fixed(ESCAPED.get(chr(value), chr(value)))
     if kind in (sre.IN, sre.NOT_LITERAL, sre.ANY):
         return _characters(kind, value, pattern)
     if kind is sre.SUBPATTERN:
@@ -116,7 +116,7 @@ def _characters(kind: Any, value: Any, pattern: str) -> Node:
             ranges += _CATEGORIES[found]
     whole = _others(merged(ranges)) if negated else merged(ranges)
     plain = _within(whole)
-    escaped = [Literal(text) for char, text in ESCAPED.items() if any(a <= ord(char) <= b for a, b in whole)]
+    escaped = [Fixed(text) for char, text in ESCAPED.items() if any(a <= ord(char) <= b for a, b in whole)]
     options: list[Node] = ([Chars(plain)] if plain else []) + ([] if negated else list(escaped))
     if not options:
         msg = f"the pattern {pattern!r:.100} has a class without a character. Correct it."
@@ -163,7 +163,7 @@ def number(low: Decimal | None, high: Decimal | None, *, low_open: bool, high_op
     options: list[Node] = []
     if low is None or low < 0:  # −high … −low, mirrored
         least, opened = (-high, high_open) if high is not None and high < 0 else (Decimal(0), True)
-        options += [Sequence_("-", n) for n in _from(least, None if low is None else -low, opened, low_open, whole)]
+        options += [Series("-", n) for n in _from(least, None if low is None else -low, opened, low_open, whole)]
     if high is None or high >= 0:
         least, opened = (low, low_open) if low is not None and low >= 0 else (Decimal(0), False)
         options += _from(least, high, opened, high_open, whole)
@@ -171,9 +171,9 @@ def number(low: Decimal | None, high: Decimal | None, *, low_open: bool, high_op
         msg = f"there is no {'whole ' if whole else ''}number between {low} and {high}. Correct the bounds."
         raise SchemaError(msg)
     unbounded = low is None and high is None
-    power = Choice(Sequence_("-", Repeat(DIGIT, 1, 3)), Sequence_(Choice("", "+"), Repeat(DIGIT, 1, 2)))  # finite
-    exponent = Choice("", Sequence_(Chars.of("eE"), power))
-    return Sequence_(Choice(*options), exponent) if unbounded and not whole else Choice(*options)
+    power = Choice(Series("-", Repeat(DIGIT, 1, 3)), Series(Choice("", "+"), Repeat(DIGIT, 1, 2)))  # finite
+    exponent = Choice("", Series(Chars.of("eE"), power))
+    return Series(Choice(*options), exponent) if unbounded and not whole else Choice(*options)
 
 
 def _from(low: Decimal, high: Decimal | None, low_open: bool, high_open: bool, whole: bool) -> list[Node]:  # noqa: FBT001
@@ -189,23 +189,23 @@ def _from(low: Decimal, high: Decimal | None, low_open: bool, high_open: bool, w
     floor = int(low.to_integral_value(ROUND_FLOOR))
     found: list[Node] = []
     if last is not None and floor == last and high is not None:  # both within one whole number
-        return [Sequence_(str(floor), f) for f in _fractions(low - floor, high - floor, low_open, high_open)]
-    found += [Sequence_(str(floor), f) for f in _fractions(low - floor, None, low_open, False)]  # noqa: FBT003
-    found += [Sequence_(n, _FRACTION) for n in integers(floor + 1, None if last is None else last - 1)]
+        return [Series(str(floor), f) for f in _fractions(low - floor, high - floor, low_open, high_open)]
+    found += [Series(str(floor), f) for f in _fractions(low - floor, None, low_open, False)]  # noqa: FBT003
+    found += [Series(n, _FRACTION) for n in integers(floor + 1, None if last is None else last - 1)]
     if last is not None and high is not None:
-        found += [Sequence_(str(last), f) for f in _fractions(Decimal(0), high - last, False, high_open)]  # noqa: FBT003
+        found += [Series(str(last), f) for f in _fractions(Decimal(0), high - last, False, high_open)]  # noqa: FBT003
     return found
 
 
-_FRACTION = Choice("", Sequence_(".", Repeat(DIGIT, 1, _MOST_DIGITS)))
+_FRACTION = Choice("", Series(".", Repeat(DIGIT, 1, _MOST_DIGITS)))
 
 
 def _fractions(low: Decimal, high: Decimal | None, low_open: bool, high_open: bool) -> list[Node]:  # noqa: FBT001
     """What may stand behind a whole number for its fraction to be within bounds; nothing, where that is 0."""
-    found: list[Node] = [Literal("")] if low == 0 and not low_open and not (high == 0 and high_open) else []
+    found: list[Node] = [Fixed("")] if low == 0 and not low_open and not (high == 0 and high_open) else []
     below, above = _digits(low), None if high is None else _digits(high)
     rest = _fraction(below, above, low_open, high_open)
-    return [*found, Sequence_(".", rest)] if rest is not None else found
+    return [*found, Series(".", rest)] if rest is not None else found
 
 
 def _digits(value: Decimal) -> str:
@@ -224,41 +224,41 @@ def _fraction(low: str | None, high: str | None, low_open: bool, high_open: bool
             _fraction(low[1:] if low else low, high[1:] if high else high, low_open, high_open) if low or high else None
         )
         if not low and not high and not low_open and not high_open:
-            return Repeat(Literal("0"), 1)
-        return Sequence_(str(a), rest) if rest is not None else None
+            return Repeat(Fixed("0"), 1)
+        return Series(str(a), rest) if rest is not None else None
     if a >= 0:
         rest = _open_end(low[1:] if low else "", low_open)
-        options += [Sequence_(str(a), rest)] if rest is not None else []
+        options += [Series(str(a), rest)] if rest is not None else []
     if b > a + 1:
-        options.append(Sequence_(Chars(((48 + a + 1, 48 + b - 1),)), Repeat(DIGIT)))
+        options.append(Series(Chars(((48 + a + 1, 48 + b - 1),)), Repeat(DIGIT)))
     if b <= 9:
         rest = _closed_end(high[1:] if high else "", high_open)
-        options += [Sequence_(str(b), rest)] if rest is not None else []
+        options += [Series(str(b), rest)] if rest is not None else []
     return Choice(*options) if options else None
 
 
 def _open_end(low: str, strict: bool) -> Node | None:  # noqa: FBT001
     """Further digits that make a number of at least `low`."""
     if not low:
-        return Sequence_(Repeat(Literal("0")), Chars.of("123456789"), Repeat(DIGIT)) if strict else Repeat(DIGIT)
+        return Series(Repeat(Fixed("0")), Chars.of("123456789"), Repeat(DIGIT)) if strict else Repeat(DIGIT)
     first = int(low[0])
     rest = _open_end(low[1:], strict)
-    options: list[Node] = [Sequence_(str(first), rest)] if rest is not None else []
+    options: list[Node] = [Series(str(first), rest)] if rest is not None else []
     if first < 9:
-        options.append(Sequence_(Chars(((48 + first + 1, 57),)), Repeat(DIGIT)))
+        options.append(Series(Chars(((48 + first + 1, 57),)), Repeat(DIGIT)))
     return Choice(*options) if options else None
 
 
 def _closed_end(high: str, strict: bool) -> Node | None:  # noqa: FBT001
     """Further digits, or none, that make a number of at most `high`."""
     if not high:
-        return None if strict else Repeat(Literal("0"))
+        return None if strict else Repeat(Fixed("0"))
     first = int(high[0])
     rest = _closed_end(high[1:], strict)
-    options: list[Node] = [Literal("")]
-    options += [Sequence_(str(first), rest)] if rest is not None else []
+    options: list[Node] = [Fixed("")]
+    options += [Series(str(first), rest)] if rest is not None else []
     if first > 0:
-        options.append(Sequence_(Chars(((48, 48 + first - 1),)), Repeat(DIGIT)))
+        options.append(Series(Chars(((48, 48 + first - 1),)), Repeat(DIGIT)))
     return Choice(*options)
 
 
@@ -272,9 +272,9 @@ def integers(low: int, high: int | None) -> list[Node]:
         return []
     if high is None:
         size = len(str(low))
-        longer: list[Node] = [Sequence_(Chars(((49, 57),)), Repeat(DIGIT, size, max(size, _MOST_DIGITS)))]
+        longer: list[Node] = [Series(Chars(((49, 57),)), Repeat(DIGIT, size, max(size, _MOST_DIGITS)))]
         if low == 0:
-            return [Literal("0"), Sequence_(Chars(((49, 57),)), Repeat(DIGIT, 0, _MOST_DIGITS))]
+            return [Fixed("0"), Series(Chars(((49, 57),)), Repeat(DIGIT, 0, _MOST_DIGITS))]
         return [*integers(low, 10**size - 1), *longer]
     found: list[Node] = []
     for size in range(len(str(low)), len(str(high)) + 1):
@@ -285,18 +285,18 @@ def integers(low: int, high: int | None) -> list[Node]:
 
 def _of_one_length(first: str, last: str) -> Node:
     if not first:
-        return Literal("")
+        return Fixed("")
     a, b = int(first[0]), int(last[0])
     rest, nines, zeros = len(first) - 1, "9" * (len(first) - 1), "0" * (len(first) - 1)
     if a == b:
-        return Sequence_(str(a), _of_one_length(first[1:], last[1:]))
+        return Series(str(a), _of_one_length(first[1:], last[1:]))
     options: list[Node] = []
     if first[1:] != zeros:
-        options.append(Sequence_(str(a), _of_one_length(first[1:], nines)))
+        options.append(Series(str(a), _of_one_length(first[1:], nines)))
         a += 1
     top = b if last[1:] == nines else b - 1
     if a <= top:
-        options.append(Sequence_(Chars(((48 + a, 48 + top),)), Repeat(DIGIT, rest, rest)))
+        options.append(Series(Chars(((48 + a, 48 + top),)), Repeat(DIGIT, rest, rest)))
     if top < b:
-        options.append(Sequence_(str(b), _of_one_length(zeros, last[1:])))
+        options.append(Series(str(b), _of_one_length(zeros, last[1:])))
     return options[0] if len(options) == 1 else Choice(*options)
