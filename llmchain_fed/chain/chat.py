@@ -32,7 +32,7 @@ from llmchain_fed.errors import ChatTemplateError, ConfigError, DataError, Unsup
 from llmchain_fed.model import chat_answer, chat_template, tool_format
 from llmchain_fed.model.answer_plan import AnswerPlan
 from llmchain_fed.model.generation.answers import Completion
-from llmchain_fed.model.token_logprobs import AnswerForm, openai_logprobs
+from llmchain_fed.model.generation.token_logprobs import AnswerForm, openai_logprobs
 
 
 class LocalChatModel(StructuredAnswers, ChatBatch, BaseChatModel):
