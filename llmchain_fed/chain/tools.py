@@ -169,9 +169,8 @@ class CallsTools(LocalLanguageModel):
 
     def _json_answer(self, completion: Any, plan: AnswerPlan) -> str:
         assert plan.response is not None
-        message = None if isinstance(completion, (str, BaseModel)) else answer_in(completion)
         thoughts = ""
-        if message is not None:
+        if isinstance(completion, BaseMessage) and (message := answer_in(completion)) is not None:
             thoughts, completion = message.additional_kwargs.get("reasoning_content", ""), message.text
         if isinstance(completion, str):
             try:

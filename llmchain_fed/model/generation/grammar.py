@@ -62,7 +62,11 @@ class Grammar:
         Raises:
             SchemaError: It does not; the message has the number of tokens that it needs.
         """
-        needed = len(self.shortest(vocabulary)) + 1
+        shortest = self.shortest(vocabulary)
+        if vocabulary.inner.decode_bytes(shortest) != self.node.shortest.encode():
+            msg = f"the model's tokens cannot spell {self.node.shortest!r:.120}, so no answer can keep to the schema."
+            raise SchemaError(msg)
+        needed = len(shortest) + 1
         if needed > budget:
             msg = (
                 f"the shortest answer that keeps to the schema ({self.node.shortest!r:.120}) takes {needed} tokens "

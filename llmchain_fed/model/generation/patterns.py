@@ -99,10 +99,22 @@ def _node(kind: Any, value: Any, pattern: str) -> Node:
 
 
 def _characters(kind: Any, value: Any, pattern: str) -> Node:
+    whole = _ranges(kind, value)
+    plain = _within(whole)
+    escaped = [Fixed(text) for char, text in ESCAPED.items() if any(a <= ord(char) <= b for a, b in whole)]
+    options: list[Node] = [*([Chars(plain)] if plain else []), *escaped]
+    if not options:
+        msg = f"the pattern {pattern!r:.100} has a class without a character. Correct it."
+        raise SchemaError(msg)
+    return options[0] if len(options) == 1 else Choice(*options)
+
+
+def _ranges(kind: Any, value: Any) -> Ranges:
+    """The code points that a class of characters has."""
     if kind is sre.ANY:
-        return Chars(_within(((_FIRST, _LAST),)))
+        return _others(((10, 10),))
     if kind is sre.NOT_LITERAL:
-        return Chars(_within(_others(((value, value),))))
+        return _others(((value, value),))
     negated = value[0][0] is sre.NEGATE
     ranges: list[tuple[int, int]] = []
     for name, found in value[negated:]:
@@ -114,14 +126,7 @@ def _characters(kind: Any, value: Any, pattern: str) -> Node:
             ranges += _others(_CATEGORIES[_NEGATED[found]])
         else:
             ranges += _CATEGORIES[found]
-    whole = _others(merged(ranges)) if negated else merged(ranges)
-    plain = _within(whole)
-    escaped = [Fixed(text) for char, text in ESCAPED.items() if any(a <= ord(char) <= b for a, b in whole)]
-    options: list[Node] = ([Chars(plain)] if plain else []) + ([] if negated else list(escaped))
-    if not options:
-        msg = f"the pattern {pattern!r:.100} has a class without a character. Correct it."
-        raise SchemaError(msg)
-    return options[0] if len(options) == 1 else Choice(*options)
+    return _others(merged(ranges)) if negated else merged(ranges)
 
 
 def _others(ranges: Ranges) -> Ranges:

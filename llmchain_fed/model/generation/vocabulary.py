@@ -39,7 +39,7 @@ class Vocabulary:
         except Exception as error:  # it raises whatever its Rust part or an unknown tokenizer makes of it
             msg = (
                 f"the tokenizer of {name!r} ({type(tokenizer).__name__}) is none that grammars can be kept to with "
-                f"({error!s:.200}). Use a fast tokenizer."
+                f"({error!s:.200}). Use a model with a fast tokenizer whose tokens are bytes, as chat models have."
             )
             raise UnsupportedModelError(msg) from error
         self.size, self.ends = count, frozenset(ends)
