@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from tiny import tiny_module, train_tokenizer
 from typing_extensions import TypedDict
 
-from llmchain_fed import FederatedAveraging, LLMChain, LocalChatModel, LocalModel
+from llmchain_fed import FederatedAveraging, LLMChain, LocalChatModel, LocalModel, TrainingConfig
 from llmchain_fed.chain.finding import find_prompt
 from llmchain_fed.data.encoding import encode_examples
 from llmchain_fed.data.examples import read_examples
@@ -164,10 +164,8 @@ def test_a_dataclass_is_an_object_too(chat):
         organ: str
         size: int
 
-    assert (
-        learnt(chat.with_structured_output(FindingDict), ("page", Record("lung", 2)))[1]
-        == '{"organ": "lung", "size": 2}'
-    )
+    _, taught = learnt(chat.with_structured_output(FindingDict), ("page", Record("lung", 2)))
+    assert taught == '{"organ": "lung", "size": 2}'
 
 
 def test_with_function_calling_the_object_is_a_call(chat):
@@ -211,10 +209,9 @@ def test_a_federation_learns_objects(chat):
     """Two participants teach two objects each; the very same Runnable then answers them."""
     runnable = chat.with_structured_output(Finding)
     before = runnable.batch([x for x, _ in EXAMPLES])
-    fed = FederatedAveraging(
-        runnable, participants={"a": EXAMPLES[:2], "b": EXAMPLES[2:]}, lr=1e-2, batch_size=2, evaluation=EXAMPLES[:1]
-    )
-    fed.fit(rounds=110)
+    training = TrainingConfig(learning_rate=6e-3, batch_size=2, epochs=10)
+    fed = FederatedAveraging(runnable, participants={"a": EXAMPLES[:2], "b": EXAMPLES[2:]}, training=training)
+    fed.fit(rounds=20)
     assert [runnable.invoke(x) for x, _ in EXAMPLES] == [wanted for _, wanted in EXAMPLES] != before
     assert fed.evaluate(EXAMPLES).loss < 0.1
 

@@ -37,7 +37,8 @@ HERMES = (
 """as Qwen2.5 writes calls"""
 LLAMA = (
     "{% if tools %}<|system|>{{ tools | tojson }}<eos>\n{% endif %}"
-    "{% for m in messages %}{% if m.tool_calls %}{% if m.tool_calls | length != 1 %}{{ raise_exception('one') }}{% endif %}"
+    "{% for m in messages %}{% if m.tool_calls %}"
+    "{% if m.tool_calls | length != 1 %}{{ raise_exception('one') }}{% endif %}"
     '<|assistant|>{"name": "{{ m.tool_calls[0].function.name }}", '
     '"parameters": {{ m.tool_calls[0].function.arguments | tojson }}}<eos>\n'
     "{% else %}<|{{ m.role }}|>{{ m.content }}<eos>\n{% endif %}{% endfor %}"
@@ -86,7 +87,8 @@ TEXTS = {
     "broken": ("<tool_call>\nf(1)", "", [], 1),
     "cut off": ('<tool_call>\n{"name": "f", "arguments": {"a": ', "", [("f", '{"a": ')], 0),
     "text behind": (OURS.written([("f", "{}")]) + "\nDone.", "\nDone.", [("f", "{}")], 0),
-    "two apart": (OURS.written([("f", "{}")]) + "and" + OURS.written([("g", "{}")]), "and", [("f", "{}"), ("g", "{}")], 0),
+    "two apart": (OURS.written([("f", "{}")]) + "and" + OURS.written([("g", "{}")]), "and",
+                  [("f", "{}"), ("g", "{}")], 0),
 }  # fmt: skip
 
 
@@ -116,8 +118,8 @@ def test_pieces_joined_are_what_is_read_at_once(name):
         assert (said, list(calls.values()), broken) == read_calls(text, OURS)
 
 
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {
-    "type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a"]}}}  # fmt: skip
+PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a"]}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": PARAMETERS}}
 
 
 @pytest.mark.parametrize("template", [HERMES, TOOLS])

@@ -1,0 +1,251 @@
+"""`bind_tools`: what a model is told, what it may answer, the messages of it by every verb, and calls as completions.
+
+Belongs here: the chat face. Does not: how calls are written (model/test_tool_format), objects (test_structured).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+from chat_templates import OPENS, TOOLS, TRIMS
+from langchain.agents import create_agent
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.tools import tool
+from tiny import tiny_module
+from tokenizers_of_kinds import make_tokenizer
+
+from llmchain_fed import FederatedAveraging, LocalChatModel, LocalModel, TrainingConfig
+from llmchain_fed.chain.finding import find_prompt
+from llmchain_fed.data.encoding import encode_examples
+from llmchain_fed.errors import ConfigError, DataError, SchemaError
+from llmchain_fed.model.generation.answers import Completion
+from llmchain_fed.model.tool_format import OURS
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Adds two numbers."""
+    return a + b
+
+
+@tool
+def shout(text: str, times: Literal[1, 2] = 1) -> str:
+    """Says it aloud."""
+    return text.upper() * times
+
+
+TWO = [add, shout]
+CALL = {"name": "add", "args": {"a": 1, "b": 2}, "id": "call00001", "type": "tool_call"}
+
+
+def make_chat(template, **options):
+    tokenizer = make_tokenizer("byte-level")
+    tokenizer.chat_template = template
+    module = tiny_module("causal", len(tokenizer))
+    module.config.max_position_embeddings = 4096
+    return LocalChatModel(model=LocalModel(module, tokenizer, name="tiny"), max_new_tokens=100, **options)
+
+
+@pytest.fixture(params=["own", "ours", "opens"])
+def chat(request):
+    """Over a template that writes tools and calls itself, over one that knows neither, and over one that thinks."""
+    return make_chat({"own": TOOLS, "ours": TRIMS, "opens": OPENS}[request.param])
+
+
+def said(chat, text, *, calls=True):
+    """The message that an answer of this text becomes."""
+    kwargs = chat.bind_tools(TWO).kwargs if calls else {}
+    return chat.message(Completion(text, 1, 1, "stop"), kwargs)
+
+
+# --- what a model is told -------------------------------------------------------------------------------------------
+
+
+def test_a_template_with_tools_tells_of_them_itself():
+    chat = make_chat(TOOLS)
+    schemas = chat.bind_tools(TWO).kwargs["tools"]
+    wanted = chat.model.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tools=schemas, tokenize=False, add_generation_prompt=True
+    )
+    assert chat.render("hi", tools=TWO) == wanted
+    assert chat.tool_note() == ""
+
+
+def test_elsewhere_the_system_message_does():
+    chat = make_chat(TRIMS)
+    text = chat.render([SystemMessage("Be brief."), HumanMessage("hi")], tools=TWO)
+    assert text.startswith("<|system|>Be brief.\n\n# Tools")
+    assert '"name": "add"' in text
+    assert "<tool_call>" in text
+    assert text.endswith("<|user|>hi<eos><|assistant|>")
+    assert "no place for tools" in chat.tool_note()
+    no_system = TRIMS.replace("<|{{ m.role }}|>", "{{ raise_exception('no') if m.role == 'system' }}<|{{ m.role }}|>")
+    assert make_chat(no_system).render("hi", tools=TWO).startswith("<|user|># Tools")
+
+
+def test_calls_and_results_of_a_conversation_are_always_shown(chat):
+    talk = [HumanMessage("sum"), AIMessage("", tool_calls=[CALL]), ToolMessage("3", tool_call_id="call00001")]
+    for tools in ((), TWO):
+        text = chat.render(talk, tools=tools)
+        assert '{"a": 1, "b": 2}' in text
+        assert text.count("3") >= 1
+
+
+async def test_every_verb_sends_the_same(chat, monkeypatch):
+    sent = []
+    encode = LocalModel.encode
+    monkeypatch.setattr(LocalModel, "encode", lambda m, texts, **o: sent.extend(texts) or encode(m, texts, **o))
+    bound = chat.bind_tools(TWO, tool_choice="any")
+    bound.invoke("hi")
+    list(bound.stream("hi"))
+    bound.batch(["hi", "hi"])
+    await bound.ainvoke("hi")
+    text = chat.render("hi", tools=TWO)
+    assert sent.count(text) == len(sent) == 5
+
+
+# --- what it may answer ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 4.0])
+def test_forced_calls_exist_and_fit(chat, temperature):
+    chat = chat.model_copy(update={"temperature": temperature})
+    for choice in ("any", "required", "shout", {"type": "function", "function": {"name": "shout"}}):
+        message = chat.bind_tools(TWO, tool_choice=choice).invoke("hi")
+        assert message.tool_calls
+        assert not message.invalid_tool_calls
+        for call in message.tool_calls:
+            assert call["name"] in ("add", "shout") if choice in ("any", "required") else call["name"] == "shout"
+            {"add": add, "shout": shout}[call["name"]].invoke(call["args"])
+
+
+def test_one_call_at_most_where_parallel_ones_are_off(chat):
+    chat = chat.model_copy(update={"temperature": 4.0, "max_new_tokens": 300})
+    one = chat.bind_tools(TWO, tool_choice="any", parallel_tool_calls=False)
+    assert [len(one.invoke(text).tool_calls) for text in ("a", "b", "c")] == [1, 1, 1]
+    loose = chat.message(
+        Completion(chat.written(AIMessage("", tool_calls=[CALL, CALL]), {"tools": TWO}), 1, 1, "stop"),
+        {"tools": one.kwargs["tools"], "parallel_tool_calls": False, "strict": False},
+    )
+    assert (len(loose.tool_calls), len(loose.invalid_tool_calls)) == (1, 1)
+    assert "allows one call" in loose.invalid_tool_calls[0]["error"]
+
+
+def test_none_of_them_and_a_choice_that_is_none(chat):
+    message = chat.bind_tools(TWO, tool_choice="none").invoke("hi")
+    assert message.tool_calls == []
+    with pytest.raises(ConfigError, match=r"tool_choice .*\('add', 'shout' given\), got 'gone'"):
+        chat.bind_tools(TWO, tool_choice="gone")
+
+
+def test_tools_that_are_none_are_refused(chat):
+    with pytest.raises(DataError, match="no tool"):
+        chat.bind_tools([3])
+    bad = {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {"a": {"not": {}}}}}
+    with pytest.raises(SchemaError, match="parameters of the tool 'f': .*'not' is not known here"):
+        chat.bind_tools([bad])
+
+
+@pytest.mark.parametrize("choice", ["auto", "any"])
+async def test_a_stream_joined_is_the_answer(chat, choice):
+    bound = chat.bind_tools(TWO, tool_choice=choice)
+    whole = bound.invoke("hi")
+    for chunks in (list(bound.stream("hi")), [chunk async for chunk in bound.astream("hi")]):
+        joined = sum(chunks[1:], chunks[0])
+        assert isinstance(joined, AIMessageChunk)
+        assert joined.content == whole.content
+        assert [(c["name"], c["args"]) for c in joined.tool_calls] == [(c["name"], c["args"]) for c in whole.tool_calls]
+        assert joined.additional_kwargs == whole.additional_kwargs
+    if choice == "any":  # the name comes before the arguments, which come in pieces
+        pieces = [c for chunk in chunks for c in chunk.tool_call_chunks]
+        assert pieces[0]["name"] in ("add", "shout")
+        assert len(pieces) > 3
+        assert {c["index"] for c in pieces} == set(range(len(whole.tool_calls)))
+    assert [(m.content, len(m.tool_calls)) for m in bound.batch(["hi"] * 2)] == [
+        (whole.content, len(whole.tool_calls))
+    ] * 2
+
+
+def test_answers_become_messages(chat):
+    form = chat.form({})
+    begin = "" if not chat.plan({}).opened else "thinks\n</think>\n\n"
+    calls = form.written([("add", '{"a": 1, "b": 2}')])
+    message = said(chat, begin + calls)
+    assert (message.content, [c["name"] for c in message.tool_calls]) == ("", ["add"])
+    assert message.tool_calls[0]["args"] == {"a": 1, "b": 2}
+    assert message.additional_kwargs.get("reasoning_content") == ("thinks" if begin else None)
+    assert said(chat, begin + calls, calls=False).content == calls  # no tools, no calls
+    for name, arguments, error in (
+        ("gone", "{}", "names the tool 'gone'"),
+        ("add", '{"a": 1}', "'b' is missing"),
+        ("add", '{"a": 1, "b": "x"}', "b is 'x'"),
+        ("add", '{"a": 1, ', "no JSON"),
+    ):
+        message = said(chat, begin + form.begin + name + form.middle + arguments + form.end)
+        assert message.tool_calls == []
+        assert error in message.invalid_tool_calls[0]["error"]
+
+
+# --- calls as completions -------------------------------------------------------------------------------------------
+
+
+def test_a_call_is_taught_as_it_is_answered(chat):
+    bound = chat.bind_tools(TWO)
+    prompt = find_prompt(bound)
+    swapped = {**CALL, "args": {"b": 2, "a": 1}}
+    (call,) = prompt.calls("sum", AIMessage("Well.", tool_calls=[swapped, CALL]))
+    assert call.text == chat.render("sum", tools=TWO)
+    message = said(chat, call.completion)
+    assert message.content == "Well."
+    assert [c["args"] for c in message.tool_calls] == [CALL["args"]] * 2
+    assert chat.plan(bound.kwargs).node.whole(call.completion)
+    (as_data,) = prompt.calls("sum", {"role": "assistant", "content": "Well.", "tool_calls": [
+        {"type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}] * 2})  # fmt: skip
+    assert as_data == call
+
+
+def test_completions_that_could_not_be_answered_are_refused(chat):
+    def refused(completion, said, **options):
+        with pytest.raises(SchemaError, match=said):
+            encode_examples([("sum", completion)], chat.model, find_prompt(chat.bind_tools(TWO, **options)))
+
+    refused(AIMessage("", tool_calls=[{**CALL, "name": "gone"}]), "names the tool 'gone', .* are 'add', 'shout'")
+    refused(AIMessage("", tool_calls=[{**CALL, "args": {"a": "x", "b": 1}}]), "a is 'x', and the schema wants a whole")
+    refused(AIMessage("", tool_calls=[CALL]), "names the tool 'add'", tool_choice="shout")
+    refused(AIMessage("", tool_calls=[CALL, CALL]), "one at most", parallel_tool_calls=False)
+    refused("three", "a call of a tool", tool_choice="any")
+
+
+def test_in_our_form_calls_are_ours():
+    chat = make_chat(TRIMS)
+    assert chat.written(AIMessage("", tool_calls=[CALL])) == OURS.written([("add", '{"a": 1, "b": 2}')])
+    thought = AIMessage("", tool_calls=[CALL], additional_kwargs={"reasoning_content": "hm"})
+    assert chat.written(thought).startswith("<think>\nhm\n</think>\n\n<tool_call>")
+
+
+def test_an_agent_learns_in_a_federation_to_call_its_tools():
+    """`create_agent`, two participants: it calls the right tool, reads the result and answers."""
+    chat = make_chat(TOOLS)
+    agent = create_agent(chat, TWO)
+
+    def asking(text):
+        return {"messages": [HumanMessage(text)]}
+
+    examples = {
+        "a": [(asking("sum"), [AIMessage("", tool_calls=[CALL]), "It is three."])],
+        "b": [
+            (
+                asking("sing"),
+                [AIMessage("", tool_calls=[{**CALL, "name": "shout", "args": {"text": "la"}}]), "I sang."],
+            ),
+            (asking("hi"), ["Hello."]),
+        ],
+    }
+    training = TrainingConfig(learning_rate=6e-3, batch_size=4, epochs=6)
+    FederatedAveraging(agent, participants=examples, training=training).fit(rounds=30)
+    human, call, result, answer = agent.invoke(asking("sum"))["messages"]
+    assert [(c["name"], c["args"]) for c in call.tool_calls] == [("add", CALL["args"])]
+    assert (result.content, answer.content) == ("3", "It is three.")
+    assert agent.invoke(asking("sing"))["messages"][2].content == "LA"
+    assert agent.invoke(asking("hi"))["messages"][-1].content == "Hello."
