@@ -51,7 +51,8 @@ class StructuredAnswers(CallsTools):
         Args:
             schema: A Pydantic class (answers are its instances), a TypedDict or a JSON schema (answers are dicts).
             method: `"json_schema"`: the answer is the object's JSON; `"function_calling"`: it is the call of a tool of
-                the schema's name, which the model is told of; `"json_mode"`: it is JSON, of any form.
+                the schema's name, which the model is told of; `"json_mode"`: as the first, or any JSON object without a
+                schema.
             include_raw: If true, answers are dicts of `raw` (the message), `parsed` and `parsing_error`.
             strict: As in `bind_tools`, for `"function_calling"`.
             **kwargs: Further keywords for every call.
@@ -79,7 +80,7 @@ class StructuredAnswers(CallsTools):
                 else JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
             )
         elif method in ("json_schema", "json_mode"):
-            wanted = _response_format(schema, method)
+            wanted = _response_format(schema)
             llm = self.bind(  # type: ignore[attr-defined] # LangChain's half
                 response_format=wanted, ls_structured_output_format=about, **kwargs
             )
@@ -94,9 +95,9 @@ class StructuredAnswers(CallsTools):
         return RunnableMap(raw=llm) | parsed.with_fallbacks([failed], exception_key="parsing_error")
 
 
-def _response_format(schema: Any, method: Method) -> dict[str, Any]:
+def _response_format(schema: Any) -> dict[str, Any]:
     """A schema as `response_format` has it, in OpenAI's form; looked at here, so that what is wrong is said at once."""
-    if method == "json_mode":
+    if schema is None:
         return {"type": "json_object"}
     found = json_schema_of(schema)
     shape_of(found)

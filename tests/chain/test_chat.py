@@ -15,6 +15,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, Sys
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
 from taught import ANSWERS, PROMPTS, taught_model
+from taught_tools import taught_tools_model
 from tiny import tiny_module, train_tokenizer
 
 from llmchain_fed import LocalChatModel, LocalModel
@@ -72,6 +73,28 @@ class TestUnit(_Local, ChatModelUnitTests):
 
 
 class TestIntegration(_Local, ChatModelIntegrationTests):
+    """With a model that knows what the suite asks of tools; the rest it need not know."""
+
+    @property
+    def chat_model_params(self):
+        return {"model": taught_tools_model(), "max_new_tokens": 160}
+
+    @property
+    def has_tool_calling(self):
+        return True
+
+    @property
+    def has_tool_choice(self):
+        return True
+
+    @property
+    def has_structured_output(self):
+        return True
+
+    @property
+    def supports_json_mode(self):
+        return True
+
     @property
     def supports_model_override(self):
         return False  # the weights are the object; another name loads nothing
