@@ -268,8 +268,12 @@ def _texts(value: Any, label: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, BaseMessage):
         yield from _texts(value.text, label)
     elif isinstance(value, Mapping):
+        message = "role" in value or "type" in value
         for key, part in value.items():
-            yield from _texts(part, label if key in ("content", "text", "role") else f"input {str(key)!r}")
+            if not message:
+                yield from _texts(part, f"input {str(key)!r}")
+            elif key in ("content", "text"):  # not its role, which the template writes
+                yield from _texts(part, label)
     elif isinstance(value, (list, tuple)):
         for at, part in enumerate(value):
             yield from _texts(part, f"{label}, message {at}" if not isinstance(part, str) else label)

@@ -247,6 +247,14 @@ def test_a_composed_chain_shows_what_its_model_reads(chat):
     assert "notes on sign in | sign in" in preview.text
 
 
+def test_a_composed_chains_messages_are_told_and_their_roles_are_the_templates(chat):
+    chain = RunnableLambda(lambda state: chat.invoke(state["messages"]))
+    messages = [{"role": "user", "content": "sign in"}]
+    preview = federation(chain, {"a": [({"messages": messages}, "oui")]}, llm=chat).preview("a")
+    assert ("input 'messages', message 0", "sign in") in told(preview)
+    assert [source for source, text in told(preview) if text.strip() == "user"] == []
+
+
 def test_nobody_of_that_name(model):
     fed = federation(model, {"a": [RawText("save", "oui")]})
     with pytest.raises(ConfigError, match=r"no participant org-z is in this process \(\['a'\] are\)"):
