@@ -124,7 +124,8 @@ class LocalLanguageModel(Classifies, Previews, BaseModel):
         """
         given = {ALIASES.get(k, k): v for k, v in overrides.items() if v is not None}
         for name in given.keys() - OPTIONS:
-            raise ConfigError(unknown_option(name, {*OPTIONS, "stop", *self.rendering_options, *self.answer_options}))
+            apart = self.rendering_options | self.answer_options | self.form_options
+            raise ConfigError(unknown_option(name, {*OPTIONS, "stop", *apart}))
         own = {name: getattr(self, name) for name in OPTIONS & self.model_fields_set}
         return own | given | {"stop": self.stop if stop is None else stop}
 

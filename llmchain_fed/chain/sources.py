@@ -22,7 +22,7 @@ from llmchain_fed.data.previewing import Span, previewed
 from llmchain_fed.data.prompt import Call, Prompt
 from llmchain_fed.errors import LLMChainFedError
 
-CHAT_TEMPLATE, TEMPLATE = "the chat template", "the prompt"
+CHAT_TEMPLATE, TEMPLATE, TOOLS = "the chat template", "the prompt", "the tools"
 ADDED_SYSTEM = "a system prompt that the chat template adds"
 _OPEN, _CLOSE, _FIRST = "\ue000", "\ue001", 0xE100  # private-use characters, as `LLMChain.literals` has them
 _MOST = 0xF8FF - _FIRST  # labels of one text
@@ -65,8 +65,10 @@ def preview_over(prompt: Prompt, source: Any, *, count: int = 1, max_length: int
         return [[*spans, *_places(call.text, added, ADDED_SYSTEM)] for call, spans in _told(prompt, example, calls)]
 
     found = previewed(source, model, prompt, count=count, max_length=max_length, sources=sources)
+    notes = _tool_notes(prompt, source)
     seen = bool(added) and any(added in "".join(t.text for t in row) for e in found.examples for row in e.rows)
-    return joined([found], [f"the chat template adds a system prompt of its own: {added!r}"] if seen else [])
+    notes += [f"the chat template adds a system prompt of its own: {added!r}"] if seen else []
+    return joined([found], notes)
 
 
 def _told(prompt: Any, example: Any, calls: Sequence[Call]) -> Iterator[tuple[Call, list[Span]]]:
@@ -78,6 +80,7 @@ def _told(prompt: Any, example: Any, calls: Sequence[Call]) -> Iterator[tuple[Ca
         marked = [call.text for call in _marked_calls(prompt, example, marks)]
     except LLMChainFedError:  # what takes the value itself refuses it with marks
         marked = []
+    untold = _without_tools(prompt, example)
     whole = _outermost(prompt)
     for at, call in enumerate(calls):
         text, spans = marks.read(marked[at]) if at < len(marked) else ("", [])
@@ -85,7 +88,8 @@ def _told(prompt: Any, example: Any, calls: Sequence[Call]) -> Iterator[tuple[Ca
             spans = [span for label, value in marks.values.items() for span in _places(call.text, value, label)]
         for label, value in marks.numbers.items():  # nothing can be put around them
             spans += _places(call.text, value, label) if call.text.count(value) == 1 else []
-        yield call, [Span(0, len(call.text), whole), *spans]
+        tools = _difference(call.text, untold[at]) if at < len(untold) else []
+        yield call, [Span(0, len(call.text), whole), *tools, *spans]
 
 
 def _marked_calls(prompt: Any, example: Any, marks: _Marks) -> Sequence[Call]:
@@ -98,10 +102,11 @@ def _marked_calls(prompt: Any, example: Any, marks: _Marks) -> Sequence[Call]:
     return [Call(_marked_text(prompt, example.inputs, marks), "")]
 
 
-def _marked_text(prompt: Any, inputs: Any, marks: _Marks) -> str:
+def _marked_text(prompt: Any, inputs: Any, marks: _Marks, *, tools: bool = True) -> str:
     template = getattr(prompt, "prompt", None)
+    call = {name: value for name, value in prompt.call_options().items() if tools or name != "tools"}
     if template is None:  # a face by itself
-        return str(prompt.face.text_of(_given(inputs, marks), prompt.call))
+        return str(prompt.face.text_of(_given(inputs, marks), call))
     names = list(prompt.input_variables)
     given = inputs if isinstance(inputs, Mapping) else dict.fromkeys(names, inputs)
     defaults = {name: value for name, value in template.partial_variables.items() if isinstance(value, str)}
@@ -112,7 +117,7 @@ def _marked_text(prompt: Any, inputs: Any, marks: _Marks) -> str:
     if prompt.adds_special_tokens:  # a string face
         return str(value.to_string())
     messages = [_wrapped(message, TEMPLATE, marks.wrap) for message in value.to_messages()]
-    return str(prompt.face.text_of(messages, prompt.call_options()))
+    return str(prompt.face.text_of(messages, call))
 
 
 def _given(inputs: Any, marks: _Marks) -> Any:
@@ -190,6 +195,42 @@ def _places(text: str, value: str, label: str) -> list[Span]:
     return [Span(found.start(), found.end(), label) for found in re.finditer(re.escape(value), text)]
 
 
+def _without_tools(prompt: Any, example: Any) -> list[str]:
+    """The texts of the example's calls without the tools that they have; none where there are none."""
+    try:
+        if isinstance(example, DialogueRow):
+            bare = replace(example, dialogue=replace(example.dialogue, tools=()))
+            return [call.text for call in calls_of(bare, prompt)] if example.dialogue.tools else []
+        if not prompt.call_options().get("tools"):
+            return []
+        marks = _Marks()
+        return [marks.read(_marked_text(prompt, example.inputs, marks, tools=False))[0]]
+    except LLMChainFedError:
+        return []
+
+
+def _difference(text: str, other: str) -> list[Span]:
+    """What a text has, in one piece, that another one lacks."""
+    begin = _alike(text, other)
+    end = _alike(text[begin:][::-1], other[begin:][::-1])
+    return [Span(begin, len(text) - end, TOOLS)] if begin < len(text) - end else []
+
+
+def _alike(ours: str, theirs: str) -> int:
+    """How many characters both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+
+
+def _tool_notes(prompt: Any, source: Any) -> list[str]:
+    """What to say of a chat template that has no place for tools, where some are told."""
+    faces = [prompt.face] if hasattr(prompt, "face") else prompt.faces
+    rows = source if isinstance(source, list) else ()
+    told = hasattr(prompt, "call_options") and prompt.call_options().get("tools")
+    if not (told or any(isinstance(row, Mapping) and row.get("tools") for row in rows)):
+        return []
+    return [note for face in faces if hasattr(face, "tool_note") and (note := face.tool_note())][:1]
+
+
 def _outermost(prompt: Any) -> str:
     """What has written of a prompt's text whatever nothing else has."""
     if not prompt.adds_special_tokens:
@@ -227,8 +268,12 @@ def _texts(value: Any, label: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, BaseMessage):
         yield from _texts(value.text, label)
     elif isinstance(value, Mapping):
+        message = "role" in value or "type" in value
         for key, part in value.items():
-            yield from _texts(part, label if key in ("content", "text", "role") else f"input {str(key)!r}")
+            if not message:
+                yield from _texts(part, f"input {str(key)!r}")
+            elif key in ("content", "text"):  # not its role, which the template writes
+                yield from _texts(part, label)
     elif isinstance(value, (list, tuple)):
         for at, part in enumerate(value):
             yield from _texts(part, f"{label}, message {at}" if not isinstance(part, str) else label)
@@ -247,7 +292,8 @@ def added_system(prompt: Any) -> str:
     face = faces[0]
     if face.adds_special_tokens:
         return ""
-    call = prompt.call_options() if hasattr(prompt, "call_options") else {}
+    call = dict(prompt.call_options()) if hasattr(prompt, "call_options") else {}
+    call.pop("tools", None)
     try:
         without = str(face.text_of([HumanMessage("x")], call))
         given = str(face.text_of([SystemMessage(_SYSTEM), HumanMessage("x")], call))

@@ -3,6 +3,7 @@
 python tests/benchmarks/ours.py prepare WORK.json PAIRS HELD_OUT TEXTS NEW_TOKENS
 python tests/benchmarks/ours.py train WORK.json SEED fp32|bf16
 python tests/benchmarks/ours.py batch WORK.json fp32|bf16 TIMES
+python tests/benchmarks/ours.py chat_batch WORK.json TIMES
 python tests/benchmarks/ours.py invoke WORK.json lora|merged TIMES
 python tests/benchmarks/ours.py aggregate UPDATES
 python tests/benchmarks/ours.py one_round WORK.json
@@ -19,7 +20,15 @@ import bare
 import common
 import torch
 
-from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, TrainingConfig, train_locally
+from llmchain_fed import (
+    FederatedAveraging,
+    LLMChain,
+    LocalChatModel,
+    LocalLLM,
+    LocalModel,
+    TrainingConfig,
+    train_locally,
+)
 
 PUBLISHERS = ("django", "wagtail", "plone", "pretix")
 
@@ -111,6 +120,24 @@ def batch(path: str, precision: str, times: str) -> None:
 
     answers, theirs = ours(), yardstick()  # warms both up as well
     common.answer(**_alternate(ours, yardstick, int(times)), answers=answers, same_as_generate=answers == theirs)
+
+
+def chat_batch(path: str, times: str) -> None:
+    """`LocalChatModel.batch` over all texts against `LocalLLM.batch` over the very texts that it renders."""
+    work = common.read_work(path)
+    model = LocalModel.from_pretrained(work["model"], device="cpu")
+    length = {"max_new_tokens": work["new_tokens"], "min_new_tokens": work["new_tokens"]}
+    chat, llm = LocalChatModel(model=model, **length), LocalLLM(model=model, **length)
+    rendered = [chat.render(text) for text in work["texts"]]
+
+    def ours() -> list[str]:
+        return [str(message.content) for message in chat.batch(work["texts"])]
+
+    def yardstick() -> list[str]:
+        return llm.batch(rendered)
+
+    same = ours() == yardstick()  # warms both up as well
+    common.answer(**_alternate(ours, yardstick, int(times)), same_as_llm=same)
 
 
 def invoke(path: str, how: str, times: str) -> None:
@@ -222,5 +249,5 @@ def one_round(path: str) -> None:
 
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
-    commands = (prepare, train, batch, invoke, aggregate, one_round)
+    commands = (prepare, train, batch, chat_batch, invoke, aggregate, one_round)
     {f.__name__: f for f in commands}[command](*arguments)

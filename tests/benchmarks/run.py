@@ -187,6 +187,16 @@ def batch(bench: Bench) -> list[Row]:
     ]
 
 
+def chat_batch(bench: Bench) -> list[Row]:
+    """A batch of conversations against a batch of the same texts on the string face, in one process."""
+    runs = [bench.ours("ours.py", "chat_batch", bench.work, bench.size.times) for _ in range(bench.size.repetitions)]
+    seconds = {side: [s for r in runs for s in r[side]] for side in ("ours", "peer")}
+    shown = [f"{bench.size.texts / median(seconds[side]):.2f} prompts/s" for side in ("ours", "peer")]
+    note = "answers equal" if all(r["same_as_llm"] for r in runs) else "answers differ"
+    measure = f"`LocalChatModel.batch` of {bench.size.texts} / `LocalLLM.batch` of the same texts"
+    return [Row(measure, *shown, _ratio(seconds["peer"], seconds["ours"]), target=0.9, note=note, samples=seconds)]
+
+
 def invoke(bench: Bench) -> list[Row]:
     """Row 5, with the adapter beside the weights and merged into them."""
     rows, times = [], 3 * bench.size.times
@@ -264,7 +274,7 @@ def imports(bench: Bench) -> list[Row]:
 
 
 MEASURES: dict[str, Callable[[Bench], list[Row]]] = {
-    f.__name__: f for f in (training, batch, invoke, aggregation, one_round, memory, imports)
+    f.__name__: f for f in (training, batch, chat_batch, invoke, aggregation, one_round, memory, imports)
 }
 
 

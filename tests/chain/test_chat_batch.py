@@ -18,12 +18,13 @@ TEXTS = ["Save", "a longer text to read", "x", "Save", "Page locked, try again"]
 
 
 @pytest.fixture
-def chat(make_chain):
+def chat(make_chain, monkeypatch):
     model = make_chain("causal", lora=True).model
-    model.tokenizer.chat_template = (
+    template = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
+    monkeypatch.setattr(model.tokenizer, "chat_template", template)  # which other tests share
     return LocalChatModel(model=model, max_new_tokens=6)
 
 

@@ -148,3 +148,11 @@ def test_what_is_out_of_range_is_refused(chat, options, error):
 def test_a_stream_is_one_answer(chat):
     with pytest.raises(ConfigError, match="one answer"):
         list(chat.stream("save", n=2))
+
+
+def test_a_saved_chain_asks_for_them_again(chat, tmp_path):
+    prompt = ChatPromptTemplate.from_messages([("human", "{text}")])
+    LLMChain(llm=chat, prompt=prompt, llm_kwargs={"logprobs": True, "top_logprobs": 2}).save(tmp_path / "saved")
+    loaded = LLMChain.load(tmp_path / "saved")
+    assert loaded.llm_kwargs == {"logprobs": True, "top_logprobs": 2}
+    assert isinstance(loaded.invoke("save"), str)

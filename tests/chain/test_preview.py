@@ -20,6 +20,7 @@ from llmchain_fed import (
 )
 from llmchain_fed.data import collate, encode_examples
 from llmchain_fed.errors import ConfigError, DataError
+from tests.support.chat_templates import TOOLS
 from tests.support.tiny import TEMPLATE, tiny_module, train_tokenizer
 
 OWN_SYSTEM = (
@@ -246,6 +247,14 @@ def test_a_composed_chain_shows_what_its_model_reads(chat):
     assert "notes on sign in | sign in" in preview.text
 
 
+def test_a_composed_chains_messages_are_told_and_their_roles_are_the_templates(chat):
+    chain = RunnableLambda(lambda state: chat.invoke(state["messages"]))
+    messages = [{"role": "user", "content": "sign in"}]
+    preview = federation(chain, {"a": [({"messages": messages}, "oui")]}, llm=chat).preview("a")
+    assert ("input 'messages', message 0", "sign in") in told(preview)
+    assert [source for source, text in told(preview) if text.strip() == "user"] == []
+
+
 def test_nobody_of_that_name(model):
     fed = federation(model, {"a": [RawText("save", "oui")]})
     with pytest.raises(ConfigError, match=r"no participant org-z is in this process \(\['a'\] are\)"):
@@ -274,3 +283,45 @@ def test_a_model_without_end_token_is_said_once():
     assert report.worth_saying
     assert report.in_words().count("end token") == 1
     assert sum("no end token" in note for note in chain.preview(("save", "oui")).notes) == 1
+
+
+# --- tools and objects ------------------------------------------------------------------------------------------------
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells the weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+@pytest.fixture
+def roomy(chat):
+    chat.model.module.config.max_position_embeddings = 2048  # tools are long
+    return chat
+
+
+def test_tools_are_told_and_a_template_without_a_place_for_them_is_noted(roomy):
+    call = AIMessage("", tool_calls=[{"name": "weather", "args": {"city": "Rome"}, "id": "call00001"}])
+    bound = roomy.bind_tools([WEATHER])
+    preview = federation(bound, {"a": [("Rome?", call)]}).preview("a")
+    tools = [text for source, text in told(preview) if source == "the tools"]
+    assert len(tools) == 1
+    assert '"weather"' in tools[0]
+    assert "weather" in preview.learnt[0]
+    assert "Rome" in preview.learnt[0]
+    assert ("the input", "Rome?") in told(preview)
+    assert any("no place for tools" in note for note in preview.notes)
+
+
+def test_a_template_with_a_place_for_tools_says_nothing_of_it(roomy):
+    roomy.model.tokenizer.chat_template = TOOLS
+    row = {
+        "messages": [{"role": "user", "content": "Rome?"}, {"role": "assistant", "content": "Sunny"}],
+        "tools": [WEATHER],
+    }
+    preview = roomy.preview(row)
+    assert not any("place for tools" in note for note in preview.notes)
+    assert any(source == "the tools" and "weather" in text for source, text in told(preview))

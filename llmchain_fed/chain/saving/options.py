@@ -13,6 +13,7 @@ from llmchain_fed.chain.base_llm import ALIASES, OPTIONS, LocalLanguageModel
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.model.generation.answers import GenerationOptions
 from llmchain_fed.model.generation.stop_strings import checked_stops
+from llmchain_fed.model.generation.token_logprobs import AnswerForm
 
 _FORMS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "chat_template_kwargs": (Mapping, "mapping"),
@@ -43,6 +44,7 @@ def check_saved(kind: type[LocalLanguageModel], options: Mapping[str, Any], llm_
         form, what = _FORMS[name]
         if not isinstance(kwargs.pop(name), form):
             raise ConfigError(f"{name} is a {what}, got {llm_kwargs[name]!r:.80}.")  # noqa: EM102
+    AnswerForm.of({name: kwargs.pop(name) for name in kind.form_options & kwargs.keys()})
     checked_stops(kwargs.pop("stop", None))
     GenerationOptions(**kwargs)
     GenerationOptions(**{k: v for k, v in options.items() if k in OPTIONS})
