@@ -92,7 +92,7 @@ def dictated(family, kind, scripts, *, end=True):
         chosen = [scripts[model.lengths.index(length)] for length in lengths]
         start = input_ids.shape[1] if kind == "causal" else 1
         model.dictate = Dictate(chosen, start, 1 if end else tokenizer.convert_tokens_to_ids("!"))
-        processors = LogitsProcessorList([model.dictate])
+        processors = LogitsProcessorList([*(options.pop("logits_processor", None) or ()), model.dictate])
         return generate(input_ids=input_ids, attention_mask=attention_mask, logits_processor=processors, **options)
 
     module.generate = with_dictation
