@@ -143,7 +143,7 @@ def test_tools_that_are_none_are_refused(chat):
     with pytest.raises(DataError, match="no tool"):
         chat.bind_tools([3])
     bad = {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {"a": {"not": {}}}}}
-    with pytest.raises(SchemaError, match="parameters of the tool 'f': .*'not' is not known here"):
+    with pytest.raises(SchemaError, match=r"parameters of the tool 'f': .*'not' is not known here"):
         chat.bind_tools([bad])
 
 
@@ -240,7 +240,7 @@ def test_an_agent_learns_in_a_federation_to_call_its_tools():
     }
     training = TrainingConfig(learning_rate=6e-3, batch_size=4, epochs=2)
     FederatedAveraging(agent, participants=examples, training=training).fit(rounds=50)
-    human, call, result, answer = agent.invoke(asking("sum"))["messages"]
+    _, call, result, answer = agent.invoke(asking("sum"))["messages"]
     assert [(c["name"], c["args"]) for c in call.tool_calls] == [("add", CALL["args"])]
     assert (result.content, answer.content) == ("3", "three")
     assert agent.invoke(asking("sing"))["messages"][2].content == "LA"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import pairwise
 
 import pytest
 from chat_templates import FORGETS, TOOLS, TRIMS
@@ -106,7 +107,7 @@ def test_pieces_joined_are_what_is_read_at_once(name):
     for _ in range(40):
         cuts = sorted({0, len(text), *(draw.randint(0, len(text)) for _ in range(draw.randint(0, 9)))})
         reader, said, calls, broken = CallReader(OURS), "", {}, []
-        parts = [part for a, b in zip(cuts, cuts[1:], strict=False) for part in reader.feed(text[a:b])]
+        parts = [part for a, b in pairwise(cuts) for part in reader.feed(text[a:b])]
         for part in [*parts, *reader.end()]:
             if isinstance(part, Said):
                 said += part.text
@@ -159,7 +160,7 @@ def test_tools_of_one_name_and_tools_without_one_are_refused():
     assert list(shapes_of([TOOL, json.loads(json.dumps(TOOL))], Style())) == ["add"]
     with pytest.raises(SchemaError, match="has no name"):
         shapes_of([{"function": {}}], Style())
-    with pytest.raises(SchemaError, match="parameters of the tool 'f': .*'not' is not known"):
+    with pytest.raises(SchemaError, match=r"parameters of the tool 'f': .*'not' is not known"):
         shapes_of([{"function": {"name": "f", "parameters": {"not": {}}}}], Style())
 
 

@@ -1,7 +1,7 @@
 """A tiny chat model that answers langchain-tests' questions about tools as a large one would.
 
-Its suites call tools of their own and look at the arguments, which a random model cannot know. Taught with a plain torch
-loop on the texts that the suites send, not with the library's own.
+Its suites call tools of their own and look at the arguments, which a random model cannot know. Taught with a plain
+torch loop on the texts that the suites send, not with the library's own.
 """
 
 from __future__ import annotations
