@@ -56,12 +56,12 @@ FLOORS_PIP := .venv-floors/bin/pip install --quiet --disable-pip-version-check -
 .venv-floors/floors.stamp: pyproject.toml tests/floors.txt
 	$(PYTHON) -m venv .venv-floors
 	$(FLOORS_PIP) $(FLOORS_TORCH)
-	$(FLOORS_PIP) --editable '.[test]'
+	$(FLOORS_PIP) --editable '.[test,structured]'
 	touch $@
 
 FLOORS_TESTS := test_package test_invariants chain/test_saving chain/test_saved_base chain/test_lora_configs chain/test_llm \
 	chain/test_chat chain/test_messages model/test_chat_answer updates/test_server_optimizers model/test_scoring \
-	chain/test_labels
+	chain/test_labels model/test_grammar chain/test_structured
 test-floors: .venv-floors/floors.stamp  ## invariants, saving, LangChain … on the lowest versions; two minutes, and two to install
 	LLMCHAIN_FED_FLOORS=1 OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -n 2 --dist loadfile -m "not real_model" \
 		--durations=5 $(FLOORS_TESTS:%=tests/%.py)

@@ -6,6 +6,7 @@ Belongs here: nodes, patterns, numbers, JSON schemas, and their Lark. Does not: 
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import re
@@ -223,6 +224,9 @@ def test_a_value_that_does_not_fit_says_where(change, said):
         ({"$ref": "#/$defs/gone"}, "leads nowhere"),
         ({"$ref": "https://example.org/schema"}, "leads elsewhere"),
         ({"type": "text"}, "is no type"),
+        ({"type": "string", "minLength": 10**12}, "no answer is so long"),
+        ({"type": "array", "minItems": 10**9, "items": {"type": "string", "pattern": "^(?:a{999}){999}$"}}, "so long"),
+        (functools.reduce(lambda s, _: {"type": "array", "items": s}, range(2000), {}), "nested too deep"),
     ],
 )
 def test_a_schema_that_no_answer_can_keep_to_is_refused(schema, said):

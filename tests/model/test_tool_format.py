@@ -6,9 +6,9 @@ templates themselves.
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
+from itertools import pairwise
 
 import pytest
 from chat_templates import FORGETS, TOOLS, TRIMS
@@ -107,7 +107,7 @@ def test_pieces_joined_are_what_is_read_at_once(name):
     for _ in range(40):
         cuts = sorted({0, len(text), *(draw.randint(0, len(text)) for _ in range(draw.randint(0, 9)))})
         reader, said, calls, broken = CallReader(OURS), "", {}, []
-        parts = [part for a, b in itertools.pairwise(cuts) for part in reader.feed(text[a:b])]
+        parts = [part for a, b in pairwise(cuts) for part in reader.feed(text[a:b])]
         for part in [*parts, *reader.end()]:
             if isinstance(part, Said):
                 said += part.text

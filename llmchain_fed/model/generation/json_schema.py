@@ -64,7 +64,12 @@ def shape_of(schema: Mapping[str, Any], style: Style | None = None) -> Shape:
     >>> shape_of({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}).node.shortest
     '{"n": 0}'
     """
-    found = _Reader(schema, style or Style()).shape(schema, "", {})
+    try:
+        found = _Reader(schema, style or Style()).shape(schema, "", {})
+        _ = found.node.shortest if found is not None else ""
+    except RecursionError:
+        msg = "the schema is nested too deep to be kept to. Make it flatter."
+        raise SchemaError(msg) from None
     if found is None:
         msg = "no value fits the schema: it requires itself, or something that there is not. Correct it."
         raise SchemaError(msg)

@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import NamedTuple
 
+from llmchain_fed.errors import SchemaError
+
+_LONGEST = 2**20  # characters
 Ranges = tuple[tuple[int, int], ...]
 """code points from–to, ascending and apart"""
 
@@ -221,8 +224,12 @@ class Repeat(Node):
 
     @cached_property
     def shortest(self) -> str:
-        """As few as may be."""
-        return self.item.shortest * self.least
+        """As few as may be.
+
+        Raises:
+            SchemaError: They are longer than any answer.
+        """
+        return repeated(self.item.shortest, self.least)
 
     @cached_property
     def longest_rest(self) -> int:
@@ -256,6 +263,18 @@ class Repeat(Node):
     def pattern(self) -> str:
         """A quantified group."""
         return f"(?:{self.item.pattern()}){quantifier(self.least, self.most)}"
+
+
+def repeated(text: str, count: int) -> str:
+    """A text again and again.
+
+    Raises:
+        SchemaError: It is longer than any answer.
+    """
+    if len(text) * count > _LONGEST:
+        msg = f"the shortest text that keeps to the schema has {len(text) * count:,} characters: no answer is so long."
+        raise SchemaError(msg)
+    return text * count
 
 
 def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from llmchain_fed.model.generation.nodes import NOTHING, Node, Reading, quantifier
+from llmchain_fed.model.generation.nodes import NOTHING, Node, Reading, quantifier, repeated
 
 
 class StringBody(Node):
@@ -29,7 +29,7 @@ class StringBody(Node):
     @property
     def shortest(self) -> str:
         """A letter again and again."""
-        return "a" * self.least
+        return repeated("a", self.least)
 
     @property
     def longest_rest(self) -> int:
