@@ -29,7 +29,7 @@ _NEGATED = {
     sre.CATEGORY_NOT_SPACE: sre.CATEGORY_SPACE,
 }
 DIGIT = Chars(((48, 57),))
-_MOST_DIGITS = 30  # of a number without bounds: Python reads thousands of digits no more, and no double has so many
+_MOST_DIGITS = 17  # behind the first, of a number without bounds: they fit into 64 bits, which readers of JSON count on
 ESCAPED = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\b": "\\b", "\f": "\\f"}
 """how JSON writes what cannot stand in a string as it is"""
 
