@@ -155,7 +155,7 @@ class LocalLanguageModel(Classifies, Previews, BaseModel):
             )
             for i, answer in zip(open_, done, strict=True):
                 found[i] = answer
-        return found  # type: ignore[return-value]
+        return found  # type: ignore[return-value] # every None has been filled
 
     def pieces(self, text: str, options: Mapping[str, Any]) -> Generator[str, None, Completion]:
         """The answer to a text piece by piece; the generator returns the whole. The other door."""
@@ -338,5 +338,6 @@ class Bare:
 
     def prompt_identity(self) -> list[Any]:
         """What two sides of a federation must share of the way from input to tokens."""
-        rendering = {k: v for k, v in self.call.items() if k in self.face.rendering_options}
-        return [self.face.path_identity(), sorted((k, repr(v)) for k, v in rendering.items())]
+        shared = self.face.rendering_options | self.face.answer_options  # a schema decides what is learnt, too
+        given = {k: v for k, v in self.call.items() if k in shared}
+        return [self.face.path_identity(), sorted((k, repr(v)) for k, v in given.items())]

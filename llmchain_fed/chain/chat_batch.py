@@ -73,7 +73,7 @@ class ChatBatch(LocalLanguageModel):
                 for i in some:
                     try:
                         answers.append(face.invoke(inputs[i], configs[i], **kwargs))
-                    except Exception as error:
+                    except Exception as error:  # whatever it is, as LangChain's own batches keep it
                         if not return_exceptions:
                             raise
                         answers.append(error)
@@ -89,7 +89,7 @@ class ChatBatch(LocalLanguageModel):
                 for i in some:
                     try:
                         answers.append(await face.ainvoke(inputs[i], configs[i], **kwargs))
-                    except Exception as error:
+                    except Exception as error:  # whatever it is, as LangChain's own batches keep it
                         if not return_exceptions:
                             raise
                         answers.append(error)

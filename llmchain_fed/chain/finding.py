@@ -42,19 +42,16 @@ def find_prompt(given: Any, llm: Any = None) -> LLMChain | Bare | ComposedChain 
             )
             raise UnsupportedModelError(msg)
         module = named.model.module
-        faces = [face for face in faces if face.model.module is module] or [_face(named)]
-        only = len(faces) == 1
-    else:
-        only = len({id(face.model.module) for face in faces}) == 1
-        if len({id(face.model.module) for face in faces}) > 1:
-            names = ", ".join(sorted({f"{type(face).__name__} over {face.model.name!r}" for face in faces}))
-            msg = (
-                f"{type(given).__name__} holds two trainable models ({names}), and one is trained. Say which: "
-                "FederatedAveraging(chain, llm=model); the other answers as it is."
-            )
-            raise UnsupportedModelError(msg)
+        faces = [face for face in faces if face.model.module is module] or [named.face]
+    elif len({id(face.model.module) for face in faces}) > 1:
+        names = ", ".join(sorted({f"{type(face).__name__} over {face.model.name!r}" for face in faces}))
+        msg = (
+            f"{type(given).__name__} holds two trainable models ({names}), and one is trained. Say which: "
+            "FederatedAveraging(chain, llm=model); the other answers as it is."
+        )
+        raise UnsupportedModelError(msg)
     single = single_call(given)
-    if single is not None and (_calls(given) <= 1 or not only):
+    if single is not None and (not faces or (_calls(given) <= 1 and single.face in faces)):
         return single
     if not faces:
         return None
@@ -64,10 +61,6 @@ def find_prompt(given: Any, llm: Any = None) -> LLMChain | Bare | ComposedChain 
 def face_in(given: Any, model: LocalModel) -> LocalLanguageModel | None:
     """A face of this very model in a Runnable; None where there is none."""
     return next((face for face in faces_in(given) if face.model.module is model.module), None)
-
-
-def _face(named: LLMChain | Bare) -> LocalLanguageModel:
-    return named.face
 
 
 def _calls(given: Any) -> int:

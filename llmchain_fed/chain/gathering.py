@@ -54,8 +54,8 @@ async def _gathered(face: Any, texts: Sequence[str], options: Mapping[str, Any])
     """
     loop = asyncio.get_running_loop()
     windows = _open.setdefault(loop, {})
-    # the whole option, for a repr may be cut short: equal objects are one, others are others
-    key = (id(face.model.module), face.adds_special_tokens, tuple(sorted((k, repr(v)) for k, v in options.items())))
+    # by the model, not its module, which the models of several adapters share; an option's repr says all of it
+    key = (id(face.model), face.adds_special_tokens, tuple(sorted((k, repr(v)) for k, v in options.items())))
     window = windows.get(key)
     if window is None or len(window.texts) + len(texts) > face.batch_size:
         window = windows[key] = _Window()

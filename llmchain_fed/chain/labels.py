@@ -96,7 +96,7 @@ class Classifies:
         if not call.completion.strip():
             msg = f"the completion is empty ({completion!r}), so it has no probability worth the name. Give text."
             raise DataError(msg)
-        ids = prompt.model.encode_completions([call.completion], controls=prompt.completion_controls)  # type: ignore[attr-defined]
+        ids = prompt.model.encode_completions([call.completion], controls=prompt.completion_controls)  # type: ignore[attr-defined] # what is asked has one
         return float(_scores(prompt, [call.text], ids)[0, 0])
 
     def fit_temperature(self, examples: Iterable[tuple[Any, str]], labels: Sequence[str]) -> float:
@@ -131,7 +131,7 @@ class Classifies:
         prompt = self._prompt()
         texts = [prompt.render(x) for x in inputs]
         written = [prompt.calls(inputs[0], label)[-1].completion for label in labels]
-        ids = encode_labels(written, prompt.model, prompt.completion_controls)  # type: ignore[attr-defined]
+        ids = encode_labels(written, prompt.model, prompt.completion_controls)  # type: ignore[attr-defined] # likewise
         return _scores(prompt, texts, ids)
 
 

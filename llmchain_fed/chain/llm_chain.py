@@ -219,10 +219,12 @@ class LLMChain(RunnableWithCallKwargs, Savable, Classifies, Previews):
         return [literal for text in texts for literal in re.split("\ue000.*?\ue001", text)]
 
     def prompt_identity(self) -> list[Any]:
-        """What two sides of a federation must share of the prompt: fixed texts, variables, defaults, chat template."""
+        """What two sides of a federation must share: fixed texts, variables, defaults, chat template, schema, tools."""
         defaults = [f"{k}={v}" for k, v in sorted(self.prompt.partial_variables.items()) if isinstance(v, str)]
         texts = [type(self.prompt).__name__, *self.literals, *sorted(self.input_variables), *defaults]
-        return [texts, self.face.path_identity(), sorted((k, repr(v)) for k, v in self._rendering_kwargs().items())]
+        shared = self.face.rendering_options | self.face.answer_options  # a schema decides what is learnt, too
+        given = {k: v for k, v in self._all_llm_kwargs().items() if k in shared}
+        return [texts, self.face.path_identity(), sorted((k, repr(v)) for k, v in given.items())]
 
     def render(self, inputs: Mapping[str, Any] | str) -> str:
         """The text that the model sees for `inputs`: byte for byte what invoke sends it, and what training uses.

@@ -116,6 +116,7 @@ def read(messages: Sequence[Any], tools: Sequence[Mapping[str, Any]] = ()) -> li
     for at, message in enumerate(messages):
         try:
             made = message if isinstance(message, BaseMessage) else _read(message, at, waiting, known)
+        # what LangChain's readers raise of a message that is none
         except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
             msg = f"message {at} cannot be read ({type(error).__name__}: {error!s:.200}). Write it as OpenAI does."
             raise DialogueError(msg) from None

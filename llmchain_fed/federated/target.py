@@ -122,7 +122,7 @@ class Target:
         """(prompt, answer) per example; generated without callbacks, so that examples reach no tracer."""
         texts = [prompt_text(e, self.prompt) for e in examples]
         if isinstance(self.prompt, ComposedChain):
-            return [(text, self._answered(e)) for text, e in zip(texts, examples, strict=True)]
+            return [(text, self._answered(e, max_new_tokens)) for text, e in zip(texts, examples, strict=True)]
         if self.prompt is None:
             return list(zip(texts, self.model.generate(texts, max_new_tokens=max_new_tokens), strict=True))
         options = self.prompt.generation_options()
@@ -131,11 +131,11 @@ class Target:
         special = self.prompt.adds_special_tokens
         return list(zip(texts, self.model.generate(texts, add_special_tokens=special, **options), strict=True))
 
-    def _answered(self, example: Example | RawText) -> str:
+    def _answered(self, example: Example | RawText, max_new_tokens: int) -> str:
         """The whole chain's answer to an example; what it raises on the way is part of what a reader should see."""
         assert isinstance(self.prompt, ComposedChain)
         if isinstance(example, RawText):
-            return self.model.generate([example.prompt])[0]
+            return self.model.generate([example.prompt], max_new_tokens=max_new_tokens)[0]
         try:
             return self.prompt.answer(example.inputs)
         except Exception as error:  # whatever somebody's function or parser makes of this model's answer

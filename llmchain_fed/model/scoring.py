@@ -97,7 +97,9 @@ def _whole(model: LocalModel, prompt: Sequence[int], answer: Sequence[int]) -> T
     answer_ids = torch.tensor([list(answer)], device=model.device)
     if model.kind == "seq2seq":
         prompt_ids = torch.tensor([list(prompt)], device=model.device)
-        logits = _logits(model, input_ids=prompt_ids, decoder_input_ids=_shifted(model, answer_ids))
+        logits = _logits(
+            model, input_ids=prompt_ids, decoder_input_ids=decoder_inputs(unwrapped(model.module), answer_ids)
+        )
     else:
         ids = torch.tensor([[*prompt, *answer]], device=model.device)
         logits = _logits(model, input_ids=ids, use_cache=False)[:, -1 - len(answer) : -1]
@@ -165,21 +167,24 @@ def _encoded_once(model: LocalModel, prompts: Ids, answers: Ids, rows: int) -> T
             model,
             encoder_outputs=BaseModelOutput(last_hidden_state=hidden.repeat_interleave(len(some), 0)),
             attention_mask=mask.repeat_interleave(len(some), 0),
-            decoder_input_ids=_shifted(model, labels),
+            decoder_input_ids=decoder_inputs(unwrapped(model.module), labels),
         )
         parts.append(_summed(logits, labels).view(len(prompts), len(some)))
     return torch.cat(parts, 1)
 
 
-def _shifted(model: LocalModel, labels: Tensor) -> Tensor:
-    """Labels → the decoder's inputs, as the model's own method makes them."""
-    module: Any = unwrapped(model.module)
+def decoder_inputs(module: Any, labels: Tensor) -> Tensor:
+    """Labels, −100 where there is none → the decoder's inputs, as the model's own method makes them.
+
+    Transformers' collator calls that method, too.
+    """
     own = getattr(module, "prepare_decoder_input_ids_from_labels", None)
     if own is not None:
         shifted: Tensor = own(labels=labels.clone())  # some write into what they are given
         return shifted
+    pad = module.config.pad_token_id or 0
     shifted = torch.full_like(labels, module.config.decoder_start_token_id)
-    shifted[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == _NO_SCORE, model.pad_id)
+    shifted[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == _NO_SCORE, pad)
     return shifted
 
 

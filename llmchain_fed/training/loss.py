@@ -21,6 +21,7 @@ from llmchain_fed.errors import DataError
 from llmchain_fed.model.adapters.lora_config import unwrapped
 from llmchain_fed.model.adapters.switching import idle_parameters
 from llmchain_fed.model.generation.answers import evaluating
+from llmchain_fed.model.scoring import decoder_inputs
 
 Precision = Literal["fp32", "bf16"]
 
@@ -105,7 +106,7 @@ def completion_logits(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[T
         inputs["use_cache"] = False  # type: ignore[assignment]
     seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
     if seq2seq and "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = _shifted(model, labels)
+        inputs["decoder_input_ids"] = decoder_inputs(model, labels)
     logits = getattr(module(**inputs), "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[1] < labels.shape[1]:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -120,18 +121,6 @@ def completion_logits(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[T
     labels = labels.to(logits.device)
     wanted = labels != IGNORE
     return logits[wanted], labels[wanted]
-
-
-def _shifted(model: Any, labels: Tensor) -> Tensor:
-    """Labels → the decoder's inputs, as the model's own method makes them: transformers' collator calls it too."""
-    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if own is not None:
-        shifted: Tensor = own(labels=labels.clone())  # some write into what they are given
-        return shifted
-    pad = model.config.pad_token_id or 0
-    shifted = torch.full_like(labels, model.config.decoder_start_token_id)
-    shifted[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE, pad)
-    return shifted
 
 
 def _own_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:

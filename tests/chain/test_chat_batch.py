@@ -5,6 +5,7 @@ import gc
 from uuid import UUID
 
 import pytest
+from chat_templates import MARKED
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage, HumanMessage
@@ -20,11 +21,7 @@ TEXTS = ["Save", "a longer text to read", "x", "Save", "Page locked, try again"]
 @pytest.fixture
 def chat(make_chain, monkeypatch):
     model = make_chain("causal", lora=True).model
-    template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    monkeypatch.setattr(model.tokenizer, "chat_template", template)  # which other tests share
+    monkeypatch.setattr(model.tokenizer, "chat_template", MARKED)  # which other tests share
     return LocalChatModel(model=model, max_new_tokens=6)
 
 
@@ -166,6 +163,22 @@ async def test_only_equal_options_are_gathered_and_zero_turns_it_off(chat, passe
     assert passes == [1] * 5, "draws must not depend on who else calls"
     with pytest.raises(ConfigError, match="gather_ms"):
         LocalChatModel(model=chat.model, gather_ms=11)
+
+
+async def test_models_of_several_adapters_are_never_one_batch(chat, passes):
+    """They share a module, and each answers with weights of its own."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in chat.model.trainable_parameters().values():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    bare = chat.model_copy(update={"model": chat.model.without_adapter()})
+    apart = [chat.invoke("Save").content, bare.invoke("Save").content]
+    assert apart[0] != apart[1]
+    passes.clear()
+    found = await asyncio.gather(chat.ainvoke("Save"), bare.ainvoke("Save"))
+    assert passes == [1, 1]
+    assert [m.content for m in found] == apart
 
 
 async def test_a_window_is_no_larger_than_a_batch(chat, passes):

@@ -4,6 +4,12 @@ Each marks what the assistant writes with transformers' own `generation` tags, s
 `apply_chat_template(return_assistant_tokens_mask=True)` says, independently of the package, what is learnt.
 """
 
+MARKED = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+"""roles in brackets, for tokenizers without tokens of that kind"""
+
 _CALLS = (
     "{% for c in m.tool_calls or [] %}"
     "<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>{% endfor %}"

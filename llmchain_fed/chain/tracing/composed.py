@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import BaseMessage
 from langchain_core.runnables import Runnable
 
@@ -19,7 +21,6 @@ from llmchain_fed.chain.messages import read
 from llmchain_fed.chain.recording import recording
 from llmchain_fed.chain.tracing.gold import GoldAnswers
 from llmchain_fed.chain.tracing.running import run, sessions_of
-from llmchain_fed.chain.tracing.steps import StepNames
 from llmchain_fed.chain.tracing.templates import templates_of
 from llmchain_fed.data.dialogues import Dialogue
 from llmchain_fed.data.prompt import Call
@@ -132,23 +133,11 @@ class ComposedChain:
         return tuple(found)
 
     def _run(self, inputs: Any, completion: Any) -> tuple[Call, ...]:
-        gold = GoldAnswers(self.model.module, completion)
-        failed: Exception | None = None
-        try:
-            with recording(gold):
-                run(self.runnable, inputs, self._sessions, [StepNames()])
-        except LLMChainFedError:
-            raise
-        except Exception as error:  # whatever somebody's retriever, function or parser raises
-            failed = error
+        gold, failed = self._played(inputs, completion)
         if gold.error is not None:
             raise gold.error
         if failed is not None:
-            where = (
-                f"after the step {gold.steps[-1].name!r} was answered" if gold.steps else "before its model was called"
-            )
-            msg = f"the chain raises {where}: {type(failed).__name__}: {failed!s:.300}"
-            raise ExampleFailedError(msg) from failed
+            raise _failure(gold, failed) from failed
         gold.check(_UNSEEN)
         if not gold.calls:
             msg = f"the chain does not call its model for {inputs!r:.80}, so there is nothing to learn. {_UNSEEN}"
@@ -162,17 +151,35 @@ class ComposedChain:
             DataError: The chain does not call its model.
             ExampleFailedError: The chain itself raises before.
         """
-        gold = GoldAnswers(self.model.module, [])
+        gold, failed = self._played(inputs, [])
+        if gold.read:
+            return gold.read[0]
+        if failed is not None:
+            raise _failure(gold, failed) from failed
+        msg = f"the chain does not call its model for {inputs!r:.80}. {_UNSEEN}"
+        raise DataError(msg)
+
+    def _played(self, inputs: Any, completion: Any) -> tuple[GoldAnswers, Exception | None]:
+        """The chain run with the completions for its model's answers, and what it raised.
+
+        Raises:
+            LLMChainFedError: What this package raises within the chain.
+        """
+        parts: list[GoldAnswers] = []
+
+        @contextmanager
+        def begin() -> Iterator[list[BaseCallbackHandler]]:
+            parts.append(GoldAnswers(self.model.module, completion))
+            with recording(parts[-1]):
+                yield [parts[-1].names]
+
         try:
-            with recording(gold):
-                run(self.runnable, inputs, self._sessions, [StepNames()])
-        except Exception as error:  # as above
-            if not gold.read:
-                msg = f"the chain raises before its model was called: {type(error).__name__}: {error!s:.300}"
-                raise ExampleFailedError(msg) from error
-        if not gold.read:
-            raise DataError(f"the chain does not call its model for {inputs!r:.80}. {_UNSEEN}")  # noqa: EM102
-        return gold.read[0]
+            run(self.runnable, inputs, self._sessions, begin)
+        except LLMChainFedError:
+            raise
+        except Exception as error:  # whatever somebody's retriever, function or parser raises
+            return parts[-1], error
+        return parts[-1], None
 
     def answer(self, inputs: Any) -> str:
         """What the whole chain answers, as text; it leaves no trace anywhere.
@@ -201,6 +208,11 @@ class ComposedChain:
         return f"ComposedChain({type(self.runnable).__name__} over {self.model!r})"
 
 
+def _failure(gold: GoldAnswers, failed: Exception) -> ExampleFailedError:
+    where = f"after the step {gold.steps[-1].name!r} was answered" if gold.steps else "before its model was called"
+    return ExampleFailedError(f"the chain raises {where}: {type(failed).__name__}: {failed!s:.300}")
+
+
 def as_text(answer: Any) -> str:
     """A chain's result for a reader: a message's text, the last message of a graph's state, or the value as it is."""
     if isinstance(answer, dict) and isinstance(answer.get("messages"), list) and answer["messages"]:
@@ -213,6 +225,7 @@ def as_text(answer: Any) -> str:
 def _key(inputs: Any, completion: Any) -> str | None:
     """An example as a key; None where it is made of objects, which may change or be others under the same number."""
     try:
-        return json.dumps([inputs, completion], sort_keys=True)
+        key = json.dumps([inputs, completion])
+        return key if json.loads(key) == [inputs, completion] else None  # a tuple is no list, and 1 no "1"
     except (TypeError, ValueError):
         return None

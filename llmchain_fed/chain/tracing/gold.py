@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmchain_fed.chain.base_llm import LocalLanguageModel
-from llmchain_fed.chain.tracing.steps import Step, current_step
+from llmchain_fed.chain.tracing.steps import Step, StepNames
 from llmchain_fed.data.prompt import Call
 from llmchain_fed.errors import DataError
 from llmchain_fed.model.generation.answers import Completion
@@ -31,6 +31,8 @@ class GoldAnswers:
 
     def __init__(self, module: Any, completion: Any) -> None:
         self._module, self._lock = module, threading.Lock()
+        self.names = StepNames()
+        """follows the run in which it answers"""
         self._given = completion
         self._by_step: dict[Any, list[Any]] | None = None
         self._in_order: list[Any] = []
@@ -50,8 +52,8 @@ class GoldAnswers:
         """The next completion of the step that calls, as the face writes it; None for another model."""
         if face.model.module is not self._module:
             return None
-        step = current_step()
         with self._lock:
+            step = self.names.current()
             self.steps.append(step)
             self.read.append(text)
             written = ""

@@ -10,7 +10,8 @@ import asyncio
 import contextvars
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from langchain_core.runnables import Runnable, RunnableConfig
@@ -31,23 +32,41 @@ def sessions_of(runnable: Any) -> list[str]:
     return sorted(keys)
 
 
-def run(runnable: Runnable[Any, Any], inputs: Any, sessions: Sequence[str], callbacks: Sequence[Any] = ()) -> Any:
+def _unwatched() -> AbstractContextManager[Sequence[Any]]:
+    return nullcontext(())
+
+
+def run(
+    runnable: Runnable[Any, Any],
+    inputs: Any,
+    sessions: Sequence[str],
+    begin: Callable[[], AbstractContextManager[Sequence[Any]]] = _unwatched,
+) -> Any:
     """What the chain makes of `inputs`.
+
+    Args:
+        runnable: The chain.
+        inputs: What it is given.
+        sessions: As `sessions_of` gives them.
+        begin: Is entered for each attempt, and gives the callbacks of its run: a chain that turns out to be async only
+            is run again from its beginning.
 
     Raises:
         Exception: Whatever the chain raises.
     """
-    config: RunnableConfig = {
-        "configurable": {key: uuid.uuid4().hex for key in sessions},
-        "callbacks": list(callbacks),
-    }
+
+    def config(callbacks: Sequence[Any]) -> RunnableConfig:
+        return {"configurable": {key: uuid.uuid4().hex for key in sessions}, "callbacks": list(callbacks)}
+
     with tracing_context(enabled=False):
         try:
-            return runnable.invoke(inputs, config)
+            with begin() as callbacks:
+                return runnable.invoke(inputs, config(callbacks))
         except (TypeError, NotImplementedError) as error:
             if not any(text in str(error) for text in _ASYNC_ONLY):
                 raise
-        return _in_a_loop(runnable, inputs, config)
+        with begin() as callbacks:
+            return _in_a_loop(runnable, inputs, config(callbacks))
 
 
 def _in_a_loop(runnable: Runnable[Any, Any], inputs: Any, config: RunnableConfig) -> Any:

@@ -8,12 +8,14 @@ its name. Knows LangChain's callbacks. Knows nothing about examples; what a run 
 from __future__ import annotations
 
 import re
+from collections import deque
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
-from uuid import UUID
+from typing import Any, NamedTuple
+from uuid import UUID, uuid4
 
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.runnables.config import var_child_runnable_config
 from typing_extensions import override
 
 _UNNAMED = re.compile(
@@ -38,14 +40,19 @@ class Step:
 
 
 UNKNOWN = Step("model")
-_current: ContextVar[Step | None] = ContextVar("llmchain_fed_step", default=None)
+_begun: ContextVar[deque[Step] | None] = ContextVar("llmchain_fed_steps", default=None)
+"""steps whose calls have begun in the running context and not yet reached their model; a thread that takes the context
+over has the very same"""
 
 
-def current_step() -> Step:
-    """The step whose model call has begun last in the running context; asked once per call."""
-    step = _current.get()
-    _current.set(None)
-    return step or UNKNOWN
+class _Run(NamedTuple):
+    """One of LangChain's runs."""
+
+    parent: UUID | None
+    name: str
+    tag: str
+    """the key or number under which its parent runs it"""
+    parallel: bool
 
 
 class StepNames(BaseCallbackHandler):
@@ -54,24 +61,44 @@ class StepNames(BaseCallbackHandler):
     run_inline = True  # in the very context in which the model is called
 
     def __init__(self) -> None:
-        self._runs: dict[UUID, tuple[UUID | None, str, str]] = {}  # run → its parent, its name, its tag
+        self._runs: dict[UUID, _Run] = {}
 
     def _begins(self, run_id: UUID, parent: UUID | None, tags: list[str] | None, name: str | None) -> None:
         found = [match.group(1) for tag in tags or () if (match := _TAG.fullmatch(tag))]
         parallel = any(tag.startswith("map:key:") for tag in tags or ())
-        self._runs[run_id] = (parent, name or "", ("=" if parallel else "") + found[-1] if found else "")
+        self._runs[run_id] = _Run(parent, name or "", found[-1] if found else "", parallel)
 
     def _calls(self, run_id: UUID, parent: UUID | None, tags: list[str] | None) -> None:
         self._begins(run_id, parent, tags, None)
-        way: list[tuple[str, str]] = []
+        step = self._step(run_id)
+        if begun := _begun.get():
+            begun.append(step)
+        else:  # its own: steps that run beside one another began in one context
+            _begun.set(deque([step]))
+
+    def current(self) -> Step:
+        """The step whose model call has begun and was not asked for yet; of a batch of prompts each has its own."""
+        if begun := _begun.get():
+            return begun.popleft()
+        # LangChain's async string models begin a call in a task of its own, whose context ends with it: then the run
+        # within which the call stands, under its tags
+        config: Any = var_child_runnable_config.get() or {}
+        manager = config.get("callbacks")
+        run_id, parent = uuid4(), getattr(manager, "parent_run_id", None)
+        if parent is None:
+            return UNKNOWN
+        self._begins(run_id, parent, getattr(manager, "tags", None), None)
+        return self._step(run_id)
+
+    def _step(self, run_id: UUID) -> Step:
+        way: list[_Run] = []
         at: UUID | None = run_id
         while at is not None and at in self._runs:
-            at, name, tag = self._runs[at]
-            way.append((name, tag))
-        named = next((name for name, _ in way[1:] if name and not _UNNAMED.fullmatch(name)), "")
-        path = "/".join(tag.removeprefix("=") for _, tag in reversed(way) if tag)
-        parallel = any(tag.startswith("=") for _, tag in way)
-        _current.set(Step(named or path or UNKNOWN.name, path, parallel))
+            way.append(self._runs[at])
+            at = way[-1].parent
+        named = next((run.name for run in way[1:] if run.name and not _UNNAMED.fullmatch(run.name)), "")
+        path = "/".join(run.tag for run in reversed(way) if run.tag)
+        return Step(named or path or UNKNOWN.name, path, any(run.parallel for run in way))
 
     @override
     def on_chain_start(

@@ -7,6 +7,7 @@ from operator import itemgetter
 from typing import Annotated, TypedDict
 
 import pytest
+from chat_templates import MARKED
 from langchain_core.caches import InMemoryCache
 from langchain_core.chat_history import InMemoryChatMessageHistory
 from langchain_core.documents import Document
@@ -59,11 +60,7 @@ def llm(make_chain):
 @pytest.fixture
 def chat(make_chain, monkeypatch):
     model = make_chain("causal", lora=True).model
-    template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    monkeypatch.setattr(model.tokenizer, "chat_template", template)  # other tests have the same tokenizer
+    monkeypatch.setattr(model.tokenizer, "chat_template", MARKED)  # other tests have the same tokenizer
     return LocalChatModel(model=model, max_new_tokens=8)
 
 
@@ -243,6 +240,40 @@ def test_async_chains_too(llm):
     assert find_prompt(runnable).calls("q", "g")[0].text == "A q"
 
 
+def test_an_async_step_behind_the_model_begins_the_example_anew(llm):
+    async def only_async(x):
+        return x
+
+    runnable = PromptTemplate.from_template("A {x}") | llm | RunnableLambda(only_async)
+    (call,) = ComposedChain(runnable, [llm]).calls({"x": "q"}, "g")
+    assert (call.text, call.completion) == ("A q", "g")
+
+
+@pytest.mark.parametrize("kind", ["llm", "chat"])
+def test_each_prompt_of_a_batch_is_a_call_of_its_step(kind, llm, chat):
+    face = {"llm": llm, "chat": chat}[kind]
+    ask = (PromptTemplate.from_template("Ask {x}") | face).with_config(run_name="ask")
+    runnable = RunnableLambda(lambda x: [{"x": c} for c in x]) | ask.map()
+    calls = find_prompt(runnable).calls("ab", {"ask": ["1", "2"]})
+    assert [(c.step, c.completion) for c in calls] == [("ask", "1"), ("ask", "2")]
+
+
+def test_an_async_chain_names_its_steps(llm):
+    first, second = ((PromptTemplate.from_template(f"{n} {{x}}") | llm).with_config(run_name=n) for n in ("a", "b"))
+
+    async def work(x):
+        said = await first.ainvoke({"x": x})
+        return await second.ainvoke({"x": said})
+
+    calls = find_prompt(RunnableLambda(work)).calls("q", {"a": "one", "b": "two"})
+    assert [(c.step, c.text) for c in calls] == [("a", "a q"), ("b", "b one")]
+
+
+def test_a_tuple_is_no_list_for_the_memory_of_runs(llm):
+    found = find_prompt(RunnableLambda(lambda x: {"x": type(x).__name__}) | PromptTemplate.from_template("{x}") | llm)
+    assert [found.calls(x, "c")[0].text for x in (["a"], ("a",))] == ["list", "tuple"]
+
+
 def test_each_example_runs_once(llm):
     ran = []
 
@@ -339,6 +370,20 @@ def test_no_model_and_two_models(llm, make_chain):
         find_prompt(both)
     (call,) = find_prompt(both, llm).calls("q", "gold")
     assert (call.text, call.completion) == ("q", "gold")
+
+
+def test_the_named_model_is_the_one_that_is_trained(llm, make_chain):
+    second = make_chain("causal", lora=True, seed=3).llm
+    first = LLMChain(llm=llm, prompt="First {x}")
+    both = first | (lambda y: {"x": y}) | LLMChain(llm=second, prompt="Then {x}")
+    for named, text in ((llm, "First q"), (second, None)):
+        found = find_prompt(both, named)
+        assert found.model.module is named.model.module
+        (call,) = found.calls({"x": "q"}, "gold")
+        assert call.text == text or (text is None and call.text.startswith("Then "))
+    twice = first | (lambda y: {"x": y}) | LLMChain(llm=LocalLLM(model=llm.model), prompt="Then {x}")
+    assert [c.text for c in find_prompt(twice, llm).calls({"x": "q"}, ["one", "two"])] == ["First q", "Then one"]
+    assert find_prompt(first, second).model.module is second.model.module
 
 
 def test_a_model_that_no_walk_finds_is_named(llm):
