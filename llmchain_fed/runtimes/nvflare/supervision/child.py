@@ -27,6 +27,7 @@ from llmchain_fed import untrusted
 from llmchain_fed.runtimes.nvflare.provisioning.registry import normal
 from llmchain_fed.runtimes.nvflare.supervision import job_processes, news
 from llmchain_fed.runtimes.nvflare.supervision.guard import Guard, Refusal, elsewhere
+from llmchain_fed.runtimes.nvflare.supervision.handshakes import FramesInOrder
 
 _log = logging.getLogger(__name__)
 _EVERY = 2.0  # seconds between two reports
@@ -276,6 +277,7 @@ def main(descriptor: str, kit: str, authority: str, module: str, *arguments: str
     at_hub = module.endswith("server_train")
     door = Door(wire, Guard(Path(kit), Path(authority) if authority else None) if at_hub else None)
     door.install()
+    FramesInOrder().install()
     job_processes.install(lambda says: wire.tell(news.Notice(says=says)))
     threading.Thread(target=door.report, daemon=True).start()
     sys.argv = [module, *arguments]
