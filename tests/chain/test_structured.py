@@ -22,7 +22,8 @@ from llmchain_fed import FederatedAveraging, LLMChain, LocalChatModel, LocalMode
 from llmchain_fed.chain.finding import find_prompt
 from llmchain_fed.data.encoding import encode_examples
 from llmchain_fed.data.examples import read_examples
-from llmchain_fed.errors import ConfigError, RecipeError, SchemaError
+from llmchain_fed.errors import ConfigError, ContractError, RecipeError, SchemaError
+from llmchain_fed.federated.target import Target, check_contract
 from llmchain_fed.model.generation.json_schema import shape_of
 
 OPENS = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
@@ -214,6 +215,18 @@ def test_a_federation_learns_objects(chat):
     fed.fit(rounds=20)
     assert [runnable.invoke(x) for x, _ in EXAMPLES] == [wanted for _, wanted in EXAMPLES] != before
     assert fed.evaluate(EXAMPLES).loss < 0.1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sites_with_other_schemas_are_sides_of_no_federation(chat, method):
+    ours, theirs = (PROMPT | chat.with_structured_output(schema, method=method) for schema in (Finding, FindingDict))
+    same = PROMPT | chat.with_structured_output(Finding, method=method)
+    hub = Target.of(ours).contract()
+    with pytest.raises(ContractError, match="another contract"):
+        check_contract("b", site=Target.of(theirs).contract(), server=hub)
+    with pytest.raises(ContractError, match="another contract"):
+        check_contract("b", site=Target.of(PROMPT | chat).contract(), server=hub)
+    check_contract("b", site=Target.of(same).contract(), server=hub)
 
 
 def test_bad_completions_say_what_does_not_fit(chat):
