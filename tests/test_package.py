@@ -266,7 +266,18 @@ def test_the_loop_never_asks_which_runtime_is_in_use():
 
 def test_optional_dependencies_are_imported_only_where_they_are_used():
     optional = {"gguf", "matplotlib", "pandas", "datasets", "sacrebleu", "polib", "nvflare", "bitsandbytes", "rich"}
-    optional |= {"psutil", "cryptography", "tensorboard", "mlflow", "alembic", "sqlalchemy", "trackio"}
+    optional |= {
+        "sklearn",
+        "polars",
+        "pyarrow",
+        "psutil",
+        "cryptography",
+        "tensorboard",
+        "mlflow",
+        "alembic",
+        "sqlalchemy",
+        "trackio",
+    }
     eager = {
         (name, module.split(".")[0])
         for name, path in modules().items()
