@@ -229,6 +229,11 @@ class LocalLanguageModel(Classifies, Previews, BaseModel):
         return [type(self).__name__]
 
     @property
+    def model_name(self) -> str:
+        """The model's name, where LangChain's own code looks for it."""
+        return self.model.name
+
+    @property
     def _identifying_params(self) -> dict[str, Any]:
         """What decides an answer: base, weights as they are now, and options. The key of any answer cache."""
         return {

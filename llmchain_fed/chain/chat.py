@@ -23,7 +23,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from typing_extensions import override
 
 from llmchain_fed.chain.chat_batch import ChatBatch
-from llmchain_fed.chain.messages import answer_in, converted, dialogue_calls, read_tools
+from llmchain_fed.chain.messages import answer_in, converted, dialogue_calls, read_tools, tools_of
 from llmchain_fed.chain.recording import is_recording
 from llmchain_fed.chain.structured import StructuredAnswers
 from llmchain_fed.data.dialogues import Dialogue
@@ -129,7 +129,7 @@ class LocalChatModel(StructuredAnswers, ChatBatch, BaseChatModel):
 
     @override
     def dialogue_calls(self, dialogue: Dialogue, call: Mapping[str, Any]) -> Sequence[Call]:
-        tools = read_tools(dialogue.tools)
+        tools = tools_of(dialogue, call.get("tools"))
         call = {**call, "tools": tools} if tools else call
         return dialogue_calls(dialogue, tools, lambda m: self.text_of(m, call), lambda a: self.written(a, call))
 

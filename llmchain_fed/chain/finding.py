@@ -51,7 +51,9 @@ def find_prompt(given: Any, llm: Any = None) -> LLMChain | Bare | ComposedChain 
         )
         raise UnsupportedModelError(msg)
     single = single_call(given)
-    if single is not None and (not faces or (_calls(given) <= 1 and single.face in faces)):
+    # its face may be a copy, with fields of its own, over the same model
+    wanted = single is not None and any(single.model is face.model for face in faces)
+    if single is not None and (not faces or (_calls(given) <= 1 and wanted)):
         return single
     if not faces:
         return None

@@ -29,7 +29,7 @@ from llmchain_fed.chain.bindings import (
 from llmchain_fed.chain.chat import LocalChatModel
 from llmchain_fed.chain.labels import Classifies
 from llmchain_fed.chain.llm import LocalLLM
-from llmchain_fed.chain.messages import dialogue_calls, placeholder, read_tools
+from llmchain_fed.chain.messages import dialogue_calls, placeholder, tools_of
 from llmchain_fed.chain.prompt_step import PromptStep, mark_values
 from llmchain_fed.chain.saving.savable import Savable
 from llmchain_fed.chain.sources import Previews
@@ -193,7 +193,7 @@ class LLMChain(RunnableWithCallKwargs, Savable, Classifies, Previews):
         if not isinstance(face, LocalChatModel):
             return face.dialogue_calls(dialogue, {})
         name = placeholder(self.prompt, dialogue.variables)
-        tools = read_tools(dialogue.tools)
+        tools = tools_of(dialogue, self._all_llm_kwargs().get("tools"))
         chain = self._with({"tools": tools} if tools else {})
         return dialogue_calls(
             dialogue,

@@ -171,10 +171,35 @@ def read_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
         DataError: Something is no tool.
     """
     try:
-        return [convert_to_openai_tool(tool) for tool in tools]
+        found = [convert_to_openai_tool(tool) for tool in tools]
+        if strange := next((tool for tool in found if not isinstance(tool.get("function"), Mapping)), None):
+            raise ValueError(f"{shown(repr(strange), 120)} is a tool of a provider's own")  # noqa: EM102
+        return found
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         msg = f"`tools` has something that is no tool ({error!s:.200}). Write the JSON schema of a function."
         raise DataError(msg) from None
+
+
+def tools_of(dialogue: Dialogue, bound: Sequence[Any] | None) -> list[dict[str, Any]]:
+    """The tools of a row of messages, as JSON schemas; those that are bound to the model where it names none.
+
+    Raises:
+        DataError: Something is no tool.
+        DialogueError: It names others than are bound, with which the model will answer.
+    """
+    tools, ours = read_tools(dialogue.tools), read_tools(bound or ())
+    if not (tools and ours):
+        return tools or ours
+    if sorted(map(repr, tools)) != sorted(map(repr, ours)):
+        names, others = ([tool["function"].get("name") for tool in side] for side in (tools, ours))
+        msg = (
+            f"the row's `tools` ({shown(names, 200)}) are not those that are bound to the model "
+            f"({shown(others, 200)}), so it would answer another prompt than it learns. Leave the row's out, or "
+            "train the model without "
+            "bind_tools."
+        )
+        raise DialogueError(msg)
+    return ours
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ Knows LangChain's parsers and schemas. Knows nothing about how an answer is kept
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from operator import itemgetter
-from typing import Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, NotRequired, Required, Union, get_args, get_origin, get_type_hints
 
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.output_parsers import (
@@ -21,7 +23,8 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel, TypeAdapter
 from pydantic.errors import PydanticUserError
-from typing_extensions import is_typeddict
+from pydantic.json_schema import GenerateJsonSchema
+from typing_extensions import TypedDict, is_typeddict, override
 
 from llmchain_fed.chain.tools import CallsTools
 from llmchain_fed.errors import ConfigError, SchemaError
@@ -105,6 +108,52 @@ def _response_format(schema: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": name, "schema": found}}
 
 
+class _Writable(GenerateJsonSchema):
+    """Schemas of what Pydantic reads: of a decimal it takes any text by the schema, and not when it reads it."""
+
+    @override
+    def decimal_schema(self, schema: Any) -> dict[str, Any]:
+        return next(
+            (form for form in super().decimal_schema(schema).get("anyOf", ()) if form.get("type") == "number"),
+            {"type": "number"},
+        )
+
+
+def _for_pydantic(kind: Any, within: tuple[Any, ...] = ()) -> Any:
+    """The same type as Pydantic takes it below Python 3.12, where a TypedDict of `typing`'s says too little.
+
+    Raises:
+        TypeError: A TypedDict that contains itself.
+    """
+    if sys.version_info >= (3, 12):
+        return kind
+    if is_typeddict(kind) and type(kind).__module__ == "typing":
+        if kind in within:
+            msg = f"{kind.__name__} contains itself; that is known for typing_extensions.TypedDict alone"
+            raise TypeError(msg)
+        fields: dict[str, Any] = {}
+        for name, given in get_type_hints(kind, include_extras=True).items():
+            # said with the type: `__required_keys__` does not see it where annotations are texts
+            said = get_origin(given) if get_origin(given) in (Required, NotRequired) else None
+            field = _for_pydantic(get_args(given)[0] if said else given, (*within, kind))
+            fields[name] = NotRequired[field] if said is NotRequired else field
+            if said is None and name not in kind.__required_keys__:
+                fields[name] = NotRequired[field]
+        make: Any = TypedDict
+        found = make(kind.__name__, fields)
+        found.__doc__ = kind.__doc__
+        return found
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is None or origin is Literal:
+        return kind
+    made = tuple(_for_pydantic(part, within) for part in parts)
+    if made == parts:
+        return kind
+    if origin is Annotated:
+        return Annotated[(made[0], *kind.__metadata__)]
+    return Union[made] if origin in (Union, UnionType) else origin[made]  # noqa: UP007 (made of what is found)
+
+
 def json_schema_of(schema: Any) -> dict[str, Any]:
     """The JSON schema of a Pydantic class, a TypedDict or a tool's schema; a JSON schema as it is.
 
@@ -114,9 +163,11 @@ def json_schema_of(schema: Any) -> dict[str, Any]:
     try:
         if isinstance(schema, type) and is_basemodel_subclass(schema):
             kind: Any = schema
-            return dict(kind.model_json_schema() if issubclass(kind, BaseModel) else kind.schema())  # of Pydantic 1
+            if not issubclass(kind, BaseModel):  # of Pydantic 1
+                return dict(kind.schema())
+            return dict(kind.model_json_schema(schema_generator=_Writable))
         if is_typeddict(schema):
-            return TypeAdapter(schema).json_schema()
+            return TypeAdapter(_for_pydantic(schema)).json_schema(schema_generator=_Writable)
         if isinstance(schema, Mapping) and ("parameters" in schema or "function" in schema):
             return dict(convert_to_json_schema(dict(schema)))
     except (PydanticUserError, ValueError, TypeError, KeyError, NameError) as error:

@@ -17,6 +17,7 @@ from llmchain_fed.data.messages import (
     content_of,
     id_answered,
     id_of_call,
+    is_learnt,
     is_message,
     role_of,
     thought_in,
@@ -43,7 +44,8 @@ class Dialogue:
     @property
     def answers(self) -> list[int]:
         """The positions of the answers to learn."""
-        return [i for i, m in enumerate(self.messages) if i >= self.first and role_of(m) == "assistant"]
+        given = enumerate(self.messages)
+        return [i for i, m in given if i >= self.first and role_of(m) == "assistant" and is_learnt(m)]
 
     @property
     def exchanges(self) -> list[tuple[int, list[int]]]:
@@ -156,7 +158,7 @@ def _check_order(dialogue: Dialogue) -> None:
         before = role
     if not dialogue.answers:
         _refuse(
-            "no message is an answer to learn, of the role 'assistant'",
+            "no message is an answer to learn, of the role 'assistant' and not of the weight 0",
             "Give the whole conversation, or (messages before the answer, the answer)",
         )
 

@@ -249,6 +249,12 @@ def _parse_mapping(item: Mapping[Any, Any], prompt: Prompt | None) -> Example:
         raise DataError(msg)
     rest = {k: v for k, v in item.items() if k != "completion"}
     if prompt is not None and prompt.any_input:
+        if set(rest) == {"prompt"}:
+            msg = (
+                "a row of 'prompt' and 'completion' does not say whether the chain takes the prompt itself or a "
+                "mapping with that key. Write (x, completion) with x what its invoke takes."
+            )
+            raise DataError(msg)
         return Example(inputs=rest, completion=item["completion"])
     bare = prompt is None or prompt.input_variables is None
     if set(rest) != {"prompt"} or "prompt" in (*variables, *optional):

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmchain_fed.errors import DialogueError
+from llmchain_fed.untrusted import shown
+
 _PAIRED = ("system", "human", "user", "ai", "assistant", "tool", "placeholder")
 _NAMES = {"human": "user", "ai": "assistant", "AIMessageChunk": "assistant", "HumanMessageChunk": "user"}
 """LangChain's name of a role → transformers'"""
@@ -72,6 +75,19 @@ def thought_in(message: Any) -> str:
         return next((message[key] for key in keys if isinstance(message.get(key), str)), "")
     kept = getattr(message, "additional_kwargs", {}).get("reasoning_content")
     return kept if isinstance(kept, str) else ""
+
+
+def is_learnt(message: Any) -> bool:
+    """Whether an answer is one to learn: OpenAI's rows have `"weight": 0` where it is only read.
+
+    Raises:
+        DialogueError: The weight is neither 0 nor 1.
+    """
+    weight = message.get("weight") if isinstance(message, Mapping) else None
+    if weight is not None and weight not in (0, 1):
+        msg = f"an answer has the weight {shown(repr(weight), 40)}. It is 1 (learnt) or 0 (only read)."
+        raise DialogueError(msg)
+    return bool(weight is None or weight)
 
 
 def id_answered(message: Any) -> str | None:

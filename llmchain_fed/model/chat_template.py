@@ -252,7 +252,7 @@ def with_content(message: Message, form: Literal["text", "parts", "both"]) -> Me
     """The message with its content as the template takes it: a text or a list of parts."""
     content = message.get("content")
     if isinstance(content, list) and form == "text":
-        return {**message, "content": "\n".join(_texts(content))}
+        return {**message, "content": "".join(_texts(content))}
     if isinstance(content, str) and form == "parts":
         return {**message, "content": [{"type": "text", "text": content}] if content else []}
     return message

@@ -186,7 +186,7 @@ def takes_system(tokenizer: Any, given: Mapping[str, Any]) -> bool:
 
 def _text(content: Any) -> str:
     if isinstance(content, list):
-        return "\n".join(part.get("text", "") for part in content if isinstance(part, dict))
+        return "".join(part.get("text", "") for part in content if isinstance(part, dict))
     return content if isinstance(content, str) else ""
 
 

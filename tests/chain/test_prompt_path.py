@@ -294,7 +294,7 @@ def test_messages_reach_the_template_in_transformers_form():
 @pytest.mark.parametrize(
     ("template", "content", "expected"),
     [
-        ("{% for m in messages %}{{ m.content }}|{% endfor %}", [{"type": "text", "text": "a"}, "b"], "a\nb|"),
+        ("{% for m in messages %}{{ m.content }}|{% endfor %}", [{"type": "text", "text": "a"}, "b"], "ab|"),
         (
             "{% for m in messages %}{% for p in m.content %}({{ p.text }}){% endfor %}|{% endfor %}",
             [{"type": "text", "text": "a"}, "b"],
@@ -304,6 +304,7 @@ def test_messages_reach_the_template_in_transformers_form():
     ],
 )
 def test_content_as_the_template_takes_it(template, content, expected):
+    """Parts follow one another as in LangChain's `message.text`."""
     assert chat_with(template)[0].render([HumanMessage(content)]) == expected
 
 

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Literal
+import typing
+from decimal import Decimal
+from typing import Annotated, Literal
 
 import pytest
 from langchain_core.messages import AIMessage
 from langchain_core.output_parsers import JsonOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from tiny import tiny_module, train_tokenizer
 from typing_extensions import TypedDict
 
 from llmchain_fed import FederatedAveraging, LLMChain, LocalChatModel, LocalModel, TrainingConfig
 from llmchain_fed.chain.finding import find_prompt
+from llmchain_fed.chain.structured import json_schema_of
 from llmchain_fed.data.encoding import encode_examples
 from llmchain_fed.data.examples import read_examples
 from llmchain_fed.errors import ConfigError, ContractError, RecipeError, SchemaError
@@ -85,6 +88,47 @@ def test_other_schemas_answer_dicts(chat, method, schema):
     answer = chat.with_structured_output(schema, method=method).invoke("page")
     assert isinstance(answer, dict)
     assert answer.keys() >= {"organ"}
+
+
+def test_a_decimal_is_written_as_what_pydantic_reads(chat):
+    class Price(BaseModel):
+        value: Annotated[Decimal, Field(ge=0, le=100)]
+        other: Decimal | None
+
+    for seed in range(5):
+        answer = chat.with_structured_output(Price).invoke("page", temperature=1.5, seed=seed)
+        assert 0 <= answer.value <= 100
+
+
+class Inner(typing.TypedDict):
+    organ: Literal["lung", "skin"]
+    note: typing.NotRequired[str]
+
+
+class Whole(typing.TypedDict):
+    """A report."""
+
+    findings: list[Inner]
+    first: Inner | None
+
+
+def test_typings_own_typed_dicts_are_schemas_as_they_are_elsewhere(chat):
+    inner = {
+        "organ": {"enum": ["lung", "skin"], "title": "Organ", "type": "string"},
+        "note": {"title": "Note", "type": "string"},
+    }
+    assert json_schema_of(Whole) == {
+        "$defs": {"Inner": {"properties": inner, "required": ["organ"], "title": "Inner", "type": "object"}},
+        "properties": {
+            "findings": {"items": {"$ref": "#/$defs/Inner"}, "title": "Findings", "type": "array"},
+            "first": {"anyOf": [{"$ref": "#/$defs/Inner"}, {"type": "null"}]},
+        },
+        "required": ["findings", "first"],
+        "title": "Whole",
+        "type": "object",
+        "description": "A report.",
+    }
+    assert chat.with_structured_output(Whole).invoke("page").keys() == {"findings", "first"}
 
 
 def test_raw_answers_come_along(chat):

@@ -142,6 +142,8 @@ def test_none_of_them_and_a_choice_that_is_none(chat):
 def test_tools_that_are_none_are_refused(chat):
     with pytest.raises(DataError, match="no tool"):
         chat.bind_tools([3])
+    with pytest.raises(DataError, match="a tool of a provider's own"):
+        chat.bind_tools([{"type": "web_search"}])
     bad = {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {"a": {"not": {}}}}}
     with pytest.raises(SchemaError, match=r"parameters of the tool 'f': .*'not' is not known here"):
         chat.bind_tools([bad])
@@ -222,6 +224,16 @@ def test_in_our_form_calls_are_ours():
     assert chat.written(AIMessage("", tool_calls=[CALL])) == OURS.written([("add", '{"a": 1, "b": 2}')])
     thought = AIMessage("", tool_calls=[CALL], additional_kwargs={"reasoning_content": "hm"})
     assert chat.written(thought).startswith("<think>\nhm\n</think>\n\n<tool_call>")
+
+
+def test_an_agent_answers_with_an_object(chat):
+    class Sum(BaseModel):
+        """A sum."""
+
+        value: int
+
+    found = create_agent(chat, [], response_format=Sum).invoke({"messages": [HumanMessage("hi")]})
+    assert isinstance(found["structured_response"], Sum)
 
 
 def test_an_agent_learns_in_a_federation_to_call_its_tools():

@@ -119,6 +119,28 @@ def test_of_trls_conversational_form_the_completions_answers_are_learnt(chat, to
     assert report.used == 5
 
 
+def test_of_openais_weights_those_of_nothing_are_read_and_not_learnt(chat, tokenizer):
+    weighed = [{**m, "weight": 0} if at == 2 else {**m, "weight": 1} if at == 4 else m for at, m in enumerate(TALK)]
+    (row,), _ = rows_of([{"messages": weighed}], chat)
+    ids, labels = masked_by_transformers(tokenizer, TALK, None, 4)
+    assert flat(row) == ids[: len(flat(row))]
+    assert labels_of(row) == labels[: len(flat(row))]
+    for weight in (2, "0", -1):
+        with pytest.raises(DialogueError, match=r"It is 1 \(learnt\) or 0"):
+            rows_of([{"messages": [*TALK[:4], {**TALK[4], "weight": weight}]}], chat)
+
+
+def test_a_rows_tools_are_those_the_model_answers_with(chat):
+    bound = chat.bind_tools([WEATHER])
+    other = {**WEATHER, "function": {**WEATHER["function"], "description": "another"}}
+    for learner in (bound, LLMChain(llm=bound, prompt=ChatPromptTemplate([("placeholder", "{messages}")]))):
+        given, _ = rows_of([{"messages": AGENT, "tools": [WEATHER]}], learner)
+        alone, _ = rows_of([{"messages": AGENT}], learner)
+        assert given == alone
+        with pytest.raises(DialogueError, match="are not those that are bound to the model"):
+            rows_of([{"messages": AGENT, "tools": [other]}], learner)
+
+
 def gradients(module, rows, model):
     module.zero_grad()
     batch = collate(rows, model)

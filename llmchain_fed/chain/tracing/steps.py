@@ -35,8 +35,12 @@ class Step:
     """whether it runs beside other steps, in an order that nobody sets"""
 
     def is_called(self, name: object) -> bool:
-        """Whether `name` means this step."""
+        """Whether `name` means this step and no other."""
         return name in (self.name, self.path)
+
+    def stands_under(self, name: object) -> bool:
+        """Whether `name` is a key on the way to it: of a parallel, of `assign`."""
+        return isinstance(name, str) and not name.isdigit() and name in self.path.split("/")
 
 
 UNKNOWN = Step("model")

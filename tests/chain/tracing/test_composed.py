@@ -179,6 +179,22 @@ def test_everyone_of_a_parallel_has_its_own_by_name_and_never_by_order(llm):
         found.calls({"x": "q"}, ["oui", "ja"])
 
 
+def test_a_key_of_a_parallel_or_of_assign_names_its_one_call(llm):
+    def asks(text):
+        return PromptTemplate.from_template(text) | llm | StrOutputParser()
+
+    both = find_prompt(RunnableParallel(fr=asks("F {x}"), de=asks("D {x}")))
+    calls = both.calls({"x": "q"}, {"de": "ja", "fr": "oui"})
+    assert {(c.text, c.completion) for c in calls} == {("F q", "oui"), ("D q", "ja")}
+    assigned = find_prompt(RunnablePassthrough.assign(y=asks("Y {x}")) | RunnablePassthrough.assign(z=asks("Z {y}")))
+    calls = assigned.calls({"x": "q"}, {"z": "two", "y": "one"})
+    assert [(c.text, c.completion) for c in calls] == [("Y q", "one"), ("Z one", "two")]
+    twice = find_prompt(RunnableParallel(fr=asks("F {x}") | (lambda y: {"x": y}) | asks("G {x}")))
+    for given in ("oui", ["oui", "non"]):
+        with pytest.raises(DataError, match="there is no completion for it"):
+            twice.calls({"x": "q"}, {"fr": given, "other": "a"})
+
+
 def test_a_skipped_and_a_repeated_step_keep_their_names(llm):
     fix = (PromptTemplate.from_template("Fix {x}") | llm).with_config(run_name="fix")
     tell = (PromptTemplate.from_template("Tell {x}") | llm).with_config(run_name="tell")
@@ -401,6 +417,8 @@ def test_rows_of_names(llm):
     runnable = RunnableLambda(itemgetter("q")) | (lambda q: {"x": q}) | PromptTemplate.from_template("R {x}") | llm
     data = encode_examples([{"q": "a", "completion": "b"}], llm.model, find_prompt(runnable))
     assert llm.model.decoded(data[0][0]) == "R a"
+    with pytest.raises(DataError, match="does not say whether the chain takes the prompt itself"):
+        encode_examples([{"prompt": "a", "completion": "b"}], llm.model, find_prompt(runnable))
 
 
 def test_both_kinds_of_faces_in_one_chain_are_refused(llm):
