@@ -1,13 +1,12 @@
 """What the string face and the chat face of a LocalModel share: fields, call-time options, identity.
 
-Knows pydantic and LocalModel. Knows nothing of LangChain: `llm` and `chat` add that.
+Knows pydantic and LocalModel. Of LangChain it knows bindings alone: `llm` and `chat` add the rest.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -15,13 +14,14 @@ from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmchain_fed._config import explain, unknown_option
-from llmchain_fed.chain import gathering
+from llmchain_fed.chain.bare import Bare, BoundFace
+from llmchain_fed.chain.batching import gathering
 from llmchain_fed.chain.labels import Classifies
 from llmchain_fed.chain.recording import recorded
 from llmchain_fed.chain.sources import Previews
 from llmchain_fed.data.dialogues import Dialogue
 from llmchain_fed.data.prompt import Call, plain_text
-from llmchain_fed.errors import ConfigError, DataError, UnsupportedModelError
+from llmchain_fed.errors import ConfigError, UnsupportedModelError
 from llmchain_fed.model import chat_template, control_tokens
 from llmchain_fed.model.generation.answers import Completion, GenerationOptions
 from llmchain_fed.model.local_model import LocalModel
@@ -29,7 +29,8 @@ from llmchain_fed.model.local_model import LocalModel
 OPTIONS = frozenset(GenerationOptions.model_fields)
 """Generation options that a face takes as a field and every call takes as a keyword."""
 
-ALIASES = {"max_tokens": "max_new_tokens"}  # LangChain's standard name → transformers'
+# LangChain's and OpenAI's names → transformers'
+ALIASES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 
 
 class LocalLanguageModel(Classifies, Previews, BaseModel):
@@ -144,7 +145,7 @@ class LocalLanguageModel(Classifies, Previews, BaseModel):
             texts: What the model sees.
             options: As `options` gives them.
         """
-        found = [recorded(self, text) for text in texts]
+        found = [recorded(self, text, options, i) for i, text in enumerate(texts)]
         open_ = [i for i, done in enumerate(found) if done is None]
         if open_:
             done = self.model.complete(
@@ -159,7 +160,7 @@ class LocalLanguageModel(Classifies, Previews, BaseModel):
 
     def pieces(self, text: str, options: Mapping[str, Any]) -> Generator[str, None, Completion]:
         """The answer to a text piece by piece; the generator returns the whole. The other door."""
-        done = recorded(self, text)
+        done = recorded(self, text, options)
         if done is None:
             return self.model.stream(text, add_special_tokens=self.adds_special_tokens, **options)
         return _at_once(done)
@@ -184,6 +185,10 @@ class LocalLanguageModel(Classifies, Previews, BaseModel):
         Raises:
             DataError: The face takes no messages, or its template refuses these.
         """
+
+    def bind(self, **kwargs: Any) -> Any:
+        """The same model with these keywords for every call; all that is asked of it has them, too."""
+        return BoundFace(bound=self, kwargs=kwargs, config={})  # type: ignore[arg-type] # LangChain's half is a Runnable
 
     def as_prompt(self) -> Bare:
         """What makes text of this object's own input: with it, training sees what a call sends."""
@@ -266,83 +271,3 @@ class LocalLanguageModel(Classifies, Previews, BaseModel):
 def _at_once(done: Completion) -> Generator[str, None, Completion]:
     yield done.text
     return done
-
-
-@dataclass(frozen=True)
-class Bare:
-    """A face by itself as the `Prompt` of its examples: an example's input is what the face's `invoke` takes."""
-
-    face: LocalLanguageModel
-    call: Mapping[str, Any]
-    """keywords that go along with every call"""
-    strips: bool = False
-    """whether a parser behind the face drops the white space around an answer"""
-
-    input_variables: ClassVar[None] = None
-    any_input: ClassVar[bool] = False
-    optional_variables: ClassVar[tuple[str, ...]] = ()
-    literals: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def model(self) -> LocalModel:
-        """The `LocalModel` that answers and that a federation trains."""
-        return self.face.model
-
-    @property
-    def adds_special_tokens(self) -> bool:
-        """Whether the tokenizer adds special tokens to the rendered text."""
-        return self.face.adds_special_tokens
-
-    @property
-    def completion_controls(self) -> frozenset[str]:
-        """Control tokens, beside the model's own, that a completion cannot write."""
-        return self.face.own_controls
-
-    def render(self, inputs: Any) -> str:
-        """An input of the face's `invoke` → the text that the model sees.
-
-        Raises:
-            DataError: No input that `invoke` takes.
-        """
-        return self.face.text_of(inputs, self.call)
-
-    def calls(self, inputs: Any, completion: Any) -> Sequence[Call]:
-        """What the model reads for an example and what it should answer.
-
-        Raises:
-            DataError: No input that `invoke` takes, or nothing that the face could answer.
-        """
-        return (Call(self.render(inputs), self.face.written(completion, self.call)),)
-
-    def dialogue_calls(self, dialogue: Dialogue) -> Sequence[Call]:
-        """What the model reads before each answer of a conversation, and that answer.
-
-        Raises:
-            DataError: The face takes no messages, or its template refuses these.
-        """
-        if dialogue.variables:
-            msg = (
-                f"the keys {sorted(map(str, dialogue.variables))} of a row of messages name variables, and there is no "
-                "template to put them into. Drop them, or pass a chain."
-            )
-            raise DataError(msg)
-        return self.face.dialogue_calls(dialogue, self.call)
-
-    def call_options(self) -> Mapping[str, Any]:
-        """The keywords that go along with every call."""
-        return self.call
-
-    def generation_options(self) -> dict[str, Any]:
-        """Keywords for `model.generate` that give the answers the face gives."""
-        call = {k: v for k, v in self.call.items() if k not in self.face.form_options}
-        return self.face.all_options(call.pop("stop", None), call)
-
-    def parsed(self, text: str) -> str:
-        """What is left of an answer's text, for the white space around it."""
-        return text.strip() if self.strips else text
-
-    def prompt_identity(self) -> list[Any]:
-        """What two sides of a federation must share of the way from input to tokens."""
-        shared = self.face.rendering_options | self.face.answer_options  # a schema decides what is learnt, too
-        given = {k: v for k, v in self.call.items() if k in shared}
-        return [self.face.path_identity(), sorted((k, repr(v)) for k, v in given.items())]

@@ -22,9 +22,9 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from pydantic import Field, PrivateAttr, model_validator
 from typing_extensions import override
 
-from llmchain_fed.chain.chat_batch import ChatBatch
+from llmchain_fed.chain.batching.chat_batch import ChatBatch
 from llmchain_fed.chain.messages import answer_in, converted, dialogue_calls, read_tools, tools_of
-from llmchain_fed.chain.recording import is_recording
+from llmchain_fed.chain.recording import asking, is_recording
 from llmchain_fed.chain.structured import StructuredAnswers
 from llmchain_fed.data.dialogues import Dialogue
 from llmchain_fed.data.prompt import Call
@@ -267,7 +267,8 @@ class LocalChatModel(StructuredAnswers, ChatBatch, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         text, options = self.asked(messages, stop, kwargs)
-        done = self.complete([text] * AnswerForm.of(kwargs).n, options)
+        with asking([run_manager]):
+            done = self.complete([text] * AnswerForm.of(kwargs).n, options)
         return self._result(text, done, kwargs)
 
     @override
@@ -280,7 +281,8 @@ class LocalChatModel(StructuredAnswers, ChatBatch, BaseChatModel):
     ) -> ChatResult:
         text, options = self.asked(messages, stop, kwargs)
         form = AnswerForm.of(kwargs)
-        done = await self.acomplete([text] * form.n, options)
+        with asking([run_manager]):
+            done = await self.acomplete([text] * form.n, options)
         if form.logprobs:  # computed beside the loop
             return await asyncio.to_thread(self._result, text, done, kwargs)
         return self._result(text, done, kwargs)
@@ -311,7 +313,9 @@ class LocalChatModel(StructuredAnswers, ChatBatch, BaseChatModel):
             msg = "a stream is one answer, and n asks for more. Call generate(…, n=…), or stream without n."
             raise ConfigError(msg)
         text, options = self.asked(messages, stop, kwargs)
-        pieces, parts = self.pieces(text, options), self.pieces_of_message(kwargs)
+        with asking([run_manager]):
+            pieces = self._as_it_answers(kwargs).pieces(text, options)
+        parts = self.pieces_of_message(kwargs)
         done: Completion | None = None
         while done is None:
             try:
@@ -326,14 +330,8 @@ class LocalChatModel(StructuredAnswers, ChatBatch, BaseChatModel):
         about = self._about(done)
         for logprobs in self._logprobs(text, [done], kwargs):
             about["logprobs"] = logprobs
-        yield ChatGenerationChunk(
-            message=AIMessageChunk(
-                content="",
-                usage_metadata=_usage(done),
-                response_metadata=about,
-                chunk_position="last",
-            )
-        )
+        last = AIMessageChunk(content="", usage_metadata=_usage(done), response_metadata=about, chunk_position="last")
+        yield ChatGenerationChunk(message=last)
 
     def _about(self, done: Completion) -> dict[str, Any]:
         return {"model_name": self.model.name, "finish_reason": done.finish_reason}

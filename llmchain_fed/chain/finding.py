@@ -9,7 +9,8 @@ from typing import Any
 
 from langchain_core.runnables import Runnable
 
-from llmchain_fed.chain.base_llm import Bare, LocalLanguageModel
+from llmchain_fed.chain.bare import Bare
+from llmchain_fed.chain.base_llm import LocalLanguageModel
 from llmchain_fed.chain.llm_chain import LLMChain
 from llmchain_fed.chain.tracing.composed import ComposedChain
 from llmchain_fed.chain.tracing.contents import faces_in, places_of

@@ -18,7 +18,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from llmchain_fed.chain.base_llm import LocalLanguageModel
-from llmchain_fed.chain.recording import is_recording
+from llmchain_fed.chain.recording import asking, is_recording
 from llmchain_fed.data.dialogues import Dialogue
 from llmchain_fed.data.prompt import Call
 from llmchain_fed.errors import DataError
@@ -133,6 +133,20 @@ class LocalLLM(LocalLanguageModel, BaseLLM):
         return [(await one([x], c, return_exceptions=True, **kwargs))[0] for x, c in zip(inputs, configs, strict=True)]
 
     @override
+    def _generate_helper(
+        self, prompts: list[str], stop: list[str] | None, run_managers: list[Any], **kwargs: Any
+    ) -> LLMResult:
+        with asking(run_managers):  # `_generate` is told of the first run alone
+            return super()._generate_helper(prompts, stop, run_managers, **kwargs)
+
+    @override
+    async def _agenerate_helper(
+        self, prompts: list[str], stop: list[str] | None, run_managers: list[Any], **kwargs: Any
+    ) -> LLMResult:
+        with asking(run_managers):
+            return await super()._agenerate_helper(prompts, stop, run_managers, **kwargs)
+
+    @override
     def _generate(
         self,
         prompts: list[str],
@@ -173,7 +187,9 @@ class LocalLLM(LocalLanguageModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        for piece in self.pieces(prompt, self.options(stop, kwargs)):
+        with asking([run_manager]):
+            pieces = self.pieces(prompt, self.options(stop, kwargs))
+        for piece in pieces:
             chunk = GenerationChunk(text=piece)
             if run_manager is not None:
                 run_manager.on_llm_new_token(piece, chunk=chunk)

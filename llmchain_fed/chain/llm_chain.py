@@ -24,6 +24,7 @@ from llmchain_fed.chain.bindings import (
     RunnableWithCallKwargs,
     apart,
     below_bindings,
+    bound_kwargs,
     with_face_fields,
 )
 from llmchain_fed.chain.chat import LocalChatModel
@@ -76,6 +77,12 @@ class LLMChain(RunnableWithCallKwargs, Savable, Classifies, Previews):
             raise ConfigError(msg)
         parser: Runnable[Any, Any] = output_parser if output_parser is not None else StrOutputParser()
         kwargs = dict(llm_kwargs or {})
+        if output_parser is None and {**bound_kwargs(llm), **kwargs}.get("tools"):
+            msg = (
+                "the model's answers may be calls of tools, and a chain's answers are text unless it has another "
+                "parser: calls would be lost. Pass output_parser=JsonOutputToolsParser(), or use prompt | llm."
+            )
+            raise ConfigError(msg)
         for name in options.keys() - RunnableBindingBase.model_fields.keys():
             known = LLMChain.model_fields.keys() - {"bound", "kwargs"}
             raise ConfigError(f"LLMChain: {unknown_option(name, known)}")  # noqa: EM102

@@ -84,9 +84,7 @@ class StructuredAnswers(CallsTools):
             )
         elif method in ("json_schema", "json_mode"):
             wanted = _response_format(schema)
-            llm = self.bind(  # type: ignore[attr-defined] # LangChain's half
-                response_format=wanted, ls_structured_output_format=about, **kwargs
-            )
+            llm = self.bind(response_format=wanted, ls_structured_output_format=about, **kwargs)
             parser = PydanticOutputParser(pydantic_object=model) if model is not None else JsonOutputParser()
         else:
             msg = f"method is 'json_schema', 'function_calling' or 'json_mode', got {method!r:.80}."

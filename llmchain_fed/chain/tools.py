@@ -75,7 +75,8 @@ class CallsTools(LocalLanguageModel):
         given |= {name: value for name, value in options.items() if value is not None}
         plan = self.plan(given)
         _ = plan.shapes if plan.strict else ()
-        return self.bind(**given, **kwargs)  # type: ignore[attr-defined, no-any-return] # LangChain's half
+        bound: Runnable[LanguageModelInput, AIMessage] = self.bind(**given, **kwargs)
+        return bound
 
     def plan(self, kwargs: Mapping[str, Any]) -> AnswerPlan:
         """What a call with these keywords wants of its answer.

@@ -109,16 +109,20 @@ def encode_examples(
         if limits and longest > min(limits):
             report.too_long += 1
             continue
-        if unsaid := next(((call, c, why) for call, _, c in asked if (why := saying.fails(call.completion, c))), None):
-            call, c, why = unsaid
+        tests = [(call, c, saying.of(call.options)) for call, _, c in asked]
+        unsaid = (
+            (call, c, test, why) for call, c, test in tests if (why := test.fails(call.completion, c)) is not None
+        )
+        if failing := next(unsaid, None):
+            call, c, test, why = failing
             setattr(report, why, getattr(report, why) + 1)
-            first = first or saying.explain(call.completion, c, why)
+            first = first or test.explain(call.completion, c, why)
             continue
         key = tuple((call.text, call.completion) for call in calls)
         report.duplicate += key in seen
         seen.add(key)
         report.used += len(rows)
-        report.length_out_of_range += any(saying.out_of_range(c) for _, _, c in asked)
+        report.length_out_of_range += any(test.out_of_range(c) for _, c, test in tests)
         report.raw += prompt is not None and kind == "raw"
         report.prompt_as_input += prompt is not None and kind == "prompt_as_input"
         report.control_text += any(isinstance(call.text, Rendered) or _spells(call.completion, known) for call in calls)

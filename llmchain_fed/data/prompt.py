@@ -6,7 +6,7 @@ Knows nothing about tokens, models, LangChain or how examples are written down.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from llmchain_fed.errors import DataError
@@ -27,6 +27,8 @@ class Call:
     completion: str
     step: str = ""
     """the step of a composed chain that called; stays at the participant"""
+    options: Mapping[str, Any] | None = field(default=None, compare=False)
+    """how this call's answer is generated; None: as all of its prompt's are"""
 
 
 class Prompt(Protocol):

@@ -6,6 +6,7 @@ the model learns something that it can never say. Knows models and stop strings.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -78,6 +79,22 @@ class Saying:
     def __init__(self, model: LocalModel, prompt: Any) -> None:
         self._model, self._prompt = model, prompt
         options = dict(prompt.generation_options()) if prompt is not None else {}
+        self._take(options)
+        self._others: dict[str, Saying] = {}
+        """for calls with options of their own"""
+
+    def of(self, options: Mapping[str, Any] | None) -> Saying:
+        """The test for a call with these options; with None for any other."""
+        if options is None:
+            return self
+        key = repr(sorted(options.items()))
+        if key not in self._others:
+            self._others[key] = copy.copy(self)
+            self._others[key]._take(options)
+        return self._others[key]
+
+    def _take(self, options: Mapping[str, Any]) -> None:
+        model = self._model
         self._stops = checked_stops(options.get("stop"))
         self._longest = options.get("max_new_tokens")
         shortest = options.get("min_new_tokens")

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from pydantic import Field
 
-from llmchain_fed.chain.base_llm import Bare
+from llmchain_fed.chain.bare import Bare
 from llmchain_fed.chain.finding import face_in, find_prompt
 from llmchain_fed.chain.llm_chain import LLMChain
 from llmchain_fed.chain.tracing.composed import ComposedChain

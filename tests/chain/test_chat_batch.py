@@ -199,7 +199,7 @@ async def test_a_bad_call_and_one_that_is_given_up_cost_the_others_nothing(chat)
 
 
 def test_a_loop_that_is_gone_leaves_nothing(chat):
-    from llmchain_fed.chain import gathering
+    from llmchain_fed.chain.batching import gathering
 
     asyncio.run(chat.ainvoke("a"))
     gc.collect()

@@ -42,7 +42,7 @@ class Says:
     def __init__(self, text):
         self.text = text
 
-    def answer(self, face, text, /):
+    def answer(self, face, text, run, options, /):
         return Completion(self.text, 1, 1, "stop")
 
 

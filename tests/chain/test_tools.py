@@ -8,18 +8,30 @@ from __future__ import annotations
 from typing import Literal
 
 import pytest
+import torch
 from chat_templates import OPENS, TOOLS, TRIMS
 from langchain.agents import create_agent
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.output_parsers import JsonOutputToolsParser
+from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.tools import tool
+from pydantic import BaseModel
 from tiny import tiny_module
 from tokenizers_of_kinds import make_tokenizer
 
-from llmchain_fed import FederatedAveraging, LocalChatModel, LocalModel, TrainingConfig
+from llmchain_fed import (
+    FederatedAveraging,
+    LLMChain,
+    LocalChatModel,
+    LocalModel,
+    TrainingConfig,
+    evaluate_locally,
+)
 from llmchain_fed.chain.finding import find_prompt
 from llmchain_fed.data.encoding import encode_examples
 from llmchain_fed.errors import ConfigError, DataError, SchemaError
 from llmchain_fed.model.generation.answers import Completion
+from llmchain_fed.model.scoring import answer_scores
 from llmchain_fed.model.tool_format import OURS
 
 
@@ -224,6 +236,34 @@ def test_in_our_form_calls_are_ours():
     assert chat.written(AIMessage("", tool_calls=[CALL])) == OURS.written([("add", '{"a": 1, "b": 2}')])
     thought = AIMessage("", tool_calls=[CALL], additional_kwargs={"reasoning_content": "hm"})
     assert chat.written(thought).startswith("<think>\nhm\n</think>\n\n<tool_call>")
+
+
+def test_all_that_is_asked_of_a_bound_model_has_what_is_bound(chat):
+    """Text, tokens, scores and losses are those of what `invoke` sends: the tools are in it."""
+    bound = chat.bind_tools(TWO).with_config(tags=["x"])
+    text = chat.render("hi", tools=TWO)
+    assert bound.render("hi") == text != chat.render("hi")
+    sent = bound.invoke("hi").usage_metadata["input_tokens"]
+    assert bound.get_num_tokens_from_messages([HumanMessage("hi")]) == sent
+    ids = chat.model.encode([text], add_special_tokens=False)
+    answer = chat.model.encode_completions([chat.written("Hello.", {"tools": TWO})])
+    with torch.inference_mode():
+        assert bound.loglikelihood("hi", "Hello.") == pytest.approx(float(answer_scores(chat.model, ids, answer)[0, 0]))
+    labels = ["Hello.", "three"]
+    scores = torch.tensor([bound.loglikelihood("hi", label) for label in labels])
+    probabilities = bound.classify("hi", labels).probabilities
+    assert list(probabilities.values()) == pytest.approx(scores.softmax(0).tolist(), abs=1e-4)
+    assert f"{len(ids[0]) + len(answer[0])} tokens, {len(answer[0])} of them" in str(bound.preview(("hi", "Hello.")))
+    found = evaluate_locally(bound, [("hi", "Hello.")])
+    assert found.loss * found.tokens == pytest.approx(-float(scores[0]), rel=1e-4)
+
+
+def test_a_chain_whose_answers_would_lose_their_calls_is_refused(chat):
+    prompt = ChatPromptTemplate.from_template("{text}")
+    with pytest.raises(ConfigError, match="calls would be lost"):
+        LLMChain(llm=chat.bind_tools(TWO), prompt=prompt)
+    kept = LLMChain(llm=chat.bind_tools(TWO, tool_choice="any"), prompt=prompt, output_parser=JsonOutputToolsParser())
+    assert kept.invoke({"text": "hi"})
 
 
 def test_an_agent_answers_with_an_object(chat):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from chat_templates import FORGETS, OPENS, TOOLS, TRIMS
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.output_parsers import JsonOutputToolsParser
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 from langchain_core.runnables import RunnableLambda
 from tokenizers_of_kinds import KINDS, make_module, make_tokenizer
@@ -133,7 +134,12 @@ def test_of_openais_weights_those_of_nothing_are_read_and_not_learnt(chat, token
 def test_a_rows_tools_are_those_the_model_answers_with(chat):
     bound = chat.bind_tools([WEATHER])
     other = {**WEATHER, "function": {**WEATHER["function"], "description": "another"}}
-    for learner in (bound, LLMChain(llm=bound, prompt=ChatPromptTemplate([("placeholder", "{messages}")]))):
+    for learner in (
+        bound,
+        LLMChain(
+            llm=bound, prompt=ChatPromptTemplate([("placeholder", "{messages}")]), output_parser=JsonOutputToolsParser()
+        ),
+    ):
         given, _ = rows_of([{"messages": AGENT, "tools": [WEATHER]}], learner)
         alone, _ = rows_of([{"messages": AGENT}], learner)
         assert given == alone

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from langchain_core.prompts import BasePromptTemplate
-from langchain_core.runnables import Runnable, RunnableSequence, RunnableWithFallbacks
+from langchain_core.runnables import Runnable, RunnablePassthrough, RunnableSequence, RunnableWithFallbacks
 from langchain_core.runnables.base import RunnableBindingBase
 
-from llmchain_fed.chain.base_llm import Bare, LocalLanguageModel
+from llmchain_fed.chain.bare import Bare
+from llmchain_fed.chain.base_llm import LocalLanguageModel
 from llmchain_fed.chain.bindings import below_bindings, with_face_fields
 from llmchain_fed.chain.llm import LocalLLM
 from llmchain_fed.chain.llm_chain import LLMChain
@@ -53,7 +54,7 @@ def single_call(runnable: Any) -> LLMChain | Bare | None:
 
 def piped(prompt: BasePromptTemplate[Any], llm: Any, rest: Sequence[Runnable[Any, Any]]) -> LLMChain:
     """`prompt | llm | …` as a chain. LangChain hands a string model one text there, whose author is the caller."""
-    parser = rest[0] if len(rest) == 1 else RunnableSequence(*rest) if rest else None
+    parser = rest[0] if len(rest) == 1 else RunnableSequence(*rest) if rest else RunnablePassthrough()
     if isinstance(below_bindings(llm), LocalLLM):
         llm = with_face_fields(llm, control_tokens="template")
-    return PipedChain(llm=llm, prompt=prompt, output_parser=parser)  # type: ignore[call-arg,arg-type] # as LLMChain's
+    return PipedChain(llm=llm, prompt=prompt, output_parser=parser)  # type: ignore[call-arg] # as LLMChain's

@@ -1,4 +1,4 @@
-"""Step names: which step of a composed chain calls its model, told by LangChain's own runs.
+"""Step names: which step of a composed chain calls its model, and which of two comes first, by LangChain's own runs.
 
 A step is the innermost run on the way to the call that somebody has named (a `run_name`, a function, a node of a
 graph); where nobody has, it is the path of keys and numbers that lead there. A step that is skipped or repeated keeps
@@ -8,21 +8,21 @@ its name. Knows LangChain's callbacks. Knows nothing about examples; what a run 
 from __future__ import annotations
 
 import re
-from collections import deque
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
-from langchain_core.runnables.config import var_child_runnable_config
 from typing_extensions import override
+
+from llmchain_fed.chain.recording import earlier, passed
 
 _UNNAMED = re.compile(
     r"(Runnable\w*|DynamicRunnable|LangGraph|CompiledStateGraph|LLMChain|PipedChain|ChannelWrite|ChannelRead|lambda"
     r"|_?(call_)?with_history|load_history|insert_history)(<.*>)?"
 )
 _TAG = re.compile(r"(?:seq:step|map:key|branch|condition):(.*)", re.DOTALL)
+_NUMBERED = re.compile(r"((?:seq|graph):step):(\d+)")
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,6 @@ class Step:
 
     name: str
     path: str = ""
-    parallel: bool = False
-    """whether it runs beside other steps, in an order that nobody sets"""
 
     def is_called(self, name: object) -> bool:
         """Whether `name` means this step and no other."""
@@ -44,9 +42,6 @@ class Step:
 
 
 UNKNOWN = Step("model")
-_begun: ContextVar[deque[Step] | None] = ContextVar("llmchain_fed_steps", default=None)
-"""steps whose calls have begun in the running context and not yet reached their model; a thread that takes the context
-over has the very same"""
 
 
 class _Run(NamedTuple):
@@ -54,55 +49,67 @@ class _Run(NamedTuple):
 
     parent: UUID | None
     name: str
-    tag: str
-    """the key or number under which its parent runs it"""
-    parallel: bool
+    tags: tuple[str, ...]
+    earlier: tuple[UUID, ...]
+    """the runs that the code which began it had begun before"""
+
+    @property
+    def key(self) -> str:
+        """The key or number under which its parent runs it."""
+        found = [match.group(1) for tag in self.tags if (match := _TAG.fullmatch(tag))]
+        return found[-1] if found else ""
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """Its place among what its parent runs one after the other: steps of a sequence, of a graph."""
+        return {match.group(1): int(match.group(2)) for tag in self.tags if (match := _NUMBERED.fullmatch(tag))}
 
 
 class StepNames(BaseCallbackHandler):
-    """Follows the runs of one invocation, and says before each call of a model which step that is."""
+    """Follows the runs of one invocation: the step that a model's run belongs to, and which of two comes first."""
 
-    run_inline = True  # in the very context in which the model is called
+    run_inline = True  # in the very context in which a run begins
 
     def __init__(self) -> None:
         self._runs: dict[UUID, _Run] = {}
 
     def _begins(self, run_id: UUID, parent: UUID | None, tags: list[str] | None, name: str | None) -> None:
-        found = [match.group(1) for tag in tags or () if (match := _TAG.fullmatch(tag))]
-        parallel = any(tag.startswith("map:key:") for tag in tags or ())
-        self._runs[run_id] = _Run(parent, name or "", found[-1] if found else "", parallel)
+        self._runs[run_id] = _Run(parent, name or "", tuple(tags or ()), earlier())
+        passed(run_id)
 
-    def _calls(self, run_id: UUID, parent: UUID | None, tags: list[str] | None) -> None:
-        self._begins(run_id, parent, tags, None)
-        step = self._step(run_id)
-        if begun := _begun.get():
-            begun.append(step)
-        else:  # its own: steps that run beside one another began in one context
-            _begun.set(deque([step]))
+    def step(self, run_id: UUID) -> Step:
+        """The step that a model's run belongs to; `UNKNOWN` for one that was not followed."""
+        way = [self._runs[at] for at in self._way(run_id)]
+        named = next((run.name for run in way if run.name and not _UNNAMED.fullmatch(run.name)), "")
+        path = "/".join(run.key for run in reversed(way) if run.key)
+        return Step(named or path or UNKNOWN.name, path)
 
-    def current(self) -> Step:
-        """The step whose model call has begun and was not asked for yet; of a batch of prompts each has its own."""
-        if begun := _begun.get():
-            return begun.popleft()
-        # LangChain's async string models begin a call in a task of its own, whose context ends with it: then the run
-        # within which the call stands, under its tags
-        config: Any = var_child_runnable_config.get() or {}
-        manager = config.get("callbacks")
-        run_id, parent = uuid4(), getattr(manager, "parent_run_id", None)
-        if parent is None:
-            return UNKNOWN
-        self._begins(run_id, parent, getattr(manager, "tags", None), None)
-        return self._step(run_id)
+    def follows(self, run_id: UUID, former: UUID) -> bool:
+        """Whether a model's run, the one that is asked now, comes after a former one whatever the threads do.
 
-    def _step(self, run_id: UUID) -> Step:
-        way: list[_Run] = []
+        It does where the same code began the one and then the other, or where these are steps with numbers. Of what
+        runs beside one another nobody knows which comes first.
+        """
+        if former in earlier():
+            return True
+        ours, theirs = self._way(run_id), self._way(former)
+        while ours and theirs and ours[-1] == theirs[-1]:
+            ours.pop()
+            theirs.pop()
+        if not ours or not theirs:
+            return False
+        later, sooner = self._runs[ours[-1]], self._runs[theirs[-1]]
+        numbers = sooner.numbers
+        return theirs[-1] in later.earlier or any(numbers.get(k, n) < n for k, n in later.numbers.items())
+
+    def _way(self, run_id: UUID) -> list[UUID]:
+        """A run, and those within which it stands, itself first."""
+        found: list[UUID] = []
         at: UUID | None = run_id
         while at is not None and at in self._runs:
-            way.append(self._runs[at])
-            at = way[-1].parent
-        named = next((run.name for run in way[1:] if run.name and not _UNNAMED.fullmatch(run.name)), "")
-        path = "/".join(run.tag for run in reversed(way) if run.tag)
-        return Step(named or path or UNKNOWN.name, path, any(run.parallel for run in way))
+            found.append(at)
+            at = self._runs[at].parent
+        return found
 
     @override
     def on_chain_start(
@@ -123,11 +130,11 @@ class StepNames(BaseCallbackHandler):
         self, serialized: Any, messages: Any, *, run_id: UUID, parent_run_id: UUID | None = None,
         tags: list[str] | None = None, metadata: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        self._calls(run_id, parent_run_id, tags)
+        self._begins(run_id, parent_run_id, tags, kwargs.get("name"))
 
     @override
     def on_llm_start(
         self, serialized: Any, prompts: Any, *, run_id: UUID, parent_run_id: UUID | None = None,
         tags: list[str] | None = None, metadata: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        self._calls(run_id, parent_run_id, tags)
+        self._begins(run_id, parent_run_id, tags, kwargs.get("name"))

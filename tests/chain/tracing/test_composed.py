@@ -2,7 +2,9 @@
 
 import asyncio
 import functools
+import operator
 import threading
+import time
 from operator import itemgetter
 from typing import Annotated, TypedDict
 
@@ -30,7 +32,7 @@ from llmchain_fed.chain.finding import find_prompt
 from llmchain_fed.chain.recording import recording
 from llmchain_fed.chain.tracing.composed import ComposedChain
 from llmchain_fed.data.encoding import encode_examples, encoded
-from llmchain_fed.errors import DataError, ExampleFailedError, UnsupportedModelError
+from llmchain_fed.errors import ConfigError, DataError, ExampleFailedError, UnsupportedModelError
 from llmchain_fed.model.generation.answers import Completion
 
 DOCUMENTS = {"who": "Ada wrote the first program.", "when": "It was in 1843."}
@@ -70,7 +72,7 @@ class Watch:
     def __init__(self, *answers):
         self.texts, self.answers = [], list(answers)
 
-    def answer(self, face, text):
+    def answer(self, face, text, run, options):
         self.texts.append(str(text))
         return Completion(self.answers.pop(0), 0, 0, "stop")
 
@@ -177,6 +179,116 @@ def test_everyone_of_a_parallel_has_its_own_by_name_and_never_by_order(llm):
     assert {(c.text, c.completion) for c in calls} == {("F q", "oui"), ("D q", "ja")}
     with pytest.raises(DataError, match="runs beside others"):
         found.calls({"x": "q"}, ["oui", "ja"])
+
+
+def beside_one_another(llm):
+    """Runnables over ["one", "two"] whose calls run beside one another; the first takes longer."""
+    from langgraph.graph import END, START, StateGraph
+    from langgraph.types import Send
+
+    def asked(x):
+        time.sleep(0.1 if x == "one" else 0)
+        return llm.invoke(f"A {x}")
+
+    async def awaited(x):
+        await asyncio.sleep(0.1 if x == "one" else 0)
+        return await llm.ainvoke(f"A {x}")
+
+    async def gathered(xs):
+        return await asyncio.gather(*map(awaited, xs))
+
+    def graph(edges):
+        class State(TypedDict):
+            xs: list
+            x: str
+            ys: Annotated[list, operator.add]
+
+        made = StateGraph(State)
+        for name, x in (("one", "one"), ("two", "two"), ("each", None)):
+            made.add_node(name, lambda s, x=x: {"ys": [asked(x or s["x"])]})
+            made.add_edge(name, END)
+        edges(made, START)
+        return (lambda xs: {"xs": xs, "ys": []}) | made.compile()
+
+    def sent(state):
+        return [Send("each", {"x": x}) for x in state["xs"]]
+
+    each = RunnableLambda(asked)
+    return {
+        "map": each.map(),
+        "batch": RunnableLambda(each.batch),
+        "parallel": RunnableParallel(a=lambda xs: asked(xs[0]), b=lambda xs: asked(xs[1])),
+        "gather": RunnableLambda(gathered),
+        "nodes": graph(lambda g, start: [g.add_edge(start, name) for name in ("one", "two")]),
+        "send": graph(
+            lambda g, start: g.add_conditional_edges(start, lambda s: [Send("each", {"x": x}) for x in s["xs"]])
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["map", "batch", "parallel", "gather", "nodes", "send"])
+def test_a_list_never_says_whose_completion_it_is_where_calls_run_beside_one_another(name, llm):
+    found = find_prompt(beside_one_another(llm)[name], llm)
+    for given in (["ONE", "TWO"], {"each": ["ONE", "TWO"], "asked": ["ONE", "TWO"], "awaited": ["ONE", "TWO"]}):
+        with pytest.raises(DataError, match=r"runs beside others|completion for it|left over"):
+            found.calls(["one", "two"], given)
+    with pytest.raises(DataError, match="runs beside others"):
+        found.calls(["one", "two"], ["ONE", "TWO"])
+
+
+def one_after_the_other(llm):
+    asks = PromptTemplate.from_template("A {x}") | llm | StrOutputParser()
+
+    async def awaited(xs):
+        return [await llm.ainvoke(f"A {xs[0]}"), await asks.ainvoke({"x": xs[1]})]
+
+    def put(**more):
+        return RunnablePassthrough.assign(**more)
+
+    return {
+        "function": RunnableLambda(lambda xs: [llm.invoke(f"A {xs[0]}"), asks.invoke({"x": xs[1]})]),
+        "chains in a function": RunnableLambda(lambda xs: [asks.invoke({"x": x}) for x in xs]),
+        "coroutine": RunnableLambda(awaited),
+        "one batch": RunnableLambda(lambda xs: llm.batch([f"A {x}" for x in xs])),
+        "assign": (lambda xs: {"x": xs[0], "z": xs[1]}) | put(y=asks) | (lambda s: {"x": s["z"]}) | put(y=asks),
+        "branch": (
+            RunnableBranch((lambda xs: bool(asks.invoke({"x": xs[0]})), lambda xs: asks.invoke({"x": xs[1]})), llm)
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["function", "chains in a function", "coroutine", "one batch", "assign", "branch"])
+def test_a_list_is_in_the_order_of_calls_that_come_one_after_the_other(name, llm):
+    found = find_prompt(one_after_the_other(llm)[name], llm).calls(["one", "two"], ["ONE", "TWO"])
+    assert [(c.text, c.completion) for c in found] == [("A one", "ONE"), ("A two", "TWO")]
+
+
+def test_a_step_keeps_its_own_name_whoever_else_is_called(llm):
+    """Neither another model's call, nor one that fails before it reaches the model, is taken for the next one's."""
+    judge = FakeListChatModel(responses=["ja"] * 9)
+    draft, final = (llm.with_config(run_name=name) for name in ("draft", "final"))
+
+    def work(x):
+        judge.invoke(x)
+        with pytest.raises(ConfigError):
+            llm.with_config(run_name="broken").invoke(x, nonsense=1)
+        return final.invoke(f"final {draft.invoke(f'draft {x}')}")
+
+    found = find_prompt(RunnableLambda(work), llm).calls("q", {"final": "two", "draft": "one"})
+    assert [(c.text, c.completion, c.step) for c in found] == [
+        ("draft q", "one", "draft"),
+        ("final one", "two", "final"),
+    ]
+
+
+def test_an_answer_ends_where_its_own_call_lets_it(llm):
+    """A stop string, or a length, that a function gives: completions that could never be answered are counted."""
+    for options, count in (({"stop": ["x"]}, "contains_stop"), ({"max_new_tokens": 1}, "length_out_of_range")):
+        bound = {"t": RunnablePassthrough()} | PromptTemplate.from_template("T {t}") | llm.bind(**options)
+        for runnable in (RunnableLambda(lambda x, o=options: llm.invoke(x, **o)), bound):
+            prompt = find_prompt(runnable, llm)
+            report = encode_examples([("a", "page x rouge"), ("b", "page x")], llm.model, prompt).report
+            assert getattr(report, count) == 2, (options, runnable)
 
 
 def test_a_key_of_a_parallel_or_of_assign_names_its_one_call(llm):

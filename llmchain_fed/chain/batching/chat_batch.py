@@ -18,8 +18,8 @@ from langchain_core.globals import get_llm_cache
 from langchain_core.runnables.config import get_config_list
 from typing_extensions import override
 
-from llmchain_fed.chain import gathering
 from llmchain_fed.chain.base_llm import LocalLanguageModel
+from llmchain_fed.chain.batching import gathering
 from llmchain_fed.chain.recording import is_recording
 from llmchain_fed.model.generation.answers import Completion
 
