@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from llmchain_fed.chain.bindings import below_bindings, bound_kwargs
 from llmchain_fed.chain.labels import Classifies
+from llmchain_fed.chain.messages import read_tools
 from llmchain_fed.chain.sources import Previews
 from llmchain_fed.data.dialogues import Dialogue
 from llmchain_fed.data.prompt import Call
@@ -100,9 +101,14 @@ class Bare:
 
     def prompt_identity(self) -> list[Any]:
         """What two sides of a federation must share of the way from input to tokens."""
-        shared = self.face.rendering_options | self.face.answer_options  # a schema decides what is learnt, too
-        given = {k: v for k, v in self.call.items() if k in shared}
-        return [self.face.path_identity(), sorted((k, repr(v)) for k, v in given.items())]
+        return [self.face.path_identity(), shared_keywords(self.face, self.call)]
+
+
+def shared_keywords(face: LocalLanguageModel, call: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The keywords of a call that decide what is read or what an answer may be, as text that is alike everywhere."""
+    shared = face.rendering_options | face.answer_options  # a schema decides what is learnt, too
+    given = {k: read_tools(v) if k == "tools" else v for k, v in call.items() if k in shared and v is not None}
+    return sorted((name, repr(value)) for name, value in given.items())
 
 
 class BoundFace(RunnableBinding[Any, Any], Classifies, Previews):

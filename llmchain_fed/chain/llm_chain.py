@@ -19,6 +19,7 @@ from pydantic import SkipValidation
 from typing_extensions import override
 
 from llmchain_fed._config import unknown_option
+from llmchain_fed.chain.bare import shared_keywords
 from llmchain_fed.chain.bindings import (
     ChainInput,
     RunnableWithCallKwargs,
@@ -229,9 +230,7 @@ class LLMChain(RunnableWithCallKwargs, Savable, Classifies, Previews):
         """What two sides of a federation must share: fixed texts, variables, defaults, chat template, schema, tools."""
         defaults = [f"{k}={v}" for k, v in sorted(self.prompt.partial_variables.items()) if isinstance(v, str)]
         texts = [type(self.prompt).__name__, *self.literals, *sorted(self.input_variables), *defaults]
-        shared = self.face.rendering_options | self.face.answer_options  # a schema decides what is learnt, too
-        given = {k: v for k, v in self._all_llm_kwargs().items() if k in shared}
-        return [texts, self.face.path_identity(), sorted((k, repr(v)) for k, v in given.items())]
+        return [texts, self.face.path_identity(), shared_keywords(self.face, self._all_llm_kwargs())]
 
     def render(self, inputs: Mapping[str, Any] | str) -> str:
         """The text that the model sees for `inputs`: byte for byte what invoke sends it, and what training uses.

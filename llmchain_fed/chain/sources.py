@@ -78,7 +78,7 @@ def _told(prompt: Any, example: Any, calls: Sequence[Call]) -> Iterator[tuple[Ca
         return
     try:
         marked = [call.text for call in _marked_calls(prompt, example, marks)]
-    except LLMChainFedError:  # what takes the value itself refuses it with marks
+    except Exception:  # what takes the value itself, a template that computes with it say, refuses it with marks
         marked = []
     untold = _without_tools(prompt, example)
     whole = _outermost(prompt)

@@ -67,6 +67,8 @@ class StructuredAnswers(CallsTools):
         if schema is None and method != "json_mode":
             msg = "with_structured_output takes a Pydantic class, a TypedDict or a JSON schema. Pass one."
             raise ConfigError(msg)
+        if is_typeddict(schema):
+            schema = json_schema_of(schema)  # LangChain's own way fails for a field that is not required
         model = schema if isinstance(schema, type) and is_basemodel_subclass(schema) else None
         parser: Runnable[Any, Any]
         about: dict[str, Any] = {"kwargs": {"method": method}, "schema": schema}

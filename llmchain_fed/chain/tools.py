@@ -24,7 +24,8 @@ from typing_extensions import override
 
 from llmchain_fed.chain.base_llm import LocalLanguageModel
 from llmchain_fed.chain.messages import answer_in, read_tools
-from llmchain_fed.errors import SchemaError
+from llmchain_fed.data.messages import is_message
+from llmchain_fed.errors import ConfigError, SchemaError
 from llmchain_fed.model import chat_answer, tool_format
 from llmchain_fed.model.answer_plan import AnswerPlan, chosen_tools, response_shape
 from llmchain_fed.model.tool_reading import Broken, CallReader, Said, read_calls
@@ -118,6 +119,7 @@ class CallsTools(LocalLanguageModel):
             strict=own["strict"] is not False,
             response=response,
             opened=chat_answer.opens_reasoning(model.tokenizer, switches, name=model.name),
+            thinks=chat_answer.writes_reasoning(model.tokenizer, switches, name=model.name),
             key=key,
             control_ids=tool_format.control_ids(model.tokenizer, *texts),
         )
@@ -146,7 +148,14 @@ class CallsTools(LocalLanguageModel):
         found = super().options(stop, rest)
         if not any(overrides.get(name) for name in ("tools", "response_format")):
             return found
-        grammar = self.plan(overrides).grammar
+        plan = self.plan(overrides)
+        if found["stop"] and (plan.response is not None or (plan.tools and plan.choice == "any")):
+            msg = (
+                f"the stop strings {found['stop']!r:.80} would cut an answer that is to keep to a schema. Leave `stop` "
+                "out: such an answer ends by itself."
+            )
+            raise ConfigError(msg)
+        grammar = plan.grammar
         return found | ({"grammar": grammar} if grammar is not None else {})
 
     # --- what training teaches --------------------------------------------------------------------------------------
@@ -171,7 +180,13 @@ class CallsTools(LocalLanguageModel):
     def _json_answer(self, completion: Any, plan: AnswerPlan) -> str:
         assert plan.response is not None
         thoughts = ""
-        if isinstance(completion, BaseMessage) and (message := answer_in(completion)) is not None:
+        is_said = isinstance(completion, BaseMessage)
+        if isinstance(completion, Mapping) and is_message(completion):
+            try:
+                return chat_answer.own_text(plan.response.write(completion), "", opened=plan.opened)
+            except SchemaError:  # it is no such object, but a message that has one for its content
+                is_said = True
+        if is_said and (message := answer_in(completion)) is not None:
             thoughts, completion = message.additional_kwargs.get("reasoning_content", ""), message.text
         if isinstance(completion, str):
             try:

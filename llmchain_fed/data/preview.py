@@ -14,6 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO
 
+from llmchain_fed.untrusted import printable
+
+_LONGEST = 2000  # characters of a line about tokens: names and errors come from elsewhere
 LEARNT = "learnt"
 """the source of a token that the model learns to write"""
 _COLOURS = ("#4269d0", "#a463f2", "#9c6b4e", "#3ca6a6", "#c2571a", "#7a7a7a")  # of sources, in the order they come
@@ -94,7 +97,7 @@ class Preview:
         width = max(map(len, (*self.sources, LEARNT)))
         ansi = dict(zip(self.sources, itertools.cycle(_ANSI), strict=False)) | {LEARNT: _ANSI_LEARNT}
         for example in self.examples:
-            yield f"{example.title}: {_counts(example)}"
+            yield f"{printable(example.title, _LONGEST)}: {printable(_counts(example), _LONGEST)}"
             former = 0
             for number, source, run in example.runs():
                 if number != former:
@@ -102,9 +105,10 @@ class Preview:
                     former = number
                 text = _BETWEEN.join(escaped for token in run if (escaped := _escaped(token.text)))
                 text = f"{ansi[source]}{text}{_ANSI_END}" if colours else text
-                yield f"  {'>' if source == LEARNT else ' '} {source:<{width}} {len(run):>5}  {text}"
+                where = printable(source, _LONGEST)
+                yield f"  {'>' if source == LEARNT else ' '} {where:<{width}} {len(run):>5}  {text}"
         for note in self.notes:
-            yield f"note: {note}"
+            yield f"note: {printable(note, _LONGEST)}"
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""

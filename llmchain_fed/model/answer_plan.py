@@ -15,7 +15,7 @@ from llmchain_fed.model import chat_answer, tool_format
 from llmchain_fed.model.generation.grammar import Grammar
 from llmchain_fed.model.generation.json_schema import shape_of
 from llmchain_fed.model.generation.json_shapes import Shape
-from llmchain_fed.model.generation.nodes import Node, Series
+from llmchain_fed.model.generation.nodes import Node, Repeat, Series
 from llmchain_fed.model.generation.text_nodes import Text
 
 _ANY_OBJECT = {"type": "object"}
@@ -36,6 +36,8 @@ class AnswerPlan:
     """what the answer's JSON is, where it is to be JSON"""
     opened: bool
     """whether the prompt has opened the model's reasoning"""
+    thinks: bool
+    """whether the template itself writes reasoning before an answer"""
     key: str
     control_ids: dict[str, int]
 
@@ -57,9 +59,13 @@ class AnswerPlan:
                 node = tool_format.calls_node(
                     self.form, self.shapes, text=self.choice == "auto", several=self.several, controls=self.control_ids
                 )
-        if node is not None and self.opened:
-            return Series(Text(chat_answer.CLOSE, marked=True), "\n\n", node)
-        return node
+        if node is None:
+            return None
+        thought = Series(Text(chat_answer.CLOSE, marked=True), "\n\n")
+        if self.opened:
+            return Series(thought, node)
+        # of a template that writes thoughts before an answer, those of the model may stand there
+        return Series(Repeat(Series(chat_answer.OPEN, thought), most=1), node) if self.thinks else node
 
     @cached_property
     def grammar(self) -> Grammar | None:

@@ -30,6 +30,8 @@ _ASKED: list[Message] = [{"role": "user", "content": "a"}]
 _TEXTS = ("reasoning_content", "content")
 _frames: WeakKeyDictionary[Any, dict[tuple[str, str], Frame]] = WeakKeyDictionary()
 
+_MOST_KEPT = 64  # of one tokenizer: each row of data may have tools of its own
+
 Kind = Literal["reasoning", "content"]
 
 
@@ -117,6 +119,8 @@ def _frame(tokenizer: Any, given: Mapping[str, Any], *, name: str, tools: Sequen
         frame = Frame(begun, begun.rstrip().endswith(OPEN))
         answers = [with_content({"role": "assistant", "content": letter}, form) for letter in "xy"]
         whole = [applied(tokenizer, [*asked, a], given, finished=True, tools=tools) for a in answers]
+        if len(kept) >= _MOST_KEPT:
+            kept.clear()
         kept[key] = replace(frame, tail=_common_end(*(_behind(text, frame) for text in whole)))
     return kept[key]
 
@@ -212,6 +216,17 @@ def opens_reasoning(tokenizer: Any, given: Mapping[str, Any], *, name: str) -> b
         return _frame(tokenizer, given, name=name).opened
     except ChatTemplateError:
         return False
+
+
+def writes_reasoning(tokenizer: Any, given: Mapping[str, Any], *, name: str) -> bool:
+    """Whether the template puts the tags of reasoning, with nothing in them, before an answer that has none.
+
+    Raises:
+        UnsupportedModelError: The tokenizer has no chat template.
+    """
+    plain = {"role": "assistant", "content": "a"}
+    text = answer_text(tokenizer, plain, given, controls=frozenset(), name=name)
+    return text is not None and text.lstrip().startswith(OPEN)
 
 
 def parted(text: str, *, opened: bool = False) -> tuple[str, str]:

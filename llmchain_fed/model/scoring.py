@@ -47,7 +47,9 @@ def answer_scores(model: LocalModel, prompts: Ids, answers: Ids, *, rows: int = 
         UnsupportedModelError: The module gives no logits.
     """
     _check(model, prompts, answers)
-    if not _can_share(model, prompts, answers):
+    # checkpointing computes layers anew in the backward pass, so none of their keys and values are kept
+    anew = model.module.training and any(getattr(m, "gradient_checkpointing", False) for m in model.module.modules())
+    if anew or not _can_share(model, prompts, answers):
         scores = [_whole(model, prompt, answer) for prompt in prompts for answer in answers]
         return torch.stack(scores).view(len(prompts), len(answers))
     size = max(1, rows // len(answers))

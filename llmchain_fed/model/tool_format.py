@@ -14,7 +14,7 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from llmchain_fed.errors import ChatTemplateError, SchemaError
-from llmchain_fed.model.chat_answer import answer_text
+from llmchain_fed.model.chat_answer import answer_text, opens_reasoning, parted
 from llmchain_fed.model.chat_template import Message, applied, takes_tools, template_of, with_content
 from llmchain_fed.model.control_tokens import added_tokens
 from llmchain_fed.model.generation.json_schema import shape_of
@@ -77,6 +77,7 @@ class ToolFormat:
 
 
 OURS = ToolFormat()
+_MOST_KEPT = 64  # of one tokenizer: switches of templates are few
 _known: WeakKeyDictionary[Any, dict[tuple[str, str], ToolFormat]] = WeakKeyDictionary()
 
 
@@ -96,16 +97,24 @@ def tool_format(tokenizer: Any, given: Mapping[str, Any], *, controls: frozenset
     key = template, repr(sorted(given.items()))
     kept = _known.setdefault(tokenizer, {})
     if key not in kept:
+        opened = opens_reasoning(tokenizer, given, name=name)
 
         def text(*calls: str) -> str | None:
             answer = {"role": "assistant", "content": "", "tool_calls": [_probe(call) for call in calls]}
             return answer_text(tokenizer, answer, given, controls=controls, name=name)
 
-        one, two = text(_NAMES[0]), text(*_NAMES)
-        found = _format_in(str(one), str(two) if two is not None else None) if one is not None else None
+        one, two = (_unthought(found, opened) for found in (text(_NAMES[0]), text(*_NAMES)))
+        found = _format_in(one, two) if one is not None else None
         own = found is not None and takes_tools(template)
+        if len(kept) >= _MOST_KEPT:
+            kept.clear()
         kept[key] = replace(found, own=True, shows=True) if own and found else replace(OURS, shows=one is not None)
     return kept[key]
+
+
+def _unthought(text: str | None, opened: bool) -> str | None:  # noqa: FBT001
+    """An answer without the thoughts, mostly none, that the template puts before it."""
+    return parted(str(text), opened=opened)[1] if text is not None else None
 
 
 def _probe(name: str) -> Message:

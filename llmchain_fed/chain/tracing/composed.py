@@ -20,7 +20,7 @@ from llmchain_fed.chain.base_llm import LocalLanguageModel
 from llmchain_fed.chain.messages import read
 from llmchain_fed.chain.recording import recording
 from llmchain_fed.chain.tracing.gold import GoldAnswers
-from llmchain_fed.chain.tracing.running import run, sessions_of
+from llmchain_fed.chain.tracing.running import Sessions, run
 from llmchain_fed.chain.tracing.templates import templates_of
 from llmchain_fed.data.dialogues import Dialogue
 from llmchain_fed.data.prompt import Call
@@ -58,7 +58,7 @@ class ComposedChain:
                 "Use one of the two in the whole chain."
             )
             raise UnsupportedModelError(msg)
-        self._sessions = sessions_of(runnable)
+        self._sessions = Sessions(runnable)
         self._kept: dict[str, tuple[Call, ...]] = {}
         self._lock = threading.Lock()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -91,10 +92,7 @@ def _parts(whole: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def _first(items: Any) -> Iterator[Any]:
-    for number, item in enumerate(list(items)):
-        if number == _MOST_ITEMS:
-            return
-        yield item
+    yield from list(itertools.islice(items, _MOST_ITEMS))
 
 
 def _fields(whole: Any) -> Iterator[tuple[tuple[str, ...], Any]]:

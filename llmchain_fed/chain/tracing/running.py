@@ -10,8 +10,9 @@ import asyncio
 import contextvars
 import threading
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 from langchain_core.runnables import Runnable, RunnableConfig
@@ -23,13 +24,26 @@ from llmchain_fed.chain.tracing.contents import walk
 _ASYNC_ONLY = ("Cannot invoke a coroutine function synchronously", "No synchronous function provided")
 
 
-def sessions_of(runnable: Any) -> list[str]:
-    """The keys of a call's configuration that name a conversation: each example is one of its own."""
-    keys = {"thread_id"}
-    for place in walk(runnable):
-        if isinstance(place.found, RunnableWithMessageHistory):
-            keys |= {spec.id for spec in place.found.history_factory_config}
-    return sorted(keys)
+class Sessions:
+    """The conversations that a chain keeps by a key of its call's configuration: each example is one of its own."""
+
+    def __init__(self, runnable: Any) -> None:
+        held = (place.found for place in walk(runnable))
+        self._histories = [found for found in held if isinstance(found, RunnableWithMessageHistory)]
+        specs = (spec for history in self._histories for spec in history.history_factory_config)
+        self._keys = sorted({"thread_id", *(spec.id for spec in specs)})
+
+    def new(self) -> dict[str, str]:
+        """The keys of another conversation."""
+        return {key: uuid.uuid4().hex for key in self._keys}
+
+    def forget(self, keys: Mapping[str, str]) -> None:
+        """Empties what somebody's store of messages has kept of it."""
+        for history in self._histories:
+            mine = {spec.id: keys[spec.id] for spec in history.history_factory_config}
+            with suppress(Exception):  # whatever a store of somebody's own does
+                get = history.get_session_history
+                (get(*mine.values()) if len(mine) == 1 else get(**mine)).clear()
 
 
 def _unwatched() -> AbstractContextManager[Sequence[Any]]:
@@ -39,7 +53,7 @@ def _unwatched() -> AbstractContextManager[Sequence[Any]]:
 def run(
     runnable: Runnable[Any, Any],
     inputs: Any,
-    sessions: Sequence[str],
+    sessions: Sessions,
     begin: Callable[[], AbstractContextManager[Sequence[Any]]] = _unwatched,
 ) -> Any:
     """What the chain makes of `inputs`.
@@ -47,7 +61,7 @@ def run(
     Args:
         runnable: The chain.
         inputs: What it is given.
-        sessions: As `sessions_of` gives them.
+        sessions: Its conversations.
         begin: Is entered for each attempt, and gives the callbacks of its run: a chain that turns out to be async only
             is run again from its beginning.
 
@@ -55,18 +69,21 @@ def run(
         Exception: Whatever the chain raises.
     """
 
-    def config(callbacks: Sequence[Any]) -> RunnableConfig:
-        return {"configurable": {key: uuid.uuid4().hex for key in sessions}, "callbacks": list(callbacks)}
+    def attempt(invoke: Callable[[Any, RunnableConfig], Any]) -> Any:
+        keys = sessions.new()
+        try:
+            with begin() as callbacks:
+                return invoke(inputs, {"configurable": keys, "callbacks": list(callbacks)})
+        finally:
+            sessions.forget(keys)
 
     with tracing_context(enabled=False):
         try:
-            with begin() as callbacks:
-                return runnable.invoke(inputs, config(callbacks))
+            return attempt(runnable.invoke)
         except (TypeError, NotImplementedError) as error:
             if not any(text in str(error) for text in _ASYNC_ONLY):
                 raise
-        with begin() as callbacks:
-            return _in_a_loop(runnable, inputs, config(callbacks))
+        return attempt(partial(_in_a_loop, runnable))
 
 
 def _in_a_loop(runnable: Runnable[Any, Any], inputs: Any, config: RunnableConfig) -> Any:

@@ -19,7 +19,7 @@ from llmchain_fed.chain.recording import earlier, passed
 
 _UNNAMED = re.compile(
     r"(Runnable\w*|DynamicRunnable|LangGraph|CompiledStateGraph|LLMChain|PipedChain|ChannelWrite|ChannelRead|lambda"
-    r"|_?(call_)?with_history|load_history|insert_history)(<.*>)?"
+    r"|_?(call_)?with_history|load_history|insert_history|check_sync_or_async)(<.*>)?"
 )
 _TAG = re.compile(r"(?:seq:step|map:key|branch|condition):(.*)", re.DOTALL)
 _NUMBERED = re.compile(r"((?:seq|graph):step):(\d+)")
