@@ -108,10 +108,9 @@ class LocalChatModel(StructuredAnswers, ChatBatch, BaseChatModel):
         if message is not None:
             return plan.kept(self._written_message(message, call, plan))
         text = super().written(completion, call)
-        if plan.thinks and chat_answer.OPEN not in text:  # as the same answer is written in a conversation
+        # as the same answer is written in a conversation: behind what the template thinks, never within it
+        if (plan.thinks or plan.opened) and chat_answer.CLOSE not in text:
             return plan.kept(self._written_message(AIMessage(text), call, plan))
-        if plan.opened and chat_answer.CLOSE not in text:  # else all of it would be thought, and nothing said
-            text = chat_answer.own_text(text, "", opened=True)
         return plan.kept(text)
 
     def _written_message(self, message: AIMessage, call: Mapping[str, Any], plan: AnswerPlan) -> str:

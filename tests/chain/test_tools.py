@@ -9,12 +9,13 @@ from typing import Literal
 
 import pytest
 import torch
-from chat_templates import OPENS, TOOLS, TRIMS
+from chat_templates import HYBRID, OPENS, THINKS, TOOLS, TRIMS
 from langchain.agents import create_agent
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import JsonOutputToolsParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.tools import tool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel
 from tiny import tiny_module
 from tokenizers_of_kinds import make_tokenizer
@@ -27,7 +28,9 @@ from llmchain_fed import (
     TrainingConfig,
     evaluate_locally,
 )
+from llmchain_fed.chain.bare import shared_keywords
 from llmchain_fed.chain.finding import find_prompt
+from llmchain_fed.chain.recording import recording
 from llmchain_fed.data.encoding import encode_examples
 from llmchain_fed.errors import ConfigError, DataError, SchemaError
 from llmchain_fed.model.generation.answers import Completion
@@ -49,6 +52,16 @@ def shout(text: str, times: Literal[1, 2] = 1) -> str:
 
 TWO = [add, shout]
 CALL = {"name": "add", "args": {"a": 1, "b": 2}, "id": "call00001", "type": "tool_call"}
+
+
+class Says:
+    """A model that answers this text."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def answer(self, face, text, run, options, /):
+        return Completion(self.text, 0, 0, "stop")
 
 
 def make_chat(template, **options):
@@ -236,6 +249,72 @@ def test_in_our_form_calls_are_ours():
     assert chat.written(AIMessage("", tool_calls=[CALL])) == OURS.written([("add", '{"a": 1, "b": 2}')])
     thought = AIMessage("", tool_calls=[CALL], additional_kwargs={"reasoning_content": "hm"})
     assert chat.written(thought).startswith("<think>\nhm\n</think>\n\n<tool_call>")
+
+
+SAYS = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("template", "switches", "thoughts"),
+    [
+        (HYBRID, {}, ("", "<think>\n\n</think>\n\n", "<think>\nhm\n</think>\n\n")),
+        (HYBRID, {"enable_thinking": False}, ("",)),
+        (THINKS, {}, ("</think>\n\n", "hm\n</think>\n\n")),
+    ],
+)
+def test_models_that_think_call_tools_too(template, switches, thoughts):
+    """Whatever is thought before, calls are read, forced calls exist, and what is taught is what is answered."""
+    chat = make_chat(template, chat_template_kwargs=switches)
+    bound, forced = chat.bind_tools(TWO), chat.bind_tools(TWO, tool_choice="any")
+    assert chat.form(switches).own
+    for thought in thoughts:
+        with recording(Says(thought + SAYS)):
+            for runnable in (bound, forced):
+                answer = runnable.invoke("hi")
+                assert [(c["name"], c["args"]) for c in answer.tool_calls] == [("add", CALL["args"])]
+                assert answer.content == ""
+                assert answer.additional_kwargs == ({"reasoning_content": "hm"} if "hm" in thought else {})
+    answer = forced.invoke("hi")
+    assert answer.tool_calls
+    assert not answer.invalid_tool_calls
+    for text in ("", "hm")[: len(thoughts)]:  # where thinking is off, an answer has no thoughts
+        message = AIMessage("", tool_calls=[CALL], additional_kwargs={"reasoning_content": text} if text else {})
+        for runnable in (bound, forced):
+            (call,) = find_prompt(runnable).calls("hi", message)
+            assert call.completion.endswith(SAYS)
+            with recording(Says(call.completion)):
+                assert runnable.invoke("hi").tool_calls[0]["args"] == CALL["args"]
+    written = [find_prompt(bound).calls("hi", said)[0].completion for said in ("Hello.", AIMessage("Hello."))]
+    assert written[0] == written[1]
+    with recording(Says(written[0])):
+        assert bound.invoke("hi").content == "Hello."
+
+
+@pytest.mark.parametrize("template", [HYBRID, THINKS])
+def test_text_is_taught_as_what_is_said_and_never_as_what_is_thought(template):
+    chat = make_chat(template)
+    pair = encode_examples([("hi", "Hello.")], chat.model, chat.as_prompt())
+    dialogue = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello."}]}
+    assert pair[0] == encode_examples([dialogue], chat.model, chat.as_prompt())[0]
+    with recording(Says(chat.written("Hello."))):
+        answer = chat.invoke("hi")
+    assert (answer.content, answer.additional_kwargs) == ("Hello.", {})
+
+
+def test_a_stop_string_would_cut_what_keeps_to_a_schema(chat):
+    for runnable in (
+        chat.bind_tools(TWO, tool_choice="any"),
+        chat.with_structured_output({"title": "T", "type": "object"}),
+    ):
+        with pytest.raises(ConfigError, match="would cut an answer"):
+            runnable.invoke("hi", stop=[","])
+    assert chat.bind_tools(TWO).invoke("hi", stop=[","]) is not None
+
+
+def test_functions_for_tools_are_the_same_in_every_process(chat):
+    shared = [shared_keywords(chat, {"tools": [tools]}) for tools in (add, convert_to_openai_tool(add))]
+    assert shared[0] == shared[1]
+    assert "0x" not in str(shared)
 
 
 def test_all_that_is_asked_of_a_bound_model_has_what_is_bound(chat):

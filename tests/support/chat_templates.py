@@ -42,3 +42,21 @@ OPENS = (
 
 TRIMS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<eos>{% endfor %}" + _ASK
 """trims contents, as Llama's does, and writes neither calls nor reasoning"""
+
+_HERMES = (
+    "{% for c in m.tool_calls or [] %}{{ '\n' if m.content or not loop.first }}<tool_call>\n"
+    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>{% endfor %}'
+)
+_TOLD = "{% if tools %}<|system|>{% for t in tools %}{{ t | tojson }}\n{% endfor %}<eos>\n{% endif %}"
+
+HYBRID = (
+    _TOLD + "{% for m in messages %}<|{{ 'user' if m.role == 'tool' else m.role }}|>"
+    "{% if m.role == 'assistant' and (loop.last or m.reasoning_content) %}"
+    "<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}" + _HERMES + "<eos>\n{% endfor %}" + _ASK + "{% if add_generation_prompt and "
+    "enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+)
+"""writes reasoning, with nothing in it where there is none, before the last answer and its calls, as Qwen3's does"""
+
+THINKS = HYBRID.partition(_ASK)[0] + "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+"""the same, and the generation prompt opens the reasoning, as that of Qwen3's thinking models does"""

@@ -66,6 +66,24 @@ def test_gradient_is_that_of_cross_entropy_over_labels(battery, choice, micro):
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * largest)
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # the floor's own name
+def test_checkpointed_activations_give_the_same_gradient(battery):
+    chain, found = battery(), []
+    data = encode_examples(DATA, chain.model, chain)
+    config = TrainingConfig(loss="labels", labels=LABELS)
+    module = chain.model.module
+    for switch in (module.gradient_checkpointing_disable, module.gradient_checkpointing_enable):
+        module.train()
+        module.zero_grad()
+        switch()
+        step = LabelGradient.of(data, chain.model, config, ())
+        step(chain.model, Batch([data[i] for i in range(len(data))]), config)
+        found.append(gradients(module))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-5)
+
+
 def test_evaluation_is_the_same_loss_unweighted(battery):
     chain = battery()
     found = evaluate_locally(chain, DATA, loss="labels", labels=LABELS, batch_size=5)

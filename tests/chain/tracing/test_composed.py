@@ -357,6 +357,8 @@ def test_a_conversation_of_ones_own_for_each_example(chat):
     first, second = (found.calls({"question": q}, "yes")[0].text for q in ("one", "two"))
     assert "one" in first
     assert "one" not in second
+    assert store
+    assert not any(kept.messages for kept in store.values()), "nobody's store of messages keeps an example"
 
 
 def test_async_chains_too(llm):
