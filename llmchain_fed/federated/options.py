@@ -133,6 +133,9 @@ class FederationConfig(FrozenConfig):
     evaluation: MayDiffer[Annotated[float | str | None, BeforeValidator(_held_out)]] = None
     """what held-out loss is measured on: a share of each participant's examples set apart (0.1); or examples, a mapping
     name → examples or one set for all, which no file stores"""
+    columns: MayDiffer[Annotated[dict[Word, Word | int], Field(min_length=1, max_length=64)] | None] = None
+    """variable of the prompt, or "completion" → column of the examples, where tables call them otherwise; of the
+    participants here that have no `columns` of their own, and of `evaluation` as examples"""
     samples: MayDiffer[Count | None] = None
     """held-out examples per participant whose answers are recorded before and after each round; None is 1 where
     participants are in this process, and 0 elsewhere"""
@@ -178,6 +181,7 @@ class FederationOptions(TypedDict, total=False):
     deadline: float | None
     retries: int
     evaluation: float | Mapping[str, Examples] | Examples | None
+    columns: Mapping[str, str | int] | None
     samples: int | None
     keep_checkpoints: int | None
     seed: int

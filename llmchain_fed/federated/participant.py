@@ -16,6 +16,7 @@ from pydantic import Field
 from llmchain_fed._config import plain_number
 from llmchain_fed.data.examples import Example, Examples, RawText, is_ready_tensors, prompt_text, read_examples
 from llmchain_fed.data.prompt import Prompt
+from llmchain_fed.data.sources.columns import checked_columns
 from llmchain_fed.errors import ConfigError, DuplicateParticipantError, EmptyParticipantError, ExampleFailedError
 from llmchain_fed.untrusted import shown
 
@@ -39,6 +40,8 @@ class Participant:
         name: Unique in its federation.
         examples: What it trains on, in any form of `read_examples`.
         held_out: What it is evaluated on; never trained on.
+        columns: Variable of the prompt, or "completion" → column of its examples and of what it holds out, where they
+            are called otherwise; the federation's `columns` by default.
         training: Options of `TrainingConfig` that differ for it: a slow device takes `{"max_steps": 4}`.
         rank: LoRA rank it trains with, at most the chain's own; for the rules `flora` and `flexlora`.
         alpha: LoRA alpha that goes with that rank; the chain's own by default, as `LoraConfig(r=rank)` would have it.
@@ -53,6 +56,7 @@ class Participant:
     rank: int | None = None
     alpha: float | None = None
     chain: Any = field(default=None, repr=False)
+    columns: Mapping[str, str | int] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", str(self.name))  # numbers are names too, and travel as text
@@ -72,6 +76,7 @@ class Participant:
                 f'{{"max_steps": 4}}, got {type(self.training).__name__}.'
             )
             raise ConfigError(msg)
+        object.__setattr__(self, "columns", checked_columns(self.columns))
         if self.rank is not None and (type(self.rank) is not int or not 1 <= self.rank <= LARGEST_RANK):
             most = f"at most {LARGEST_RANK:,}"
             msg = f"participant {self.name!r}: rank is a count of at least 1, {most}, got {shown(self.rank)}."
@@ -83,6 +88,10 @@ class Participant:
                 f"participant {self.name!r}: alpha is positive and goes with a rank, got {shown(self.alpha)} ({fits})."
             )
             raise ConfigError(msg)
+
+    def with_columns(self, columns: Mapping[str, str | int] | None) -> Participant:
+        """Itself with these columns, unless it has columns of its own."""
+        return self if columns is None or self.columns is not None else replace(self, columns=columns)
 
     def __repr__(self) -> str:
         training = f", training={dict(self.training)}" if self.training else ""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llmchain_fed import untrusted
 from llmchain_fed.data.examples import read_examples
-from llmchain_fed.data.readers import numbered
+from llmchain_fed.data.sources.readers import numbered
 from llmchain_fed.errors import DataError
 
 GOOD = '{"text": "a", "completion": "b"}\n'

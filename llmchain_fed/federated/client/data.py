@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 from llmchain_fed.data.encoding import EncodedExamples, encode_examples, encoded
-from llmchain_fed.data.examples import Example, RawText, is_ready_tensors, read_examples
+from llmchain_fed.data.examples import Example, RawText, is_ready_tensors, read_examples, with_columns
+from llmchain_fed.data.report import DataReport
 from llmchain_fed.errors import DataError
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.target import Target
@@ -74,7 +75,8 @@ class LocalData:
             DataError: They cannot be used.
         """
         if self._train is None:
-            self._train = self._ready(self.participant.examples, self._tolerance)
+            examples = with_columns(self.participant.examples, self.participant.columns)
+            self._train = self._ready(examples, self._tolerance)
         return self._train
 
     def held_out(self) -> Any:
@@ -84,7 +86,7 @@ class LocalData:
             DataError: They cannot be used.
         """
         if self._held_out is None:
-            held_out = self.participant.held_out
+            held_out = with_columns(self.participant.held_out, self.participant.columns)
             if not is_ready_tensors(held_out):  # read once: it may be a generator
                 given, prompt = held_out, self._target.prompt
                 held_out = self._held_out_examples = self._named(lambda: list(read_examples(given, prompt)))
@@ -110,6 +112,11 @@ class LocalData:
         model, prompt, longest = self._target.model, self._target.prompt, self._max_length
         usable = (e for e in self._held_out_examples if len(encode_examples([e], model, prompt, max_length=longest)))
         return list(itertools.islice(usable, count))
+
+    @property
+    def report(self) -> DataReport | None:
+        """What became of the training examples, as far as they have been read; with names that do not travel."""
+        return self._train.report if isinstance(self._train, EncodedExamples) else None
 
     def inspect(self) -> str:
         """What became of the examples, in a line; reads them."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmchain_fed.data.encoding import encoded
-from llmchain_fed.data.examples import Examples
+from llmchain_fed.data.examples import Examples, with_columns
 from llmchain_fed.errors import ConfigError, LLMChainFedError
 from llmchain_fed.federated.history import History, RoundRecord, Sample, told_of
 from llmchain_fed.federated.participant import Participant, hold_out
@@ -65,6 +65,7 @@ class Evaluator:
         training: How participants train: at the same length and precision the examples for all are measured.
         samples: answers recorded per participant.
         seed: Decides what is held out.
+        columns: What the columns of examples for all are called.
     """
 
     def __init__(
@@ -75,11 +76,12 @@ class Evaluator:
         *,
         samples: int,
         seed: int,
+        columns: Mapping[str, str | int] | None = None,
     ) -> None:
         if isinstance(evaluation, Mapping):
             evaluation = {str(name): examples for name, examples in evaluation.items()}
         self._target, self._evaluation, self._training = target, evaluation, training
-        self._samples, self._seed = samples, seed
+        self._samples, self._seed, self._columns = samples, seed, columns
         self._shared: Any = None
         self._with_held_out: set[str] = set()
         self._latest: tuple[int, Measurement] | None = None
@@ -109,7 +111,8 @@ class Evaluator:
         """
         if self._shared is None and self.is_shared:  # read once: it may be a generator
             longest = self._training.max_length
-            self._shared = encoded(self._evaluation, self._target.model, self._target.prompt, longest)
+            shared = with_columns(self._evaluation, self._columns)
+            self._shared = encoded(shared, self._target.model, self._target.prompt, longest)
         return self._shared
 
     def divide(self, participants: dict[str, Participant]) -> dict[str, Participant]:

@@ -24,7 +24,7 @@ from tiny import PAIRS
 from llmchain_fed import DataReport, Example, LocalChatModel, LocalModel, Participant
 from llmchain_fed.data.encoding import encode_examples
 from llmchain_fed.data.examples import read_examples
-from llmchain_fed.data.missing import filled, is_blank, is_missing
+from llmchain_fed.data.sources.missing import filled, is_blank, is_missing
 from llmchain_fed.errors import DataError, EmptyParticipantError, PromptVariablesError
 from llmchain_fed.federated.participant import hold_out
 
@@ -285,7 +285,7 @@ def test_nothing_is_imported_to_tell():
         "assert found.is_missing(float('nan'));"
         "print([n for n in ('numpy', 'pandas', 'pyarrow', 'polars', 'torch') if n in sys.modules])"
     )
-    from llmchain_fed.data import missing
+    from llmchain_fed.data.sources import missing
 
     done = subprocess.run([sys.executable, "-c", code, missing.__file__], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
