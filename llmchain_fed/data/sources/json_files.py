@@ -221,22 +221,24 @@ class _Text:
                 found, end = _DECODER.raw_decode(self._buffer, self._at)
             except json.JSONDecodeError as error:
                 near = error.pos >= len(self._buffer.rstrip()) - 16  # cut off within a word or an escape
+                behind = error.pos - self._at
                 if (near or error.msg.startswith("Unterminated")) and self._read_on():
                     continue
-                self._advance(error.pos)
+                self._advance(self._at + behind)
                 self.refuse(f"is not JSON: {error.msg} (column {self._column()})")
             except RecursionError:
                 self.refuse(f"is nested more than {_DEEPEST} levels deep: no example needs that")
             except ValueError as error:  # a number of more digits than Python reads, for one
                 self.refuse(f"cannot be read: {str(error)[:200].rstrip('.')}")
-            if end < len(self._buffer) or not self._read_on():  # a number at the end may go on
+            size, at_end = end - self._at, end == len(self._buffer)
+            if not at_end or not self._read_on():  # a number at the end may go on
                 break
-        text = self._buffer[self._at : end]
+        text = self._buffer[self._at : self._at + size]
         if len(text) > LONGEST:
             self._refuse_longer()
         if text.count("[") + text.count("{") > _DEEPEST and _depth(text) > _DEEPEST:
             self.refuse(f"is nested more than {_DEEPEST} levels deep: no example needs that")
-        self._advance(end)
+        self._advance(self._at + size)
         return found
 
     def refuse(self, what: str) -> NoReturn:
