@@ -95,27 +95,20 @@ def test_a_line_of_a_gigabyte_takes_no_gigabyte():
             assert "line 2 has more than the 16,777,216 characters of an example" in told, told
 
 
-@bounded(seconds=90, megabytes=300)
+@bounded(seconds=60, megabytes=300)
 def test_a_small_file_that_unpacks_to_a_gigabyte_takes_no_gigabyte():
     """Of one line, of an entry of a list, of a quoted cell: 1 MB of gzip each; many small rows are read one by one."""
+    starts = {"a.jsonl.gz": GOOD, "a.csv.gz": HEAD, "b.csv.gz": HEAD + '"', "a.json.gz": '[{"a": "'}
     with tempfile.TemporaryDirectory() as folder:
-        for file, start in (
-            ("a.jsonl.gz", GOOD),
-            ("a.csv.gz", HEAD),
-            ("b.csv.gz", HEAD + '"'),
-            ("a.json.gz", '[{"a": "'),
-        ):
+        for file, start in starts.items():
             path = Path(folder) / file
-            with gzip.open(path, "wb", compresslevel=1) as packed:
-                packed.write(start.encode())
-                for _ in range(2**10):
-                    packed.write(b"x" * 2**20)
+            path.write_bytes(gzip.compress(start.encode()) + gzip.compress(b"x" * 2**20) * 2**10)
             told = read(path)
             assert "more than the 16,777,216 characters of an example" in told, told
-        path = Path(folder) / "c.jsonl.gz"
-        with gzip.open(path, "wb", compresslevel=1) as packed:
-            packed.write(GOOD.encode() * 300_000)
-        assert sum(1 for _ in numbered(path)) == 300_000
+        path.write_bytes(
+            gzip.compress(b"[" + b"{}," * 1000) + gzip.compress(b"{}," * 1000) * 100 + gzip.compress(b"{}]")
+        )
+        assert sum(1 for _ in numbered(path)) == 101_001
 
 
 @bounded(seconds=60, megabytes=300)
@@ -169,10 +162,11 @@ pieces = st.sampled_from(
 @bounded(seconds=90, megabytes=400)
 def test_any_file_is_rows_of_plain_values_or_one_error():
     plain = (str, int, float, bool, type(None), list, dict)
+    kinds = ["a.jsonl", "a.csv", "a.tsv", "a.json", "a.csv.gz", "a.json.gz"]
 
     @settings(max_examples=400, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(
-        st.sampled_from(["a.jsonl", "a.csv", "a.tsv", "a.json", "a.csv.gz", "a.json.gz"]),
+        st.sampled_from(kinds),
         st.lists(pieces, max_size=12).map("".join) | st.binary(max_size=60),
     )
     def check(file, content):

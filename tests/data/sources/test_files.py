@@ -140,7 +140,7 @@ def test_what_is_no_whole_gzip_file_is_refused(tmp_path):
     for content in (b"[]", whole[:-20], whole[:100] + b"\0" * 50 + whole[150:], whole[:-8] + b"\0" * 8):
         path = tmp_path / "a.json.gz"
         path.write_bytes(content)
-        with pytest.raises(DataError, match="a.json.gz"):
+        with pytest.raises(DataError, match=r"a\.json\.gz"):
             rows(path)
 
 
