@@ -16,10 +16,10 @@ from torch import Tensor
 
 from llmchain_fed.data.encoder import ROWS, Encoder, Row, batched
 from llmchain_fed.data.examples import Examples, is_ready_tensors, placed_examples
-from llmchain_fed.data.progress import bar_of
 from llmchain_fed.data.prompt import Prompt
 from llmchain_fed.data.report import DataReport
 from llmchain_fed.data.sources.columns import Mapped
+from llmchain_fed.data.sources.progress import bar_of
 from llmchain_fed.errors import (
     DataError,
     EmptyParticipantError,

@@ -6,9 +6,10 @@ tokens, models or training; files are read in `readers`, and what counts as a mi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.utils.data import DataLoader
 
@@ -200,6 +201,21 @@ def read_examples(
     return (example for _, _, example in placed_examples(Mapped.of(source, columns), prompt))
 
 
+class Placed(ABC):
+    """A source that knows by itself where each of its examples stands: a part of another source."""
+
+    @abstractmethod
+    def placed(
+        self, prompt: Prompt | None, ignored: dict[str, None] | None = None
+    ) -> Iterator[tuple[str, Any, Example | RawText]]:
+        """What `placed_examples` gives."""
+
+    def __iter__(self) -> NoReturn:
+        """Refused: examples need a prompt to be read."""
+        msg = "these are not rows: read them with read_examples(source, prompt)."
+        raise DataError(msg)
+
+
 def placed_examples(
     source: Examples, prompt: Prompt | None, *, beside: Collection[str] = (), ignored: dict[str, None] | None = None
 ) -> Iterator[tuple[str, Any, Example | RawText]]:
@@ -215,6 +231,9 @@ def placed_examples(
         DataError: As there.
     """
     mapped = Mapped.of(source)
+    if isinstance(mapped.source, Placed):
+        yield from mapped.source.placed(prompt, ignored)
+        return
     fitting = Fitting(prompt, mapped.columns, table=is_table(mapped.source), beside=beside)
     fitting.ignored = ignored if ignored is not None else {}
     for place, row in numbered(mapped.source):

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from llmchain_fed._config import unknown_option
 from llmchain_fed.data.sources.columns import checked_columns
+from llmchain_fed.data.split import Split
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.options import AGAIN, CODE, EXAMPLES, FederationConfig, FederationOptions
 from llmchain_fed.training.batch_sampler import BatchSampler
@@ -120,7 +121,10 @@ def config_of(options: FederationOptions, training: TrainingConfig) -> Federatio
                 msg = f"{name} is a function of your own, as docs/extending.md shows, got {given!r:.80}."
                 raise ConfigError(msg)
             plain[name] = _code(getattr(given, "__qualname__", type(given).__qualname__))
-    if not isinstance(plain.get("evaluation", 0), (numbers.Real, type(None))):
+    evaluation = plain.get("evaluation")
+    if isinstance(evaluation, Split) and callable(evaluation.by):
+        plain["evaluation"] = _code(f"Split(by={getattr(evaluation.by, '__qualname__', 'a function')})")
+    elif not isinstance(evaluation, (numbers.Real, Split, type(None))):
         plain["evaluation"] = EXAMPLES
     return FederationConfig(**plain)
 

@@ -54,7 +54,7 @@ def frame_rows(source: Any) -> Iterable[Any] | None:
         raise DataError(msg)
     kind = next((kind for kind in _COLUMNS if kind in found), None)
     if kind is None:
-        return _by_index(source) if _is_map_style(source, found) else None
+        return _by_index(source) if is_map_style(source) else None
     names = getattr(source, _COLUMNS[kind])
     names = names.names if kind[1].startswith("RecordBatch") else list(names) if names is not None else []
     if twice := [str(name) for name, count in collections.Counter(names).items() if count > 1]:
@@ -75,11 +75,15 @@ def _arrow_rows(source: Any) -> Iterator[Any]:
             yield from batch.slice(at, _ROWS).to_pylist()
 
 
-def _is_map_style(source: Any, found: set[tuple[str, str]]) -> bool:
-    """Whether rows are fetched by their number: torch's Dataset, and what is made like one."""
+def is_map_style(source: Any) -> bool:
+    """Whether rows are fetched by their number: torch's Dataset, and what is made like one.
+
+    Raises:
+        DataError: It is one, and does not say how many rows it has.
+    """
     if isinstance(source, Mapping) or hasattr(source, "keys") or hasattr(source, "__iter__"):
         return False
-    if ("torch", "Dataset") in found and not hasattr(source, "__len__"):
+    if ("torch", "Dataset") in kinds(source) and not hasattr(source, "__len__"):
         msg = f"{type(source).__name__} does not say how many rows it has. Give it __len__, or pass an IterableDataset."
         raise DataError(msg)
     return hasattr(source, "__getitem__") and hasattr(source, "__len__")

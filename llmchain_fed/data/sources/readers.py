@@ -39,6 +39,13 @@ def is_table(source: Any) -> bool:
     return isinstance(source, (str, Path)) or frames.is_table(source)
 
 
+def reads_again(source: Any) -> bool:
+    """Whether it is known to give the same rows whenever it is read: a file, a frame, a list, a data set by index."""
+    if isinstance(source, (str, Path, list, tuple)):
+        return True
+    return not frames.is_read_once(source) and (frames.is_table(source) or frames.is_map_style(source))
+
+
 def count_of(source: Any) -> int | None:
     """How many rows there are, where that is known before they are read."""
     if isinstance(source, (str, Path)):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from llmchain_fed.data.split import Split
 from llmchain_fed.errors import DeadlineError, FederationError
 from llmchain_fed.federated.client import personalization
 from llmchain_fed.federated.client.data import LocalData
@@ -22,7 +23,7 @@ from llmchain_fed.federated.client.joining import own_config, own_scaling
 from llmchain_fed.federated.client.limits import Limits, refuse
 from llmchain_fed.federated.client.operations import TaskType, task_type
 from llmchain_fed.federated.client.state import ProgressByRound
-from llmchain_fed.federated.participant import Participant
+from llmchain_fed.federated.participant import Participant, hold_out
 from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.answers import TaskAnswer
 from llmchain_fed.federated.protocol.expected import Layout
@@ -66,6 +67,8 @@ class Client:
         batch_sampler: BatchSampler | None = None,
     ) -> None:
         self.target, self.model = target.of_participant(participant), target.model
+        if isinstance(participant.held_out, Split):
+            participant = hold_out(participant, participant.held_out, self.target.prompt, seed=0)
         self.participant, self.name = participant, participant.name
         self.follows = config is None
         """whether a hub says how it trains"""

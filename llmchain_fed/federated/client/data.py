@@ -13,8 +13,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 from llmchain_fed.data.encoding import EncodedExamples, encode_examples, encoded
-from llmchain_fed.data.examples import Example, RawText, is_ready_tensors, read_examples, with_columns
+from llmchain_fed.data.examples import Example, Placed, RawText, is_ready_tensors, read_examples, with_columns
 from llmchain_fed.data.report import DataReport
+from llmchain_fed.data.sources.columns import Mapped
+from llmchain_fed.data.sources.readers import reads_again
 from llmchain_fed.errors import DataError
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.target import Target
@@ -35,7 +37,9 @@ class LocalData:
         self._max_length, self._tolerance = config.max_length, config.tolerance
         self._train: Any = None
         self._held_out: Any = None
-        self._held_out_examples: list[Example | RawText] = []
+        self._sampled: Any = ()
+        """what held-out examples are read from again, for samples"""
+        self._first: dict[int, list[Example | RawText]] = {}
         self._compared: tuple[Any, Any, Overlap | None] | None = None
 
     @property
@@ -87,9 +91,11 @@ class LocalData:
         """
         if self._held_out is None:
             held_out = with_columns(self.participant.held_out, self.participant.columns)
-            if not is_ready_tensors(held_out):  # read once: it may be a generator
-                given, prompt = held_out, self._target.prompt
-                held_out = self._held_out_examples = self._named(lambda: list(read_examples(given, prompt)))
+            if not is_ready_tensors(held_out):
+                if not isinstance(held_out, Placed) and not reads_again(Mapped.of(held_out).source):  # a generator …
+                    given, prompt = held_out, self._target.prompt
+                    held_out = self._named(lambda: list(read_examples(given, prompt)))
+                self._sampled, self._first = held_out, {}
             self._held_out = self._ready(held_out)
         return self._held_out
 
@@ -110,8 +116,11 @@ class LocalData:
     def first_held_out(self, count: int) -> list[Example | RawText]:
         """The first held-out examples that are neither empty nor too long."""
         model, prompt, longest = self._target.model, self._target.prompt, self._max_length
-        usable = (e for e in self._held_out_examples if len(encode_examples([e], model, prompt, max_length=longest)))
-        return list(itertools.islice(usable, count))
+        if count not in self._first:
+            examples = read_examples(self._sampled, prompt)
+            usable = (e for e in examples if len(encode_examples([e], model, prompt, max_length=longest)))
+            self._first[count] = list(itertools.islice(usable, count))
+        return self._first[count]
 
     @property
     def report(self) -> DataReport | None:

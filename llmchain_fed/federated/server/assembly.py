@@ -14,7 +14,7 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated import compatibility
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.global_state_cache import GlobalStateCache
-from llmchain_fed.federated.options import EXAMPLES, FederationConfig, FederationOptions
+from llmchain_fed.federated.options import FederationConfig, FederationOptions
 from llmchain_fed.federated.participant import Participant, as_participants
 from llmchain_fed.federated.runtime import checked_runtime
 from llmchain_fed.federated.server.evaluation import Evaluator
@@ -73,7 +73,7 @@ def assemble(
     named = {name: p.with_columns(config.columns) for name, p in as_participants(participants).items()}
     runtime = checked_runtime(options.get("runtime"))
     samples = config.samples if config.samples is not None else int(runtime.sequential)
-    evaluation = options.get("evaluation") if config.evaluation == EXAMPLES else config.evaluation
+    evaluation = options.get("evaluation") if isinstance(config.evaluation, str) else config.evaluation
     evaluator = Evaluator(target, evaluation, training, samples=samples, seed=config.seed, columns=config.columns)
     if options.get("runtime") is not None and not runtime.replicated:
         _check_brought(named, config, evaluator, training.optimizer, elsewhere=not runtime.sequential)

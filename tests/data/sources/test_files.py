@@ -269,7 +269,7 @@ def test_a_stream_is_read_once(make_chain):
 
 
 def test_a_bar_shows_how_far_reading_is_on_a_terminal_alone(make_chain, monkeypatch, capsys):
-    from llmchain_fed.data import progress
+    from llmchain_fed.data.sources import progress
 
     chain = make_chain()
     monkeypatch.setattr(progress, "_DELAY", 0.0)

@@ -25,6 +25,7 @@ from llmchain_fed import DataReport, Example, LocalChatModel, LocalModel, Partic
 from llmchain_fed.data.encoding import encode_examples
 from llmchain_fed.data.examples import read_examples
 from llmchain_fed.data.sources.missing import filled, is_blank, is_missing
+from llmchain_fed.data.split import Split
 from llmchain_fed.errors import DataError, EmptyParticipantError, PromptVariablesError
 from llmchain_fed.federated.participant import hold_out
 
@@ -259,13 +260,13 @@ def test_a_consumed_generator_is_refused(make_chain):
 
 def test_a_share_is_held_out_of_what_is_not_empty(make_chain):
     rows = [*PAIRS, (None, "a"), ("b", None)]
-    divided = hold_out(Participant("a", rows), 0.25, make_chain(), seed=0)
+    divided = hold_out(Participant("a", rows), Split(0.25), make_chain(), seed=0)
     assert not any(e.empty for e in divided.held_out)
     assert sum(e.empty for e in divided.examples) == 2
-    same = hold_out(Participant("a", PAIRS), 0.25, make_chain(), seed=0)
+    same = hold_out(Participant("a", PAIRS), Split(0.25), make_chain(), seed=0)
     assert divided.held_out == same.held_out
-    with pytest.raises(EmptyParticipantError, match="0 distinct"):
-        hold_out(Participant("a", [(None, "a")] * 8), 0.25, make_chain(), seed=0)
+    with pytest.raises(EmptyParticipantError, match="0 usable examples"):
+        hold_out(Participant("a", [(None, "a")] * 8), Split(0.25), make_chain(), seed=0)
 
 
 def test_rows_are_left_as_they_are():
