@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmchain_fed.data import cache
 from llmchain_fed.data.encoder import ROWS, Encoder, Row, batched
 from llmchain_fed.data.examples import Examples, is_ready_tensors, placed_examples
 from llmchain_fed.data.prompt import Prompt
@@ -30,6 +31,8 @@ from llmchain_fed.errors import (
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.model.tokens import pad_rows
 
+_LOOKED_AT = 8
+"""examples of what a cache has that are encoded anew"""
 IGNORE = -100
 """The label that the loss passes over: torch's and transformers' own convention."""
 
@@ -80,9 +83,9 @@ def encode_examples(
     """Renders and tokenises every example; prompt and completion apart, joined as ids, the end token appended.
 
     The forms are those of `read_examples`, and so are `columns`. They are read once, some at a time: beside the ids
-    memory is taken for those alone. What has more than `max_length` tokens is left out and counted; the model's context
-    is the outer limit. Where an example makes several calls of the model, those that go on from one another share a
-    row, and every row counts.
+    memory is taken for those alone. Ids of large files are kept on the disk for the next start (docs/data.md). What has
+    more than `max_length` tokens is left out and counted; the model's context is the outer limit. Where an example
+    makes several calls of the model, those that go on from one another share a row, and every row counts.
 
     Args:
         source: Where the examples are.
@@ -97,11 +100,27 @@ def encode_examples(
         UnsupportedModelError: The model's embedding has no row for some token.
     """
     mapped, encoder = Mapped.of(source, columns), Encoder(model, prompt, max_length)
+    place = cache.place_of(mapped, model, prompt, max_length)
+    if place is not None and (kept := place.load()) is not None:
+        found = EncodedExamples(*kept[0], *kept[1:])
+        if _begins_alike(found, Encoder(model, prompt, max_length), mapped, prompt):
+            return found
     with bar_of(progress, mapped.source) as advance:
         for some in batched(placed_examples(mapped, prompt, ignored=encoder.ignored), ROWS):
             encoder.add([(place, example) for place, _, example in some])
             advance(len(some))
-    return EncodedExamples(*encoder.arrays(), encoder.report, encoder.first_left_out)
+    found = EncodedExamples(*encoder.arrays(), encoder.report, encoder.first_left_out)
+    if place is not None:
+        place.save((found.tokens, found.bounds, found.starts), found.report, found.first_left_out)
+    return found
+
+
+def _begins_alike(found: EncodedExamples, encoder: Encoder, mapped: Mapped, prompt: Prompt | None) -> bool:
+    """Whether the first examples, encoded anew, are what a cache has: else something has changed that it cannot see."""
+    first = itertools.islice(placed_examples(mapped, prompt), _LOOKED_AT)
+    encoder.add([(place, example) for place, _, example in first])
+    rows = EncodedExamples(*encoder.arrays())
+    return len(rows) <= len(found) and all(rows[at] == found[at] for at in range(len(rows)))
 
 
 def encoded(

@@ -210,6 +210,10 @@ class Placed(ABC):
     ) -> Iterator[tuple[str, Any, Example | RawText]]:
         """What `placed_examples` gives."""
 
+    @abstractmethod
+    def described(self) -> tuple[Mapped, str] | None:
+        """The source that it is a part of, and which part; None where no text can say it."""
+
     def __iter__(self) -> NoReturn:
         """Refused: examples need a prompt to be read."""
         msg = "these are not rows: read them with read_examples(source, prompt)."

@@ -5,6 +5,7 @@ Knows rows, examples and their prompts. Knows nothing about participants, rounds
 
 from __future__ import annotations
 
+import hashlib
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
@@ -96,6 +97,10 @@ class Side(Placed):
             read += 1
         if read != len(self.marks):
             self._refuse()
+
+    def described(self) -> tuple[Mapped, str]:
+        """The table, and which of its rows."""
+        return self.source, f"{self.mark} of {hashlib.sha256(self.marks).hexdigest()}, beside {self._beside}"
 
     def _refuse(self) -> None:
         msg = (

@@ -50,6 +50,7 @@ class Client:
         transforms: What happens to an update before it is sent, one after the other.
         gradient_step: It makes a gradient of each batch, in any training; None is `mean_loss_gradient`.
         batch_sampler: It draws the batches, likewise; None is `length_buckets`, or the DataLoader itself.
+        progress: Whether a bar on stderr shows how far its examples are read.
 
     Raises:
         ConfigError: The participant's own options, or the transforms, are not valid.
@@ -65,6 +66,7 @@ class Client:
         transforms: Sequence[UpdateTransform] = (),
         gradient_step: GradientStep | None = None,
         batch_sampler: BatchSampler | None = None,
+        progress: bool = False,
     ) -> None:
         self.target, self.model = target.of_participant(participant), target.model
         if isinstance(participant.held_out, Split):
@@ -74,7 +76,7 @@ class Client:
         """whether a hub says how it trains"""
         self.config = own_config(config or TrainingConfig(), participant)
         """how it trains, its own options included"""
-        self.data: LocalData = LocalData(self.target, participant, self.config)
+        self.data: LocalData = LocalData(self.target, participant, self.config, progress=progress)
         self.scaling = own_scaling(target, participant)
         """layer → s, where its LoRA rank is its own"""
         self.transforms = checked_transforms(transforms)

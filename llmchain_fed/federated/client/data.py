@@ -29,12 +29,15 @@ class LocalData:
     """What one participant trains on and is evaluated on.
 
     The target's prompt and tokenizer make tokens of it; the options decide which examples are left out, and how many
-    may be.
+    may be. With `progress` a bar shows how far reading is.
     """
 
-    def __init__(self, target: Target, participant: Participant, config: TrainingConfig) -> None:
+    def __init__(
+        self, target: Target, participant: Participant, config: TrainingConfig, *, progress: bool = False
+    ) -> None:
         self._target, self.participant = target, participant
         self._max_length, self._tolerance = config.max_length, config.tolerance
+        self._progress = f"reading {participant.name}" if progress else None
         self._train: Any = None
         self._held_out: Any = None
         self._sampled: Any = ()
@@ -135,8 +138,10 @@ class LocalData:
         return found
 
     def _ready(self, examples: Any, tolerance: float | None = None) -> Any:
-        target, longest = self._target, self._max_length
-        return self._named(lambda: encoded(examples, target.model, target.prompt, longest, tolerance=tolerance))
+        target, longest, bar = self._target, self._max_length, self._progress
+        return self._named(
+            lambda: encoded(examples, target.model, target.prompt, longest, tolerance=tolerance, progress=bar)
+        )
 
     def _named(self, read: Callable[[], _T]) -> _T:
         """What `read` returns; what it raises says whose examples they are."""

@@ -68,6 +68,7 @@ def assemble(
             transforms=transforms,
             gradient_step=options.get("gradient_step"),
             batch_sampler=options.get("batch_sampler"),
+            progress=options.get("progress", True),
         )
 
     named = {name: p.with_columns(config.columns) for name, p in as_participants(participants).items()}
