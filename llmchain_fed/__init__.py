@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from llmchain_fed.chain.llm_chain import LLMChain
     from llmchain_fed.data.examples import Example, RawText
     from llmchain_fed.data.report import DataReport
+    from llmchain_fed.data.split import Split
     from llmchain_fed.federated.averaging import FederatedAveraging
     from llmchain_fed.federated.callbacks import Callback
     from llmchain_fed.federated.client.operations import register_task
@@ -115,6 +116,7 @@ _HOMES = {
     "Rule": "updates.aggregation.base",
     "Runtime": "federated.runtime",
     "Site": "runtimes.site.site",
+    "Split": "data.split",
     "TensorBoard": "tracking.tensorboard",
     "TorchDistributed": "runtimes.torch_distributed",
     "TorchServerOptimizer": "updates.server_optimizers.torch_optimizers",
@@ -188,6 +190,7 @@ __all__ = [
     "Runtime",
     "SchemaError",
     "Site",
+    "Split",
     "TemplatedTwiceError",
     "TensorBoard",
     "TorchDistributed",

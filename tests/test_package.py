@@ -86,6 +86,7 @@ PUBLIC = [
     "Runtime",
     "SchemaError",
     "Site",
+    "Split",
     "TemplatedTwiceError",
     "TensorBoard",
     "TorchDistributed",

@@ -27,6 +27,7 @@ from llmchain_fed import (
     train_locally,
 )
 from llmchain_fed.data.examples import prompt_text
+from llmchain_fed.data.split import Split
 from llmchain_fed.federated.history import RoundRecord
 from llmchain_fed.federated.participant import hold_out
 
@@ -74,7 +75,7 @@ def test_the_same_question_in_two_forms_stands_on_one_side(make_chain):
     mixed += [RawText(TEMPLATE.format(text=s), t) for s, t in PAIRS] + [
         {"prompt": s, "completion": t} for s, t in PAIRS
     ]
-    divided = hold_out(Participant("a", mixed), 0.3, chain, seed=1)
+    divided = hold_out(Participant("a", mixed), Split(0.3), chain, seed=1)
     texts = [{prompt_text(e, chain) for e in side} for side in (divided.examples, divided.held_out)]
     assert not texts[0] & texts[1]
     assert len(texts[0] | texts[1]) == len(PAIRS)

@@ -47,6 +47,7 @@ def peer(
         # what can be wrong is looked for first, the quick before the slow; then the model is loaded, and served
         _look_first(chain, data, held_out, policy, log, socket)
 
+        from llmchain_fed.data.split import Split
         from llmchain_fed.federated.participant import Participant, hold_out
         from llmchain_fed.runtimes.site import warnings
         from llmchain_fed.runtimes.site.policy import Audit, Policy
@@ -67,7 +68,7 @@ def peer(
             torch.set_num_threads(threads)
         target = Target.of(load(chain))
         if hold_out_share is not None:
-            participant = hold_out(participant, hold_out_share, target.prompt, seed=0)
+            participant = hold_out(participant, Split(hold_out_share), target.prompt, seed=0)
         site = Site(target, participant, policy=rules, audit=written, say=say)
         for warning in warnings.of_examples(data, held_out, site.client.data.overlap()):
             say(f"warning: {warning}")

@@ -22,7 +22,7 @@ from llmchain_fed.data.messages import (
     role_of,
     thought_in,
 )
-from llmchain_fed.data.missing import is_blank
+from llmchain_fed.data.sources.missing import is_blank
 from llmchain_fed.errors import DataError, DialogueError
 from llmchain_fed.untrusted import shown
 

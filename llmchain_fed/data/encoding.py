@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmchain_fed.data.examples import Examples, PromptRow, RawText, calls_of, is_ready_tensors, read_examples
-from llmchain_fed.data.prompt import Call, Prompt
+from llmchain_fed.data import cache
+from llmchain_fed.data.encoder import ROWS, Encoder, Row, batched
+from llmchain_fed.data.examples import Examples, is_ready_tensors, placed_examples
+from llmchain_fed.data.prompt import Prompt
 from llmchain_fed.data.report import DataReport
-from llmchain_fed.data.sayable import Saying
+from llmchain_fed.data.sources.columns import Mapped
+from llmchain_fed.data.sources.progress import bar_of
 from llmchain_fed.errors import (
     DataError,
     EmptyParticipantError,
@@ -25,16 +28,13 @@ from llmchain_fed.errors import (
     UnsayableError,
     UnsupportedModelError,
 )
-from llmchain_fed.model.control_tokens import Rendered
 from llmchain_fed.model.local_model import LocalModel
-from llmchain_fed.model.tokens import check_rows, pad_rows
+from llmchain_fed.model.tokens import pad_rows
 
+_LOOKED_AT = 8
+"""examples of what a cache has that are encoded anew"""
 IGNORE = -100
 """The label that the loss passes over: torch's and transformers' own convention."""
-
-
-Row = Sequence[list[int]]
-"""Token ids by turns: what the model reads, what it learns to answer, what it reads then …"""
 
 
 @dataclass(frozen=True)
@@ -72,113 +72,55 @@ class EncodedExamples:
 
 
 def encode_examples(
-    source: Examples, model: LocalModel, prompt: Prompt | None = None, *, max_length: int | None = None
+    source: Examples,
+    model: LocalModel,
+    prompt: Prompt | None = None,
+    *,
+    max_length: int | None = None,
+    columns: Mapping[str, str | int] | None = None,
+    progress: str | None = None,
 ) -> EncodedExamples:
     """Renders and tokenises every example; prompt and completion apart, joined as ids, the end token appended.
 
-    The forms are those of `read_examples`. What has more than `max_length` tokens is left out and counted; the model's
-    context is the outer limit. Where an example makes several calls of the model, those that go on from one another
-    share a row, and every row counts.
+    The forms are those of `read_examples`, and so are `columns`. They are read once, some at a time: beside the ids
+    memory is taken for those alone. Ids of large files are kept on the disk for the next start (docs/data.md). What has
+    more than `max_length` tokens is left out and counted; the model's context is the outer limit. Where an example
+    makes several calls of the model, those that go on from one another share a row, and every row counts.
+
+    Args:
+        source: Where the examples are.
+        model: Its tokenizer and context decide.
+        prompt: What renders them; None for final text.
+        max_length: tokens.
+        columns: As in `read_examples`.
+        progress: What a bar on stderr is called, which appears where this takes longer than a second; None is none.
 
     Raises:
         DataError: See `read_examples`.
         UnsupportedModelError: The model's embedding has no row for some token.
     """
-    report = DataReport()
-    examples, first = _asked(source, prompt, report)
-    special = prompt.adds_special_tokens if prompt is not None else True
-    controls = controls_of(prompt)
-    prompt_ids = model.encode([call.text for calls, _ in examples for call in calls], add_special_tokens=special)
-    completion_ids = model.encode_completions(
-        [call.completion for calls, _ in examples for call in calls], controls=controls
-    )
-    check_rows(model, prompt_ids, completion_ids)
-    known = {*model.control_tokens(), *controls}
-    saying = Saying(model, prompt)
-
-    limits = [limit for limit in (max_length, model.context_length) if limit is not None]
-    flat, bounds, starts, seen = [], [0], [0], set()
-    pairs = iter(zip(prompt_ids, completion_ids, strict=True))
-    for calls, kind in examples:
-        asked = [(call, *pair) for call, pair in zip(calls, pairs, strict=False)]
-        if not all(call.completion.strip() and p for call, p, _ in asked):
-            report.empty += 1
-            continue
-        rows = turns([(p, c) for _, p, c in asked]) if model.kind == "causal" else [(p, c) for _, p, c in asked]
-        longest = max((sum(map(len, row)) if model.kind == "causal" else max(map(len, row)) for row in rows), default=0)
-        if limits and longest > min(limits):
-            report.too_long += 1
-            continue
-        tests = [(call, c, saying.of(call.options)) for call, _, c in asked]
-        unsaid = (
-            (call, c, test, why) for call, c, test in tests if (why := test.fails(call.completion, c)) is not None
-        )
-        if failing := next(unsaid, None):
-            call, c, test, why = failing
-            setattr(report, why, getattr(report, why) + 1)
-            first = first or test.explain(call.completion, c, why)
-            continue
-        key = tuple((call.text, call.completion) for call in calls)
-        report.duplicate += key in seen
-        seen.add(key)
-        report.used += len(rows)
-        report.length_out_of_range += any(test.out_of_range(c) for _, c, test in tests)
-        report.raw += prompt is not None and kind == "raw"
-        report.prompt_as_input += prompt is not None and kind == "prompt_as_input"
-        report.control_text += any(isinstance(call.text, Rendered) or _spells(call.completion, known) for call in calls)
-        report.completion_tokens += sum(len(c) for _, _, c in asked)
-        for row in rows:
-            for segment in row:
-                flat += segment
-                bounds.append(bounds[-1] + len(segment))
-            starts.append(len(bounds) - 1)
-    report.without_end = report.used if not model.eos_ids else 0
-    return EncodedExamples(
-        torch.tensor(flat, dtype=torch.int32), torch.tensor(bounds), torch.tensor(starts), report, first
-    )
+    mapped, encoder = Mapped.of(source, columns), Encoder(model, prompt, max_length)
+    place = cache.place_of(mapped, model, prompt, max_length)
+    if place is not None and (kept := place.load()) is not None:
+        found = EncodedExamples(*kept[0], *kept[1:])
+        if _begins_alike(found, Encoder(model, prompt, max_length), mapped, prompt):
+            return found
+    with bar_of(progress, mapped.source) as advance:
+        for some in batched(placed_examples(mapped, prompt, ignored=encoder.ignored), ROWS):
+            encoder.add([(place, example) for place, _, example in some])
+            advance(len(some))
+    found = EncodedExamples(*encoder.arrays(), encoder.report, encoder.first_left_out)
+    if place is not None:
+        place.save((found.tokens, found.bounds, found.starts), found.report, found.first_left_out)
+    return found
 
 
-def _asked(source: Examples, prompt: Prompt | None, report: DataReport) -> tuple[list[tuple[Sequence[Call], str]], str]:
-    """The calls of every example with its kind, and why the first for which the chain fails is left out."""
-    first = ""
-    examples: list[tuple[Sequence[Call], str]] = []
-    for number, example in enumerate(read_examples(source, prompt)):
-        if example.empty:  # not rendered: a missing list of messages, for one, is nothing that a prompt takes
-            report.empty += 1
-            continue
-        try:
-            calls = calls_of(example, prompt)
-        except ExampleFailedError as error:
-            report.failed += 1
-            first = first or f"example {number}: {error}"
-            continue
-        except DataError as error:
-            raise type(error)(f"example {number}: {error}") from None  # noqa: EM102
-        kind = "raw" if isinstance(example, RawText) else "prompt_as_input" if isinstance(example, PromptRow) else ""
-        examples.append((calls, kind))
-    return examples, first
-
-
-def _spells(completion: str, known: Collection[str]) -> bool:
-    """Whether a completion spells a control token where its author is not the template."""
-    return bool(completion.foreign) if isinstance(completion, Rendered) else any(c in completion for c in known)
-
-
-def turns(calls: Sequence[tuple[list[int], list[int]]]) -> list[Row]:
-    """(prompt ids, completion ids) of an example's calls → its rows; a call that reads on from a row continues it.
-
-    >>> turns([([1, 2], [3]), ([1, 2, 3, 4], [5]), ([1, 9], [6])])
-    [[[1, 2], [3], [4], [5]], [[1, 9], [6]]]
-    """
-    rows: list[list[list[int]]] = []
-    read: list[int] = []
-    for p, c in calls:
-        if rows and len(p) > len(read) and p[: len(read)] == read:
-            rows[-1] += [p[len(read) :], c]
-        else:
-            rows.append([p, c])
-        read = p + c
-    return rows  # type: ignore[return-value]
+def _begins_alike(found: EncodedExamples, encoder: Encoder, mapped: Mapped, prompt: Prompt | None) -> bool:
+    """Whether the first examples, encoded anew, are what a cache has: else something has changed that it cannot see."""
+    first = itertools.islice(placed_examples(mapped, prompt), _LOOKED_AT)
+    encoder.add([(place, example) for place, _, example in first])
+    rows = EncodedExamples(*encoder.arrays())
+    return len(rows) <= len(found) and all(rows[at] == found[at] for at in range(len(rows)))
 
 
 def encoded(
@@ -188,6 +130,7 @@ def encoded(
     max_length: int | None,
     *,
     tolerance: float | None = None,
+    progress: str | None = None,
 ) -> EncodedExamples | Any:
     """Examples in the form the loop takes; a DataLoader stays as it is.
 
@@ -205,7 +148,7 @@ def encoded(
     data = (
         examples
         if isinstance(examples, EncodedExamples)
-        else encode_examples(examples, model, prompt, max_length=max_length)
+        else encode_examples(examples, model, prompt, max_length=max_length, progress=progress)
     )
     left_out, unsayable = data.report.left_out, data.report.unsayable
     total = left_out + data.report.used

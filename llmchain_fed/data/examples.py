@@ -6,23 +6,25 @@ tokens, models or training; files are read in `readers`, and what counts as a mi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.utils.data import DataLoader
 
 from llmchain_fed.data.dialogues import Dialogue, dialogue_in
-from llmchain_fed.data.missing import filled, is_empty, is_missing
 from llmchain_fed.data.prompt import Call, Converses, Prompt, plain_text
-from llmchain_fed.data.readers import numbered
+from llmchain_fed.data.sources.columns import Fitting, Mapped
+from llmchain_fed.data.sources.missing import filled, is_empty, is_missing
+from llmchain_fed.data.sources.readers import is_table, numbered
 from llmchain_fed.data.variables import check_inputs, is_unicode
 from llmchain_fed.errors import DataError, PromptVariablesError
 from llmchain_fed.model.control_tokens import texts_of
 from llmchain_fed.untrusted import shown
 
 Examples = Any
-"""What is accepted as examples: an iterable of the forms of `read_examples`, a JSONL or CSV path, a DataLoader."""
+"""What is accepted as examples: a source of the forms of `read_examples`, or a DataLoader."""
 
 
 @dataclass(frozen=True)
@@ -163,43 +165,96 @@ def wanted_text(example: Example | RawText, prompt: Prompt | None) -> str:
     return str(calls[0 if isinstance(example, DialogueRow) else -1].completion)
 
 
-def read_examples(source: Examples, prompt: Prompt | None = None) -> Iterator[Example | RawText]:
+def read_examples(
+    source: Examples, prompt: Prompt | None = None, *, columns: Mapping[str, str | int] | None = None
+) -> Iterator[Example | RawText]:
     """Every example of a source, checked.
 
     Accepted forms: `(x, completion)` with x what `invoke` takes; a mapping of the prompt's variables plus
     `"completion"`; `{"prompt": x, "completion": text}` (the TRL format), where x is the input of a bare model, or the
     one variable of a prompt; `{"messages": […]}`, a conversation, of which every answer of the assistant's is learnt,
     and `{"prompt": […], "completion": […]}` with lists of messages, both with `tools` where there are some; `Example`;
-    `RawText`. The source is any iterable of these (a `datasets.Dataset` is one), a frame of pandas or polars, or the
-    path of a JSONL or CSV file.
+    `RawText`. The source is any iterable of these, a table, or torch's kind of data set.
+
+    Tables are the paths of CSV (separated by commas, semicolons, tabs or bars), TSV, JSON, JSONL and Parquet files, all
+    but the last also as `.gz`; frames of pandas and polars, pyarrow tables, and data sets of `datasets`. Columns of a
+    table that nobody reads are left aside.
 
     A missing value (None, NaN, NaT, `pandas.NA` …) or a blank text makes an example `empty`, in every form alike; in a
     CSV file so do the words that programs write for it, such as NaN, NA or NULL, unless they stand in quotes.
 
     Without a prompt a string is the final prompt itself.
 
+    Args:
+        source: Where the examples are.
+        prompt: What renders them; None for a bare model.
+        columns: Variable of the prompt, or "completion" → column of the source, where the two are called otherwise.
+
     Raises:
+        ConfigError: `columns` is no such mapping.
         DataError: It is no source of examples, or an entry has none of these forms; its position is named.
         DialogueError: The messages of a conversation are out of order, or none is an answer to learn.
+        MissingExtraError: It is a Parquet file, and pyarrow is not installed.
         PromptVariablesError: An example has other variables than the prompt.
         TemplatedTwiceError: A value already carries the template's text.
     """
-    for place, item in numbered(source):
+    return (example for _, _, example in placed_examples(Mapped.of(source, columns), prompt))
+
+
+class Placed(ABC):
+    """A source that knows by itself where each of its examples stands: a part of another source."""
+
+    @abstractmethod
+    def placed(
+        self, prompt: Prompt | None, ignored: dict[str, None] | None = None
+    ) -> Iterator[tuple[str, Any, Example | RawText]]:
+        """What `placed_examples` gives."""
+
+    @abstractmethod
+    def described(self) -> tuple[Mapped, str] | None:
+        """The source that it is a part of, and which part; None where no text can say it."""
+
+    def __iter__(self) -> NoReturn:
+        """Refused: examples need a prompt to be read."""
+        msg = "these are not rows: read them with read_examples(source, prompt)."
+        raise DataError(msg)
+
+
+def placed_examples(
+    source: Examples, prompt: Prompt | None, *, beside: Collection[str] = (), ignored: dict[str, None] | None = None
+) -> Iterator[tuple[str, Any, Example | RawText]]:
+    """(place, row as it stands in the source, example) by turns; see `read_examples`.
+
+    Args:
+        source: As there; what has columns of its own is a `Mapped`.
+        prompt: As there.
+        beside: Columns that something else reads, which are never an error.
+        ignored: Where the names of columns go that nobody reads.
+
+    Raises:
+        DataError: As there.
+    """
+    mapped = Mapped.of(source)
+    if isinstance(mapped.source, Placed):
+        yield from mapped.source.placed(prompt, ignored)
+        return
+    fitting = Fitting(prompt, mapped.columns, table=is_table(mapped.source), beside=beside)
+    fitting.ignored = ignored if ignored is not None else {}
+    for place, row in numbered(mapped.source):
         try:
-            item = filled(item)
-            _check_no_header(item, prompt)
-            example = _parse(item, prompt)
+            _check_no_header(row, prompt)
+            example = _parse(filled(fitting.fit(row)), prompt)
             if prompt is not None and not isinstance(example, (RawText, DialogueRow)):
                 check_inputs(example.inputs, prompt)
         except DataError as error:
-            raise type(error)(f"{place}: {error}") from None  # noqa: EM102
-        yield example
+            raise type(error)(f"{place}: {fitting.explain(error)}") from None  # noqa: EM102
+        yield place, row, example
 
 
 def _check_no_header(item: Any, prompt: Prompt | None) -> None:
     """Makes sure that a row is not the names of the columns, which a reader of lists, or two joined files, leave."""
     variables = (prompt.input_variables if prompt is not None else None) or ()
-    texts = isinstance(item, tuple) and all(isinstance(part, str) for part in item)
+    texts = isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(part, str) for part in item)
     pair = texts and item[0] in variables and item[1] == "completion"
     if pair or (
         isinstance(item, Mapping) and len(item) > 1 and all(isinstance(v, str) and k == v for k, v in item.items())
@@ -274,6 +329,13 @@ def _parse_mapping(item: Mapping[Any, Any], prompt: Prompt | None) -> Example:
         )
         raise PromptVariablesError(msg)
     return PromptRow(inputs={variables[0]: rest["prompt"]}, completion=item["completion"])
+
+
+def with_columns(examples: Examples, columns: Mapping[str, str | int] | None) -> Examples:
+    """The examples with what their columns are called; a DataLoader, whose batches have none, stays as it is."""
+    return (
+        examples if columns is None or examples is None or is_ready_tensors(examples) else Mapped.of(examples, columns)
+    )
 
 
 def is_ready_tensors(source: Examples) -> bool:

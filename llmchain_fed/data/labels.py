@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from llmchain_fed.data.encoding import Row
+from llmchain_fed.data.encoder import Row
 from llmchain_fed.errors import LabelError
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.model.tokens import check_rows

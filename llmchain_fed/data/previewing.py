@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmchain_fed.data.encoding import IGNORE, EncodedExamples, Row, encode_examples
+from llmchain_fed.data.encoder import Row
+from llmchain_fed.data.encoding import IGNORE, EncodedExamples, encode_examples
 from llmchain_fed.data.examples import Example, RawText, calls_of, read_examples
 from llmchain_fed.data.preview import Preview, PreviewExample, PreviewToken
 from llmchain_fed.data.prompt import Call, Prompt

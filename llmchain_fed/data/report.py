@@ -5,7 +5,7 @@ Knows nothing of texts or tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 _KEPT = {
     "duplicate": "the same as one before",
@@ -62,6 +62,14 @@ class DataReport:
     """kept: all of them, where the model and its tokenizer have no end token: no answer learns where to end"""
     completion_tokens: int = 0
     """tokens that carry loss, end tokens included"""
+    ignored_columns: int = 0
+    """columns of the source that nobody reads"""
+    ignored_names: tuple[str, ...] = field(default=(), init=False, compare=False, repr=False)
+    """what they are called; that is said where the source is, and leaves no participant"""
+
+    def counts(self) -> dict[str, int]:
+        """The counts alone, which may leave a participant, as the arguments of a report like this one."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     @property
     def unsayable(self) -> int:
@@ -77,7 +85,7 @@ class DataReport:
     def worth_saying(self) -> bool:
         """Whether examples were left out, or taken otherwise than their form suggests."""
         taken = self.raw + self.prompt_as_input + self.control_text + self.length_out_of_range + self.without_end
-        return bool(self.empty or self.too_long or self.left_out or taken)
+        return bool(self.empty or self.too_long or self.left_out or taken or self.ignored_columns)
 
     def in_words(self) -> str:
         """The same for an operator.
@@ -90,10 +98,16 @@ class DataReport:
         left = {text: counts[name] for name, text in _LEFT_OUT.items() if counts[name]}
         why = next(iter(left)) if len(left) == 1 else ", ".join(f"{count:,} {text}" for text, count in left.items())
         used = f"{self.used:,} example{'' if self.used == 1 else 's'}" + (f" ({kept})" if kept else "")
-        return used + (f", {sum(left.values()):,} more left out ({why})" if left else "")
+        names = ", ".join(self.ignored_names[:20]) + (", …" if len(self.ignored_names) > 20 else "")
+        plural = "" if self.ignored_columns == 1 else "s"
+        ignored = f", {self.ignored_columns:,} column{plural} not read" + (f" ({names})" if names else "")
+        used += f", {sum(left.values()):,} more left out ({why})" if left else ""
+        return used + (ignored if self.ignored_columns else "")
 
     def __repr__(self) -> str:
         shown = [
-            f"{f.name}={getattr(self, f.name):,}" for f in fields(self) if getattr(self, f.name) or f.name == "used"
+            f"{f.name}={getattr(self, f.name):,}"
+            for f in fields(self)
+            if f.repr and (getattr(self, f.name) or f.name == "used")
         ]
         return f"DataReport({', '.join(shown)})"

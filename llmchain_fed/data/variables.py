@@ -9,8 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmchain_fed.data.missing import is_blank
 from llmchain_fed.data.prompt import Prompt
+from llmchain_fed.data.sources.missing import is_blank
 from llmchain_fed.errors import DataError, PromptVariablesError, TemplatedTwiceError
 from llmchain_fed.untrusted import shown
 

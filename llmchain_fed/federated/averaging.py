@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, Unpack
 
-from llmchain_fed.data.examples import Examples
+from llmchain_fed.data.examples import Examples, with_columns
 from llmchain_fed.data.report import DataReport
 from llmchain_fed.federated.callbacks import Callbacks, RunInfo
 from llmchain_fed.federated.checkpoint.manager import CheckpointManager
@@ -166,7 +166,9 @@ class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData):
     @property
     def data_reports(self) -> dict[str, DataReport]:
         """What became of each participant's examples, once they have joined."""
-        return self._server.data_reports
+        known = self._server.data_reports  # those of this process are the same, with names of columns
+        here = ((name, client.data.report) for name, client in self._peers.items())
+        return known | {name: report for name, report in here if report is not None and report == known.get(name)}
 
     def evaluate(self, data: Examples) -> EvaluationResult:
         """Held-out loss of the current global weights on any examples: nats per token, or per example over labels.
@@ -175,7 +177,7 @@ class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData):
             DataError: The examples cannot be used, or, over labels, a completion is none of them.
         """
         target, how = self._server.target, self._server.settings.training
-        return evaluate_as(how, target.model, data, target.prompt)
+        return evaluate_as(how, target.model, with_columns(data, self.config.columns), target.prompt)
 
     def plan(self, rounds: int) -> Plan:
         """What so many rounds will take: bytes, memory, and time from one timed optimizer step.

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypedDict, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_serializer, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, field_serializer, field_validator
 
 from llmchain_fed._config import FrozenConfig
+from llmchain_fed.data.split import Split
 from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.updates.aggregation import Weighting
 from llmchain_fed.updates.aggregation.weight_share import Share
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 CODE, EXAMPLES = "code: ", "examples: given beside the options (give them again on resume)"
 AGAIN = " (give it again on resume)"  # at the end of what is code
+_HELD_OUT = {"anyOf": [{"type": kind} for kind in ("number", "string", "object", "null")]}
 _MAY_DIFFER: Final = object()
 _T = TypeVar("_T")
 MayDiffer = Annotated[_T, _MAY_DIFFER]
@@ -70,7 +72,11 @@ def _sample(value: Any) -> Any:
 
 
 def _held_out(value: Any) -> Any:
-    if value in (None, EXAMPLES) or (_is_share(value) and value < 1):
+    if isinstance(value, Mapping):
+        value = Split.from_plain(value)
+    if value is None or isinstance(value, Split) or (isinstance(value, str) and value.startswith((EXAMPLES, CODE))):
+        return value
+    if _is_share(value) and value < 1:
         return value
     msg = "as a share it lies between 0 and 1"
     raise ValueError(msg)
@@ -130,9 +136,12 @@ class FederationConfig(FrozenConfig):
     another process is waited for longer than a day, which is also a site's `max_seconds` by default"""
     retries: MayDiffer[Count] = 0
     """how often a participant that could not be reached, or failed elsewhere, is asked again in a round"""
-    evaluation: MayDiffer[Annotated[float | str | None, BeforeValidator(_held_out)]] = None
-    """what held-out loss is measured on: a share of each participant's examples set apart (0.1); or examples, a mapping
-    name → examples or one set for all, which no file stores"""
+    evaluation: MayDiffer[Annotated[Any, BeforeValidator(_held_out), WithJsonSchema(_HELD_OUT)]] = None
+    """what held-out loss is measured on: a share of each participant's examples set apart (0.1), `Split(…)`, which says
+    by which group or time; or examples, a mapping name → examples or one set for all, which no file stores"""
+    columns: MayDiffer[Annotated[dict[Word, Word | int], Field(min_length=1, max_length=64)] | None] = None
+    """variable of the prompt, or "completion" → column of the examples, where tables call them otherwise; of the
+    participants here that have no `columns` of their own, and of `evaluation` as examples"""
     samples: MayDiffer[Count | None] = None
     """held-out examples per participant whose answers are recorded before and after each round; None is 1 where
     participants are in this process, and 0 elsewhere"""
@@ -148,6 +157,10 @@ class FederationConfig(FrozenConfig):
             msg = "an optimizer that is code cannot be written down. Name it: 'adamw', 'adam' or 'sgd'"
             raise ValueError(msg)
         return training
+
+    @field_serializer("evaluation")
+    def _split_as_given(self, evaluation: Any) -> Any:
+        return evaluation.to_plain() if isinstance(evaluation, Split) else evaluation
 
     @field_serializer("training")
     def _as_given(self, training: TrainingConfig) -> dict[str, Any] | None:
@@ -177,7 +190,8 @@ class FederationOptions(TypedDict, total=False):
     quorum: int
     deadline: float | None
     retries: int
-    evaluation: float | Mapping[str, Examples] | Examples | None
+    evaluation: float | Split | Mapping[str, Examples] | Examples | None
+    columns: Mapping[str, str | int] | None
     samples: int | None
     keep_checkpoints: int | None
     seed: int

@@ -5,7 +5,6 @@ Knows the forms of examples. Knows nothing about rounds or other participants.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,9 +13,12 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from llmchain_fed._config import plain_number
-from llmchain_fed.data.examples import Example, Examples, RawText, is_ready_tensors, prompt_text, read_examples
+from llmchain_fed.data.examples import Examples, is_ready_tensors, with_columns
 from llmchain_fed.data.prompt import Prompt
-from llmchain_fed.errors import ConfigError, DuplicateParticipantError, EmptyParticipantError, ExampleFailedError
+from llmchain_fed.data.sides import divide
+from llmchain_fed.data.sources.columns import checked_columns
+from llmchain_fed.data.split import Split
+from llmchain_fed.errors import ConfigError, DataError, DuplicateParticipantError, EmptyParticipantError
 from llmchain_fed.untrusted import shown
 
 ALPHAS = (1e-3, 2.0**16)
@@ -38,7 +40,9 @@ class Participant:
     Args:
         name: Unique in its federation.
         examples: What it trains on, in any form of `read_examples`.
-        held_out: What it is evaluated on; never trained on.
+        held_out: What it is evaluated on; never trained on: examples, or a `Split` that sets some of its own apart.
+        columns: Variable of the prompt, or "completion" → column of its examples and of what it holds out, where they
+            are called otherwise; the federation's `columns` by default.
         training: Options of `TrainingConfig` that differ for it: a slow device takes `{"max_steps": 4}`.
         rank: LoRA rank it trains with, at most the chain's own; for the rules `flora` and `flexlora`.
         alpha: LoRA alpha that goes with that rank; the chain's own by default, as `LoraConfig(r=rank)` would have it.
@@ -48,11 +52,12 @@ class Participant:
 
     name: str
     examples: Examples = field(repr=False)
-    held_out: Examples | None = field(default=None, repr=False)
+    held_out: Examples | Split | None = field(default=None, repr=False)
     training: Mapping[str, Any] = field(default_factory=dict)
     rank: int | None = None
     alpha: float | None = None
     chain: Any = field(default=None, repr=False)
+    columns: Mapping[str, str | int] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", str(self.name))  # numbers are names too, and travel as text
@@ -72,6 +77,7 @@ class Participant:
                 f'{{"max_steps": 4}}, got {type(self.training).__name__}.'
             )
             raise ConfigError(msg)
+        object.__setattr__(self, "columns", checked_columns(self.columns))
         if self.rank is not None and (type(self.rank) is not int or not 1 <= self.rank <= LARGEST_RANK):
             most = f"at most {LARGEST_RANK:,}"
             msg = f"participant {self.name!r}: rank is a count of at least 1, {most}, got {shown(self.rank)}."
@@ -83,6 +89,10 @@ class Participant:
                 f"participant {self.name!r}: alpha is positive and goes with a rank, got {shown(self.alpha)} ({fits})."
             )
             raise ConfigError(msg)
+
+    def with_columns(self, columns: Mapping[str, str | int] | None) -> Participant:
+        """Itself with these columns, unless it has columns of its own."""
+        return self if columns is None or self.columns is not None else replace(self, columns=columns)
 
     def __repr__(self) -> str:
         training = f", training={dict(self.training)}" if self.training else ""
@@ -156,16 +166,17 @@ def _split_named(key: str, *, loosely: bool) -> str | None:
     return word if word in (*_TRAINED_ON, *_HELD_OUT) else None
 
 
-def hold_out(participant: Participant, share: float, prompt: Prompt | None, seed: int) -> Participant:
-    """The participant with a share of its examples set apart for evaluation.
+def hold_out(participant: Participant, split: Split, prompt: Prompt | None, seed: int) -> Participant:
+    """The participant with a part of its examples set apart for evaluation; its own `Split` goes before this one.
 
-    Which ones follows from their content and the seed, so duplicates never stand on both sides.
+    One that holds out examples already stays as it is.
 
     Raises:
         ConfigError: The examples are a DataLoader, whose batches cannot be divided.
+        DataError: The examples cannot be read, or divided so.
         EmptyParticipantError: One of the sides would be empty.
     """
-    if participant.held_out is not None:
+    if participant.held_out is not None and not isinstance(participant.held_out, Split):
         return participant
     if is_ready_tensors(participant.examples):
         msg = (
@@ -173,24 +184,12 @@ def hold_out(participant: Participant, share: float, prompt: Prompt | None, seed
             "Participant(held_out=another loader)."
         )
         raise ConfigError(msg)
-    examples = list(read_examples(participant.examples, prompt))
-    keys = ["" if e.empty else _key(e, prompt, seed) for e in examples]  # empty ones stay where they are counted
-    distinct = sorted(set(keys) - {""})
-    apart = set(distinct[: max(1, round(share * len(distinct)))])
-    held_out = [e for e, key in zip(examples, keys, strict=True) if key in apart]
-    train = [e for e, key in zip(examples, keys, strict=True) if key not in apart]
-    if len(apart) == len(distinct):
-        msg = (
-            f"{participant.name!r} has {len(distinct)} distinct examples, too few to hold out {share:.0%} "
-            "and train on the rest."
-        )
-        raise EmptyParticipantError(msg)
-    return replace(participant, examples=train, held_out=held_out)
-
-
-def _key(example: Example | RawText, prompt: Prompt | None, seed: int) -> str:
-    # by the question alone: the same question with two answers, or in another form, must not stand on both sides
+    own = participant.held_out if participant.held_out is not None else split
+    source = with_columns(participant.examples, participant.columns)
     try:
-        return hashlib.sha256(f"{seed}|{prompt_text(example, prompt)}".encode()).hexdigest()
-    except ExampleFailedError:  # stays where it is counted
-        return ""
+        train, held_out = divide(source, prompt, own, seed, participant.name)
+    except EmptyParticipantError:
+        raise
+    except DataError as error:
+        raise type(error)(f"participant {participant.name!r}: {error}") from None  # noqa: EM102
+    return replace(participant, examples=train, held_out=held_out)

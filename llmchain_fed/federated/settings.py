@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from llmchain_fed._config import unknown_option
+from llmchain_fed.data.sources.columns import checked_columns
+from llmchain_fed.data.split import Split
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.options import AGAIN, CODE, EXAMPLES, FederationConfig, FederationOptions
 from llmchain_fed.training.batch_sampler import BatchSampler
@@ -97,6 +99,8 @@ def config_of(options: FederationOptions, training: TrainingConfig) -> Federatio
             raise ConfigError(unknown_option(name, [*FederationOptions.__annotations__, "optimizer"]) + hint)
     plain: dict[str, Any] = {n: value for n, value in options.items() if n in FederationConfig.model_fields}
     plain["training"] = training
+    if "columns" in plain:
+        plain["columns"] = checked_columns(plain["columns"])
     if not isinstance(optimizer := training.optimizer, str):
         kind = optimizer if isinstance(optimizer, type) else type(optimizer)
         plain["optimizer"] = _code(kind.__qualname__, "" if kind is optimizer else f" {optimizer.defaults!r}")
@@ -117,7 +121,10 @@ def config_of(options: FederationOptions, training: TrainingConfig) -> Federatio
                 msg = f"{name} is a function of your own, as docs/extending.md shows, got {given!r:.80}."
                 raise ConfigError(msg)
             plain[name] = _code(getattr(given, "__qualname__", type(given).__qualname__))
-    if not isinstance(plain.get("evaluation", 0), (numbers.Real, type(None))):
+    evaluation = plain.get("evaluation")
+    if isinstance(evaluation, Split) and callable(evaluation.by):
+        plain["evaluation"] = _code(f"Split(by={getattr(evaluation.by, '__qualname__', 'a function')})")
+    elif not isinstance(evaluation, (numbers.Real, Split, type(None))):
         plain["evaluation"] = EXAMPLES
     return FederationConfig(**plain)
 

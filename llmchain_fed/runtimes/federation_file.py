@@ -68,6 +68,8 @@ class FederationFile(FederationConfig):
     """no file stores code: `training: {optimizer: adamw}` names one"""
     evaluation: None = None
     """sites hold out examples of their own"""
+    columns: None = None
+    """and say themselves what their columns are called"""
 
     @classmethod
     def read(cls, path: str | Path) -> FederationFile:
@@ -99,7 +101,7 @@ class FederationFile(FederationConfig):
     def options(self) -> FederationOptions:
         """What `FederatedAveraging` is given."""
         code = {"optimizer", "transforms", "gradient_step", "batch_sampler"}
-        names = FederationConfig.model_fields.keys() - code - {"evaluation"}
+        names = FederationConfig.model_fields.keys() - code - {"evaluation", "columns"}
         given = {name: getattr(self, name) for name in sorted(names)}
         if self.server_optimizer is not None:
             given["server_optimizer"] = _server_optimizer(self.server_optimizer)

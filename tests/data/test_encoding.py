@@ -264,7 +264,8 @@ def test_bad_examples_are_refused_by_name_and_reason(case, make_chain):
         ("a.csv", b"text,completion\na\n", r"a.csv, line 2 has 1 cells under 2 columns"),
         ("a.csv", b"text,completion\na,b,c\n", r"a.csv, line 2 has 3 cells under 2 columns"),
         ("a.csv", b'text,completion\n"a"x,b\n', "a.csv.*not CSV"),
-        ("a.parquet", b"PAR1", r"\.jsonl or \.csv"),
+        ("a.parquet", b"PAR1", r"a\.parquet is no whole Parquet file \(row 0\)"),
+        ("a.xlsx", b"PK", r"read from \.csv, \.tsv, \.json.*not \.xlsx"),
         ("data", b"x", "without a suffix"),
     ],
 )

@@ -3,6 +3,7 @@
 Belongs here: what a file may contain. Does not: how rows become examples (test_readers, test_encoding).
 """
 
+import gzip
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from llmchain_fed import untrusted
 from llmchain_fed.data.examples import read_examples
-from llmchain_fed.data.readers import numbered
+from llmchain_fed.data.sources.readers import numbered
 from llmchain_fed.errors import DataError
 
 GOOD = '{"text": "a", "completion": "b"}\n'
@@ -43,6 +44,19 @@ FILES = {
     "Latin-1 at the end": ("a.jsonl", GOOD.encode() * 10**5 + b"\xe9"),
     "a line of Latin-1": ("a.csv", b"\xe9" * 10**6),
     "carriage returns": ("a.csv", "\r" * 10**6),
+    "a list of lists": ("a.json", "[" * 100_000),
+    "a list of objects in one another": ("a.json", '[{"a":' * 100_000),
+    "digits in a list": ("a.json", "[{}, " + "9" * 5000 + "]"),
+    "digits of 16 MB in a list": ("a.json", "[{}, 0." + "9" * (2**24 + 5)),
+    "a text without an end in a list": ("a.json", '[{}, {"a": "' + "x\\n" * (2**23)),
+    "escapes in a list": ("a.json", '[{"a": "' + "\\u00" * 10**5),
+    "keys before the list": ("a.json", "{" + ",".join(f'"{i}": 1' for i in range(10**5)) + ', "data": [1]}'),
+    "spaces in a list": ("a.json", "[" + " " * 10**7 + "x"),
+    "commas in a list": ("a.json", "[" + "," * 10**6),
+    "an object a line, and one not": ("a.json", GOOD + "[" * 10**5),
+    "bars": ("a.csv", "|" * 10**6),
+    "no gzip": ("a.csv.gz", "line"),
+    "tabs": ("a.tsv", "a\tb\n" + "\t" * 10**6),
 }
 
 
@@ -67,7 +81,7 @@ def test_hostile_files_are_refused_with_file_and_line():
             path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
             told = read(path)
             assert isinstance(told, str), name
-            assert "line" in told, (name, told)
+            assert "line" in told or file.endswith(".gz"), (name, told)
 
 
 @bounded(seconds=60, megabytes=300)
@@ -79,6 +93,22 @@ def test_a_line_of_a_gigabyte_takes_no_gigabyte():
             os.truncate(path, 2**30)
             told = read(path)
             assert "line 2 has more than the 16,777,216 characters of an example" in told, told
+
+
+@bounded(seconds=60, megabytes=300)
+def test_a_small_file_that_unpacks_to_a_gigabyte_takes_no_gigabyte():
+    """Of one line, of an entry of a list, of a quoted cell: 1 MB of gzip each; many small rows are read one by one."""
+    starts = {"a.jsonl.gz": GOOD, "a.csv.gz": HEAD, "b.csv.gz": HEAD + '"', "a.json.gz": '[{"a": "'}
+    with tempfile.TemporaryDirectory() as folder:
+        for file, start in starts.items():
+            path = Path(folder) / file
+            path.write_bytes(gzip.compress(start.encode()) + gzip.compress(b"x" * 2**20) * 2**10)
+            told = read(path)
+            assert "more than the 16,777,216 characters of an example" in told, told
+        path.write_bytes(
+            gzip.compress(b"[" + b"{}," * 1000) + gzip.compress(b"{}," * 1000) * 100 + gzip.compress(b"{}]")
+        )
+        assert sum(1 for _ in numbered(path)) == 101_001
 
 
 @bounded(seconds=60, megabytes=300)
@@ -132,13 +162,18 @@ pieces = st.sampled_from(
 @bounded(seconds=90, megabytes=400)
 def test_any_file_is_rows_of_plain_values_or_one_error():
     plain = (str, int, float, bool, type(None), list, dict)
+    kinds = ["a.jsonl", "a.csv", "a.tsv", "a.json", "a.csv.gz", "a.json.gz"]
 
     @settings(max_examples=400, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(st.sampled_from(["a.jsonl", "a.csv"]), st.lists(pieces, max_size=12).map("".join) | st.binary(max_size=60))
+    @given(
+        st.sampled_from(kinds),
+        st.lists(pieces, max_size=12).map("".join) | st.binary(max_size=60),
+    )
     def check(file, content):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / file
-            path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+            data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+            path.write_bytes(gzip.compress(data) if file.endswith(".gz") and len(data) % 2 else data)
             found = read(path)
         if not isinstance(found, str):
             for _, row in found[0]:

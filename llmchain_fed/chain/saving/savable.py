@@ -16,6 +16,7 @@ from llmchain_fed.chain.llm import LocalLLM
 from llmchain_fed.chain.saving import directory as saving
 from llmchain_fed.chain.saving import model as saved_model
 from llmchain_fed.chain.saving.options import check_saved, saved_fields
+from llmchain_fed.errors import ChainFileError, RecipeError
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.recipes.parsers import make_parser, parser_to_data
 from llmchain_fed.recipes.prompts import prompt_from_data, prompt_to_data
@@ -56,6 +57,19 @@ class Savable:
         """
         saved_model.check(self.model)
         saving.check(**self._as_data())
+
+    def encoding_identity(self) -> str | None:
+        """All of the chain but its model, as text, by which ids of its examples may be kept; None of what is code."""
+        if f"{type(self).__module__}.{type(self).__qualname__}" != "llmchain_fed.chain.llm_chain.LLMChain":
+            return None  # somebody's own may render otherwise
+        if type(self.face) not in (LocalLLM, LocalChatModel):
+            return None
+        try:
+            data = self._as_data()
+            saving.check(**data)
+        except (ChainFileError, RecipeError):
+            return None
+        return repr([data, self.face.path_identity()])
 
     def _as_data(self) -> dict[str, Any]:
         """All of the chain but its model, as `chain.yaml` contains it."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from llmchain_fed.data.split import Split
 from llmchain_fed.errors import DeadlineError, FederationError
 from llmchain_fed.federated.client import personalization
 from llmchain_fed.federated.client.data import LocalData
@@ -22,7 +23,7 @@ from llmchain_fed.federated.client.joining import own_config, own_scaling
 from llmchain_fed.federated.client.limits import Limits, refuse
 from llmchain_fed.federated.client.operations import TaskType, task_type
 from llmchain_fed.federated.client.state import ProgressByRound
-from llmchain_fed.federated.participant import Participant
+from llmchain_fed.federated.participant import Participant, hold_out
 from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.answers import TaskAnswer
 from llmchain_fed.federated.protocol.expected import Layout
@@ -49,6 +50,7 @@ class Client:
         transforms: What happens to an update before it is sent, one after the other.
         gradient_step: It makes a gradient of each batch, in any training; None is `mean_loss_gradient`.
         batch_sampler: It draws the batches, likewise; None is `length_buckets`, or the DataLoader itself.
+        progress: Whether a bar on stderr shows how far its examples are read.
 
     Raises:
         ConfigError: The participant's own options, or the transforms, are not valid.
@@ -64,14 +66,17 @@ class Client:
         transforms: Sequence[UpdateTransform] = (),
         gradient_step: GradientStep | None = None,
         batch_sampler: BatchSampler | None = None,
+        progress: bool = False,
     ) -> None:
         self.target, self.model = target.of_participant(participant), target.model
+        if isinstance(participant.held_out, Split):
+            participant = hold_out(participant, participant.held_out, self.target.prompt, seed=0)
         self.participant, self.name = participant, participant.name
         self.follows = config is None
         """whether a hub says how it trains"""
         self.config = own_config(config or TrainingConfig(), participant)
         """how it trains, its own options included"""
-        self.data: LocalData = LocalData(self.target, participant, self.config)
+        self.data: LocalData = LocalData(self.target, participant, self.config, progress=progress)
         self.scaling = own_scaling(target, participant)
         """layer → s, where its LoRA rank is its own"""
         self.transforms = checked_transforms(transforms)

@@ -13,7 +13,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 from llmchain_fed.data.encoding import EncodedExamples, encode_examples, encoded
-from llmchain_fed.data.examples import Example, RawText, is_ready_tensors, read_examples
+from llmchain_fed.data.examples import Example, Placed, RawText, is_ready_tensors, read_examples, with_columns
+from llmchain_fed.data.report import DataReport
+from llmchain_fed.data.sources.columns import Mapped
+from llmchain_fed.data.sources.readers import reads_again
 from llmchain_fed.errors import DataError
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.target import Target
@@ -26,15 +29,20 @@ class LocalData:
     """What one participant trains on and is evaluated on.
 
     The target's prompt and tokenizer make tokens of it; the options decide which examples are left out, and how many
-    may be.
+    may be. With `progress` a bar shows how far reading is.
     """
 
-    def __init__(self, target: Target, participant: Participant, config: TrainingConfig) -> None:
+    def __init__(
+        self, target: Target, participant: Participant, config: TrainingConfig, *, progress: bool = False
+    ) -> None:
         self._target, self.participant = target, participant
         self._max_length, self._tolerance = config.max_length, config.tolerance
+        self._progress = f"reading {participant.name}" if progress else None
         self._train: Any = None
         self._held_out: Any = None
-        self._held_out_examples: list[Example | RawText] = []
+        self._sampled: Any = ()
+        """what held-out examples are read from again, for samples"""
+        self._first: dict[int, list[Example | RawText]] = {}
         self._compared: tuple[Any, Any, Overlap | None] | None = None
 
     @property
@@ -74,7 +82,8 @@ class LocalData:
             DataError: They cannot be used.
         """
         if self._train is None:
-            self._train = self._ready(self.participant.examples, self._tolerance)
+            examples = with_columns(self.participant.examples, self.participant.columns)
+            self._train = self._ready(examples, self._tolerance)
         return self._train
 
     def held_out(self) -> Any:
@@ -84,10 +93,12 @@ class LocalData:
             DataError: They cannot be used.
         """
         if self._held_out is None:
-            held_out = self.participant.held_out
-            if not is_ready_tensors(held_out):  # read once: it may be a generator
-                given, prompt = held_out, self._target.prompt
-                held_out = self._held_out_examples = self._named(lambda: list(read_examples(given, prompt)))
+            held_out = with_columns(self.participant.held_out, self.participant.columns)
+            if not is_ready_tensors(held_out):
+                if not isinstance(held_out, Placed) and not reads_again(Mapped.of(held_out).source):  # a generator …
+                    given, prompt = held_out, self._target.prompt
+                    held_out = self._named(lambda: list(read_examples(given, prompt)))
+                self._sampled, self._first = held_out, {}
             self._held_out = self._ready(held_out)
         return self._held_out
 
@@ -108,8 +119,16 @@ class LocalData:
     def first_held_out(self, count: int) -> list[Example | RawText]:
         """The first held-out examples that are neither empty nor too long."""
         model, prompt, longest = self._target.model, self._target.prompt, self._max_length
-        usable = (e for e in self._held_out_examples if len(encode_examples([e], model, prompt, max_length=longest)))
-        return list(itertools.islice(usable, count))
+        if count not in self._first:
+            examples = read_examples(self._sampled, prompt)
+            usable = (e for e in examples if len(encode_examples([e], model, prompt, max_length=longest)))
+            self._first[count] = list(itertools.islice(usable, count))
+        return self._first[count]
+
+    @property
+    def report(self) -> DataReport | None:
+        """What became of the training examples, as far as they have been read; with names that do not travel."""
+        return self._train.report if isinstance(self._train, EncodedExamples) else None
 
     def inspect(self) -> str:
         """What became of the examples, in a line; reads them."""
@@ -119,8 +138,10 @@ class LocalData:
         return found
 
     def _ready(self, examples: Any, tolerance: float | None = None) -> Any:
-        target, longest = self._target, self._max_length
-        return self._named(lambda: encoded(examples, target.model, target.prompt, longest, tolerance=tolerance))
+        target, longest, bar = self._target, self._max_length, self._progress
+        return self._named(
+            lambda: encoded(examples, target.model, target.prompt, longest, tolerance=tolerance, progress=bar)
+        )
 
     def _named(self, read: Callable[[], _T]) -> _T:
         """What `read` returns; what it raises says whose examples they are."""

@@ -6,7 +6,6 @@ Knows training options, the participant's own over the hub's, contracts and a cl
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from llmchain_fed.data.encoding import EncodedExamples, controls_of
@@ -82,7 +81,7 @@ def introduction(client: Client, config: TrainingConfig) -> Introduction:
     }
     if isinstance(data, EncodedExamples):
         said["num_examples"], said["num_tokens"] = len(data), data.report.completion_tokens
-        said["report"] = asdict(data.report)
+        said["report"] = data.report.counts()
     held_out = client.data.held_out() if client.data.holds_out else None
     if isinstance(held_out, EncodedExamples):  # by which its held-out loss counts
         said["held_out_examples"], said["held_out_tokens"] = len(held_out), held_out.report.completion_tokens

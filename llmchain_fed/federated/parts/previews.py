@@ -11,7 +11,7 @@ from typing import Any
 
 from llmchain_fed.chain.sources import preview_over
 from llmchain_fed.data.encoding import EncodedExamples
-from llmchain_fed.data.examples import is_ready_tensors
+from llmchain_fed.data.examples import is_ready_tensors, with_columns
 from llmchain_fed.data.preview import Preview, joined
 from llmchain_fed.data.previewing import preview_of_batches, preview_of_rows, previewed
 from llmchain_fed.errors import ConfigError, DataError
@@ -70,7 +70,7 @@ def _preview(client: Client, count: int) -> Preview:
         if not isinstance(data, EncodedExamples):
             raise DataError(notes[-1])
         return joined([preview_of_rows((data[i] for i in range(len(data))), target.model, count)], notes)
-    longest = client.config.max_length
+    longest, examples = client.config.max_length, with_columns(examples, client.participant.columns)
     if target.prompt is None:
         found = previewed(examples, target.model, count=count, max_length=longest)
     else:

@@ -5,7 +5,6 @@ Knows fields, their types and ranges. Knows nothing of what is asked, or of what
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -69,7 +68,7 @@ class Introduction(TaskAnswer):
     def _fits_together(self) -> Self:
         """What it counts must be where its counts come from."""
         if self.report is not None:
-            if strange := sorted(self.report.keys() - {field.name for field in fields(DataReport)}):
+            if strange := sorted(self.report.keys() - DataReport().counts().keys()):
                 _refuse(f"its report counts {shown(strange[0])!r}")
             report = DataReport(**self.report)
             for name, supported in (("num_examples", report.used), ("num_tokens", report.completion_tokens)):

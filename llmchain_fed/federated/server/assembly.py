@@ -14,7 +14,7 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated import compatibility
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.global_state_cache import GlobalStateCache
-from llmchain_fed.federated.options import EXAMPLES, FederationConfig, FederationOptions
+from llmchain_fed.federated.options import FederationConfig, FederationOptions
 from llmchain_fed.federated.participant import Participant, as_participants
 from llmchain_fed.federated.runtime import checked_runtime
 from llmchain_fed.federated.server.evaluation import Evaluator
@@ -53,6 +53,7 @@ def assemble(
     states = GlobalStateCache(target.model)
 
     def client(participant: Participant) -> Client:
+        participant = participant.with_columns(config.columns)
         if config.batch_sampler is not None and is_ready_tensors(participant.examples):
             msg = (
                 f"{participant.name!r} has a DataLoader, which draws its batches itself, so no batch_sampler can. Give "
@@ -67,12 +68,14 @@ def assemble(
             transforms=transforms,
             gradient_step=options.get("gradient_step"),
             batch_sampler=options.get("batch_sampler"),
+            progress=options.get("progress", True),
         )
 
-    named, runtime = as_participants(participants), checked_runtime(options.get("runtime"))
+    named = {name: p.with_columns(config.columns) for name, p in as_participants(participants).items()}
+    runtime = checked_runtime(options.get("runtime"))
     samples = config.samples if config.samples is not None else int(runtime.sequential)
-    evaluation = options.get("evaluation") if config.evaluation == EXAMPLES else config.evaluation
-    evaluator = Evaluator(target, evaluation, training, samples=samples, seed=config.seed)
+    evaluation = options.get("evaluation") if isinstance(config.evaluation, str) else config.evaluation
+    evaluator = Evaluator(target, evaluation, training, samples=samples, seed=config.seed, columns=config.columns)
     if options.get("runtime") is not None and not runtime.replicated:
         _check_brought(named, config, evaluator, training.optimizer, elsewhere=not runtime.sequential)
     clients = {name: client(participant) for name, participant in evaluator.divide(named).items()}

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmchain_fed.data.encoding import encoded
-from llmchain_fed.data.examples import Examples
+from llmchain_fed.data.examples import Examples, with_columns
+from llmchain_fed.data.split import Split
 from llmchain_fed.errors import ConfigError, LLMChainFedError
 from llmchain_fed.federated.history import History, RoundRecord, Sample, told_of
 from llmchain_fed.federated.participant import Participant, hold_out
@@ -61,25 +62,29 @@ class Evaluator:
     """Measures the current global weights on held-out examples.
 
     Args:
-        evaluation: A share to hold out, a mapping name → examples, examples for all, or None.
+        evaluation: A share or a `Split` to hold out, a mapping name → examples, examples for all, or None.
         training: How participants train: at the same length and precision the examples for all are measured.
         samples: answers recorded per participant.
         seed: Decides what is held out.
+        columns: What the columns of examples for all are called.
     """
 
     def __init__(
         self,
         target: Target,
-        evaluation: float | Mapping[str, Examples] | Examples | None,
+        evaluation: float | Split | Mapping[str, Examples] | Examples | None,
         training: TrainingConfig,
         *,
         samples: int,
         seed: int,
+        columns: Mapping[str, str | int] | None = None,
     ) -> None:
         if isinstance(evaluation, Mapping):
             evaluation = {str(name): examples for name, examples in evaluation.items()}
+        elif isinstance(evaluation, float):
+            evaluation = Split(evaluation)
         self._target, self._evaluation, self._training = target, evaluation, training
-        self._samples, self._seed = samples, seed
+        self._samples, self._seed, self._columns = samples, seed, columns
         self._shared: Any = None
         self._with_held_out: set[str] = set()
         self._latest: tuple[int, Measurement] | None = None
@@ -94,12 +99,12 @@ class Evaluator:
     @property
     def holds_out_a_share(self) -> bool:
         """Whether held-out examples come out of the participants' own."""
-        return isinstance(self._evaluation, float)
+        return isinstance(self._evaluation, Split)
 
     @property
     def is_shared(self) -> bool:
         """Whether all are measured on one set that belongs to no participant, in this process."""
-        return self._evaluation is not None and not isinstance(self._evaluation, (float, Mapping))
+        return self._evaluation is not None and not isinstance(self._evaluation, (Split, Mapping))
 
     def shared(self) -> Any:
         """The set that belongs to no participant, encoded; None where there is none.
@@ -109,7 +114,8 @@ class Evaluator:
         """
         if self._shared is None and self.is_shared:  # read once: it may be a generator
             longest = self._training.max_length
-            self._shared = encoded(self._evaluation, self._target.model, self._target.prompt, longest)
+            shared = with_columns(self._evaluation, self._columns)
+            self._shared = encoded(shared, self._target.model, self._target.prompt, longest)
         return self._shared
 
     def divide(self, participants: dict[str, Participant]) -> dict[str, Participant]:
@@ -117,11 +123,11 @@ class Evaluator:
         evaluation = self._evaluation
         if isinstance(evaluation, Mapping):
             participants = {n: replace(p, held_out=evaluation.get(n, p.held_out)) for n, p in participants.items()}
-        elif isinstance(evaluation, float):
-            participants = {
-                n: hold_out(p, evaluation, self._target.of_participant(p).prompt, self._seed)
-                for n, p in participants.items()
-            }
+        for name, participant in participants.items():
+            split = evaluation if isinstance(evaluation, Split) else participant.held_out
+            if isinstance(split, Split):
+                prompt = self._target.of_participant(participant).prompt
+                participants = participants | {name: hold_out(participant, split, prompt, self._seed)}
         self._with_held_out = {n for n, p in participants.items() if p.held_out is not None}
         return participants
 

@@ -140,7 +140,7 @@ def curve_of_stranger(
     settings = server.settings
     client = Client(
         server.target,
-        participant,
+        participant.with_columns(settings.config.columns),
         settings.training,
         gradient_step=settings.gradient_step,
         batch_sampler=settings.batch_sampler,

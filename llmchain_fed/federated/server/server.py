@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -272,7 +271,7 @@ class Replication:
         header = {
             "round": server.round,
             "history": json.loads(server.history.to_json()),
-            "reports": {name: asdict(report) for name, report in server.data_reports.items()},
+            "reports": {name: report.counts() for name, report in server.data_reports.items()},
             "result": result,
         }
         return serialization.pack({**state.values, **named(state.remainder)}, header)

@@ -19,8 +19,8 @@ from tiny import PAIRS
 from llmchain_fed import DataReport
 from llmchain_fed.data.encoding import encode_examples
 from llmchain_fed.data.examples import read_examples
-from llmchain_fed.data.readers import numbered
-from llmchain_fed.data.text_files import _bare
+from llmchain_fed.data.sources.readers import numbered
+from llmchain_fed.data.sources.text_files import _bare
 from llmchain_fed.errors import DataError
 
 
@@ -76,9 +76,6 @@ REFUSED = {
     "fewer": ("a.csv", HEAD + 'a,"b\nc"\na\n', r"^a\.csv, line 4 has 1 cells under 2 columns \(text, completion\)"),
     "more": ("a.csv", HEAD + "\na,b,c\n", r"^a\.csv, line 3 has 3 cells under 2 columns"),
     "trailing comma": ("a.csv", HEAD + "a,b,\n", "line 2 has 3 cells"),
-    "semicolons": ("a.csv", "text;completion\na;b\n", r"line 1 separates its columns by semicolons.*sep=';'"),
-    "tabs": ("a.csv", "text\tcompletion\na\tb\n", "line 1 separates its columns by tabs"),
-    "bars": ("a.csv", "text|completion\na|b\n", "line 1 separates its columns by vertical bars"),
     "sep": ("a.csv", "sep=,\n" + HEAD + "a,b\n", r"line 1 is a spreadsheet's note 'sep='"),
     "open quote": ("a.csv", HEAD + 'a,"b\nc,d\ne,f\n', r"line 4 is not CSV \(from line 2 on\): unexpected end"),
     "text behind a quote": ("a.csv", HEAD + "c,d\n" + '"a"x,b\n', r"^a\.csv, line 3 is not CSV: "),
@@ -91,7 +88,6 @@ REFUSED = {
     ),
     "other columns": ("a.csv", "txt,completion\na,b\n", r"example 0 \(a\.csv, line 2\): .*'text'\] is missing"),
     "half a pair": ("a.jsonl", '{"text": "\\ud800", "completion": "b"}', r"line 1\): .*half a surrogate pair"),
-    "half a key": ("a.jsonl", '{"text": "a", "\\ud800": "b", "completion": "b"}', r"line 1\): .*unknown"),
 }
 
 

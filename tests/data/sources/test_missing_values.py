@@ -24,7 +24,8 @@ from tiny import PAIRS
 from llmchain_fed import DataReport, Example, LocalChatModel, LocalModel, Participant
 from llmchain_fed.data.encoding import encode_examples
 from llmchain_fed.data.examples import read_examples
-from llmchain_fed.data.missing import filled, is_blank, is_missing
+from llmchain_fed.data.sources.missing import filled, is_blank, is_missing
+from llmchain_fed.data.split import Split
 from llmchain_fed.errors import DataError, EmptyParticipantError, PromptVariablesError
 from llmchain_fed.federated.participant import hold_out
 
@@ -259,13 +260,13 @@ def test_a_consumed_generator_is_refused(make_chain):
 
 def test_a_share_is_held_out_of_what_is_not_empty(make_chain):
     rows = [*PAIRS, (None, "a"), ("b", None)]
-    divided = hold_out(Participant("a", rows), 0.25, make_chain(), seed=0)
+    divided = hold_out(Participant("a", rows), Split(0.25), make_chain(), seed=0)
     assert not any(e.empty for e in divided.held_out)
     assert sum(e.empty for e in divided.examples) == 2
-    same = hold_out(Participant("a", PAIRS), 0.25, make_chain(), seed=0)
+    same = hold_out(Participant("a", PAIRS), Split(0.25), make_chain(), seed=0)
     assert divided.held_out == same.held_out
-    with pytest.raises(EmptyParticipantError, match="0 distinct"):
-        hold_out(Participant("a", [(None, "a")] * 8), 0.25, make_chain(), seed=0)
+    with pytest.raises(EmptyParticipantError, match="0 usable examples"):
+        hold_out(Participant("a", [(None, "a")] * 8), Split(0.25), make_chain(), seed=0)
 
 
 def test_rows_are_left_as_they_are():
@@ -285,7 +286,7 @@ def test_nothing_is_imported_to_tell():
         "assert found.is_missing(float('nan'));"
         "print([n for n in ('numpy', 'pandas', 'pyarrow', 'polars', 'torch') if n in sys.modules])"
     )
-    from llmchain_fed.data import missing
+    from llmchain_fed.data.sources import missing
 
     done = subprocess.run([sys.executable, "-c", code, missing.__file__], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,0 +1,239 @@
+"""The two sides of a source that is divided: what is trained on, and what is held out.
+
+Knows rows, examples and their prompts. Knows nothing about participants, rounds or tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmchain_fed.data.examples import Example, Examples, Placed, RawText, placed_examples, prompt_text
+from llmchain_fed.data.prompt import Prompt
+from llmchain_fed.data.sources.columns import Mapped
+from llmchain_fed.data.sources.files import identity
+from llmchain_fed.data.sources.missing import is_blank
+from llmchain_fed.data.sources.readers import reads_again
+from llmchain_fed.data.split import Split, moment, position, text_of
+from llmchain_fed.errors import DataError, EmptyParticipantError, ExampleFailedError
+from llmchain_fed.untrusted import shown
+
+_TRIED = 100  # seeds, for one that would serve
+_KEPT = 64  # keys, to try them with
+
+
+def divide(source: Examples, prompt: Prompt | None, split: Split, seed: int, who: str) -> tuple[Examples, Examples]:
+    """What is trained on and what is held out of a source.
+
+    A table stays where it is and is read again for each side; of what can be read only once the examples are kept.
+    Empty examples are on the side that is trained on, where they are counted.
+
+    Args:
+        source: What `read_examples` takes.
+        prompt: What renders the examples.
+        split: Which are held out.
+        seed: Where the split has none of its own.
+        who: The participant's name, for errors.
+
+    Raises:
+        DataError: The source cannot be read, a row has no key or time, or the column is missing.
+        EmptyParticipantError: One of the sides would be empty.
+    """
+    mapped = Mapped.of(source)
+    before = identity(Path(mapped.source)) if isinstance(mapped.source, (str, Path)) else None
+    again = reads_again(mapped.source) and not isinstance(mapped.source, (list, tuple))
+    kept: list[Example | RawText] = []
+    sides = (_ByTime if split.time is not None else _ByKey)(split, split.seed if split.seed is not None else seed)
+    for place, row, example in placed_examples(mapped, prompt, beside=split.columns):
+        if not again:
+            kept.append(example)
+        try:
+            sides.add(row, example, prompt)
+        except DataError as error:
+            raise type(error)(f"{place}: {error}") from None  # noqa: EM102
+    marks = sides.marks(who)
+    if not again:
+        held_out = [example for example, mark in zip(kept, marks, strict=True) if mark]
+        return [example for example, mark in zip(kept, marks, strict=True) if not mark], held_out
+    train, apart = (Side(mapped, marks, mark, split.columns, before) for mark in (0, 1))
+    return train, apart
+
+
+class Side(Placed):
+    """One side of a table that is divided: its examples, read from the table as often as they are asked for."""
+
+    def __init__(
+        self, source: Mapped, marks: bytes, mark: int, beside: tuple[str, ...], before: tuple[int, ...] | None
+    ) -> None:
+        self.source, self.marks, self.mark = source, marks, mark
+        self._beside, self._before = beside, before
+
+    def __len__(self) -> int:
+        return self.marks.count(self.mark)
+
+    def __repr__(self) -> str:
+        return f"{'held-out' if self.mark else 'training'} examples of {self.source.source!r:.80}"
+
+    def placed(
+        self, prompt: Prompt | None, ignored: dict[str, None] | None = None
+    ) -> Iterator[tuple[str, Any, Example | RawText]]:
+        """Its examples with their places and rows, as `placed_examples` gives them.
+
+        Raises:
+            DataError: The table is not the one that was divided any more.
+        """
+        table, read = self.source.source, 0
+        if isinstance(table, (str, Path)) and identity(Path(table)) != self._before:
+            self._refuse()
+        for item in placed_examples(self.source, prompt, beside=self._beside, ignored=ignored):
+            if read >= len(self.marks):
+                self._refuse()
+            if self.marks[read] == self.mark:
+                yield item
+            read += 1
+        if read != len(self.marks):
+            self._refuse()
+
+    def described(self) -> tuple[Mapped, str]:
+        """The table, and which of its rows."""
+        return self.source, f"{self.mark} of {hashlib.sha256(self.marks).hexdigest()}, beside {self._beside}"
+
+    def _refuse(self) -> None:
+        msg = (
+            f"{self.source.source!r:.80} has changed since it was divided, so nobody knows what of it was held out. "
+            "Make the federation anew, or read a copy."
+        )
+        raise DataError(msg)
+
+
+class _ByKey:
+    """Sides by a hash of each key."""
+
+    def __init__(self, split: Split, seed: int) -> None:
+        assert split.share is not None
+        self._split, self._share, self._seed = split, split.share, seed
+        self._marks, self._count = bytearray(), 0
+        self._keys: set[str] = set()
+        self._range = (math.inf, -math.inf)
+
+    def add(self, row: Any, example: Example | RawText, prompt: Prompt | None) -> None:
+        """The side of one more example."""
+        key = None if example.empty else _key(self._split.by, row, example, prompt)
+        if key is None:
+            self._marks.append(0)
+            return
+        place = position(key, self._seed)
+        self._count += 1
+        self._range = min(self._range[0], place), max(self._range[1], place)
+        if len(self._keys) < _KEPT:
+            self._keys.add(key)
+        self._marks.append(place < self._share)
+
+    def marks(self, who: str) -> bytes:
+        """1 for each example that is held out, 0 for the others."""
+        lowest, highest = self._range
+        if lowest < self._share <= highest:
+            return bytes(self._marks)
+        what = "key" if self._split.by is not None else "example"
+        of = f"{self._count:,} usable examples with {len(self._keys)} different {what}s"
+        if len(self._keys) < 2:
+            msg = f"{who!r} has {of}, too few to hold out {self._share:.0%} and train on the rest. Give it more."
+            raise EmptyParticipantError(msg)
+        side = "all are" if highest < self._share else "none is"
+        share = math.floor(highest * 100) / 100 if highest < self._share else math.ceil(lowest * 100 + 1e-9) / 100
+        ways = [f"share={share}"] if 0 < share < 1 and lowest < share <= highest else []
+        ways += [f"seed={s}" for s in range(_TRIED) if len({position(k, s) < self._share for k in self._keys}) == 2][:1]
+        msg = (
+            f"{who!r} has {of}, too few to hold out {self._share:.0%} and train on the rest: by a hash of each, which "
+            f"is the same at every participant, {side} held out. Split with {' or '.join(ways) or 'another seed'} "
+            "divides them, or say which by Participant(held_out=rows)."
+        )
+        raise EmptyParticipantError(msg)
+
+
+class _ByTime:
+    """Sides by a time in each row: the newest are held out."""
+
+    def __init__(self, split: Split, seed: int) -> None:  # noqa: ARG002
+        assert split.time is not None
+        self._split, self._column = split, split.time
+        self._times = array("d")
+        self._kind = moment(split.after)[0] if split.after is not None else ""  # type: ignore[index]
+
+    def add(self, row: Any, example: Example | RawText, prompt: Prompt | None) -> None:  # noqa: ARG002
+        """The time of one more example."""
+        if example.empty:
+            self._times.append(math.nan)
+            return
+        value = _cell(self._column, row, example, "time")
+        found = moment(value)
+        if found is None:
+            msg = (
+                f"{self._column!r:.60} is {value!r:.60}, which is no time. Write dates as 2026-01-31, with a time as "
+                "2026-01-31T12:00, or numbers."
+            )
+            raise DataError(msg)
+        self._kind = self._kind or found[0]
+        if found[0] != self._kind:
+            msg = (
+                f"{self._column!r:.60} is the {found[0]} {value!r:.60}, and others are {self._kind}s. Write all alike."
+            )
+            raise DataError(msg)
+        self._times.append(found[1])
+
+    def marks(self, who: str) -> bytes:
+        """1 for each example that is held out, 0 for the others."""
+        known = sorted(time for time in self._times if not math.isnan(time))
+        if self._split.after is not None:
+            start = moment(self._split.after)[1]  # type: ignore[index] # looked at when it was made
+        else:
+            assert self._split.share is not None
+            start = known[-max(1, round(self._split.share * len(known)))] if known else math.inf
+        if not known or not known[0] < start <= known[-1]:
+            what = "from " + str(self._split.after) if self._split.after is not None else "of the newest"
+            side = "train on" if known and known[0] >= start else "hold out"
+            msg = (
+                f"{who!r} has {len(known):,} usable examples, and with those {what} held out by {self._column!r:.60} "
+                f"there is none to {side}. Choose another time or share, or say which by Participant(held_out=rows)."
+            )
+            raise EmptyParticipantError(msg)
+        return bytes(time >= start for time in self._times)  # a NaN is not
+
+
+def _key(by: Any, row: Any, example: Example | RawText, prompt: Prompt | None) -> str | None:
+    """The key of an example as text; None where a composed chain fails for it, which is counted elsewhere."""
+    if by is None:
+        try:  # the question alone: with two answers, or in another form, it must not stand on both sides
+            return prompt_text(example, prompt)
+        except ExampleFailedError:
+            return None
+    if isinstance(by, str):
+        return text_of(_cell(by, row, example, "by"))
+    try:
+        value = by(row)
+    except Exception as error:  # whatever somebody's function makes of a row
+        msg = f"the function of Split(by=…) raises {type(error).__name__}: {error!s:.200} for {row!r:.80}."
+        raise DataError(msg) from error
+    if value is None or is_blank(value):
+        msg = f"the function of Split(by=…) gives {value!r:.40} for {row!r:.80}. Give a key for every row."
+        raise DataError(msg)
+    return text_of(value)
+
+
+def _cell(column: str, row: Any, example: Example | RawText, option: str) -> Any:
+    """The value of a column, beside the example or in it."""
+    inputs = getattr(example, "inputs", None)
+    for place in (row, inputs):
+        if isinstance(place, Mapping) and column in place:
+            if is_blank(place[column]):
+                msg = f"it has no {column!r:.60} to split by. Fill it, or leave the example out."
+                raise DataError(msg)
+            return place[column]
+    names: Iterable[Any] = row if isinstance(row, Mapping) else ()
+    there = f"there are {shown(sorted(map(str, names)), 300)}" if names else f"a {type(row).__name__} has no columns"
+    msg = f"there is no column {column!r:.60} for Split({option}={column!r:.60}); {there}."
+    raise DataError(msg)

@@ -1,0 +1,1 @@
+"""Rows out of whatever examples come in: files, frames, data sets, lists."""
