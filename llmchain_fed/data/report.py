@@ -85,12 +85,22 @@ class DataReport:
         >>> DataReport(used=12, length_out_of_range=10, too_long=1).in_words()
         '12 examples (10 of them longer or shorter than the settings let an answer be), 1 more left out (too long)'
         """
-        counts = {name: getattr(self, name) for name in (*_KEPT, *_LEFT_OUT)}
-        kept = ", ".join(f"{counts[name]:,} of them {text}" for name, text in _KEPT.items() if counts[name])
-        left = {text: counts[name] for name, text in _LEFT_OUT.items() if counts[name]}
+        used = f"{self.used:,} example{'' if self.used == 1 else 's'}"
+        kept, left = self.kept_in_words, self.left_out_in_words
+        return used + (f" ({kept})" if kept else "") + (f", {left}" if left else "")
+
+    @property
+    def kept_in_words(self) -> str:
+        """What is odd about examples that are used, with their counts."""
+        counts = {text: getattr(self, name) for name, text in _KEPT.items()}
+        return ", ".join(f"{count:,} of them {text}" for text, count in counts.items() if count)
+
+    @property
+    def left_out_in_words(self) -> str:
+        """How many examples are not used, and why."""
+        left = {text: count for name, text in _LEFT_OUT.items() if (count := getattr(self, name))}
         why = next(iter(left)) if len(left) == 1 else ", ".join(f"{count:,} {text}" for text, count in left.items())
-        used = f"{self.used:,} example{'' if self.used == 1 else 's'}" + (f" ({kept})" if kept else "")
-        return used + (f", {sum(left.values()):,} more left out ({why})" if left else "")
+        return f"{sum(left.values()):,} more left out ({why})" if left else ""
 
     def __repr__(self) -> str:
         shown = [

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmchain_fed.errors import ConfigError
+from llmchain_fed.federated.reporting.page_comparison import alone_in
 from llmchain_fed.federated.reporting.page_text import finite, number
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Outcome:
 
     def _change(self, unit: str, digits: int) -> str:
         before, after = self.before, self.after
-        whose = "the common" if self.name is None else "its own"
+        whose = "all" if self.name is None else "its own"
         if before is None or after is None:
             return f"Its loss on {whose} held-out texts is not known both before and after: nothing can be said."
         by, share = number(abs(before - after), digits), _share(before, after)
@@ -111,7 +111,13 @@ def verdict(before: float | None, after: float | None) -> Verdict:
 
 
 def _share(before: float, after: float) -> str:
-    return f" ({100 * abs(before - after) / before:.0f} %)" if before > 0 else ""
+    return f" ({100 * abs(before - after) / before:.0f}\u00a0%)" if before > 0 else ""
+
+
+def settled(history: History) -> list[RoundRecord]:
+    """The rounds whose weights the chain was left with: all, or up to the one that `fit(keep="best")` went back to."""
+    kept = getattr(history, "kept", None)
+    return [record for record in history.rounds if kept is None or record.round <= kept] or history.rounds
 
 
 def outcomes(history: History, examples: Mapping[str, int], comparison: Any = None) -> list[Outcome]:
@@ -119,11 +125,11 @@ def outcomes(history: History, examples: Mapping[str, int], comparison: Any = No
     found = alone_in(comparison)
     names = list(dict.fromkeys(name for record in history for name in record.participants))
     own = [
-        _outcome(name, _losses(history.rounds, name), examples.get(name), found.get(name, (None, None)))
+        _outcome(name, _losses(settled(history), name), examples.get(name), found.get(name, (None, None)))
         for name in names
     ]
-    whole = _outcome(None, _losses(history.rounds, None), None, found.get(None, (None, None)))
-    return ([whole] if whole.verdict != "unknown" or whole.alone is not None else []) + own
+    whole = _outcome(None, _losses(settled(history), None), None, (None, None))
+    return ([whole] if whole.verdict != "unknown" else []) + own
 
 
 def _losses(rounds: Sequence[RoundRecord], name: str | None) -> list[tuple[int, float | None, float | None]]:
@@ -144,28 +150,3 @@ def _outcome(
     steps = [(new, n) for n, _, new in losses if new is not None] + ([(before, since - 1)] if before else [])
     best = min(steps, default=None)
     return Outcome(name, before, after, since, until, best, examples, *comparison)
-
-
-def alone_in(comparison: Any) -> dict[str | None, tuple[float | None, float | None]]:
-    """Participant, or None for all together → (loss alone, loss federated) in a comparison's rows.
-
-    Raises:
-        ConfigError: It has no rows.
-    """
-    if comparison is None:
-        return {}
-    rows = getattr(comparison, "rows", None)
-    if not isinstance(rows, Sequence) or isinstance(rows, str):
-        msg = f"comparison= is what fed.compare(…) gives, got {type(comparison).__name__}. Compare first."
-        raise ConfigError(msg)
-    found: dict[str | None, tuple[float | None, float | None]] = {}
-    for row in rows:
-        read = row.get if isinstance(row, Mapping) else lambda key, row=row: getattr(row, key, None)
-        arm, name = read("arm"), read("participant")
-        value = next((v for key in ("held_out_loss", "loss", "mean") if (v := finite(read(key))) is not None), None)
-        old = found.get(name, (None, None))
-        if arm == "alone":
-            found[name] = value, old[1]
-        elif arm == "federated":
-            found[name] = old[0], value
-    return found

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.history_file import AboutData
 from llmchain_fed.federated.reporting import page_sections as sections
-from llmchain_fed.federated.reporting.outcomes import MARGIN, WORDS, Outcome, outcomes
+from llmchain_fed.federated.reporting.outcomes import MARGIN, WORDS, Outcome, outcomes, settled
 from llmchain_fed.federated.reporting.page_charts import bell
+from llmchain_fed.federated.reporting.page_comparison import arms_table
 from llmchain_fed.federated.reporting.page_rounds import charts, every_round, measures, metric_names
 from llmchain_fed.federated.reporting.page_style import SHEET
 from llmchain_fed.federated.reporting.page_text import NONE, digits_of, inline, number, sizes, spans, who
@@ -42,7 +43,7 @@ def page(history: History, *, title: str | None, comparison: Any, samples: bool)
         measures(history),
         _section("How it went", charts(history)),
         _section("Every round", every_round(history)),
-        _section("What left each participant", sections.what_left(history, about)),
+        _section("What left, and what came", sections.what_left(history, about)),
         _section("The data", sections.data(history, about)),
         _section("Held-out texts, before and after", sections.samples_of(history, quoted)),
         _section("What went otherwise than planned", sections.notes(history)),
@@ -95,7 +96,7 @@ def _subtitle(about: AboutData) -> str:
 def _facts(history: History, people: int) -> str:
     unit, (moved,) = sizes([sum(r.bytes_up + r.bytes_down + r.evaluation_bytes for r in history)])
     clock, (took,) = spans([sum(record.seconds for record in history)])
-    first, last = history[0].held_out_before, history[-1].held_out_after
+    first, last = history[0].held_out_before, settled(history)[-1].held_out_after
     digits = digits_of([first, last])
     changed = any(record.members_changed for record in history.rounds[1:])
     loss = f"{number(first, digits)} → {number(last, digits)}" if None not in (first, last) and not changed else ""
@@ -146,8 +147,18 @@ def _helped(history: History, about: AboutData, comparison: Any) -> str:
         "differ is not known from it.</p>"
     )
     legend = "".join(f"<span>{each}</span>" for each in (*key, scale))
-    body = f'<p>{lead}</p>{criterion}{note}<div class="key">{legend}</div><ol class="outcomes">{items}</ol>'
-    return _section("Did it help?", body)
+    listed = f'<div class="key">{legend}</div><ol class="outcomes">{items}</ol>'
+    return _section("Did it help?", f"<p>{lead}</p>{listed}{_kept(history)}{criterion}{note}{arms_table(comparison)}")
+
+
+def _kept(history: History) -> str:
+    last = settled(history)[-1].round
+    if last == history[-1].round:
+        return ""
+    said = (
+        f"The chain was left with the weights of round {last}, the best of {len(history)}: “after” is after that round."
+    )
+    return f"<p>{said}</p>"
 
 
 def _metrics_hint(history: History) -> str:

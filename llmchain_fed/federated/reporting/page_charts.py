@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmchain_fed.federated.reporting.page_style import CHART, LIGHT, PAPER, variables
 from llmchain_fed.federated.reporting.page_text import digits_of, inline, number
+from llmchain_fed.untrusted import one_line
 
 Point = tuple[float, float]
 MOST_NAMED = len(LIGHT)
@@ -48,7 +49,7 @@ class Frame:
     """whether names are followed by their last values"""
 
 
-WIDE, NARROW = Frame(1024, 420, 58, 190), Frame(360, 300, 44, 92, values=False)
+WIDE, NARROW = Frame(1024, 420, 50, 200), Frame(360, 300, 42, 100, values=False)
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,10 @@ def lines_chart(lines: Sequence[Line], *, label: str, whole: Line | None = None,
     lines = [line for line in lines if line.parts]
     if not lines:
         return ""
+    longest = max(width_of(one_line(line.name, 80)) for line in lines) if len(lines) <= MOST_NAMED else 150
+    wide = replace(WIDE, right=min(WIDE.right, 44 + longest + width_of(" 00.000")))
     return "".join(
-        _chart(lines, frame, kind, label, whole, changed) for frame, kind in ((WIDE, "wide"), (NARROW, "narrow"))
+        _chart(lines, frame, kind, label, whole, changed) for frame, kind in ((wide, "wide"), (NARROW, "narrow"))
     )
 
 
@@ -180,7 +183,7 @@ def _names(named: Sequence[tuple[Line, str, int | None]], frame: Frame, x: Scale
         if colour is not None:
             found.append(f'<path class="m{colour}" d="{_mark(colour, edge + 25, at)}"/>')
         room = frame.right - 34 - width_of(value)
-        text = f"{inline(cut(line.name, room), 80)}{value}"
+        text = f"{inline(cut(one_line(line.name, 80), room))}{value}"
         found.append(f'<text x="{edge + 33:.1f}" y="{at + 4:.1f}">{text}</text>')
     return found
 
@@ -277,7 +280,7 @@ def apart(places: Sequence[float], gap: float, low: float, high: float) -> list[
     """Places in their order, moved as little as keeps them a gap apart and within bounds.
 
     >>> apart([10, 11, 50], 10, 0, 100), apart([95, 96], 10, 0, 100)
-    ([5.5, 15.5, 50], [90, 100])
+    ([5.5, 15.5, 50.0], [90, 100])
     """
     groups: list[tuple[float, int]] = []  # (middle, how many), none touching the next
     for place in places:
@@ -294,15 +297,15 @@ def apart(places: Sequence[float], gap: float, low: float, high: float) -> list[
 
 
 def width_of(text: str) -> float:
-    """How wide a text of 12 units is about."""
-    return sum(12.0 if unicodedata.east_asian_width(c) in "WF" else 3.6 if c in " .,:;'|ijl" else 6.9 for c in text)
+    """How wide a text of 13 units is about."""
+    return sum(13.0 if unicodedata.east_asian_width(c) in "WF" else 4.2 if c in " .,:;'|ijl" else 7.7 for c in text)
 
 
 def cut(text: str, room: float) -> str:
     """As much of a text as has room.
 
     >>> cut("St. Elsewhere hospital", 60)
-    'St. Elsew…'
+    'St. Els…'
     """
     if width_of(text) <= room:
         return text

@@ -5,11 +5,24 @@ Knows records, and which of their figures a person reads. Knows nothing of how a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from llmchain_fed.federated.reporting.outcomes import settled
 from llmchain_fed.federated.reporting.page_charts import MOST_NAMED, Line, Point, lines_chart, picture
-from llmchain_fed.federated.reporting.page_text import finite, inline, numbers, sizes, spans, table, who
+from llmchain_fed.federated.reporting.page_text import (
+    NONE,
+    finite,
+    inline,
+    number,
+    numbers,
+    score_digits,
+    signed,
+    sizes,
+    spans,
+    table,
+    who,
+)
 
 if TYPE_CHECKING:
     from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
@@ -99,28 +112,40 @@ def every_round(history: History) -> str:
     up, ups = sizes([r.bytes_up for r in records])
     down, downs = sizes([r.bytes_down + r.evaluation_bytes for r in records])
     clock, seconds = spans([r.seconds for r in records])
-    lowest = min((loss for loss in pooled if loss is not None), default=None)
-    best = pooled.index(lowest) if lowest is not None and len(records) > 1 else None
-    columns = {
-        "round": [
-            f"{r.round}" + (' <span class="tag">lowest</span>' if n == best else "") for n, r in enumerate(records)
-        ],
-        "took part": [f"{len(r.trained)} of {r.asked}" for r in records],
-        "training loss": numbers([finite(r.train_loss) for r in records]),
-        "held-out loss": numbers(pooled) if lowest is not None else [],
-        **{inline(name, 40): numbers([_metrics(r).get(name) for r in records]) for name in metric_names(history)},
-        f"up<small>{up}</small>": ups,
-        f"down<small>{down}</small>": downs,
-        f"time<small>{clock}</small>": seconds,
-    }
-    shown = {heading: cells for heading, cells in columns.items() if cells}
-    rows = list(zip(*shown.values(), strict=True))
+    begin = max((n for n, r in enumerate(records) if r.members_changed), default=0)  # before, losses are of others
+    known = [(loss, n) for n, loss in enumerate(pooled) if loss is not None and n >= begin]
+    best = min(known)[1] if known and len(records) > 1 else None
+    kept = settled(history)[-1] if len(settled(history)) < len(records) else None
+    columns = [
+        ("round", [_number_of(r, lowest=n == best, kept=r is kept) for n, r in enumerate(records)]),
+        ("took part", [f"{len(r.trained)} of {r.asked}" for r in records]),
+        ("training loss", numbers([finite(r.train_loss) for r in records])),
+        ("held-out loss", numbers(pooled) if known else []),
+        *((inline(name, 40), cells) for name, cells in _scores(records)),
+        (f"up<small>{up}</small>", ups),
+        (f"down<small>{down}</small>", downs),
+        (f"time<small>{clock}</small>", seconds),
+    ]
+    columns = [(heading, cells) for heading, cells in columns if cells]
+    rows = list(zip(*(cells for _, cells in columns), strict=True))
     stopped = f"<p>It ended early: {inline(history.stopped_early)}.</p>" if history.stopped_early else ""
     marks = {best: "best"} if best is not None else None
-    whole = table(list(shown), rows, what="every round", marks=marks)
+    whole = table([heading for heading, _ in columns], rows, what="every round", marks=marks)
     return whole + stopped + _by_participant(history, "Held-out loss", lambda p: p.held_out_after) + _by_participant(
         history, "Training loss", lambda p: p.train_loss
     )  # fmt: skip
+
+
+def _scores(records: Sequence[RoundRecord]) -> Iterator[tuple[str, list[str]]]:
+    """Measures of all together, a column each."""
+    for name in dict.fromkeys(name for record in records for name in _metrics(record)):
+        values = [_metrics(record).get(name) for record in records]
+        yield name, numbers(values, score_digits(values))
+
+
+def _number_of(record: RoundRecord, *, lowest: bool, kept: bool) -> str:
+    tags = [word for word, so in (("lowest", lowest), ("kept", kept)) if so]
+    return f"{record.round}" + (f' <span class="tag">{", ".join(tags)}</span>' if tags else "")
 
 
 def _by_participant(history: History, heading: str, of: Callable[[ParticipantRecord], float | None]) -> str:
@@ -140,34 +165,40 @@ def _by_participant(history: History, heading: str, of: Callable[[ParticipantRec
 # --- measures beside loss -------------------------------------------------------------------------------------------
 
 
-def _metrics(record: RoundRecord | ParticipantRecord) -> Mapping[str, float]:
+def _metrics(record: RoundRecord | ParticipantRecord | None, field: str = "metrics") -> Mapping[str, float]:
     """Name → value, of a record that has measures."""
-    found = getattr(record, "metrics", None)
+    found = getattr(record, field, None)
     return found if isinstance(found, Mapping) else {}
 
 
 def metric_names(history: History) -> list[str]:
     """Of all measures beside loss."""
-    return list(dict.fromkeys(name for record in history for name in _metrics(record)))
+    found = (each for record in history for each in (record, *record.participants.values()))
+    return list(dict.fromkeys(name for each in found for name in _metrics(each)))
 
 
 def measures(history: History) -> str:
-    """Every measure at its first and its last round, by participant."""
-    names = metric_names(history)
+    """Every measure before the first round and after the last, by participant."""
+    names, rounds = metric_names(history), settled(history)
     if not names:
         return ""
+    people: list[tuple[str, Callable[[RoundRecord], RoundRecord | ParticipantRecord | None]]]
+    people = [("All together", lambda record: record)]
+    people += [(who(n), lambda record, n=n: record.participants.get(n)) for n in _names(history)]  # type: ignore[misc]
     found = []
     for name in names:
-        rows, of = [], [("All together", [_metrics(r).get(name) for r in history])]
-        of += [
-            (who(n), [_metrics(r.participants[n]).get(name) if n in r.participants else None for r in history])
-            for n in _names(history)
+        ends = []
+        for _, of in people:
+            before = [finite(_metrics(of(r), "metrics_before").get(name)) for r in rounds]
+            after = [finite(_metrics(of(r)).get(name)) for r in rounds]
+            first = next((value for value in before if value is not None), None)
+            ends.append((first, next((value for value in reversed(after) if value is not None), None)))
+        digits = score_digits([value for pair in ends for value in pair])
+        rows = [
+            [label, number(a, digits), number(b, digits), signed(b - a, digits) if None not in (a, b) else NONE]  # type: ignore[operator]
+            for (label, _), (a, b) in zip(people, ends, strict=True)
         ]
-        values = [[value for value in map(finite, each) if value is not None] for _, each in of]
-        ends = numbers([value for each in values for value in ((each[0], each[-1]) if each else (None, None))])
-        for place, (label, _) in enumerate(of):
-            rows.append([label, ends[2 * place], ends[2 * place + 1]])
-        inner = table(["participant", "first measured", "last measured"], rows, what=name, marks={0: "best"})
+        inner = table(["participant", "before", "after", "change"], rows, what=name, marks={0: "best"})
         found.append(f"<h3>{inline(name, 80)}</h3>{inner}")
     lead = "<p>Computed by each participant on its own held-out texts; of all together, weighted by their number.</p>"
     return f"<section>\n<h2>Other measures</h2>\n{lead}{''.join(found)}\n</section>\n"

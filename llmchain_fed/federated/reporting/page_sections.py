@@ -15,13 +15,15 @@ from llmchain_fed.federated.history_file import AboutData
 from llmchain_fed.federated.options import FederationConfig
 from llmchain_fed.federated.reporting.about import options_of
 from llmchain_fed.federated.reporting.lines import reason_of
+from llmchain_fed.federated.reporting.outcomes import settled
 from llmchain_fed.federated.reporting.page_text import NONE, block, inline, listed, ranges, sizes, table, who
 
 if TYPE_CHECKING:
     from llmchain_fed.federated.history import History, Sample
 
 _MOST_SAMPLES, _MOST_NOTES = 60, 200
-_MONTHS = "January February March April May June July August September October November December".split()
+_MONTHS = [*("January", "February", "March", "April", "May", "June", "July", "August"), "September", "October"]
+_MONTHS += ["November", "December"]  # strftime's depend on where it runs
 _STATUS = {
     "absent": "was not there",
     "late": "was not done by the deadline",
@@ -122,17 +124,15 @@ def data(history: History, about: AboutData) -> str:
         report = DataReport(**{key: count for key, count in counts.items() if key in counted})
         known = [r.participants[name] for r in history if name in r.participants]
         used = report.used or next((p.examples for p in reversed(known) if p.examples), None)
-        words = report.in_words().partition(" example")[2].removeprefix("s").strip(" ,") if report.used else ""
+        left, kept = inline(report.left_out_in_words) or NONE, inline(report.kept_in_words) or NONE
         rounds = sum(p.status == "trained" for p in known)
         tokens = report.completion_tokens or None
         cells = (used, tokens, counts.get("held_out"))
-        rows.append(
-            [who(name), *(f"{c:,}" if c else NONE for c in cells), f"{rounds} of {len(history)}", inline(words) or NONE]
-        )
-    headings = ["participant", "trained on", "tokens learnt", "held out", "rounds", "of its examples"]
+        rows.append([who(name), *(f"{c:,}" if c else NONE for c in cells), f"{rounds} of {len(history)}", left, kept])
+    headings = ["participant", "trained on", "tokens learnt", "held out", "rounds", "left out", "used, but"]
     note = '<p class="soft">Counts are what each participant declared. Texts longer than the model takes, empty ones '
     note += "and those that no answer could be are left out, never cut.</p>"
-    return table(headings, rows, what="counts of examples", words=(5,)) + note
+    return table(headings, rows, what="counts of examples", words=(5, 6)) + note
 
 
 # --- held-out texts -------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def data(history: History, about: AboutData) -> str:
 
 def quoted(history: History) -> list[Sample]:
     """The samples that stand on the page: those of the last round that has some, at most so many a participant."""
-    last = next((record for record in reversed(history.rounds) if record.samples), None)
+    last = next((record for record in reversed(settled(history)) if record.samples), None)
     if last is None:
         return []
     people = dict.fromkeys(sample.participant for sample in last.samples)
@@ -170,7 +170,7 @@ def samples_of(history: History, samples: Sequence[Sample]) -> str:
     for record in history:
         for s in record.samples:
             earliest.setdefault((s.participant, s.prompt, s.reference), (record.round, s.before))
-    last = next(record for record in reversed(history.rounds) if record.samples)
+    last = next(record for record in reversed(settled(history)) if record.samples)
     shown = [_sample(s, *earliest[s.participant, s.prompt, s.reference], last.round) for s in samples]
     more = len(last.samples) - len(samples)
     rest = f'<p class="soft">{more:,} more of this round stand in the history.</p>' if more > 0 else ""

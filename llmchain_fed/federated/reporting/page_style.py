@@ -28,7 +28,7 @@ def variables(*, dark: bool = False) -> str:
 
 
 CHART = (
-    "text{font:12px system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;fill:var(--ink);unicode-bidi:isolate}"
+    "text{font:13px system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;fill:var(--ink);unicode-bidi:isolate}"
     ".tick{fill:var(--soft);font-variant-numeric:tabular-nums}.grid{stroke:var(--hair);stroke-width:1}"
     ".line{fill:none;stroke-width:2.25;stroke-linejoin:round;stroke-linecap:round}"
     ".many{fill:none;stroke:var(--soft);stroke-width:1;opacity:.35}.changed{stroke:var(--soft);stroke-dasharray:3 4}"
@@ -59,7 +59,7 @@ padding:20px 0;border:solid var(--hair);border-width:1px 0}
 .facts dt,.about dt{color:var(--soft);font-size:.85rem}
 .facts dd{margin:2px 0 0;font-size:1.3rem;font-weight:620;line-height:1.25;font-variant-numeric:tabular-nums}
 .warn{margin-top:24px;padding:12px 16px;border-left:3px solid var(--worse);background:var(--wash);max-width:none}
-ol.outcomes{list-style:none;margin:18px 0 0;padding:0;border-top:1px solid var(--hair)}
+ol.outcomes{list-style:none;margin:10px 0 18px;padding:0;border-top:1px solid var(--hair)}
 ol.outcomes>li{display:grid;grid-template-columns:minmax(0,1fr) 300px 11.5em;gap:4px 32px;align-items:center;
 padding:18px 0;border-bottom:1px solid var(--hair);break-inside:avoid}
 ol.outcomes>li.whole{background:var(--wash);margin:0 -16px;padding:18px 16px}
@@ -91,7 +91,8 @@ th:first-child,td:first-child{text-align:left;padding-left:0;background:var(--pa
 td.words,th.words{text-align:left;white-space:normal;min-width:15em}
 tr.sum td{font-weight:640;border-bottom:0;border-top:1px solid var(--soft)}tr.best td{font-weight:640}
 td .tag{font-size:.78rem;font-weight:500;color:var(--soft);margin-left:.5em}
-.matrix th,.matrix td{padding-left:16px}
+.matrix th+th,.matrix td+td{padding-left:16px}
+.scroll+p{margin-top:14px}
 bdi{overflow-wrap:anywhere}td bdi,th bdi{display:inline-block;max-width:15em;overflow:hidden;text-overflow:ellipsis;
 vertical-align:bottom;white-space:nowrap}
 dl{margin:0}
@@ -107,7 +108,7 @@ details{margin-top:18px}summary{cursor:pointer;font-weight:600;font-size:.95rem}
 .sample dt{color:var(--soft);font-size:.86rem;padding-top:2px}
 .sample dd{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}.sample dd.none{color:var(--soft)}
 .sample .now{font-weight:600}.nl{color:var(--soft);user-select:none;font-weight:400}
-ul{margin:12px 0 0;padding-left:1.15em}li{margin:5px 0;max-width:84ch;overflow-wrap:anywhere}
+ul{margin:12px 0 0;padding-left:1.15em}ul>li{margin:6px 0;max-width:84ch;overflow-wrap:anywhere}
 code{font:.92em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 footer{margin-top:72px;padding-top:18px;padding-bottom:44px;color:var(--soft);font-size:.88rem}
 footer p{border-top:1px solid var(--hair);padding-top:18px;max-width:none}
@@ -115,7 +116,7 @@ footer p{border-top:1px solid var(--hair);padding-top:18px;max-width:none}
 main,header,footer{padding-left:18px;padding-right:18px}
 header{padding-top:28px}section{margin-top:44px}
 .facts{grid-template-columns:1fr 1fr;gap:14px 20px}.facts dd{font-size:1.12rem}
-ol.outcomes>li{grid-template-columns:minmax(0,1fr);gap:10px}.numbers{text-align:left}
+ol.outcomes>li{grid-template-columns:minmax(0,1fr);gap:10px}.numbers{text-align:left;order:1}.bell{order:2}
 ol.outcomes>li.whole{margin:0 -18px;padding:16px 18px}
 .wide{display:none!important}.narrow{display:block!important}
 th,td{padding-left:16px}

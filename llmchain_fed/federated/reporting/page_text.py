@@ -52,6 +52,16 @@ def number(value: float | None, digits: int) -> str:
     return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")
 
 
+def signed(value: float, digits: int) -> str:
+    """A change.
+
+    >>> signed(1.25, 1), signed(-0.5, 1), signed(0.0, 1)
+    ('+1.2', '−0.5', '0.0')
+    """
+    said = number(value, digits)
+    return f"+{said}" if round(value, digits) > 0 else said
+
+
 def digits_of(values: Sequence[float | None]) -> int:
     """How many digits after the point tell losses or scores of this size apart.
 
@@ -62,9 +72,19 @@ def digits_of(values: Sequence[float | None]) -> int:
     return 3 if largest < 100 else 2 if largest < 1000 else 1 if largest < 10_000 else 0
 
 
-def numbers(values: Sequence[float | None]) -> list[str]:
-    """A column of losses or scores, all with the same number of digits."""
-    digits = digits_of(values)
+def score_digits(values: Sequence[float | None]) -> int:
+    """The same for scores, which go to 1 or to 100.
+
+    >>> score_digits([0.815, None]), score_digits([31.49])
+    (3, 1)
+    """
+    largest = max((abs(found) for value in values if (found := finite(value)) is not None), default=0.0)
+    return 3 if largest < 2 else 2 if largest < 10 else 1
+
+
+def numbers(values: Sequence[float | None], digits: int | None = None) -> list[str]:
+    """A column of losses, all with the same number of digits; other figures with so many."""
+    digits = digits_of(values) if digits is None else digits
     return [number(value, digits) for value in values]
 
 
