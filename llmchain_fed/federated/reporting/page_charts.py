@@ -125,7 +125,7 @@ def _grid(frame: Frame, x: Scale, y: Scale, changed: Sequence[int]) -> str:
     for mark in marks:
         at = y(mark)
         found.append(f'<path class="grid" d="M{frame.left:g} {at:.1f}H{edge + 8:.1f}"/>')
-        said = f"{mark:,.{digits}f}" if not y.logarithmic else f"{mark:,g}"
+        said = f"{mark:,.{digits}f}" if not y.logarithmic and abs(mark) < 1e6 else f"{mark:,g}"
         found.append(f'<text class="tick" x="{frame.left - 8:g}" y="{at + 4:.1f}" text-anchor="end">{said}</text>')
     rounds = [m for m in ticks(x.low, x.high, 10 if frame.width > 500 else 5) if m == int(m)]
     for mark in rounds:

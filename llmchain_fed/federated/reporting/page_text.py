@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from llmchain_fed.untrusted import one_line, printable
 
 NONE = "–"
+_LARGEST = 1e100
 _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 
 
@@ -37,8 +38,8 @@ def who(name: str) -> str:
 
 
 def finite(value: float | None) -> float | None:
-    """A number that was measured; None for what is none."""
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+    """A number that was measured; None for what is none, or too large to be one."""
+    return value if isinstance(value, (int, float)) and math.isfinite(value) and abs(value) < _LARGEST else None
 
 
 def number(value: float | None, digits: int) -> str:
@@ -49,7 +50,8 @@ def number(value: float | None, digits: int) -> str:
     """
     if (value := finite(value)) is None:
         return NONE
-    return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")
+    said = f"{round(value, digits) + 0.0:,.{digits}f}" if abs(value) < 1e9 else f"{value:.3g}"
+    return said.replace("-", "−")
 
 
 def signed(value: float, digits: int) -> str:
