@@ -98,7 +98,7 @@ _Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 _Plain = bool | _Integer | Annotated[float, Field(allow_inf_nan=False)] | _Word | None
 
 
-class ModelData(Strict):
+class TrainedModelData(Strict):
     """What is trained, for `AboutData`."""
 
     name: _Word = ""
@@ -121,7 +121,7 @@ class AboutData(Strict):
     ended: _Word | None = None
     """the same of the latest round"""
     versions: Annotated[dict[_Word, _Word], _Few] = Field(default_factory=dict)
-    model: ModelData | None = None
+    model: TrainedModelData | None = None
     options: Annotated[dict[_Word, _Plain], _Few] = Field(default_factory=dict)
     shares: Literal["all", "A", "B", "A and B in turn"] | None = None
     """which of the trained tensors leave a participant"""

@@ -36,7 +36,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Frame:
+class Canvas:
     """Where in a picture what is drawn, in its own units."""
 
     width: float
@@ -49,7 +49,7 @@ class Frame:
     """whether names are followed by their last values"""
 
 
-WIDE, NARROW = Frame(1024, 420, 50, 200), Frame(360, 300, 42, 100, values=False)
+WIDE, NARROW = Canvas(1024, 420, 50, 200), Canvas(360, 300, 42, 100, values=False)
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ def lines_chart(lines: Sequence[Line], *, label: str, whole: Line | None = None,
     longest = max(width_of(one_line(line.name, 80)) for line in lines) if len(lines) <= MOST_NAMED else 150
     wide = replace(WIDE, right=min(WIDE.right, 44 + longest + width_of(" 00.000")))
     return "".join(
-        _chart(lines, frame, kind, label, whole, changed) for frame, kind in ((wide, "wide"), (NARROW, "narrow"))
+        _chart(lines, canvas, kind, label, whole, changed) for canvas, kind in ((wide, "wide"), (NARROW, "narrow"))
     )
 
 
 def picture(lines: Sequence[Line], *, label: str) -> str:
     """A chart as a file of its own: with its colours, on paper."""
-    frame = Frame(WIDE.width, WIDE.height + 34, WIDE.left, WIDE.right, top=48)
-    body = _chart([line for line in lines if line.parts], frame, "", label, None, ())
+    canvas = Canvas(WIDE.width, WIDE.height + 34, WIDE.left, WIDE.right, top=48)
+    body = _chart([line for line in lines if line.parts], canvas, "", label, None, ())
     style = f"<style>svg{{{variables()}}}{CHART}.title{{font-weight:600;font-size:15px}}</style>"
     extra = f'<rect width="100%" height="100%" fill="{PAPER}"/><text class="title" x="14" y="26">{inline(label)}</text>'
     return (
@@ -99,45 +99,45 @@ def picture(lines: Sequence[Line], *, label: str) -> str:
 
 
 def _chart(
-    lines: Sequence[Line], frame: Frame, kind: str, label: str, whole: Line | None, changed: Sequence[int]
+    lines: Sequence[Line], canvas: Canvas, kind: str, label: str, whole: Line | None, changed: Sequence[int]
 ) -> str:
     drawn = [*lines, *([whole] if whole is not None and whole.parts and len(lines) > MOST_NAMED else [])]
     points = [point for line in drawn for part in line.parts for point in part]
-    x = Scale(min(p[0] for p in points), max(p[0] for p in points), frame.left + 8, frame.width - frame.right)
+    x = Scale(min(p[0] for p in points), max(p[0] for p in points), canvas.left + 8, canvas.width - canvas.right)
     low, high = min(p[1] for p in points), max(p[1] for p in points)
     room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     logarithmic = low > 0 and high / low > _SPREAD
     low, high = (low / 1.15, high * 1.15) if logarithmic else (low - room, high + room)
-    y = Scale(low, high, frame.height - frame.bottom, frame.top, logarithmic)
-    parts = [_grid(frame, x, y, changed)]
-    parts += _few(lines, frame, x, y) if len(lines) <= MOST_NAMED else _crowd(lines, whole, frame, x, y)
+    y = Scale(low, high, canvas.height - canvas.bottom, canvas.top, logarithmic)
+    parts = [_grid(canvas, x, y, changed)]
+    parts += _few(lines, canvas, x, y) if len(lines) <= MOST_NAMED else _crowd(lines, whole, canvas, x, y)
     return (
-        f'<svg class="{kind}" viewBox="0 0 {frame.width:g} {frame.height:g}" role="img" aria-label="{inline(label)}">'
+        f'<svg class="{kind}" viewBox="0 0 {canvas.width:g} {canvas.height:g}" role="img" aria-label="{inline(label)}">'
         f"{''.join(parts)}</svg>"
     )
 
 
-def _grid(frame: Frame, x: Scale, y: Scale, changed: Sequence[int]) -> str:
-    edge, floor = frame.width - frame.right, frame.height - frame.bottom
-    marks = _powers(y.low, y.high) if y.logarithmic else ticks(y.low, y.high, 6 if frame.height > 350 else 5)
+def _grid(canvas: Canvas, x: Scale, y: Scale, changed: Sequence[int]) -> str:
+    edge, floor = canvas.width - canvas.right, canvas.height - canvas.bottom
+    marks = _powers(y.low, y.high) if y.logarithmic else ticks(y.low, y.high, 6 if canvas.height > 350 else 5)
     digits = max((_digits(mark) for mark in marks), default=0)
     found = []
     for mark in marks:
         at = y(mark)
-        found.append(f'<path class="grid" d="M{frame.left:g} {at:.1f}H{edge + 8:.1f}"/>')
+        found.append(f'<path class="grid" d="M{canvas.left:g} {at:.1f}H{edge + 8:.1f}"/>')
         said = f"{mark:,.{digits}f}" if not y.logarithmic and abs(mark) < 1e6 else f"{mark:,g}"
-        found.append(f'<text class="tick" x="{frame.left - 8:g}" y="{at + 4:.1f}" text-anchor="end">{said}</text>')
-    rounds = [m for m in ticks(x.low, x.high, 10 if frame.width > 500 else 5) if m == int(m)]
+        found.append(f'<text class="tick" x="{canvas.left - 8:g}" y="{at + 4:.1f}" text-anchor="end">{said}</text>')
+    rounds = [m for m in ticks(x.low, x.high, 10 if canvas.width > 500 else 5) if m == int(m)]
     for mark in rounds:
         said = "start" if mark == 0 else f"{mark:g}"
         found.append(f'<text class="tick" x="{x(mark):.1f}" y="{floor + 18:g}" text-anchor="middle">{said}</text>')
-    middle = (frame.left + edge) / 2
-    found.append(f'<text class="tick" x="{middle:.1f}" y="{frame.height - 4:g}" text-anchor="middle">round</text>')
-    found += [f'<path class="changed" d="M{x(n - 1):.1f} {frame.top:g}V{floor:g}"/>' for n in changed if n - 1 > x.low]
+    middle = (canvas.left + edge) / 2
+    found.append(f'<text class="tick" x="{middle:.1f}" y="{canvas.height - 4:g}" text-anchor="middle">round</text>')
+    found += [f'<path class="changed" d="M{x(n - 1):.1f} {canvas.top:g}V{floor:g}"/>' for n in changed if n - 1 > x.low]
     return "".join(found)
 
 
-def _few(lines: Sequence[Line], frame: Frame, x: Scale, y: Scale) -> list[str]:
+def _few(lines: Sequence[Line], canvas: Canvas, x: Scale, y: Scale) -> list[str]:
     """Every line with its colour, its own mark at each point, and its name where it ends."""
     found = []
     for place, line in enumerate(lines):
@@ -146,11 +146,11 @@ def _few(lines: Sequence[Line], frame: Frame, x: Scale, y: Scale) -> list[str]:
         shown = points if len(points) <= _MARKED else [line.last]
         found += [f'<path class="m{place}" d="{_mark(place, x(a), y(b))}"/>' for a, b in shown]
     digits = digits_of([line.last[1] for line in lines])
-    names = [(line, f" {number(line.last[1], digits)}" if frame.values else "", n) for n, line in enumerate(lines)]
-    return found + _names(names, frame, x, y)
+    names = [(line, f" {number(line.last[1], digits)}" if canvas.values else "", n) for n, line in enumerate(lines)]
+    return found + _names(names, canvas, x, y)
 
 
-def _crowd(lines: Sequence[Line], whole: Line | None, frame: Frame, x: Scale, y: Scale) -> list[str]:
+def _crowd(lines: Sequence[Line], whole: Line | None, canvas: Canvas, x: Scale, y: Scale) -> list[str]:
     """All lines alike and thin, each saying its name where it is pointed at; the whole, and which end outermost."""
     found = [
         f'<path class="many" d="{_way(part, x, y)}"><title>{inline(line.name, 80)}</title></path>'
@@ -168,21 +168,21 @@ def _crowd(lines: Sequence[Line], whole: Line | None, frame: Frame, x: Scale, y:
         found += [f'<path class="all" d="{_way(part, x, y)}"/>' for part in whole.parts]
     named: list[tuple[Line, str, int | None]] = [(line, "", n) for n, (line, _) in enumerate(marked)]
     named += [(whole, "", None)] if whole is not None and whole.parts else []
-    return found + _names(named, frame, x, y)
+    return found + _names(named, canvas, x, y)
 
 
-def _names(named: Sequence[tuple[Line, str, int | None]], frame: Frame, x: Scale, y: Scale) -> list[str]:
+def _names(named: Sequence[tuple[Line, str, int | None]], canvas: Canvas, x: Scale, y: Scale) -> list[str]:
     """Names beside where their lines end, apart from each other, each with a lead to its own."""
-    edge = frame.width - frame.right
+    edge = canvas.width - canvas.right
     order = sorted(named, key=lambda each: y(each[0].last[1]))
-    places = apart([y(line.last[1]) for line, _, _ in order], _GAP, frame.top + 4, frame.height - frame.bottom)
+    places = apart([y(line.last[1]) for line, _, _ in order], _GAP, canvas.top + 4, canvas.height - canvas.bottom)
     found = []
     for (line, value, colour), at in zip(order, places, strict=True):
         a, b = x(line.last[0]), y(line.last[1])
         found.append(f'<path class="lead" d="M{a + 7:.1f} {b:.1f}L{edge + 18:.1f} {at:.1f}"/>')
         if colour is not None:
             found.append(f'<path class="m{colour}" d="{_mark(colour, edge + 25, at)}"/>')
-        room = frame.right - 34 - width_of(value)
+        room = canvas.right - 34 - width_of(value)
         text = f"{inline(cut(one_line(line.name, 80), room))}{value}"
         found.append(f'<text x="{edge + 33:.1f}" y="{at + 4:.1f}">{text}</text>')
     return found

@@ -1,6 +1,6 @@
 """What a comparison of arms adds to a page: each participant's loss alone, and all arms in a table.
 
-Knows the rows of a `Comparison` by their fields. Knows nothing of how arms are run.
+Knows the rows of a comparison by their fields. Knows nothing of how arms are run.
 """
 
 from __future__ import annotations

@@ -173,9 +173,7 @@ def _metrics(record: RoundRecord | ParticipantRecord | None, field: str = "metri
 
 def metric_names(history: History) -> list[str]:
     """Of all measures beside loss."""
-    found: list[RoundRecord | ParticipantRecord] = [
-        each for record in history for each in (record, *record.participants.values())
-    ]
+    found: list[RoundRecord | ParticipantRecord] = [*history, *(p for r in history for p in r.participants.values())]
     return list(dict.fromkeys(name for each in found for name in _metrics(each)))
 
 

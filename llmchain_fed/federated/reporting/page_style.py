@@ -8,7 +8,7 @@ from __future__ import annotations
 LIGHT = ("#3879c2", "#9f5f14", "#6e3bd9", "#c14c6b", "#184e72", "#b78d16", "#232b33", "#5c320b")
 DARK = ("#5d87d3", "#d38852", "#9c73ff", "#c074af", "#62b8de", "#ba9e16", "#ade3fd", "#f6c2ac")
 """of lines, without a green: at least 3 : 1 against the page, and apart for those who see fewer colours
-(`tests/federated/reporting/test_page_style.py` measures both)"""
+(tests/federated/reporting/test_page_style.py measures both)"""
 PAPER, NIGHT = "#ffffff", "#14181f"
 _SHADES = {
     "paper": (PAPER, NIGHT),
