@@ -196,9 +196,10 @@ def measures(history: History) -> str:
         digits = score_digits([value for pair in ends for value in pair])
         rows = [
             [label, number(a, digits), number(b, digits), signed(b - a, digits) if None not in (a, b) else NONE]  # type: ignore[operator]
-            for (label, _), (a, b) in zip(people, ends, strict=True)
+            for n, ((label, _), (a, b)) in enumerate(zip(people, ends, strict=True))
+            if n or (a, b) != (None, None)
         ]
-        inner = table(["participant", "before", "after", "change"], rows, what=name, marks={0: "best"})
+        inner = table(["participant", "before", "after", "change"], rows, what=name)
         found.append(f"<h3>{inline(name, 80)}</h3>{inner}")
     lead = "<p>Computed by each participant on its own held-out texts; of all together, weighted by their number.</p>"
     return f"<section>\n<h2>Other measures</h2>\n{lead}{''.join(found)}\n</section>\n"

@@ -112,7 +112,7 @@ ul{margin:12px 0 0;padding-left:1.15em}ul>li{margin:6px 0;max-width:84ch;overflo
 code{font:.92em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 footer{margin-top:72px;padding-top:18px;padding-bottom:44px;color:var(--soft);font-size:.88rem}
 footer p{border-top:1px solid var(--hair);padding-top:18px;max-width:none}
-@media (max-width:760px){
+@media screen and (max-width:760px){
 main,header,footer{padding-left:18px;padding-right:18px}
 header{padding-top:28px}section{margin-top:44px}
 .facts{grid-template-columns:1fr 1fr;gap:14px 20px}.facts dd{font-size:1.12rem}
@@ -125,7 +125,10 @@ dl.kinds,.sample dl{grid-template-columns:minmax(0,1fr);gap:2px}.kinds dd,.sampl
 }
 @media print{
 @page{margin:16mm 14mm}
-body{font-size:10.5pt;border-top:0}main,header,footer{max-width:none;padding:0}
+body{font-size:10pt;border-top:0}main,header,footer{max-width:none;padding:0}
+ol.outcomes>li{grid-template-columns:minmax(0,1fr) 190px 10.5em;gap:4px 20px;padding:10px 0}
+ol.outcomes>li.whole{margin:0;padding:10px 0}
+.facts{grid-template-columns:repeat(5,auto);gap:14px}.facts dd{font-size:1.1rem}th,td{padding:5px 0 5px 14px}
 section{margin-top:28pt}.scroll{overflow:visible}th:first-child,td:first-child{position:static}
 h2,h3,figcaption{break-after:avoid}tr{break-inside:avoid}thead{display:table-header-group}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}

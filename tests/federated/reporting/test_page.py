@@ -419,7 +419,7 @@ def test_charts_are_there_for_a_desk_and_for_a_phone_and_one_is_shown(shown):
     boxes = dict(re.findall(r'<svg class="(wide|narrow)" viewBox="0 0 (\d+) ', page.source))
     assert boxes == {"wide": "1024", "narrow": "360"}, "a unit is about a pixel on either, so letters have their size"
     (style,) = re.findall(r"<style>(.*?)</style>", page.source, re.DOTALL)
-    before, _, phone = style.partition("@media (max-width:760px){")
+    before, _, phone = style.partition("@media screen and (max-width:760px){")
     assert ".narrow{display:none!important}" in before
     assert ".wide{display:none!important}.narrow{display:block!important}" in phone
     assert 'name="viewport" content="width=device-width, initial-scale=1"' in page.source
