@@ -109,8 +109,9 @@ def every_round(history: History) -> str:
     """A line for each round, and losses by participant beneath it."""
     records = history.rounds
     pooled = [finite(r.held_out_after) for r in records]
-    up, ups = sizes([r.bytes_up for r in records])
-    down, downs = sizes([r.bytes_down + r.evaluation_bytes for r in records])
+    moved = [r.bytes_up for r in records] + [r.bytes_down + r.evaluation_bytes for r in records]
+    unit, both = sizes(moved)  # one unit for both ways
+    ups, downs = both[: len(records)], both[len(records) :]
     clock, seconds = spans([r.seconds for r in records])
     begin = max((n for n, r in enumerate(records) if r.members_changed), default=0)  # before, losses are of others
     known = [(loss, n) for n, loss in enumerate(pooled) if loss is not None and n >= begin]
@@ -122,8 +123,8 @@ def every_round(history: History) -> str:
         ("training loss", numbers([finite(r.train_loss) for r in records])),
         ("held-out loss", numbers(pooled) if known else []),
         *((inline(name, 40), cells) for name, cells in _scores(records)),
-        (f"up<small>{up}</small>", ups),
-        (f"down<small>{down}</small>", downs),
+        (f"up<small>{unit}</small>", ups),
+        (f"down<small>{unit}</small>", downs),
         (f"time<small>{clock}</small>", seconds),
     ]
     columns = [(heading, cells) for heading, cells in columns if cells]

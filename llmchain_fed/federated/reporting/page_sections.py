@@ -68,7 +68,7 @@ def what_left(history: History, about: AboutData) -> str:
     headings = ["its updates, up", "weights, down", "evaluation, both ways"]
     heads = ["participant", *(f"{h}<small>{unit}</small>" for h, (unit, _) in zip(headings, cells, strict=True))]
     rows = list(zip([*map(who, names), "All"], *(column for _, column in cells), strict=True))
-    lead = "Examples stayed where they were. This is what crossed the border, over all rounds."
+    lead = "Examples that were trained on stayed where they were. This is what crossed the border, over all rounds."
     if about.simulated:
         lead = (
             "All participants ran in one process, as in a simulation: nothing left a machine. This is what would have "
