@@ -82,7 +82,8 @@ figure{margin:26px 0 0;break-inside:avoid}
 figcaption{margin:0 0 6px}figcaption b{display:block;color:var(--ink);font-size:1rem;font-weight:640}
 figure svg{display:block;width:100%;height:auto}.narrow{display:none!important}
 .scroll{overflow-x:auto;margin-top:12px}.scroll:focus-visible{outline:2px solid var(--better);outline-offset:3px}
-table{border-collapse:separate;border-spacing:0;width:100%;font-size:15px;line-height:23px;font-variant-numeric:tabular-nums lining-nums}
+table{border-collapse:separate;border-spacing:0;width:100%;font-size:15px;line-height:23px;
+font-variant-numeric:tabular-nums lining-nums}
 th,td{padding:8px 0 8px 24px;text-align:right;border-bottom:1px solid var(--hair);vertical-align:baseline;
 white-space:nowrap}
 th{color:var(--soft);font-weight:500;font-size:13.5px;line-height:19px;vertical-align:bottom;border-bottom-color:var(--soft)}
