@@ -1,1 +1,1 @@
-"""What the examples share: catalogues, the translating chain, the report, a tiny model."""
+"""What the examples share: catalogues, the translating chain, a tiny model."""

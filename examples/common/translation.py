@@ -100,7 +100,8 @@ def print_results(rows: Sequence[Mapping[str, object]], samples: Sequence[Mappin
     for item in samples:
         print(f"  {item['participant']}: {item['prompt']}")
         for key in ("before", "after", "reference"):
-            print(f"    {key:<10}{item[key]}")
+            first, *more = item[key].split("\n")
+            print(f"    {key:<10}{first}", *(f"{'':14}{line}" for line in more), sep="\n")
 
 
 def _number(value: object) -> str:

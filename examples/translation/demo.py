@@ -4,7 +4,7 @@
     python -m examples.translation.demo --language de --rounds 2
 
 Prints held-out loss and chrF per publisher before and after, sample translations, bytes and seconds; writes an HTML
-report, a picture of it, the history as JSON and the chain itself to `out/demo/`.
+report, its chart of held-out losses, the history as JSON and the chain itself to `out/demo/`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from examples.common.catalogues import split_publishers
-from examples.common.report import write_picture, write_report
 from examples.common.translation import (
     LANGUAGES,
     PUBLISHERS,
@@ -27,6 +26,7 @@ from examples.common.translation import (
     translate,
 )
 from llmchain_fed import FederatedAveraging, TrainingConfig
+from llmchain_fed.federated.reporting.page_rounds import held_out_picture
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     parser = options(__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
-    parser.add_argument("--picture", type=Path, help="where the report's picture goes; by default beside it")
+    parser.add_argument("--picture", type=Path, help="where the report's chart goes; by default beside it")
     args = parser.parse_args()
     transformers_logging.disable_progress_bar()
     started = time.perf_counter()
@@ -54,7 +54,7 @@ def main() -> None:
         evaluation={name: s.held_out for name, s in splits.items()},
         training=TrainingConfig(learning_rate=args.lr, batch_size=args.batch_size, precision=args.precision),
         seed=args.seed,
-        samples=0,
+        samples=3,
     )
     history = federation.fit(rounds=args.rounds)
     after = {name: translate(chain, s.held_out) for name, s in splits.items()}  # the same object, averaged weights
@@ -71,23 +71,9 @@ def main() -> None:
         "trained adapter, two counts and a few losses. The samples are held-out texts, shown because you are all four."
     )
 
-    notes = [
-        "Command: python -m examples.translation.demo "
-        + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()),
-        "Held-out sources occur in no publisher's training examples. One seed; `make compare` has several.",
-        "Updates can leak what they were trained on: this demo protects the texts' location, not every trace of them.",
-    ]
     title = f"Four publishers, one translator: English → {LANGUAGES.get(args.language, args.language)}"
-    path = write_report(
-        args.out / "report.html",
-        title=title,
-        summary_rows=rows,
-        samples=samples,
-        history_json=history.to_dict(),
-        notes=notes,
-    )
-    picture = args.picture or args.out / "report.svg"
-    write_picture(picture, title=title, summary_rows=rows, samples=samples, history_json=history.to_dict())
+    path = history.report(args.out / "report.html", title=title)
+    (args.picture or args.out / "report.svg").write_text(held_out_picture(history, title), encoding="utf-8")
     print(f"report: {path}\nchain:  {args.out / 'chain'}  (LLMChain.load reads it)")
 
 

@@ -93,16 +93,30 @@ class DataReport:
         >>> DataReport(used=12, length_out_of_range=10, too_long=1).in_words()
         '12 examples (10 of them longer or shorter than the settings let an answer be), 1 more left out (too long)'
         """
-        counts = {name: getattr(self, name) for name in (*_KEPT, *_LEFT_OUT)}
-        kept = ", ".join(f"{counts[name]:,} of them {text}" for name, text in _KEPT.items() if counts[name])
-        left = {text: counts[name] for name, text in _LEFT_OUT.items() if counts[name]}
+        used = f"{self.used:,} example{'' if self.used == 1 else 's'}"
+        kept, others = self.kept_in_words, (self.left_out_in_words, self.ignored_in_words)
+        return used + (f" ({kept})" if kept else "") + "".join(f", {other}" for other in others if other)
+
+    @property
+    def kept_in_words(self) -> str:
+        """What is odd about examples that are used, with their counts."""
+        counts = {text: getattr(self, name) for name, text in _KEPT.items()}
+        return ", ".join(f"{count:,} of them {text}" for text, count in counts.items() if count)
+
+    @property
+    def left_out_in_words(self) -> str:
+        """How many examples are not used, and why."""
+        left = {text: count for name, text in _LEFT_OUT.items() if (count := getattr(self, name))}
         why = next(iter(left)) if len(left) == 1 else ", ".join(f"{count:,} {text}" for text, count in left.items())
-        used = f"{self.used:,} example{'' if self.used == 1 else 's'}" + (f" ({kept})" if kept else "")
+        return f"{sum(left.values()):,} more left out ({why})" if left else ""
+
+    @property
+    def ignored_in_words(self) -> str:
+        """How many columns of a table are not read, and their names."""
         names = ", ".join(self.ignored_names[:20]) + (", …" if len(self.ignored_names) > 20 else "")
         plural = "" if self.ignored_columns == 1 else "s"
-        ignored = f", {self.ignored_columns:,} column{plural} not read" + (f" ({names})" if names else "")
-        used += f", {sum(left.values()):,} more left out ({why})" if left else ""
-        return used + (ignored if self.ignored_columns else "")
+        said = f"{self.ignored_columns:,} column{plural} not read" + (f" ({names})" if names else "")
+        return said if self.ignored_columns else ""
 
     def __repr__(self) -> str:
         shown = [

@@ -24,6 +24,7 @@ from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.parts.manual_rounds import ManualRounds
 from llmchain_fed.federated.parts.personal_models import PersonalModels
 from llmchain_fed.federated.parts.previews import PreviewsData
+from llmchain_fed.federated.reporting.about import about_of
 from llmchain_fed.federated.reporting.screen import Screen
 from llmchain_fed.federated.server.assembly import assemble
 from llmchain_fed.federated.server.attendance import Attendance
@@ -249,6 +250,7 @@ class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData):
 
     def _completed(self, record: RoundRecord) -> None:
         """After a round: checkpoint, personal adapters, and those who watch, even if the write failed."""
+        self.history.about = about_of(self._server, record, self.history.about)
         try:
             self._checkpoints.save()
         finally:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmchain_fed.errors import ConfigError, LLMChainFedError, MissingExtraError
 from llmchain_fed.federated.history_file import HistoryData, checked_rounds, rounds_in
+from llmchain_fed.federated.reporting.reports import Reports
 from llmchain_fed.storage.own_files import write_whole
 from llmchain_fed.untrusted import checked, one_line, printable, shown
 from llmchain_fed.untrusted.text import DANGEROUS
@@ -157,17 +158,19 @@ class RoundRecord:
 _HEADINGS = ("round", "trained", "train loss", "held-out loss", "up / down", "seconds", "notes")
 
 
-class History:
+class History(Reports):
     """The rounds of a federation, oldest first.
 
     In a notebook it shows itself as a table. `to_pandas` has one row per round and participant, `plot` draws the
-    losses, `to_json` and `save` export everything.
+    losses, `report` writes a page for everyone who took part, `to_json` and `save` export everything.
     """
 
     def __init__(self, rounds: list[RoundRecord] | None = None) -> None:
         self.rounds = list(rounds or [])
         self.stopped_early: str | None = None
         """why `fit` ended before its rounds were used up"""
+        self.about: dict[str, Any] = {}
+        """what is known of the federation beside its rounds: model, options, versions, dates, counts of examples"""
 
     def append(self, record: RoundRecord) -> None:
         """Adds a completed round."""
@@ -198,7 +201,7 @@ class History:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""
-        return {"rounds": [asdict(r) for r in self.rounds], "stopped_early": self.stopped_early}
+        return {"rounds": [asdict(r) for r in self.rounds], "stopped_early": self.stopped_early, "about": self.about}
 
     def to_json(self) -> str:
         """Everything as JSON that can be written and shown; numbers that are not finite, which JSON has not, are null.
@@ -245,7 +248,7 @@ class History:
             participants = {name: ParticipantRecord(**dict(each)) for name, each in people.items()}
             samples = [Sample(**dict(sample)) for sample in record.samples]
             history.append(RoundRecord(**{**dict(record), "participants": participants, "samples": samples}))
-        history.stopped_early = found.stopped_early
+        history.stopped_early, history.about = found.stopped_early, found.about.model_dump(exclude_unset=True)
         return history
 
     def to_pandas(self) -> pd.DataFrame:

@@ -92,11 +92,53 @@ class RoundData(Strict):
     loss: Literal["tokens", "labels"] = "tokens"
 
 
+_Word = Annotated[str, Field(max_length=1000), BeforeValidator(_escaped)]
+_Few = Field(max_length=1000)
+_Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+_Plain = bool | _Integer | Annotated[float, Field(allow_inf_nan=False)] | _Word | None
+
+
+class TrainedModelData(Strict):
+    """What is trained, for `AboutData`."""
+
+    name: _Word = ""
+    kind: _Word = ""
+    parameters: Count = 0
+    trained: Count = 0
+    """of the parameters"""
+    tensors: Count = 0
+    """that are trained"""
+    adapter: _Word | None = None
+    fingerprint: _Word = ""
+    device: _Word = ""
+
+
+class AboutData(Strict):
+    """What `about_of` says of a federation beside its rounds; what is left out is not known."""
+
+    began: _Word | None = None
+    """date and time with its zone, ISO 8601"""
+    ended: _Word | None = None
+    """the same of the latest round"""
+    versions: Annotated[dict[_Word, _Word], _Few] = Field(default_factory=dict)
+    model: TrainedModelData | None = None
+    options: Annotated[dict[_Word, _Plain], _Few] = Field(default_factory=dict)
+    shares: Literal["all", "A", "B", "A and B in turn"] | None = None
+    """which of the trained tensors leave a participant"""
+    simulated: bool | None = None
+    """whether all participants ran in the hub's process"""
+    data: Annotated[
+        dict[Name, Annotated[dict[_Word, Count], Field(max_length=64)]], Field(max_length=MOST_PARTICIPANTS)
+    ] = Field(default_factory=dict)
+    """participant → counts of its examples, as in a `DataReport`, and `held_out`"""
+
+
 class HistoryData(Strict):
     """A `History`, its rounds as they were found."""
 
     rounds: Annotated[list[Any], FailFast(), Field(max_length=_MOST)]
     stopped_early: Text | None = None
+    about: AboutData = Field(default_factory=AboutData)
 
 
 def checked_rounds(

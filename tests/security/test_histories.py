@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from llmchain_fed import History, untrusted
 from llmchain_fed.errors import CheckpointError, ConfigError
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord, Sample
+from llmchain_fed.federated.reporting.page import page
 
 
 def honest():
@@ -23,6 +24,17 @@ def honest():
     first = RoundRecord(1, people, 2.5, 2.25, 0.1, 0.01, 3.0, 1.0, 1.5, "2-abc", [sample], ["diverges"])
     history = History([first, RoundRecord(2, {"a": ParticipantRecord()}, members_changed=True)])
     history.stopped_early = "held-out loss did not improve"
+    model = {"name": "tiny", "kind": "causal", "parameters": 10, "trained": 5, "tensors": 2, "adapter": None}
+    history.about = {
+        "began": "2026-11-28T08:06:40+00:00",
+        "ended": "2026-11-28T08:27:02+00:00",
+        "versions": {"torch": "2.10"},
+        "model": model | {"fingerprint": "abc", "device": "cpu"},
+        "options": {"seed": 0, "codec": "int8", "training.shuffle": True, "lr": 0.1},
+        "shares": "all",
+        "simulated": True,
+        "data": {"a": {"used": 6, "empty": 1, "held_out": 2}},
+    }
     return history
 
 
@@ -93,6 +105,8 @@ def test_every_value_of_every_other_kind():
             found = read(made)
             if found is not None:
                 repr(found), found._repr_html_(), found.to_json().encode()
+                if len(found):
+                    page(found, title=None, comparison=None, samples=True).encode()
         del inside[place[-1]]
         read(made)
 
@@ -109,9 +123,11 @@ def test_every_value_of_every_other_kind():
         (lambda data: data["rounds"][0]["participants"]["a"].update(notes=["x", 1]), "`notes.1`"),
         (lambda data: data["rounds"][0]["samples"][0].pop("prompt"), "`samples.0.prompt`"),
         (lambda data: data.update(stopped_early=1), "`stopped_early`"),
+        (lambda data: data["about"].update(note="x"), "`about.note`"),
+        (lambda data: data["about"]["data"]["a"].update(used=-1), "`about.data.a.used`"),
         (lambda data: data.pop("rounds"), "`rounds`"),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_what_is_odd_is_named(change, why):
     data = honest().to_dict()

@@ -27,6 +27,7 @@ SHARES = {"a": PAIRS[:5], "b": PAIRS[5:9], "c": PAIRS[9:]}
 
 
 _MEASURED = {"seconds", "training_seconds", "evaluation_seconds", "bytes_up", "bytes_down", "evaluation_bytes"}
+_MEASURED |= {"about"}  # dates, and options that may differ
 
 
 _ASK = messages.write(PersonalStateTask())
