@@ -22,7 +22,7 @@ from llmchain_fed.federated.history import ParticipantRecord, RoundRecord, Sampl
 from llmchain_fed.federated.protocol.answers import CurveAnswer, PersonalizeAnswer, SideBySideAnswer
 from llmchain_fed.federated.protocol.messages import read_answer
 from llmchain_fed.federated.server import evaluation, personalization
-from llmchain_fed.federated.server.evaluation import capped, pooled
+from llmchain_fed.federated.measures.pooling import capped, pooled
 from llmchain_fed.updates.codecs import make_codec
 
 SAMPLE = {"prompt": "x", "reference": "y", "answer": "z"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,7 @@ from llmchain_fed.training.batch_sampler import BatchSampler
 from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.training.evaluation import EvaluationResult, evaluate_as
 from llmchain_fed.training.gradient_step import GradientStep
+from llmchain_fed.training.metrics import Function
 from llmchain_fed.untrusted import decoding
 from llmchain_fed.updates import serialization
 from llmchain_fed.updates.transforms import checked_transforms
@@ -49,6 +50,7 @@ class Client:
         transforms: What happens to an update before it is sent, one after the other.
         gradient_step: It makes a gradient of each batch, in any training; None is `mean_loss_gradient`.
         batch_sampler: It draws the batches, likewise; None is `length_buckets`, or the DataLoader itself.
+        metrics: Name → function of those that are its own, beside the built-in names.
 
     Raises:
         ConfigError: The participant's own options, or the transforms, are not valid.
@@ -64,6 +66,7 @@ class Client:
         transforms: Sequence[UpdateTransform] = (),
         gradient_step: GradientStep | None = None,
         batch_sampler: BatchSampler | None = None,
+        metrics: Mapping[str, Function] | None = None,
     ) -> None:
         self.target, self.model = target.of_participant(participant), target.model
         self.participant, self.name = participant, participant.name
@@ -76,6 +79,7 @@ class Client:
         """layer → s, where its LoRA rank is its own"""
         self.transforms = checked_transforms(transforms)
         self.gradient_step, self.batch_sampler = gradient_step, batch_sampler
+        self.metrics = dict(metrics or {})
         self.limits: Limits | None = None
         self.global_states = global_states or GlobalStateCache(target.model, most=Limits().max_states)
         self.progress = ProgressByRound()
@@ -195,6 +199,20 @@ class Client:
     def measure(self, model: LocalModel) -> EvaluationResult:
         """The held-out loss of a model in which its weights are loaded."""
         return evaluate_as(self.config, model, self.data.held_out(), self.target.prompt)
+
+    def told_of(self, error: BaseException) -> str:
+        """What of an error may stand in an answer: its type alone where there are limits: it can quote examples."""
+        return type(error).__name__ if self.limits is not None else f"{type(error).__name__}: {error!s:.300}"
+
+    def check_wanted(self) -> None:
+        """Ends work in another thread whose result nobody waits for any more.
+
+        Raises:
+            DeadlineError: Nobody does.
+        """
+        if self._given_up.is_set():
+            msg = f"{self.name!r} was not done in time: nobody waits any more."
+            raise DeadlineError(msg)
 
     def watch(self, seconds: float | None) -> Callable[[], None]:
         """What ends, before a step, a training whose result nobody waits for any more, or that the limits end."""

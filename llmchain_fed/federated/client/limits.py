@@ -20,6 +20,7 @@ from llmchain_fed.federated.protocol.tasks import TrainTask
 from llmchain_fed.training.batch_sampler import BatchSampler, Place, length_buckets
 from llmchain_fed.training.config import DEFAULT_LEARNING_RATE, TrainingConfig
 from llmchain_fed.training.loop import batches_per_pass
+from llmchain_fed.training.metrics import BUILT_IN, MAX_NAME
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates.aggregation import AGGREGATIONS
 from llmchain_fed.updates.codecs import CODECS
@@ -68,6 +69,11 @@ class Limits(FrozenConfig):
     """global states that are kept, so that a hub can send what changed: the common one, and the own rank's"""
     samples: int = Field(default=0, ge=0, le=_MOST)
     """held-out examples that may leave with the chain's answers, for the history and its report"""
+    metrics: tuple[Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME)], ...] = Field(
+        default=tuple(BUILT_IN), strict=False
+    )
+    """metrics whose values over the held-out examples may leave, by name; one that this site registered itself must be
+    listed to leave"""
 
     # --- before anything is done ------------------------------------------------------------------------------------
 
