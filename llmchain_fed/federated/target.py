@@ -20,7 +20,7 @@ from llmchain_fed.chain.labels import Classification, classified
 from llmchain_fed.chain.llm_chain import LLMChain
 from llmchain_fed.chain.tracing.composed import ComposedChain
 from llmchain_fed.chain.tracing.pipes import PipedChain
-from llmchain_fed.data.examples import Example, RawText, calls_of, prompt_text
+from llmchain_fed.data.examples import DialogueRow, Example, RawText, calls_of, prompt_text
 from llmchain_fed.errors import ConfigError, ContractError, UnsupportedModelError
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.model.adapters.resolved import resolve
@@ -158,13 +158,13 @@ class Target:
             return Answer(text, f"({type(error).__name__}: {error!s:.200})", failed=True)
 
     def classify(self, examples: Sequence[Example | RawText], labels: Sequence[str]) -> list[Classification]:
-        """How probable each label is as the answer to an example: to the last call that the chain makes for it.
+        """How probable each label is as the answer to an example, where the chain makes several calls to the last one.
 
         Raises:
             LabelError: The labels are none; see `LLMChain.classify`.
             PromptTooLongError: A prompt with the longest label exceeds the model's context.
         """
-        texts = [calls_of(e, self.prompt)[-1].text for e in examples]
+        texts = [calls_of(e, self.prompt)[0 if isinstance(e, DialogueRow) else -1].text for e in examples]
         return classified(self.prompt if self.prompt is not None else _Plain(self.model), texts, labels)
 
     def contract(self) -> dict[str, Any]:

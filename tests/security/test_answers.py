@@ -19,10 +19,10 @@ from llmchain_fed import ConsoleTable, History, untrusted
 from llmchain_fed.errors import ConfigError, ParticipantError
 from llmchain_fed.federated.callbacks import metrics_of, notes_of, samples_of
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord, Sample
+from llmchain_fed.federated.measures.pooling import capped, pooled
 from llmchain_fed.federated.protocol.answers import CurveAnswer, PersonalizeAnswer, SideBySideAnswer
 from llmchain_fed.federated.protocol.messages import read_answer
 from llmchain_fed.federated.server import evaluation, personalization
-from llmchain_fed.federated.measures.pooling import capped, pooled
 from llmchain_fed.updates.codecs import make_codec
 
 SAMPLE = {"prompt": "x", "reference": "y", "answer": "z"}
