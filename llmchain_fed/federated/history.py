@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmchain_fed.errors import ConfigError, LLMChainFedError, MissingExtraError
 from llmchain_fed.federated.history_file import HistoryData, checked_rounds, rounds_in
+from llmchain_fed.federated.reporting import tables
 from llmchain_fed.storage.own_files import write_whole
 from llmchain_fed.untrusted import checked, one_line, printable, shown
 from llmchain_fed.untrusted.text import DANGEROUS
@@ -147,7 +148,7 @@ class RoundRecord:
         return sum(r.evaluation_bytes for r in self.participants.values())
 
     def __str__(self) -> str:
-        return " | ".join(_without_metrics(_cells(self)) if not self.metrics else _cells(self))
+        return " | ".join(tables.rows_of([self])[1])
 
     def line(self, of: int | None = None) -> str:
         """The round in a line for an operator: each figure with what it is, and of how many rounds, if that is known.
@@ -155,15 +156,12 @@ class RoundRecord:
         >>> RoundRecord(3, {"a": ParticipantRecord("trained", train_loss=1.5)}, seconds=2.5).line(of=10)
         'round 3 of 10 · 1 of 1 trained · train loss 1.500 · up / down 0 B / 0 B · 2.5 seconds'
         """
-        number, trained, *figures = _cells(self)
-        named = [f"{heading} {cell}" for heading, cell in zip(_HEADINGS[2:6], figures, strict=False) if cell != "–"]
-        seconds, notes = figures[4:]
+        number, trained, *figures, seconds, notes = tables.cells_of(self)
+        named = [
+            f"{heading} {cell}" for heading, cell in zip(tables.HEADINGS[2:], figures, strict=False) if cell != "–"
+        ]
         first = f"round {number} of {of}" if of is not None else f"round {number}"
         return " · ".join([first, f"{trained} trained", *named, f"{seconds} seconds", *([notes] if notes else [])])
-
-
-_HEADINGS = ("round", "trained", "train loss", "held-out loss", "metrics", "up / down", "seconds", "notes")
-_METRICS = _HEADINGS.index("metrics")
 
 
 class History:
@@ -199,7 +197,7 @@ class History:
         return self.rounds[index]
 
     def __repr__(self) -> str:
-        rows = self._rows()
+        rows = tables.rows_of(self.rounds)
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join(lines + self.endings())
@@ -212,7 +210,7 @@ class History:
         return found
 
     def _repr_html_(self) -> str:
-        heading, *rows = self._rows()
+        heading, *rows = tables.rows_of(self.rounds)
 
         def row(cells: tuple[str, ...], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
@@ -220,10 +218,6 @@ class History:
         body = "".join(row(cells, "td") for cells in rows)
         note = "".join(f"<p>{html.escape(line)}</p>" for line in self.endings())
         return f"<table><thead>{row(heading, 'th')}</thead><tbody>{body}</tbody></table>{note}"
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        rows = [_HEADINGS, *(_cells(r) for r in self.rounds)]
-        return rows if any(r.metrics for r in self.rounds) else [_without_metrics(cells) for cells in rows]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""
@@ -291,11 +285,7 @@ class History:
             import pandas as pd
         except ImportError as error:
             raise MissingExtraError("to_pandas needs pandas: pip install 'llmchain-fed[plot]'") from error  # noqa: EM101
-        rows = [
-            {"round": r.round, "participant": n} | _flat(p) | {"round_notes": r.notes}
-            for r in self.rounds
-            for n, p in r.participants.items()
-        ]
+        rows = tables.columns_of(self.rounds)
         return pd.DataFrame(_mapped(rows, lambda leaf: printable(leaf) if isinstance(leaf, str) else leaf))
 
     def plot(self) -> Figure:
@@ -311,36 +301,6 @@ class History:
         return plotted(self)
 
 
-def _flat(record: ParticipantRecord) -> dict[str, Any]:
-    """A participant's numbers with a column for each metric."""
-    found = asdict(record)
-    after, before = found.pop("metrics"), found.pop("metrics_before")
-    found |= {f"metric_{key}": value for key, value in after.items()}
-    return found | {f"metric_{key}_before": value for key, value in before.items()}
-
-
-def _cells(record: RoundRecord) -> tuple[str, ...]:
-    notes = list(record.notes)
-    notes += [f"{n}: {r.status}" for n, r in record.participants.items() if r.status not in ("trained", "idle")]
-    notes += [f"{n}: {note}" for n, r in record.participants.items() for note in r.notes]
-    held_out = f"{_number(record.held_out_before)} → {_number(record.held_out_after)}"
-    said = "; ".join(notes[:3]) + (f" … and {len(notes) - 3} more" if len(notes) > 3 else "")
-    return (
-        str(record.round),
-        f"{len(record.trained)} of {record.asked}",
-        _number(record.train_loss),
-        held_out if record.held_out_after is not None else "–",
-        ", ".join(f"{one_line(key)} {_number(value)}" for key, value in record.metrics.items()) or "–",
-        f"{size(record.bytes_up)} / {size(record.bytes_down + record.evaluation_bytes)}",
-        f"{record.seconds:.1f}",
-        printable(said, 3 * _LONGEST),
-    )
-
-
-def _without_metrics(cells: tuple[str, ...]) -> tuple[str, ...]:
-    return cells[:_METRICS] + cells[_METRICS + 1 :]
-
-
 def finite(value: Any) -> Any:
     """The same data with null for numbers that are not finite, which JSON has not."""
     return _mapped(value, lambda leaf: None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf)
@@ -351,20 +311,3 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
         return {k: _mapped(v, change) for k, v in value.items()}
     return [_mapped(v, change) for v in value] if isinstance(value, list) else change(value)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def size(count: float) -> str:
-    """Bytes for people, in powers of ten.
-
-    >>> size(19_538_112)
-    '19.5 MB'
-    """
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"

@@ -52,7 +52,7 @@ class ContractData(Strict):
     version: Digest
 
 
-class Answer(NamedTuple):
+class ChainAnswer(NamedTuple):
     """What a chain answered to an example."""
 
     prompt: str
@@ -129,7 +129,7 @@ class Target:
         if isinstance(self.prompt, LLMChain) and not isinstance(self.prompt, PipedChain):
             self.prompt.check_savable()
 
-    def answer(self, examples: Sequence[Example | RawText], max_new_tokens: int | None = None) -> list[Answer]:
+    def answer(self, examples: Sequence[Example | RawText], max_new_tokens: int | None = None) -> list[ChainAnswer]:
         """What the chain answers to examples; generated without callbacks, so that they reach no tracer.
 
         The answers are greedy, and as long as the chain's own, or `max_new_tokens` where that is less; a composed chain
@@ -143,19 +143,19 @@ class Target:
             options = dict(self.prompt.generation_options(), add_special_tokens=self.prompt.adds_special_tokens)
         found = self.model.generate(texts, **_measured(options, max_new_tokens))
         parsed = self.prompt.parsed if self.prompt is not None else str
-        return [Answer(text, parsed(answer)) for text, answer in zip(texts, found, strict=True)]
+        return [ChainAnswer(text, parsed(answer)) for text, answer in zip(texts, found, strict=True)]
 
-    def _answered(self, text: str, example: Example | RawText, max_new_tokens: int | None) -> Answer:
+    def _answered(self, text: str, example: Example | RawText, max_new_tokens: int | None) -> ChainAnswer:
         """The whole chain's answer to an example; what it raises on the way is part of what a reader should see."""
         assert isinstance(self.prompt, ComposedChain)
         if isinstance(example, RawText):
             options = _measured(self.prompt.generation_options(), max_new_tokens)
             special = self.prompt.adds_special_tokens
-            return Answer(text, self.model.generate([example.prompt], add_special_tokens=special, **options)[0])
+            return ChainAnswer(text, self.model.generate([example.prompt], add_special_tokens=special, **options)[0])
         try:
-            return Answer(text, self.prompt.answer(example.inputs))
+            return ChainAnswer(text, self.prompt.answer(example.inputs))
         except Exception as error:  # whatever somebody's function or parser makes of this model's answer
-            return Answer(text, f"({type(error).__name__}: {error!s:.200})", failed=True)
+            return ChainAnswer(text, f"({type(error).__name__}: {error!s:.200})", failed=True)
 
     def classify(self, examples: Sequence[Example | RawText], labels: Sequence[str]) -> list[Classification]:
         """How probable each label is as the answer to an example, where the chain makes several calls to the last one.

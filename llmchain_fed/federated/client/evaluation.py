@@ -18,7 +18,7 @@ from llmchain_fed.federated.protocol.answers import EvaluateAnswer, MetricAnswer
 from llmchain_fed.federated.protocol.finiteness import told
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import EvaluateTask, SideBySideTask
-from llmchain_fed.federated.target import Answer, Target
+from llmchain_fed.federated.target import ChainAnswer, Target
 from llmchain_fed.training.metrics import BUILT_IN, Function, computed, unknown_metric
 from llmchain_fed.updates.update import MAX_EXAMPLES
 
@@ -54,9 +54,9 @@ class Answers:
 
     def __init__(self, target: Target, longest: int | None, check: Callable[[], None] = lambda: None) -> None:
         self._target, self._longest, self._check = target, longest, check
-        self._made: list[Answer] = []
+        self._made: list[ChainAnswer] = []
 
-    def first(self, examples: Sequence[Example | RawText]) -> list[Answer]:
+    def first(self, examples: Sequence[Example | RawText]) -> list[ChainAnswer]:
         """Those to the first examples of a list that is always the same."""
         while len(self._made) < len(examples):
             self._check()
