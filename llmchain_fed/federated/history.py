@@ -82,7 +82,7 @@ class Sample:
     after: str | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class RoundRecord:
     """One completed round."""
 
@@ -146,6 +146,9 @@ class RoundRecord:
     def evaluation_bytes(self) -> int:
         """Bytes of evaluation: mostly weights on their way down, which training need not send again."""
         return sum(r.evaluation_bytes for r in self.participants.values())
+
+    def __repr__(self) -> str:
+        return f"RoundRecord({self.line()})"
 
     def __str__(self) -> str:
         return " | ".join(tables.rows_of([self])[1])

@@ -44,9 +44,14 @@ _Size = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(_measure
 _Seconds = Annotated[float, Field(ge=0)]
 
 
+def _known(value: Any) -> Any:
+    return {k: v for k, v in value.items() if _measured(v) is not None} if isinstance(value, dict) else value
+
+
 _Metrics = Annotated[
     dict[Annotated[Text, Field(min_length=1, max_length=MAX_NAME)], Annotated[float, Field(ge=-LARGEST, le=LARGEST)]],
     Field(max_length=MAX_METRICS * MAX_VALUES),
+    BeforeValidator(_known),
 ]
 
 

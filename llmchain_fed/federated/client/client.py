@@ -204,29 +204,33 @@ class Client:
         """What of an error may stand in an answer: its type alone where there are limits: it can quote examples."""
         return type(error).__name__ if self.limits is not None else f"{type(error).__name__}: {error!s:.300}"
 
-    def check_wanted(self) -> None:
-        """Ends work in another thread whose result nobody waits for any more.
-
-        Raises:
-            DeadlineError: Nobody does.
-        """
-        if self._given_up.is_set():
-            msg = f"{self.name!r} was not done in time: nobody waits any more."
-            raise DeadlineError(msg)
-
     def watch(self, seconds: float | None) -> Callable[[], None]:
         """What ends, before a step, a training whose result nobody waits for any more, or that the limits end."""
-        started, limits, steps = time.monotonic(), self.limits, itertools.count(1)
+        steps, check_time = itertools.count(1), self.time_limit(seconds, "training")
+
+        def check() -> None:
+            check_time()
+            if self.limits is not None:
+                self.limits.check_steps(next(steps))
+
+        return check
+
+    def time_limit(self, seconds: float | None, what: str) -> Callable[[], None]:
+        """What ends work, between two parts of it, that has no one waiting any more, or takes longer than is allowed.
+
+        Raises:
+            DeadlineError: Nobody waits any more.
+            PolicyError: It takes longer.
+        """
+        started, limits = time.monotonic(), self.limits
 
         def check() -> None:
             spent = time.monotonic() - started
             if self._given_up.is_set() or (seconds is not None and spent > seconds):
                 msg = f"{self.name!r} was not done in time ({spent:.1f} s): nobody waits any more."
                 raise DeadlineError(msg)
-            if limits is not None:
-                limits.check_steps(next(steps))
-                if spent > limits.max_seconds:
-                    refuse("max_seconds", f"training takes more than the {limits.max_seconds:g} s that are allowed")
+            if limits is not None and spent > limits.max_seconds:
+                refuse("max_seconds", f"{what} takes more than the {limits.max_seconds:g} s that are allowed")
 
         return check
 

@@ -35,7 +35,7 @@ def evaluate(client: Client, task: EvaluateTask, state: GlobalState) -> Evaluate
     _, progress = client.progress.before(task.round)
     with loaded(client.model, state, progress.private):
         result = client.measure(client.model)
-        answers = Answers(client.target, task.answer_tokens, client.check_wanted)
+        answers = Answers(client.target, task.answer_tokens, client.time_limit(task.seconds, "measuring"))
         measured = _measured(client, task, answers)
         samples = _samples(client, task, answers)
     labels = client.config.labels

@@ -47,7 +47,8 @@ class Limits(FrozenConfig):
     max_steps: int = Field(default=10_000, ge=1, le=_MOST)
     """optimizer steps that one request may take, a personal model's beside them included"""
     max_seconds: float = Field(default=86_400.0, gt=0.0, le=_MOST)
-    """seconds that the training of one request may take, whatever deadline the hub sets"""
+    """seconds that the training of one request, or the answers for its metrics, may take, whatever deadline the hub
+    sets"""
     min_batch_size: int = Field(default=2, ge=1, le=_MOST)
     """examples that an optimizer step is made of at least, but for the last step of a pass over the examples"""
     min_examples_per_update: int = Field(default=2, ge=1, le=_MOST)

@@ -12,9 +12,22 @@ from langchain_core.runnables import RunnableLambda
 from sklearn.metrics import roc_auc_score
 from tiny import PAIRS
 
-from llmchain_fed import ConfigError, FederatedAveraging, History, Metric, Participant, TrainingConfig
+from llmchain_fed import (
+    Callback,
+    ConfigError,
+    Example,
+    FederatedAveraging,
+    History,
+    Metric,
+    Participant,
+    TrainingConfig,
+)
+from llmchain_fed.errors import DeadlineError, PolicyError
 from llmchain_fed.federated.callbacks import metrics_of
+from llmchain_fed.federated.client.evaluation import Answers, values_of
 from llmchain_fed.federated.measures.pooling import pooled_metrics
+from llmchain_fed.federated.target import Target
+from llmchain_fed.training.metrics import BUILT_IN
 
 LABELS = ["page", "erreur", "page vide"]
 DATA = [(x, LABELS[at % 3]) for at, (x, _) in enumerate(PAIRS)]
@@ -280,3 +293,34 @@ def test_metrics_and_their_options_go_on_from_a_checkpoint(make_chain, tmp_path)
     )
     assert went_on.config.answer_tokens == 5
     assert went_on.fit(rounds=1)[-1].metrics.keys() == {"exact_match", "own"}
+
+
+@pytest.mark.parametrize("how", ["answers", "labels"])
+def test_what_takes_too_long_is_no_value_and_what_nobody_waits_for_ends(make_chain, how):
+    chain = make_chain()
+    examples = [Example(*pair) for pair in DATA[:3]]
+    labels = LABELS if how == "labels" else None
+
+    def measured(error):
+        def check():
+            raise error
+
+        answers = Answers(Target.of(chain), None, check)
+        return values_of({"f1": BUILT_IN["f1"], "far": "not here"}, answers, examples, chain, labels, repr)
+
+    found = {each.name: each.error for each in measured(PolicyError("max_seconds"))}
+    assert found == {"f1": "PolicyError('max_seconds')", "far": "not here"}
+    with pytest.raises(DeadlineError):
+        measured(DeadlineError("nobody waits"))
+
+
+def test_a_callback_may_add_to_a_records_metrics_and_json_has_it(make_chain):
+    class Adds(Callback):
+        def on_round_end(self, record, history):
+            record.metrics |= {"mine": 0.5, "nothing": float("nan")}
+
+    history = federation(make_chain(), callbacks=[Adds()]).fit(rounds=1)
+    again = History.from_dict(json.loads(history.to_json()))
+    assert again[-1].metrics == {"mine": 0.5}  # NaN was not measured
+    assert "mine 0.500" in repr(again)
+    assert repr(history[-1]).startswith("RoundRecord(round 1 · 2 of 2 trained · train loss ")
