@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from llmchain_fed.data.report import DataReport
     from llmchain_fed.data.split import Split
     from llmchain_fed.federated.averaging import FederatedAveraging
-    from llmchain_fed.federated.callbacks import Callback
+    from llmchain_fed.federated.callbacks import Callback, Stop
     from llmchain_fed.federated.client.operations import register_task
     from llmchain_fed.federated.history import History
     from llmchain_fed.federated.learning import FederatedLearning
@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from llmchain_fed.training.config import TrainingConfig
     from llmchain_fed.training.evaluation import evaluate_locally
     from llmchain_fed.training.loop import train_locally
+    from llmchain_fed.training.metrics import Metric
     from llmchain_fed.updates.aggregation.base import Rule
     from llmchain_fed.updates.collection import Collection, Combined
     from llmchain_fed.updates.server_optimizers.adaptive import FedAdagrad, FedAdam, FedAvgM, FedYogi, Reptile
@@ -108,6 +109,7 @@ _HOMES = {
     "LocalLLM": "chain.llm",
     "LocalModel": "model.local_model",
     "MLflow": "tracking.mlflow",
+    "Metric": "training.metrics",
     "NVFlare": "runtimes.nvflare.runtime",
     "Participant": "federated.participant",
     "Policy": "runtimes.site.policy",
@@ -117,6 +119,7 @@ _HOMES = {
     "Runtime": "federated.runtime",
     "Site": "runtimes.site.site",
     "Split": "data.split",
+    "Stop": "federated.callbacks",
     "TensorBoard": "tracking.tensorboard",
     "TorchDistributed": "runtimes.torch_distributed",
     "TorchServerOptimizer": "updates.server_optimizers.torch_optimizers",
@@ -170,6 +173,7 @@ __all__ = [
     "LocalLLM",
     "LocalModel",
     "MLflow",
+    "Metric",
     "MissingExtraError",
     "ModelError",
     "NVFlare",
@@ -191,6 +195,7 @@ __all__ = [
     "SchemaError",
     "Site",
     "Split",
+    "Stop",
     "TemplatedTwiceError",
     "TensorBoard",
     "TorchDistributed",

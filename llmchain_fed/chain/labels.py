@@ -70,9 +70,7 @@ class Classifies:
         inputs = list(inputs)
         if not inputs:
             return []
-        rows = (self._label_scores(inputs, known).double() / temperature).softmax(1).tolist()
-        found = [dict(zip(known, row, strict=True)) for row in rows]
-        return [Classification(max(p, key=p.__getitem__), p) for p in found]
+        return _classifications(self._label_scores(inputs, known).double() / temperature, known)
 
     async def aclassify(self, x: Any, labels: Sequence[str], *, temperature: float = 1.0) -> Classification:
         """`classify` for a coroutine, beside which the loop goes on.
@@ -133,6 +131,28 @@ class Classifies:
         written = [prompt.calls(inputs[0], label)[-1].completion for label in labels]
         ids = encode_labels(written, prompt.model, prompt.completion_controls)  # type: ignore[attr-defined] # likewise
         return _scores(prompt, texts, ids)
+
+
+def classified(prompt: Any, texts: Sequence[str], labels: Sequence[str]) -> list[Classification]:
+    """What `classify` says of prompts that are rendered already, as those of a composed chain's last call are.
+
+    Args:
+        prompt: Has `model`, `adds_special_tokens` and `completion_controls`.
+        texts: What the model reads, up to where its answer begins.
+        labels: As in `classify`.
+
+    Raises:
+        LabelError: As `classify`.
+        PromptTooLongError: As `classify`.
+    """
+    known = checked_labels(labels)
+    ids = encode_labels(known, prompt.model, prompt.completion_controls)
+    return _classifications(_scores(prompt, texts, ids).double(), known)
+
+
+def _classifications(scores: Tensor, labels: Sequence[str]) -> list[Classification]:
+    found = [dict(zip(labels, row, strict=True)) for row in scores.softmax(1).tolist()]
+    return [Classification(max(p, key=p.__getitem__), p) for p in found]
 
 
 @torch.inference_mode()

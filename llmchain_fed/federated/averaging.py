@@ -13,12 +13,14 @@ from typing import Any, Self, Unpack
 
 from llmchain_fed.data.examples import Examples, with_columns
 from llmchain_fed.data.report import DataReport
-from llmchain_fed.federated.callbacks import Callbacks, RunInfo
+from llmchain_fed.federated.callbacks import Callbacks, RunInfo, Stop
 from llmchain_fed.federated.checkpoint.manager import CheckpointManager
 from llmchain_fed.federated.checkpoint.membership import Members, checked_members
 from llmchain_fed.federated.client.client import Client
-from llmchain_fed.federated.fit import Fit, checked_rounds
+from llmchain_fed.federated.fit import Fit, Keep, checked_rounds
 from llmchain_fed.federated.history import History, RoundRecord
+from llmchain_fed.federated.measures.kept import Keeper
+from llmchain_fed.federated.measures.monitor import LOSS
 from llmchain_fed.federated.options import FederationConfig, FederationOptions
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.parts.manual_rounds import ManualRounds
@@ -87,6 +89,7 @@ class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData):
         self.attendance.listen(self._callbacks.attendance_changed)
         self._show_adapters = partial(_show_adapters, self._server, self._peers)  # no method: no cycle
         self._checkpoints = CheckpointManager(self._server, checkpoint_dir, shown=self._show_adapters)
+        self._keeper = Keeper(self._server, self._checkpoints)
         self._replication = Replication(self._server, self._show_adapters)
         self._open, self._opened = None, 0.0
 
@@ -160,6 +163,12 @@ class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData):
         return self._server.history
 
     @property
+    def best(self) -> RoundRecord | None:
+        """The round with the best pooled value of what the latest `fit` monitored; None before any was measured."""
+        number = self.history.best
+        return next((record for record in self.history if record.round == number), None)
+
+    @property
     def attendance(self) -> Attendance:
         """Who is in and out, since when and why first, and who is waited for."""
         return self._server.client_manager.attendance
@@ -196,6 +205,8 @@ class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData):
         *,
         patience: int | None = None,
         min_delta: float = 0.0,
+        monitor: str = LOSS,
+        keep: Keep = "last",
         on_divergence: OnDivergence = "warn",
         of: int | None = None,
     ) -> History:
@@ -207,15 +218,20 @@ class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData):
 
         Args:
             rounds: At least one.
-            patience: Stop early once the pooled held-out loss has not improved for this many rounds; None never does.
-            min_delta: nats per token that count as an improvement.
+            patience: Stop early once the monitored value has not improved for this many rounds; None never does.
+            min_delta: What counts as an improvement there: nats per token, or a metric's own unit.
+            monitor: The pooled value that rounds are judged by: "held_out_loss", or a value of `metrics=`.
+            keep: "last" ends with the last round's weights. "best" ends with those of the best round, by `monitor`, of
+                this fit and of those before it whose weights there are; the weights before the first round are no
+                candidate. Personal models and the server optimizer go back with them, history and round numbers do not.
             on_divergence: "warn" goes on; "stop" ends after the round that diverges, and where a round fails because
                 nobody's training loss stayed finite.
             of: How many rounds the whole federation has, where this is a part of them: for the screen and callbacks.
 
         Raises:
-            ConfigError: No rounds or no participants; `patience` or "stop" without evaluation, which for participants
-                elsewhere shows once all have joined; a `min_delta` below 0; another `on_divergence`.
+            ConfigError: No rounds or no participants; `patience`, `keep="best"` or "stop" without evaluation, which for
+                participants elsewhere shows once all have joined; a `monitor` that no participant computes, or of which
+                nobody said which way is better; a `min_delta` below 0; another `keep` or `on_divergence`.
             DataError: A participant's examples cannot be used.
             QuorumError: A round has too few usable updates; earlier rounds are kept.
             FederationError: A round opened by `train()` is not closed.
@@ -223,15 +239,27 @@ class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData):
         """
         rounds = checked_rounds("fit", rounds, self._server)
         self._check_closed()
-        fit = Fit.asked(self._server, rounds, patience=patience, min_delta=min_delta, on_divergence=on_divergence)
+        fit = Fit.asked(
+            self._server,
+            rounds,
+            patience=patience,
+            min_delta=min_delta,
+            monitor=monitor,
+            keep=keep,
+            on_divergence=on_divergence,
+        )
 
         def lead() -> None:
             self._check_directory()  # here, where the other processes of a script hear of what it raises
             self.history.stopped_early = None
             options = {"model": self._server.model.name, **self._checkpoints.described()}
             info = RunInfo(options, tuple(self._runtime.nodes()), self.round, rounds, of, self.attendance)
-            begins = self._callbacks.round_begins
-            self._callbacks.watch(info, self.history, lambda: fit.run(self._join, begins, self._completed))
+            self._callbacks.watch(info, self.history, run)
+
+        def run() -> None:
+            if fit.run(self._join, self._callbacks.round_begins, self._completed, self._keeper):
+                self._checkpoints.save()  # where this goes on, it goes on with these weights
+                self._show_adapters()
 
         self._replication.do(lead)
         return self.history
@@ -244,18 +272,20 @@ class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData):
         """
         self._check_closed()
         self._checkpoints.roll_back(to)
+        self._keeper.forget()
 
     def _check_directory(self) -> None:
         self._checkpoints.check_directory()
 
-    def _completed(self, record: RoundRecord) -> None:
+    def _completed(self, record: RoundRecord) -> Stop | None:
         """After a round: checkpoint, personal adapters, and those who watch, even if the write failed."""
         self.history.about = about_of(self._server, record, self.history.about)
         try:
             self._checkpoints.save()
         finally:
             self._show_adapters()
-            self._callbacks.round_ended(record, self.history)
+            said = self._callbacks.round_ended(record, self.history)
+        return said
 
     def _together(self, work: Callable[[], Any]) -> Any:
         """What work gives once everybody has joined, in every process of the script."""

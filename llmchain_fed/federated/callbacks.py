@@ -40,6 +40,17 @@ class RunInfo:
     """who is in and out, and who is waited for; it is kept while the fit runs, and is read only"""
 
 
+@dataclass(frozen=True)
+class Stop:
+    """Ends training, with a reason: what `Callback.on_round_end` may return.
+
+    >>> Stop("the budget is spent")
+    Stop(reason='the budget is spent')
+    """
+
+    reason: str
+
+
 class Callback:
     """Hears of a fit as it goes. Every method does nothing: override those you need.
 
@@ -61,8 +72,11 @@ class Callback:
     def on_round_begin(self, number: int, asked: tuple[str, ...]) -> None:
         """Before a round, whose number counts from 1: everyone who is there has joined, and these will be asked."""
 
-    def on_round_end(self, record: RoundRecord, history: History) -> None:
-        """After a round has been loaded into the chain, recorded and checkpointed; `history` ends with `record`."""
+    def on_round_end(self, record: RoundRecord, history: History) -> Stop | None:
+        """After a round has been loaded into the chain, recorded and checkpointed; `history` ends with `record`.
+
+        `Stop(reason)` ends the fit after this round, and `history.stopped_early` says the reason; None goes on.
+        """
 
     def on_fit_end(self, history: History) -> None:
         """After the last round; `history` contains earlier fits' rounds too."""
@@ -113,18 +127,27 @@ class Callbacks:
         for callback in self._all:
             callback.on_round_begin(number, asked)
 
-    def round_ended(self, record: RoundRecord, history: History) -> None:
-        """Tells them of a round."""
-        for callback in self._all:
-            callback.on_round_end(record, history)
+    def round_ended(self, record: RoundRecord, history: History) -> Stop | None:
+        """Tells them of a round; gives back what the first of those said who want to stop.
+
+        Raises:
+            ConfigError: One returned True or a text, which is no `Stop`.
+        """
+        found: list[tuple[Callback, Any]] = [(each, each.on_round_end(record, history)) for each in self._all]
+        for callback, said in found:
+            if said is True or isinstance(said, str):
+                msg = f"{callback!r:.80} returned {said!r:.80} from on_round_end. To end training return Stop(reason)."
+                raise ConfigError(msg)
+        return next((said for _, said in found if isinstance(said, Stop)), None)
 
 
 def metrics_of(record: RoundRecord) -> dict[str, float]:
     """A round as flat numbers, the same for every tracker.
 
-    Losses are nats per completion token, times seconds. Each participant's numbers stand under
-    `participant/<name>/<field of ParticipantRecord>`; the part after the last slash never has one, so no two names
-    collide whatever is in them. What was not measured, or is not finite, is left out.
+    Losses are nats per completion token, times seconds; metrics stand under `metrics/<name>`. Each participant's
+    numbers stand under `participant/<name>/<field of ParticipantRecord>`, its metrics there as `metric_<name>`; the
+    part after the last slash never has one, so no two names collide whatever is in them. What was not measured, or is
+    not finite, is left out.
 
     >>> from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
     >>> record = RoundRecord(3, {"a/b": ParticipantRecord("trained", train_loss=1.5, bytes_up=10)}, held_out_after=1.25)
@@ -149,8 +172,10 @@ def metrics_of(record: RoundRecord) -> dict[str, float]:
         "participants/trained": len(record.trained),
         "participants/asked": record.asked,
     }
+    found |= {f"metrics/{one_line(key)}": value for key, value in record.metrics.items()}
     for name, participant in record.participants.items():
-        for field, value in asdict(participant).items():
+        own = asdict(participant) | {f"metric_{one_line(key)}": value for key, value in participant.metrics.items()}
+        for field, value in own.items():
             if isinstance(value, (int, float)):
                 found[f"participant/{one_line(name)}/{field}"] = value
     return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}

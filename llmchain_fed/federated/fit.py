@@ -1,37 +1,55 @@
-"""Fit: several rounds one after the other, and when to stop before the last.
+"""Fit: several rounds one after the other, when to stop before the last, and with which round's weights to end.
 
 Knows the server's rounds and their records. Knows nothing about how one is run, checkpoints or who watches.
 """
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from llmchain_fed._config import plain_number
 from llmchain_fed.errors import ConfigError, QuorumError
+from llmchain_fed.federated.callbacks import Stop
 from llmchain_fed.federated.history import RoundRecord
 from llmchain_fed.federated.loop import run_round
+from llmchain_fed.federated.measures.kept import Keeper
+from llmchain_fed.federated.measures.monitor import LOSS, Monitored, Patience, check_known, resolved
 from llmchain_fed.federated.server.divergence import OnDivergence, checked_on_divergence
-from llmchain_fed.federated.server.evaluation import stands_still
 from llmchain_fed.federated.server.server import Server
 
+Keep = Literal["last", "best"]
 
-@dataclass(frozen=True)
+
+@dataclass
 class Fit:
-    """So many rounds, and what ends them early."""
+    """So many rounds, what ends them early, and what is monitored."""
 
     server: Server
     rounds: int
-    patience: Patience | None
+    monitor: str
+    """the name of the value that rounds are judged by"""
+    keep: Keep
+    patience: int | None
+    min_delta: float
     stops: bool
     """whether a round that diverges is the last"""
+    monitored: Monitored = field(default_factory=Monitored)
+    waiting: Patience | None = None
 
     @classmethod
     def asked(
-        cls, server: Server, rounds: int, *, patience: int | None, min_delta: float, on_divergence: OnDivergence
+        cls,
+        server: Server,
+        rounds: int,
+        *,
+        patience: int | None,
+        min_delta: float,
+        monitor: str,
+        keep: Keep,
+        on_divergence: OnDivergence,
     ) -> Fit:
         """The fit that a user asks for.
 
@@ -46,61 +64,104 @@ class Fit:
             raise ConfigError(msg)
         number = isinstance(min_delta, (int, float)) and not isinstance(min_delta, bool)
         if not (number and 0 <= min_delta <= sys.float_info.max):
-            msg = f"min_delta is a finite number of nats per token, 0 or more, got {min_delta!r:.80}."
+            msg = (
+                f"min_delta is a finite number of what is monitored (nats per token), 0 or more, got {min_delta!r:.80}."
+            )
+            raise ConfigError(msg)
+        if keep not in get_args(Keep):
+            msg = f"keep is 'last' (the weights of the last round) or 'best' (by monitor=), got {keep!r:.80}."
+            raise ConfigError(msg)
+        check_known(monitor, server.evaluator)
+        if (keep == "best" or monitor != LOSS) and not measured:
+            msg = f"keep='best' and monitor={monitor!r} need evaluation=…, which says what is measured on."
             raise ConfigError(msg)
         stops = checked_on_divergence(on_divergence, measured=measured)
-        # it counts on where the fit that was interrupted stood
-        waiting = Patience(patience, min_delta, server.patience) if patience is not None else None
-        return cls(server, rounds, waiting, stops)
+        return cls(server, rounds, monitor, keep, patience, min_delta, stops)
 
     def run(
         self,
         join: Callable[[], object],
         begins: Callable[[int, tuple[str, ...]], object],
-        completed: Callable[[RoundRecord], object],
-    ) -> None:
+        completed: Callable[[RoundRecord], Stop | None],
+        keeper: Keeper,
+    ) -> bool:
         """Runs them, and lets participants join before each; where it stops early the history says why.
 
-        Who `begins` and has `completed` a round is told as `run_round` tells it.
+        Who `begins` and has `completed` a round is told as `run_round` tells it. The `keeper` has the best, if that is
+        wanted; whether it ends with that, and not with the last.
 
         Raises:
             ConfigError: Nothing is measured that could end it early, as shows once everybody has joined.
         """
+        history, best = self.server.history, self.keep == "best"
         for left in reversed(range(self.rounds)):
             join()  # a round's seconds begin with its broadcast: an engine's start is not a round's cost
             if left == self.rounds - 1:
-                self._check_measured()
+                self._begin()
+                if best:
+                    keeper.begin(self.monitored)
             why: list[str] = []
 
             def ends(record: RoundRecord, left: int = left, why: list[str] = why) -> None:
-                over = self.patience is not None and self.patience.over(record, shared=self.server.evaluator.is_shared)
-                diverged = self.server.diverged if self.stops else None
-                why += [diverged] if diverged else [str(self.patience)] if over else []
-                self.server.patience = self.patience.state() if self.patience is not None and not why and left else []
-                completed(record)
+                why += self._judge(record, last=not left)
+                if best:
+                    keeper.judged()
+                stop = completed(record)
+                why += [stop.reason] if stop is not None else []
+                if best:
+                    keeper.completed(record)
 
             try:
                 run_round(self.server, begins, ends)
             except QuorumError:
                 if not self.stops or self.server.diverged is None:
                     raise
-                self.server.history.stopped_early = self.server.diverged
+                history.stopped_early = self.server.diverged
                 break
             if why:
-                self.server.history.stopped_early = why[0] if left else None  # the last round ends it anyway
+                history.stopped_early = why[0] if left else None  # the last round ends it anyway
                 break
         self.server.patience = []
+        return best and keeper.finish()
+
+    def _begin(self) -> None:
+        """Before the first round: what is monitored is measured by somebody, and counts on where it was."""
+        server, history = self.server, self.server.history
+        self._check_measured()
+        found = server.peek() if self.monitor != LOSS else None
+        self.monitored = resolved(self.monitor, server.evaluator, found)
+        state = server.patience if history.monitor in (None, self.monitor) else []
+        if history.monitor != self.monitor:
+            best = self.monitored.best(history)
+            history.monitor, history.best = self.monitor, best.round if best is not None else None
+        if self.patience is not None:
+            self.waiting = Patience(self.patience, self.min_delta, state, self.monitored)
+
+    def _judge(self, record: RoundRecord, *, last: bool) -> list[str]:
+        """Notes which round is best so far; why this one is the last before its time."""
+        server, history, waiting = self.server, self.server.history, self.waiting
+        over = waiting is not None and waiting.over(record, shared=server.evaluator.is_shared)
+        diverged = server.diverged if self.stops else None
+        why = [diverged] if diverged else [str(waiting)] if over else []
+        server.patience = waiting.state() if waiting is not None and not why and not last else []
+        if record.members_changed:
+            history.best = None
+        among = {record.round} | ({history.best} if history.best is not None else set())
+        best = self.monitored.best(history, among)
+        history.best = best.round if best is not None else history.best
+        return why
 
     def _check_measured(self) -> None:
         """Makes sure that what is to end it early is measured; of participants elsewhere that shows once all are in."""
         server, joined = self.server, self.server.client_manager.joined
-        if not (self.stops or self.patience) or server.evaluator.is_shared or server.runtime.sequential:
+        wanted = self.stops or self.patience is not None or self.keep == "best"
+        if not wanted or server.evaluator.is_shared or server.runtime.sequential:
             return
         if joined.keys() >= set(server.runtime.nodes()) and not any(hello.held_out for hello in joined.values()):
             msg = (
-                "patience and on_divergence='stop' go by held-out loss, and all participants have joined and none of "
-                "them holds out examples. Let one hold out some where it is, as Participant(held_out=…), or pass "
-                "evaluation=examples, one set for all."
+                "patience, keep='best' and on_divergence='stop' go by what is held out, and all participants have "
+                "joined and none of them holds out examples. Let one hold out some where it is, as "
+                "Participant(held_out=…), or pass evaluation=examples, one set for all."
             )
             raise ConfigError(msg)
 
@@ -119,42 +180,3 @@ def checked_rounds(what: str, rounds: int, server: Server) -> int:
         msg = "there is nobody to learn from. Pass participants={name: examples, …}, or use train() and step()."
         raise ConfigError(msg)
     return rounds
-
-
-class Patience:
-    """Says when held-out loss has stopped improving.
-
-    Args:
-        rounds: How many rounds without improvement are too many.
-        min_delta: nats per token that count as an improvement.
-        state: `state()` of a run that was interrupted, from which it counts on.
-    """
-
-    def __init__(self, rounds: int, min_delta: float, state: Sequence[float]) -> None:
-        self._rounds, self._min_delta = rounds, min_delta
-        self._best, self._waited = (float(state[0]), int(state[1])) if state else (float("inf"), 0)
-
-    def __str__(self) -> str:
-        by = f" by {self._min_delta}" if self._min_delta else ""
-        return f"held-out loss did not improve{by} for {self._waited} round{'s' if self._waited != 1 else ''}"
-
-    def state(self) -> list[float]:
-        """The best loss so far and the rounds since, for a checkpoint."""
-        return [self._best, self._waited] if self._best < float("inf") else []
-
-    def over(self, record: RoundRecord, *, shared: bool) -> bool:
-        """Whether to stop after a round.
-
-        Where the loss has not improved, a round counts if it was measured on one set that is shared by all, or on so
-        many participants' that no single one says so alone.
-        """
-        before, after = record.held_out_before, record.held_out_after
-        if after is None:
-            return False
-        if self._waited == 0 and self._best == float("inf") and before is not None and math.isfinite(before):
-            self._best = before
-        improved = after < self._best - self._min_delta
-        if not (improved or shared or stands_still(record, self._min_delta)):
-            return False
-        self._best, self._waited = (after, 0) if improved else (self._best, self._waited + 1)
-        return self._waited >= self._rounds

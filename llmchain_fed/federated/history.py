@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llmchain_fed.errors import ConfigError, LLMChainFedError, MissingExtraError
 from llmchain_fed.federated.history_file import HistoryData, checked_rounds, rounds_in
 from llmchain_fed.federated.reporting.reports import Reports
+from llmchain_fed.federated.reporting import tables
 from llmchain_fed.storage.own_files import write_whole
 from llmchain_fed.untrusted import checked, one_line, printable, shown
 from llmchain_fed.untrusted.text import DANGEROUS
@@ -63,6 +64,9 @@ class ParticipantRecord:
     """of the weights it was sent to train"""
     evaluation_bytes: int = 0
     """of the weights it was sent to evaluate, and of its answers"""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """over its held-out examples, under the global weights after the round; what it could not measure is missing"""
+    metrics_before: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """learning guards: a zero update, one equal to another's, adapter tensors that never changed; in its first round
     what is both trained on and held out; held-out losses that are not finite"""
@@ -79,7 +83,7 @@ class Sample:
     after: str | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class RoundRecord:
     """One completed round."""
 
@@ -88,6 +92,11 @@ class RoundRecord:
     held_out_before: float | None = None
     """nats per token over all participants' held-out examples together"""
     held_out_after: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    """after the round: the mean of the values of the participants who have one, weighted by their held-out examples, or
+    the value over the one set for all; participants elsewhere weigh at most one half each where there are three"""
+    metrics_before: dict[str, float] = field(default_factory=dict)
+    """likewise under the global weights before it"""
     update_norm: float | None = None
     """L2 norm of how the global trainable values moved"""
     aggregation_gap: float | None = None
@@ -139,8 +148,11 @@ class RoundRecord:
         """Bytes of evaluation: mostly weights on their way down, which training need not send again."""
         return sum(r.evaluation_bytes for r in self.participants.values())
 
+    def __repr__(self) -> str:
+        return f"RoundRecord({self.line()})"
+
     def __str__(self) -> str:
-        return " | ".join(_cells(self))
+        return " | ".join(tables.rows_of([self])[1])
 
     def line(self, of: int | None = None) -> str:
         """The round in a line for an operator: each figure with what it is, and of how many rounds, if that is known.
@@ -148,14 +160,12 @@ class RoundRecord:
         >>> RoundRecord(3, {"a": ParticipantRecord("trained", train_loss=1.5)}, seconds=2.5).line(of=10)
         'round 3 of 10 · 1 of 1 trained · train loss 1.500 · up / down 0 B / 0 B · 2.5 seconds'
         """
-        number, trained, *figures = _cells(self)
-        named = [f"{heading} {cell}" for heading, cell in zip(_HEADINGS[2:5], figures, strict=False) if cell != "–"]
-        seconds, notes = figures[3:]
+        number, trained, *figures, seconds, notes = tables.cells_of(self)
+        named = [
+            f"{heading} {cell}" for heading, cell in zip(tables.HEADINGS[2:], figures, strict=False) if cell != "–"
+        ]
         first = f"round {number} of {of}" if of is not None else f"round {number}"
         return " · ".join([first, f"{trained} trained", *named, f"{seconds} seconds", *([notes] if notes else [])])
-
-
-_HEADINGS = ("round", "trained", "train loss", "held-out loss", "up / down", "seconds", "notes")
 
 
 class History(Reports):
@@ -171,10 +181,17 @@ class History(Reports):
         """why `fit` ended before its rounds were used up"""
         self.about: dict[str, Any] = {}
         """what is known of the federation beside its rounds: model, options, versions, dates, counts of examples"""
+        self.monitor: str | None = None
+        """what the latest `fit` went by: "held_out_loss", or a metric's name"""
+        self.best: int | None = None
+        """number of the round whose pooled value of that is best, since members last changed"""
+        self.kept: int | None = None
+        """the round whose weights `fit(keep="best")` has left the chain with, where it is not the last"""
 
     def append(self, record: RoundRecord) -> None:
         """Adds a completed round."""
         self.rounds.append(record)
+        self.kept = None
 
     def __len__(self) -> int:
         return len(self.rounds)
@@ -186,22 +203,32 @@ class History(Reports):
         return self.rounds[index]
 
     def __repr__(self) -> str:
-        rows = [_HEADINGS, *(_cells(r) for r in self.rounds)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
+        rows = tables.rows_of(self.rounds)
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join(lines + ([f"stopped early: {one_line(self.stopped_early)}"] if self.stopped_early else []))
+        return "\n".join(lines + self.endings())
+
+    def endings(self) -> list[str]:
+        """How the latest fit ended, in lines: why before its rounds were used up, and with which round's weights."""
+        found = [f"stopped early: {one_line(self.stopped_early)}"] if self.stopped_early else []
+        if self.kept is not None:
+            found.append(f"the chain has the weights of round {self.kept}, the best by {one_line(self.monitor)}")
+        return found
 
     def _repr_html_(self) -> str:
+        heading, *rows = tables.rows_of(self.rounds)
+
         def row(cells: tuple[str, ...], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
-        body = "".join(row(_cells(r), "td") for r in self.rounds)
-        note = f"<p>stopped early: {html.escape(one_line(self.stopped_early))}</p>" if self.stopped_early else ""
-        return f"<table><thead>{row(_HEADINGS, 'th')}</thead><tbody>{body}</tbody></table>{note}"
+        body = "".join(row(cells, "td") for cells in rows)
+        note = "".join(f"<p>{html.escape(line)}</p>" for line in self.endings())
+        return f"<table><thead>{row(heading, 'th')}</thead><tbody>{body}</tbody></table>{note}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""
-        return {"rounds": [asdict(r) for r in self.rounds], "stopped_early": self.stopped_early, "about": self.about}
+        ends = {name: getattr(self, name) for name in ("stopped_early", "monitor", "best", "kept", "about")}
+        return {"rounds": [asdict(r) for r in self.rounds]} | ends
 
     def to_json(self) -> str:
         """Everything as JSON that can be written and shown; numbers that are not finite, which JSON has not, are null.
@@ -249,10 +276,14 @@ class History(Reports):
             samples = [Sample(**dict(sample)) for sample in record.samples]
             history.append(RoundRecord(**{**dict(record), "participants": participants, "samples": samples}))
         history.stopped_early, history.about = found.stopped_early, found.about.model_dump(exclude_unset=True)
+        history.stopped_early, history.monitor = found.stopped_early, found.monitor
+        history.best, history.kept = found.best, found.kept
         return history
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per round and participant; `notes` are the participant's, `round_notes` those of the whole round.
+
+        Its metrics are columns `metric_<name>`, and those before the round `metric_<name>_before`.
 
         Raises:
             MissingExtraError: pandas is not installed.
@@ -261,60 +292,20 @@ class History(Reports):
             import pandas as pd
         except ImportError as error:
             raise MissingExtraError("to_pandas needs pandas: pip install 'llmchain-fed[plot]'") from error  # noqa: EM101
-        rows = [
-            {"round": r.round, "participant": n} | asdict(p) | {"round_notes": r.notes}
-            for r in self.rounds
-            for n, p in r.participants.items()
-        ]
+        rows = tables.columns_of(self.rounds)
         return pd.DataFrame(_mapped(rows, lambda leaf: printable(leaf) if isinstance(leaf, str) else leaf))
 
     def plot(self) -> Figure:
-        """Training and held-out loss per participant over the rounds, in nats per token, or per example over labels.
+        """Training and held-out loss per participant over the rounds, and each metric with its pooled value.
+
+        Losses are nats per token, or per example over labels.
 
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise MissingExtraError("plot needs matplotlib: pip install 'llmchain-fed[plot]'") from error  # noqa: EM101
-        figure: Figure
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-        plt.close(figure)  # a notebook shows what a cell returns; left open, it would show it twice
-        unit = "nats per example" if self.rounds and self.rounds[-1].loss == "labels" else "nats per token"
-        names = list(dict.fromkeys(n for r in self.rounds for n in r.participants))
-        for name in names:
-            found = [(r.round, r.participants[name]) for r in self.rounds if name in r.participants]
-            train = [(n, p.train_loss) for n, p in found if p.train_loss is not None]
-            held_out = [(n, p.held_out_after) for n, p in found if p.held_out_after is not None]
-            if found and found[0][1].held_out_before is not None:
-                held_out = [(found[0][0] - 1, found[0][1].held_out_before), *held_out]
-            for axes, points in ((left, train), (right, held_out)):
-                if points:  # a dollar would begin a formula
-                    axes.plot(*zip(*points, strict=True), marker="o", label=one_line(name, 80).replace("$", r"\$"))
-        for axes, title in ((left, "training"), (right, "held out")):
-            axes.set(title=title, xlabel="round", ylabel=unit)
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            if axes.lines:
-                axes.legend()
-        return figure
+        from llmchain_fed.federated.reporting.plots import plotted
 
-
-def _cells(record: RoundRecord) -> tuple[str, ...]:
-    notes = list(record.notes)
-    notes += [f"{n}: {r.status}" for n, r in record.participants.items() if r.status not in ("trained", "idle")]
-    notes += [f"{n}: {note}" for n, r in record.participants.items() for note in r.notes]
-    held_out = f"{_number(record.held_out_before)} → {_number(record.held_out_after)}"
-    said = "; ".join(notes[:3]) + (f" … and {len(notes) - 3} more" if len(notes) > 3 else "")
-    return (
-        str(record.round),
-        f"{len(record.trained)} of {record.asked}",
-        _number(record.train_loss),
-        held_out if record.held_out_after is not None else "–",
-        f"{size(record.bytes_up)} / {size(record.bytes_down + record.evaluation_bytes)}",
-        f"{record.seconds:.1f}",
-        printable(said, 3 * _LONGEST),
-    )
+        return plotted(self)
 
 
 def finite(value: Any) -> Any:
@@ -327,20 +318,3 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
         return {k: _mapped(v, change) for k, v in value.items()}
     return [_mapped(v, change) for v in value] if isinstance(value, list) else change(value)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def size(count: float) -> str:
-    """Bytes for people, in powers of ten.
-
-    >>> size(19_538_112)
-    '19.5 MB'
-    """
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, FailFast, Field
 
 from llmchain_fed.errors import ConfigError, LLMChainFedError
+from llmchain_fed.training.metrics import LARGEST, MAX_METRICS, MAX_NAME, MAX_VALUES
 from llmchain_fed.untrusted import Strict, checked, printable, read_file, read_json, shown
 
 _LONGEST_TEXT = 2**20  # characters
@@ -43,6 +44,17 @@ _Size = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(_measure
 _Seconds = Annotated[float, Field(ge=0)]
 
 
+def _known(value: Any) -> Any:
+    return {k: v for k, v in value.items() if _measured(v) is not None} if isinstance(value, dict) else value
+
+
+_Metrics = Annotated[
+    dict[Annotated[Text, Field(min_length=1, max_length=MAX_NAME)], Annotated[float, Field(ge=-LARGEST, le=LARGEST)]],
+    Field(max_length=MAX_METRICS * MAX_VALUES),
+    BeforeValidator(_known),
+]
+
+
 class ParticipantData(Strict):
     """A `ParticipantRecord`; what is left out is as by default."""
 
@@ -60,6 +72,8 @@ class ParticipantData(Strict):
     bytes_up: Count = 0
     bytes_down: Count = 0
     evaluation_bytes: Count = 0
+    metrics: _Metrics = Field(default_factory=dict)
+    metrics_before: _Metrics = Field(default_factory=dict)
     notes: Texts = Field(default_factory=list)
 
 
@@ -80,6 +94,8 @@ class RoundData(Strict):
     participants: Annotated[dict[Name, Any], Field(max_length=MOST_PARTICIPANTS)]
     held_out_before: _Number = None
     held_out_after: _Number = None
+    metrics: _Metrics = Field(default_factory=dict)
+    metrics_before: _Metrics = Field(default_factory=dict)
     update_norm: _Size = None
     aggregation_gap: _Size = None
     seconds: _Seconds = 0.0
@@ -139,6 +155,9 @@ class HistoryData(Strict):
     rounds: Annotated[list[Any], FailFast(), Field(max_length=_MOST)]
     stopped_early: Text | None = None
     about: AboutData = Field(default_factory=AboutData)
+    monitor: Text | None = None
+    best: Count | None = None
+    kept: Count | None = None
 
 
 def checked_rounds(

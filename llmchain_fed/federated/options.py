@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, field_s
 from llmchain_fed._config import FrozenConfig
 from llmchain_fed.data.split import Split
 from llmchain_fed.training.config import TrainingConfig
+from llmchain_fed.training.metrics import MAX_METRICS, MAX_NAME
 from llmchain_fed.updates.aggregation import Weighting
 from llmchain_fed.updates.aggregation.weight_share import Share
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from llmchain_fed.federated.runtime import Runtime
     from llmchain_fed.training.batch_sampler import BatchSampler
     from llmchain_fed.training.gradient_step import GradientStep
+    from llmchain_fed.training.metrics import Function, Metric
     from llmchain_fed.updates.aggregation.base import Rule
     from llmchain_fed.updates.codecs.base import Codec
     from llmchain_fed.updates.collection import Collection
@@ -79,6 +81,17 @@ def _held_out(value: Any) -> Any:
     if _is_share(value) and value < 1:
         return value
     msg = "as a share it lies between 0 and 1"
+    raise ValueError(msg)
+
+
+def _a_metric(value: Any) -> Any:
+    if isinstance(value, str) and 0 < len(value) <= MAX_NAME + len(CODE + AGAIN):
+        return value
+    if isinstance(value, dict) and value.keys() == {"name", "maximize"}:
+        name, maximize = value["name"], value["maximize"]
+        if isinstance(name, str) and 0 < len(name) <= MAX_NAME and isinstance(maximize, bool):
+            return value
+    msg = "a name is wanted, or {name: …, maximize: true}"
     raise ValueError(msg)
 
 
@@ -145,6 +158,18 @@ class FederationConfig(FrozenConfig):
     samples: MayDiffer[Count | None] = None
     """held-out examples per participant whose answers are recorded before and after each round; None is 1 where
     participants are in this process, and 0 elsewhere"""
+    answer_tokens: MayDiffer[AtLeastOne | None] = None
+    """tokens that an answer to a held-out example has at most, for samples and metrics; None is as many as the chain's
+    own `max_new_tokens`"""
+    metrics: MayDiffer[
+        Annotated[list[Annotated[Any, BeforeValidator(_a_metric)]], Field(max_length=MAX_METRICS)] | None
+    ] = None
+    """what held-out answers are measured by, beside the loss: "accuracy", "f1", "auc", "exact_match", "chrf",
+    "rouge_l"; functions of your own, or `Metric(fn, maximize=True)`, for participants of this process; and names that
+    sites register, in a file also as {name: sens, maximize: true}"""
+    labels: MayDiffer[Annotated[list[Word], Field(min_length=2, max_length=1000)] | None] = None
+    """with them predictions are the most probable of these texts, as `classify` says; None is `training.labels`, and
+    without these the chain's answers"""
     keep_checkpoints: MayDiffer[AtLeastOne | None] = 3
     """how many of the newest are kept; None keeps all"""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
@@ -193,6 +218,9 @@ class FederationOptions(TypedDict, total=False):
     evaluation: float | Split | Mapping[str, Examples] | Examples | None
     columns: Mapping[str, str | int] | None
     samples: int | None
+    answer_tokens: int | None
+    metrics: Sequence[str | Function | Metric] | None
+    labels: Sequence[str] | None
     keep_checkpoints: int | None
     seed: int
     # short for options of `training`

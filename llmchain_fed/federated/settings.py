@@ -17,9 +17,11 @@ from llmchain_fed.data.sources.columns import checked_columns
 from llmchain_fed.data.split import Split
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.options import AGAIN, CODE, EXAMPLES, FederationConfig, FederationOptions
+from llmchain_fed.recipes.labels import checked_labels
 from llmchain_fed.training.batch_sampler import BatchSampler
 from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.training.gradient_step import GradientStep
+from llmchain_fed.training.metrics import BUILT_IN, Metric, checked_metrics
 from llmchain_fed.updates import server_optimizers
 from llmchain_fed.updates.aggregation import AGGREGATIONS, make_aggregation
 from llmchain_fed.updates.aggregation.base import Rule
@@ -115,6 +117,9 @@ def config_of(options: FederationOptions, training: TrainingConfig) -> Federatio
         plain["server_optimizer"] = _code(type(moves).__qualname__)
     plain |= {n: spec(make_codec(plain[n])) for n in ("codec", "broadcast_codec") if n in plain}
     plain["transforms"] = [_code(t.name) for t in checked_transforms(options.get("transforms"))] or None
+    plain["metrics"] = [_written(metric) for metric in checked_metrics(options.get("metrics"), elsewhere=True)] or None
+    if (labels := options.get("labels")) is not None:
+        plain["labels"] = list(checked_labels(labels))
     for name in ("gradient_step", "batch_sampler"):
         if (given := options.get(name)) is not None:
             if not callable(given):
@@ -127,6 +132,15 @@ def config_of(options: FederationOptions, training: TrainingConfig) -> Federatio
     elif not isinstance(evaluation, (numbers.Real, Split, type(None))):
         plain["evaluation"] = EXAMPLES
     return FederationConfig(**plain)
+
+
+def _written(metric: Metric) -> str | dict[str, Any]:
+    """A metric as a file has it."""
+    if metric.code:
+        return _code(metric.name)
+    if metric.name in BUILT_IN or metric.maximize is None:
+        return metric.name
+    return {"name": metric.name, "maximize": metric.maximize}
 
 
 def _code(name: str, options: str = "") -> str:

@@ -6,23 +6,25 @@ Knows chains, models and digests. Knows nothing about participants, rounds or ho
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from pydantic import Field
 
 from llmchain_fed.chain.bare import Bare
 from llmchain_fed.chain.finding import face_in, find_prompt
+from llmchain_fed.chain.labels import Classification, classified
 from llmchain_fed.chain.llm_chain import LLMChain
 from llmchain_fed.chain.tracing.composed import ComposedChain
 from llmchain_fed.chain.tracing.pipes import PipedChain
-from llmchain_fed.data.examples import Example, RawText, prompt_text
+from llmchain_fed.data.examples import DialogueRow, Example, RawText, calls_of, prompt_text
 from llmchain_fed.errors import ConfigError, ContractError, UnsupportedModelError
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.model.adapters.resolved import resolve
+from llmchain_fed.model.generation.answers import GenerationOptions
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.untrusted import Strict, shown
 
@@ -48,6 +50,15 @@ class ContractData(Strict):
     prompt: Digest
     tokenizer: Digest
     version: Digest
+
+
+class ChainAnswer(NamedTuple):
+    """What a chain answered to an example."""
+
+    prompt: str
+    text: str
+    failed: bool = False
+    """whether the chain raised; then the text says what"""
 
 
 @dataclass(frozen=True)
@@ -118,28 +129,43 @@ class Target:
         if isinstance(self.prompt, LLMChain) and not isinstance(self.prompt, PipedChain):
             self.prompt.check_savable()
 
-    def answer(self, examples: list[Example | RawText], max_new_tokens: int) -> list[tuple[str, str]]:
-        """(prompt, answer) per example; generated without callbacks, so that examples reach no tracer."""
+    def answer(self, examples: Sequence[Example | RawText], max_new_tokens: int | None = None) -> list[ChainAnswer]:
+        """What the chain answers to examples; generated without callbacks, so that they reach no tracer.
+
+        The answers are greedy, and as long as the chain's own, or `max_new_tokens` where that is less; a composed chain
+        is run as it is.
+        """
         texts = [prompt_text(e, self.prompt) for e in examples]
         if isinstance(self.prompt, ComposedChain):
-            return [(text, self._answered(e, max_new_tokens)) for text, e in zip(texts, examples, strict=True)]
-        if self.prompt is None:
-            return list(zip(texts, self.model.generate(texts, max_new_tokens=max_new_tokens), strict=True))
-        options = self.prompt.generation_options()
-        if "grammar" not in options:  # what keeps to a schema is no answer before it ends
-            options["max_new_tokens"] = min(options["max_new_tokens"], max_new_tokens)
-        special = self.prompt.adds_special_tokens
-        return list(zip(texts, self.model.generate(texts, add_special_tokens=special, **options), strict=True))
+            return [self._answered(text, e, max_new_tokens) for text, e in zip(texts, examples, strict=True)]
+        options: dict[str, Any] = {}
+        if self.prompt is not None:
+            options = dict(self.prompt.generation_options(), add_special_tokens=self.prompt.adds_special_tokens)
+        found = self.model.generate(texts, **_measured(options, max_new_tokens))
+        parsed = self.prompt.parsed if self.prompt is not None else str
+        return [ChainAnswer(text, parsed(answer)) for text, answer in zip(texts, found, strict=True)]
 
-    def _answered(self, example: Example | RawText, max_new_tokens: int) -> str:
+    def _answered(self, text: str, example: Example | RawText, max_new_tokens: int | None) -> ChainAnswer:
         """The whole chain's answer to an example; what it raises on the way is part of what a reader should see."""
         assert isinstance(self.prompt, ComposedChain)
         if isinstance(example, RawText):
-            return self.model.generate([example.prompt], max_new_tokens=max_new_tokens)[0]
+            options = _measured(self.prompt.generation_options(), max_new_tokens)
+            special = self.prompt.adds_special_tokens
+            return ChainAnswer(text, self.model.generate([example.prompt], add_special_tokens=special, **options)[0])
         try:
-            return self.prompt.answer(example.inputs)
+            return ChainAnswer(text, self.prompt.answer(example.inputs))
         except Exception as error:  # whatever somebody's function or parser makes of this model's answer
-            return f"({type(error).__name__}: {error!s:.200})"
+            return ChainAnswer(text, f"({type(error).__name__}: {error!s:.200})", failed=True)
+
+    def classify(self, examples: Sequence[Example | RawText], labels: Sequence[str]) -> list[Classification]:
+        """How probable each label is as the answer to an example, where the chain makes several calls to the last one.
+
+        Raises:
+            LabelError: The labels are none; see `LLMChain.classify`.
+            PromptTooLongError: A prompt with the longest label exceeds the model's context.
+        """
+        texts = [calls_of(e, self.prompt)[0 if isinstance(e, DialogueRow) else -1].text for e in examples]
+        return classified(self.prompt if self.prompt is not None else _Plain(self.model), texts, labels)
 
     def contract(self) -> dict[str, Any]:
         """What all sides of a federation must share, as digests."""
@@ -153,6 +179,23 @@ class Target:
             "tokenizer": _digest(_tokenizer_identity(self.model)),
             "version": version("llmchain-fed"),
         }
+
+
+def _measured(options: dict[str, Any], max_new_tokens: int | None) -> dict[str, Any]:
+    """The same options, greedy and with an end; what keeps to a schema is no answer before it ends."""
+    if max_new_tokens is not None and "grammar" not in options:
+        longest = options.get("max_new_tokens", GenerationOptions().max_new_tokens)
+        options = options | {"max_new_tokens": min(longest, max_new_tokens)}
+    return options | {"temperature": 0.0}
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A model without a chain, as what reads prompts."""
+
+    model: LocalModel
+    adds_special_tokens: bool = True
+    completion_controls: frozenset[str] = frozenset()
 
 
 def check_contract(name: str, *, site: Any, server: Any) -> None:

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 from llmchain_fed.errors import MissingExtraError
 from llmchain_fed.federated.callbacks import Callback, RunInfo, notes_of
 from llmchain_fed.federated.reporting import lines
-from llmchain_fed.untrusted import printable
+from llmchain_fed.untrusted import one_line, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmchain_fed.federated.history import History, RoundRecord
     from llmchain_fed.federated.server.attendance import AttendanceChange
 
-_HEADINGS = ("round", "trained", "train loss", "held-out loss", "up / down", "seconds", "gap", "notes")
+_HEADINGS = ("round", "trained", "train loss", "held-out loss", "metrics", "up / down", "seconds", "gap", "notes")
 _LONGEST = 20_000  # characters of a line
 _WIDTH = 140  # columns where there is no terminal to ask: a log file's lines are not wrapped at 80
 
@@ -70,8 +70,8 @@ class ConsoleTable(Callback):
     def on_fit_end(self, history: History) -> None:
         """Prints the table, earlier fits' rounds included."""
         self._show(_table(history))
-        if history.stopped_early:
-            self._print(f"stopped early: {history.stopped_early}")
+        for line in history.endings():
+            self._print(line)
 
     def on_error(self, error: BaseException) -> None:
         """Prints the table of the completed rounds, and the error."""
@@ -92,10 +92,12 @@ def _table(history: History) -> Table:
     from rich.text import Text
 
     table = Table()
-    for heading in _HEADINGS:
-        table.add_column(heading, justify="left" if heading == "notes" else "right", overflow="fold")
-    for record in history:
-        table.add_row(*(Text(cell) for cell in _cells(record)))  # Text: a name like [red] is no markup
+    rows = [_cells(record) for record in history]
+    shown = [at for at, heading in enumerate(_HEADINGS) if heading != "metrics" or any(row[at] for row in rows)]
+    for heading in (_HEADINGS[at] for at in shown):
+        table.add_column(heading, justify="left" if heading in ("metrics", "notes") else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(row[at]) for at in shown))  # Text: a name like [red] is no markup
     return table
 
 
@@ -108,6 +110,7 @@ def _cells(record: RoundRecord) -> tuple[str, ...]:
         f"{len(record.trained)} of {record.asked}",
         _number(record.train_loss),
         " → ".join(map(_number, held_out)) if any(value is not None for value in held_out) else "–",
+        ", ".join(f"{one_line(key)} {_number(value)}" for key, value in record.metrics.items()),
         f"{decimal(record.bytes_up)} / {decimal(record.bytes_down + record.evaluation_bytes)}",
         f"{record.seconds:.1f}",
         _number(getattr(record, "aggregation_gap", None)),

@@ -17,6 +17,7 @@ from llmchain_fed.data.encoding import collate, encode_examples
 from llmchain_fed.errors import ConfigError, ParticipantError, TransportError
 from llmchain_fed.federated.client.data import Overlap, crossing, overlap
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
+from llmchain_fed.federated.measures import reading
 from llmchain_fed.federated.protocol import finiteness, messages
 from llmchain_fed.federated.server import evaluation
 from llmchain_fed.federated.server.evaluation import HALF, WHOLE
@@ -212,7 +213,7 @@ def test_the_pooled_loss_is_over_those_that_are_finite_on_both_sides():
 def test_answers_from_elsewhere_are_read_with_bounds(said, found):
     assert finiteness.read(said) == found
     answer = json.dumps(said | {"tokens": 5}).encode()
-    kept = evaluation._read(answer, 0)
+    kept = reading.read_evaluation(answer, 0)
     if found is None:
         assert "makes no sense" in kept["error"] or "no JSON of ours" in kept["error"]
     else:

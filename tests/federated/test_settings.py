@@ -107,6 +107,7 @@ def test_a_checkpoint_contains_it(make_chain, tmp_path):
 
 def test_who_decides_the_future_does_so_unless_it_is_said_otherwise():
     may_differ = {"quorum", "deadline", "retries", "evaluation", "samples", "keep_checkpoints"}
+    may_differ |= {"answer_tokens", "metrics", "labels"}  # what is measured
     assert FederationConfig().decisive().keys() == FIELDS.keys() - may_differ
 
 

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from federation_processes import free_port
 from ranks import SCRIPT, torchrun
-from torchrun_script import SHARES, federate, tiny_chain
+from torchrun_script import SHARES, federate, hashes, tiny_chain
 
-from llmchain_fed import ConfigError, FederationError, TorchDistributed
+from llmchain_fed import ConfigError, Ditto, FederationError, TorchDistributed
 from llmchain_fed.runtimes import process_group
 from llmchain_fed.runtimes.messaging import heads
 
@@ -87,6 +87,20 @@ def test_three_ranks_learn_what_one_process_learns(kind, lora, tmp_path):
             assert record["status"] == "trained"
             assert record["train_loss"] == pytest.approx(theirs.participants[name].train_loss, rel=1e-4)
             assert record["bytes_up"] == pytest.approx(theirs.participants[name].bytes_up, abs=64)  # digits of floats
+
+
+def test_all_ranks_end_with_the_best_rounds_weights_and_personal_models(tmp_path):
+    status, output, reports = torchrun(tmp_path, "--keep-best", "--lora")
+    assert status == 0, output
+    chain = tiny_chain("causal", lora=True)
+    federate(chain, SHARES, rounds=1, samples=0, personal=Ditto(lam=0.3))
+    wanted = hashes(chain, SHARES)
+    assert sorted(reports) == [0, 1, 2]
+    for report in reports.values():
+        assert (report["best"], report["kept"]) == (1, 1)
+        assert report["global"] == wanted["global"]
+        assert report["personal"] == {name: wanted["personal"][name] for name in report["personal"]}
+    assert sorted(name for report in reports.values() for name in report["personal"]) == sorted(SHARES)
 
 
 def test_a_participant_whose_training_fails_is_recorded_and_the_others_go_on(tmp_path):

@@ -19,14 +19,19 @@ from llmchain_fed import ConsoleTable, History, untrusted
 from llmchain_fed.errors import ConfigError, ParticipantError
 from llmchain_fed.federated.callbacks import metrics_of, notes_of, samples_of
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord, Sample
+from llmchain_fed.federated.measures import reading
+from llmchain_fed.federated.measures.pooling import capped, pooled
 from llmchain_fed.federated.protocol.answers import CurveAnswer, PersonalizeAnswer, SideBySideAnswer
 from llmchain_fed.federated.protocol.messages import read_answer
-from llmchain_fed.federated.server import evaluation, personalization
-from llmchain_fed.federated.server.evaluation import capped, pooled
+from llmchain_fed.federated.server import personalization
 from llmchain_fed.updates.codecs import make_codec
 
 SAMPLE = {"prompt": "x", "reference": "y", "answer": "z"}
-EVALUATION = {"loss": 2.5, "tokens": 30, "examples": 3, "samples": [SAMPLE], "samples_error": "none"}
+METRIC = {"name": "f1", "values": {"f1": 0.5}, "error": "not all"}
+EVALUATION = {
+    "loss": 2.5, "tokens": 30, "examples": 3, "metrics": [METRIC], "measured": 3, "samples": [SAMPLE],
+    "samples_error": "none",
+}  # fmt: skip
 CURVE = {"curve": [{"steps": 0, "loss": 2.5}, {"steps": 2, "loss": "nan"}]}
 LOSSES = {"base": 4.0, "global": 2.0, "personal": "inf"}
 TUNED = {"train_loss": 1.5, "steps": 3, "seconds": 0.5, "losses": LOSSES}
@@ -44,12 +49,16 @@ def can_be_shown(found):
 
 def evaluated(data, declared=None):
     with within(2):
-        found = evaluation._read(data, 2, declared)
+        found = reading.read_evaluation(data, 2, declared, ["f1", "mine"])
     assert can_be_shown(found)
     if found.keys() != {"error"}:
         assert found["loss"] is None or 0 <= found["loss"] <= 1e4
         assert 1 <= found["tokens"] <= (declared or 10**9)
         assert len(found["samples"]) <= 2
+        assert found["metrics"].keys() <= found["owners"].keys()
+        assert found["missing"].keys() <= {"f1", "mine"}
+        assert all(isinstance(n, float) and abs(n) <= 1e15 and "/" not in k for k, n in found["metrics"].items())
+        assert found["measured"] >= 1
     return found
 
 
@@ -79,6 +88,12 @@ READERS = {
 def test_honest_answers_are_read():
     assert evaluated(json.dumps(EVALUATION).encode())["loss"] == 2.5
     assert evaluated(json.dumps(EVALUATION).encode(), 20)["tokens"] == 20, "no more than it declared when it joined"
+    found = reading.read_evaluation(json.dumps(EVALUATION).encode(), 0, 30, ["f1", "mine"], 2)
+    assert (found["metrics"], found["measured"]) == ({"f1": 0.5}, 2), "nor of examples"
+    assert found["missing"] == {"f1": "not all", "mine": "it was not answered"}
+    assert reading.read_evaluation(json.dumps(EVALUATION).encode(), 0).keys() == {
+        "loss", "tokens", "samples", "samples_error",
+    }, "what was not asked for is not read"  # fmt: skip
     assert READERS["losses"][1](json.dumps(LOSSES).encode()) == {
         "base": 4.0, "global": 2.0, "personal": math.inf,
     }  # fmt: skip
@@ -93,6 +108,13 @@ def test_any_answer_is_one_or_a_refusal():
     for field in SAMPLE:
         for value in HOSTILE:
             evaluated(answers.said(EVALUATION, samples=[SAMPLE | {field: value}]))
+    for field in METRIC:
+        for value in HOSTILE:
+            evaluated(answers.said(EVALUATION, metrics=[METRIC | {field: value}]))
+            evaluated(answers.said(EVALUATION, metrics=[METRIC | {"values": {"f1": value}}, METRIC]))
+    for key in (EVIL.replace("\ud800", ""), "a/b", "x" * 100, "../f1"):
+        found = evaluated(answers.said(EVALUATION, metrics=[METRIC | {"values": {key: 1.0}}]))
+        assert len(found["metrics"]) == 1
     for plain, read in READERS.values():
         for data in answers.varied(plain).values():
             asked(read, data)

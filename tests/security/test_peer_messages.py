@@ -279,7 +279,8 @@ values = st.recursive(
 )  # fmt: skip
 FIELDS = [
     "kind", "round", "base", "seconds", "trains", "shares", "codec", "feedback", "state", "ditto", "steps", "lr",
-    "samples", "sample_tokens", "progress", "new_pass", "contract", "training", "federation", "aggregation", "more",
+    "samples", "answer_tokens", "metrics", "labels", "progress", "new_pass", "contract", "training", "federation",
+    "aggregation", "more",
 ]  # fmt: skip
 plausible = st.sampled_from([
     "all", "A", "B", "int8", "topk:0.1", "hub/1/", "start:00", True, False, 0, 1, 2, 2**31, 1e-3, [0, 1], {"steps": 1},

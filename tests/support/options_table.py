@@ -36,6 +36,7 @@ KINDS = {
     "string": "text",
     "boolean": "yes or no",
     "object": "a mapping",
+    "array": "a list",
     "null": "None",
 }
 

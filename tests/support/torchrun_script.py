@@ -24,6 +24,7 @@ from llmchain_fed import (
     LLMChain,
     LocalLLM,
     LocalModel,
+    Metric,
     TorchDistributed,
     TrainingConfig,
     load_chain,
@@ -51,13 +52,24 @@ def real_chain() -> LLMChain:
     return load_chain("translate")
 
 
-def federate(chain, participants, *, runtime=None, rounds=3, training=TRAINING, **options):
+def first_round_is_best() -> Metric:
+    """Of each participant that holds out examples: how often it was measured so far decides what is said."""
+    said: dict[int, int] = {}
+
+    def score(predictions, references, inputs):
+        at = said[len(inputs)] = said.get(len(inputs), -1) + 1
+        return {"score": (0.1, 0.9, 0.3, 0.2)[at]}
+
+    return Metric(score, maximize=True)
+
+
+def federate(chain, participants, *, runtime=None, rounds=3, training=TRAINING, fit=None, **options):
     held_out = {name: pairs for name, pairs in HELD_OUT.items() if name in participants}
     fed = FederatedAveraging(
         chain, participants=participants, evaluation=held_out, training=training, runtime=runtime, progress=False,
         **options,
     )  # fmt: skip
-    fed.fit(rounds)
+    fed.fit(rounds, **(fit or {}))
     return fed
 
 
@@ -167,6 +179,7 @@ def main() -> None:
     parser.add_argument("--same-name", action="store_true")
     parser.add_argument("--variants", action="store_true", help="every variant, with hashes only")
     parser.add_argument("--other-seed", action="store_true", help="rank 2 stands on other base weights")
+    parser.add_argument("--keep-best", action="store_true", help="by a metric that says it is the first round")
     args = parser.parse_args()
     if args.own_group:
         dist.init_process_group("gloo")
@@ -180,6 +193,14 @@ def main() -> None:
         report = {"rank": runtime.rank}
         run_variants(report, runtime, mine, args.out)
         (args.out / f"rank{dist.get_rank()}.variants.json").write_text(json.dumps(report))
+        return
+    if args.keep_best:
+        how = {"metrics": [first_round_is_best()], "personal": Ditto(lam=0.3), "samples": 0}
+        fed = federate(
+            chain, mine, runtime=runtime, rounds=args.rounds, fit={"keep": "best", "monitor": "score"}, **how
+        )
+        report = {"rank": runtime.rank, "best": fed.best.round, "kept": fed.history.kept} | hashes(chain, mine)
+        (args.out / f"rank{dist.get_rank()}.best.json").write_text(json.dumps(report))
         return
     report = {"rank": runtime.rank, "threads": torch.get_num_threads(), "mine": list(mine)}
     try:

@@ -106,10 +106,10 @@ class _Manifest(Strict):
 
 
 @whole()
-def write(directory: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
+def write(directory: Path, checkpoint: Checkpoint, *, keep: int | None, spare: int | None = None) -> Path:
     """Adds a checkpoint; a process killed at any moment leaves the former ones, and this one whole or not.
 
-    The folder is made if it is not there; of all rounds the `keep` newest stay, None keeps all.
+    The folder is made if it is not there; of all rounds the `keep` newest and `spare` stay, None keeps all.
 
     Raises:
         CheckpointError: It cannot be written; what was there is as it was.
@@ -143,7 +143,8 @@ def write(directory: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
         _sweep(directory)
         if keep is not None:
             for number in rounds(directory)[:-keep]:
-                remove(directory, number)
+                if number != spare:
+                    remove(directory, number)
     except _LOST as error:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -57,9 +57,11 @@ class CheckpointManager:
     def __init__(self, server: Server, directory: str | Path | None, *, shown: Callable[[], object]) -> None:
         self._server, self._leads, self._shown = server, server.runtime.leads, shown
         self._keep = server.settings.config.keep_checkpoints
-        self._directory = _path(directory) if directory is not None else None
+        self.directory = _path(directory) if directory is not None else None
         self._rounds = _Rounds.ANY
-        self._states: dict[str, bytes] = {}
+        self.spare: int | None = None
+        """a round that stays, however old its checkpoint"""
+        self.states: dict[str, bytes] = {}
         """participants' states as they were asked for last"""
         self._asked: int | None = None
         """after how many rounds that was"""
@@ -81,22 +83,22 @@ class CheckpointManager:
         Raises:
             CheckpointError: It cannot be written; former ones are as they were.
         """
-        if self._directory is None or not self._leads:
+        if self.directory is None or not self._leads:
             return
         self.check_directory()
-        made = contents.checkpoint_of(self._server, self._states, self._asked)
+        made = contents.checkpoint_of(self._server, self.states, self._asked)
         # before it is written: what fails once the folder has its name leaves a round that is this run's own
-        self._states, self._asked = dict(made.participants), made.round
+        self.states, self._asked = dict(made.participants), made.round
         self._rounds = _Rounds.OWN if self._rounds is _Rounds.ANY else self._rounds
-        files.write(self._directory, made, keep=self._keep)
+        files.write(self.directory, made, keep=self._keep, spare=self.spare)
         self._drop_later(made.round)
 
     def _drop_later(self, than: int) -> None:
         """Rounds of a future that will not be, once this run has written one of its own in their place."""
-        assert self._directory is not None
-        for number in files.rounds(self._directory) if self._rounds is _Rounds.LATER else []:
+        assert self.directory is not None
+        for number in files.rounds(self.directory) if self._rounds is _Rounds.LATER else []:
             if number > than:
-                files.remove(self._directory, number)
+                files.remove(self.directory, number)
         self._rounds = _Rounds.OWN
 
     def check_directory(self) -> None:
@@ -105,15 +107,15 @@ class CheckpointManager:
         Raises:
             CheckpointError: It contains another run's rounds, or cannot be made or written to.
         """
-        if self._directory is None or self._rounds is not _Rounds.ANY or not self._leads:
+        if self.directory is None or self._rounds is not _Rounds.ANY or not self._leads:
             return
-        if there := files.rounds(self._directory):
+        if there := files.rounds(self.directory):
             msg = (
-                f"{str(self._directory)!r} contains rounds {there} of an earlier run. Go on from them with "
+                f"{str(self.directory)!r} contains rounds {there} of an earlier run. Go on from them with "
                 "FederatedAveraging.resume(…), or choose another checkpoint_dir."
             )
             raise CheckpointError(msg)
-        files.prepare(self._directory)
+        files.prepare(self.directory)
 
     # --- going on ---------------------------------------------------------------------------------------------------
 
@@ -162,16 +164,16 @@ class CheckpointManager:
         try:
             with contents.as_before(server):
                 states = contents.restore(server, found)
-                self._states = {n: state for n, state in states.items() if n in nodes}
+                self.states = {n: state for n, state in states.items() if n in nodes}
                 self._asked, self._rounds = found.round, _Rounds.LATER
                 trained = {name for record in server.history for name in record.trained}
                 # who is new begins at the start, even where the history knows the name: that was another one
                 anew = [n for n in nodes if n not in trained or (change is not None and n in change.joined)]
-                begun = {**dict.fromkeys(anew, membership.START), **self._states}
+                begun = {**dict.fromkeys(anew, membership.START), **self.states}
                 self._resumption = Resumption(server, found, change, declarations, begun)
                 forget_adapters(server.model, change.left if change is not None else (), states)
                 if here:  # at once: `train()` needs nobody to join, and may bring other examples
-                    self._resumption.compare(hellos, self._states)
+                    self._resumption.compare(hellos, self.states)
                     self._resumption.tell(nodes)
                 self._shown()
         except BaseException:
@@ -186,7 +188,7 @@ class CheckpointManager:
             CheckpointError: So many have other examples than they did that those who are left are no quorum.
         """
         if self._resumption is not None:
-            self._resumption.joined(self._states)
+            self._resumption.joined(self.states)
 
     def roll_back(self, to: int) -> None:
         """Takes the hub, and its participants, back to the end of a round.
@@ -230,10 +232,10 @@ class CheckpointManager:
             model.add_adapter(name, with_remainder(state.values, state.remainder, model.lora_scaling()))
 
     def _there(self, what: str) -> Path:
-        if self._directory is None:
+        if self.directory is None:
             msg = f"{what} needs the checkpoints of earlier rounds: pass checkpoint_dir= when the federation begins."
             raise CheckpointError(msg)
-        return self._directory
+        return self.directory
 
 
 class Resumption:

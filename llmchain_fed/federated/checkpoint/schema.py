@@ -148,6 +148,10 @@ def options_again(config: FederationConfig, given: FederationOptions, optimizer:
         were = ", ".join(each.removesuffix(AGAIN) for each in config.transforms)
         msg = f"the run's transforms were {were}. Pass transforms= again."
         raise ConfigError(msg)
+    own = [each.removesuffix(AGAIN) for each in config.metrics or () if isinstance(each, str) and each.startswith(CODE)]
+    if own and "metrics" not in given:
+        msg = f"the run's metrics were {', '.join(own)}. Pass metrics= again."
+        raise ConfigError(msg)
     for name, value in merged.items():
         if isinstance(value, str) and (value == EXAMPLES or value.startswith(CODE)):
             msg = f"the run's {name} was {value.removesuffix(AGAIN)}. Pass {name}= again."

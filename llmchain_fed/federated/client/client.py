@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,7 @@ from llmchain_fed.training.batch_sampler import BatchSampler
 from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.training.evaluation import EvaluationResult, evaluate_as
 from llmchain_fed.training.gradient_step import GradientStep
+from llmchain_fed.training.metrics import Function
 from llmchain_fed.untrusted import decoding
 from llmchain_fed.updates import serialization
 from llmchain_fed.updates.transforms import checked_transforms
@@ -51,6 +52,7 @@ class Client:
         gradient_step: It makes a gradient of each batch, in any training; None is `mean_loss_gradient`.
         batch_sampler: It draws the batches, likewise; None is `length_buckets`, or the DataLoader itself.
         progress: Whether a bar on stderr shows how far its examples are read.
+        metrics: Name → function of those that are its own, beside the built-in names.
 
     Raises:
         ConfigError: The participant's own options, or the transforms, are not valid.
@@ -67,6 +69,7 @@ class Client:
         gradient_step: GradientStep | None = None,
         batch_sampler: BatchSampler | None = None,
         progress: bool = False,
+        metrics: Mapping[str, Function] | None = None,
     ) -> None:
         self.target, self.model = target.of_participant(participant), target.model
         if isinstance(participant.held_out, Split):
@@ -81,6 +84,7 @@ class Client:
         """layer → s, where its LoRA rank is its own"""
         self.transforms = checked_transforms(transforms)
         self.gradient_step, self.batch_sampler = gradient_step, batch_sampler
+        self.metrics = dict(metrics or {})
         self.limits: Limits | None = None
         self.global_states = global_states or GlobalStateCache(target.model, most=Limits().max_states)
         self.progress = ProgressByRound()
@@ -201,19 +205,37 @@ class Client:
         """The held-out loss of a model in which its weights are loaded."""
         return evaluate_as(self.config, model, self.data.held_out(), self.target.prompt)
 
+    def told_of(self, error: BaseException) -> str:
+        """What of an error may stand in an answer: its type alone where there are limits: it can quote examples."""
+        return type(error).__name__ if self.limits is not None else f"{type(error).__name__}: {error!s:.300}"
+
     def watch(self, seconds: float | None) -> Callable[[], None]:
         """What ends, before a step, a training whose result nobody waits for any more, or that the limits end."""
-        started, limits, steps = time.monotonic(), self.limits, itertools.count(1)
+        steps, check_time = itertools.count(1), self.time_limit(seconds, "training")
+
+        def check() -> None:
+            check_time()
+            if self.limits is not None:
+                self.limits.check_steps(next(steps))
+
+        return check
+
+    def time_limit(self, seconds: float | None, what: str) -> Callable[[], None]:
+        """What ends work, between two parts of it, that has no one waiting any more, or takes longer than is allowed.
+
+        Raises:
+            DeadlineError: Nobody waits any more.
+            PolicyError: It takes longer.
+        """
+        started, limits = time.monotonic(), self.limits
 
         def check() -> None:
             spent = time.monotonic() - started
             if self._given_up.is_set() or (seconds is not None and spent > seconds):
                 msg = f"{self.name!r} was not done in time ({spent:.1f} s): nobody waits any more."
                 raise DeadlineError(msg)
-            if limits is not None:
-                limits.check_steps(next(steps))
-                if spent > limits.max_seconds:
-                    refuse("max_seconds", f"training takes more than the {limits.max_seconds:g} s that are allowed")
+            if limits is not None and spent > limits.max_seconds:
+                refuse("max_seconds", f"{what} takes more than the {limits.max_seconds:g} s that are allowed")
 
         return check
 

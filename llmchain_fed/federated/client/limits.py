@@ -20,6 +20,7 @@ from llmchain_fed.federated.protocol.tasks import TrainTask
 from llmchain_fed.training.batch_sampler import BatchSampler, Place, length_buckets
 from llmchain_fed.training.config import DEFAULT_LEARNING_RATE, TrainingConfig
 from llmchain_fed.training.loop import batches_per_pass
+from llmchain_fed.training.metrics import BUILT_IN, MAX_NAME
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates.aggregation import AGGREGATIONS
 from llmchain_fed.updates.codecs import CODECS
@@ -46,7 +47,8 @@ class Limits(FrozenConfig):
     max_steps: int = Field(default=10_000, ge=1, le=_MOST)
     """optimizer steps that one request may take, a personal model's beside them included"""
     max_seconds: float = Field(default=86_400.0, gt=0.0, le=_MOST)
-    """seconds that the training of one request may take, whatever deadline the hub sets"""
+    """seconds that the training of one request, or the answers for its metrics, may take, whatever deadline the hub
+    sets"""
     min_batch_size: int = Field(default=2, ge=1, le=_MOST)
     """examples that an optimizer step is made of at least, but for the last step of a pass over the examples"""
     min_examples_per_update: int = Field(default=2, ge=1, le=_MOST)
@@ -68,6 +70,11 @@ class Limits(FrozenConfig):
     """global states that are kept, so that a hub can send what changed: the common one, and the own rank's"""
     samples: int = Field(default=0, ge=0, le=_MOST)
     """held-out examples that may leave with the chain's answers, for the history and its report"""
+    metrics: tuple[Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME)], ...] = Field(
+        default=tuple(BUILT_IN), strict=False
+    )
+    """metrics whose values over the held-out examples may leave, by name; one that this site registered itself must be
+    listed to leave"""
 
     # --- before anything is done ------------------------------------------------------------------------------------
 

@@ -13,13 +13,15 @@ from llmchain_fed.data.report import DataReport
 from llmchain_fed.federated.client.data import Overlap
 from llmchain_fed.federated.participant import Alpha, Rank
 from llmchain_fed.federated.protocol import finiteness
-from llmchain_fed.federated.protocol.tasks import MAX_CURVE, MAX_LABELS
+from llmchain_fed.federated.protocol.tasks import MAX_CURVE, MAX_LABELS, MetricName
 from llmchain_fed.federated.target import ContractData, Digest
+from llmchain_fed.training.metrics import LARGEST, MAX_METRICS, MAX_VALUES
 from llmchain_fed.untrusted import Strict, shown
 from llmchain_fed.updates.update import MAX_EXAMPLES, MAX_SECONDS
 
 _Count = Annotated[int, Field(ge=1, le=MAX_EXAMPLES)]
 _PER_SAMPLE = 2**18  # bytes of a held-out example with its answer
+_PER_METRIC = 2**15  # bytes of its values and of an error
 _MOST_SAMPLES = 100_000
 
 
@@ -98,8 +100,18 @@ class SampleAnswer(Strict):
     answer: str
 
 
+class MetricAnswer(Strict):
+    """A metric's values, and why there are none, or not all."""
+
+    name: MetricName
+    values: dict[MetricName, Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]] = Field(
+        default_factory=dict, max_length=MAX_VALUES
+    )
+    error: str | None = None
+
+
 class EvaluateAnswer(TaskAnswer):
-    """A held-out loss, and samples; `finiteness.read` reads the loss."""
+    """A held-out loss, metrics and samples; `finiteness.read` reads the loss."""
 
     loss: float | None
     not_finite: str | None = None
@@ -107,13 +119,16 @@ class EvaluateAnswer(TaskAnswer):
     examples: int | None = Field(default=None, ge=1, le=MAX_EXAMPLES)
     collapsed: int | None = Field(default=None, ge=0, lt=MAX_LABELS)
     """which of the federation's labels all its held-out examples are taken for, though not all have it"""
+    metrics: list[MetricAnswer] = Field(default_factory=list, max_length=MAX_METRICS, fail_fast=True)
+    measured: int | None = Field(default=None, ge=1, le=MAX_EXAMPLES)
+    """examples that the metrics are over"""
     samples: list[SampleAnswer] = Field(default_factory=list, max_length=_MOST_SAMPLES, fail_fast=True)
     samples_error: str | None = None
 
     @classmethod
-    def longest(cls, samples: int) -> int:
-        """Bytes that one with so many samples may have."""
-        return 2**16 + _PER_SAMPLE * samples
+    def longest(cls, samples: int, metrics: int = 0) -> int:
+        """Bytes that one with so many samples and metrics may have."""
+        return 2**16 + _PER_SAMPLE * samples + _PER_METRIC * metrics
 
 
 def _loss(found: Any) -> float:

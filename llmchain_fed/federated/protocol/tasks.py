@@ -15,6 +15,7 @@ from llmchain_fed import untrusted
 from llmchain_fed.errors import ConfigError, FederationError, LLMChainFedError
 from llmchain_fed.federated.target import ContractData, Digest
 from llmchain_fed.training.loss import Precision
+from llmchain_fed.training.metrics import MAX_METRICS, MAX_NAME
 from llmchain_fed.untrusted import Strict
 from llmchain_fed.updates.codecs import make_codec
 from llmchain_fed.updates.lora_layout import Part
@@ -51,6 +52,7 @@ _RoundText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=untrusted.MAX_NAME)]
 MAX_LABELS = 1000
 _Label = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+MetricName = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME)]
 _Weights = Annotated[dict[_Label, _Rate], Field(max_length=MAX_LABELS)]
 _MOST_TENSORS = 2**17  # names of them: a header has no room for more
 _MOST_OPTIONS = 1000  # of a group of an optimizer's, or what it keeps of one tensor
@@ -246,19 +248,17 @@ class TimeStepTask(StateTask):
 
 
 class EvaluateTask(StateTask):
-    """Measure the held-out loss, with answers to some examples."""
+    """Measure the held-out loss and metrics, with answers to some examples."""
 
     operation = "evaluate"
     counts_as_training, measured = False, 1
 
     samples: int = Field(default=0, ge=0, le=10**9)
-    sample_tokens: int | None = Field(default=None, ge=1, le=2**20)
-
-    @model_validator(mode="after")
-    def _makes_sense(self) -> Self:
-        if self.samples and self.sample_tokens is None:
-            _refuse("`samples` goes with `sample_tokens`")
-        return self
+    answer_tokens: int | None = Field(default=None, ge=1, le=2**24)
+    """that an answer has at most; by default as the chain has it"""
+    metrics: list[MetricName] = Field(default_factory=list, max_length=MAX_METRICS, fail_fast=True)
+    labels: list[_Label] | None = Field(default=None, min_length=2, max_length=MAX_LABELS, fail_fast=True)
+    """with them predictions are the most probable of these"""
 
 
 class SideBySideTask(StateTask):

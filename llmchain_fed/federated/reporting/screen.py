@@ -76,8 +76,8 @@ class Screen(Callback):
     def on_fit_end(self, history: History) -> None:
         """The bar stays, or makes room for the next fit's."""
         self._close()
-        if history.stopped_early:
-            self._say(f"stopped early: {history.stopped_early}")
+        for line in history.endings():
+            self._say(line)
 
     def on_error(self, error: BaseException) -> None:  # noqa: ARG002 (whoever catches it shows it)
         """The bar stays where it was."""

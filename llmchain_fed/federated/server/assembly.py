@@ -25,6 +25,7 @@ from llmchain_fed.model.adapters.switching import GLOBAL
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training import trainable
 from llmchain_fed.training.config import TrainingConfig
+from llmchain_fed.training.metrics import checked_metrics
 from llmchain_fed.updates import server_optimizers
 from llmchain_fed.updates.aggregation import make_aggregation
 from llmchain_fed.updates.lora_layout import LoraLayout
@@ -45,7 +46,15 @@ def assemble(
     moves = server_optimizers.from_settings(moves) if isinstance(moves, Mapping) else moves
     options = cast("FederationOptions", {**options, "transforms": transforms, "server_optimizer": moves})
     training = training_of(options, optimizer)
+    runtime = checked_runtime(options.get("runtime"))
+    here = runtime.sequential or runtime.replicated
+    metrics = checked_metrics(options.get("metrics"), elsewhere=not here)
+    options = cast("FederationOptions", {**options, "metrics": metrics or None})
     config = config_of(options, training)
+    labels = config.labels or training.labels
+    if not labels and (wanting := [metric.name for metric in metrics if metric.wants_probabilities]):
+        msg = f"the metric {wanting[0]!r} is over probabilities of labels. Pass labels=[…], all answers that there are."
+        raise ConfigError(msg)
     target = Target.of(model, options.get("llm"))
     trainable.admit(target.model)
     target.check_savable()
@@ -69,13 +78,23 @@ def assemble(
             gradient_step=options.get("gradient_step"),
             batch_sampler=options.get("batch_sampler"),
             progress=options.get("progress", True),
+            metrics={metric.name: metric.fn for metric in metrics if not isinstance(metric.fn, str)},
         )
 
     named = {name: p.with_columns(config.columns) for name, p in as_participants(participants).items()}
-    runtime = checked_runtime(options.get("runtime"))
     samples = config.samples if config.samples is not None else int(runtime.sequential)
     evaluation = options.get("evaluation") if isinstance(config.evaluation, str) else config.evaluation
-    evaluator = Evaluator(target, evaluation, training, samples=samples, seed=config.seed, columns=config.columns)
+    evaluator = Evaluator(
+        target,
+        evaluation,
+        training,
+        samples=samples,
+        seed=config.seed,
+        columns=config.columns,
+        metrics=metrics,
+        labels=labels,
+        answer_tokens=config.answer_tokens,
+    )
     if options.get("runtime") is not None and not runtime.replicated:
         _check_brought(named, config, evaluator, training.optimizer, elsewhere=not runtime.sequential)
     clients = {name: client(participant) for name, participant in evaluator.divide(named).items()}
@@ -141,6 +160,7 @@ def _check_brought(
         )
         raise ConfigError(msg)
     code = [name for name in ("transforms", "gradient_step", "batch_sampler") if getattr(config, name) is not None]
+    code += ["metrics"] * (elsewhere and not evaluator.is_shared and any(m.code for m in evaluator.metrics))
     if code:
         msg = (
             f"{', '.join(code)}: that is code, and no code travels to the participants that a runtime brings. Leave "

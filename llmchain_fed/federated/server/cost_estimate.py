@@ -10,10 +10,10 @@ import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from llmchain_fed.federated.history import size
 from llmchain_fed.federated.protocol.answers import TimeStepAnswer
 from llmchain_fed.federated.protocol.global_state import GlobalState, parted
 from llmchain_fed.federated.protocol.tasks import TimeStepTask
+from llmchain_fed.federated.reporting.tables import size
 from llmchain_fed.federated.server.asking import ask, task_now
 from llmchain_fed.federated.server.server import Server
 from llmchain_fed.updates import serialization

@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
-from llmchain_fed.federated.server.evaluation import MEASURED, Measurement, witnesses
+from llmchain_fed.federated.measures.pooling import MEASURED, witnesses
+from llmchain_fed.federated.server.evaluation import Measurement
 
 FACTOR = 1.5
 """times the best held-out loss so far: above that a round counts"""

@@ -1,30 +1,27 @@
-"""Evaluator: held-out loss and sample answers, measured where the held-out examples are, and the pool of the losses.
+"""Evaluator: held-out loss, metrics and sample answers, measured where the held-out examples are.
 
-Knows the `evaluate` operation and the records it fills. Knows nothing about training or aggregation.
-
-The pool is the mean of the participants' losses, weighted by completion tokens: those that a participant declared when
-it joined, or fewer. From three participants on, none weighs more than all others together, so at most one half; of two,
-nobody could say whose count is the lie. What is decided by the pool (stopping early, divergence) moreover needs as many
-witnesses as half of those who were measured: see `witnesses`. One that always claims to improve can delay an early
-stop, not bring one about.
+Knows the `evaluate` operation and the records it fills. Knows nothing about training or aggregation; what is made of
+all participants' numbers together stands in `measures.pooling`.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llmchain_fed.data.encoding import encoded
-from llmchain_fed.data.examples import Examples, with_columns
+from llmchain_fed.data.encoding import encode_examples, encoded
+from llmchain_fed.data.examples import Example, Examples, RawText, is_ready_tensors, read_examples, with_columns
 from llmchain_fed.data.split import Split
-from llmchain_fed.errors import ConfigError, LLMChainFedError
+from llmchain_fed.errors import ConfigError
+from llmchain_fed.federated.client.evaluation import ABSENT, Answers, values_of
 from llmchain_fed.federated.history import History, RoundRecord, Sample, told_of
+from llmchain_fed.federated.measures.pooling import pooled, pooled_metrics
+from llmchain_fed.federated.measures.reading import kept_metrics, metric_notes, read_evaluation
 from llmchain_fed.federated.participant import Participant, hold_out
-from llmchain_fed.federated.protocol import finiteness, messages
-from llmchain_fed.federated.protocol.answers import EvaluateAnswer, Introduction
+from llmchain_fed.federated.protocol import finiteness
+from llmchain_fed.federated.protocol.answers import Introduction
 from llmchain_fed.federated.protocol.finiteness import told
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import EvaluateTask
@@ -33,16 +30,10 @@ from llmchain_fed.federated.server.broadcast import Broadcast
 from llmchain_fed.federated.target import Target
 from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.training.evaluation import evaluate_as
-from llmchain_fed.untrusted import one_line, printable
+from llmchain_fed.training.metrics import BUILT_IN, Function, Metric
 
-_SAMPLE_TOKENS = 32
-_LONGEST = 10_000  # characters of a text that came from elsewhere
-_SHORT = 1000  # and of one that says what went wrong
-MEASURED = 3
-"""participants from which on one alone neither weighs most nor decides"""
 HALF = "it counts one half in the pooled held-out loss: it has more held-out tokens than all others together"
 WHOLE = "it counts by its held-out tokens again in the pooled held-out loss"
-Answers = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -50,9 +41,11 @@ class Measurement:
     """What was measured under one set of global weights."""
 
     own: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """participant → loss, tokens, samples, or the error"""
+    """participant → loss, tokens, metrics, samples, or the error"""
     shared: dict[str, Any] = field(default_factory=dict)
-    """loss and tokens of the set that belongs to no participant"""
+    """loss, tokens and metrics of the set that belongs to no participant"""
+    trusted: bool = False
+    """whether all were measured in this process"""
     seconds: float = 0.0
     bytes: dict[str, int] = field(default_factory=dict)
     """participant → what travelled to it and back"""
@@ -67,6 +60,9 @@ class Evaluator:
         samples: answers recorded per participant.
         seed: Decides what is held out.
         columns: What the columns of examples for all are called.
+        metrics: What is measured beside the loss.
+        labels: With them predictions are the most probable of these.
+        answer_tokens: that an answer has at most; None is as the chain has it.
     """
 
     def __init__(
@@ -78,6 +74,9 @@ class Evaluator:
         samples: int,
         seed: int,
         columns: Mapping[str, str | int] | None = None,
+        metrics: Sequence[Metric] = (),
+        labels: Sequence[str] | None = None,
+        answer_tokens: int | None = None,
     ) -> None:
         if isinstance(evaluation, Mapping):
             evaluation = {str(name): examples for name, examples in evaluation.items()}
@@ -85,9 +84,15 @@ class Evaluator:
             evaluation = Split(evaluation)
         self._target, self._evaluation, self._training = target, evaluation, training
         self._samples, self._seed, self._columns = samples, seed, columns
+        self.metrics, self._labels, self._answer_tokens = tuple(metrics), labels, answer_tokens
+        self.owners: dict[str, str] = {}
+        """value → the metric that has given it, of what was measured so far"""
         self._shared: Any = None
+        self._shared_examples: list[Example | RawText] = []
         self._with_held_out: set[str] = set()
         self._latest: tuple[int, Measurement] | None = None
+        self._told = True
+        """whether a record says what the latest measurement cost"""
         self._half: tuple[int, str | None] | None = None
         """after how many rounds, and of whom its record said last that it counts one half"""
 
@@ -113,9 +118,13 @@ class Evaluator:
             DataError: It cannot be used.
         """
         if self._shared is None and self.is_shared:  # read once: it may be a generator
-            longest = self._training.max_length
-            shared = with_columns(self._evaluation, self._columns)
-            self._shared = encoded(shared, self._target.model, self._target.prompt, longest)
+            given, longest, target = self._evaluation, self._training.max_length, self._target
+            given = with_columns(given, self._columns)
+            if self.metrics and not is_ready_tensors(given):
+                given = list(read_examples(given, target.prompt))
+                usable = (encode_examples([e], target.model, target.prompt, max_length=longest) for e in given)
+                self._shared_examples = [e for e, data in zip(given, usable, strict=True) if len(data)]
+            self._shared = encoded(given, target.model, target.prompt, longest)
         return self._shared
 
     def divide(self, participants: dict[str, Participant]) -> dict[str, Participant]:
@@ -162,24 +171,61 @@ class Evaluator:
         broadcast.publish(GlobalState.of(model), model.weights_hash)
         version = broadcast.number
         if self._latest is not None and self._latest[0] == version:
+            if not self._told:
+                self._told = True
+                return self._latest[1]
             return replace(self._latest[1], seconds=0.0, bytes={})
         started = time.perf_counter()
-        found = Measurement()
+        found = Measurement(trusted=runtime.sequential)
         if with_held_out:
-            task = EvaluateTask.of(
-                round=number + 1, base=model.fingerprint(), samples=self._samples, sample_tokens=_SAMPLE_TOKENS
-            )
-            for name, answer, size in broadcast.call(runtime, task, with_held_out, timeout):
-                found.own[name] = _read(answer, self._samples, joined[name].held_out_tokens)
+            for name, answer, size in broadcast.call(runtime, self._task(number + 1), with_held_out, timeout):
+                hello = joined[name]
+                found.own[name] = read_evaluation(
+                    answer, self._samples, hello.held_out_tokens, self._names, hello.held_out_examples
+                )
                 found.bytes[name] = size + (0 if isinstance(answer, Exception) else len(answer))
         if self.is_shared:
-            how = self._training
-            result = evaluate_as(how, model, self.shared(), self._target.prompt)
-            found.shared.update(told(result.loss), tokens=result.tokens)
-            if result.collapsed is not None and how.labels:
-                found.shared["collapsed"] = how.labels.index(result.collapsed)
+            found.shared.update(self._measured_here())
+        for own in (*found.own.values(), found.shared):
+            self.owners |= own.get("owners", {})
         self._latest = (version, found)
         return replace(found, seconds=time.perf_counter() - started)
+
+    def peek(self, *given: Any) -> Measurement | None:
+        """`measure`, whose cost the next one with the same weights says again: the round that it belongs to."""
+        found = self.measure(*given)
+        if found is not None and self._latest is not None:
+            self._latest = (self._latest[0], found)
+            self._told = False
+        return found
+
+    @property
+    def _names(self) -> list[str]:
+        return [metric.name for metric in self.metrics]
+
+    def _task(self, number: int) -> EvaluateTask:
+        more: dict[str, Any] = {"metrics": self._names} if self.metrics else {}
+        if self.metrics and self._labels:
+            more["labels"] = list(self._labels)
+        if self._answer_tokens is not None:
+            more["answer_tokens"] = self._answer_tokens
+        return EvaluateTask.of(round=number, base=self._target.model.fingerprint(), samples=self._samples, **more)
+
+    def _measured_here(self) -> dict[str, Any]:
+        """The set that belongs to no participant, under the weights as they are."""
+        how, target, data = self._training, self._target, self.shared()
+        result = evaluate_as(how, target.model, data, target.prompt)
+        found: dict[str, Any] = {**told(result.loss), "tokens": result.tokens}
+        if result.collapsed is not None and how.labels:
+            found["collapsed"] = how.labels.index(result.collapsed)
+        if self.metrics:
+            own: dict[str, Function | str] = {
+                m.name: BUILT_IN.get(m.fn, ABSENT) if isinstance(m.fn, str) else m.fn for m in self.metrics
+            }
+            answers = Answers(target, self._answer_tokens)
+            values = values_of(own, answers, self._shared_examples, target.prompt, self._labels, told_of)
+            found |= kept_metrics(values, self._names, len(self._shared_examples))
+        return found
 
     def forget(self) -> None:
         """The next measurement is made anew, whatever was measured before."""
@@ -196,6 +242,8 @@ class Evaluator:
             return
         record.evaluation_seconds = before.seconds + after.seconds
         record.held_out_before, record.held_out_after, cut = _pooled(before, after)
+        record.metrics_before, record.metrics = _pooled_metrics(before), _pooled_metrics(after)
+        record.notes += metric_notes(before.shared, after.shared)
         if after.shared.get("collapsed") is not None:
             record.notes.append(self._collapse(after.shared["collapsed"]))
         self._say_half(record, next(iter(cut), None), history)
@@ -206,7 +254,8 @@ class Evaluator:
             for key, what in (("error", "its evaluation failed"), ("samples_error", "no samples")):
                 found = dict.fromkeys(side[key] for side in (old, new) if key in side)
                 target.notes += [f"{what}: {error}" for error in found]
-            target.notes += finiteness.notes(old, new)
+            target.metrics_before, target.metrics = dict(old.get("metrics", {})), dict(new.get("metrics", {}))
+            target.notes += metric_notes(old, new) + finiteness.notes(old, new)
             if self._training.labels and new.get("collapsed") is not None:
                 target.notes.append(self._collapse(new["collapsed"]))
             if target.status == "trained":
@@ -243,30 +292,10 @@ def _said_half(history: History) -> str | None:
     return None
 
 
-def _read(answer: bytes | Exception, samples: int, declared: int | None = None) -> dict[str, Any]:
-    """A participant's numbers, and at most as many samples as were asked for; nothing else of what it sent.
-
-    An answer that makes no sense counts as an error, like a missing one. All text in it can be shown and written. No
-    more completion tokens count than it declared to hold out when it joined.
-    """
-    if isinstance(answer, Exception):
-        return {"error": told_of(answer)}
-    try:
-        longest = EvaluateAnswer.longest(samples)
-        found = messages.read_answer(EvaluateAnswer, answer, "its evaluation", longest)
-    except LLMChainFedError as error:
-        return {"error": one_line(error, _SHORT)}
-    loss = finiteness.read({"loss": found.loss, "not_finite": found.not_finite})
-    if loss is None:
-        return {"error": f"its evaluation makes no sense: a loss of {found.loss} ({one_line(found.not_finite, 80)})"}
-    kept: dict[str, Any] = loss | {"tokens": min(found.tokens, declared or found.tokens)}
-    texts = (sample.model_dump() for sample in found.samples[:samples])
-    kept["samples"] = [{key: printable(text, _LONGEST) for key, text in sample.items()} for sample in texts]
-    if found.collapsed is not None:
-        kept["collapsed"] = found.collapsed
-    if found.samples_error is not None:
-        kept["samples_error"] = one_line(found.samples_error, _SHORT)
-    return kept
+def _pooled_metrics(found: Measurement) -> dict[str, float]:
+    if found.shared:
+        return dict(found.shared.get("metrics", {}))
+    return pooled_metrics(found.own, trusted=found.trusted)
 
 
 def _pooled(before: Measurement, after: Measurement) -> tuple[float | None, float | None, list[str]]:
@@ -274,73 +303,3 @@ def _pooled(before: Measurement, after: Measurement) -> tuple[float | None, floa
     if before.shared and after.shared:
         return before.shared["loss"], after.shared["loss"], []
     return pooled(before.own, after.own)
-
-
-# --- one loss of all participants -------------------------------------------------------------------------------------
-
-
-def pooled(before: Answers, after: Answers) -> tuple[float | None, float | None, list[str]]:
-    """Mean over the same held-out tokens on both sides, and whose weight in it was cut.
-
-    Who sent a loss that is not finite, on either side, is left out of both, and its record says so: one participant's
-    numbers do not hide the others'.
-    """
-    both = [n for n in before if all(_is_finite(side.get(n, {})) for side in (before, after))]
-    if not both:  # nobody's is finite on both sides: perhaps some are on one
-        (old, cut), (new, _) = _mean(before), _mean(after)
-        return (old, new, cut) if old is None or new is None else (None, new, [])
-    weights, cut = capped({n: before[n]["tokens"] for n in both})
-    total = sum(weights.values())
-    sides = (sum(side[n]["loss"] * weights[n] for n in both) / total for side in (before, after))
-    return next(sides), next(sides), cut
-
-
-def capped(tokens: Mapping[str, int]) -> tuple[dict[str, int], list[str]]:
-    """Participant → what its loss weighs, and whose weight was cut; as they are where nobody has more than half.
-
-    >>> capped({"a": 10, "b": 30, "c": 10**9})
-    ({'a': 10, 'b': 30, 'c': 40}, ['c'])
-    """
-    weights = dict(tokens)
-    largest = max(weights, key=weights.__getitem__)
-    others = sum(weights.values()) - weights[largest]
-    if len(weights) < MEASURED or weights[largest] <= others:
-        return weights, []
-    return weights | {largest: others}, [largest]
-
-
-def witnesses(measured: Collection[str], wrong: Collection[str]) -> bool:
-    """Whether enough participants say that something is wrong: half of them, or of fewer than three whoever does.
-
-    Not two of any number: in many rounds of many participants somebody honest has a bad one by chance.
-
-    >>> witnesses("abc", "c"), witnesses("abc", "bc"), witnesses("ab", "b"), witnesses("abcdefghi", "abcd")
-    (False, True, True, False)
-    """
-    return 2 * len(wrong) >= len(measured) if len(measured) >= MEASURED else bool(wrong)
-
-
-def stands_still(record: RoundRecord, min_delta: float) -> bool:
-    """Whether enough participants' own losses have not improved in a round to believe a pool that has not.
-
-    Args:
-        record: With the losses of those who were measured; of none, where the hub measured for itself.
-        min_delta: nats per token that count as an improvement.
-    """
-    losses = {n: (p.held_out_before, p.held_out_after) for n, p in record.participants.items()}
-    known = {n: (old, new) for n, (old, new) in losses.items() if old is not None and new is not None}
-    still = [n for n, (old, new) in known.items() if not new < old - min_delta]
-    return not known or witnesses(known, still)
-
-
-def _is_finite(own: Mapping[str, Any]) -> bool:
-    loss = own.get("loss")
-    return loss is not None and math.isfinite(loss)
-
-
-def _mean(found: Answers) -> tuple[float | None, list[str]]:
-    finite = {n: own for n, own in found.items() if _is_finite(own)}
-    if not finite:
-        return None, []
-    weights, cut = capped({n: own["tokens"] for n, own in finite.items()})
-    return sum(own["loss"] * weights[n] for n, own in finite.items()) / sum(weights.values()), cut

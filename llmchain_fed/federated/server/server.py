@@ -133,9 +133,14 @@ class Server:
 
     def measure(self, completed: int) -> Measurement | None:
         """Held-out losses under the weights as they are now, which stand after so many rounds."""
-        return self.evaluator.measure(
-            self.runtime, self.broadcast, self.client_manager.joined, completed, self.settings.config.deadline
-        )
+        return self.evaluator.measure(*self._measuring(completed))
+
+    def peek(self) -> Measurement | None:
+        """The same before a round, which says what it has cost."""
+        return self.evaluator.peek(*self._measuring(self.round))
+
+    def _measuring(self, completed: int) -> tuple[Any, ...]:
+        return self.runtime, self.broadcast, self.client_manager.joined, completed, self.settings.config.deadline
 
     @contextmanager
     def restoring(self) -> Iterator[Standing]:

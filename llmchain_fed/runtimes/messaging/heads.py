@@ -175,7 +175,7 @@ class Allowed(untrusted.Strict):
     seconds: Annotated[float, Field(gt=0, le=86_400)]
 
 
-class Stop(untrusted.Strict):
+class StopOrder(untrusted.Strict):
     """The driver to the bridge: the job is over."""
 
     do: Literal["stop"]

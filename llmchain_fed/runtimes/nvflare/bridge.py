@@ -148,7 +148,7 @@ class HubBridge:
             if not driver.poll(_REDIAL):
                 continue
             told = driver.recv_bytes(frames.MAX_OUTER, _SEND)
-            order, frame = heads.one_of(told, heads.Order, heads.Stop, what="what the driver told the bridge")
+            order, frame = heads.one_of(told, heads.Order, heads.StopOrder, what="what the driver told the bridge")
             if not isinstance(order, heads.Order):
                 return
             known = [name for name in order.nodes if name in sites]

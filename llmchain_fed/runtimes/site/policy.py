@@ -302,6 +302,9 @@ def _leaving(policy: Policy) -> dict[str, str]:
         "max_evaluations": f"{losses} at most, at weights of the hub's choice, are told until the operator starts the "
         "peer again; points of curves count.",
         "samples": f"{texts}." if policy.samples else "no text of an example leaves.",
+        "metrics": f"of its held-out examples the values of {_and(policy.metrics)} may leave, as numbers over all."
+        if policy.metrics
+        else "no metric of its held-out examples leaves.",
         "error_messages": f"of errors {told}.",
     }
 

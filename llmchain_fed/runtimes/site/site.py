@@ -6,7 +6,7 @@ or of the engine that brings them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from llmchain_fed.federated.target import Target
 from llmchain_fed.runtimes.site.log import SiteLog
 from llmchain_fed.runtimes.site.policy import Audit, Policy
 from llmchain_fed.runtimes.site.server import SiteServer
+from llmchain_fed.training.metrics import Function, Metric, checked_name
 from llmchain_fed.untrusted import one_line
 
 
@@ -30,11 +31,14 @@ class Site:
         chain: What is trained: a chain, an LLM or a model, as for `FederatedAveraging`.
         participant: Whose examples, which never leave this process. They are read now.
         policy: What may be asked, by operations and limits; None is the default policy.
+        metrics: Name → function, as in `Metric`, of what this site can measure beside the built-in names, or in their
+            place; only those that the policy's `metrics` lists are told.
         audit: Where every request is written down; None is `<socket>.audit.jsonl`.
         say: Is told in a line what happens.
 
     Raises:
-        ConfigError: The audit file cannot be written, or the participant's own options are not valid.
+        ConfigError: The audit file cannot be written, the participant's own options are not valid, or a metric is no
+            function with a name.
         DataError: The examples cannot be used.
     """
 
@@ -44,6 +48,7 @@ class Site:
         participant: Participant,
         *,
         policy: Policy | None = None,
+        metrics: Mapping[str, Function] | None = None,
         audit: Audit | str | Path | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -54,7 +59,8 @@ class Site:
         self._audit = Audit(audit, say) if isinstance(audit, (str, Path)) else audit
         self._say = say
         target = chain if isinstance(chain, Target) else Target.of(chain)
-        self.client = Client(target, participant, None)
+        own = {checked_name(name): Metric(fn, name=name).fn for name, fn in (metrics or {}).items()}
+        self.client = Client(target, participant, None, metrics={n: fn for n, fn in own.items() if callable(fn)})
         self.examples = self.client.data.inspect()
         """what became of the examples, in a line"""
 

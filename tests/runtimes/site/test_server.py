@@ -477,16 +477,16 @@ def test_another_tokenizer_is_another_contract_and_the_same_one_loaded_again_is_
 
 
 def test_what_a_participant_adds_to_its_evaluation_is_not_believed():
-    from llmchain_fed.federated.server.evaluation import _read
+    from llmchain_fed.federated.measures.reading import read_evaluation
 
     sample = {"prompt": "p" * 20_000, "reference": "r", "answer": "a"}
     answer = {"loss": 1, "tokens": 3, "samples_error": "none \x1b[2J", "samples": [sample] * 5}
-    found = _read(json.dumps(answer).encode(), 2)
+    found = read_evaluation(json.dumps(answer).encode(), 2)
     assert found.keys() == {"loss", "tokens", "samples", "samples_error"}
     assert [s["prompt"] for s in found["samples"]] == ["p" * 10_000 + "…"] * 2
     assert found["samples_error"] == "none \\x1b[2J"
     for strange in ({"error": {}}, {"more": "x"}, {"samples_error": [1]}, {"samples": [sample | {"more": "x"}]}):
-        assert _read(json.dumps(answer | strange).encode(), 2).keys() == {"error"}
+        assert read_evaluation(json.dumps(answer | strange).encode(), 2).keys() == {"error"}
 
 
 def test_slices_shorter_than_asked_for_and_a_fetch_beyond_the_deadline():

@@ -33,7 +33,7 @@ def task(model, tensors=None, **header):
 
 
 def evaluation(model, **header):
-    return task(model, **({"samples": 0, "sample_tokens": 8} | header))
+    return task(model, **({"samples": 0, "answer_tokens": 8} | header))
 
 
 def raw(header_json, layout=None, body=b""):
@@ -79,8 +79,11 @@ COMBINATIONS = [
 # what the fields of other operations may not be
 WRONG_TASKS = {
     "evaluate": [
-        {"samples": -1}, {"samples": "3"}, {"samples": True}, {"samples": BIG}, {"samples": 2, "sample_tokens": None},
-        {"sample_tokens": 0}, {"sample_tokens": 1.5}, {"side_by_side": True}, {"steps": [1]}, {"round": None},
+        {"samples": -1}, {"samples": "3"}, {"samples": True}, {"samples": BIG}, {"metrics": "f1"}, {"metrics": [""]},
+        {"metrics": ["x" * 101]}, {"metrics": ["f1"] * 101}, {"metrics": [3]}, {"metrics": {"f1": 1}},
+        {"labels": ["a"]}, {"labels": ["a", ""]}, {"labels": ["a"] * 1001}, {"labels": "ab"}, {"labels": [1, 2]},
+        {"answer_tokens": 0}, {"answer_tokens": 1.5}, {"answer_tokens": BIG},
+        {"side_by_side": True}, {"steps": [1]}, {"round": None},
         {"round": -3}, {"round": 0}, {"kind": "hello"}, {"personal": {"steps": 1}}, {"more": 1}, {"shares": "all"},
     ],
     "side_by_side": [{"samples": 2}, {"round": "1"}, {"base": 3}, {"more": 1}],

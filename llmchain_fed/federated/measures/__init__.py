@@ -1,0 +1,1 @@
+"""What held-out examples say of all participants together, and what follows from it."""

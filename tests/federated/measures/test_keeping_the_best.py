@@ -1,0 +1,306 @@
+"""What rounds are judged by: the best is kept, patience goes by it, and callbacks may stop.
+
+Belongs here: monitor, keep, patience over metrics, Stop. Does not: what is measured (test_metrics_in_rounds).
+"""
+
+import json
+import math
+
+import pytest
+import torch
+from resumed_runs import SGD, SHARES, weights_of
+from tiny import PAIRS
+
+from llmchain_fed import Callback, ConfigError, Ditto, FedAdam, FederatedAveraging, History, Metric, Participant, Stop
+from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
+from llmchain_fed.federated.measures.monitor import Monitored, Patience
+
+SCORES = [0.1, 0.5, 0.9, 0.4, 0.2, 0.3, 0.3, 0.3]
+
+
+class Scripted:
+    """Makes federations whose pooled metric `score` is given: at the start, then after each round."""
+
+    def __init__(self, make_chain, scores=SCORES, **options):
+        self.calls = 0
+        self.scores = scores
+
+        def score(predictions, references, inputs):
+            return {"score": self.now()}
+
+        parts = [Participant("a", PAIRS[:4], held_out=PAIRS[8:9]), Participant("b", PAIRS[4:8], held_out=PAIRS[9:10])]
+        self.options = {"training": SGD, "progress": False, "samples": 0, "answer_tokens": 1, **options}
+        self.chain, self.parts = make_chain(lora=True), parts
+        self.metric = Metric(score, maximize=True)
+        self.fed = None
+
+    def now(self):
+        return self.scores[self.fed.round + self.after]
+
+    after = 0
+
+    def made(self, **options):
+        self.fed = FederatedAveraging(
+            self.chain, participants=self.parts, metrics=[self.metric], **(self.options | options)
+        )
+        return self._watched(self.fed)
+
+    def resumed(self, folder, **options):
+        self.fed = FederatedAveraging.resume(
+            folder, self.chain, participants=self.parts, metrics=[self.metric], progress=False, **options
+        )
+        return self._watched(self.fed)
+
+    def _watched(self, fed):
+        """`now` is asked before a round counts: the measurement after it belongs to the next number."""
+        server = fed._server
+        measure = server.measure
+
+        def measuring(completed):
+            self.after = completed - server.round
+            try:
+                return measure(completed)
+            finally:
+                self.after = 0
+
+        server.measure = measuring
+        return fed
+
+
+@pytest.fixture
+def make(make_chain):
+    return lambda scores=SCORES, **options: Scripted(make_chain, scores, **options)
+
+
+def test_the_best_rounds_weights_are_kept_bit_for_bit_as_going_back_to_it(make, tmp_path):
+    kept, other = make(), make()
+    fed = kept.made()
+    history = fed.fit(rounds=5, monitor="score", keep="best")
+    assert [record.metrics["score"] for record in history] == pytest.approx(SCORES[1:6])
+    assert (fed.best, fed.best.round, history.kept, fed.round) == (history[1], 2, 2, 5)
+    back = other.made(checkpoint_dir=tmp_path, keep_checkpoints=None)
+    back.fit(rounds=5)
+    back.roll_back(2)
+    ours, theirs = weights_of(fed), weights_of(back)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert kept.chain.batch([x for x, _ in PAIRS]) == other.chain.batch([x for x, _ in PAIRS])
+    assert "the chain has the weights of round 2, the best by score" in repr(history)
+    assert "the best by score" in history._repr_html_()
+
+
+def test_the_last_is_kept_by_default_and_the_best_known_all_the_same(make):
+    fed, other = make().made(), make().made()
+    fed.fit(rounds=4, monitor="score")
+    other.fit(rounds=4)
+    assert fed.best is fed.history[1]
+    assert fed.history.kept is None
+    ours, theirs = weights_of(fed), weights_of(other)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert other.best.held_out_after == min(record.held_out_after for record in other.history)
+
+
+def test_the_untrained_start_is_no_candidate_and_of_equals_the_first_is_best(make):
+    fed = make([0.9, 0.2, 0.5, 0.5, 0.1]).made()
+    fed.fit(rounds=4, monitor="score", keep="best")
+    assert fed.best.round == 2
+
+
+def test_the_best_by_loss_is_the_lowest(make):
+    fed = make().made()
+    history = fed.fit(rounds=3, keep="best")
+    assert fed.best is min(history, key=lambda record: record.held_out_after)
+
+
+@pytest.mark.parametrize("options", [
+    {"personal": Ditto(lam=0.5)}, {"aggregation": "fedsa"}, {"server_optimizer": FedAdam(lr=0.05)}, {"codec": "int8"},
+    {"aggregation": "fedex"}, {"broadcast_codec": "int8"},
+], ids=lambda options: "-".join(map(str, options.values()))[:20])  # fmt: skip
+def test_what_belongs_to_a_round_goes_back_with_it(make, tmp_path, options):
+    """Personal models, private factors, remainders and the server optimizer's memory, as going back has them."""
+    fed, back = make(**options).made(), make(**options).made(checkpoint_dir=tmp_path)
+    fed.fit(rounds=4, monitor="score", keep="best")
+    back.fit(rounds=2)
+    back.roll_back(2)
+    ours, theirs = weights_of(fed), weights_of(back)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert sorted(fed._server.model.adapters) == sorted(back._server.model.adapters)
+    for name, client in fed._server.runtime.local.items():
+        own, wanted = (c.progress.before(5)[1] for c in (client, back._server.runtime.local[name]))
+        for kind, tensors in own.kept().items():
+            assert all(torch.equal(tensors[n], t) for n, t in wanted.kept()[kind].items()), kind
+    if "server_optimizer" in options:
+        memory, wanted = (f._server.settings.server_optimizer.state_dict()[0] for f in (fed, back))
+        assert memory
+        assert all(torch.equal(memory[n], t) for n, t in wanted.items())
+    fed.fit(rounds=1)  # and it goes on from there
+    assert fed.history[-1].participants["a"].status == "trained"
+    assert "begins at the weights of round 2, the best by score (0.9)" in fed.history[-1].notes
+
+
+def test_a_fit_after_it_goes_on_from_the_best_and_compares_with_it(make):
+    fed = make([0.1, 0.5, 0.9, 0.4, 0.2, 0.3, 0.95, 0.1]).made()
+    fed.fit(rounds=3, monitor="score", keep="best")
+    at_best = weights_of(fed)
+    fed.fit(rounds=2, monitor="score", keep="best")
+    assert fed.best.round == 2
+    assert all(torch.equal(value, weights_of(fed)[name]) for name, value in at_best.items())
+    fed.fit(rounds=2, monitor="score", keep="best")
+    assert (fed.best.round, fed.history.kept) == (6, 6)
+
+
+def test_a_round_whose_weights_are_gone_is_no_candidate(make):
+    fed = make().made()
+    fed.fit(rounds=3, monitor="score")  # keeps the last: round 2 is gone
+    fed.fit(rounds=2, monitor="score", keep="best")
+    assert (fed.best.round, fed.history.kept) == (3, 3)
+
+
+def test_an_interrupted_run_keeps_the_best_of_before_and_ends_with_it(make, tmp_path):
+    whole = make()
+    fed = whole.made()
+    fed.fit(rounds=6, monitor="score", keep="best")
+
+    class Dies(Callback):
+        def on_round_begin(self, number, asked):
+            if number == 6:
+                raise KeyboardInterrupt
+
+    first = make().made(checkpoint_dir=tmp_path, keep_checkpoints=2, callbacks=[Dies()])
+    with pytest.raises(KeyboardInterrupt):
+        first.fit(rounds=6, monitor="score", keep="best")
+    assert sorted(int(p.name[-6:]) for p in tmp_path.glob("round-*")) == [2, 4, 5]  # the best stays
+    later = make()
+    went_on = later.resumed(tmp_path)
+    assert went_on.best.round == 2
+    history = went_on.fit(rounds=1, monitor="score", keep="best")
+    assert (went_on.best.round, history.kept, went_on.round) == (2, 2, 6)
+    ours, theirs = weights_of(went_on), weights_of(fed)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    again = make().resumed(tmp_path)  # the newest checkpoint has what the chain was left with
+    assert (again.history.kept, again.best.round) == (2, 2)
+    assert all(torch.equal(value, theirs[name]) for name, value in weights_of(again).items())
+
+
+def test_patience_goes_by_what_is_monitored(make):
+    fed = make([0.1, 0.5, 0.9, 0.4, 0.2, 0.3]).made()
+    history = fed.fit(rounds=5, monitor="score", patience=2, keep="best")
+    assert len(history) == 4
+    assert history.stopped_early == "score did not improve for 2 rounds"
+    assert history.kept == 2
+
+
+def test_patience_that_ends_with_the_last_round_stops_nothing_early(make):
+    fed = make([0.5, 0.4, 0.3]).made()
+    assert fed.fit(rounds=2, monitor="score", patience=2).stopped_early is None
+
+
+def test_patience_counts_towards_the_better_side():
+    def record(number, before, after):
+        people = {"a": ParticipantRecord("trained", metrics={"m": after}, metrics_before={"m": before})}
+        return RoundRecord(number, people, metrics={"m": after}, metrics_before={"m": before})
+
+    up, down = Monitored("m", maximize=True), Monitored("m")
+    rising = [record(n, n, n + 1.0) for n in range(1, 4)]
+    assert not any(Patience(1, 0.0, [], up).over(each, shared=True) for each in rising)
+    waiting = Patience(2, 0.0, [], down)
+    assert [waiting.over(each, shared=True) for each in rising] == [False, True, True]
+    assert Patience(1, 2.0, [], up).over(rising[0], shared=True)  # by less than min_delta
+    unknown = RoundRecord(4, {}, metrics={})
+    assert not Patience(1, 0.0, [], up).over(unknown, shared=True)
+
+
+def test_the_best_is_sought_where_values_are_over_the_same_members():
+    rounds = [RoundRecord(n, {}, held_out_after=value) for n, value in enumerate((1.0, 2.0, 1.5, math.nan), 1)]
+    rounds[1].members_changed = True
+    assert Monitored().best(History(rounds)).round == 3
+    assert Monitored().best(History(rounds[:1])).round == 1
+    assert Monitored("m").best(History(rounds)) is None
+
+
+@pytest.mark.parametrize(
+    ("metrics", "monitor", "said"),
+    [
+        ([], "accuracy", "no participant computes it: unknown value 'accuracy'; Known: held_out_loss"),
+        (["exact_match"], "exact_mach", "did you mean 'exact_match'"),
+        ([lambda p, r, i: {"mine": 1.0}], "yours", "Known: held_out_loss, mine"),
+        ([lambda p, r, i: {"mine": 1.0}], "mine", "which way is better"),
+        ([lambda p, r, i: 1 / 0], "lambda", "ZeroDivisionError"),
+        (["exact_match"], 3, "held_out_loss"),
+    ],
+)
+def test_a_monitor_that_nobody_computes_is_one_error_and_nothing_has_changed(make_chain, metrics, monitor, said):
+    chain = make_chain(lora=True)
+    before = chain.model.weights_hash
+    parts = [Participant(n, rows, held_out=PAIRS[:2]) for n, rows in SHARES.items()]
+    fed = FederatedAveraging(chain, participants=parts, training=SGD, metrics=metrics, progress=False, samples=0)
+    with pytest.raises(ConfigError, match=said):
+        fed.fit(rounds=2, monitor=monitor, keep="best")
+    assert (chain.model.weights_hash, len(fed.history), fed.best) == (before, 0, None)
+
+
+@pytest.mark.parametrize("options", [{"keep": "best"}, {"monitor": "held_out_loss", "keep": "worst"}])
+def test_keep_needs_something_to_go_by(make_chain, options):
+    fed = FederatedAveraging(make_chain(), participants=SHARES, training=SGD, progress=False)
+    with pytest.raises(ConfigError, match="keep"):
+        fed.fit(rounds=1, **options)
+
+
+def test_what_the_first_measurement_cost_stands_in_the_first_round(make):
+    fed = make().made()
+    record = fed.fit(rounds=1, monitor="score")[0]
+    plain = make().made().fit(rounds=1)[0]
+    assert record.participants["a"].evaluation_bytes == plain.participants["a"].evaluation_bytes
+
+
+def test_what_was_best_and_kept_is_in_the_json(make):
+    fed = make().made()
+    history = fed.fit(rounds=4, monitor="score", keep="best")
+    again = History.from_dict(json.loads(history.to_json()))
+    assert (again.monitor, again.best, again.kept) == ("score", 2, 2)
+
+
+# --- callbacks ------------------------------------------------------------------------------------------------------
+
+
+class StopsAt(Callback):
+    def __init__(self, number, said):
+        self.number, self.said, self.ended = number, said, []
+
+    def on_round_end(self, record, history):
+        return self.said if record.round == self.number else None
+
+    def on_fit_end(self, history):
+        self.ended.append(history.stopped_early)
+
+
+def test_a_callback_stops_training_with_a_reason(make_chain):
+    one, two = StopsAt(2, Stop("the budget is spent")), StopsAt(9, None)
+    fed = FederatedAveraging(make_chain(), participants=SHARES, training=SGD, progress=False, callbacks=[two, one])
+    history = fed.fit(rounds=5)
+    assert len(history) == 2
+    assert history.stopped_early == "the budget is spent"
+    assert one.ended == two.ended == ["the budget is spent"]
+    assert fed.fit(rounds=1).stopped_early is None  # and it may go on
+
+
+def test_a_stop_at_the_last_round_stops_nothing_early(make_chain):
+    callback = StopsAt(2, Stop("enough"))
+    fed = FederatedAveraging(make_chain(), participants=SHARES, training=SGD, progress=False, callbacks=[callback])
+    assert fed.fit(rounds=2).stopped_early is None
+
+
+@pytest.mark.parametrize("said", [True, "enough"])
+def test_what_looks_like_a_stop_and_is_none_is_said(make_chain, said):
+    callback = StopsAt(1, said)
+    fed = FederatedAveraging(make_chain(), participants=SHARES, training=SGD, progress=False, callbacks=[callback])
+    with pytest.raises(ConfigError, match=r"return Stop\(reason\)"):
+        fed.fit(rounds=2)
+    assert fed.round == 1  # the round itself is kept
+
+
+def test_a_stop_ends_with_the_best_too(make):
+    scripted = make()
+    fed = scripted.made(callbacks=[StopsAt(4, Stop("enough"))])
+    history = fed.fit(rounds=6, monitor="score", keep="best")
+    assert (len(history), history.kept, history.stopped_early) == (4, 2, "enough")
