@@ -4,7 +4,7 @@ Knows tensors of differences. Knows nothing about arms.
 
 Seeds and participants are crossed: every participant is measured under every seed. So both are drawn anew, with
 replacement and each for itself, and the statistic is computed over their grid (the pigeonhole bootstrap, Owen 2007,
-arXiv 0712.1111; it errs towards intervals that are too wide). Treating the cells as independent would err the other way.
+arXiv 0712.1111; it errs towards intervals that are too wide; cells that count as independent err the other way).
 """
 
 from __future__ import annotations

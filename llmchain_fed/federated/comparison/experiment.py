@@ -83,8 +83,6 @@ class Experiment:
                 result, score = self._measured(title, variants)
                 results.append(result)
                 scores[title] = score
-        pooled = {title: score for title, score in scores.items() if title.startswith(CENTRALISED)}
-        known = {title: score for title, score in pooled.items() if math.isfinite(score)}
         config, clients = self.bench.training, self.bench.clients
         if any(name_of(arm) == PERSONAL for arm in self.arms) and self.bench.rounds == 1:
             self.notes.append("personal: of one round, the last is each participant's own, so it is alone's training")
@@ -103,11 +101,7 @@ class Experiment:
             unit="nats per example" if config.loss == "labels" else "nats per token",
             grid=self.grid,
             minimize=(LOSS, *(m for arm in self.arms if isinstance(arm, Arm) for m in arm.minimize)),
-            centralised=min(known, key=known.__getitem__)
-            if known
-            else next(iter(pooled))
-            if len(pooled) == 1
-            else None,
+            centralised=_better({t: score for t, score in scores.items() if t.startswith(CENTRALISED)}),
             notes=self.notes,
         )
 
@@ -250,6 +244,14 @@ class Experiment:
             values[seed] = outcome.values
             seconds += outcome.seconds
         return ArmResult(arm.name, values, {}, None, seconds / len(self.seeds))
+
+
+def _better(scores: Mapping[str, float]) -> str | None:
+    """The arm with the lowest score, or the only one; None where nothing tells two apart."""
+    known = {title: score for title, score in scores.items() if math.isfinite(score)}
+    if known:
+        return min(known, key=known.__getitem__)
+    return next(iter(scores)) if len(scores) == 1 else None
 
 
 def raw_examples(bench: Bench) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:

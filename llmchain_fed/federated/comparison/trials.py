@@ -21,7 +21,7 @@ from llmchain_fed.federated.comparison.arms import ALONE, BASE, CENTRALISED, FED
 from llmchain_fed.federated.comparison.measuring import Values, values_of
 from llmchain_fed.federated.comparison.start import Start
 from llmchain_fed.federated.history import RoundRecord
-from llmchain_fed.federated.loop import run_round
+from llmchain_fed.federated.loop import UNUSABLE, run_round
 from llmchain_fed.federated.options import CODE, FederationConfig, FederationOptions
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.protocol.global_state import GlobalState
@@ -274,20 +274,22 @@ class Bench:
             try:
                 run_round(server, lambda *_: None, _check_all_trained)
             except QuorumError as error:
-                if server.diverged is None:
-                    raise
-                raise NonFiniteLossError(server.diverged) from error
+                raise _failed(str(error)) from error
 
 
 def _check_all_trained(record: RoundRecord) -> None:
     for name, one in record.participants.items():
-        if one.status == "trained":
-            continue
-        reason = one.reason or one.status
-        msg = f"{name!r} did not train in round {record.round}: {reason}"
-        raise (NonFiniteLossError if "NonFiniteLossError" in reason or "not finite" in reason else ParticipantError)(
-            msg
-        )
+        if one.status != "trained":
+            why = f"{name!r} did not train in round {record.round}: {one.reason or one.status}"
+            raise _failed(why)
+    for note in record.notes:
+        if note.startswith(UNUSABLE):
+            raise _failed(note)
+
+
+def _failed(why: str) -> NonFiniteLossError | ParticipantError:
+    """The error for a round in which not everybody trained: by its words, as a record has no more of it."""
+    return NonFiniteLossError(why) if "finite" in why.lower() else ParticipantError(why)
 
 
 def check_comparable(server: Server, clients: Mapping[str, Client]) -> None:
