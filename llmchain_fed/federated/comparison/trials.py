@@ -98,6 +98,7 @@ class Bench:
         held_out = {n: c.data.held_out() for n, c in clients.items()}
         self.held_out: dict[str, EncodedExamples] = held_out
         self.training = server.settings.training
+        self._everything: dict[bool, EncodedExamples] = {}
 
     def run(self, trial: Trial) -> Outcome:
         """Trains from the start, and measures; the model has other weights afterwards.
@@ -133,7 +134,7 @@ class Bench:
         if trial.arm == BASE:
             return 0
         if trial.arm == CENTRALISED:
-            return rows.presented(len(self._pooled(self.data)), self._centralised(trial), self.rounds)
+            return rows.presented(sum(map(len, self.data.values())), self._centralised(trial), self.rounds)
         names = [trial.participant] if trial.participant is not None else list(self.clients)
         return sum(rows.presented(len(self.data[n]), self.clients[n].config, self.rounds) for n in names)
 
@@ -154,7 +155,7 @@ class Bench:
             self._rounds(server, self.rounds)
             yield name
         else:
-            everything = Participant(CENTRALISED, self._pooled(data))
+            everything = Participant(CENTRALISED, self._pooled(trial.choosing))
             options = self._plain(trial) | {"training": self._centralised(trial)}
             server, _, _ = assemble(self._given, [everything], None, cast("FederationOptions", options))
             self._rounds(server, self.rounds)
@@ -259,8 +260,11 @@ class Bench:
         changed: TrainingConfig = self.training.replace(**changes)
         return changed
 
-    def _pooled(self, data: Mapping[str, EncodedExamples]) -> EncodedExamples:
-        return rows.pooled(list(data.values()))
+    def _pooled(self, choosing: bool) -> EncodedExamples:  # noqa: FBT001
+        """Everybody's examples, with or without the validation part; copied once for all trials."""
+        if choosing not in self._everything:
+            self._everything[choosing] = rows.pooled(list((self._rest if choosing else self.data).values()))
+        return self._everything[choosing]
 
     def _rounds(self, server: Server, rounds: int) -> None:
         """So many rounds in which everybody trains.

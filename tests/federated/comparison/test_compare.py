@@ -15,6 +15,8 @@ from tiny import PAIRS
 from llmchain_fed import (
     Arm,
     ConfigError,
+    Ditto,
+    FedAdam,
     FederatedAveraging,
     FederationError,
     NonFiniteLossError,
@@ -130,6 +132,36 @@ def test_under_a_rule_of_private_parts_each_participant_is_measured_with_its_own
     record = federation(twin, aggregation="fedsa").fit(1)[-1]
     own = {name: losses_of(found, "federated", model=name)[name] for name in TRAIN}
     assert own == {n: p.held_out_after for n, p in record.participants.items()}
+
+
+@pytest.mark.parametrize(
+    "options", [{"aggregation": "flora"}, {"personal": Ditto()}, {"server_optimizer": FedAdam(lr=0.01)}]
+)
+def test_a_federation_with_options_of_its_own_is_compared_with_them(make_chain, options):
+    """Own ranks, personal models and a server's memory: the federated arm is that federation, whatever it did before."""
+    chain, twin = make_chain(lora=True), make_chain(lora=True)
+    ranks = options.get("aggregation") == "flora"
+    people = [Participant(n, pairs, rank=2 if ranks and n == "b" else None) for n, pairs in TRAIN.items()]
+    fed = federation(chain, people, **options)
+    fed.fit(1)
+    found = fed.compare(["alone", "federated", "personal"], seeds=1, rounds=2, grid=[5e-3])
+    record = federation(twin, people, **options).fit(2)[-1]
+    assert losses_of(found, "federated") == {n: p.held_out_after for n, p in record.participants.items()}
+
+
+def test_over_labels_losses_are_per_example_and_the_model_may_be_seq2seq(make_chain):
+    labels = ("oui", "non")
+    pairs = [(text, labels[i % 2]) for i, (text, _) in enumerate(PAIRS)]
+    how = HOW.replace(loss="labels", labels=labels, class_weight="balanced")
+    held_out = {"a": pairs[4:6], "b": pairs[9:]}
+    chain, twin = make_chain("seq2seq", lora=True), make_chain("seq2seq", lora=True)
+    shares = {"a": pairs[:4], "b": pairs[6:9]}
+    fed = federation(chain, shares, training=how, evaluation=held_out)
+    found = fed.compare(["federated", "centralised", "alone"], **ONE)
+    record = federation(twin, shares, training=how, evaluation=held_out).fit(1)[-1]
+    assert losses_of(found, "federated") == {n: p.held_out_after for n, p in record.participants.items()}
+    assert found.rows[0].pooled == pytest.approx(record.held_out_after, abs=1e-9)
+    assert "nats per example" in repr(found)
 
 
 def test_the_base_is_the_federations_start_however_many_rounds_it_has_run(make_chain):
