@@ -18,7 +18,7 @@ BUILT_IN = (BASE, ALONE, FEDERATED, CENTRALISED, PERSONAL)
 LOSS = "loss"
 
 Found = Mapping[str, Mapping[str, float]]
-"""participant → name of a measure → its value on that participant's held-out texts"""
+"""participant → name of a metric → its value on that participant's held-out texts"""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Arm:
     """An arm of one's own, such as a cheap baseline: `Arm("tf-idf", fn)`.
 
     `fn(train, held_out, seed)` is given each participant's examples by name, as lists of `Example` (with `inputs` and
-    `completion`), and gives back participant → name of a measure → value, on that participant's held-out examples.
+    `completion`), and gives back participant → name of a metric → value, on that participant's held-out examples.
     What it returns for a seed is kept in `out=` under the arm's name: another function needs another name.
 
     >>> Arm("majority", lambda train, held_out, seed: {name: {"accuracy": 0.5} for name in held_out})
@@ -35,7 +35,7 @@ class Arm:
     Args:
         name: What tables call it; none of the five names that there are.
         fn: The function.
-        minimize: Its measures of which less is better, beside "loss".
+        minimize: Its metrics of which less is better, beside "loss".
     """
 
     name: str
@@ -71,7 +71,7 @@ class Arm:
             if not numbers or not all(type(v) in (int, float) and math.isfinite(v) for v in numbers.values()):
                 msg = (
                     f"the arm {self.name!r:.80} gave {values!r:.80} for {name!r:.80}. Return a mapping participant → "
-                    "measure → finite number, for every participant."
+                    "metric → finite number, for every participant."
                 )
                 raise ConfigError(msg)
             kept[name] = {k: float(v) for k, v in numbers.items()}

@@ -13,7 +13,7 @@ from llmchain_fed.federated.comparison.arms import LOSS
 from llmchain_fed.training.evaluation import evaluate_as
 
 Values = dict[str, dict[str, float]]
-"""participant whose texts they are → name of a measure → value"""
+"""participant whose texts they are → name of a metric → value"""
 
 
 def values_of(clients: Mapping[str, Client], validation: Mapping[str, EncodedExamples] | None = None) -> Values:

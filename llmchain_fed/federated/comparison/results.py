@@ -35,7 +35,7 @@ class ArmResult:
 
     name: str
     values: dict[int, dict[str, Values]]
-    """seed → whose model ("": one for everybody) → whose texts → name of a measure → value"""
+    """seed → whose model ("": one for everybody) → whose texts → name of a metric → value"""
     learning_rate: dict[str, float] = field(default_factory=dict)
     """whose ("": everybody's) → the one that was chosen on the validation part; empty where nothing is trained"""
     examples_seen: int | None = None
@@ -46,10 +46,10 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One arm by one measure: means over the seeds, and standard deviations between them (None of a single seed)."""
+    """One arm by one metric: means over the seeds, and standard deviations between them (None of a single seed)."""
 
     arm: str
-    measure: str
+    metric: str
     own: float
     """mean over participants, each with the model it would use and on its own texts"""
     own_sd: float | None
@@ -67,11 +67,11 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class Gain:
-    """By how much one arm is better than another; above 0 is better, whichever way the measure counts."""
+    """By how much one arm is better than another; above 0 is better, whichever way the metric counts."""
 
     arm: str
     over: str
-    measure: str
+    metric: str
     on: str
     mean: float
     low: float | None
@@ -121,18 +121,18 @@ class Comparison:
         return tuple(self.weights)
 
     @property
-    def measures(self) -> tuple[str, ...]:
+    def metrics(self) -> tuple[str, ...]:
         """What was measured, the loss first."""
         models = [model for arm in self.arms.values() for of in arm.values.values() for model in of.values()]
-        found = {name for model in models for measures in model.values() for name in measures}
+        found = {name for model in models for metrics in model.values() for name in metrics}
         return tuple(sorted(found, key=lambda name: (name != LOSS, name)))
 
     @property
     def rows(self) -> list[ComparisonRow]:
-        """One for each measure and arm that has it, in the order in which arms were given."""
-        return [self._row(arm, m) for m in self.measures for arm in self.arms.values() if self._has(arm, m)]
+        """One for each metric and arm that has it, in the order in which arms were given."""
+        return [self._row(arm, m) for m in self.metrics for arm in self.arms.values() if self._has(arm, m)]
 
-    def gain(self, arm: str, over: str, *, measure: str | None = None, on: On = "own") -> Gain:
+    def gain(self, arm: str, over: str, *, metric: str | None = None, on: On = "own") -> Gain:
         """How much better `arm` is than another, mean over seeds and participants, with a 95 % interval.
 
         The interval is a paired bootstrap of 2,000 resamples, in which seeds and participants are drawn anew, each for
@@ -143,34 +143,32 @@ class Comparison:
         Args:
             arm: Its name.
             over: The other's.
-            measure: By default the first of `measures`.
+            metric: By default the first of `metrics`.
             on: "own" texts of each participant, or those of all, "pooled".
 
         Raises:
-            ConfigError: There is no such arm or measure, or one of the arms does not have it.
+            ConfigError: There is no such arm or metric, or one of the arms does not have it.
         """
         if on not in get_args(On):
             msg = f"on is 'own' (each participant's texts) or 'pooled' (everybody's), got {on!r:.80}."
             raise ConfigError(msg)
         first, second = self._named(arm), self._named(over)
-        measure = measure or next((m for m in self.measures if self._has(first, m) and self._has(second, m)), LOSS)
+        metric = metric or next((m for m in self.metrics if self._has(first, m) and self._has(second, m)), LOSS)
         for each in (first, second):
-            if not self._has(each, measure):
-                msg = (
-                    f"the arm {each.name!r} was not measured by {measure!r:.80}. Measures: {', '.join(self.measures)}."
-                )
+            if not self._has(each, metric):
+                msg = f"the arm {each.name!r} was not measured by {metric!r:.80}. Metrics: {', '.join(self.metrics)}."
                 raise ConfigError(msg)
-        sign = -1.0 if measure in self.minimize else 1.0
-        difference = sign * (self._matrix(first, measure) - self._matrix(second, measure))  # (S, P, P)
+        sign = -1.0 if metric in self.minimize else 1.0
+        difference = sign * (self._matrix(first, metric) - self._matrix(second, metric))  # (S, P, P)
         if on == "own":
             own = difference.diagonal(dim1=1, dim2=2)
             mean, found = float(own.mean()), bootstrap.interval(own)
         else:
-            weights = self._weights(measure)
+            weights = self._weights(metric)
             mean = float((difference @ (weights / weights.sum())).mean())
             found = bootstrap.interval(difference, weights)
         low, high = found or (None, None)
-        return Gain(first.name, second.name, measure, on, mean, low, high)
+        return Gain(first.name, second.name, metric, on, mean, low, high)
 
     def gains(self) -> list[Gain]:
         """Those that a reader asks for first: federated over all others, personal over alone and over federated."""
@@ -178,10 +176,10 @@ class Comparison:
         pairs += [(PERSONAL, other) for other in (ALONE, FEDERATED)]
         there = [(self.arms[a], self.arms[b]) for a, b in pairs if a in self.arms and b in self.arms]
         return [
-            self.gain(first.name, second.name, measure=measure, on=on)
-            for measure in self.measures
+            self.gain(first.name, second.name, metric=metric, on=on)
+            for metric in self.metrics
             for first, second in there
-            if self._has(first, measure) and self._has(second, measure)
+            if self._has(first, metric) and self._has(second, metric)
             for on in get_args(On)
         ]
 
@@ -212,7 +210,7 @@ class Comparison:
         return json.dumps(finite(self.to_dict()), indent=1, allow_nan=False)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per arm, seed, participant and measure: `own` and `pooled` values of the model that it would use.
+        """One row per arm, seed, participant and metric: `own` and `pooled` values of the model that it would use.
 
         Raises:
             MissingExtraError: pandas is not installed.
@@ -223,12 +221,12 @@ class Comparison:
             raise MissingExtraError("to_pandas needs pandas: pip install 'llmchain-fed[plot]'") from error  # noqa: EM101
         rows = []
         for row in self.rows:
-            matrix, weights = self._matrix(self.arms[row.arm], row.measure), self._weights(row.measure)
+            matrix, weights = self._matrix(self.arms[row.arm], row.metric), self._weights(row.metric)
             pooled = matrix @ (weights / weights.sum())
             for s, seed in enumerate(self.seeds):
                 for p, name in enumerate(self.participants):
                     values = {"own": float(matrix[s, p, p]), "pooled": float(pooled[s, p])}
-                    place = {"arm": row.arm, "seed": seed, "participant": printable(name), "measure": row.measure}
+                    place = {"arm": row.arm, "seed": seed, "participant": printable(name), "metric": row.metric}
                     rows.append(place | values)
         return pd.DataFrame(rows)
 
@@ -242,32 +240,32 @@ class Comparison:
             raise ConfigError(msg)
         return self.arms[arm]
 
-    def _has(self, arm: ArmResult, measure: str) -> bool:
+    def _has(self, arm: ArmResult, metric: str) -> bool:
         models = next(iter(arm.values.values()), {})
-        return bool(models) and all(measure in of for texts in models.values() for of in texts.values())
+        return bool(models) and all(metric in of for texts in models.values() for of in texts.values())
 
-    def _weights(self, measure: str) -> Tensor:
-        kind = LOSS if measure == LOSS else "examples"
+    def _weights(self, metric: str) -> Tensor:
+        kind = LOSS if metric == LOSS else "examples"
         return torch.tensor([found[kind] for found in self.weights.values()], dtype=torch.float64)
 
-    def _matrix(self, arm: ArmResult, measure: str) -> Tensor:
+    def _matrix(self, arm: ArmResult, metric: str) -> Tensor:
         """`(seeds, participants, participants)`: the model that a participant would use, on each one's texts."""
         found = []
         for seed in self.seeds:
             models = arm.values[seed]
             own = [models.get(name, models.get(ALL, {})) for name in self.participants]
-            found.append([[texts[q][measure] for q in self.participants] for texts in own])
+            found.append([[texts[q][metric] for q in self.participants] for texts in own])
         return torch.tensor(found, dtype=torch.float64)
 
-    def _row(self, arm: ArmResult, measure: str) -> ComparisonRow:
-        matrix = self._matrix(arm, measure)
+    def _row(self, arm: ArmResult, metric: str) -> ComparisonRow:
+        matrix = self._matrix(arm, metric)
         own = matrix.diagonal(dim1=1, dim2=2)  # (S, P)
-        weights = self._weights(measure)
+        weights = self._weights(metric)
         pooled = (matrix @ (weights / weights.sum())).mean(1)  # (S,)
         each = {name: own[:, p].tolist() for p, name in enumerate(self.participants)}
         return ComparisonRow(
             arm=arm.name,
-            measure=measure,
+            metric=metric,
             own=float(own.mean()),
             own_sd=_sd(own.mean(1).tolist(), arm),
             pooled=float(pooled.mean()),

@@ -1,4 +1,4 @@
-"""How a comparison is shown: a table per measure whose digits stand alike, and the gains with their intervals.
+"""How a comparison is shown: a table per metric whose digits stand alike, and the gains with their intervals.
 
 Knows text and HTML. Knows nothing about how the numbers came about.
 """
@@ -54,11 +54,11 @@ def as_html(comparison: Comparison) -> str:
 
 
 def _tables(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
-    """(title, cells with the headings first): each measure's arms, then the gains of all."""
-    found = [(_title(comparison, m), [_headings(comparison), *_cells(comparison, m)]) for m in comparison.measures]
+    """(title, cells with the headings first): each metric's arms, then the gains of all."""
+    found = [(_title(comparison, m), [_headings(comparison), *_cells(comparison, m)]) for m in comparison.metrics]
     by_pair: dict[tuple[str, str, str], list[str]] = {}
     for gain in comparison.gains():
-        by_pair.setdefault((gain.arm, gain.over, gain.measure), []).append(_difference(gain))
+        by_pair.setdefault((gain.arm, gain.over, gain.metric), []).append(_difference(gain))
     if by_pair:
         cells = [
             [f"{one_line(a, 60)} over {one_line(b, 60)}, {one_line(m)}", *both] for (a, b, m), both in by_pair.items()
@@ -75,15 +75,15 @@ def _difference(gain: Gain) -> str:
 
 def gain_line(gain: Gain) -> str:
     """A gain as a sentence."""
-    return f"{one_line(gain.arm)} over {one_line(gain.over)}, {one_line(gain.measure)}, {gain.on}: {_difference(gain)}"
+    return f"{one_line(gain.arm)} over {one_line(gain.over)}, {one_line(gain.metric)}, {gain.on}: {_difference(gain)}"
 
 
-def _title(comparison: Comparison, measure: str) -> str:
-    unit = f", {comparison.unit}" if measure == "loss" else ""
-    better = "less" if measure in comparison.minimize else "more"
+def _title(comparison: Comparison, metric: str) -> str:
+    unit = f", {comparison.unit}" if metric == "loss" else ""
+    better = "less" if metric in comparison.minimize else "more"
     seeds = len(comparison.seeds)
     over = f"mean ± sd over {seeds} seeds" if seeds > 1 else "one seed"
-    return f"{one_line(measure)}{unit} ({better} is better), {over}, {comparison.rounds} rounds"
+    return f"{one_line(metric)}{unit} ({better} is better), {over}, {comparison.rounds} rounds"
 
 
 def _shown(comparison: Comparison) -> Sequence[str]:
@@ -95,8 +95,8 @@ def _headings(comparison: Comparison) -> list[str]:
     return ["arm", "own texts", "pooled", *names, "learning rate", "examples seen", "seconds"]
 
 
-def _cells(comparison: Comparison, measure: str) -> list[list[str]]:
-    rows = [row for row in comparison.rows if row.measure == measure]
+def _cells(comparison: Comparison, metric: str) -> list[list[str]]:
+    rows = [row for row in comparison.rows if row.metric == metric]
     shown = _shown(comparison)
     columns = [
         [_number(row.own, row.own_sd) for row in rows],

@@ -35,7 +35,7 @@ ALL = ""
 """whose model it is that everybody shares"""
 # beside what is learnt: who is measured on what, what is kept, who is waited for
 _BESIDE = {"evaluation", "samples", "personal", "keep_checkpoints", "deadline", "retries", "participants_per_round"}
-_BESIDE |= {"metrics", "labels"}
+_BESIDE |= {"metrics", "labels", "answer_tokens"}
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def test_under_a_rule_of_private_parts_each_participant_is_measured_with_its_own
     "options", [{"aggregation": "flora"}, {"personal": Ditto()}, {"server_optimizer": FedAdam(lr=0.01)}]
 )
 def test_a_federation_with_options_of_its_own_is_compared_with_them(make_chain, options):
-    """Own ranks, personal models and a server's memory: the federated arm is that federation, whatever it did before."""
+    """Own ranks, personal models, a server's memory: the federated arm is that federation, whatever it did before."""
     chain, twin = make_chain(lora=True), make_chain(lora=True)
     ranks = options.get("aggregation") == "flora"
     people = [Participant(n, pairs, rank=2 if ranks and n == "b" else None) for n, pairs in TRAIN.items()]
@@ -353,12 +353,12 @@ def test_an_arm_of_ones_own_is_given_examples_and_stands_in_the_table(make_chain
     assert [seed for _, _, seed in given] == [0, 1]
     assert [(e.inputs, e.completion) for e in given[0][0]["a"]] == [tuple(pair) for pair in TRAIN["a"]]
     assert [e.completion for e in given[0][1]["b"]] == [text for _, text in HELD_OUT["b"]]
-    row = next(row for row in found.rows if row.arm == "majority" and row.measure == "accuracy")
+    row = next(row for row in found.rows if row.arm == "majority" and row.metric == "accuracy")
     assert (row.own, row.pooled) == pytest.approx((0.75, (0.5 * 2 + 1.0 * 3) / 5))  # pooled by held-out examples
-    assert found.measures == ("loss", "accuracy", "cost")
+    assert found.metrics == ("loss", "accuracy", "cost")
     assert found.minimize == ("loss", "cost")
     with pytest.raises(ConfigError, match="'base' was not measured by 'accuracy'"):
-        found.gain("majority", over="base", measure="accuracy")
+        found.gain("majority", over="base", metric="accuracy")
 
 
 @pytest.mark.parametrize(
@@ -487,7 +487,7 @@ def test_a_gain_is_above_zero_where_the_first_arm_is_better(comparison):
     rows = {row.arm: row for row in comparison.rows}
     assert pooled.mean == pytest.approx(rows["alone"].pooled - rows["federated"].pooled)
     assert comparison.gain("federated", over="centralised").over == "centralised, batch 2"
-    for bad in ({"over": "nobody"}, {"over": "alone", "on": "test"}, {"over": "alone", "measure": "f1"}):
+    for bad in ({"over": "nobody"}, {"over": "alone", "on": "test"}, {"over": "alone", "metric": "f1"}):
         with pytest.raises(ConfigError):
             comparison.gain("federated", **bad)
 
@@ -512,7 +512,7 @@ def test_a_notebook_shows_it_escaped_with_tabular_figures(comparison):
 
 def test_frame_and_json_have_everything(comparison):
     frame = comparison.to_pandas()
-    assert list(frame.columns) == ["arm", "seed", "participant", "measure", "own", "pooled"]
+    assert list(frame.columns) == ["arm", "seed", "participant", "metric", "own", "pooled"]
     one = frame[(frame.arm == "alone") & (frame.seed == 1) & (frame.participant == "b")].iloc[0]
     assert (one.own, one.pooled) == pytest.approx((1.2, (3.0 * 30 + 1.2 * 10) / 40))
     found = json.loads(comparison.to_json())
