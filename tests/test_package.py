@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llmchain_fed"
 
 PUBLIC = [
+    "Arm",
     "Callback",
     "ChainFileError",
     "ChatTemplateError",
@@ -36,6 +37,7 @@ PUBLIC = [
     "Classification",
     "Collection",
     "Combined",
+    "Comparison",
     "ConfigError",
     "ConsoleTable",
     "ContractError",

@@ -17,12 +17,14 @@ from llmchain_fed.federated.callbacks import Callbacks, RunInfo, Stop
 from llmchain_fed.federated.checkpoint.manager import CheckpointManager
 from llmchain_fed.federated.checkpoint.membership import Members, checked_members
 from llmchain_fed.federated.client.client import Client
+from llmchain_fed.federated.comparison.start import Start
 from llmchain_fed.federated.fit import Fit, Keep, checked_rounds
 from llmchain_fed.federated.history import History, RoundRecord
 from llmchain_fed.federated.measures.kept import Keeper
 from llmchain_fed.federated.measures.monitor import LOSS
 from llmchain_fed.federated.options import FederationConfig, FederationOptions
 from llmchain_fed.federated.participant import Participant
+from llmchain_fed.federated.parts.comparing import Comparing
 from llmchain_fed.federated.parts.manual_rounds import ManualRounds
 from llmchain_fed.federated.parts.personal_models import PersonalModels
 from llmchain_fed.federated.parts.previews import PreviewsData
@@ -37,7 +39,7 @@ from llmchain_fed.federated.settings import showing_options
 from llmchain_fed.training.evaluation import EvaluationResult, evaluate_as
 
 
-class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData):
+class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData, Comparing):
     """Lets a chain learn from several participants' examples without pooling them.
 
     In each round every participant starts from the same global weights, trains on its own examples, and hands over its
@@ -80,10 +82,11 @@ class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData):
         **options: Unpack[FederationOptions],
     ) -> None:
         Callbacks(callbacks := options.get("callbacks", ()))  # refuses what is none, before anything is made
-        self._given = model
+        self._given, self._llm, self._writes = model, options.get("llm"), checkpoint_dir is not None
         self._server, self._peers, self._peer = assemble(model, participants, optimizer, options)
         self._runtime = self._server.runtime
         elsewhere = not self._runtime.sequential
+        self._start = None if elsewhere else Start.of(self._server)
         self._screen = Screen(self.attendance, elsewhere=elsewhere) if options.get("progress", True) else None
         self._callbacks = Callbacks(callbacks, (self._screen,) if self._screen is not None else ())
         self.attendance.listen(self._callbacks.attendance_changed)

@@ -1,1 +1,1 @@
-"""The parts of `FederatedAveraging`, a subject each: rounds by hand, previews, personal models."""
+"""The parts of `FederatedAveraging`, a subject each: rounds by hand, previews, personal models, comparing."""

@@ -204,4 +204,5 @@ def _memory(server: Server, updates: int) -> int:
     model = sum(p.numel() * p.element_size() for p in server.model.parameters())
     state = sum(t.numel() * t.element_size() for t in server.broadcast.state_for().values())
     keeps = updates if server.settings.rule.keeps_updates else state
-    return model + 4 * state + keeps  # what participants have, where the round began, its mean, a message
+    start = state if server.runtime.sequential else 0  # to which `reset` goes back
+    return model + 4 * state + start + keeps  # what participants have, where the round began, its mean, a message

@@ -178,6 +178,14 @@ class Server:
         self.notes, self.round_notes, self.members_changed, self.diverged = {}, [], False, diverged
         self.history.append(record)
 
+    def start_anew(self) -> None:
+        """Forgets all rounds: the weights as they are now are where the next one, the first, begins."""
+        self.round, self.history, self.patience = 0, History(), []
+        self.notes, self.round_notes, self.members_changed, self.diverged = {}, [], False, None
+        self._divergence = Divergence()
+        self.broadcast.restore({}, GlobalState.of(self.model))
+        self.evaluator.forget()
+
     def idle(self, opened: OpenRound) -> dict[str, ParticipantRecord]:
         """Records of those who were not asked in a round."""
         manager = self.client_manager

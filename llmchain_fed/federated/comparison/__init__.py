@@ -1,0 +1,1 @@
+"""Did federating help? Several ways to train on the same examples, measured on the same held-out texts."""
