@@ -208,11 +208,13 @@ class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData):
             min_delta: nats per token that count as an improvement.
             on_divergence: "warn" goes on; "stop" ends after the round that diverges, and where a round fails because
                 nobody's training loss stayed finite.
-            of: How many rounds the whole federation has, where this is a part of them: for the screen and callbacks.
+            of: How many rounds the whole federation has, where this is a part of them: for the screen, for callbacks,
+                and for `TrainingConfig(lr_schedule=…)`, which runs over them. By default those up to this call's last,
+                so that a further call makes the federation longer, and has the later part of a longer schedule.
 
         Raises:
             ConfigError: No rounds or no participants; `patience` or "stop" without evaluation, which for participants
-                elsewhere shows once all have joined; a `min_delta` below 0; another `on_divergence`.
+                elsewhere shows once all have joined; a `min_delta` below 0; another `on_divergence`; an `of` below 1.
             DataError: A participant's examples cannot be used.
             QuorumError: A round has too few usable updates; earlier rounds are kept.
             FederationError: A round opened by `train()` is not closed.
@@ -220,7 +222,8 @@ class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData):
         """
         rounds = checked_rounds("fit", rounds, self._server)
         self._check_closed()
-        fit = Fit.asked(self._server, rounds, patience=patience, min_delta=min_delta, on_divergence=on_divergence)
+        ends = {"patience": patience, "min_delta": min_delta, "on_divergence": on_divergence}
+        fit = Fit.asked(self._server, rounds, of=of, **ends)  # type: ignore[arg-type]
 
         def lead() -> None:
             self._check_directory()  # here, where the other processes of a script hear of what it raises

@@ -18,6 +18,8 @@ from llmchain_fed.federated.server.divergence import OnDivergence, checked_on_di
 from llmchain_fed.federated.server.evaluation import stands_still
 from llmchain_fed.federated.server.server import Server
 
+_MOST_ROUNDS = 2**31
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -25,20 +27,32 @@ class Fit:
 
     server: Server
     rounds: int
+    of: int | None
+    """how many the whole federation has, where that is more than those up to this fit's last"""
     patience: Patience | None
     stops: bool
     """whether a round that diverges is the last"""
 
     @classmethod
     def asked(
-        cls, server: Server, rounds: int, *, patience: int | None, min_delta: float, on_divergence: OnDivergence
+        cls,
+        server: Server,
+        rounds: int,
+        *,
+        patience: int | None,
+        min_delta: float,
+        on_divergence: OnDivergence,
+        of: int | None = None,
     ) -> Fit:
         """The fit that a user asks for.
 
         Raises:
             ConfigError: An option makes no sense; see `FederatedAveraging.fit`.
         """
-        patience, min_delta = plain_number(patience), plain_number(min_delta)
+        patience, min_delta, of = plain_number(patience), plain_number(min_delta), plain_number(of)
+        if of is not None and (type(of) is not int or not 1 <= of <= _MOST_ROUNDS):
+            msg = f"of= is how many rounds the whole federation has, a whole number of at least 1, got {of!r:.80}."
+            raise ConfigError(msg)
         # participants elsewhere may hold out examples of their own
         measured = server.evaluator.active or not server.runtime.sequential
         if patience is not None and (type(patience) is not int or patience < 1 or not measured):
@@ -51,7 +65,7 @@ class Fit:
         stops = checked_on_divergence(on_divergence, measured=measured)
         # it counts on where the fit that was interrupted stood
         waiting = Patience(patience, min_delta, server.patience) if patience is not None else None
-        return cls(server, rounds, waiting, stops)
+        return cls(server, rounds, of, waiting, stops)
 
     def run(
         self,
@@ -66,6 +80,19 @@ class Fit:
         Raises:
             ConfigError: Nothing is measured that could end it early, as shows once everybody has joined.
         """
+        self.server.planned = max(self.of or 0, self.server.round + self.rounds)
+        try:
+            self._run(join, begins, completed)
+        finally:
+            self.server.planned = None
+        self.server.patience = []
+
+    def _run(
+        self,
+        join: Callable[[], object],
+        begins: Callable[[int, tuple[str, ...]], object],
+        completed: Callable[[RoundRecord], object],
+    ) -> None:
         for left in reversed(range(self.rounds)):
             join()  # a round's seconds begin with its broadcast: an engine's start is not a round's cost
             if left == self.rounds - 1:
@@ -89,7 +116,6 @@ class Fit:
             if why:
                 self.server.history.stopped_early = why[0] if left else None  # the last round ends it anyway
                 break
-        self.server.patience = []
 
     def _check_measured(self) -> None:
         """Makes sure that what is to end it early is measured; of participants elsewhere that shows once all are in."""
