@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, Unpack
 
+from llmchain_fed._config import refusing_unknown
 from llmchain_fed.data.examples import Examples
 from llmchain_fed.data.report import DataReport
 from llmchain_fed.federated.callbacks import Callbacks, RunInfo
@@ -32,6 +33,7 @@ from llmchain_fed.federated.server.divergence import OnDivergence
 from llmchain_fed.federated.server.server import Replication, Server
 from llmchain_fed.federated.settings import showing_options
 from llmchain_fed.training.evaluation import EvaluationResult, evaluate_as
+from llmchain_fed.training.names import meant_in_federation
 
 
 class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData):
@@ -187,6 +189,7 @@ class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData):
         self._check_closed()
         return Plan(**self._together(lambda: asdict(plan_of(self._server, rounds))))
 
+    @refusing_unknown(meant_in_federation)
     def fit(
         self,
         rounds: int,

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_serializer, field
 
 from llmchain_fed._config import FrozenConfig
 from llmchain_fed.training.config import TrainingConfig
+from llmchain_fed.training.names import meant_in_federation
 from llmchain_fed.updates.aggregation import Weighting
 from llmchain_fed.updates.aggregation.weight_share import Share
 
@@ -140,6 +141,11 @@ class FederationConfig(FrozenConfig):
     """how many of the newest are kept; None keeps all"""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """decides sampling, the order of data and dropout"""
+
+    @classmethod
+    def meant(cls, name: str) -> str | None:
+        """Where an option is that transformers, TRL or Flower have by this name."""
+        return meant_in_federation(name)
 
     @field_validator("training")
     @classmethod

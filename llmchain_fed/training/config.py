@@ -15,6 +15,7 @@ from llmchain_fed._config import FrozenConfig
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.recipes.labels import checked_labels
 from llmchain_fed.training.loss import Precision
+from llmchain_fed.training.names import meant_in_training
 
 _BY_NAME = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 DEFAULT_LEARNING_RATE = 2e-4
@@ -44,7 +45,7 @@ class TrainingConfig(FrozenConfig):
     """examples per forward pass, to save memory; the step is the same to rounding"""
     gradient_checkpointing: bool = False
     """computes activations anew in the backward pass instead of keeping them: the same gradients in much less memory,
-    for about a third more time"""
+    for a second forward pass"""
     epochs: int | None = Field(default=None, ge=1)
     """passes over the participant's examples per round; 1 unless `max_steps` is given"""
     max_steps: int | None = Field(default=None, ge=1)
@@ -85,6 +86,11 @@ class TrainingConfig(FrozenConfig):
     class_weight: Literal["balanced"] | dict[str, float] | None = None
     """what an example counts in the loss "labels", by its label; "balanced" is examples / (labels · examples of this
     label), of the participant's own. A label that a mapping leaves out counts 1"""
+
+    @classmethod
+    def meant(cls, name: str) -> str | None:
+        """Where an option is that transformers, TRL or Flower have by this name."""
+        return meant_in_training(name)
 
     @field_validator("labels", mode="before")
     @classmethod
