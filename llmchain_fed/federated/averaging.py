@@ -22,6 +22,7 @@ from llmchain_fed.federated.fit import Fit, checked_rounds
 from llmchain_fed.federated.history import History, RoundRecord
 from llmchain_fed.federated.options import FederationConfig, FederationOptions
 from llmchain_fed.federated.participant import Participant
+from llmchain_fed.federated.parts.fixed_options import FixedOptions
 from llmchain_fed.federated.parts.manual_rounds import ManualRounds
 from llmchain_fed.federated.parts.personal_models import PersonalModels
 from llmchain_fed.federated.parts.previews import PreviewsData
@@ -36,7 +37,7 @@ from llmchain_fed.training.evaluation import EvaluationResult, evaluate_as
 from llmchain_fed.training.names import meant_in_federation
 
 
-class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData):
+class FederatedAveraging(FixedOptions, ManualRounds, PersonalModels, PreviewsData):
     """Lets a chain learn from several participants' examples without pooling them.
 
     In each round every participant starts from the same global weights, trains on its own examples, and hands over its
@@ -233,6 +234,7 @@ class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData):
             self.history.stopped_early = None
             options = {"model": self._server.model.name, **self._checkpoints.described()}
             info = RunInfo(options, tuple(self._runtime.nodes()), self.round, rounds, of, self.attendance)
+            self._tell_steps()
             begins = self._callbacks.round_begins
             self._callbacks.watch(info, self.history, lambda: fit.run(self._join, begins, self._completed))
 
@@ -258,6 +260,13 @@ class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData):
         finally:
             self._show_adapters()
             self._callbacks.round_ended(record, self.history)
+
+    def _tell_steps(self) -> None:
+        """Lets this process's participants say how far they are, where a bar shows it."""
+        tell = self._screen.stepped if self._screen is not None and self._screen.shows_a_bar else None
+        for client in self._runtime.local.values():
+            if isinstance(client, Client):
+                client.tell_step = tell
 
     def _together(self, work: Callable[[], Any]) -> Any:
         """What work gives once everybody has joined, in every process of the script."""

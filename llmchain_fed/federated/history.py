@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmchain_fed.errors import ConfigError, LLMChainFedError, MissingExtraError
+from llmchain_fed.errors import ConfigError, LLMChainFedError, MissingExtraError, install
 from llmchain_fed.federated.history_file import HistoryData, checked_rounds, rounds_in
 from llmchain_fed.storage.own_files import write_whole
 from llmchain_fed.untrusted import checked, one_line, printable, shown
@@ -257,7 +257,7 @@ class History:
         try:
             import pandas as pd
         except ImportError as error:
-            raise MissingExtraError("to_pandas needs pandas: pip install 'llmchain-fed[plot]'") from error  # noqa: EM101
+            raise MissingExtraError(f"to_pandas needs pandas: {install('plot', 'pandas')}") from error  # noqa: EM102
         rows = [
             {"round": r.round, "participant": n} | asdict(p) | {"round_notes": r.notes}
             for r in self.rounds
@@ -274,7 +274,7 @@ class History:
         try:
             import matplotlib.pyplot as plt
         except ImportError as error:
-            raise MissingExtraError("plot needs matplotlib: pip install 'llmchain-fed[plot]'") from error  # noqa: EM101
+            raise MissingExtraError(f"plot needs matplotlib: {install('plot', 'matplotlib')}") from error  # noqa: EM102
         figure: Figure
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
         plt.close(figure)  # a notebook shows what a cell returns; left open, it would show it twice

@@ -24,9 +24,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from examples.common.catalogues import split_publishers
 from examples.common.translation import PUBLISHERS, make_chain
-from llmchain_fed import TrainingConfig, evaluate_locally, train_locally
-from llmchain_fed.data.encoding import EncodedExamples, encode_examples
+from llmchain_fed import LocalModel, TrainingConfig, evaluate_locally, train_locally
+from llmchain_fed.data.encoding import Batch, EncodedExamples, encode_examples
 from llmchain_fed.training.batch_sampler import Place, length_buckets, seed_of
+from llmchain_fed.training.gradient_step import GradientStep, StepResult
+from llmchain_fed.training.loop import mean_loss_gradient
 
 Order = list[list[int]]
 
@@ -74,8 +76,22 @@ def spread(lengths: Sequence[int], size: int, rng: random.Random, strata: int = 
     return found
 
 
+def by_tokens(mean: float) -> GradientStep:
+    """Steps that count by their completion tokens, of which batches of short texts have few: no token counts more."""
+
+    def step(model: LocalModel, batch: Batch, config: TrainingConfig, /) -> StepResult:
+        result = mean_loss_gradient(model, batch, config)
+        for parameter in model.trainable_parameters().values():
+            if parameter.grad is not None:
+                parameter.grad *= result.tokens / mean
+        return result
+
+    return step
+
+
 ORDERS: dict[str, Callable[[Sequence[int], int, random.Random], Order]] = {
     "random": random_order, "shuffled buckets": shuffled_buckets, "windows of 16": windows, "spread": spread,
+    "buckets by tokens": shuffled_buckets,
 }  # fmt: skip
 
 
@@ -120,14 +136,16 @@ def main() -> None:
     start, encoded = chain.model.trainable_state(), encode_examples(train, chain.model, chain)
     lengths = encoded.lengths()
     config = TrainingConfig(learning_rate=args.lr, batch_size=args.batch_size, precision=args.precision)
-    tokens = {}
+    tokens, mean = {}, encoded.report.completion_tokens * args.batch_size / len(encoded)
     for order in {"shuffled buckets", *args.orders}:
         per_pass = -(-len(lengths) // args.batch_size)
         draws = [[*sampler(order)(encoded, config.replace(max_steps=per_pass, seed=s), Place())] for s in range(20)]
         tokens[order] = statistics.mean(padded(lengths, batches) for batches in draws)
     told = {order: f"{tokens['shuffled buckets'] / tokens[order]:.3f}" for order in args.orders}
     if args.padding:
-        print("\n".join(f"{order}: {ratio} of shuffled buckets' speed by padded tokens" for order, ratio in told.items()))
+        print(
+            "\n".join(f"{order}: {ratio} of shuffled buckets' speed by padded tokens" for order, ratio in told.items())
+        )
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
     lines = args.out.read_text().splitlines() if args.out.exists() else []
@@ -140,9 +158,9 @@ def main() -> None:
                 if key in done:
                     continue
                 chain.model.load_state(start)
-                train_locally(
-                    chain.model, encoded, config.replace(max_steps=steps, seed=seed), batch_sampler=sampler(order)
-                )
+                own = config.replace(max_steps=steps, seed=seed)
+                step = by_tokens(mean) if order.endswith("by tokens") else None
+                train_locally(chain.model, encoded, own, batch_sampler=sampler(order), gradient_step=step)
                 done[key] = evaluate_locally(chain, test).loss
                 with args.out.open("a") as out:
                     out.write(json.dumps({"key": key, "loss": done[key]}) + "\n")

@@ -162,7 +162,8 @@ def trained_values(
         if task.trains != "all":
             names = model.trainable_parameters().keys()
             inside.enter_context(model.freezing(names - set(selected(names, task.trains))))
-        result = train_locally(model, data, client.config, optimizer_state=progress.optimizer_state, **place)
+        more: dict[str, Any] = {"optimizer_state": progress.optimizer_state, "after_step": client.after_step()}
+        result = train_locally(model, data, client.config, **more, **place)
         if isinstance(data, Counted) and limits is not None:
             data.check(limits)
         return model.trainable_state(), result
