@@ -6,11 +6,12 @@ Knows pydantic. Knows nothing of what the options mean.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -18,12 +19,18 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.untrusted import MAX_YAML, parse_yaml, read_file, shown
 
 _MOST_SENTENCES = 10
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class FrozenConfig(BaseModel):
     """A frozen pydantic model whose failures are `ConfigError`s that name the option and the remedy."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, validate_default=True)
+
+    @classmethod
+    def meant(cls, name: str) -> str | None:  # noqa: ARG003
+        """Where an option is that others have by this name; None where nobody is known to."""
+        return None
 
     def __new__(cls, /, *values: Any, **options: Any) -> Self:
         """Refuses values without a name, which pydantic would with a TypeError."""
@@ -73,7 +80,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 def _sentence(item: Any, model: type[BaseModel]) -> str:
     where = ".".join(shown(str(part), 100) for part in item["loc"]) or "the options together"
     if item["type"] == "extra_forbidden":
-        return unknown_option(where, model.model_fields)
+        meant = model.meant(where) if issubclass(model, FrozenConfig) else None
+        return unknown_option(where, model.model_fields, meant)
     given = item["input"]
     given = repr(given[:200]) if isinstance(given, str) else shown(given, 200)
     value = "" if item["type"] == "missing" else f" (got {given})" if item["loc"] else ""
@@ -99,16 +107,38 @@ def check_by_name(kind: Any, known: Iterable[str], values: Sequence[Any], option
             raise ConfigError(msg) from None
 
 
-def unknown_option(name: str, known: Any) -> str:
-    """The sentence for an option nobody knows, with the nearest one that exists.
+def unknown_option(name: str, known: Any, meant: str | None = None) -> str:
+    """The sentence for an option nobody knows, with the nearest one that exists, or with what was `meant`.
 
     >>> unknown_option("batchsize", ["batch_size", "epochs"])
     'unknown option `batchsize`; did you mean `batch_size`? Valid: batch_size, epochs'
     """
     name = shown(name)
     near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"did you mean `{near[0]}`? " if near else ""
+    hint = f"{meant}. " if meant is not None else f"did you mean `{near[0]}`? " if near else ""
     return f"unknown option `{name}`; {hint}Valid: {', '.join(sorted(known))}"
+
+
+def refusing_unknown(meant: Callable[[str], str | None]) -> Callable[[_F], _F]:
+    """Lets a method refuse keywords that it does not have as options are refused, where Python has a TypeError.
+
+    `meant` says where an option is that others have by a name.
+    """
+
+    def decorate(method: _F) -> _F:
+        known = [name for name in inspect.signature(method).parameters if name not in ("self", "cls")]
+
+        @functools.wraps(method)
+        def checked(*values: Any, **options: Any) -> Any:
+            for name in options:
+                if name not in known:
+                    msg = f"{method.__name__}: {unknown_option(name, known, meant(name))}"
+                    raise ConfigError(msg)
+            return method(*values, **options)
+
+        return cast("_F", checked)
+
+    return decorate
 
 
 def read_options(path: str | Path, what: str) -> dict[str, Any]:

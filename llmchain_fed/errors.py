@@ -169,3 +169,14 @@ class TransportError(FederationError):
 
 class UpdateRefusedError(FederationError):
     """An update that is malformed, foreign, stale, oversized or not finite."""
+
+
+def install(extra: str, *packages: str) -> str:
+    """How to get what is missing: this project's extra where its checkout is, else the packages themselves.
+
+    The project is on no index, so its own name there would find nothing.
+
+    >>> install("rich", "rich")
+    "pip install rich; in a checkout of this project: pip install -e '.[rich]'"
+    """
+    return f"pip install {' '.join(packages)}; in a checkout of this project: pip install -e '.[{extra}]'"

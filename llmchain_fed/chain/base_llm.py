@@ -23,6 +23,7 @@ from llmchain_fed.data.dialogues import Dialogue
 from llmchain_fed.data.prompt import Call, plain_text
 from llmchain_fed.errors import ConfigError, UnsupportedModelError
 from llmchain_fed.model import chat_template, control_tokens
+from llmchain_fed.model.folder.load_options import Dtype, unknown_of_face
 from llmchain_fed.model.generation.answers import Completion, GenerationOptions
 from llmchain_fed.model.local_model import LocalModel
 
@@ -78,8 +79,8 @@ class LocalLanguageModel(Classifies, Previews, BaseModel):
         return cls.check_options(values) if isinstance(values, Mapping) else values
 
     @classmethod
-    def check_options(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Constructor options under their own names.
+    def check_options(cls, values: Mapping[str, Any], *, loads: bool = False) -> dict[str, Any]:
+        """Constructor options under their own names; with `loads`, what stands beside those of loading a model.
 
         Raises:
             ConfigError: An unknown option, or a generation option out of range.
@@ -87,7 +88,7 @@ class LocalLanguageModel(Classifies, Previews, BaseModel):
         values = {ALIASES.get(k, k): v for k, v in values.items()}
         known = set(cls.model_fields) | {f.alias for f in cls.model_fields.values() if f.alias}
         for name in values.keys() - known - cls._tolerated():
-            raise ConfigError(f"{cls.__name__}: {unknown_option(name, known)}")  # noqa: EM102
+            raise unknown_of_face(cls.__name__, name, known, loads=loads)
         GenerationOptions(**{k: v for k, v in values.items() if k in OPTIONS})  # a bad value fails here, not at a call
         return values
 
@@ -102,18 +103,22 @@ class LocalLanguageModel(Classifies, Previews, BaseModel):
         name_or_path: str,
         *,
         lora: LoraConfig | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: Dtype = None,
         device: str | torch.device | None = None,
+        quantization_config: Any = None,
+        revision: str | None = None,
         **options: Any,
     ) -> Self:
-        """The short way: `LocalModel.from_pretrained` and this face over it.
+        """The short way: `LocalModel.from_pretrained`, which says what each of these is, and this face over it.
 
         Raises:
             ConfigError: An unknown option.
-            MissingExtraError: The embedded model needs the extra `gguf`.
+            MissingExtraError, UnsupportedModelError: See there.
         """
-        cls.check_options(options)  # before minutes go into loading
-        return cls(model=LocalModel.from_pretrained(name_or_path, lora=lora, dtype=dtype, device=device), **options)
+        cls.check_options(options, loads=True)  # before minutes go into loading
+        how: dict[str, Any] = {"dtype": dtype, "device": device, "revision": revision}
+        how |= {"lora": lora, "quantization_config": quantization_config}
+        return cls(model=LocalModel.from_pretrained(name_or_path, **how), **options)
 
     def options(self, stop: Sequence[str] | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Keywords for `LocalModel.complete` and `stream`: what was chosen here under a call's own.

@@ -12,7 +12,7 @@ from typing import Any, Self
 from langchain_core.language_models import BaseLanguageModel
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompt_values import PromptValue
-from langchain_core.prompts import BasePromptTemplate, PromptTemplate
+from langchain_core.prompts import BasePromptTemplate
 from langchain_core.runnables import Runnable
 from langchain_core.runnables.base import RunnableBindingBase
 from pydantic import SkipValidation
@@ -32,7 +32,7 @@ from llmchain_fed.chain.chat import LocalChatModel
 from llmchain_fed.chain.labels import Classifies
 from llmchain_fed.chain.llm import LocalLLM
 from llmchain_fed.chain.messages import dialogue_calls, placeholder, tools_of
-from llmchain_fed.chain.prompt_step import PromptStep, mark_values
+from llmchain_fed.chain.prompt_step import PromptStep, checked_llm, mark_values, template_of
 from llmchain_fed.chain.saving.savable import Savable
 from llmchain_fed.chain.sources import Previews
 from llmchain_fed.data.dialogues import Dialogue
@@ -71,8 +71,8 @@ class LLMChain(RunnableWithCallKwargs, Savable, Classifies, Previews):
         llm_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        llm, output_parser = apart(llm, output_parser)
-        prompt = PromptTemplate.from_template(prompt) if isinstance(prompt, str) else prompt
+        llm, output_parser = apart(checked_llm(llm), output_parser)
+        prompt = template_of(prompt) if isinstance(prompt, str) else prompt
         if not isinstance(prompt, BasePromptTemplate):
             msg = f"prompt is an f-string template or a LangChain prompt, got {type(prompt).__name__}."
             raise ConfigError(msg)

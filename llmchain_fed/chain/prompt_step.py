@@ -1,4 +1,4 @@
-"""The prompt as a chain's first step, which tells the model where its variables' values stand in the text.
+"""The prompt as a chain's first step, which tells the model where values stand in the text; what a chain is made of.
 
 Knows LangChain's prompts. Knows nothing about tokens: which texts are control tokens it is told.
 """
@@ -10,13 +10,16 @@ from typing import Any
 
 from langchain_core.messages import BaseMessage
 from langchain_core.prompt_values import PromptValue
-from langchain_core.prompts import BasePromptTemplate
+from langchain_core.prompts import BasePromptTemplate, PromptTemplate
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.base import RunnableBindingBase
 from pydantic import PrivateAttr
+from torch.nn import Module
 from typing_extensions import override
 
+from llmchain_fed.errors import ConfigError, UnsupportedModelError
 from llmchain_fed.model.control_tokens import MASK, Change, Rendered, map_texts, mark_foreign, may_spell, texts_of
+from llmchain_fed.model.local_model import LocalModel
 
 Controls = Callable[[], tuple[frozenset[str], frozenset[str]]]
 """control tokens of any text, and all added tokens, of which those that a template's fixed texts spell are, too"""
@@ -163,3 +166,43 @@ class PromptStep(RunnableBindingBase[Any, PromptValue]):
     ) -> AsyncIterator[Any]:
         async for value in Runnable.atransform(self, input, config, **kwargs):
             yield value
+
+
+def template_of(text: str) -> PromptTemplate:
+    """The prompt of an f-string template.
+
+    Raises:
+        ConfigError: A variable's name is none, as of JSON whose braces are not doubled; or the template makes no sense.
+    """
+    try:
+        found = PromptTemplate.from_template(text)
+    except ValueError as error:
+        msg = f"the prompt {text!r:.80} is no f-string template: {error}. Braces that are text are doubled: {{{{ }}}}."
+        raise ConfigError(msg) from None
+    if odd := [name for name in found.input_variables if not name.strip() or set(name) & set("'\"\n")]:
+        msg = (
+            f"the prompt has a variable {odd[0]!r:.80}, which looks like JSON: in a template braces stand around a "
+            "variable's name. Double those that are text: {{ }}."
+        )
+        raise ConfigError(msg)
+    return found
+
+
+def checked_llm(llm: Any) -> Any:
+    """What can stand between a prompt and a parser.
+
+    Raises:
+        UnsupportedModelError: It takes no prompt; the message says what to make of it.
+    """
+    if isinstance(llm, Module):
+        what, remedy = "a torch module", "LocalLLM(model=LocalModel(module, tokenizer))"
+    elif isinstance(llm, LocalModel):
+        what, remedy = "a LocalModel", "LocalLLM(model=model), or LocalChatModel(model=model) where it chats"
+    elif isinstance(llm, str):
+        what, remedy = f"the text {llm!r:.80}", f"LocalLLM.from_pretrained({llm!r:.80})"
+    elif isinstance(llm, Runnable) or callable(llm):
+        return llm
+    else:
+        what, remedy = f"{type(llm).__name__}", 'LocalLLM.from_pretrained("smollm2-135m-instruct")'
+    msg = f"LLMChain(llm=…) takes a LangChain model, got {what}. Pass {remedy}."
+    raise UnsupportedModelError(msg)

@@ -19,13 +19,13 @@ import sys
 from contextlib import suppress
 from typing import NoReturn
 
-from llmchain_fed.errors import LLMChainFedError
+from llmchain_fed.errors import LLMChainFedError, install
 from llmchain_fed.storage.own_files import for_this_account_alone
 
 try:
     import typer
 except ImportError:  # pragma: no cover (the tests install the extra)
-    sys.exit("the command llmchain-fed needs typer: pip install 'llmchain-fed[nvflare]'")
+    sys.exit(f"the command llmchain-fed needs typer: {install('nvflare', 'typer', 'nvflare', 'psutil')}")
 
 from llmchain_fed.cli import federating, provisioning, site, status
 from llmchain_fed.cli.console import DONE, FAILED, INTERRUPTED, TERMINATED, error_line, status_of

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, Unpack
 
+from llmchain_fed._config import refusing_unknown
 from llmchain_fed.data.examples import Examples, with_columns
 from llmchain_fed.data.report import DataReport
 from llmchain_fed.federated.callbacks import Callbacks, RunInfo, Stop
@@ -25,6 +26,7 @@ from llmchain_fed.federated.measures.monitor import LOSS
 from llmchain_fed.federated.options import FederationConfig, FederationOptions
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.parts.comparing import Comparing
+from llmchain_fed.federated.parts.fixed_options import FixedOptions
 from llmchain_fed.federated.parts.manual_rounds import ManualRounds
 from llmchain_fed.federated.parts.personal_models import PersonalModels
 from llmchain_fed.federated.parts.previews import PreviewsData
@@ -37,9 +39,10 @@ from llmchain_fed.federated.server.divergence import OnDivergence
 from llmchain_fed.federated.server.server import Replication, Server
 from llmchain_fed.federated.settings import showing_options
 from llmchain_fed.training.evaluation import EvaluationResult, evaluate_as
+from llmchain_fed.training.names import meant_in_federation
 
 
-class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData, Comparing):
+class FederatedAveraging(FixedOptions, ManualRounds, PersonalModels, PreviewsData, Comparing):
     """Lets a chain learn from several participants' examples without pooling them.
 
     In each round every participant starts from the same global weights, trains on its own examples, and hands over its
@@ -202,6 +205,7 @@ class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData, Comparing):
         self._check_closed()
         return Plan(**self._together(lambda: asdict(plan_of(self._server, rounds))))
 
+    @refusing_unknown(meant_in_federation)
     def fit(
         self,
         rounds: int,
@@ -229,12 +233,15 @@ class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData, Comparing):
                 candidate. Personal models and the server optimizer go back with them, history and round numbers do not.
             on_divergence: "warn" goes on; "stop" ends after the round that diverges, and where a round fails because
                 nobody's training loss stayed finite.
-            of: How many rounds the whole federation has, where this is a part of them: for the screen and callbacks.
+            of: How many rounds the whole federation has, where this is a part of them: for the screen, for callbacks,
+                and for `TrainingConfig(lr_schedule=…)`, which runs over them. By default those up to this call's last,
+                so that a further call makes the federation longer, and has the later part of a longer schedule.
 
         Raises:
             ConfigError: No rounds or no participants; `patience`, `keep="best"` or "stop" without evaluation, which for
                 participants elsewhere shows once all have joined; a `monitor` that no participant computes, or of which
-                nobody said which way is better; a `min_delta` below 0; another `keep` or `on_divergence`.
+                nobody said which way is better; a `min_delta` below 0; another `keep` or `on_divergence`; an `of`
+                below 1.
             DataError: A participant's examples cannot be used.
             QuorumError: A round has too few usable updates; earlier rounds are kept.
             FederationError: A round opened by `train()` is not closed.
@@ -250,6 +257,7 @@ class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData, Comparing):
             monitor=monitor,
             keep=keep,
             on_divergence=on_divergence,
+            of=of,
         )
 
         def lead() -> None:
@@ -257,6 +265,7 @@ class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData, Comparing):
             self.history.stopped_early = None
             options = {"model": self._server.model.name, **self._checkpoints.described()}
             info = RunInfo(options, tuple(self._runtime.nodes()), self.round, rounds, of, self.attendance)
+            self._tell_steps()
             self._callbacks.watch(info, self.history, run)
 
         def run() -> None:
@@ -289,6 +298,13 @@ class FederatedAveraging(ManualRounds, PersonalModels, PreviewsData, Comparing):
             self._show_adapters()
             said = self._callbacks.round_ended(record, self.history)
         return said
+
+    def _tell_steps(self) -> None:
+        """Lets this process's participants say how far they are, where a bar shows it."""
+        tell = self._screen.stepped if self._screen is not None and self._screen.shows_a_bar else None
+        for client in self._runtime.local.values():
+            if isinstance(client, Client):
+                client.tell_step = tell
 
     def _together(self, work: Callable[[], Any]) -> Any:
         """What work gives once everybody has joined, in every process of the script."""

@@ -21,6 +21,7 @@ from llmchain_fed.federated.server.divergence import OnDivergence, checked_on_di
 from llmchain_fed.federated.server.server import Server
 
 Keep = Literal["last", "best"]
+_MOST_ROUNDS = 2**31
 
 
 @dataclass
@@ -34,6 +35,8 @@ class Fit:
     keep: Keep
     patience: int | None
     min_delta: float
+    of: int | None
+    """how many the whole federation has, where that is more than those up to this fit's last"""
     stops: bool
     """whether a round that diverges is the last"""
     monitored: Monitored = field(default_factory=Monitored)
@@ -50,13 +53,17 @@ class Fit:
         monitor: str,
         keep: Keep,
         on_divergence: OnDivergence,
+        of: int | None = None,
     ) -> Fit:
         """The fit that a user asks for.
 
         Raises:
             ConfigError: An option makes no sense; see `FederatedAveraging.fit`.
         """
-        patience, min_delta = plain_number(patience), plain_number(min_delta)
+        patience, min_delta, of = plain_number(patience), plain_number(min_delta), plain_number(of)
+        if of is not None and (type(of) is not int or not 1 <= of <= _MOST_ROUNDS):
+            msg = f"of= is how many rounds the whole federation has, a whole number of at least 1, got {of!r:.80}."
+            raise ConfigError(msg)
         # participants elsewhere may hold out examples of their own
         measured = server.evaluator.active or not server.runtime.sequential
         if patience is not None and (type(patience) is not int or patience < 1 or not measured):
@@ -76,7 +83,7 @@ class Fit:
             msg = f"keep='best' and monitor={monitor!r} need evaluation=…, which says what is measured on."
             raise ConfigError(msg)
         stops = checked_on_divergence(on_divergence, measured=measured)
-        return cls(server, rounds, monitor, keep, patience, min_delta, stops)
+        return cls(server, rounds, monitor, keep, patience, min_delta, of, stops)
 
     def run(
         self,
@@ -93,6 +100,21 @@ class Fit:
         Raises:
             ConfigError: Nothing is measured that could end it early, as shows once everybody has joined.
         """
+        self.server.planned = max(self.of or 0, self.server.round + self.rounds)
+        try:
+            self._run(join, begins, completed, keeper)
+        finally:
+            self.server.planned = None
+        self.server.patience = []
+        return self.keep == "best" and keeper.finish()
+
+    def _run(
+        self,
+        join: Callable[[], object],
+        begins: Callable[[int, tuple[str, ...]], object],
+        completed: Callable[[RoundRecord], Stop | None],
+        keeper: Keeper,
+    ) -> None:
         history, best = self.server.history, self.keep == "best"
         for left in reversed(range(self.rounds)):
             join()  # a round's seconds begin with its broadcast: an engine's start is not a round's cost
@@ -121,8 +143,6 @@ class Fit:
             if why:
                 history.stopped_early = why[0] if left else None  # the last round ends it anyway
                 break
-        self.server.patience = []
-        return best and keeper.finish()
 
     def _begin(self) -> None:
         """Before the first round: what is monitored is measured by somebody, and counts on where it was."""

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmchain_fed.errors import ConfigError, LLMChainFedError, MissingExtraError
+from llmchain_fed.errors import ConfigError, LLMChainFedError, MissingExtraError, install
 from llmchain_fed.federated.history_file import HistoryData, checked_rounds, rounds_in
-from llmchain_fed.federated.reporting.reports import Reports
 from llmchain_fed.federated.reporting import tables
+from llmchain_fed.federated.reporting.reports import Reports
 from llmchain_fed.storage.own_files import write_whole
 from llmchain_fed.untrusted import checked, one_line, printable, shown
 from llmchain_fed.untrusted.text import DANGEROUS
@@ -291,7 +291,7 @@ class History(Reports):
         try:
             import pandas as pd
         except ImportError as error:
-            raise MissingExtraError("to_pandas needs pandas: pip install 'llmchain-fed[plot]'") from error  # noqa: EM101
+            raise MissingExtraError(f"to_pandas needs pandas: {install('plot', 'pandas')}") from error  # noqa: EM102
         rows = tables.columns_of(self.rounds)
         return pd.DataFrame(_mapped(rows, lambda leaf: printable(leaf) if isinstance(leaf, str) else leaf))
 

@@ -13,7 +13,8 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.averaging import FederatedAveraging
 from llmchain_fed.federated.history import History, RoundRecord
 from llmchain_fed.federated.options import FederationOptions
-from llmchain_fed.federated.settings import showing_options
+from llmchain_fed.federated.settings import showing_options, training_of
+from llmchain_fed.training.schedule import check_planned
 
 
 class FederatedLearning:
@@ -39,6 +40,7 @@ class FederatedLearning:
         if not isinstance(data_loader, Mapping):
             sources = data_loader if isinstance(data_loader, (list, tuple)) else [data_loader]
             data_loader = dict(enumerate(sources))
+        check_planned(training_of(options, optimizer), "FederatedLearning")
         self.federation = FederatedAveraging(
             model, participants=data_loader, optimizer=optimizer, checkpoint_dir=checkpoint_dir, **options
         )

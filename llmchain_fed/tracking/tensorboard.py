@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmchain_fed.errors import MissingExtraError
+from llmchain_fed.errors import MissingExtraError, install
 from llmchain_fed.federated.callbacks import Callback, RunInfo, metrics_of, samples_of
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class TensorBoard(Callback):
         try:
             import torch.utils.tensorboard  # noqa: F401
         except ImportError as error:
-            msg = "TensorBoard needs tensorboard, which is not installed: pip install 'llmchain-fed[tensorboard]'"
+            msg = f"TensorBoard needs tensorboard, which is not installed: {install('tensorboard', 'tensorboard')}"
             raise MissingExtraError(msg) from error
         self.log_dir = Path(log_dir)
         self._samples = samples

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmchain_fed.errors import ConfigError, MissingExtraError
+from llmchain_fed.errors import ConfigError, MissingExtraError, install
 from llmchain_fed.federated.callbacks import Callback, RunInfo, metrics_of, samples_of
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Trackio(Callback):
         try:
             from trackio.sqlite_storage import SQLiteStorage
         except ImportError as error:
-            msg = "Trackio needs trackio, which is not installed: pip install 'llmchain-fed[trackio]'"
+            msg = f"Trackio needs trackio, which is not installed: {install('trackio', 'trackio')}"
             raise MissingExtraError(msg) from error
         try:
             SQLiteStorage.validate_project_name(project)

@@ -6,19 +6,28 @@ Knows the options and torch's optimizer classes. Knows nothing about data, model
 from __future__ import annotations
 
 import inspect
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from llmchain_fed._config import FrozenConfig
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.recipes.labels import checked_labels
 from llmchain_fed.training.loss import Precision
+from llmchain_fed.training.names import meant_in_training
 
 _BY_NAME = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 DEFAULT_LEARNING_RATE = 2e-4
 _MOST_WEIGHT = 1e6
+
+
+def _warmup(value: Any) -> Any:
+    share = isinstance(value, float) and 0.0 <= value < 1.0
+    if share or (type(value) is int and value >= 0):
+        return value
+    msg = "a share of the steps below 1.0, or a whole number of steps, is wanted"
+    raise ValueError(msg)
 
 
 class TrainingConfig(FrozenConfig):
@@ -34,12 +43,24 @@ class TrainingConfig(FrozenConfig):
     """examples per optimizer step"""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """examples per forward pass, to save memory; the step is the same to rounding"""
+    gradient_checkpointing: bool = False
+    """computes activations anew in the backward pass instead of keeping them: the same gradients in much less memory,
+    for a second forward pass"""
     epochs: int | None = Field(default=None, ge=1)
     """passes over the participant's examples per round; 1 unless `max_steps` is given"""
     max_steps: int | None = Field(default=None, ge=1)
     """optimizer steps per round instead; the next round goes on where this one ended"""
     optimizer: Any = "adamw"
     """"adamw", "adam", "sgd", a torch.optim class, or an instance whose class and settings are the template"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """how the learning rate goes on after the warm-up: it stays, or falls to 0 in a line or in half a cosine, as
+    `transformers.get_scheduler` has them. `learning_rate` is the largest that is reached"""
+    warmup: Annotated[int | float, BeforeValidator(_warmup), Field(ge=0, le=2**53)] = 0
+    """over which the learning rate rises from 0: so many steps, or a share such as 0.1 of all steps"""
+    lr_schedule_over: Literal["federation", "round"] = "federation"
+    """what schedule and warm-up run over: all rounds of `fit(rounds)` (of `fit(…, of=…)` where that says more), as one
+    training does in transformers and in FlowerTune; or every round anew. `personalize` and curves have the constant
+    rate"""
     weight_decay: float | None = Field(default=None, ge=0.0, le=1e6)
     """by default the optimizer's own"""
     max_grad_norm: float | None = Field(default=None, gt=0.0)
@@ -66,6 +87,11 @@ class TrainingConfig(FrozenConfig):
     """what an example counts in the loss "labels", by its label; "balanced" is examples / (labels · examples of this
     label), of the participant's own. A label that a mapping leaves out counts 1"""
 
+    @classmethod
+    def meant(cls, name: str) -> str | None:
+        """Where an option is that transformers, TRL or Flower have by this name."""
+        return meant_in_training(name)
+
     @field_validator("labels", mode="before")
     @classmethod
     def _checked_labels(cls, labels: Any) -> Any:
@@ -86,6 +112,12 @@ class TrainingConfig(FrozenConfig):
     def _check_labels(self) -> None:
         if self.loss == "labels" and self.labels is None:
             msg = 'loss="labels" compares labels, and none are given. Write labels=["minor", "major"].'
+            raise ConfigError(msg)
+        if self.loss == "labels" and self.gradient_checkpointing:
+            msg = (
+                'loss="labels" reads a prompt once for all labels, and gradient checkpointing keeps nothing of it. '
+                "Leave gradient_checkpointing out; micro_batch_size saves memory, too."
+            )
             raise ConfigError(msg)
         if self.class_weight is None:
             return
@@ -120,6 +152,11 @@ class TrainingConfig(FrozenConfig):
             return type(choice)
         msg = f"optimizer is one of {sorted(_BY_NAME)}, a torch.optim class or an instance of one, got {choice!r}."
         raise ConfigError(msg)
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the learning rate changes from step to step."""
+        return self.lr_schedule != "constant" or bool(self.warmup)
 
     def to_plain(self) -> dict[str, Any] | None:
         """The options that were given, as JSON-able values; None where the optimizer is no name and cannot travel."""

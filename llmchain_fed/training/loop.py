@@ -28,9 +28,11 @@ from llmchain_fed.model.weights import all_finite, write_state
 from llmchain_fed.training import running_state, trainable
 from llmchain_fed.training.batch_sampler import BatchSampler, Place, length_buckets, seed_of
 from llmchain_fed.training.config import TrainingConfig
+from llmchain_fed.training.gradient_checkpointing import check_checkpointing, checkpointing
 from llmchain_fed.training.gradient_step import GradientStep, StepResult
 from llmchain_fed.training.label_loss import LabelGradient
 from llmchain_fed.training.loss import computing_in, examples_with_loss, summed_loss
+from llmchain_fed.training.schedule import LearningRate, Schedule, batches_per_pass, steps_of
 
 
 @dataclass
@@ -61,9 +63,11 @@ def train_locally(
     prompt: Prompt | None = None,
     participant: str = "local",
     round: int = 0,  # noqa: A002 (the field's own word)
+    rounds: int | None = None,
     first_step: int = 0,
     optimizer_state: dict[str, Any] | None = None,
     before_step: Callable[[], None] | None = None,
+    after_step: Callable[[int, int | None], object] | None = None,
     anchor: Mapping[str, Tensor] | None = None,
     gradient_step: GradientStep | None = None,
     batch_sampler: BatchSampler | None = None,
@@ -82,17 +86,22 @@ def train_locally(
         prompt: It renders the examples' inputs; by default the chain does, where one is given.
         participant: Whose data this is, which the randomness follows from.
         round: The round, counted from 0, which the randomness follows from.
+        rounds: How many rounds the federation has, over which a schedule of the learning rate runs; None: it runs over
+            this call, whatever its round.
         first_step: How many batches earlier rounds have consumed; it counts with `max_steps` alone.
         optimizer_state: The state that the optimizer goes on from; None is a fresh optimizer.
         before_step: It is called before every optimizer step; what it raises ends the training, and the weights
             are as before the call.
+        after_step: It is told after every optimizer step how many are done, and of how many; None where a DataLoader
+            does not know its length.
         anchor: What `proximal_mu` pulls towards, by stable name; None is where the training began.
         gradient_step: It makes a gradient of each batch, whatever `config.loss` says; None is `mean_loss_gradient`, or
             `LabelGradient` for labels.
         batch_sampler: It draws the batches; None is `length_buckets`, or the DataLoader itself.
 
     Raises:
-        ConfigError: A DataLoader and a `batch_sampler` are given.
+        ConfigError: A DataLoader and a `batch_sampler` are given; the learning rate has a schedule and a DataLoader
+            does not know its length; or the module has no gradient checkpointing, and that is asked for.
         LabelError: With `loss="labels"`, a completion is no label, or the examples are a DataLoader.
         EmptyParticipantError: Not a single example is usable.
         NonFiniteLossError: The loss or a weight became NaN or infinite; the weights are as before the call.
@@ -105,10 +114,13 @@ def train_locally(
     config = config or TrainingConfig()
     place = Place(participant, round, first_step)
     model, prompt = unwrap(model, prompt)
+    check_checkpointing(model, config)
     still = trainable.admit(model)
     data = encoded(examples, model, prompt, config.max_length, tolerance=config.tolerance)
     if isinstance(data, EncodedExamples):
         trainable.check_batches(model, min(config.micro_batch_size or config.batch_size, len(data)))
+    steps = steps_of(data, config)
+    schedule = Schedule.of(config, steps, round, rounds)
     batches = _batches(data, config, place, batch_sampler)
     if config.loss == "labels" and gradient_step is None:
         gradient_step = LabelGradient.of(data, model, config, controls_of(prompt))
@@ -122,8 +134,8 @@ def train_locally(
             if optimizer_state is not None:
                 # a copy, because torch keeps the tensors it is given and changes them
                 optimizer.load_state_dict(copy.deepcopy(optimizer_state))
-            step = gradient_step or mean_loss_gradient
-            done = _train(model, batches, config, place, optimizer, pulled_to, step, before_step, still)
+            step, pace = gradient_step or mean_loss_gradient, _Pace(optimizer, schedule, before_step, after_step, steps)
+            done = _train(model, batches, config, place, optimizer, pulled_to, step, pace, still)
             report = data.report if isinstance(data, EncodedExamples) else _report(data, done, config, participant)
             return TrainingResult(
                 loss=sum(done.losses) / len(done.losses) if done.losses else 0.0,
@@ -159,6 +171,32 @@ class _Done:
             self.losses.append(result.loss)
 
 
+class _Pace:
+    """What happens around each step: its learning rate, who may end the training, and who is told of it."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule | None,
+        before: Callable[[], None] | None,
+        after: Callable[[int, int | None], object] | None,
+        steps: int | None,
+    ) -> None:
+        self._rate, self._before, self._after, self._steps = LearningRate(optimizer, schedule), before, after, steps
+
+    def begins(self, step: int) -> None:
+        if self._before is not None:
+            self._before()
+        self._rate.before(step)
+
+    def ended(self, done: int) -> None:
+        if self._after is not None:
+            self._after(done, self._steps)
+
+    def over(self) -> None:
+        self._rate.restore()
+
+
 def _train(
     model: LocalModel,
     batches: Iterator[Batch],
@@ -167,7 +205,7 @@ def _train(
     optimizer: torch.optim.Optimizer,
     anchor: Mapping[str, Tensor],
     gradient_step: GradientStep,
-    before_step: Callable[[], None] | None,
+    pace: _Pace,
     still: list[str],
 ) -> _Done:
     parameters, done = model.trainable_parameters(), _Done()
@@ -175,12 +213,12 @@ def _train(
         running_state.restored(model.module) as buffers,
         seeded(seed_of(config.seed, place.participant, place.round), model.device),
         computing_in(config.precision, model.module),
+        checkpointing(model.module, wanted=config.gradient_checkpointing),
     ):
         model.module.train()
         running_state.keep_still(model.module, still)
         for batch in batches:
-            if before_step is not None:
-                before_step()
+            pace.begins(done.steps)
             optimizer.zero_grad(set_to_none=True)
             result = gradient_step(model, batch, config)
             if not done.steps:  # what the trial at the door did not show
@@ -200,6 +238,8 @@ def _train(
             if config.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
             optimizer.step()
+            pace.ended(done.steps)
+        pace.over()
         optimizer.zero_grad(set_to_none=True)
     spoilt = next((name for name, p in parameters.items() if not all_finite(p.detach())), None)
     if spoilt is not None:
@@ -287,11 +327,3 @@ def _passes(loader: Any, config: TrainingConfig) -> Iterator[Any]:
             yield batch
         if empty:
             return
-
-
-def batches_per_pass(loader: Any) -> int | None:
-    """How many batches a DataLoader gives; None where its dataset does not know."""
-    try:
-        return len(loader)
-    except TypeError:
-        return None

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from llmchain_fed._config import plain_number
-from llmchain_fed.errors import ConfigError, MissingExtraError
+from llmchain_fed.errors import ConfigError, MissingExtraError, install
 from llmchain_fed.untrusted import one_line, shown
 
 MAX_METRICS = 100
@@ -306,5 +306,5 @@ def _require(name: str) -> None:
     library = _LIBRARIES.get(name)
     if library is not None and find_spec(library) is None:
         package = {"sklearn": "scikit-learn"}.get(library, library)
-        msg = f"the metric {name!r} needs {package}, which is not installed: pip install 'llmchain-fed[metrics]'"
+        msg = f"the metric {name!r} needs {package}, which is not installed: {install('metrics', package)}"
         raise MissingExtraError(msg)

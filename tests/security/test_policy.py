@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from llmchain_fed import ConfigError, Participant
 from llmchain_fed.cli import __main__ as cli
-from llmchain_fed.data.encoding import collate, encoded
+from llmchain_fed.data.encoding import collate, encode_examples, encoded
 from llmchain_fed.errors import DeadlineError, PolicyError
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.limits import Limits
@@ -166,6 +166,32 @@ def test_no_step_undoes_those_before_it_so_that_the_last_examples_alone_were_the
     assert isinstance(ask.train(), bytes)
 
 
+@pytest.mark.parametrize("loader", [False, True])
+def test_a_schedule_cannot_leave_a_single_steps_examples_to_make_the_update(loader, target):
+    """With one step of warm-up the first of two steps has the rate 0; with none both count."""
+    participant = None
+    if loader:
+        rows = encode_examples(PAIRS[:4], target.model, target.prompt)
+        batches = [collate([rows[i], rows[i + 1]], target.model) for i in (0, 2)]
+        participant = Participant("a", DataLoader(batches, batch_size=None))
+    for warmup, enough in ((1, False), (0, True)):
+        ask = Asker(target, Policy(min_examples_per_update=3), **({"participant": participant} if loader else {}))
+        training = {"batch_size": 2, "max_steps": 2, "epochs": None, "lr_schedule": "linear", "warmup": warmup}
+        assert isinstance(ask.hello(training=training), bytes)
+        found = ask.train(rounds=1)
+        assert isinstance(found, bytes) is enough
+        assert enough or found[1].startswith("policy.min_examples_per_update: ")
+
+
+def test_a_hub_that_does_not_say_how_many_rounds_there_are_trains_no_schedule_over_them(target):
+    ask = Asker(target)
+    ask.hello(training={"lr_schedule": "linear"})
+    kind, message = ask.train()
+    assert kind == "ConfigError"
+    assert "nobody said how many those are" in message
+    assert isinstance(ask.train(rounds=2**31), bytes)
+
+
 def test_a_personal_models_training_loss_is_of_enough_examples_too(target):
     ask = Asker(target, Policy(min_examples_per_update=4))
     assert isinstance(ask.hello(training={"batch_size": 2}), bytes)
@@ -217,6 +243,12 @@ REFUSED = {
     "an optimizer": ({"optimizers": ("adamw",)}, {"optimizer": "sgd"}, {}, "optimizers"),
     "the default optimizer": ({"optimizers": ("sgd",)}, {}, {}, "optimizers"),
     "a learning rate": ({"max_learning_rate": 1e-3}, {"learning_rate": 2e-3}, {}, "max_learning_rate"),
+    "the largest of a schedule": ({"max_learning_rate": 1e-3},
+                                 {"learning_rate": 2e-3, "lr_schedule": "cosine", "warmup": 99},
+                                 {"rounds": 100}, "max_learning_rate"),
+    "a schedule that leaves one step": ({"min_examples_per_update": 3},
+                                        {"warmup": 1, "batch_size": 2, "max_steps": 2, "epochs": None},
+                                        {"rounds": 1}, "min_examples_per_update"),
     "a huge learning rate": ({}, {"learning_rate": 1e300}, {}, "max_learning_rate"),
     "a rule": ({"aggregations": ("fedsa", "ffa")}, {}, {}, "aggregations"),
     "another part than the rule's": ({}, {}, {"shares": "A"}, "aggregations"),

@@ -21,7 +21,7 @@ from llmchain_fed.chain.saving.fields import DType, ModelData
 from llmchain_fed.errors import ChainFileError, LLMChainFedError, UnsupportedModelError
 from llmchain_fed.model import loading, pristine
 from llmchain_fed.model.adapters.lora_config import unwrapped
-from llmchain_fed.model.folder import settings
+from llmchain_fed.model.folder import load_options, settings
 from llmchain_fed.model.folder.files import SAVE_AGAIN
 from llmchain_fed.model.generation import saved
 from llmchain_fed.model.local_model import LocalModel
@@ -188,9 +188,9 @@ def write(model: LocalModel, directory: Path) -> ModelData:
         save_file(tensors, directory / CHANGES)
     saved_tokenizer.write(model.tokenizer, directory)
     trained = None
-    dequantised = loading.dequantised_from() if reference == loading.EMBEDDED else None
+    dequantised = loading.dequantised_from() if reference == load_options.EMBEDDED else None
     if isinstance(unwrapped(model.module), PeftModel):
-        known_as = loading.HUB_ID if reference == loading.EMBEDDED else reference
+        known_as = load_options.HUB_ID if reference == load_options.EMBEDDED else reference
         trained = adapter.write(model, directory, base_name=known_as or model.name)
         _write_card(directory, known_as, model.name, dequantised=dequantised, changed=bool(changes.tensors))
     types = [str(p.dtype).removeprefix("torch.") for n, p in base.named_parameters() if not is_adapter(n)]

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TextIO, cast
 
 from llmchain_fed.data.sources.json_files import is_object, read_json, read_jsonl
 from llmchain_fed.data.sources.text_files import LONGEST, numbered_lines, read_csv, refuse
-from llmchain_fed.errors import DataError, MissingExtraError
+from llmchain_fed.errors import DataError, MissingExtraError, install
 from llmchain_fed.untrusted import reason, shown
 
 FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
@@ -177,6 +177,6 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        msg = "Parquet files are read by pyarrow: pip install 'llmchain-fed[datasets]'"
+        msg = f"Parquet files are read by pyarrow: {install('datasets', 'pyarrow')}"
         raise MissingExtraError(msg) from error
     return pyarrow.parquet, pyarrow.ArrowException

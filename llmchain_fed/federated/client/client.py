@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from llmchain_fed.data.split import Split
@@ -85,6 +86,8 @@ class Client:
         self.transforms = checked_transforms(transforms)
         self.gradient_step, self.batch_sampler = gradient_step, batch_sampler
         self.metrics = dict(metrics or {})
+        self.tell_step: Callable[[str, int, int | None], object] | None = None
+        """is told, after each optimizer step of a round, whose it is, how many are done and of how many"""
         self.limits: Limits | None = None
         self.global_states = global_states or GlobalStateCache(target.model, most=Limits().max_states)
         self.progress = ProgressByRound()
@@ -200,6 +203,10 @@ class Client:
             "batch_sampler": self.batch_sampler,
             "prompt": self.target.prompt,
         }
+
+    def after_step(self) -> Callable[[int, int | None], object] | None:
+        """What is called after each step of a round's training; None where nobody is told."""
+        return partial(self.tell_step, self.name) if self.tell_step is not None else None
 
     def measure(self, model: LocalModel) -> EvaluationResult:
         """The held-out loss of a model in which its weights are loaded."""

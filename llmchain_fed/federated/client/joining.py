@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from llmchain_fed.data.encoding import EncodedExamples, controls_of
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.federated.client.limits import steps_of
 from llmchain_fed.federated.client.state import ProgressByRound
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.protocol.answers import Introduction, Nothing
 from llmchain_fed.federated.protocol.tasks import HelloTask, StopTask
 from llmchain_fed.federated.target import Target
 from llmchain_fed.training.config import TrainingConfig
+from llmchain_fed.training.gradient_checkpointing import check_checkpointing
 from llmchain_fed.training.label_loss import LabelGradient
+from llmchain_fed.training.schedule import steps_of
 from llmchain_fed.updates.lora_layout import LoraLayout
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def join(client: Client, task: HelloTask) -> Introduction:
     if limits is not None:
         limits.check_aggregation(task.aggregation)
         limits.check_training(config)
+    check_checkpointing(client.model, config)
     with client.data.limiting(config):
         data = client.data.train()
         if limits is not None:

@@ -19,8 +19,8 @@ from llmchain_fed.errors import PolicyError
 from llmchain_fed.federated.protocol.tasks import TrainTask
 from llmchain_fed.training.batch_sampler import BatchSampler, Place, length_buckets
 from llmchain_fed.training.config import DEFAULT_LEARNING_RATE, TrainingConfig
-from llmchain_fed.training.loop import batches_per_pass
 from llmchain_fed.training.metrics import BUILT_IN, MAX_NAME
+from llmchain_fed.training.schedule import Schedule, batches_per_pass
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates.aggregation import AGGREGATIONS
 from llmchain_fed.updates.codecs import CODECS
@@ -54,7 +54,7 @@ class Limits(FrozenConfig):
     min_examples_per_update: int = Field(default=2, ge=1, le=_MOST)
     """different examples that an update is made of at least, and that a participant has"""
     max_learning_rate: float = Field(default=1.0, gt=0.0)
-    """of any training"""
+    """of any training; of a schedule the largest one counts"""
     optimizers: tuple[Literal["adamw", "adam", "sgd"], ...] = Field(default=("adamw", "adam", "sgd"), strict=False)
     """which a hub may choose"""
     codecs: tuple[Annotated[str, AfterValidator(_codec)], ...] = Field(default=("none", *CODECS), strict=False)
@@ -132,13 +132,24 @@ class Limits(FrozenConfig):
                 "are allowed",
             )
 
-    def check_update(self, data: Any, config: TrainingConfig, place: Place, sampler: BatchSampler | None) -> None:
+    def check_update(
+        self,
+        data: Any,
+        config: TrainingConfig,
+        place: Place,
+        sampler: BatchSampler | None,
+        schedule: Schedule | None = None,
+    ) -> None:
         """Makes sure that an update will be made of enough different examples; a DataLoader's are counted later.
 
-        They are drawn as training draws them.
+        They are drawn as training draws them. A step whose learning rate is a tenth of the round's largest, or less,
+        counts as none: else a schedule could leave the examples of a single step to make the update.
         """
         if isinstance(data, EncodedExamples):
             rows = (sampler or length_buckets)(data, config, place)
+            if schedule is not None:
+                drawn = itertools.islice(rows, 2 * len(data))  # within so many lie two passes
+                rows = (batch for step, batch in enumerate(drawn) if schedule.counts(step))
             self.check_examples(_distinct(data, rows, self.min_examples_per_update))
 
     def check_codec(self, codec: str | None) -> None:
@@ -185,21 +196,6 @@ def refuse(option: str, why: str) -> NoReturn:
     raise PolicyError(msg)
 
 
-def steps_of(data: Any, config: TrainingConfig) -> int | None:
-    """Optimizer steps of one training; None where a DataLoader does not know its length."""
-    if config.max_steps is not None:
-        return config.max_steps
-    per_pass = steps_per_pass(data, config)
-    return per_pass * (config.epochs or 1) if per_pass is not None else None
-
-
-def steps_per_pass(data: Any, config: TrainingConfig) -> int | None:
-    """Optimizer steps of one pass over the examples; likewise."""
-    if isinstance(data, EncodedExamples):
-        return -(-len(data) // config.batch_size)
-    return batches_per_pass(data)
-
-
 def _distinct(data: EncodedExamples, batches: Iterable[Sequence[int]], enough: int) -> int:
     """How many different examples there are in the batches; no more are looked for than is enough."""
     seen: set[tuple[tuple[int, ...], ...]] = set()
@@ -214,11 +210,14 @@ def _distinct(data: EncodedExamples, batches: Iterable[Sequence[int]], enough: i
 class Counted(DataLoader):  # type: ignore[type-arg]
     """A DataLoader of which one knows afterwards how many different examples came out of it.
 
-    Beyond `enough` of them none are counted.
+    Beyond `enough` of them none are counted, nor those before the batch at which the training starts, nor those of
+    steps that do not count in its `schedule`.
     """
 
-    def __init__(self, inner: Any, enough: int) -> None:
-        self._inner, self._enough = inner, enough
+    def __init__(self, inner: Any, enough: int, schedule: Schedule | None, next_step: int) -> None:
+        self._inner, self._enough, self._schedule = inner, enough, schedule
+        length = batches_per_pass(inner)
+        self._step = -(next_step % length if length else next_step)  # what comes before the first step is passed over
         self._seen: set[bytes] = set()
         self.largest = 0
         """examples of the largest batch"""
@@ -229,7 +228,9 @@ class Counted(DataLoader):  # type: ignore[type-arg]
     def __iter__(self) -> Any:
         for batch in self._inner:
             self.largest = max(self.largest, len(batch["labels"]))
-            for i in range(len(batch["labels"])) if len(self._seen) < self._enough else ():
+            counts = self._step >= 0 and (self._schedule is None or self._schedule.counts(self._step))
+            self._step += 1
+            for i in range(len(batch["labels"])) if counts and len(self._seen) < self._enough else ():
                 mask = batch["attention_mask"][i].bool() if "attention_mask" in batch else slice(None)
                 ids, labels = batch["input_ids"][i][mask], batch["labels"][i]
                 kept = labels[labels != IGNORE]
@@ -251,8 +252,11 @@ class Counted(DataLoader):  # type: ignore[type-arg]
         limits.check_examples(len(self._seen))
 
 
-def counted(data: Any, limits: Limits | None) -> Any:
-    """The same data; a DataLoader's examples are counted where there are limits."""
+def counted(data: Any, limits: Limits | None, schedule: Schedule | None = None, next_step: int = 0) -> Any:
+    """The same data; a DataLoader's examples are counted where there are limits.
+
+    `next_step` is where in it a training with `max_steps` starts; one of whole passes starts at 0.
+    """
     if limits is None or isinstance(data, EncodedExamples):
         return data
-    return Counted(data, limits.min_examples_per_update)
+    return Counted(data, limits.min_examples_per_update, schedule, next_step)

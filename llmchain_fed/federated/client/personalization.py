@@ -84,6 +84,7 @@ def steps_config(config: TrainingConfig, steps: int, lr: float | None) -> Traini
         msg = f"{steps:,} steps are more than a personal model is given ({MOST_STEPS:,}): train it in rounds instead."
         raise ConfigError(msg)
     options: dict[str, Any] = {"max_steps": steps, "epochs": None, "keep_optimizer": False}
+    options |= {"lr_schedule": "constant", "warmup": 0}  # steps are taken one by one, or are none of a round's
     if lr is not None:
         options["learning_rate"] = lr
     found: TrainingConfig = config.replace(**options)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from llmchain_fed.errors import FederationError, ParticipantError
-from llmchain_fed.federated.client.limits import steps_per_pass
 from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.expected import Layout
 from llmchain_fed.federated.protocol.tasks import KeptOptimizer, PersonalStateTask, ProgressData
 from llmchain_fed.model.weights import all_finite
 from llmchain_fed.training.config import TrainingConfig
+from llmchain_fed.training.schedule import steps_per_pass
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates.lora_layout import PARTS, A, B, selected
 from llmchain_fed.updates.serialization import TensorInfo

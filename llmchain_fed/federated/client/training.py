@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmchain_fed.errors import FederationError, PolicyError
 from llmchain_fed.federated.client import personalization
-from llmchain_fed.federated.client.limits import Counted, counted, steps_of
+from llmchain_fed.federated.client.limits import Counted, counted
 from llmchain_fed.federated.client.personalization import loaded
 from llmchain_fed.federated.client.state import Progress, fits
 from llmchain_fed.federated.options import Ditto
@@ -24,6 +24,7 @@ from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import TimeStepTask, TrainTask
 from llmchain_fed.training.batch_sampler import Place
 from llmchain_fed.training.loop import TrainingResult, train_locally
+from llmchain_fed.training.schedule import Schedule, check_planned, steps_of
 from llmchain_fed.updates.codecs import make_codec
 from llmchain_fed.updates.lora_layout import selected
 from llmchain_fed.updates.serialization import TensorInfo
@@ -46,6 +47,8 @@ def check(client: Client, task: TrainTask, layout: Layout, _infos: Mapping[str, 
         PolicyError: The limits do not allow it, or it asks for what is private.
     """
     data, (_, progress) = client.data.train(), client.progress.before(task.round)
+    steps = steps_of(data, client.config)
+    schedule = _schedule(client, task, steps)
     for part in (task.trains, task.shares):
         layout.check_part(part)
     _check_private(client, task, layout)
@@ -56,11 +59,21 @@ def check(client: Client, task: TrainTask, layout: Layout, _infos: Mapping[str, 
     limits.check_training(config)
     limits.check_parts(client.aggregation, task)
     limits.check_codec(task.codec)
-    place = Place(client.name, task.index, progress.next_step)
-    limits.check_update(data, config, place, client.batch_sampler)
-    steps = steps_of(data, config)
     more = 0 if task.ditto is None else steps if task.ditto.max_steps is None else task.ditto.max_steps
     limits.check_steps(steps + more if steps is not None and more is not None else None)
+    place = Place(client.name, task.index, progress.next_step)
+    limits.check_update(data, config, place, client.batch_sampler, schedule)
+
+
+def _schedule(client: Client, task: TrainTask, steps: int | None) -> Schedule | None:
+    """How the learning rate of a round goes.
+
+    Raises:
+        ConfigError: It runs over the rounds of a federation of which nobody says how many it has.
+    """
+    if task.rounds is None:
+        check_planned(client.config)
+    return Schedule.of(client.config, steps, task.index, task.rounds)
 
 
 def _check_private(client: Client, task: TrainTask, layout: Layout) -> None:
@@ -103,7 +116,7 @@ def check_time_step(client: Client, _task: TimeStepTask, _layout: Layout, _infos
 def train(client: Client, task: TrainTask, state: GlobalState) -> bytes:
     """One round's training: its update as bytes. What of it stays here is in the client's progress then."""
     _, progress = client.progress.before(task.round)
-    place = {**client.place(task), "first_step": progress.next_step}
+    place = {**client.place(task), "first_step": progress.next_step, "rounds": task.rounds}
     trained, result = trained_values(client, task, state, progress, place)
     shared = {n: trained[n] for n in selected(trained, task.shares)}
     keeps = task.trains == "all" and task.shares != "all"  # what is trained and not shared belongs to the participant
@@ -142,13 +155,15 @@ def trained_values(
     client: Client, task: TrainTask, state: GlobalState, progress: Progress, place: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], TrainingResult]:
     """What local training makes of the tensors that are trained in this round."""
-    model, limits = client.model, client.limits
-    data = counted(client.data.train(), limits)
+    model, limits, data = client.model, client.limits, client.data.train()
+    schedule = _schedule(client, task, steps_of(data, client.config))
+    data = counted(data, limits, schedule, progress.next_step if client.config.max_steps else 0)
     with loaded(model, state, progress.private), ExitStack() as inside:
         if task.trains != "all":
             names = model.trainable_parameters().keys()
             inside.enter_context(model.freezing(names - set(selected(names, task.trains))))
-        result = train_locally(model, data, client.config, optimizer_state=progress.optimizer_state, **place)
+        more: dict[str, Any] = {"optimizer_state": progress.optimizer_state, "after_step": client.after_step()}
+        result = train_locally(model, data, client.config, **more, **place)
         if isinstance(data, Counted) and limits is not None:
             data.check(limits)
         return model.trainable_state(), result

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from llmchain_fed.errors import ConfigError, MissingExtraError
+from llmchain_fed.errors import ConfigError, MissingExtraError, install
 from llmchain_fed.federated.comparison import bootstrap, table
 from llmchain_fed.federated.comparison.arms import ALONE, CENTRALISED, FEDERATED, LOSS, PERSONAL
 from llmchain_fed.federated.comparison.measuring import Values
@@ -218,7 +218,7 @@ class Comparison:
         try:
             import pandas as pd
         except ImportError as error:
-            raise MissingExtraError("to_pandas needs pandas: pip install 'llmchain-fed[plot]'") from error  # noqa: EM101
+            raise MissingExtraError(f"to_pandas needs pandas: {install('plot', 'pandas')}") from error  # noqa: EM102
         rows = []
         for row in self.rows:
             matrix, weights = self._matrix(self.arms[row.arm], row.metric), self._weights(row.metric)

@@ -22,6 +22,7 @@ from llmchain_fed.federated.runtime import Runtime
 from llmchain_fed.federated.server.broadcast import Sent
 from llmchain_fed.federated.server.round import Arrival, OpenRound
 from llmchain_fed.federated.server.server import Server
+from llmchain_fed.training.schedule import check_planned
 
 
 class ManualRounds(ABC):
@@ -53,7 +54,8 @@ class ManualRounds(ABC):
         Raises:
             DuplicateParticipantError: An update of its own is in this round already.
             DataError, TrainingError: Its examples or its training failed; nothing has changed.
-            ConfigError: The participants run elsewhere (`runtime=`), or no participant can have that name.
+            ConfigError: The participants run elsewhere (`runtime=`); no participant can have that name; or the learning
+                rate's schedule runs over rounds that nobody has planned.
             CheckpointError: The checkpoint directory is not this run's, or cannot be written to.
         """
         if not self._runtime.sequential:
@@ -66,6 +68,7 @@ class ManualRounds(ABC):
             )
             raise ConfigError(msg)
         name, settings = str(device_id), self._server.settings
+        check_planned(settings.training, "train()")
         compatibility.check_name(settings.rule, settings.config.personal, name)
         self._check_directory()
         opened = self._open or self._server.begin()

@@ -136,9 +136,13 @@ class TrainingOptions(Strict):
     learning_rate: _Rate | None = None
     batch_size: int = Field(default=16, ge=1, le=2**24)
     micro_batch_size: int | None = Field(default=None, ge=1, le=2**24)
+    gradient_checkpointing: bool = False
     epochs: int | None = Field(default=None, ge=1, le=2**31)
     max_steps: int | None = Field(default=None, ge=1, le=2**53)
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Annotated[int, Field(ge=0, le=2**53)] | Annotated[float, Field(ge=0.0, lt=1.0)] = 0
+    lr_schedule_over: Literal["federation", "round"] = "federation"
     weight_decay: float | None = Field(default=None, ge=0.0)
     max_grad_norm: float | None = Field(default=None, gt=0.0)
     max_length: int | None = Field(default=None, ge=2, le=2**31)
@@ -188,6 +192,8 @@ class TrainTask(StateTask):
     operation = "train"
     counts_as_training, measured = True, 0
 
+    rounds: _Round | None = None
+    """how many the federation will have, over which a schedule of the learning rate runs; None: nobody knows"""
     trains: Part = "all"
     shares: Part = "all"
     codec: _Codec | None = None
@@ -196,6 +202,8 @@ class TrainTask(StateTask):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
+        if self.rounds is not None and self.rounds < self.round:
+            _refuse(f"round {self.round} is none of the {self.rounds} `rounds` that are planned")
         if {self.trains, self.shares} == {"A", "B"}:
             _refuse(f"it shares {self.shares!r}, which it does not train")
         if self.feedback and self.codec is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llmchain_fed.errors import MissingExtraError
+from llmchain_fed.errors import MissingExtraError, install
 from llmchain_fed.untrusted import one_line
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def plotted(history: History) -> Figure:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise MissingExtraError("plot needs matplotlib: pip install 'llmchain-fed[plot]'") from error  # noqa: EM101
+        raise MissingExtraError(f"plot needs matplotlib: {install('plot', 'matplotlib')}") from error  # noqa: EM102
     rounds = history.rounds
     keys = list(dict.fromkeys(key for r in rounds for key in r.metrics))[:_MOST]
     figure: Figure

@@ -6,6 +6,7 @@ Knows tqdm and stderr. Knows nothing of how rounds come about.
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
     from llmchain_fed.federated.server.attendance import Attendance, AttendanceChange
 
 _POSTFIX = 60  # characters
+_SELDOM = 0.1  # seconds between two drawings of the bar, as tqdm has it
 
 
 class Screen(Callback):
     """Lines with the time: who takes part, who is out and why, each round. The bar counts all of a federation's rounds.
 
+    Within a round it moves by the steps of those who train in this process, each of whom is an equal part of it.
     Participants `elsewhere`, in other processes, may have to be waited for.
     """
 
@@ -35,6 +38,9 @@ class Screen(Callback):
         self._total = 0
         self._greeted = False
         self._reports: dict[str, str] = {}
+        self._asked: tuple[str, ...] = ()
+        self._shares: dict[str, float] = {}
+        self._round, self._drawn, self._step = 0, 0.0, ""
         attendance.follow(self._refresh)
 
     def on_fit_begin(self, run: RunInfo) -> None:
@@ -58,8 +64,9 @@ class Screen(Callback):
         if change.was != "expected" or change.state != "in" or self._greeted:
             self._say(lines.change_of(change), change.at)
 
-    def on_round_begin(self, number: int, asked: tuple[str, ...]) -> None:  # noqa: ARG002
+    def on_round_begin(self, number: int, asked: tuple[str, ...]) -> None:
         """Before the first round: who is there."""
+        self._round, self._asked, self._shares = number, asked, {}
         if not self._greeted:
             self._greeted = True
             found = self._attendance.standings.items()
@@ -69,9 +76,11 @@ class Screen(Callback):
     def on_round_end(self, record: RoundRecord, history: History) -> None:  # noqa: ARG002
         """The round's line."""
         self._say(record.line(max(self._total, record.round)))
+        self._asked, self._step = (), ""
         if self._bar is not None:
             with suppress(OSError):
-                self._bar.update()
+                self._bar.n = record.round  # it stood within the round
+                self._bar.refresh()
 
     def on_fit_end(self, history: History) -> None:
         """The bar stays, or makes room for the next fit's."""
@@ -82,6 +91,23 @@ class Screen(Callback):
     def on_error(self, error: BaseException) -> None:  # noqa: ARG002 (whoever catches it shows it)
         """The bar stays where it was."""
         self._close()
+
+    @property
+    def shows_a_bar(self) -> bool:
+        """Whether a fit that begins now has one, which steps would move."""
+        return _shows_a_bar()
+
+    def stepped(self, name: str, done: int, of: int | None) -> None:
+        """Somebody in this process has taken a step of a round's training."""
+        if of and name in self._asked:
+            self._shares[name] = max(self._shares.get(name, 0.0), min(done / of, 1.0))
+        now = time.monotonic()
+        if self._bar is None or now - self._drawn < _SELDOM:
+            return
+        self._drawn, self._step = now, f"step {done} of {of}" if of else f"step {done}"
+        if self._asked:
+            self._bar.n = round(self._round - 1 + sum(self._shares.values()) / len(self._asked), 2)
+        self._refresh()
 
     def report(self, name: str, report: DataReport) -> None:
         """What became of a participant's examples, if it is worth saying and was not said before."""
@@ -95,8 +121,10 @@ class Screen(Callback):
             return
         waiting = self._attendance.waiting_for
         doing = lines.DOING.get(next(iter(waiting.values()), ""), "")
+        step = f", {self._step}" if self._step and doing == lines.DOING["train"] else ""
         with suppress(OSError):
-            self._bar.set_postfix_str(one_line(f"{doing}: {', '.join(waiting)}" if waiting else "", _POSTFIX))
+            text = one_line(f"{doing}: {', '.join(waiting)}", _POSTFIX - len(step)) + step if waiting else ""
+            self._bar.set_postfix_str(text)
 
     def _say(self, text: str, at: float | None = None) -> None:
         lines.write(lines.stamped(text, at))

@@ -25,6 +25,7 @@ from llmchain_fed.model.adapters.switching import GLOBAL
 from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training import trainable
 from llmchain_fed.training.config import TrainingConfig
+from llmchain_fed.training.gradient_checkpointing import check_checkpointing
 from llmchain_fed.training.metrics import checked_metrics
 from llmchain_fed.updates import server_optimizers
 from llmchain_fed.updates.aggregation import make_aggregation
@@ -57,6 +58,7 @@ def assemble(
         raise ConfigError(msg)
     target = Target.of(model, options.get("llm"))
     trainable.admit(target.model)
+    check_checkpointing(target.model, training)
     target.check_savable()
     trainable.check_batches(target.model, training.micro_batch_size or training.batch_size)
     states = GlobalStateCache(target.model)

@@ -72,6 +72,8 @@ class Server:
         self.round = 0
         self.history = History()
         self.data_reports: dict[str, DataReport] = {}
+        self.planned: int | None = None
+        """how many rounds the federation has, while a fit knows"""
         self.patience: list[float] = []
         """of a fit that is under way, or was when it was interrupted"""
         self._declared: dict[str, tuple[int | None, int | None]] = {}
@@ -126,7 +128,7 @@ class Server:
     def task(self, opened: OpenRound) -> TrainTask:
         """What participants are told to do in a round."""
         config = self.settings.config
-        more: dict[str, Any] = {"seconds": config.deadline}
+        more: dict[str, Any] = {"seconds": config.deadline, "rounds": self.planned}
         if config.personal is not None:
             more["ditto"] = config.personal.model_dump()
         return opened.task(**more)

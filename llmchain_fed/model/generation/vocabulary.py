@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from llmchain_fed.errors import MissingExtraError, UnsupportedModelError
+from llmchain_fed.errors import MissingExtraError, UnsupportedModelError, install
 
 _known: WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Vocabulary]] = WeakKeyDictionary()
 
@@ -100,8 +100,8 @@ def _engine() -> Any:
         import llguidance.hf
     except ImportError:
         msg = (
-            "answers that keep to a schema, and calls of tools, need llguidance, which is not installed: pip install "
-            "llguidance, or llmchain-fed[structured]. bind_tools(…, strict=False) does without it."
+            "answers that keep to a schema, and calls of tools, need llguidance, which is not installed: "
+            f"{install('structured', 'llguidance')}. bind_tools(…, strict=False) does without it."
         )
         raise MissingExtraError(msg) from None
     return llguidance

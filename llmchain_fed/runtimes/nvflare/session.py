@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmchain_fed import untrusted
-from llmchain_fed.errors import ConfigError, MissingExtraError, TransportError
+from llmchain_fed.errors import ConfigError, MissingExtraError, TransportError, install
 from llmchain_fed.runtimes.nvflare import kits
 
 _T = TypeVar("_T")
@@ -46,7 +46,7 @@ class EngineSession:
         try:
             from nvflare.fuel.hci.client import api
         except ImportError as error:
-            msg = "the NVFlare runtime needs its engine: pip install 'llmchain-fed[nvflare]'"
+            msg = f"the NVFlare runtime needs its engine: {install('nvflare', 'nvflare', 'psutil', 'typer')}"
             raise MissingExtraError(msg) from error
         # The session prints progress to the screen and has no switch for it (NVFlare 2.9.0, fuel/hci/client/api.py).
         if hasattr(api, "_print_hci_message"):

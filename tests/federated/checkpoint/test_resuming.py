@@ -66,6 +66,17 @@ class Case:
 
 CASES = [
     Case("full-int8-sampled", options=lambda: {"codec": "int8", "participants_per_round": 0.5, "training": ADAM}),
+    Case("full-linear-kept", options=lambda: {"training": KEPT.replace(lr_schedule="linear", warmup=0.2)}),
+    Case(
+        "cosine-ditto-sampled",
+        lora={"lora_dropout": 0.2},
+        options=lambda: {
+            "training": ADAM.replace(lr_schedule="cosine", warmup=3),
+            "personal": Ditto(),
+            "participants_per_round": 2,
+        },
+        at=3,
+    ),
     Case("full-broadcast_int8", options=lambda: {"broadcast_codec": "int8"}),
     Case("seq2seq-full-yogi-topk", "seq2seq", options=lambda: {"server_optimizer": FedYogi(lr=0.02), "codec": "topk"}),
     Case("fednova-kept", options=lambda: {"aggregation": "fednova", "training": KEPT, "weighting": "tokens"}, at=1),
@@ -159,7 +170,8 @@ def test_a_resumed_run_is_the_run_that_never_stopped(case, make_chain, tmp_path)
     """The interrupted one writes checkpoints and the other does not, so that writing is seen to change nothing."""
     straight = federation(case.chain(make_chain), case.participants, **case.options())
     straight.fit(rounds=case.rounds)
-    federation(case.chain(make_chain), case.participants, checkpoint_dir=tmp_path, **case.options()).fit(case.at)
+    stopped = federation(case.chain(make_chain), case.participants, checkpoint_dir=tmp_path, **case.options())
+    stopped.fit(case.at, of=case.rounds)
     again = resumed(tmp_path, case.chain(make_chain), case.participants)
     assert again.round == len(again.history) == case.at
     again.fit(rounds=case.rounds - case.at)

@@ -442,10 +442,10 @@ def test_the_extra_is_named_where_it_is_missing(tmp_path):
     (tmp_path / "startup" / "fed_admin.json").write_text("{}")
     code = blocked + f"from llmchain_fed import NVFlare; NVFlare({str(tmp_path)!r}, sites=['a'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "MissingExtraError: the NVFlare runtime needs its engine: pip install 'llmchain-fed[nvflare]'" in done.stderr
+    assert "MissingExtraError: the NVFlare runtime needs its engine: pip install nvflare" in done.stderr
     code = "import sys; sys.modules['typer'] = None; import llmchain_fed.cli.__main__"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "pip install 'llmchain-fed[nvflare]'" in done.stderr
+    assert "pip install -e '.[nvflare]'" in done.stderr
     assert done.returncode == 1
 
 

@@ -46,6 +46,7 @@ def raw(header_json, layout=None, body=b""):
 WRONG_FIELDS = {
     "round": [None, -1, 0, 1.5, "1", True, BIG, [1], {}],
     "base": [None, "another", 3, "x" * 10_000],
+    "rounds": [-1, 0, 1.5, "3", True, BIG, [3]],
     "seconds": [-1, 0, "5", True, [5]],
     "trains": ["C", "", 1, ["A"], "ALL"],
     "shares": ["C", 0, ["B"], {"A": 1}],
@@ -69,6 +70,7 @@ WRONG_FIELDS = {
 }
 
 COMBINATIONS = [
+    {"round": 3, "rounds": 2},
     {"trains": "A", "shares": "B"},
     {"trains": "B", "shares": "A"},
     {"feedback": True, "codec": None},
@@ -105,6 +107,10 @@ WRONG_HELLOS = [
     {"training": {"batch_size": 4.0}}, {"training": {"epochs": 1, "max_steps": 1}}, {"training": {"max_steps": BIG}},
     {"training": {"learning_rate": 0}}, {"training": {"learning_rate": "fast"}}, {"training": {"learning_rate": True}},
     {"training": {"seed": BIG}}, {"training": {"seed": "x"}}, {"training": {"callbacks": ["os.system"]}},
+    {"training": {"lr_schedule": "polynomial"}}, {"training": {"lr_schedule": ["linear"]}},
+    {"training": {"warmup": 1.0}}, {"training": {"warmup": -1}}, {"training": {"warmup": BIG}},
+    {"training": {"warmup": True}}, {"training": {"warmup": "0.1"}}, {"training": {"lr_schedule_over": "epoch"}},
+    {"training": {"gradient_checkpointing": 1}},
     {"training": {"precision": "fp8"}}, {"training": {"tolerance": 2}}, {"training": {"max_length": 1}},
     {"training": {"keep_optimizer": 1}}, {"training": []}, {"training": "adamw"}, {"training": None},
     {"federation": None}, {"federation": 3}, {"federation": ""}, {"federation": "x" * 65}, {"federation": "a b"},

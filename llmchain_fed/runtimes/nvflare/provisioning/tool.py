@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from llmchain_fed import untrusted
-from llmchain_fed.errors import ConfigError, MissingExtraError
+from llmchain_fed.errors import ConfigError, MissingExtraError, install
 from llmchain_fed.stopping import whole
 from llmchain_fed.storage import own_files
 from llmchain_fed.storage.own_files import sync_folder, sync_tree
@@ -38,7 +38,7 @@ def run(*arguments: object, within: Path) -> None:
         MissingExtraError: The extra `nvflare` is not installed.
     """
     if importlib.util.find_spec("nvflare") is None:
-        msg = "the NVFlare runtime needs its engine: pip install 'llmchain-fed[nvflare]'"
+        msg = f"the NVFlare runtime needs its engine: {install('nvflare', 'nvflare', 'psutil', 'typer')}"
         raise MissingExtraError(msg)
     what = " ".join(str(a) for a in arguments[: 2 if arguments[0] == "cert" else 1])
     try:
