@@ -6,7 +6,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 from langchain_core.runnables import RunnableLambda, RunnablePassthrough
 
-from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, Participant, Site, TrainingConfig
+from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, Participant, Site, Split, TrainingConfig
 from llmchain_fed.errors import ConfigError, ContractError, ExampleFailedError, UnsupportedModelError
 from llmchain_fed.federated.target import Target
 
@@ -49,9 +49,14 @@ def test_a_share_is_held_out_by_what_the_model_reads(llm):
     documents = {str(i): f"fact {i}" for i in range(4)}
     rows = [(name, "yes") for name in documents] + [("missing", "x")]
     own = [Participant("a", rows, chain=rag(llm, documents), training={"tolerance": 0.4})]
-    fed = FederatedAveraging(rag(llm, {}), participants=own, training=TRAINING, evaluation=0.5, progress=False)
+    fed = FederatedAveraging(
+        rag(llm, {}), participants=own, training=TRAINING, progress=False,
+        evaluation=Split(0.5, seed=1),
+    )  # fmt: skip
     fed.fit(1)
-    assert (fed.data_reports["a"].used, fed.data_reports["a"].failed) == (2, 1)
+    held_out = fed._server.client_manager.joined["a"].held_out_examples
+    assert held_out in (1, 2, 3)
+    assert (fed.data_reports["a"].used, fed.data_reports["a"].failed) == (4 - held_out, 1)
     assert fed.history[-1].participants["a"].held_out_after is not None
 
 
