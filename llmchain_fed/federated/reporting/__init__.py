@@ -1,1 +1,1 @@
-"""What a person at a terminal reads of a federation while it runs."""
+"""What people read of a federation: at a terminal while it runs, in tables and plots."""
