@@ -31,7 +31,7 @@ def far(make_chain, tmp_path):
         paths = {}
         for name, more in (("a", a), ("b", b)):
             site = Site(make_chain(lora=True), PARTS[name], **(more or {}))
-            path = tmp_path / f"{name}.sock"
+            path = tmp_path / f"{name}{len(list(tmp_path.iterdir()))}.sock"
             threading.Thread(target=site.serve, args=(path,), daemon=True).start()
             paths[name] = answering(path)
         chain = make_chain(lora=True)
@@ -48,7 +48,7 @@ def test_numbers_of_sites_are_those_of_participants_here(far, make_chain):
         make_chain(lora=True), participants=list(PARTS.values()), training=TRAINING, progress=False, labels=LABELS,
         metrics=["accuracy", Metric(sens, maximize=True)],
     )  # fmt: skip
-    for found, wanted in zip(fed.fit(2, monitor="sens", keep="best"), here.fit(2), strict=True):
+    for found, wanted in zip(fed.fit(2, monitor="sens", keep="best"), here.fit(2, monitor="sens"), strict=True):
         assert found.metrics.keys() == {"accuracy", "sens"}
         assert {n: p.metrics for n, p in found.participants.items()} == {
             n: p.metrics for n, p in wanted.participants.items()
