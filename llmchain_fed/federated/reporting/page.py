@@ -15,7 +15,7 @@ from llmchain_fed.federated.reporting import page_sections as sections
 from llmchain_fed.federated.reporting.outcomes import MARGIN, WORDS, Outcome, outcomes, settled
 from llmchain_fed.federated.reporting.page_charts import bell
 from llmchain_fed.federated.reporting.page_comparison import arms_table
-from llmchain_fed.federated.reporting.page_rounds import charts, every_round, measures, metric_names
+from llmchain_fed.federated.reporting.page_rounds import charts, every_round, metric_names, metrics
 from llmchain_fed.federated.reporting.page_style import SHEET
 from llmchain_fed.federated.reporting.page_text import NONE, digits_of, inline, number, sizes, spans, who
 from llmchain_fed.untrusted import checked
@@ -40,7 +40,7 @@ def page(history: History, *, title: str | None, comparison: Any, samples: bool)
     quoted = sections.quoted(history) if samples else []
     content = [
         _helped(history, about, comparison),
-        measures(history),
+        metrics(history),
         _section("How it went", charts(history)),
         _section("Every round", every_round(history)),
         _section("What left, and what came", sections.what_left(history, about)),
@@ -155,14 +155,14 @@ def _kept(history: History) -> str:
     last = settled(history)[-1].round
     if last == history[-1].round:
         return ""
-    said = (
-        f"The chain was left with the weights of round {last}, the best of {len(history)}: “after” is after that round."
-    )
+    by = getattr(history, "monitor", None)
+    best = f"the best of {len(history)}" + (f" by {inline(by, 40)}" if by else "")
+    said = f"The chain was left with the weights of round {last}, {best}: “after” is after that round."
     return f"<p>{said}</p>"
 
 
 def _metrics_hint(history: History) -> str:
-    return "<p>Other measures stand below.</p>" if metric_names(history) else ""
+    return "<p>Other metrics stand below.</p>" if metric_names(history) else ""
 
 
 def _tally(own: list[Outcome]) -> str:

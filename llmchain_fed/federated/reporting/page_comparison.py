@@ -23,11 +23,11 @@ def losses_in(comparison: Any) -> list[Any]:
     if comparison is None:
         return []
     rows = getattr(comparison, "rows", None)
-    wanted = ("arm", "measure", "own", "participants")
+    wanted = ("arm", "metric", "own", "participants")
     if not isinstance(rows, Sequence) or not all(hasattr(row, name) for row in rows for name in wanted):
         msg = f"comparison= is what fed.compare(…) gives, got {type(comparison).__name__}. Leave it out or compare."
         raise ConfigError(msg)
-    return [row for row in rows if row.measure == "loss"]
+    return [row for row in rows if row.metric == "loss"]
 
 
 def alone_in(comparison: Any) -> dict[str, tuple[float | None, float | None]]:

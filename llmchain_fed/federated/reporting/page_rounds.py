@@ -1,4 +1,4 @@
-"""The part of a page that goes by rounds: charts, the table of all rounds, and measures beside loss.
+"""The part of a page that goes by rounds: charts, the table of all rounds, and metrics beside loss.
 
 Knows records, and which of their figures a person reads. Knows nothing of how a chart is drawn.
 """
@@ -138,7 +138,7 @@ def every_round(history: History) -> str:
 
 
 def _scores(records: Sequence[RoundRecord]) -> Iterator[tuple[str, list[str]]]:
-    """Measures of all together, a column each."""
+    """Metrics of all together, a column each."""
     for name in dict.fromkeys(name for record in records for name in _metrics(record)):
         values = [_metrics(record).get(name) for record in records]
         yield name, numbers(values, score_digits(values))
@@ -163,23 +163,23 @@ def _by_participant(history: History, heading: str, of: Callable[[ParticipantRec
     return f"<details{unfolded}><summary>{heading} of each participant, after each round</summary>{inner}</details>"
 
 
-# --- measures beside loss -------------------------------------------------------------------------------------------
+# --- metrics beside loss -------------------------------------------------------------------------------------------
 
 
 def _metrics(record: RoundRecord | ParticipantRecord | None, field: str = "metrics") -> Mapping[str, float]:
-    """Name → value, of a record that has measures."""
+    """Name → value, of a record that has some."""
     found = getattr(record, field, None)
     return found if isinstance(found, Mapping) else {}
 
 
 def metric_names(history: History) -> list[str]:
-    """Of all measures beside loss."""
+    """Of all metrics beside loss."""
     found: list[RoundRecord | ParticipantRecord] = [*history, *(p for r in history for p in r.participants.values())]
     return list(dict.fromkeys(name for each in found for name in _metrics(each)))
 
 
-def measures(history: History) -> str:
-    """Every measure before the first round and after the last, by participant."""
+def metrics(history: History) -> str:
+    """Every metric before the first round and after the last, by participant."""
     names, rounds = metric_names(history), settled(history)
     if not names:
         return ""
@@ -203,4 +203,4 @@ def measures(history: History) -> str:
         inner = table(["participant", "before", "after", "change"], rows, what=name)
         found.append(f"<h3>{inline(name, 80)}</h3>{inner}")
     lead = "<p>Computed by each participant on its own held-out texts; of all together, weighted by their number.</p>"
-    return f"<section>\n<h2>Other measures</h2>\n{lead}{''.join(found)}\n</section>\n"
+    return f"<section>\n<h2>Metrics beside loss</h2>\n{lead}{''.join(found)}\n</section>\n"

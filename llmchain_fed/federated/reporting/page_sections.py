@@ -83,9 +83,9 @@ def _kinds(history: History, about: AboutData) -> list[tuple[str, str]]:
     quoting = [record for record in history if record.samples]
     texts = len({(s.participant, s.prompt, s.reference) for record in quoting for s in record.samples})
     people = list(dict.fromkeys(s.participant for record in quoting for s in record.samples))
-    measures = list(dict.fromkeys(name for record in history for name in getattr(record, "metrics", None) or {}))
+    metrics = list(dict.fromkeys(name for record in history for name in getattr(record, "metrics", None) or {}))
     losses = "of training, each round; and of held-out texts before and after it, where there are any"
-    more = f"; the measures {', '.join(inline(name, 40) for name in measures[:20])}" if measures else ""
+    more = f"; the metrics {', '.join(inline(name, 40) for name in metrics[:20])}" if metrics else ""
     found = [
         ("Changes of weights", _weights(about)),
         ("Counts", "of examples, tokens, steps and seconds; how many examples were left out, by reason"),

@@ -76,7 +76,7 @@ class Page(HTMLParser):
 
 
 class Measured(ParticipantRecord):
-    """One that has measures beside loss."""
+    """One that has metrics."""
 
 
 def people(losses, number, **changes):
@@ -140,17 +140,17 @@ def test_the_figures_before_and_after_are_those_of_the_first_and_the_last_round(
 
 def test_where_the_best_round_was_kept_that_is_what_after_means(shown):
     history = made(THREE)
-    history.kept = 1
+    history.kept, history.monitor = 1, "held_out_loss"
     page = shown(history)
     assert [t for t in page.within("numbers") if t != "→"][-2:] == ["2.000", "1.900"]
-    assert "left with the weights of round 1, the best of 2" in page.text
+    assert "left with the weights of round 1, the best of 2 by held_out_loss:" in page.text
     assert page.table("took part")["round"] == ["1 kept", "2 lowest"]
 
 
 def test_a_comparison_says_what_training_alone_would_have_given(shown):
     rows = [
-        SimpleNamespace(arm=arm, measure=measure, own=2.0, own_sd=0.01, participants=values, participants_sd={})
-        for arm, measure, values in [
+        SimpleNamespace(arm=arm, metric=metric, own=2.0, own_sd=0.01, participants=values, participants_sd={})
+        for arm, metric, values in [
             ("alone", "loss", {"django": 2.5, "wagtail": 2.0}),
             ("federated", "loss", {"django": 2.1, "wagtail": 2.9}),
             ("alone", "chrf", {"django": 99.0, "wagtail": 99.0}),
@@ -249,7 +249,7 @@ def test_losses_by_participant_stand_in_a_table_by_round(shown):
     assert table["plone"] == ["1.900", "2.400"]
 
 
-def test_measures_stand_before_and_after_with_their_change(shown):
+def test_metrics_stand_before_and_after_with_their_change(shown):
     history = made(THREE)
     for number, record in enumerate(history):
         record.participants = {name: Measured(**asdict(each)) for name, each in record.participants.items()}
