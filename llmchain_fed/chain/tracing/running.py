@@ -28,8 +28,8 @@ class Sessions:
     """The conversations that a chain keeps by a key of its call's configuration: each example is one of its own."""
 
     def __init__(self, runnable: Any) -> None:
-        held = (place.found for place in walk(runnable))
-        self._histories = [found for found in held if isinstance(found, RunnableWithMessageHistory)]
+        parts = (place.found for place in walk(runnable))
+        self._histories = [found for found in parts if isinstance(found, RunnableWithMessageHistory)]
         specs = (spec for history in self._histories for spec in history.history_factory_config)
         self._keys = sorted({"thread_id", *(spec.id for spec in specs)})
 

@@ -26,7 +26,7 @@ from llmchain_fed.federated.comparison.arms import (
 from llmchain_fed.federated.comparison.measuring import Values
 from llmchain_fed.federated.comparison.results import ArmResult, Comparison
 from llmchain_fed.federated.comparison.store import Store
-from llmchain_fed.federated.comparison.trials import ALL, Bench, Outcome, Trial
+from llmchain_fed.federated.comparison.trials import ALL, Bench, Trial, TrialResult
 from llmchain_fed.federated.reporting.lines import span
 
 Say = Callable[[str], None]
@@ -194,7 +194,7 @@ class Experiment:
             self._ends.setdefault(end, []).append(who)
         return best, scores[best]
 
-    def _score(self, variant: Variant, outcome: Outcome) -> float:
+    def _score(self, variant: Variant, outcome: TrialResult) -> float:
         """The validation loss: each one's own of an arm of own models, else of all together."""
         if outcome.diverged is not None:
             return math.inf
@@ -211,7 +211,7 @@ class Experiment:
         found = sum(losses) / len(losses)
         return found if math.isfinite(found) else math.inf
 
-    def _outcome(self, trial: Trial) -> Outcome:
+    def _outcome(self, trial: Trial) -> TrialResult:
         """What a trial gave: kept, or run now and kept."""
         outcome = self.store.get(trial)
         if outcome is None:
@@ -238,7 +238,7 @@ class Experiment:
                 began = time.perf_counter()
                 train, held_out = raw_examples(self.bench)
                 found = arm.measured(train, held_out, seed)
-                outcome = Outcome({ALL: found}, time.perf_counter() - began)
+                outcome = TrialResult({ALL: found}, time.perf_counter() - began)
                 self.store.put(trial, outcome)
                 self.say(f"compare: {arm.name}, seed {seed}: {span(outcome.seconds)}")
             values[seed] = outcome.values

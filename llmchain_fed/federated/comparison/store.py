@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from llmchain_fed.errors import ConfigError
-from llmchain_fed.federated.comparison.trials import Outcome, Trial
+from llmchain_fed.federated.comparison.trials import Trial, TrialResult
 from llmchain_fed.federated.history import finite
 from llmchain_fed.storage import own_files
 from llmchain_fed.untrusted import Strict, checked, read_file, read_json, reason, shown
@@ -54,7 +54,7 @@ class Store:
         self.folder = Path(out) if out is not None else None
         text = json.dumps(dict(about), sort_keys=True, indent=1, default=str)
         self._about, self.digest = dict(about), hashlib.sha256(text.encode()).hexdigest()
-        self._known: dict[Trial, Outcome] = {}
+        self._known: dict[Trial, TrialResult] = {}
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -96,7 +96,7 @@ class Store:
             )
             raise ConfigError(msg)
 
-    def get(self, trial: Trial) -> Outcome | None:
+    def get(self, trial: Trial) -> TrialResult | None:
         """What a trial gave, if it is finished.
 
         Raises:
@@ -113,10 +113,10 @@ class Store:
                 owner: {q: {k: float("nan") if v is None else float(v) for k, v in m.items()} for q, m in texts.items()}
                 for owner, texts in kept.values.items()
             }
-            self._known[trial] = Outcome(values, kept.seconds, kept.diverged)
+            self._known[trial] = TrialResult(values, kept.seconds, kept.diverged)
         return self._known.get(trial)
 
-    def put(self, trial: Trial, outcome: Outcome) -> None:
+    def put(self, trial: Trial, outcome: TrialResult) -> None:
         """Keeps it, whole or not at all.
 
         Raises:

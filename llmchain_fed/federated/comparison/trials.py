@@ -55,7 +55,7 @@ class Trial:
 
 
 @dataclass
-class Outcome:
+class TrialResult:
     """What a trial gave."""
 
     values: dict[str, Values] = field(default_factory=dict)
@@ -100,13 +100,13 @@ class Bench:
         self.training = server.settings.training
         self._everything: dict[bool, EncodedExamples] = {}
 
-    def run(self, trial: Trial) -> Outcome:
+    def run(self, trial: Trial) -> TrialResult:
         """Trains from the start, and measures; the model has other weights afterwards.
 
         Raises:
             LLMChainFedError: What the training itself raises; one that does not stay finite is an outcome.
         """
-        began, outcome = time.perf_counter(), Outcome()
+        began, outcome = time.perf_counter(), TrialResult()
         self._start.state.load(self._server.model)
         data = self._rest if trial.choosing else self.data
         try:

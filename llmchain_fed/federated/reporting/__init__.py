@@ -1,1 +1,1 @@
-"""What people read of a federation: lines at a terminal while it runs, tables, plots, and a page for all who took part."""
+"""What people read of a federation: lines while it runs, tables, plots, and a page for all who took part."""

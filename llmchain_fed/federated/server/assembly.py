@@ -26,7 +26,7 @@ from llmchain_fed.model.local_model import LocalModel
 from llmchain_fed.training import trainable
 from llmchain_fed.training.config import TrainingConfig
 from llmchain_fed.training.gradient_checkpointing import check_checkpointing
-from llmchain_fed.training.metrics import checked_metrics
+from llmchain_fed.training.metrics import Metric, checked_metrics
 from llmchain_fed.updates import server_optimizers
 from llmchain_fed.updates.aggregation import make_aggregation
 from llmchain_fed.updates.lora_layout import LoraLayout
@@ -52,10 +52,6 @@ def assemble(
     metrics = checked_metrics(options.get("metrics"), elsewhere=not here)
     options = cast("FederationOptions", {**options, "metrics": metrics or None})
     config = config_of(options, training)
-    labels = config.labels or training.labels
-    if not labels and (wanting := [metric.name for metric in metrics if metric.wants_probabilities]):
-        msg = f"the metric {wanting[0]!r} is over probabilities of labels. Pass labels=[…], all answers that there are."
-        raise ConfigError(msg)
     target = Target.of(model, options.get("llm"))
     trainable.admit(target.model)
     check_checkpointing(target.model, training)
@@ -84,19 +80,7 @@ def assemble(
         )
 
     named = {name: p.with_columns(config.columns) for name, p in as_participants(participants).items()}
-    samples = config.samples if config.samples is not None else int(runtime.sequential)
-    evaluation = options.get("evaluation") if isinstance(config.evaluation, str) else config.evaluation
-    evaluator = Evaluator(
-        target,
-        evaluation,
-        training,
-        samples=samples,
-        seed=config.seed,
-        columns=config.columns,
-        metrics=metrics,
-        labels=labels,
-        answer_tokens=config.answer_tokens,
-    )
+    evaluator = _evaluator(config, options, training, target, sequential=runtime.sequential)
     if options.get("runtime") is not None and not runtime.replicated:
         _check_brought(named, config, evaluator, training.optimizer, elsewhere=not runtime.sequential)
     clients = {name: client(participant) for name, participant in evaluator.divide(named).items()}
@@ -107,6 +91,28 @@ def assemble(
     server = Server(target, runtime, evaluator, settings)
     server.begin()  # refuses a rule that does not fit the model now, not after the first round's training
     return server, clients, client
+
+
+def _evaluator(
+    config: FederationConfig, options: FederationOptions, training: TrainingConfig, target: Target, *, sequential: bool
+) -> Evaluator:
+    """What measures; a share of `evaluation` is in the options that are written down, examples are beside them."""
+    metrics = cast("tuple[Metric, ...]", options.get("metrics") or ())  # `assemble` has checked them
+    labels = config.labels or training.labels
+    if not labels and (wanting := [metric.name for metric in metrics if metric.wants_probabilities]):
+        msg = f"the metric {wanting[0]!r} is over probabilities of labels. Pass labels=[…], all answers that there are."
+        raise ConfigError(msg)
+    return Evaluator(
+        target,
+        options.get("evaluation") if isinstance(config.evaluation, str) else config.evaluation,
+        training,
+        samples=config.samples if config.samples is not None else int(sequential),
+        seed=config.seed,
+        columns=config.columns,
+        metrics=metrics,
+        labels=labels,
+        answer_tokens=config.answer_tokens,
+    )
 
 
 def _settings_of(
