@@ -99,6 +99,11 @@ class Split:
         return cls(**found)
 
     @property
+    def moves_with_data(self) -> bool:
+        """Whether more examples change on which side others are: of the newest share, but of no hash."""
+        return self.time is not None and self.share is not None
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The columns of a row that it reads."""
         return tuple(name for name in (self.by, self.time) if isinstance(name, str))

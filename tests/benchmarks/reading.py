@@ -65,9 +65,10 @@ def measure(path: str) -> None:
     seconds, worked = time.perf_counter() - started, time.process_time() - worked
     held = sum(each.nbytes for each in (found.tokens, found.bounds, found.starts))
     peak = resident("VmHWM") - before
+    ids = found.tokens.nbytes
     print(
-        f"{len(found):,} examples, {found.tokens.nbytes / 1e6:.1f} MB of token ids: {seconds:.2f} s "
-        f"({worked:.2f} s of one core), peak {peak / 1e6:.1f} MB ({peak / found.tokens.nbytes:.2f} × the ids; {held / 1e6:.1f} MB stay)"
+        f"{len(found):,} examples, {ids / 1e6:.1f} MB of token ids: {seconds:.2f} s ({worked:.2f} s of one core), "
+        f"peak {peak / 1e6:.1f} MB ({peak / ids:.2f} × the ids; {held / 1e6:.1f} MB stay)"
     )
 
 

@@ -123,7 +123,8 @@ def check(server: Server, found: Contents, members: Members) -> MembershipChange
         if others.pop("participants_per_round", None):  # a count of those who were there then
             sampled = found.config.participants_per_round, server.settings.config.participants_per_round
         _refuse(found, wrong + list(others.values()))
-        divided = server.evaluator.holds_out_a_share
+        split = server.evaluator.split
+        divided = split is not None and split.moves_with_data
         return MembershipChange(found.round, left, joined, reordered, sampled=sampled, divided=divided)
     people = []
     if left or joined:

@@ -92,7 +92,7 @@ class MembershipChange:
     sampled: tuple[Any, Any] | None
     """`participants_per_round` then and now, where it changed"""
     divided: bool
-    """whether held-out examples are a share of each participant's"""
+    """whether other data change which of the former are held out"""
     told: bool = False
     """whether a record has been given a note of it: what is left are participants who say later what they have"""
 

@@ -61,7 +61,7 @@ class ManualRounds(ABC):
         if not self._runtime.sequential:
             msg = "train() works on participants in this process; with runtime=… use fit()."
             raise ConfigError(msg)
-        if self._server.evaluator.holds_out_a_share:
+        if self._server.evaluator.split is not None:
             msg = (
                 "evaluation as a share sets apart examples of participants=…, and train() brings its own. Pass "
                 "evaluation=examples, one set for all, or both participants= and evaluation= as {name: examples}."

@@ -102,9 +102,9 @@ class Evaluator:
         return self._evaluation is not None or bool(self._with_held_out)
 
     @property
-    def holds_out_a_share(self) -> bool:
-        """Whether held-out examples come out of the participants' own."""
-        return isinstance(self._evaluation, Split)
+    def split(self) -> Split | None:
+        """By what held-out examples are set apart from the participants' own, if so."""
+        return self._evaluation if isinstance(self._evaluation, Split) else None
 
     @property
     def is_shared(self) -> bool:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from members import MORE, NOW, THEN
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from tiny import PAIRS, lora_config
 from torchrun_script import tiny_chain
 
-from llmchain_fed import FederatedAveraging, Participant, train_locally
+from llmchain_fed import FederatedAveraging, Participant, Split, train_locally
 from llmchain_fed.errors import CheckpointError, ConfigError, DataError, TransportError
 from llmchain_fed.federated.checkpoint import files, membership
 from llmchain_fed.federated.client import state as private_state
@@ -629,11 +630,24 @@ def test_patience_counts_on(make_chain, tmp_path):
     assert again.round == 3
 
 
-def test_grown_data_divides_anew_and_says_what_that_means(make_chain, tmp_path):
-    begun(make_chain(), tmp_path, evaluation=0.2)
-    fed = resumed(tmp_path, make_chain(), NOW["grown"])
+def test_the_newest_share_of_grown_data_is_another_and_that_is_said(make_chain, tmp_path):
+    """Of a split by a hash nothing moves: what was trained on before is never held out now."""
+
+    def dated(participants):
+        tables = {n: [{"text": x, "completion": y} for x, y in pairs] for n, pairs in participants.items()}
+        return {n: pd.DataFrame(rows).assign(at=range(len(rows))) for n, rows in tables.items()}
+
+    said = "some of them may have been trained on before"
+    begun(make_chain(), tmp_path / "time", dated(THEN), evaluation=Split(0.2, time="at"))
+    fed = resumed(tmp_path / "time", make_chain(), dated(NOW["grown"]))
     fed.fit(rounds=1)
-    assert "some of them may have been trained on before" in notes(fed)
+    assert said in notes(fed)
+    first = begun(make_chain(), tmp_path / "hash", evaluation=0.4)
+    fed = resumed(tmp_path / "hash", make_chain(), NOW["grown"])
+    fed.fit(rounds=1)
+    assert said not in notes(fed)
+    for name, peer in first._peers.items():
+        assert set(peer.participant.examples) <= set(fed._peers[name].participant.examples)
 
 
 def test_a_state_for_other_data_keeps_all_but_the_place_in_them():
