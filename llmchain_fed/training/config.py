@@ -54,7 +54,7 @@ class TrainingConfig(FrozenConfig):
     """"adamw", "adam", "sgd", a torch.optim class, or an instance whose class and settings are the template"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """how the learning rate goes on after the warm-up: it stays, or falls to 0 in a line or in half a cosine, as
-    transformers' `get_scheduler` has them. `learning_rate` is the largest that is reached"""
+    transformers' get_scheduler has them. `learning_rate` is the largest that is reached"""
     warmup: Annotated[int | float, BeforeValidator(_warmup), Field(ge=0, le=2**53)] = 0
     """over which the learning rate rises from 0: so many steps, or a share such as 0.1 of all steps"""
     lr_schedule_over: Literal["federation", "round"] = "federation"

@@ -24,7 +24,7 @@ class Schedule:
 
     With `w` steps of warm-up of `total`, the share at step `t` (from 0) is t / w before step w; from then on it is 1
     ("constant"), (total − t) / (total − w) ("linear"), or (1 + cos(π · (t − w) / (total − w))) / 2 ("cosine",
-    arXiv 1608.03983 without restarts). They are the values of transformers' `get_scheduler`; it never exceeds 1.
+    arXiv 1608.03983 without restarts). They are the values of transformers' get_scheduler; it never exceeds 1.
 
     >>> schedule = Schedule("linear", total=6, warmup=2)
     >>> [schedule.share(step) for step in range(6)]
