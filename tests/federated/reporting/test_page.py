@@ -11,12 +11,14 @@ import time
 from dataclasses import asdict
 from html.parser import HTMLParser
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 
 from llmchain_fed import History
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord, Sample
+from llmchain_fed.federated.reporting.page_rounds import held_out_picture
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "base", "path", "rect", "circle"}
 EVIL = '</title><script>alert(1)</script><img src=x onerror="a()">\u202e\x1b[2J\n7  3 of 3'
@@ -471,3 +473,14 @@ def test_fifty_participants_and_two_hundred_rounds_stay_small_and_quick(tmp_path
     page = Page(path)
     assert page.tags.count("title") == 1 + 4 * 50, "a thin line says its name where it is pointed at"
     assert page.within("verdict") == ["▼ better"] * 51
+
+
+def test_a_chart_can_be_a_file_of_its_own(tmp_path):
+    drawn = held_out_picture(made(THREE), 'two & <b> "one"')
+    assert drawn == held_out_picture(made(THREE), 'two & <b> "one"')
+    found = ElementTree.fromstring(drawn)  # well-formed, with its namespace
+    texts = ["".join(each.itertext()) for each in found.iter("{http://www.w3.org/2000/svg}text")]
+    assert 'two & <b> "one"' in texts
+    assert {"django 2.000", "wagtail 2.995", "plone 2.400", "start"} <= set(texts)
+    assert "--ink:" in drawn, "its colours come along"
+    assert len(drawn) < 20_000
