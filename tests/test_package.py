@@ -322,7 +322,18 @@ def documented(tree):
 
 
 FOREIGN = {"datasets", "Dataset", "np", "array", "control_flow", "enable_thinking", "optional_import", "with_config"}
-FOREIGN |= {"with_fallbacks", "with_retry", "batchsize", "python", "logdir", "sync", "db", "ARGUMENTS", "xE2"}
+FOREIGN |= {
+    "get_scheduler",
+    "with_fallbacks",
+    "with_retry",
+    "batchsize",
+    "python",
+    "logdir",
+    "sync",
+    "db",
+    "ARGUMENTS",
+    "xE2",
+}
 
 
 def has(classes, kind, member):

@@ -48,6 +48,9 @@ class LocalLanguageModel(Classifies, Previews, BaseModel):
     answer_options: ClassVar[frozenset[str]] = frozenset()
     """call-time keywords that decide what an answer may be: a schema, tools"""
 
+    own_defaults: ClassVar[dict[str, dict[str, Any]]] = {}
+    """name of a model → options that `from_pretrained` gives a face over it unless told otherwise"""
+
     model: LocalModel = Field(exclude=True, repr=False)
     """what answers; shared, never copied"""
     max_new_tokens: int = 256
@@ -112,10 +115,9 @@ class LocalLanguageModel(Classifies, Previews, BaseModel):
         """The short way: `LocalModel.from_pretrained`, which says what each of these is, and this face over it.
 
         Raises:
-            ConfigError: An unknown option.
-            MissingExtraError, UnsupportedModelError: See there.
+            ConfigError: An unknown option; other errors: see there.
         """
-        cls.check_options(options, loads=True)  # before minutes go into loading
+        options = cls.own_defaults.get(str(name_or_path), {}) | cls.check_options(options, loads=True)  # before loading
         how: dict[str, Any] = {"dtype": dtype, "device": device, "revision": revision}
         how |= {"lora": lora, "quantization_config": quantization_config}
         return cls(model=LocalModel.from_pretrained(name_or_path, **how), **options)

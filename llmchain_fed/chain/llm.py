@@ -23,8 +23,10 @@ from llmchain_fed.data.dialogues import Dialogue
 from llmchain_fed.data.prompt import Call
 from llmchain_fed.errors import DataError
 from llmchain_fed.model.control_tokens import Rendered
+from llmchain_fed.model.folder.load_options import EMBEDDED, HUB_ID
 from llmchain_fed.model.generation.answers import Completion, GenerationOptions
 
+_PLAIN_TEXT = 64  # tokens of an answer that nothing else may end
 _OF_THE_RUN = frozenset({"tags", "metadata", "run_name", "run_id"})  # LangChain's keywords, not the model's
 
 
@@ -33,6 +35,10 @@ class LocalLLM(LocalLanguageModel, BaseLLM):
 
     `batch` is one real batch, `stop` means the same in invoke, batch and stream, the prompt is never echoed, and every
     call-time keyword reaches the model or raises `ConfigError`.
+
+    Plain text is answered until the model ends it. The embedded model, which was taught to end its turns in a chat,
+    seldom ends plain text before it is trained on some: `from_pretrained` gives it `max_new_tokens=64` unless told
+    otherwise. `LocalChatModel` renders its chat template, and so has its ends.
 
     Args:
         model: The `LocalModel`.
@@ -45,6 +51,9 @@ class LocalLLM(LocalLanguageModel, BaseLLM):
     """what becomes of control tokens that a chain's variables spell: "text" encodes them as the text they are, so that
     no value can end or open anything; "template" takes them for the template's own"""
     path_fields: ClassVar[frozenset[str]] = frozenset({"control_tokens"})
+    own_defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        name: {"max_new_tokens": _PLAIN_TEXT} for name in (EMBEDDED, HUB_ID)
+    }
 
     @property
     def adds_special_tokens(self) -> bool:

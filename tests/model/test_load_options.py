@@ -203,3 +203,13 @@ def test_advice_to_install_names_what_there_is_on_an_index():
     assert (
         install("mlflow", "mlflow") == "pip install mlflow; in a checkout of this project: pip install -e '.[mlflow]'"
     )
+
+
+def test_plain_text_over_the_embedded_model_ends_after_64_tokens_unless_told_otherwise(monkeypatch, make_model):
+    monkeypatch.setattr(LocalModel, "from_pretrained", lambda *_, **__: make_model())
+    for name in (EMBEDDED, HUB_ID):
+        assert LocalLLM.from_pretrained(name).max_new_tokens == 64
+        assert LocalLLM.from_pretrained(name, max_new_tokens=300).max_new_tokens == 300
+        assert LocalLLM.from_pretrained(name, max_tokens=300).max_new_tokens == 300
+        assert LocalChatModel.from_pretrained(name).max_new_tokens == 256  # its template's end token ends it
+    assert LocalLLM.from_pretrained("org/model").max_new_tokens == 256

@@ -40,7 +40,7 @@ class Screen(Callback):
         self._reports: dict[str, str] = {}
         self._asked: tuple[str, ...] = ()
         self._shares: dict[str, float] = {}
-        self._round, self._drawn, self._step = 0, 0.0, ""
+        self._round, self._drawn, self._step = 0, 0.0, ("", "")
         attendance.follow(self._refresh)
 
     def on_fit_begin(self, run: RunInfo) -> None:
@@ -76,7 +76,7 @@ class Screen(Callback):
     def on_round_end(self, record: RoundRecord, history: History) -> None:  # noqa: ARG002
         """The round's line."""
         self._say(record.line(max(self._total, record.round)))
-        self._asked, self._step = (), ""
+        self._asked, self._step = (), ("", "")
         if self._bar is not None:
             with suppress(OSError):
                 self._bar.n = record.round  # it stood within the round
@@ -104,7 +104,7 @@ class Screen(Callback):
         now = time.monotonic()
         if self._bar is None or now - self._drawn < _SELDOM:
             return
-        self._drawn, self._step = now, f"step {done} of {of}" if of else f"step {done}"
+        self._drawn, self._step = now, (name, f", step {done} of {of}" if of else f", step {done}")
         if self._asked:
             self._bar.n = round(self._round - 1 + sum(self._shares.values()) / len(self._asked), 2)
         self._refresh()
@@ -121,7 +121,8 @@ class Screen(Callback):
             return
         waiting = self._attendance.waiting_for
         doing = lines.DOING.get(next(iter(waiting.values()), ""), "")
-        step = f", {self._step}" if self._step and doing == lines.DOING["train"] else ""
+        name, step = self._step
+        step = step if waiting.get(name) == "train" else ""
         with suppress(OSError):
             text = one_line(f"{doing}: {', '.join(waiting)}", _POSTFIX - len(step)) + step if waiting else ""
             self._bar.set_postfix_str(text)
