@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from llmchain_fed.data.dialogues import Dialogue, dialogue_in
-from llmchain_fed.data.missing import filled, is_empty, is_missing
+from llmchain_fed.data.missing import completion_in, filled, is_empty, is_missing
 from llmchain_fed.data.prompt import Call, Converses, Prompt, plain_text
 from llmchain_fed.data.readers import numbered
 from llmchain_fed.data.variables import check_inputs, is_unicode
@@ -41,8 +41,7 @@ class Example:
     completion: Any
 
     def __post_init__(self) -> None:
-        if not isinstance(self.completion, str) and is_missing(self.completion):  # as everywhere: counted as empty
-            object.__setattr__(self, "completion", "")
+        object.__setattr__(self, "completion", completion_in(self.completion))  # as everywhere: counted as empty
         refused = isinstance(self.completion, (int, float, complex, bytes, bytearray, type))
         if refused or (hasattr(self.completion, "__array__") and not isinstance(self.completion, str)):
             plain_text(self.completion)

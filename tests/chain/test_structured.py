@@ -24,7 +24,7 @@ from llmchain_fed import FederatedAveraging, LLMChain, LocalChatModel, LocalMode
 from llmchain_fed.chain.finding import find_prompt
 from llmchain_fed.chain.structured import json_schema_of
 from llmchain_fed.data.encoding import encode_examples
-from llmchain_fed.data.examples import read_examples
+from llmchain_fed.data.examples import Example, read_examples, wanted_text
 from llmchain_fed.errors import ConfigError, ContractError, RecipeError, SchemaError
 from llmchain_fed.federated.target import Target, check_contract
 from llmchain_fed.model.generation.json_schema import shape_of
@@ -314,3 +314,31 @@ def test_examples_of_objects_are_no_empty_ones(chat):
     prompt = find_prompt(chat.with_structured_output(Finding))
     assert [example.empty for example in read_examples(EXAMPLES, prompt)] == [False] * 4
     assert encode_examples(EXAMPLES, chat.model, prompt).report.used == 4
+
+
+NULLS = {"title": "t", "type": "object", "required": ["a", "b"], "properties": {
+    "a": {"type": ["string", "null"]}, "b": {"type": "array", "items": {"type": ["integer", "null"]}}}}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["pair", "list", "row", "example", "text"])
+def test_null_within_an_object_is_null_in_every_form_of_a_row(chat, form):
+    """In a row null is a text that is missing; within the object that is the answer it is a value of its own."""
+    data = {"a": None, "b": [1, None]}
+    row = {
+        "pair": ("page", data),
+        "list": ["page", data],
+        "row": {"prompt": "page", "completion": data},
+        "example": Example("page", data),
+        "text": ("page", json.dumps(data)),
+    }[form]
+    prompt = find_prompt(chat.with_structured_output(NULLS))
+    (example,) = read_examples([row], prompt)
+    assert not example.empty
+    assert wanted_text(example, prompt) == '{"a": null, "b": [1, null]}'
+    assert encode_examples([row], chat.model, prompt).report.used == 1
+
+
+def test_a_number_that_is_missing_within_an_object_is_no_completion(chat):
+    prompt = find_prompt(chat.with_structured_output(NULLS))
+    for row in (("page", {"a": "x", "b": [float("nan")]}), {"prompt": "page", "completion": {"a": float("nan")}}):
+        assert encode_examples([row], chat.model, prompt).report.empty == 1
