@@ -89,9 +89,9 @@ _MOST_POWER = 289  # of ten: behind a whole part of 18 digits the number is stil
 def _from(
     low: Decimal,
     high: Decimal | None,
-    low_open: bool,
-    high_open: bool,
-    whole: bool,
+    low_open: bool,  # noqa: FBT001
+    high_open: bool,  # noqa: FBT001
+    whole: bool,  # noqa: FBT001
     *,
     exponent: bool = True,
 ) -> list[Node]:
