@@ -189,6 +189,7 @@ def read_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
         found = [convert_to_openai_tool(tool) for tool in tools]
         if strange := next((tool for tool in found if not isinstance(tool.get("function"), Mapping)), None):
             raise ValueError(f"{shown(repr(strange), 120)} is a tool of a provider's own")  # noqa: EM102
+        json.dumps(found)  # what is nested too deep, or no JSON, fails here
         return [{**tool, "function": _checked_function(tool["function"])} for tool in found]
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, NameError) as error:
         msg = f"`tools` has something that is no tool ({error!s:.200}). Write the JSON schema of a function."

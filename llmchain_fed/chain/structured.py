@@ -72,7 +72,9 @@ class StructuredAnswers(CallsTools):
         schema = _out_of_openais_form(schema)
         model = schema if isinstance(schema, type) and is_basemodel_subclass(schema) else None
         parser: Runnable[Any, Any]
-        about: dict[str, Any] = {"kwargs": {"method": method}, "schema": schema}
+        # for traces LangChain makes a JSON schema of it, and does not know `NotRequired` below Python 3.12
+        shown = json_schema_of(schema) if is_typeddict(schema) else schema
+        about: dict[str, Any] = {"kwargs": {"method": method}, "schema": shown}
         if method == "function_calling":
             assert schema is not None
             name = convert_to_openai_tool(schema)["function"]["name"]

@@ -192,6 +192,9 @@ def read_examples(source: Examples, prompt: Prompt | None = None) -> Iterator[Ex
                 check_inputs(example.inputs, prompt)
         except DataError as error:
             raise type(error)(f"{place}: {error}") from None  # noqa: EM102
+        except RecursionError:
+            msg = f"{place}: it is nested too deep to be read. Make it flatter."
+            raise DataError(msg) from None
         yield example
 
 

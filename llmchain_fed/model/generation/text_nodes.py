@@ -52,7 +52,7 @@ class StringBody(Node):
     def read(self, text: str, at: int) -> Reading:
         """Reads all that can stand in a string: what ends it, a quote, cannot."""
         end = self._RUN.match(text, at).end()  # type: ignore[union-attr] # it matches nothing, too
-        counted = end - at if "\\" not in text[at:end] else sum(1 for _ in self._ONE.finditer(text, at, end))
+        counted = end - at if "\\" not in text[at:end] else len(self._ONE.findall(text, at, end))
         if self.most is not None and counted > self.most:
             return NOTHING
         missing = max(self.least - counted, 0)
