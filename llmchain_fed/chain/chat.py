@@ -101,6 +101,7 @@ class LocalChatModel(StructuredAnswers, ChatBatch, BaseChatModel):
         """
         call = self._recorded_call if call is None else call
         plan = self.plan(call)
+        self.check_room(plan, call)
         made = self.answer_object(completion, plan)
         if isinstance(made, str):
             return plan.kept(made)

@@ -1,12 +1,14 @@
 """Messages between LangChain's form, that of data sets, and transformers', which chat templates are written for.
 
-Knows these forms, and the calls that a conversation makes. Knows nothing about models, templates or training.
+Knows these forms, the calls of a conversation, and objects as data. Knows nothing about models, templates or training.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from decimal import Decimal
 from typing import Any
 
 from langchain_core.messages import (
@@ -20,11 +22,14 @@ from langchain_core.messages import (
 )
 from langchain_core.prompts import BasePromptTemplate, ChatPromptTemplate, MessagesPlaceholder
 from langchain_core.utils.function_calling import convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_instance
+from pydantic import AliasChoices, BaseModel, RootModel, SecretBytes, SecretStr
+from pydantic.fields import FieldInfo
 
 from llmchain_fed.data.dialogues import Dialogue
 from llmchain_fed.data.messages import calls_of_tools, content_of, id_answered, id_of_call, role_of, thought_in
 from llmchain_fed.data.prompt import Call
-from llmchain_fed.errors import DataError, DialogueError, UnsupportedModelError
+from llmchain_fed.errors import DataError, DialogueError, SchemaError, UnsupportedModelError
 from llmchain_fed.untrusted import shown
 
 _ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "function"}
@@ -46,8 +51,14 @@ def converted(message: BaseMessage, name: str) -> dict[str, Any]:
     if isinstance(message, ToolMessage):
         found["tool_call_id"] = message.tool_call_id
     if isinstance(message, AIMessage):
-        if calls := [*map(_call, message.tool_calls), *map(_call, message.invalid_tool_calls)]:
+        broken = [call for call in message.invalid_tool_calls if call.get("name")]
+        if calls := [*map(_call, message.tool_calls), *map(_call, broken)]:
             found["tool_calls"] = calls
+        # no template writes a call of nothing: what was written stays as the text that it was
+        if said := "".join(str(c.get("args") or "") for c in message.invalid_tool_calls if not c.get("name")):
+            found["content"] = (
+                content + said if isinstance(content, str) else [*content, {"type": "text", "text": said}]
+            )
         kept = message.additional_kwargs.get("reasoning_content")
         if reasoning or isinstance(kept, str):
             found["reasoning_content"] = reasoning or kept
@@ -112,7 +123,7 @@ def read(messages: Sequence[Any], tools: Sequence[Mapping[str, Any]] = ()) -> li
     """
     found: list[BaseMessage] = []
     waiting: list[tuple[str, str]] = []
-    known = {t["function"]["name"]: t["function"].get("parameters", {}).get("properties", {}) for t in tools}
+    known = {t["function"]["name"]: _properties(t["function"].get("parameters")) for t in tools}
     for at, message in enumerate(messages):
         try:
             made = message if isinstance(message, BaseMessage) else _read(message, at, waiting, known)
@@ -123,7 +134,8 @@ def read(messages: Sequence[Any], tools: Sequence[Mapping[str, Any]] = ()) -> li
         if isinstance(made, AIMessage):
             waiting = [(str(call["id"]), str(call["name"])) for call in made.tool_calls]
         elif isinstance(made, ToolMessage):
-            waiting = [call for call in waiting if call[0] != made.tool_call_id]
+            answered = next((call for call in waiting if call[0] == made.tool_call_id), None)
+            waiting = [call for call in waiting if call is not answered]
         found.append(made)
     return found
 
@@ -140,7 +152,10 @@ def _read(message: Any, at: int, waiting: Sequence[tuple[str, str]], known: Mapp
     if role == "tool" and isinstance(message, Mapping):
         name, content = message.get("name"), message.get("content")
         text = content if isinstance(content, (str, list)) else json.dumps(content, ensure_ascii=False)
-        mine = id_answered(message) or next((i for i, called in waiting if name in (None, called)), waiting[0][0])
+        first = waiting[0][0] if waiting else None
+        mine = id_answered(message) or next((i for i, called in waiting if name in (None, called)), first)
+        if mine is None:
+            raise ValueError("it is a tool's result, and no call waits for one")  # noqa: EM101
         return ToolMessage("" if content is None else text, tool_call_id=mine, name=name)
     if isinstance(message, Mapping):
         message = {key: value for key, value in message.items() if value is not None}
@@ -174,10 +189,25 @@ def read_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
         found = [convert_to_openai_tool(tool) for tool in tools]
         if strange := next((tool for tool in found if not isinstance(tool.get("function"), Mapping)), None):
             raise ValueError(f"{shown(repr(strange), 120)} is a tool of a provider's own")  # noqa: EM102
-        return found
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        json.dumps(found)  # what is nested too deep, or no JSON, fails here
+        return [{**tool, "function": _checked_function(tool["function"])} for tool in found]
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, NameError) as error:
         msg = f"`tools` has something that is no tool ({error!s:.200}). Write the JSON schema of a function."
         raise DataError(msg) from None
+
+
+def _checked_function(function: Mapping[str, Any]) -> dict[str, Any]:
+    name, parameters = function.get("name"), function.get("parameters")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{shown(repr(function), 120)} has no name")  # noqa: EM102
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise TypeError(f"the parameters of {shown(name, 60)!r} are {shown(repr(parameters), 60)}, no mapping")  # noqa: EM102
+    return {key: value for key, value in function.items() if key != "parameters" or value is not None}
+
+
+def _properties(parameters: Any) -> Mapping[str, Any]:
+    found = parameters.get("properties") if isinstance(parameters, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 def tools_of(dialogue: Dialogue, bound: Sequence[Any] | None) -> list[dict[str, Any]]:
@@ -220,6 +250,9 @@ def answer_in(completion: Any) -> AIMessage | None:
     (message,) = read([completion]) if role_of(completion) == "assistant" else (None,)
     if not isinstance(message, AIMessage):
         msg = f"a completion is what the assistant says, got a message of {role_of(completion)!r}. Give its answer."
+        raise DialogueError(msg)
+    if any(not call.get("name") for call in message.invalid_tool_calls):
+        msg = "the completion has a broken call that names no tool, which is nothing to learn. Mend it or leave it out."
         raise DialogueError(msg)
     return message
 
@@ -267,3 +300,51 @@ def placeholder(prompt: BasePromptTemplate[Any], given: Mapping[str, Any]) -> st
         "the chat model itself, or pass (inputs, completion) pairs."
     )
     raise DialogueError(msg)
+
+
+# --- objects --------------------------------------------------------------------------------------------------------
+
+
+def as_data(value: Any) -> Any:
+    """An object as JSON data: a Pydantic model's fields, a dataclass's, or the value itself.
+
+    Raises:
+        SchemaError: A secret, which its own class writes as asterisks.
+    """
+    if isinstance(value, BaseMessage):
+        return value
+    if isinstance(value, BaseModel):
+        return _as_read(value, value.model_dump(mode="json", round_trip=True, warnings=False))
+    if is_basemodel_instance(value):  # of Pydantic 1
+        return json.loads(value.json(by_alias=True))
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return value
+
+
+def _as_read(value: Any, dumped: Any) -> Any:
+    """What a Pydantic object was dumped as, by the names by which its class reads it, and decimals as numbers."""
+    if isinstance(value, (SecretStr, SecretBytes)):
+        msg = "a secret is written as asterisks, which would be learnt. Give a dict with the text itself."
+        raise SchemaError(msg)
+    if isinstance(value, RootModel):
+        return _as_read(value.root, dumped)
+    if isinstance(value, BaseModel) and isinstance(dumped, Mapping):
+        fields = type(value).model_fields
+        names = {name: _name_read(name, fields[name]) if name in fields else name for name in dumped}
+        return {names[name]: _as_read(getattr(value, name, part), part) for name, part in dumped.items()}
+    if is_dataclass(value) and isinstance(dumped, Mapping):
+        return {name: _as_read(getattr(value, name, part), part) for name, part in dumped.items()}
+    if isinstance(value, Mapping) and isinstance(dumped, Mapping) and len(value) == len(dumped):
+        pairs = zip(value.values(), dumped.items(), strict=True)
+        return {name: _as_read(inner, part) for inner, (name, part) in pairs}
+    if isinstance(value, (list, tuple, set, frozenset)) and isinstance(dumped, list) and len(value) == len(dumped):
+        return [_as_read(inner, part) for inner, part in zip(value, dumped, strict=True)]
+    return value if isinstance(value, Decimal) and isinstance(dumped, str) else dumped
+
+
+def _name_read(name: str, field: FieldInfo) -> str:
+    alias = field.validation_alias or field.alias or name
+    if isinstance(alias, AliasChoices):
+        alias = next((choice for choice in alias.choices if isinstance(choice, str)), name)
+    return alias if isinstance(alias, str) else name

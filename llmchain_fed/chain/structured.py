@@ -30,6 +30,7 @@ from llmchain_fed.chain.tools import CallsTools
 from llmchain_fed.errors import ConfigError, SchemaError
 from llmchain_fed.model.generation.json_schema import shape_of
 
+_BOUNDS = ("gt", "ge", "lt", "le", "now_op")
 Method = Literal["json_schema", "function_calling", "json_mode"]
 
 
@@ -52,7 +53,8 @@ class StructuredAnswers(CallsTools):
         and senselessly. Completions to train on are the objects themselves.
 
         Args:
-            schema: A Pydantic class (answers are its instances), a TypedDict or a JSON schema (answers are dicts).
+            schema: A Pydantic class (answers are its instances), a TypedDict or a JSON schema (answers are dicts), by
+                itself or as OpenAI's `response_format` has it.
             method: `"json_schema"`: the answer is the object's JSON; `"function_calling"`: it is the call of a tool of
                 the schema's name, which the model is told of; `"json_mode"`: as the first, or any JSON object without a
                 schema.
@@ -67,11 +69,14 @@ class StructuredAnswers(CallsTools):
         if schema is None and method != "json_mode":
             msg = "with_structured_output takes a Pydantic class, a TypedDict or a JSON schema. Pass one."
             raise ConfigError(msg)
+        schema = _out_of_openais_form(schema)
         if is_typeddict(schema):
             schema = json_schema_of(schema)  # LangChain's own way fails for a field that is not required
         model = schema if isinstance(schema, type) and is_basemodel_subclass(schema) else None
         parser: Runnable[Any, Any]
-        about: dict[str, Any] = {"kwargs": {"method": method}, "schema": schema}
+        # for traces LangChain makes a JSON schema of it, and does not know `NotRequired` below Python 3.12
+        shown = json_schema_of(schema) if is_typeddict(schema) else schema
+        about: dict[str, Any] = {"kwargs": {"method": method}, "schema": shown}
         if method == "function_calling":
             assert schema is not None
             name = convert_to_openai_tool(schema)["function"]["name"]
@@ -108,11 +113,113 @@ def _response_format(schema: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": name, "schema": found}}
 
 
+def _out_of_openais_form(schema: Any) -> Any:
+    """The JSON schema within `{"type": "json_schema", "json_schema": …}`; what is none of that as it is.
+
+    Raises:
+        ConfigError: It has that type, and no schema.
+    """
+    if not isinstance(schema, Mapping) or schema.get("type") != "json_schema":
+        return schema
+    inner = schema.get("json_schema")
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("schema"), Mapping):
+        msg = f"a schema of the type 'json_schema' has 'json_schema': {{'name': …, 'schema': …}}, got {schema!r:.120}."
+        raise ConfigError(msg)
+    return {"title": str(inner.get("name") or "answer"), **inner["schema"]}
+
+
 class _Writable(GenerateJsonSchema):
-    """Schemas of what Pydantic reads: of a decimal it takes any text by the schema, and not when it reads it."""
+    """Schemas of what Pydantic reads, which says more when it reads than in its own ones, and sometimes less.
+
+    What it checks and no schema says is refused; times without an offset are among its times, and repeated items among
+    those of a set, of which it drops them.
+    """
+
+    @staticmethod
+    def _check(schema: Any, what: str, *bounds: str) -> None:
+        found = [bound for bound in bounds if schema.get(bound) is not None]
+        if found:
+            msg = (
+                f"a {what} with bounds ({', '.join(found)}) cannot be kept to: no JSON schema says so. Leave them out "
+                "and check the answer behind the model."
+            )
+            raise SchemaError(msg)
+
+    @override
+    def date_schema(self, schema: Any) -> dict[str, Any]:
+        self._check(schema, "date", *_BOUNDS)
+        return super().date_schema(schema)
+
+    @override
+    def time_schema(self, schema: Any) -> dict[str, Any]:
+        self._check(schema, "time", *_BOUNDS)
+        return self._with_local(schema, super().time_schema(schema))
+
+    @override
+    def datetime_schema(self, schema: Any) -> dict[str, Any]:
+        self._check(schema, "datetime", *_BOUNDS)
+        return self._with_local(schema, super().datetime_schema(schema))
+
+    @override
+    def timedelta_schema(self, schema: Any) -> dict[str, Any]:
+        self._check(schema, "timedelta", *_BOUNDS)
+        return super().timedelta_schema(schema)
+
+    def _with_local(self, schema: Any, found: dict[str, Any]) -> dict[str, Any]:
+        """With the form without an offset, where the class reads it; its name is that of OpenAPI's registry."""
+        constraint = schema.get("tz_constraint")
+        if isinstance(constraint, int):
+            self._check({"offset": constraint}, "time", "offset")
+        if constraint == "aware" or found.get("format") not in ("time", "date-time"):
+            return found
+        local = {**found, "format": f"{found['format']}-local"}
+        return local if constraint == "naive" else {"anyOf": [found, local]}
+
+    @override
+    def set_schema(self, schema: Any) -> dict[str, Any]:
+        return self._as_list(schema, super().set_schema(schema))
+
+    @override
+    def frozenset_schema(self, schema: Any) -> dict[str, Any]:
+        return self._as_list(schema, super().frozenset_schema(schema))
+
+    def _as_list(self, schema: Any, found: dict[str, Any]) -> dict[str, Any]:
+        if (schema.get("min_length") or 0) <= 1:
+            found.pop("uniqueItems", None)
+        return found
+
+    @override
+    def dict_schema(self, schema: Any) -> dict[str, Any]:
+        """The keys are said, too: Pydantic's own schema says those of a pattern alone."""
+        found = super().dict_schema(schema)
+        keys = self.generate_inner(schema["keys_schema"]) if "keys_schema" in schema else {}
+        if "pattern" in keys and "patternProperties" in found:
+            found.pop("patternProperties")
+            found["additionalProperties"] = self.generate_inner(schema["values_schema"])
+        kind = keys.get("type")
+        if kind == "integer" and not keys.keys() - {"type", "title"}:
+            found["propertyNames"] = {"pattern": "^(?:0|-?[1-9][0-9]{0,17})$"}
+        elif kind == "string" or "enum" in keys or "const" in keys:
+            bounds = {key: value for key, value in keys.items() if key not in ("title", "type", "default")}
+            found |= {"propertyNames": bounds} if bounds else {}
+        elif keys and keys.keys() - {"title", "$ref"}:
+            self._check({"keys": keys}, "mapping", "keys")
+        return found
+
+    @override
+    def str_schema(self, schema: Any) -> dict[str, Any]:
+        found = super().str_schema(schema)
+        stripped = schema.get("strip_whitespace") or self._config.config_dict.get("str_strip_whitespace")
+        if stripped and found.get("minLength") == 1 and not found.keys() & {"pattern", "maxLength"}:
+            return {**{k: v for k, v in found.items() if k != "minLength"}, "pattern": "[!-~]"}
+        if stripped and found.keys() & {"minLength", "pattern"}:
+            self._check({"strip_whitespace": True}, "text", "strip_whitespace")
+        return found
 
     @override
     def decimal_schema(self, schema: Any) -> dict[str, Any]:
+        """A number: of a decimal as text Pydantic's schema takes any text, and Pydantic does not when it reads it."""
+        self._check(schema, "decimal", "max_digits", "decimal_places")
         return next(
             (form for form in super().decimal_schema(schema).get("anyOf", ()) if form.get("type") == "number"),
             {"type": "number"},
@@ -151,6 +258,8 @@ def _for_pydantic(kind: Any, within: tuple[Any, ...] = ()) -> Any:
         return kind
     if origin is Annotated:
         return Annotated[(made[0], *kind.__metadata__)]
+    if origin in (Required, NotRequired):
+        return origin[made[0]]
     return Union[made] if origin in (Union, UnionType) else origin[made]  # noqa: UP007 (made of what is found)
 
 
@@ -170,7 +279,9 @@ def json_schema_of(schema: Any) -> dict[str, Any]:
             return TypeAdapter(_for_pydantic(schema)).json_schema(schema_generator=_Writable)
         if isinstance(schema, Mapping) and ("parameters" in schema or "function" in schema):
             return dict(convert_to_json_schema(dict(schema)))
-    except (PydanticUserError, ValueError, TypeError, KeyError, NameError) as error:
+    except SchemaError:
+        raise
+    except (PydanticUserError, ValueError, TypeError, KeyError, NameError, AttributeError, RecursionError) as error:
         msg = f"{schema!r:.80} has no JSON schema ({type(error).__name__}: {error!s:.200}). Give fields of plain types."
         raise SchemaError(msg) from None
     if not isinstance(schema, Mapping):

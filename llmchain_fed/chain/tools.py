@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
 from uuid import uuid4
 from weakref import WeakKeyDictionary
@@ -18,16 +17,16 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
-from langchain_core.utils.pydantic import is_basemodel_instance
-from pydantic import BaseModel
 from typing_extensions import override
 
 from llmchain_fed.chain.base_llm import LocalLanguageModel
-from llmchain_fed.chain.messages import answer_in, read_tools
+from llmchain_fed.chain.messages import answer_in, as_data, read_tools
 from llmchain_fed.data.messages import is_message
-from llmchain_fed.errors import ConfigError, SchemaError
+from llmchain_fed.errors import ConfigError, MissingExtraError, SchemaError, UnsupportedModelError
 from llmchain_fed.model import chat_answer, tool_format
 from llmchain_fed.model.answer_plan import AnswerPlan, chosen_tools, response_shape
+from llmchain_fed.model.control_tokens import added_tokens
+from llmchain_fed.model.generation.vocabulary import vocabulary_of
 from llmchain_fed.model.tool_reading import Broken, CallReader, Said, read_calls
 
 _KEYWORDS = frozenset({"tools", "tool_choice", "parallel_tool_calls", "strict", "response_format"})
@@ -91,7 +90,12 @@ class CallsTools(LocalLanguageModel):
         tools = read_tools(kwargs.get("tools") or ())
         own = {name: kwargs.get(name) for name in sorted(_KEYWORDS - {"tools"})}
         template = str(getattr(self.model.tokenizer, "chat_template", None))
-        key = json.dumps([tools, own, sorted(switches.items()), template], default=repr)
+        added = sorted(added_tokens(self.model.tokenizer).items())
+        try:
+            key = json.dumps([tools, own, sorted(switches.items(), key=repr), template, added], default=repr)
+        except (RecursionError, ValueError, TypeError):
+            msg = "tools, their choice or response_format are nested too deep, or no JSON. Give plain schemas."
+            raise SchemaError(msg) from None
         kept = _plans.setdefault(self.model.tokenizer, {})
         if key not in kept:
             if len(kept) > 256:
@@ -157,6 +161,21 @@ class CallsTools(LocalLanguageModel):
             raise ConfigError(msg)
         grammar = plan.grammar
         return found | ({"grammar": grammar} if grammar is not None else {})
+
+    def check_room(self, plan: AnswerPlan, call: Mapping[str, Any]) -> None:
+        """Makes sure that the shortest answer fits into `max_new_tokens`, as every call does.
+
+        Raises:
+            SchemaError: It does not; the message has the number of tokens that it needs.
+        """
+        grammar = plan.grammar
+        if grammar is None or not grammar.node.shortest:
+            return
+        try:
+            vocabulary = vocabulary_of(self.model.tokenizer, self.model.eos_ids, self.model.name)
+        except (MissingExtraError, UnsupportedModelError):  # said by the call that answers; training needs neither
+            return
+        grammar.check_budget(vocabulary, int(_length(call) or self.max_new_tokens))
 
     # --- what training teaches --------------------------------------------------------------------------------------
 
@@ -290,17 +309,9 @@ class MessagePieces:
         return {"content": "", "tool_call_chunks": [chunk]}
 
 
-def as_data(value: Any) -> Any:
-    """An object as JSON data: a Pydantic model's fields, a dataclass's, or the value itself."""
-    if isinstance(value, BaseMessage):
-        return value
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json", by_alias=True)
-    if is_basemodel_instance(value):  # of Pydantic 1
-        return json.loads(value.json(by_alias=True))
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    return value
+def _length(call: Mapping[str, Any]) -> int | None:
+    given = call.get("max_new_tokens") or call.get("max_tokens")
+    return given if isinstance(given, int) else None
 
 
 def thought(reasoning: str) -> dict[str, str]:

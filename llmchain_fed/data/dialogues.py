@@ -151,6 +151,9 @@ def _check_order(dialogue: Dialogue) -> None:
                 where = "stands right behind another" if before else "answers nothing: no message stands before it"
                 _refuse(f"message {at} is an answer that {where}", "Join the two, or give what was said in between")
             waiting = [id_of_call(call) for call in calls_of_tools(message)]
+            named = [call for call in waiting if call is not None]
+            if len(set(named)) < len(named):
+                _refuse(f"message {at} has two calls of one id", "Give each call an id of its own, or none at all")
         elif role == "tool":
             _take(waiting, id_answered(message), at)
         elif waiting and role == "user":

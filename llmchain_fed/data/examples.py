@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from llmchain_fed.data.dialogues import Dialogue, dialogue_in
 from llmchain_fed.data.prompt import Call, Converses, Prompt, plain_text
 from llmchain_fed.data.sources.columns import Fitting, Mapped
-from llmchain_fed.data.sources.missing import filled, is_empty, is_missing
+from llmchain_fed.data.sources.missing import completion_in, filled, is_empty, is_missing
 from llmchain_fed.data.sources.readers import is_table, numbered
 from llmchain_fed.data.variables import check_inputs, is_unicode
 from llmchain_fed.errors import DataError, PromptVariablesError
@@ -43,8 +43,7 @@ class Example:
     completion: Any
 
     def __post_init__(self) -> None:
-        if not isinstance(self.completion, str) and is_missing(self.completion):  # as everywhere: counted as empty
-            object.__setattr__(self, "completion", "")
+        object.__setattr__(self, "completion", completion_in(self.completion))  # as everywhere: counted as empty
         refused = isinstance(self.completion, (int, float, complex, bytes, bytearray, type))
         if refused or (hasattr(self.completion, "__array__") and not isinstance(self.completion, str)):
             plain_text(self.completion)
@@ -248,6 +247,9 @@ def placed_examples(
                 check_inputs(example.inputs, prompt)
         except DataError as error:
             raise type(error)(f"{place}: {fitting.explain(error)}") from None  # noqa: EM102
+        except RecursionError:
+            msg = f"{place}: it is nested too deep to be read. Make it flatter."
+            raise DataError(msg) from None
         yield place, row, example
 
 

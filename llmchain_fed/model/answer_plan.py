@@ -114,7 +114,8 @@ def chosen_tools(given: Any, names: Sequence[str]) -> tuple[Literal["auto", "non
         ConfigError: It names no tool.
     """
     if isinstance(given, Mapping):
-        given = given.get("function", given).get("name")
+        inner = given.get("function", given)
+        given = inner.get("name") or given if isinstance(inner, Mapping) else given
     if given in (None, "auto"):
         return "auto", tuple(names)
     if given in ("none", False):
@@ -144,7 +145,7 @@ def response_shape(given: Any) -> Shape | None:
         return None
     if kind == "json_object":
         return shape_of(_ANY_OBJECT)
-    schema = given.get("json_schema", {}) if kind == "json_schema" else None
+    schema = given.get("json_schema") if kind == "json_schema" else None
     if isinstance(schema, Mapping) and "schema" in schema:
         return shape_of(schema["schema"])
     msg = (

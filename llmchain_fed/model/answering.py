@@ -175,10 +175,16 @@ class Answering(Tokens):
             yield whole.text
             return whole
 
+        made: list[list[int]] = []
+
         def work(streamer: Any, abandoned: Any) -> None:
-            self._generate_ids([row], settings, stops, streamer=streamer, criteria=[abandoned], grammar=grammar)
+            made.extend(
+                self._generate_ids([row], settings, stops, streamer=streamer, criteria=[abandoned], grammar=grammar)
+            )
 
         ids = yield from stream_text(work, self._text, Settling(self.tokenizer, self._text), stops)
+        if made and made[0] == ids[:-1]:  # the end token behind an answer that was cut
+            ids = made[0]
         return self._completion(len(row), ids, stops)
 
     def _text(self, ids: list[int]) -> str:
@@ -245,11 +251,12 @@ class Answering(Tokens):
             settled = Settling(self.tokenizer, self._text)
             stop_on_text = StopOnText(self._decode, settled, stops, skip)
             criteria = [*criteria, stop_on_text]
-        processors = LogitsProcessorList()
+        processors, keeps = LogitsProcessorList(), None
         if grammar is not None:
             known = vocabulary_of(self.tokenizer, self.eos_ids, self.name)
             budget, greedy = settings.max_new_tokens, settings.temperature == 0
-            processors.append(KeepsTo(grammar, known, prompt_width=skip, budget=budget, greedy=greedy))
+            keeps = KeepsTo(grammar, known, prompt_width=skip, budget=budget, greedy=greedy, pad=self.pad_id)
+            processors.append(keeps)
         config = settings.to_transformers(self._shipped, eos=self.eos_ids, pad=self.pad_id, start=skip)
         fields.check_ids(vars(config), input_rows(self.module))
         with (
@@ -271,7 +278,10 @@ class Answering(Tokens):
         if settings.num_beams > 1:  # behind a beam's end stands -1 where the model has no end token
             return [row[: row.index(-1)] if -1 in row else row for row in new]
         # a row that ended goes on with the others' where the model has no end token
-        ends = stop_on_text.lengths if stop_on_text else {}
+        ends = dict(stop_on_text.lengths) if stop_on_text else {}
+        for i, cut in enumerate(keeps.cut() if keeps is not None else ()):
+            if cut and i not in ends:  # its end token is none that the model chose
+                ends[i] = len(self._until_end(new[i]))
         return [row[: ends.get(i)] for i, row in enumerate(new)]
 
     def _completion(self, prompt_tokens: int, ids: list[int], stops: Sequence[str]) -> Completion:

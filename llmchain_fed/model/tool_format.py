@@ -19,6 +19,7 @@ from llmchain_fed.model.chat_template import Message, applied, takes_tools, temp
 from llmchain_fed.model.control_tokens import added_tokens
 from llmchain_fed.model.generation.json_schema import shape_of
 from llmchain_fed.model.generation.json_shapes import Shape, Style
+from llmchain_fed.model.generation.json_shapes import told as told_of
 from llmchain_fed.model.generation.lark import lark
 from llmchain_fed.model.generation.nodes import Choice, Control, Fixed, Node, Repeat, Series
 from llmchain_fed.model.generation.text_nodes import Text
@@ -94,7 +95,7 @@ def tool_format(tokenizer: Any, given: Mapping[str, Any], *, controls: frozenset
         UnsupportedModelError: The tokenizer has no chat template.
     """
     template = template_of(tokenizer, name)
-    key = template, repr(sorted(given.items()))
+    key = template, repr((sorted(given.items(), key=repr), sorted(controls)))
     kept = _known.setdefault(tokenizer, {})
     if key not in kept:
         opened = opens_reasoning(tokenizer, given, name=name)
@@ -215,11 +216,15 @@ def shapes_of(tools: Sequence[Message], style: Style) -> dict[str, Shape]:
     found: dict[str, Shape] = {}
     for tool in tools:
         function = tool.get("function", tool)
-        name = function.get("name")
+        name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str) or not name:
-            msg = f"a tool has no name: {tool!r:.120}. Name it."
+            msg = f"a tool has no name: {told_of(tool)}. Name it."
             raise SchemaError(msg)
-        parameters = dict(function.get("parameters") or {"type": "object", "properties": {}})
+        given = function.get("parameters") or {"type": "object", "properties": {}}
+        if not isinstance(given, Mapping):
+            msg = f"the parameters of the tool {name!r:.80} are {told_of(given)}, and a JSON schema is a mapping."
+            raise SchemaError(msg)
+        parameters = dict(given)
         if not parameters.get("properties") and "additionalProperties" not in parameters:
             parameters["additionalProperties"] = False
         try:

@@ -6,9 +6,11 @@ Belongs here: chains and faces. Does not: how tokens keep to a grammar (model/te
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import typing
 from decimal import Decimal
+from ipaddress import IPv6Address
 from typing import Annotated, Literal
 
 import pytest
@@ -16,7 +18,17 @@ from langchain_core.messages import AIMessage
 from langchain_core.output_parsers import JsonOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda
-from pydantic import BaseModel, Field
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    Field,
+    HttpUrl,
+    PastDate,
+    SecretStr,
+    StringConstraints,
+    computed_field,
+    create_model,
+)
 from tiny import tiny_module, train_tokenizer
 from typing_extensions import TypedDict
 
@@ -24,7 +36,7 @@ from llmchain_fed import FederatedAveraging, LLMChain, LocalChatModel, LocalMode
 from llmchain_fed.chain.finding import find_prompt
 from llmchain_fed.chain.structured import json_schema_of
 from llmchain_fed.data.encoding import encode_examples
-from llmchain_fed.data.examples import read_examples
+from llmchain_fed.data.examples import Example, read_examples, wanted_text
 from llmchain_fed.errors import ConfigError, ContractError, RecipeError, SchemaError
 from llmchain_fed.federated.target import Target, check_contract
 from llmchain_fed.model.generation.json_schema import shape_of
@@ -314,3 +326,124 @@ def test_examples_of_objects_are_no_empty_ones(chat):
     prompt = find_prompt(chat.with_structured_output(Finding))
     assert [example.empty for example in read_examples(EXAMPLES, prompt)] == [False] * 4
     assert encode_examples(EXAMPLES, chat.model, prompt).report.used == 4
+
+
+NULLS = {"title": "t", "type": "object", "required": ["a", "b"], "properties": {
+    "a": {"type": ["string", "null"]}, "b": {"type": "array", "items": {"type": ["integer", "null"]}}}}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["pair", "list", "row", "example", "text"])
+def test_null_within_an_object_is_null_in_every_form_of_a_row(chat, form):
+    """In a row null is a text that is missing; within the object that is the answer it is a value of its own."""
+    data = {"a": None, "b": [1, None]}
+    row = {
+        "pair": ("page", data),
+        "list": ["page", data],
+        "row": {"prompt": "page", "completion": data},
+        "example": Example("page", data),
+        "text": ("page", json.dumps(data)),
+    }[form]
+    prompt = find_prompt(chat.with_structured_output(NULLS))
+    (example,) = read_examples([row], prompt)
+    assert not example.empty
+    assert wanted_text(example, prompt) == '{"a": null, "b": [1, null]}'
+    assert encode_examples([row], chat.model, prompt).report.used == 1
+
+
+def test_a_number_that_is_missing_within_an_object_is_no_completion(chat):
+    prompt = find_prompt(chat.with_structured_output(NULLS))
+    for row in (("page", {"a": "x", "b": [float("nan")]}), {"prompt": "page", "completion": {"a": float("nan")}}):
+        assert encode_examples([row], chat.model, prompt).report.empty == 1
+
+
+# --- objects and what reads them -------------------------------------------------------------------------------------
+
+
+class Priced(BaseModel):
+    price: Decimal = Decimal("1.25")
+
+    @computed_field
+    def double(self) -> float:
+        return float(self.price) * 2
+
+
+def holding(kind):
+    return create_model("Holding", held=(kind, Field(validation_alias="weight", serialization_alias="mass")))
+
+
+READ = {
+    "computed fields": (Priced, Priced()),
+    "nested computed fields": (list[Priced], [Priced(price=Decimal(3))]),
+    "a decimal": (Decimal, Decimal("2.50")),
+    "a time without an offset": (datetime.datetime, datetime.datetime(2024, 1, 31, 10)),
+    "a time with one": (datetime.datetime, datetime.datetime(2024, 1, 31, 10, tzinfo=datetime.UTC)),
+    "a time of day": (datetime.time, datetime.time(10, 30)),
+    "an aware time": (AwareDatetime, datetime.datetime(2024, 1, 31, 10, tzinfo=datetime.UTC)),
+    "a leap day": (datetime.date, datetime.date(2024, 2, 29)),
+    "a duration": (datetime.timedelta, datetime.timedelta(days=2, seconds=61, microseconds=30)),
+    "numbers as keys": (dict[int, str], {1: "a", -5: "b"}),
+    "days as keys": (dict[datetime.date, int], {datetime.date(2024, 1, 31): 1}),
+    "a set": (set[int], {1, 2}),
+    "a pattern and a length": (Annotated[str, Field(pattern="^[a-z]*$", max_length=5)], "abc"),
+    "stripped text": (Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)], "a b"),
+    "an address": (IPv6Address, IPv6Address("::1")),
+    "a page": (HttpUrl, HttpUrl("https://example.org/a?b=c")),
+    "tagged options": (Annotated[Finding | Priced | None, Field()], Finding(organ="a", grade="minor")),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_pydantic_reads_is_taught_as_what_it_reads_again(chat, name):
+    kind, value = READ[name]
+    model = holding(kind)
+    wanted = model(weight=value)
+    prompt = find_prompt(chat.with_structured_output(model))
+    (call,) = prompt.calls("page", wanted)
+    assert model.model_validate_json(call.completion) == wanted
+    shape = shape_of(json_schema_of(model))
+    assert shape.node.whole(call.completion)
+    model.model_validate_json(shape.node.shortest)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (PastDate, "a date with bounds"),
+        (dict[float, int], "keys"),
+        (Annotated[set[int], Field(min_length=2)], "uniqueItems"),
+        (Annotated[Decimal, Field(decimal_places=2)], "decimal_places"),
+        (Annotated[datetime.date, Field(gt=datetime.date(2024, 1, 1))], "a date with bounds"),
+    ],
+)
+def test_what_pydantic_checks_and_no_schema_says_is_refused(chat, kind, said):
+    with pytest.raises(SchemaError, match=said):
+        chat.with_structured_output(holding(kind))
+
+
+def test_a_secret_is_not_learnt_as_asterisks(chat):
+    model = holding(SecretStr)
+    runnable = chat.with_structured_output(model)
+    with pytest.raises(SchemaError, match="asterisks"):
+        learnt(runnable, ("page", model(weight="abc")))
+    assert learnt(runnable, ("page", {"weight": "abc"}))[1] == '{"weight": "abc"}'
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_openais_form_of_a_schema_is_that_schema(chat, method):
+    inner = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    form = {"type": "json_schema", "json_schema": {"name": "count", "schema": inner, "strict": True}}
+    assert chat.with_structured_output(form, method=method).invoke("page").keys() == {"n"}
+    with pytest.raises(ConfigError, match="json_schema"):
+        chat.with_structured_output({"type": "json_schema", "json_schema": {"name": "a"}})
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_training_needs_the_room_that_an_answer_needs(chat, bound):
+    """As `invoke` does: with the number of tokens, before a step is taken."""
+    rows = {"a": EXAMPLES}
+    if bound:
+        runnable = chat.with_structured_output(Finding, max_new_tokens=12)
+    else:
+        runnable = chat.model_copy(update={"max_new_tokens": 12}).with_structured_output(Finding)
+    with pytest.raises(SchemaError, match=r"takes (\d+) tokens .* room for 12. Set max_new_tokens=\1"):
+        FederatedAveraging(runnable, participants=rows, lr=1e-3, progress=False).fit(rounds=1)

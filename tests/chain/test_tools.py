@@ -5,11 +5,15 @@ Belongs here: the chat face. Does not: how calls are written (model/test_tool_fo
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from typing import Literal
 
 import pytest
 import torch
 from chat_templates import HYBRID, OPENS, THINKS, TOOLS, TRIMS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from langchain.agents import create_agent
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import JsonOutputToolsParser
@@ -30,9 +34,11 @@ from llmchain_fed import (
 )
 from llmchain_fed.chain.bare import shared_keywords
 from llmchain_fed.chain.finding import find_prompt
+from llmchain_fed.chain.messages import read
 from llmchain_fed.chain.recording import recording
 from llmchain_fed.data.encoding import encode_examples
-from llmchain_fed.errors import ConfigError, DataError, SchemaError
+from llmchain_fed.data.examples import read_examples, wanted_text
+from llmchain_fed.errors import ConfigError, DataError, DialogueError, LLMChainFedError, SchemaError
 from llmchain_fed.model.generation.answers import Completion
 from llmchain_fed.model.scoring import answer_scores
 from llmchain_fed.model.tool_format import OURS
@@ -376,3 +382,113 @@ def test_an_agent_learns_in_a_federation_to_call_its_tools():
     assert (result.content, answer.content) == ("3", "three")
     assert agent.invoke(asking("sing"))["messages"][2].content == "LA"
     assert agent.invoke(asking("hi"))["messages"][-1].content == "Hello."
+
+
+# --- what is no tool ------------------------------------------------------------------------------------------------
+
+SCHEMA = {"type": "object", "properties": {"q": {"type": "string"}, "k": {"type": "integer"}}, "required": ["q"]}
+
+
+def function(**fields):
+    return {"type": "function", "function": {"name": "f", "description": "d", "parameters": SCHEMA, **fields}}
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [function(name=None)], [function(name="")], [function(name=3)], [function(parameters=[1])],
+        [{"type": "function", "function": {"description": "d"}}],
+        [function(parameters={"type": "object", "properties": 3})],
+        [{"type": "function", "function": "f"}], [{"type": "function"}], [None], [[]], [function(parameters={"a": 1})],
+        [function(parameters=functools.reduce(lambda s, _: {"type": "array", "items": s}, range(5000), {}))],
+    ],
+)  # fmt: skip
+def test_what_is_no_tool_is_refused_as_such_bound_or_in_a_row(tools):
+    chat = make_chat(TRIMS)
+    with pytest.raises((DataError, SchemaError)):
+        chat.bind_tools(tools)
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    with contextlib.suppress(LLMChainFedError):
+        encode_examples([{"messages": talk, "tools": tools}], chat.model, find_prompt(chat))
+    with contextlib.suppress(LLMChainFedError):
+        chat.render("hi", tools=tools)
+
+
+def test_a_tool_without_parameters_may_say_so_by_null():
+    chat = make_chat(TRIMS)
+    message = chat.bind_tools([function(parameters=None)], tool_choice="any", parallel_tool_calls=False).invoke("hi")
+    assert [call["args"] for call in message.tool_calls] == [{}]
+
+
+@pytest.mark.parametrize("choice", [{"function": "f"}, {"function": {}}, {}, ["f"], 3, {"function": {"name": ["f"]}}])
+def test_a_choice_that_names_no_tool_is_refused(choice):
+    with pytest.raises(ConfigError, match="tool_choice is"):
+        make_chat(TRIMS).bind_tools([function()], tool_choice=choice)
+
+
+def test_null_arguments_of_a_table_are_those_that_a_call_does_not_have(chat):
+    call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"q": "x", "k": None}}}
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    row = {"messages": talk, "tools": [function()]}
+    (example,) = read_examples([row], find_prompt(chat))
+    assert '{"q": "x"}' in wanted_text(example, find_prompt(chat))
+
+
+def test_two_calls_of_one_id_are_refused():
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"q": "x"}'}}
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": [call, call]},
+            {"role": "tool", "tool_call_id": "1", "content": "a"}, {"role": "tool", "content": "b"},
+            {"role": "assistant", "content": "done"}]  # fmt: skip
+    chat = make_chat(TRIMS)
+    with pytest.raises(DialogueError, match="two calls of one id"):
+        encode_examples([{"messages": talk}], chat.model, find_prompt(chat))
+    with pytest.raises(DialogueError, match="no call waits"):
+        read(talk[2:4])
+
+
+def test_a_broken_call_without_a_name_is_what_was_written():
+    broken = {"name": None, "args": "<tool_call>x", "id": "1", "error": None, "type": "invalid_tool_call"}
+    chat = make_chat(TRIMS)
+    message = AIMessage("So: ", invalid_tool_calls=[broken])
+    assert "None" not in (text := chat.render([HumanMessage("a"), message, HumanMessage("b")]))
+    assert "So: <tool_call>x" in text
+    with pytest.raises(DialogueError, match="names no tool"):
+        encode_examples([("a", message)], chat.model, find_prompt(chat))
+
+
+def test_tokens_that_are_added_later_are_those_of_calls():
+    chat = make_chat(TRIMS)
+    kwargs = chat.bind_tools(TWO, tool_choice="any").kwargs
+    assert chat.plan(kwargs).control_ids == {}
+    chat.model.tokenizer.add_tokens(["<tool_call>", "</tool_call>"], special_tokens=True)
+    chat.model.module.resize_token_embeddings(len(chat.model.tokenizer))
+    assert chat.plan(kwargs).control_ids.keys() == {"<tool_call>", "</tool_call>"}
+    assert chat.bind(**kwargs).invoke("hi").tool_calls
+
+
+def test_text_that_the_budget_cuts_says_so_with_tools_bound_too(chat):
+    message = chat.bind_tools(TWO).invoke("hi", max_new_tokens=14)
+    assert not message.tool_calls
+    assert message.response_metadata["finish_reason"] == "length"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda part: (
+        st.lists(part, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "function", "name", "parameters", "properties", "a"]), part, max_size=4
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=3000, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(st.lists(JSON | st.builds(lambda p: function(parameters=p), JSON), max_size=2), JSON)
+def test_whatever_is_given_as_tools_is_taken_or_refused_as_such(tools, choice):
+    with contextlib.suppress(LLMChainFedError):
+        _FUZZED.bind_tools(tools, tool_choice=choice)
+
+
+_FUZZED = make_chat(TRIMS)

@@ -6,6 +6,8 @@ chain/test_tools). The oracle of a whole answer is Pydantic, that of its end the
 
 from __future__ import annotations
 
+import json
+import time
 from typing import Literal
 
 import pytest
@@ -19,6 +21,7 @@ from llmchain_fed.errors import ConfigError, MissingExtraError, SchemaError, Uns
 from llmchain_fed.model.generation import vocabulary
 from llmchain_fed.model.generation.grammar import Grammar, _characters
 from llmchain_fed.model.generation.json_schema import shape_of
+from llmchain_fed.model.generation.text_nodes import Text
 
 
 class Inner(BaseModel):
@@ -149,3 +152,46 @@ def test_half_a_character_is_finished(character):
         text, more = _characters(b"a" + whole[:cut])
         assert text.encode() == b"a" + whole[:cut] + more
         assert len(text) == 2
+
+
+# --- how an answer ended --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", ["7", '"n', "e", "a"])
+def test_a_row_that_a_stop_string_ended_does_not_disturb_the_others(model, stop):
+    """`generate` fills a row up with padding beside longer ones, which no grammar has a place for."""
+    options = {"max_new_tokens": 60, "grammar": GRAMMAR, "stop": [stop]}
+    prompts = [*PROMPTS, "file", "user"]
+    assert model.tokenizer.pad_token_id not in model.eos_ids
+    together = model.generate(prompts, **options)
+    assert together == [model.generate([p], **options)[0] for p in prompts]
+    model.generate(prompts, temperature=1.5, seed=3, **options)
+
+
+def test_text_that_the_budget_cuts_ends_for_its_length_and_what_is_whole_does_not(model):
+    """As without a grammar; where the shortest end of an object had to be written it is whole, and says so."""
+    text = Grammar(Text("<call>"), "text")
+    for prompt in PROMPTS:
+        for budget in (1, 3, 8):
+            (plain,) = model.complete([prompt], max_new_tokens=budget)
+            (kept,) = model.complete([prompt], max_new_tokens=budget, grammar=text)
+            stream = model.stream(prompt, max_new_tokens=budget, grammar=text)
+            try:
+                while True:
+                    next(stream)
+            except StopIteration as end:
+                streamed = end.value
+            assert streamed == kept
+            assert kept.finish_reason == plain.finish_reason == "length"
+            assert plain.text.startswith(kept.text)
+    (whole,) = model.complete(PROMPTS[:1], max_new_tokens=needed(model), grammar=GRAMMAR)
+    assert whole.finish_reason == "stop"
+
+
+def test_a_long_string_takes_a_time_that_grows_with_its_length(model):
+    begun = time.process_time()
+    grammar = Grammar(shape_of({"type": "string", "minLength": 300}).node, "long")
+    model.module.config.max_position_embeddings = 1024
+    (done,) = model.complete(["page"], max_new_tokens=340, temperature=1.0, seed=1, grammar=grammar)
+    assert len(json.loads(done.text)) >= 300
+    assert time.process_time() - begun < 6

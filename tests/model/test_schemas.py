@@ -22,8 +22,9 @@ from tiny import train_tokenizer
 from llmchain_fed.errors import SchemaError
 from llmchain_fed.model.generation.json_schema import shape_of
 from llmchain_fed.model.generation.lark import lark
-from llmchain_fed.model.generation.nodes import Chars, Choice, Repeat, Series
-from llmchain_fed.model.generation.patterns import DIGIT, FORMATS, expression, number
+from llmchain_fed.model.generation.nodes import DIGIT, Chars, Choice, Repeat, Series
+from llmchain_fed.model.generation.numbers import number
+from llmchain_fed.model.generation.patterns import FORMATS, expression
 from llmchain_fed.model.generation.text_nodes import Leaf, StringBody, Text
 from llmchain_fed.model.generation.vocabulary import vocabulary_of
 

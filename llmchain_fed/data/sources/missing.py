@@ -125,7 +125,8 @@ def filled(item: Any) -> Any:
     if isinstance(item, Mapping):
         return _filled(item)
     if isinstance(item, (tuple, list)) and len(item) == 2:
-        return tuple(_filled(part) if isinstance(part, Mapping) else _text_for(part) for part in item)
+        inputs, completion = item
+        return (_filled(inputs) if isinstance(inputs, Mapping) else _text_for(inputs)), completion_in(completion)
     inputs = getattr(item, "inputs", None)
     if isinstance(inputs, Mapping) and (found := _filled(inputs)) is not inputs:
         return replace(item, inputs=found)
@@ -134,10 +135,27 @@ def filled(item: Any) -> Any:
     return item
 
 
+def completion_in(value: Any) -> Any:
+    """A completion as given, or the empty text where it is missing; within an object, null is a value of its own.
+
+    >>> completion_in({"grade": None, "sizes": [1, None]}), completion_in({"size": float("nan")})
+    ({'grade': None, 'sizes': [1, None]}, '')
+    """
+    return "" if _is_no_completion(value) else value
+
+
+def _is_no_completion(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return _is_missing_within(value)
+    return is_missing(value)
+
+
 def _filled(row: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    if any(is_missing(value) for value in row.values()):
-        return {key: _text_for(value) for key, value in row.items()}
-    return row
+    def found(key: Any, value: Any) -> Any:
+        return completion_in(value) if key == "completion" and isinstance(value, Mapping) else _text_for(value)
+
+    made = {key: found(key, value) for key, value in row.items()}
+    return made if any(made[key] is not value for key, value in row.items()) else row
 
 
 def _text_for(value: Any) -> Any:
@@ -151,7 +169,8 @@ def is_empty(inputs: Any, completion: Any) -> bool:
     empty and one that is missing. That is so for variables with a default as well, for a row that names one and gives
     nothing does not say that it wants the default.
     """
-    if is_blank(completion) or _answers_nothing(completion):
+    nothing = _is_no_completion(completion) if isinstance(completion, Mapping) else is_blank(completion)
+    if nothing or _answers_nothing(completion):
         return True
     if isinstance(inputs, Mapping):
         return any(is_blank(value) for value in inputs.values())

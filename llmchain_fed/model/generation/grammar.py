@@ -94,11 +94,13 @@ def check_beams(beams: int) -> None:
 class _Row:
     """One answer on its way through the grammar."""
 
-    def __init__(self, grammar: Grammar, vocabulary: Vocabulary) -> None:
-        self._grammar, self._vocabulary = grammar, vocabulary
+    def __init__(self, grammar: Grammar, vocabulary: Vocabulary, pad: int | None) -> None:
+        self._grammar, self._vocabulary, self._pad = grammar, vocabulary, pad
         self._matcher = vocabulary.matcher(grammar.text)
         self._said = b""
         self.count, self.done = 0, False
+        self.cut = False
+        """whether it ended only because of its budget, where the model would have gone on"""
 
     def take(self, tokens: Sequence[int]) -> None:
         """Goes on by the tokens that were chosen."""
@@ -108,6 +110,9 @@ class _Row:
             if self.done:
                 continue
             if not self._matcher.consume_token(token):
+                if token == self._pad:  # a stop string ended it, and `generate` fills it up beside the others
+                    self.done = True
+                    continue
                 msg = f"llguidance gave up on an answer: {self._matcher.get_error()[:300]}. Make the schema smaller."
                 raise SchemaError(msg)
             self._said += self._vocabulary.inner.decode_bytes([token])
@@ -133,26 +138,36 @@ class _Row:
         fits[ending[0] if ending else min(self._vocabulary.ends)] = True
         width = min(self._vocabulary.size, scores.shape[0])
         kept = scores[:width].masked_fill(~torch.from_numpy(mask[:width]).to(scores.device), -torch.inf)
-        for token in kept.topk(min(_LOOKED_AT, width)).indices.tolist():
+        likeliest = kept.topk(min(_LOOKED_AT, width)).indices.tolist()
+        for token in likeliest:
             if not mask[token]:
                 break
             if token in self._vocabulary.ends or self._fits(token, left - 1):
                 fits[token] = True
                 if greedy:
                     break
+        ends = list(self._vocabulary.ends)
+        self.cut = not ending and fits.sum() == fits[ends].sum() and likeliest[0] not in self._vocabulary.ends
         return fits
 
     def _fits(self, token: int, left: int) -> bool:
-        ending = self._ending(self._vocabulary.inner.decode_bytes([token]))
-        return ending is not None and len(ending) + 1 <= left
+        end = self._end(self._vocabulary.inner.decode_bytes([token]))
+        if end is None or len(end) + 1 <= left:  # no token is less than a byte
+            return end is not None
+        return len(self._spelled(end)) + 1 <= left
 
     def _ending(self, more: bytes) -> list[int] | None:
         """The tokens of the shortest end behind what is said and `more`; None where none is known."""
+        end = self._end(more)
+        return None if end is None else self._spelled(end)
+
+    def _end(self, more: bytes) -> bytes | None:
         whole, open_ = _characters(self._said + more)
         rest = self._grammar.node.read(whole, 0).rest
-        if rest is None:
-            return None
-        return self._vocabulary.ids(open_ + rest.encode(), controls=bool(self._grammar.control_ids))
+        return None if rest is None else open_ + rest.encode()
+
+    def _spelled(self, end: bytes) -> list[int]:
+        return self._vocabulary.ids(end, controls=bool(self._grammar.control_ids))
 
 
 def _characters(said: bytes) -> tuple[str, bytes]:
@@ -188,20 +203,33 @@ class KeepsTo(LogitsProcessor):  # type: ignore[misc]
         prompt_width: tokens: An answer begins behind so many.
         budget: tokens: It may have so many, the end token included.
         greedy: Whether the likeliest token is always taken.
+        pad: The id that `generate` fills up ended answers with.
     """
 
     def __init__(
-        self, grammar: Grammar, vocabulary: Vocabulary, *, prompt_width: int, budget: int, greedy: bool
+        self,
+        grammar: Grammar,
+        vocabulary: Vocabulary,
+        *,
+        prompt_width: int,
+        budget: int,
+        greedy: bool,
+        pad: int | None = None,
     ) -> None:
         self._grammar, self._vocabulary = grammar, vocabulary
         self._width, self._budget, self._greedy = prompt_width, budget, greedy
+        self._pad = pad
         self._rows: list[_Row] = []
+
+    def cut(self) -> list[bool]:
+        """For each answer, whether its budget ended it, where the model would have gone on and might have."""
+        return [row.cut for row in self._rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(rows, T) tokens so far and (rows, V) scores → the scores, −∞ where a token may not be."""
         said = input_ids[:, self._width :].tolist()
         if not self._rows:
-            self._rows = [_Row(self._grammar, self._vocabulary) for _ in said]
+            self._rows = [_Row(self._grammar, self._vocabulary, self._pad) for _ in said]
         allowed = torch.zeros(scores.shape, dtype=torch.bool)
         for i, (row, tokens) in enumerate(zip(self._rows, said, strict=True)):
             row.take(tokens[row.count :])

@@ -10,12 +10,15 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property
 from typing import Any
 
 from llmchain_fed.errors import SchemaError
 from llmchain_fed.model.generation.nodes import Choice, Fixed, Node, Repeat, Series
-from llmchain_fed.model.generation.text_nodes import Leaf, StringBody
+from llmchain_fed.model.generation.text_nodes import Leaf, Members, StringBody
+
+_LONGEST_NUMBER = 400  # digits
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,15 @@ class Shape(ABC):
 
 def misfit(value: Any, where: str, wanted: str) -> SchemaError:
     """The error that a value is not what its schema wants."""
-    return SchemaError(f"{where or 'the value'} is {value!r:.80}, and the schema wants {wanted}.")
+    return SchemaError(f"{where or 'the value'} is {told(value)}, and the schema wants {wanted}.")
+
+
+def told(value: Any) -> str:
+    """A value for a message; some have no `repr`, for their size or their depth."""
+    try:
+        return f"{value!r:.80}"
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"
 
 
 class Scalar(Shape):
@@ -68,10 +79,11 @@ class Scalar(Shape):
         kinds: The types of Python that they have; `bool` is no number.
         wanted: What they are, for people.
         style: How JSON is written.
+        most: So many characters at most stand between the quotes; None: as the node says.
     """
 
-    def __init__(self, node: Node, kinds: tuple[type, ...], wanted: str, style: Style) -> None:
-        self._node, self._kinds, self._wanted, self._style = Leaf(node), kinds, wanted, style
+    def __init__(self, node: Node, kinds: tuple[type, ...], wanted: str, style: Style, most: int | None = None) -> None:
+        self._node, self._kinds, self._wanted, self._style = Leaf(node, most), kinds, wanted, style
 
     @property
     def node(self) -> Node:
@@ -79,48 +91,89 @@ class Scalar(Shape):
         return self._node
 
     def write(self, value: Any, where: str = "") -> str:
-        """The value as JSON writes it."""
+        """The value as JSON writes it, or without an exponent where its bounds have it written out."""
         if not isinstance(value, self._kinds) or isinstance(value, bool):
-            raise misfit(value, where, self._wanted)
-        if isinstance(value, float):
-            whole = value.is_integer() and abs(value) < 2**53
-            value = int(value) if whole and float not in self._kinds else value + 0.0  # -0.0 is 0
-            value = 0.0 if value == 0 and isinstance(value, float) else value
-        text = self._style.text(value) if value == value and value not in (float("inf"), -float("inf")) else ""
-        if not self._node.whole(text):
-            raise misfit(value, where, self._wanted)
-        return text
+            whole = isinstance(value, float) and int in self._kinds and value.is_integer()
+            if not whole and not (isinstance(value, Decimal) and float in self._kinds):
+                raise misfit(value, where, self._wanted)
+        for text in self._texts(value):
+            if self._node.whole(text):
+                return text
+        raise misfit(value, where, self._wanted)
+
+    def _texts(self, value: Any) -> list[str]:
+        if isinstance(value, str):
+            return [self._style.text(value)] if is_text(value) else []
+        try:
+            exact = Decimal(repr(value)) if isinstance(value, float) else Decimal(value)
+        except (ValueError, ArithmeticError):
+            return []
+        if not exact.is_finite() or abs(exact.adjusted()) > _LONGEST_NUMBER:
+            return []
+        plain = format(abs(exact) if exact == 0 else exact, "f")  # -0.0 is 0
+        if float not in self._kinds:
+            return [plain.partition(".")[0]]
+        own = [] if isinstance(value, Decimal) or value == 0 else [self._style.text(value)]
+        short = plain.rstrip("0").rstrip(".") if "." in plain else plain
+        return [*own, plain, short] if float(exact) not in (float("inf"), -float("inf")) else []
 
 
 def string(style: Style, least: int = 0, most: int | None = None, body: Node | None = None, named: str = "") -> Scalar:
     """Strings of so many characters, or those whose text between the quotes a node describes."""
-    inner = body if body is not None else StringBody(least, most)
-    size = (
-        f" of {least} to {most if most is not None else 'any number of'} characters"
-        if least or most is not None
-        else ""
-    )
-    return Scalar(Series('"', inner, '"'), (str,), named or f"a string{size}", style)
+    limit = "any number of" if most is None else most
+    size = f" of {least} to {limit} characters" if least or most is not None else ""
+    if body is None:
+        return Scalar(Series('"', StringBody(least, most), '"'), (str,), f"a string{size}", style)
+    return Scalar(Series('"', body, '"'), (str,), f"{named}{size}", style, most)
+
+
+def is_text(value: str) -> bool:
+    """Whether a text has no half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Constants(Shape):
     """Some values, one by one."""
 
     def __init__(self, values: Sequence[Any], style: Style) -> None:
-        self._texts = list(dict.fromkeys(style.text(value) for value in values))
-        self._style = style
+        self._texts = {same_as(value): style.text(value) for value in reversed(values)}
 
     @cached_property
     def node(self) -> Node:
         """Their texts."""
-        return Fixed(self._texts[0]) if len(self._texts) == 1 else Choice(*self._texts)
+        texts = list(self._texts.values())[::-1]
+        return Fixed(texts[0]) if len(texts) == 1 else Choice(*texts)
 
     def write(self, value: Any, where: str = "") -> str:
         """The value's text, if it is one of them."""
-        text = self._style.text(value)
-        if text not in self._texts:
-            raise misfit(value, where, f"one of {', '.join(self._texts):.200}")
+        text = self._texts.get(same_as(value))
+        if text is None:
+            raise misfit(value, where, f"one of {', '.join(reversed(self._texts.values())):.200}")
         return text
+
+
+def same_as(value: Any) -> str | None:
+    """A key of a JSON value: equal ones have equal keys, as 1 and 1.0 do and 1 and true do not; None for other values.
+
+    >>> same_as({"b": 1, "a": [True]}) == same_as({"a": [True], "b": 1.0}), same_as(float("nan"))
+    (True, None)
+    """
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {str(key): plain(inner) for key, inner in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [plain(inner) for inner in part]
+        return int(part) if isinstance(part, float) and part.is_integer() else part
+
+    try:
+        return json.dumps(plain(value), sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return None
 
 
 class Items(Shape):
@@ -191,35 +244,33 @@ class Properties(Shape):
 
     @cached_property
     def node(self) -> Node:
-        """Property by property; what may be left out is a choice, and so is then the comma before the next."""
-        names = list(self._known)
-        begun: Node = Fixed("}")
-        fresh: Node = begun
-        for name in reversed(names):
-            pair = Fixed(self._style.text(name) + self._style.key), self._known[name].node
-            following = Series(self._style.item, *pair, begun)
-            first = Series(*pair, begun)
-            optional = name not in self._required
-            begun, fresh = (Choice(begun, following), Choice(fresh, first)) if optional else (following, first)
-        return Series("{", fresh)
+        """Property by property."""
+        pairs = [Series(self._style.text(name) + self._style.key, shape.node) for name, shape in self._known.items()]
+        return Series("{", Members(pairs, [name not in self._required for name in self._known], self._style.item), "}")
 
     def write(self, value: Any, where: str = "") -> str:
         """The properties in their order; those that are None and may not be are left out, where they may."""
         if not isinstance(value, Mapping):
-            raise misfit(value, where, f"an object with {', '.join(map(repr, self._known))}")
+            raise misfit(value, where, f"an object with {', '.join(map(repr, self._known)):.300}")
         unknown = [name for name in value if name not in self._known]
         missing = [name for name in self._known if name in self._required and name not in value]
         if unknown or missing:
-            wrong = [f"{', '.join(map(repr, missing))} is missing"] if missing else []
-            wrong += [f"{', '.join(map(repr, unknown))} is unknown"] if unknown else []
+            wrong = [f"{', '.join(map(repr, missing)):.200} is missing"] if missing else []
+            wrong += [f"{', '.join(map(repr, unknown)):.200} is unknown"] if unknown else []
             known = ", ".join(map(repr, self._known)) or "nothing"
-            msg = f"{where or 'the value'}: {' and '.join(wrong)}; the schema has {known}."
+            msg = f"{where or 'the value'}: {' and '.join(wrong)}; the schema has {known:.400}."
             raise SchemaError(msg)
-        pairs = [
-            self._style.text(name) + self._style.key + shape.write(value[name], f"{where}.{name}" if where else name)
-            for name, shape in self._known.items()
-            if name in value
-        ]
+        pairs = []
+        for name, shape in self._known.items():
+            if name not in value:
+                continue
+            try:
+                text = shape.write(value[name], f"{where}.{name}" if where else name)
+            except SchemaError:
+                if value[name] is None and name not in self._required:  # tables fill up rows with null
+                    continue
+                raise
+            pairs.append(self._style.text(name) + self._style.key + text)
         return "{" + self._style.item.join(pairs) + "}"
 
 

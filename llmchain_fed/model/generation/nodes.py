@@ -9,11 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 from llmchain_fed.errors import SchemaError
 
-_LONGEST = 2**20  # characters
+_LONGEST = 2**17  # characters
 Ranges = tuple[tuple[int, int], ...]
 """code points from–to, ascending and apart"""
 
@@ -132,6 +133,9 @@ class Chars(Node):
         return f"[{''.join(parts)}]"
 
 
+DIGIT = Chars(((48, 57),))
+
+
 class Series(Node):
     """Texts one behind the other."""
 
@@ -139,34 +143,36 @@ class Series(Node):
         self.parts: tuple[Node, ...] = tuple(Fixed(p) if isinstance(p, str) else p for p in parts)
 
     @cached_property
-    def _behind(self) -> list[str]:
-        """For each part, the shortest text of all behind it."""
-        found = [""]
-        for part in reversed(self.parts[1:]):
-            found.append(part.shortest + found[-1])
-        return found[::-1]
+    def _ends(self) -> list[int]:
+        """For each part, where its shortest text ends in that of the whole."""
+        return list(accumulate(len(part.shortest) for part in self.parts))
 
     @cached_property
     def shortest(self) -> str:
-        """The shortest of each."""
-        return "".join(part.shortest for part in self.parts)
+        """The shortest of each.
+
+        Raises:
+            SchemaError: They are longer than any answer.
+        """
+        return joined(part.shortest for part in self.parts)
 
     @cached_property
     def longest_rest(self) -> int:
         """Within any of the parts, with the shortest of those behind it."""
-        behind = zip(self.parts, self._behind, strict=False)
-        return max((part.longest_rest + len(rest) for part, rest in behind), default=0)
+        whole = len(self.shortest)
+        behind = zip(self.parts, self._ends, strict=True)
+        return max((part.longest_rest + whole - end for part, end in behind), default=0)
 
     def read(self, text: str, at: int) -> Reading:
         """Reads part by part, along every way in which the former may have ended."""
         places, rest = frozenset((at,)), None
-        for part, behind in zip(self.parts, self._behind, strict=False):
+        for part, end in zip(self.parts, self._ends, strict=True):
             ends: set[int] = set()
             for place in places:
                 found = part.read(text, place)
                 ends |= found.ends
                 if found.rest is not None:
-                    rest = _shorter(rest, found.rest + behind)
+                    rest = shorter(rest, found.rest + self.shortest[end:])
             places = frozenset(ends)
             if not places:
                 break
@@ -202,7 +208,7 @@ class Choice(Node):
         for option in self.options:
             found = option.read(text, at)
             ends |= found.ends
-            rest = _shorter(rest, found.rest)
+            rest = shorter(rest, found.rest)
         return Reading(frozenset(ends), rest)
 
     def pattern(self) -> str:
@@ -256,7 +262,7 @@ class Repeat(Node):
                 found = self.item.read(text, place)
                 nexts |= found.ends
                 if found.rest is not None:
-                    rest = _shorter(rest, found.rest + self.item.shortest * max(missing - 1, 0))
+                    rest = shorter(rest, found.rest + self.item.shortest * max(missing - 1, 0))
             places, count = frozenset(nexts), count + 1
         return Reading(frozenset(ends), rest)
 
@@ -271,10 +277,29 @@ def repeated(text: str, count: int) -> str:
     Raises:
         SchemaError: It is longer than any answer.
     """
-    if len(text) * count > _LONGEST:
-        msg = f"the shortest text that keeps to the schema has {len(text) * count:,} characters: no answer is so long."
-        raise SchemaError(msg)
+    _check_length(len(text) * count)
     return text * count
+
+
+def joined(texts: Iterable[str]) -> str:
+    """Texts one behind the other.
+
+    Raises:
+        SchemaError: They are longer than any answer.
+    """
+    found, length = [], 0
+    for text in texts:
+        length += len(text)
+        _check_length(length)
+        found.append(text)
+    return "".join(found)
+
+
+def _check_length(length: int) -> None:
+    if length > _LONGEST:
+        size = f"{length:,}" if length < 10**18 else "more than 10¹⁸"
+        msg = f"the shortest text that keeps to the schema has {size} characters: no answer is so long. Ask for less."
+        raise SchemaError(msg)
 
 
 def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
@@ -305,7 +330,8 @@ def _escaped(code: int) -> str:
     return f"\\x{code:02x}" if code < 128 else f"\\u{{{code:x}}}"
 
 
-def _shorter(one: str | None, other: str | None) -> str | None:
+def shorter(one: str | None, other: str | None) -> str | None:
+    """The shorter of two texts, where there is one."""
     if one is None or other is None:
         return other if one is None else one
     return other if len(other) < len(one) else one

@@ -1,13 +1,13 @@
-"""Regular expressions and numbers within bounds as trees of nodes.
+"""Regular expressions and formats of strings as trees of nodes.
 
 Knows Python's parser of regular expressions. Knows nothing about JSON schemas, tokens or models.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
-from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from re import _constants as sre  # type: ignore[attr-defined] # `re` has no public parser; there since Python 3.11
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any
@@ -28,25 +28,65 @@ _NEGATED = {
     sre.CATEGORY_NOT_WORD: sre.CATEGORY_WORD,
     sre.CATEGORY_NOT_SPACE: sre.CATEGORY_SPACE,
 }
-DIGIT = Chars(((48, 57),))
-_MOST_DIGITS = 17  # behind the first, of a number without bounds: they fit into 64 bits, which readers of JSON count on
 ESCAPED = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\b": "\\b", "\f": "\\f"}
 """how JSON writes what cannot stand in a string as it is"""
 
+_YEAR = r"(?:[1-9]\d{3}|0[1-9]\d\d|00[1-9]\d|000[1-9])"
+_LEAP = r"(?:(?:[1-9]\d|0\d)(?:0[48]|[2468][048]|[13579][26])|(?:[2468][048]|[13579][26]|0[48])00)"
+_DATE = (
+    rf"(?:{_YEAR}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\d|3[01])|(?:0[469]|11)-(?:0[1-9]|[12]\d|30)|"
+    rf"02-(?:0[1-9]|1\d|2[0-8]))|{_LEAP}-02-29)"
+)
+_TIME = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?"
+_OFFSET = r"(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)"
+_LABEL = r"[A-Za-z0-9]{1,60}(?:-[A-Za-z0-9]{1,20}){0,2}"
+_HOST = rf"(?:{_LABEL}\.){{0,3}}[A-Za-z]{{1,60}}"
+_BYTE = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
+_V4 = rf"{_BYTE}(?:\.{_BYTE}){{3}}"
+_GROUP = r"[0-9a-fA-F]{1,4}"
+_GROUPS = [rf"(?:{_GROUP}:){{{n - 1}}}{_GROUP}::(?:(?:{_GROUP}:){{0,{6 - n}}}{_GROUP})?" for n in range(1, 7)]
+_V6 = "|".join(
+    [
+        rf"::(?:(?:{_GROUP}:){{0,6}}{_GROUP})?",
+        *_GROUPS,
+        rf"(?:{_GROUP}:){{6}}{_GROUP}::",
+        rf"(?:{_GROUP}:){{7}}{_GROUP}",
+    ]
+)
+_SAID = r"(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})"
+_BEHIND = rf"(?:/{_SAID}*)*(?:\?(?:{_SAID}|[/?])*)?(?:#(?:{_SAID}|[/?])*)?"
+_URI = rf"https?://{_HOST}(?::[1-9]\d{{0,3}})?{_BEHIND}"
+_EMAIL = rf"[A-Za-z0-9_]{{1,40}}(?:[.+-][A-Za-z0-9_]{{1,10}}){{0,2}}@(?:{_LABEL}\.){{1,2}}[A-Za-z]{{2,60}}"
 FORMATS = {
-    "date": r"[1-9]\d{3}-(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])",
-    "time": r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)",
-    "date-time": (
-        r"[1-9]\d{3}-(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])T(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?"
-        r"(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)"
+    "date": _DATE,
+    "time": _TIME + _OFFSET,
+    "time-local": _TIME,
+    "date-time": f"{_DATE}T{_TIME}{_OFFSET}",
+    "date-time-local": f"{_DATE}T{_TIME}",
+    "duration": (
+        r"P(?:[1-9]\d{0,2}D(?:T[1-9]\d?H)?|T[1-9]\d?[HMS])|"
+        r"-?P(?:\d{1,8}D)?T(?:(?:\d|1\d|2[0-3])H(?:[0-5]?\d(?:M(?:[0-5]?\d(?:\.\d{1,6})?S)?|(?:\.\d{1,6})?S))?|"
+        r"[0-5]?\dM(?:[0-5]?\d(?:\.\d{1,6})?S)?|[0-5]?\d(?:\.\d{1,6})?S)|-?P\d{1,8}D"
     ),
-    "duration": r"P(?:[1-9]\d{0,2}D(?:T[1-9]\d?H)?|T[1-9]\d?[HMS])",
-    "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
-    "email": r"[A-Za-z0-9_]+(?:[.+-][A-Za-z0-9_]+)*@[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*(?:\.[A-Za-z0-9]+)*\.[A-Za-z]{2,}",
-    "ipv4": r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?:\.(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)){3}",
-    "uri": r"https?://[A-Za-z0-9]+(?:[.-][A-Za-z0-9]+)*(?::[1-9]\d{0,3})?(?:/[A-Za-z0-9._~%+-]*)*",
+    "uuid": r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
+    "email": _EMAIL,
+    "idn-email": _EMAIL,
+    "hostname": _HOST,
+    "idn-hostname": _HOST,
+    "ipv4": _V4,
+    "ipv6": _V6,
+    "uri": _URI,
+    "iri": _URI,
+    "uri-reference": f"{_URI}|/{_SAID}{_BEHIND}",
+    "iri-reference": f"{_URI}|/{_SAID}{_BEHIND}",
+    "json-pointer": r"(?:/(?:[^/~]|~[01])*)*",
+    "base64": r"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?",
+    "ipvanyaddress": f"{_V4}|{_V6}",
 }
-"""formats of JSON Schema that are kept to; in a month, the 29th to 31st are left out, which not every one has"""
+"""formats that are kept to: JSON Schema's, two of OpenAPI's registry, and some of Pydantic's; most are narrower"""
+FORMATS["byte"] = FORMATS["base64"]
+ANNOTATIONS = frozenset({"password", "binary", "path"})
+"""formats that any string is of, for JSON Schema, OpenAPI and Pydantic alike"""
 
 
 def expression(pattern: str) -> Node:
@@ -73,12 +113,16 @@ def expression(pattern: str) -> Node:
 
 
 def _nodes(parsed: Iterable[tuple[Any, Any]], pattern: str) -> Node:
-    return Series(*(_node(kind, value, pattern) for kind, value in parsed))
+    parts = [_node(kind, value, pattern) for kind, value in parsed]
+    return parts[0] if len(parts) == 1 else Series(*parts)
 
 
 def _node(kind: Any, value: Any, pattern: str) -> Node:
     if kind is sre.LITERAL:
-        return Fixed(ESCAPED.get(chr(value), chr(value)))
+        if 0xD800 <= value <= 0xDFFF:
+            msg = f"the pattern {pattern!r:.100} has half a surrogate pair, which is no character. Correct it."
+            raise SchemaError(msg)
+        return Fixed(json.dumps(chr(value), ensure_ascii=False)[1:-1])
     if kind in (sre.IN, sre.NOT_LITERAL, sre.ANY):
         return _characters(kind, value, pattern)
     if kind is sre.SUBPATTERN:
@@ -90,6 +134,8 @@ def _node(kind: Any, value: Any, pattern: str) -> Node:
         item = _nodes(inner, pattern)
         if not item.shortest and least != most:  # an item of nothing would be repeated for ever
             least = 0
+        if isinstance(item, Repeat) and item.least <= 1 and item.most is None and least <= 1 and most > 1:
+            return Repeat(item.item, item.least * least)  # again and again of again and again
         return Repeat(item, least, None if most is sre.MAXREPEAT else most)
     msg = (
         f"the pattern {pattern!r:.100} looks around itself or back ({str(kind).lower()}), which no grammar does. "
@@ -146,162 +192,57 @@ def _within(ranges: Ranges) -> Ranges:
     return merged((low, high) for low, high in both if low <= high)
 
 
-# --- numbers --------------------------------------------------------------------------------------------------------
+# --- lengths --------------------------------------------------------------------------------------------------------
 
 
-def number(low: Decimal | None, high: Decimal | None, *, low_open: bool, high_open: bool, whole: bool) -> Node:
-    """The numbers from one bound to another, as JSON writes them.
+def lengthened(body: Node, least: int, pattern: str) -> Node:
+    """The texts of a pattern's that have so many characters.
 
     Args:
-        low: None where there is no lower bound.
-        high: None where there is no upper bound.
-        low_open: Whether the lower bound itself is left out.
-        high_open: Whether the upper bound itself is left out.
-        whole: Whether only whole numbers are meant.
+        body: What the pattern describes, as it stands within a JSON string.
+        least: So many at least.
+        pattern: It, for messages.
 
     Raises:
-        SchemaError: There is none.
-
-    >>> number(Decimal(3), Decimal(12), low_open=False, high_open=True, whole=True).whole("11")
-    True
+        SchemaError: They are no repetition that could be said to be longer.
     """
-    options: list[Node] = []
-    if low is None or low < 0:  # −high … −low, mirrored
-        least, opened = (-high, high_open) if high is not None and high < 0 else (Decimal(0), True)
-        options += [Series("-", n) for n in _from(least, None if low is None else -low, opened, low_open, whole)]
-    if high is None or high >= 0:
-        least, opened = (low, low_open) if low is not None and low >= 0 else (Decimal(0), False)
-        options += _from(least, high, opened, high_open, whole)
-    if not options:
-        msg = f"there is no {'whole ' if whole else ''}number between {low} and {high}. Correct the bounds."
-        raise SchemaError(msg)
-    unbounded = low is None and high is None
-    power = Choice(Series("-", Repeat(DIGIT, 1, 3)), Series(Choice("", "+"), Repeat(DIGIT, 1, 2)))  # finite
-    exponent = Choice("", Series(Chars.of("eE"), power))
-    return Series(Choice(*options), exponent) if unbounded and not whole else Choice(*options)
+    shortest, _ = _lengths(body)
+    if shortest >= least:
+        return body
+    if isinstance(body, Repeat):
+        each, same = _lengths(body.item)
+        if each and each == same and (body.most is None or body.most * each >= least):
+            return Repeat(body.item, -(-least // each), body.most)
+    elif isinstance(body, Choice):
+        fitting = [option for option in body.options if (most := _lengths(option)[1]) is None or most >= least]
+        if fitting:
+            return Choice(*(lengthened(option, least, pattern) for option in fitting))
+    elif isinstance(body, Series):
+        sizes = [_lengths(part) for part in body.parts]
+        loose = [i for i, (low, high) in enumerate(sizes) if low != high]
+        if len(loose) == 1:
+            (at,) = loose
+            others = sum(low for i, (low, _) in enumerate(sizes) if i != at)
+            longer = lengthened(body.parts[at], least - others, pattern)
+            return Series(*body.parts[:at], longer, *body.parts[at + 1 :])
+    msg = f"a length of at least {least} beside {pattern} is not known here: write it into a pattern"
+    raise SchemaError(msg)
 
 
-def _from(low: Decimal, high: Decimal | None, low_open: bool, high_open: bool, whole: bool) -> list[Node]:  # noqa: FBT001
-    """The numbers from `low` ≥ 0 to `high`, without a sign."""
-    if high is not None and (low > high or (low == high and (low_open or high_open))):
-        return []
-    first = int(low.to_integral_value(ROUND_CEILING))
-    last = None if high is None else int(high.to_integral_value(ROUND_FLOOR))
-    if whole:
-        first += low_open and first == low
-        last = last if last is None else last - (high_open and last == high)
-        return integers(first, last)
-    floor = int(low.to_integral_value(ROUND_FLOOR))
-    found: list[Node] = []
-    if last is not None and floor == last and high is not None:  # both within one whole number
-        return [Series(str(floor), f) for f in _fractions(low - floor, high - floor, low_open, high_open)]
-    found += [Series(str(floor), f) for f in _fractions(low - floor, None, low_open, False)]  # noqa: FBT003
-    found += [Series(n, _FRACTION) for n in integers(floor + 1, None if last is None else last - 1)]
-    if last is not None and high is not None:
-        found += [Series(str(last), f) for f in _fractions(Decimal(0), high - last, False, high_open)]  # noqa: FBT003
-    return found
-
-
-_FRACTION = Choice("", Series(".", Repeat(DIGIT, 1, _MOST_DIGITS)))
-
-
-def _fractions(low: Decimal, high: Decimal | None, low_open: bool, high_open: bool) -> list[Node]:  # noqa: FBT001
-    """What may stand behind a whole number for its fraction to be within bounds; nothing, where that is 0."""
-    found: list[Node] = [Fixed("")] if low == 0 and not low_open and not (high == 0 and high_open) else []
-    below, above = _digits(low), None if high is None else _digits(high)
-    rest = _fraction(below, above, low_open, high_open)
-    return [*found, Series(".", rest)] if rest is not None else found
-
-
-def _digits(value: Decimal) -> str:
-    return f"{value:f}".partition(".")[2].rstrip("0")
-
-
-def _fraction(low: str | None, high: str | None, low_open: bool, high_open: bool) -> Node | None:  # noqa: FBT001
-    """Digits behind the point: at least `low` and at most `high`, zeros behind either, where there is such a bound."""
-    if low is None and high is None:
-        return Repeat(DIGIT)
-    a = int(low[0]) if low else 0 if low is not None else -1
-    b = int(high[0]) if high else 0 if high is not None else 10
-    options: list[Node] = []
-    if a == b:
-        rest = (
-            _fraction(low[1:] if low else low, high[1:] if high else high, low_open, high_open) if low or high else None
-        )
-        if not low and not high and not low_open and not high_open:
-            return Repeat(Fixed("0"), 1)
-        return Series(str(a), rest) if rest is not None else None
-    if a >= 0:
-        rest = _open_end(low[1:] if low else "", low_open)
-        options += [Series(str(a), rest)] if rest is not None else []
-    if b > a + 1:
-        options.append(Series(Chars(((48 + a + 1, 48 + b - 1),)), Repeat(DIGIT)))
-    if b <= 9:
-        rest = _closed_end(high[1:] if high else "", high_open)
-        options += [Series(str(b), rest)] if rest is not None else []
-    return Choice(*options) if options else None
-
-
-def _open_end(low: str, strict: bool) -> Node | None:  # noqa: FBT001
-    """Further digits that make a number of at least `low`."""
-    if not low:
-        return Series(Repeat(Fixed("0")), Chars.of("123456789"), Repeat(DIGIT)) if strict else Repeat(DIGIT)
-    first = int(low[0])
-    rest = _open_end(low[1:], strict)
-    options: list[Node] = [Series(str(first), rest)] if rest is not None else []
-    if first < 9:
-        options.append(Series(Chars(((48 + first + 1, 57),)), Repeat(DIGIT)))
-    return Choice(*options) if options else None
-
-
-def _closed_end(high: str, strict: bool) -> Node | None:  # noqa: FBT001
-    """Further digits, or none, that make a number of at most `high`."""
-    if not high:
-        return None if strict else Repeat(Fixed("0"))
-    first = int(high[0])
-    rest = _closed_end(high[1:], strict)
-    options: list[Node] = [Fixed("")]
-    options += [Series(str(first), rest)] if rest is not None else []
-    if first > 0:
-        options.append(Series(Chars(((48, 48 + first - 1),)), Repeat(DIGIT)))
-    return Choice(*options)
-
-
-def integers(low: int, high: int | None) -> list[Node]:
-    """The whole numbers from `low` ≥ 0 to `high`, as few nodes.
-
-    >>> [node.shortest for node in integers(7, 12)]
-    ['7', '10']
-    """
-    if high is not None and low > high:
-        return []
-    if high is None:
-        size = len(str(low))
-        longer: list[Node] = [Series(Chars(((49, 57),)), Repeat(DIGIT, size, max(size, _MOST_DIGITS)))]
-        if low == 0:
-            return [Fixed("0"), Series(Chars(((49, 57),)), Repeat(DIGIT, 0, _MOST_DIGITS))]
-        return [*integers(low, 10**size - 1), *longer]
-    found: list[Node] = []
-    for size in range(len(str(low)), len(str(high)) + 1):
-        first, last = max(low, 10 ** (size - 1) if size > 1 else 0), min(high, 10**size - 1)
-        found.append(_of_one_length(str(first), str(last)))
-    return found
-
-
-def _of_one_length(first: str, last: str) -> Node:
-    if not first:
-        return Fixed("")
-    a, b = int(first[0]), int(last[0])
-    rest, nines, zeros = len(first) - 1, "9" * (len(first) - 1), "0" * (len(first) - 1)
-    if a == b:
-        return Series(str(a), _of_one_length(first[1:], last[1:]))
-    options: list[Node] = []
-    if first[1:] != zeros:
-        options.append(Series(str(a), _of_one_length(first[1:], nines)))
-        a += 1
-    top = b if last[1:] == nines else b - 1
-    if a <= top:
-        options.append(Series(Chars(((48 + a, 48 + top),)), Repeat(DIGIT, rest, rest)))
-    if top < b:
-        options.append(Series(str(b), _of_one_length(zeros, last[1:])))
-    return options[0] if len(options) == 1 else Choice(*options)
+def _lengths(node: Node) -> tuple[int, int | None]:
+    """Of how many characters the texts of a pattern's are, as JSON reads them: at least and at most."""
+    if isinstance(node, Fixed):
+        size = len(json.loads(f'"{node.text}"'))
+        return size, size
+    if isinstance(node, Chars):
+        return 1, 1
+    if isinstance(node, Repeat):
+        low, high = _lengths(node.item)
+        none = high is None or (node.most is None and high > 0)
+        return low * node.least, None if none else (high or 0) * (node.most or 0)
+    parts = [_lengths(part) for part in (node.parts if isinstance(node, Series) else node.options)]  # type: ignore[attr-defined]
+    lows, highs = [low for low, _ in parts], [high for _, high in parts if high is not None]
+    bounded = len(highs) == len(parts)
+    if isinstance(node, Series):
+        return sum(lows), sum(highs) if bounded else None
+    return min(lows), max(highs) if bounded else None
