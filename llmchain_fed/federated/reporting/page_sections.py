@@ -117,7 +117,7 @@ def _weights(about: AboutData) -> str:
 
 def data(history: History, about: AboutData) -> str:
     """Counts of examples by participant: used, held out, left out and why."""
-    counted = {f.name for f in fields(DataReport)}
+    counted = {f.name for f in fields(DataReport) if f.init}
     rows = []
     for name in _names(history):
         counts = about.data.get(name, {})
