@@ -241,8 +241,8 @@ class Comparison:
         return self.arms[arm]
 
     def _has(self, arm: ArmResult, metric: str) -> bool:
-        models = next(iter(arm.values.values()), {})
-        return bool(models) and all(metric in of for texts in models.values() for of in texts.values())
+        measured = [of for models in arm.values.values() for texts in models.values() for of in texts.values()]
+        return bool(measured) and all(metric in of for of in measured)
 
     def _weights(self, metric: str) -> Tensor:
         kind = LOSS if metric == LOSS else "examples"

@@ -16,11 +16,12 @@ from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.client.state import ProgressByRound
 from llmchain_fed.federated.comparison.arms import BUILT_IN, Arm, checked_arms
+from llmchain_fed.federated.comparison.comparable import check_comparable
 from llmchain_fed.federated.comparison.experiment import Experiment, about
 from llmchain_fed.federated.comparison.results import Comparison
 from llmchain_fed.federated.comparison.start import Start, undisturbed
 from llmchain_fed.federated.comparison.store import Store
-from llmchain_fed.federated.comparison.trials import Bench, check_comparable
+from llmchain_fed.federated.comparison.trials import Bench
 from llmchain_fed.federated.fit import checked_rounds
 from llmchain_fed.federated.reporting import lines
 from llmchain_fed.federated.reporting.screen import Screen
