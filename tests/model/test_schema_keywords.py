@@ -169,7 +169,7 @@ def test_addresses_are_those_that_python_reads():
     node = expression(f"^(?:{FORMATS['ipv6']})$")
     taken = 0
     for text in (
-        "::", "::1", "1::", "2001:db8::8a2e:370:7334", "fe80::1:2:3:4", "1:2:3:4:5:6:7:8", "1:2:3:4:5:6:7::", "a:b::c:d",
+        "::", "::1", "1::", "2001:db8::8a2e:370:7334", "fe80::1:2:3:4", "1:2:3:4:5:6:7:8", "1:2:3:4:5:6:7::", "a:b::c:d",  # noqa: E501
         "1:2:3:4:5:6:7", "1::2::3", ":1", "12345::", "g::", "1:2:3:4:5:6:7:8:9", ":::", "1:2:3:4:5:6:7:8::", "hello",
     ):  # fmt: skip
         try:
@@ -297,7 +297,7 @@ def test_schemas_that_contain_one_another_are_followed_a_few_times():
 # --- what is no schema ----------------------------------------------------------------------------------------------
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
-JSON = st.recursive(LEAVES, lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(max_size=3), part, max_size=3),
+JSON = st.recursive(LEAVES, lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(max_size=3), part, max_size=3),  # noqa: E501
                     max_leaves=6)  # fmt: skip
 COUNT, BOUND = st.integers(0, 4), st.integers(-4, 4) | st.sampled_from([0.5, -1.25, 2.0])
 REFERENCE = st.sampled_from(["#", "#/$defs/a", "#/$defs/b", "#/$defs/gone", "#x", "http://a"])
@@ -349,7 +349,7 @@ KEYWORDS = sorted(
      "uniqueItems", "anyOf", "oneOf", "allOf", "$ref", "$defs", "nullable", "discriminator", "multipleOf", "title"]
 )  # fmt: skip
 HOSTILE = st.recursive(LEAVES, lambda part: st.lists(part, max_size=3)
-                       | st.dictionaries(st.sampled_from(KEYWORDS) | st.text(max_size=2), part, max_size=4), max_leaves=8)  # fmt: skip
+                       | st.dictionaries(st.sampled_from(KEYWORDS) | st.text(max_size=2), part, max_size=4), max_leaves=8)  # fmt: skip  # noqa: E501
 
 
 @FUZZ
