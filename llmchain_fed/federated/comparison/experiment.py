@@ -100,7 +100,11 @@ class Experiment:
             rounds=self.bench.rounds,
             unit="nats per example" if config.loss == "labels" else "nats per token",
             grid=self.grid,
-            minimize=(LOSS, *(m for arm in self.arms if isinstance(arm, Arm) for m in arm.minimize)),
+            minimize=(
+                LOSS,
+                *self.bench.minimized,
+                *(m for arm in self.arms if isinstance(arm, Arm) for m in arm.minimize),
+            ),
             centralised=_better({t: score for t, score in scores.items() if t.startswith(CENTRALISED)}),
             notes=self.notes,
         )
@@ -292,6 +296,7 @@ def about(
         "options": options,
         "training": training,
         "participants' training": own,
+        "metrics": bench.measured_by,
         "rounds": bench.rounds,
         "validation": share,
     }

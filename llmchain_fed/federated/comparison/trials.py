@@ -111,7 +111,9 @@ class Bench:
         data = self._rest if trial.choosing else self.data
         try:
             for owner in self._trained(trial, data):
-                outcome.values[owner] = values_of(self.clients, self.validation if trial.choosing else None)
+                outcome.values[owner] = values_of(
+                    self.clients, self.validation if trial.choosing else None, self._server.evaluator
+                )
         except NonFiniteLossError as error:
             outcome.values, outcome.diverged = {}, str(error)
         outcome.seconds = time.perf_counter() - began
@@ -123,6 +125,17 @@ class Bench:
         server, _ = self._federation(list(self.clients), self.data, self._options(0, self.base_lr))
         server.join()
         return plan_of(server, self.rounds).seconds
+
+    @property
+    def measured_by(self) -> list[Any]:
+        """What decides the values of the federation's metrics, as JSON."""
+        evaluator = self._server.evaluator
+        return [[m.name for m in evaluator.metrics], list(evaluator.labels or ()), evaluator.answer_tokens]
+
+    @property
+    def minimized(self) -> list[str]:
+        """The federation's metrics of which less is better."""
+        return [metric.name for metric in self._server.evaluator.metrics if metric.maximize is False]
 
     @property
     def base_lr(self) -> float:
@@ -188,6 +201,7 @@ class Bench:
                 prompt=client.target.prompt,
                 participant=name,
                 round=self.rounds - 1,
+                rounds=self.rounds,
                 first_step=progress.next_step,
                 gradient_step=client.gradient_step,
                 batch_sampler=client.batch_sampler,
@@ -273,6 +287,7 @@ class Bench:
             NonFiniteLossError: Somebody's training did not stay finite.
             ParticipantError: Somebody's failed for another reason.
         """
+        server.planned = self.rounds  # a learning rate's schedule runs over all of them
         for _ in range(rounds):
             server.join()
             try:

@@ -23,6 +23,7 @@ from llmchain_fed.federated.comparison.start import Start, undisturbed
 from llmchain_fed.federated.comparison.store import Store
 from llmchain_fed.federated.comparison.trials import Bench
 from llmchain_fed.federated.fit import checked_rounds
+from llmchain_fed.federated.measures.kept import Keeper
 from llmchain_fed.federated.reporting import lines
 from llmchain_fed.federated.reporting.screen import Screen
 from llmchain_fed.federated.runtime import Runtime
@@ -43,6 +44,7 @@ class Comparing(ABC):
     _start: Start | None
     _screen: Screen | None
     _writes: bool
+    _keeper: Keeper
     _show_adapters: Callable[[], None]
 
     @abstractmethod
@@ -150,6 +152,7 @@ class Comparing(ABC):
         self._start.restore_optimizer(server.settings.server_optimizer)
         self._start.state.load(server.model)
         server.start_anew()
+        self._keeper.forget()
         for client in self._runtime.local.values():
             if isinstance(client, Client):
                 client.progress, client.kept = ProgressByRound(), set()

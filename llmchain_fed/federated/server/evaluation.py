@@ -84,7 +84,7 @@ class Evaluator:
             evaluation = Split(evaluation)
         self._target, self._evaluation, self._training = target, evaluation, training
         self._samples, self._seed, self._columns = samples, seed, columns
-        self.metrics, self._labels, self._answer_tokens = tuple(metrics), labels, answer_tokens
+        self.metrics, self.labels, self.answer_tokens = tuple(metrics), labels, answer_tokens
         self.owners: dict[str, str] = {}
         """value → the metric that has given it, of what was measured so far"""
         self._shared: Any = None
@@ -205,10 +205,10 @@ class Evaluator:
 
     def _task(self, number: int) -> EvaluateTask:
         more: dict[str, Any] = {"metrics": self._names} if self.metrics else {}
-        if self.metrics and self._labels:
-            more["labels"] = list(self._labels)
-        if self._answer_tokens is not None:
-            more["answer_tokens"] = self._answer_tokens
+        if self.metrics and self.labels:
+            more["labels"] = list(self.labels)
+        if self.answer_tokens is not None:
+            more["answer_tokens"] = self.answer_tokens
         return EvaluateTask.of(round=number, base=self._target.model.fingerprint(), samples=self._samples, **more)
 
     def _measured_here(self) -> dict[str, Any]:
@@ -222,8 +222,8 @@ class Evaluator:
             own: dict[str, Function | str] = {
                 m.name: BUILT_IN.get(m.fn, ABSENT) if isinstance(m.fn, str) else m.fn for m in self.metrics
             }
-            answers = Answers(target, self._answer_tokens)
-            values = values_of(own, answers, self._shared_examples, target.prompt, self._labels, told_of)
+            answers = Answers(target, self.answer_tokens)
+            values = values_of(own, answers, self._shared_examples, target.prompt, self.labels, told_of)
             found |= kept_metrics(values, self._names, len(self._shared_examples))
         return found
 

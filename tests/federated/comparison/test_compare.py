@@ -45,10 +45,10 @@ def measured(monkeypatch):
     """The weights under which values were taken, in order."""
     found = []
 
-    def spy(clients, validation=None):
+    def spy(clients, validation=None, evaluator=None):
         model = next(iter(clients.values())).model
         found.append(model.trainable_state())
-        return values_of(clients, validation)
+        return values_of(clients, validation, evaluator)
 
     values_of = trials.values_of
     monkeypatch.setattr(trials, "values_of", spy)
@@ -225,7 +225,7 @@ def test_each_arm_has_the_rate_that_is_best_on_the_validation_part(make_chain):
 def test_the_validation_part_is_no_held_out_text_and_held_out_texts_choose_nothing(make_chain, monkeypatch):
     asked = []
 
-    def spy(clients, validation=None):
+    def spy(clients, validation=None, evaluator=None):
         asked.append(validation)
         return {n: {"loss": 1.0} for n in clients} if validation is None else values_of(clients, validation)
 
