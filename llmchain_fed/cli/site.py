@@ -21,7 +21,7 @@ policies = typer.Typer(help="What a site lets a hub ask of it.", no_args_is_help
 
 def peer(
     chain: Annotated[str, typer.Option(help="a chain recipe's name, or a folder that chain.save wrote")],
-    data: Annotated[Path, typer.Option(help="training examples: JSONL or CSV")],
+    data: Annotated[Path, typer.Option(help="training examples: a CSV, TSV, JSON, JSONL or Parquet file")],
     socket: Annotated[Path, typer.Option(help="where to listen; the site's engine is told the same path")],
     name: Annotated[str | None, typer.Option(help="this site's name, as in its certificate; by default DATA's")] = None,
     held_out: Annotated[Path | None, typer.Option(help="examples to evaluate on, never trained on")] = None,

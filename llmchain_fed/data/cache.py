@@ -45,7 +45,7 @@ Kept = tuple[tuple[Tensor, Tensor, Tensor], DataReport, str]
 
 
 @dataclass(frozen=True)
-class CacheFile:
+class CachedIds:
     """Where the ids of one source are kept, and what says that they are its own."""
 
     path: Path
@@ -114,7 +114,7 @@ class CacheFile:
             raise
 
 
-def place_of(source: Mapped, model: LocalModel, prompt: Prompt | None, max_length: int | None) -> CacheFile | None:
+def place_of(source: Mapped, model: LocalModel, prompt: Prompt | None, max_length: int | None) -> CachedIds | None:
     """Where the ids of a source are kept; None where they are not.
 
     That is so where it is no large file, or something decides them that cannot be written down, such as a retriever of
@@ -146,7 +146,7 @@ def place_of(source: Mapped, model: LocalModel, prompt: Prompt | None, max_lengt
     columns = sorted((inner.columns or {}).items())
     parts = [FORMAT, versions, content, "".join(path.suffixes[-2:]).lower(), part, columns, chain, tokens, max_length]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    return CacheFile(cache_folder() / "examples" / f"{key[:32]}.ids", key, path, before)
+    return CachedIds(cache_folder() / "examples" / f"{key[:32]}.ids", key, path, before)
 
 
 def _chain_of(prompt: Prompt | None) -> str | None:

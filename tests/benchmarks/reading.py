@@ -3,8 +3,8 @@
 python tests/benchmarks/reading.py [ROWS] [csv|jsonl|json|parquet|csv.gz]
 
 A child process each, so that nothing is warm but the disk: SmolLM2's tokenizer, a chain with one variable, a file of
-made-up sentences. Memory is the peak of what is resident (Linux) above what it was before, after 1,000 rows were read
-once.
+made-up sentences. Memory is the peak of what is resident (Linux) above what it was before, after a first reading of
+1,000 other rows.
 """
 
 import json

@@ -18,6 +18,7 @@ def test_the_example_reads_and_names_every_option(tmp_path):
     assert found.model_fields_set == FederationFile.model_fields.keys() - {
         "optimizer",
         "evaluation",
+        "columns",
         "transforms",
         "gradient_step",
         "batch_sampler",

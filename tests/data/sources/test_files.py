@@ -9,6 +9,7 @@ import json
 import os
 import random
 import sys
+import weakref
 
 import datasets
 import pandas as pd
@@ -18,6 +19,7 @@ import pytest
 import torch
 from tiny import PAIRS
 
+from llmchain_fed import Example
 from llmchain_fed.data import encode_examples, read_examples
 from llmchain_fed.data.sources import files, json_files
 from llmchain_fed.data.sources.readers import count_of, numbered
@@ -253,6 +255,25 @@ def test_examples_become_tokens_some_at_a_time_and_the_same_as_at_once(make_chai
         assert torch.equal(getattr(whole, name), getattr(some, name))
     assert whole.report == some.report
     assert (some.report.used, some.report.empty, some.report.duplicate, some.report.too_long) == (15, 1, 3, 1)
+
+
+def test_texts_are_let_go_once_they_are_tokens(make_chain, monkeypatch):
+    """Of a long stream no more examples are alive than become tokens at a time."""
+    from llmchain_fed.data import encoding
+
+    monkeypatch.setattr(encoding, "ROWS", 8)
+    alive, most = weakref.WeakSet(), []
+
+    def stream():
+        for at in range(400):
+            example = Example(f"text {at}", "answer")
+            alive.add(example)
+            most.append(len(alive))
+            yield example
+
+    chain = make_chain()
+    assert encode_examples(stream(), chain.model, chain).report.used == 400
+    assert max(most) <= 3 * 8
 
 
 def test_a_stream_is_read_once(make_chain):
