@@ -259,7 +259,8 @@ def unwrap(model: Any, prompt: Prompt | None) -> tuple[LocalModel, Prompt | None
     if not isinstance(inner, LocalModel):
         msg = (
             f"expected a LocalModel or a chain over one, got {type(model).__name__}. Wrap a module as "
-            "LocalModel(module, tokenizer)."
+            "LocalModel(module, tokenizer); a composed chain is trained by FederatedAveraging(chain, …), also of one "
+            "participant, and measured by its `evaluate`."
         )
         raise UnsupportedModelError(msg)
     renders = getattr(model, "as_prompt", None)
