@@ -70,13 +70,11 @@ class StructuredAnswers(CallsTools):
             msg = "with_structured_output takes a Pydantic class, a TypedDict or a JSON schema. Pass one."
             raise ConfigError(msg)
         schema = _out_of_openais_form(schema)
-        if is_typeddict(schema):
-            schema = json_schema_of(schema)  # LangChain's own way fails for a field that is not required
+        if is_typeddict(schema) and not _known_to_langchain(schema):
+            schema = json_schema_of(schema)
         model = schema if isinstance(schema, type) and is_basemodel_subclass(schema) else None
         parser: Runnable[Any, Any]
-        # for traces LangChain makes a JSON schema of it, and does not know `NotRequired` below Python 3.12
-        shown = json_schema_of(schema) if is_typeddict(schema) else schema
-        about: dict[str, Any] = {"kwargs": {"method": method}, "schema": shown}
+        about: dict[str, Any] = {"kwargs": {"method": method}, "schema": schema}
         if method == "function_calling":
             assert schema is not None
             name = convert_to_openai_tool(schema)["function"]["name"]
@@ -126,6 +124,15 @@ def _out_of_openais_form(schema: Any) -> Any:
         msg = f"a schema of the type 'json_schema' has 'json_schema': {{'name': …, 'schema': …}}, got {schema!r:.120}."
         raise ConfigError(msg)
     return {"title": str(inner.get("name") or "answer"), **inner["schema"]}
+
+
+def _known_to_langchain(schema: Any) -> bool:
+    """Whether LangChain's own reader, which traces and tools go through, takes it: it fails for `NotRequired`."""
+    try:
+        convert_to_json_schema(schema)
+    except Exception:  # whatever Pydantic or typing raise there
+        return False
+    return True
 
 
 class _Writable(GenerateJsonSchema):

@@ -141,7 +141,7 @@ def test_without_an_end_token_nothing_could_end(model):
 
 def test_without_the_extra_its_name_is_said(model, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
-    with pytest.raises(MissingExtraError, match=r"llmchain-fed\[structured\]"):
+    with pytest.raises(MissingExtraError, match=r"\.\[structured\]"):
         model.generate(PROMPTS, grammar=GRAMMAR)
 
 

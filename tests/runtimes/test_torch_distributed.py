@@ -56,8 +56,9 @@ def finished(ranks, out, seconds=120):
 
 @functools.cache
 def in_process(kind, lora, rounds=3):
+    """The first rounds of three."""
     chain = tiny_chain(kind, lora=lora)
-    fed = federate(chain, SHARES, rounds=rounds)
+    fed = federate(chain, SHARES, rounds=rounds, fit={"of": 3})
     return chain.model.trainable_state(), fed.history, chain.invoke({"text": "save the page"})
 
 
@@ -93,7 +94,7 @@ def test_all_ranks_end_with_the_best_rounds_weights_and_personal_models(tmp_path
     status, output, reports = torchrun(tmp_path, "--keep-best", "--lora")
     assert status == 0, output
     chain = tiny_chain("causal", lora=True)
-    federate(chain, SHARES, rounds=1, samples=0, personal=Ditto(lam=0.3))
+    federate(chain, SHARES, rounds=1, samples=0, personal=Ditto(lam=0.3), fit={"of": 3})
     wanted = hashes(chain, SHARES)
     assert sorted(reports) == [0, 1, 2]
     for report in reports.values():

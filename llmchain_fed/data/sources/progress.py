@@ -24,17 +24,21 @@ def bar_of(name: str | None, source: Any) -> Iterator[Callable[[int], object]]:
         yield lambda _: None
         return
     total = count_of(source)
-    bar = tqdm(desc=name[:60], total=total, unit=" examples", delay=_DELAY, leave=False, unit_scale=True)
+    bar: tqdm[Any] | None = None
+    with suppress(OSError):  # a terminal that has gone ends no training
+        bar = tqdm(desc=name[:60], total=total, unit=" examples", delay=_DELAY, leave=False, unit_scale=True)
 
     def advance(count: int) -> None:
-        with suppress(OSError):  # a terminal that has gone ends no training
-            bar.update(count)
+        with suppress(OSError):
+            if bar is not None:
+                bar.update(count)
 
     try:
         yield advance
     finally:
         with suppress(OSError):
-            bar.close()
+            if bar is not None:
+                bar.close()
 
 
 def _shows_a_bar() -> bool:

@@ -100,7 +100,7 @@ CASES = [
             "server_optimizer": DiLoCo(),
             "codec": "int8",
             "broadcast_codec": "int8",
-            "evaluation": 0.2,
+            "evaluation": 0.34,
         },
     ),
     Case(
@@ -132,7 +132,7 @@ CASES = [
     Case(
         "fedex-bf16-evaluated",
         lora={},
-        options=lambda: {"aggregation": "fedex", "codec": "bf16", "evaluation": 0.2},
+        options=lambda: {"aggregation": "fedex", "codec": "bf16", "evaluation": 0.34},
     ),
     Case("seq2seq-fedex-kept", "seq2seq", {}, lambda: {"aggregation": "fedex", "training": KEPT, "codec": "int4"}),
     Case("flora-dropout", lora={"lora_dropout": 0.3}, options=lambda: {"aggregation": "flora", "training": ADAM}),
@@ -140,7 +140,7 @@ CASES = [
     Case(
         "flexlora-mixed-evaluated",
         lora={},
-        options=lambda: {"aggregation": "flexlora", "evaluation": 0.2},
+        options=lambda: {"aggregation": "flexlora", "evaluation": 0.34},
         participants=RANKS,
     ),
     Case(
@@ -312,7 +312,7 @@ def test_an_earlier_round_replays_what_followed(make_chain, tmp_path):
 
 @pytest.mark.parametrize("aggregation", ["rolora", "fedsvd", "fedex", "flora", "fedsa"])
 def test_rolling_back_is_the_state_of_then_and_goes_on_like_it(aggregation, make_chain, tmp_path):
-    options = {"aggregation": aggregation, "evaluation": 0.2, "keep_checkpoints": None, "checkpoint_dir": tmp_path}
+    options = {"aggregation": aggregation, "evaluation": 0.34, "keep_checkpoints": None, "checkpoint_dir": tmp_path}
     fed = federation(make_chain(lora=True), **options)
     then, standings, histories = {}, {}, {}
     for _ in range(4):
@@ -332,7 +332,7 @@ def test_rolling_back_is_the_state_of_then_and_goes_on_like_it(aggregation, make
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"evaluation": 0.2}, {"broadcast_codec": "int8"}], ids=["plain", "eval", "codec"]
+    "options", [{}, {"evaluation": 0.34}, {"broadcast_codec": "int8"}], ids=["plain", "eval", "codec"]
 )
 @pytest.mark.parametrize(("rounds", "to"), [(1, 1), (2, 1), (2, 2)])
 def test_rolling_back_from_any_round_to_any_other(rounds, to, options, make_chain, tmp_path):
@@ -689,7 +689,7 @@ def test_what_is_code_or_data_must_be_given_again(options, again, said, make_cha
 
 def test_everything_else_need_not_be_given_again(make_chain, tmp_path):
     """Deadline, retries, quorum, samples and how many checkpoints are kept are those of then."""
-    options = {"deadline": 60.0, "retries": 2, "quorum": 2, "samples": 0, "keep_checkpoints": 1, "evaluation": 0.2}
+    options = {"deadline": 60.0, "retries": 2, "quorum": 2, "samples": 0, "keep_checkpoints": 1, "evaluation": 0.34}
     federation(make_chain(), checkpoint_dir=tmp_path, **options).fit(rounds=2)
     fed = resumed(tmp_path, make_chain())
     settings = fed._server.settings
