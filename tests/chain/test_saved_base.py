@@ -26,6 +26,7 @@ from llmchain_fed import FederatedAveraging, LLMChain, LocalChatModel, LocalLLM,
 from llmchain_fed.errors import ChainFileError, RecipeError, UnsupportedModelError
 from llmchain_fed.federated.target import Target
 from llmchain_fed.model import loading, pristine
+from llmchain_fed.model.folder import load_options
 
 PEOPLE = {"a": PAIRS[:4], "b": PAIRS[4:8]}
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -93,7 +94,8 @@ def test_the_embedded_model_is_known_by_its_hub_id_and_says_that_it_was_dequanti
     folder = tmp_path / "hub" / "models--some--causal" / "snapshots" / SHA
     monkeypatch.setattr(loading, "resolve", lambda given: str(folder) if given == loading.EMBEDDED else given)
     chain = LLMChain(llm=LocalLLM.from_pretrained(loading.EMBEDDED, lora=lora_config()), prompt=TEMPLATE)
-    monkeypatch.setattr(loading, "HUB_ID", name)
+    for module in (loading, load_options):
+        monkeypatch.setattr(module, "HUB_ID", name)
     loaded = there_and_back(chain, tmp_path / "chain")
     data = yaml.safe_load((tmp_path / "chain" / "chain.yaml").read_text())["model"]
     assert data["reference"] == loading.EMBEDDED

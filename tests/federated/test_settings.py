@@ -125,8 +125,8 @@ def test_samples_are_one_here_and_none_elsewhere(given, here, elsewhere, make_ch
 @pytest.mark.parametrize("single", [np.float32, np.float64])
 def test_numbers_of_numpy_are_numbers(single, make_chain):
     options = {
-        "evaluation": 0.5, "deadline": 60.0, "participants_per_round": 0.5, "lr": 0.125, "quorum": 1, "retries": 2,
-        "samples": 0, "seed": 3, "batch_size": 4, "keep_checkpoints": 2, "max_weight_share": 0.5,
+        "evaluation": 0.25, "deadline": 60.0, "participants_per_round": 0.5, "lr": 0.125, "quorum": 1, "retries": 2,
+        "samples": 0, "seed": 5, "batch_size": 4, "keep_checkpoints": 2, "max_weight_share": 0.5,
     }  # fmt: skip
     theirs = {n: single(v) if isinstance(v, float) else np.int64(v) for n, v in options.items()}
     made = [FederatedAveraging(make_chain(), participants=SHARES, progress=False, **o) for o in (options, theirs)]
