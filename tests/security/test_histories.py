@@ -16,12 +16,16 @@ from llmchain_fed.federated.reporting.page import page
 
 def honest():
     people = {
-        "a": ParticipantRecord("trained", None, 1.5, 2.5, 2.25, 6, 40, 2, 0.5, 0.25, 1.0000001, 10, 20, 30, ["a note"]),
+        "a": ParticipantRecord(
+            "trained", None, 1.5, 2.5, 2.25, 6, 40, 2, 0.5, 0.25, 1.0000001, 10, 20, 30, notes=["a note"]
+        ),
         "b/é\n": ParticipantRecord("late", "DeadlineError: no answer"),
         "c": ParticipantRecord("idle"),
     }
     sample = Sample("a", "page locked", "page verrouillée", "?", None)
-    first = RoundRecord(1, people, 2.5, 2.25, 0.1, 0.01, 3.0, 1.0, 1.5, "2-abc", [sample], ["diverges"])
+    first = RoundRecord(
+        1, people, 2.5, 2.25, {"f1": 0.5}, {"f1": 0.25}, 0.1, 0.01, 3.0, 1.0, 1.5, "2-abc", [sample], ["diverges"]
+    )
     history = History([first, RoundRecord(2, {"a": ParticipantRecord()}, members_changed=True)])
     history.stopped_early = "held-out loss did not improve"
     model = {"name": "tiny", "kind": "causal", "parameters": 10, "trained": 5, "tensors": 2, "adapter": None}
