@@ -25,7 +25,7 @@ def test_federation_learns_labels_and_says_what_its_losses_are(make_chain):
     chain = make_chain(lora=False)
     parts = [Participant(n, DATA[at::2], held_out=DATA[at::2]) for at, n in enumerate("ab")]
     fed = FederatedAveraging(chain, participants=parts, training=training(epochs=12), progress=False)
-    history = fed.fit(rounds=4)
+    history = fed.fit(rounds=6)
     assert [c.label for c in chain.classify_batch([x for x, _ in DATA], LABELS)] == [y for _, y in DATA]
     last = history[-1]
     assert last.loss == "labels"

@@ -148,8 +148,10 @@ class Limits(FrozenConfig):
         if isinstance(data, EncodedExamples):
             rows = (sampler or length_buckets)(data, config, place)
             if schedule is not None:
-                drawn = itertools.islice(rows, 2 * len(data))  # within so many lie two passes
-                rows = (batch for step, batch in enumerate(drawn) if schedule.counts(step))
+                two_passes = 2 * len(data)  # within so many lie two passes
+                drawn = enumerate(itertools.islice(rows, schedule.steps or two_passes))
+                # of a long warm-up the first steps do not count: so many that do are looked at
+                rows = itertools.islice((batch for step, batch in drawn if schedule.counts(step)), two_passes)
             self.check_examples(_distinct(data, rows, self.min_examples_per_update))
 
     def check_codec(self, codec: str | None) -> None:
