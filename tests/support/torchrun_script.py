@@ -35,7 +35,7 @@ from llmchain_fed.updates.server_optimizers import from_settings
 SHARES = {"a": PAIRS[:5], "b": PAIRS[5:8], "c": PAIRS[8:], "d": PAIRS[2:6]}
 HELD_OUT = {"b": PAIRS[:2], "d": PAIRS[8:10]}
 HOMES = {"a": 0, "b": 1, "c": 1, "d": 2}
-TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=2, epochs=2, lr_schedule="cosine", warmup=0.1)
+TRAINING = TrainingConfig(learning_rate=5e-3, batch_size=2, epochs=2)
 # two steps: one alone might be of the single example that is left of five, which a site's policy refuses
 REAL_TRAINING = TrainingConfig(learning_rate=1e-3, batch_size=4, max_steps=2)
 

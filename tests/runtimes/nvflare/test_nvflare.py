@@ -393,7 +393,7 @@ def test_federate_reads_a_file_runs_the_rounds_and_saves_the_chain(run, runtime,
     file = tmp_path / "federation.yaml"
     text = (
         f"chain: chain\nhub: {{admin: {federation.kits['admin']}, sites: [a, b], patience: 8}}\nout: out\nrounds: 2\n"
-        "training: {learning_rate: 5e-3, batch_size: 2, epochs: 2, lr_schedule: cosine, warmup: 0.1}\nquorum: 2\n"
+        "training: {learning_rate: 5e-3, batch_size: 2, epochs: 2}\nquorum: 2\n"
     )
     file.write_text(text)
     done = command("federate", file, seconds=120)
