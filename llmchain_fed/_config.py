@@ -28,7 +28,7 @@ class FrozenConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, validate_default=True)
 
     @classmethod
-    def meant(cls, name: str) -> str | None:  # noqa: ARG003
+    def meant(cls, name: str) -> str | None:  # noqa: ARG003 (for subclasses)
         """Where an option is that others have by this name; None where nobody is known to."""
         return None
 

@@ -140,6 +140,6 @@ class BoundFace(RunnableBinding[Any, Any], Classifies, Previews):
         prompt = self.as_prompt()
         face: Any = prompt.face
         own = {name: value for name, value in prompt.call.items() if name in face.path_fields}
-        face = face.model_copy(update={name: {**getattr(face, name), **value} for name, value in own.items()})
+        face = face.model_copy(update={name: {**getattr(face, name), **(value or {})} for name, value in own.items()})
         tools = prompt.call.get("tools") if tools is None else tools
         return int(face.get_num_tokens_from_messages(messages, tools=tools))

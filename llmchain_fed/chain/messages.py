@@ -155,7 +155,7 @@ def _read(message: Any, at: int, waiting: Sequence[tuple[str, str]], known: Mapp
         first = waiting[0][0] if waiting else None
         mine = id_answered(message) or next((i for i, called in waiting if name in (None, called)), first)
         if mine is None:
-            raise ValueError("it is a tool's result, and no call waits for one")  # noqa: EM101
+            raise ValueError("it is a tool's result, and no call waits for one")  # noqa: EM101 (told below)
         return ToolMessage("" if content is None else text, tool_call_id=mine, name=name)
     if isinstance(message, Mapping):
         message = {key: value for key, value in message.items() if value is not None}
@@ -188,7 +188,7 @@ def read_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
     try:
         found = [convert_to_openai_tool(tool) for tool in tools]
         if strange := next((tool for tool in found if not isinstance(tool.get("function"), Mapping)), None):
-            raise ValueError(f"{shown(repr(strange), 120)} is a tool of a provider's own")  # noqa: EM102
+            raise ValueError(f"{shown(repr(strange), 120)} is a tool of a provider's own")  # noqa: EM102 (told below)
         json.dumps(found)  # what is nested too deep, or no JSON, fails here
         return [{**tool, "function": _checked_function(tool["function"])} for tool in found]
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, NameError) as error:
@@ -199,9 +199,9 @@ def read_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
 def _checked_function(function: Mapping[str, Any]) -> dict[str, Any]:
     name, parameters = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{shown(repr(function), 120)} has no name")  # noqa: EM102
+        raise ValueError(f"{shown(repr(function), 120)} has no name")  # noqa: EM102 (told below)
     if parameters is not None and not isinstance(parameters, Mapping):
-        raise TypeError(f"the parameters of {shown(name, 60)!r} are {shown(repr(parameters), 60)}, no mapping")  # noqa: EM102
+        raise TypeError(f"the parameters of {shown(name, 60)!r} are {shown(repr(parameters), 60)}, no mapping")  # noqa: EM102 (told below)
     return {key: value for key, value in function.items() if key != "parameters" or value is not None}
 
 

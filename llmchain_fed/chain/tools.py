@@ -19,7 +19,7 @@ from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from typing_extensions import override
 
-from llmchain_fed.chain.base_llm import LocalLanguageModel
+from llmchain_fed.chain.base_llm import ALIASES, LocalLanguageModel
 from llmchain_fed.chain.messages import answer_in, as_data, read_tools
 from llmchain_fed.data.messages import is_message
 from llmchain_fed.errors import ConfigError, MissingExtraError, SchemaError, UnsupportedModelError
@@ -310,7 +310,7 @@ class MessagePieces:
 
 
 def _length(call: Mapping[str, Any]) -> int | None:
-    given = call.get("max_new_tokens") or call.get("max_tokens")
+    given = next((v for k, v in call.items() if ALIASES.get(k, k) == "max_new_tokens" and v is not None), None)
     return given if isinstance(given, int) else None
 
 

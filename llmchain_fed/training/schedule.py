@@ -77,10 +77,13 @@ class Schedule:
         return 1.0 - progress if self.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
     def counts(self, step: int) -> bool:
-        """Whether a step of the round moves the weights by more than a tenth of what its largest rate could."""
+        """Whether a step of the round moves the weights by more than a tenth of what its largest rate could.
+
+        In a round whose rates are all 0, the beginning of a long warm-up, none moves them, and all count alike.
+        """
         last = max((self.steps or 1) - 1, 0)
         largest = self.share(min(max(self.warmup - self.first, 0), last))
-        return self.share(step) > _COUNTS * largest
+        return largest == 0 or self.share(step) > _COUNTS * largest
 
 
 def check_planned(config: TrainingConfig, who: str | None = None) -> None:

@@ -20,7 +20,7 @@ from tiny import PAIRS
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
-from llmchain_fed import ConfigError, Participant
+from llmchain_fed import ConfigError, Participant, TrainingConfig
 from llmchain_fed.cli import __main__ as cli
 from llmchain_fed.data.encoding import collate, encode_examples, encoded
 from llmchain_fed.errors import DeadlineError, PolicyError
@@ -30,6 +30,8 @@ from llmchain_fed.federated.protocol.global_state import STALE
 from llmchain_fed.runtimes.messaging import frames
 from llmchain_fed.runtimes.site.policy import Audit, Policy, explain
 from llmchain_fed.runtimes.site.server import SiteServer
+from llmchain_fed.training.batch_sampler import Place
+from llmchain_fed.training.schedule import Schedule
 from llmchain_fed.untrusted import printable
 from llmchain_fed.updates import serialization
 
@@ -181,6 +183,17 @@ def test_a_schedule_cannot_leave_a_single_steps_examples_to_make_the_update(load
         found = ask.train(rounds=1)
         assert isinstance(found, bytes) is enough
         assert enough or found[1].startswith("policy.min_examples_per_update: ")
+
+
+def test_a_long_warm_up_is_no_update_of_nothing(target):
+    """Its first passes hardly move the weights, its later ones do: all examples are in those."""
+    data = encode_examples(PAIRS[:6], target.model, target.prompt)
+    config = TrainingConfig(batch_size=2, epochs=40, lr_schedule="cosine", warmup=0.1)
+    schedule = Schedule.of(config, 120, 0, 30)  # of 3,600 steps 360 are warm-up: the round's rates rise from 0
+    assert not any(schedule.counts(step) for step in range(12))
+    Limits(min_examples_per_update=6).check_update(data, config, Place(), None, schedule)
+    with pytest.raises(PolicyError, match="6 different examples, at least 7"):
+        Limits(min_examples_per_update=7).check_update(data, config, Place(), None, schedule)
 
 
 def test_a_hub_that_does_not_say_how_many_rounds_there_are_trains_no_schedule_over_them(target):

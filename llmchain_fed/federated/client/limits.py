@@ -148,7 +148,7 @@ class Limits(FrozenConfig):
         if isinstance(data, EncodedExamples):
             rows = (sampler or length_buckets)(data, config, place)
             if schedule is not None:
-                two_passes = 2 * len(data)  # within so many lie two passes
+                two_passes = 2 * len(data)  # steps, within which these lie
                 drawn = enumerate(itertools.islice(rows, schedule.steps or two_passes))
                 # of a long warm-up the first steps do not count: so many that do are looked at
                 rows = itertools.islice((batch for step, batch in drawn if schedule.counts(step)), two_passes)
