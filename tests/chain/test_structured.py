@@ -437,12 +437,12 @@ def test_openais_form_of_a_schema_is_that_schema(chat, method):
         chat.with_structured_output({"type": "json_schema", "json_schema": {"name": "a"}})
 
 
-@pytest.mark.parametrize("bound", [True, False])
+@pytest.mark.parametrize("bound", [None, "max_new_tokens", "max_tokens", "max_completion_tokens"])
 def test_training_needs_the_room_that_an_answer_needs(chat, bound):
     """As `invoke` does: with the number of tokens, before a step is taken."""
     rows = {"a": EXAMPLES}
     if bound:
-        runnable = chat.with_structured_output(Finding, max_new_tokens=12)
+        runnable = chat.with_structured_output(Finding, **{bound: 12})
     else:
         runnable = chat.model_copy(update={"max_new_tokens": 12}).with_structured_output(Finding)
     with pytest.raises(SchemaError, match=r"takes (\d+) tokens .* room for 12. Set max_new_tokens=\1"):
