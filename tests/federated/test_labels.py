@@ -24,8 +24,8 @@ def training(**options):
 def test_federation_learns_labels_and_says_what_its_losses_are(make_chain):
     chain = make_chain(lora=False)
     parts = [Participant(n, DATA[at::2], held_out=DATA[at::2]) for at, n in enumerate("ab")]
-    # Halves of twelve random labels pull apart: at a constant rate the last round is right by luck of rounding (8 to 12 of
-    # 12 over six seeds). A rate that falls to 0 ends above 0.93 for each label, whatever the seed.
+    # Halves of twelve random labels pull apart: at a constant rate the last round is right by luck of rounding (8 to 12
+    # of 12 over six seeds). A rate that falls to 0 ends above 0.93 for each label, whatever the seed.
     how = training(epochs=4, lr_schedule="linear", warmup=0.1)
     fed = FederatedAveraging(chain, participants=parts, training=how, progress=False)
     history = fed.fit(rounds=12)
