@@ -26,6 +26,7 @@ from llmchain_fed.federated.measures.monitor import LOSS
 from llmchain_fed.federated.options import FederationConfig, FederationOptions
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.parts.comparing import Comparing
+from llmchain_fed.federated.parts.earlier_rounds import EarlierRounds
 from llmchain_fed.federated.parts.fixed_options import FixedOptions
 from llmchain_fed.federated.parts.manual_rounds import ManualRounds
 from llmchain_fed.federated.parts.personal_models import PersonalModels
@@ -42,7 +43,7 @@ from llmchain_fed.training.evaluation import EvaluationResult, evaluate_as
 from llmchain_fed.training.names import meant_in_federation
 
 
-class FederatedAveraging(FixedOptions, ManualRounds, PersonalModels, PreviewsData, Comparing):
+class FederatedAveraging(FixedOptions, ManualRounds, EarlierRounds, PersonalModels, PreviewsData, Comparing):
     """Lets a chain learn from several participants' examples without pooling them.
 
     In each round every participant starts from the same global weights, trains on its own examples, and hands over its
@@ -169,12 +170,6 @@ class FederatedAveraging(FixedOptions, ManualRounds, PersonalModels, PreviewsDat
         return self._server.history
 
     @property
-    def best(self) -> RoundRecord | None:
-        """The round with the best pooled value of what the latest `fit` monitored; None before any was measured."""
-        number = self.history.best
-        return next((record for record in self.history if record.round == number), None)
-
-    @property
     def attendance(self) -> Attendance:
         """Who is in and out, since when and why first, and who is waited for."""
         return self._server.client_manager.attendance
@@ -275,16 +270,6 @@ class FederatedAveraging(FixedOptions, ManualRounds, PersonalModels, PreviewsDat
 
         self._replication.do(lead)
         return self.history
-
-    def roll_back(self, to: int) -> None:
-        """Takes the federation back to the end of an earlier round, as its checkpoint has it; later ones are dropped.
-
-        Raises:
-            CheckpointError: There is no checkpoint of that round, or it is damaged; nothing has changed.
-        """
-        self._check_closed()
-        self._checkpoints.roll_back(to)
-        self._keeper.forget()
 
     def _check_directory(self) -> None:
         self._checkpoints.check_directory()

@@ -164,11 +164,7 @@ class Fit:
         diverged = server.diverged if self.stops else None
         why = [diverged] if diverged else [str(waiting)] if over else []
         server.patience = waiting.state() if waiting is not None and not why and not last else []
-        if record.members_changed:
-            history.best = None
-        among = {record.round} | ({history.best} if history.best is not None else set())
-        best = self.monitored.best(history, among)
-        history.best = best.round if best is not None else history.best
+        self.monitored.judge(record, history)
         return why
 
     def _check_measured(self) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.checkpoint import files, fitting
 from llmchain_fed.federated.checkpoint.manager import CheckpointManager, read_for
 from llmchain_fed.federated.history import RoundRecord
-from llmchain_fed.federated.measures.monitor import Monitored
+from llmchain_fed.federated.measures.monitor import LOSS, Monitored
 from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import PersonalStateTask
@@ -58,7 +59,6 @@ class Keeper:
     def __init__(self, server: Server, checkpoints: CheckpointManager) -> None:
         self._server, self._checkpoints = server, checkpoints
         self._kept: KeptRound | None = None
-        self._monitored = Monitored()
 
     def forget(self) -> None:
         """What was kept is of rounds that are taken back."""
@@ -67,7 +67,6 @@ class Keeper:
     def begin(self, monitored: Monitored) -> None:
         """Before a fit: the best of the rounds whose weights there still are is the one to beat."""
         server, history = self._server, self._server.history
-        self._monitored = monitored
         now = history.kept or server.round
         there = {now}
         if history.best is not None and (self._has(history.best) or self._lies_there(history.best)):
@@ -101,9 +100,29 @@ class Keeper:
         assert found is not None
         found.restore(server)
         history.kept = best
-        value = self._monitored.pooled(history[best - 1])[1]
-        server.round_notes.append(f"begins at the weights of round {best}, the best by {self._monitored} ({value:.4g})")
+        by = Monitored(history.monitor or LOSS)  # which way is better was decided when it became the best
+        value = by.pooled(next(record for record in history if record.round == best))[1]
+        server.round_notes.append(f"begins at the weights of round {best}, the best by {by} ({value:.4g})")
         return True
+
+    def load(self) -> bool:
+        """As `finish`, after a fit.
+
+        Raises:
+            FederationError: No round has been measured, or the weights of the best are gone.
+            CheckpointError: Its checkpoint is damaged; everything is as before.
+        """
+        best, now = self._server.history.best, self._server.history.kept or self._server.round
+        if best is None:
+            msg = "no round has been measured, so none is the best. Run fit() with evaluation=…"
+            raise FederationError(msg)
+        if best != now and not (self._has(best) or self._lies_there(best)):
+            msg = (
+                f"the weights of round {best}, the best, are not kept any more. Let fit(keep='best') keep them, or a "
+                "checkpoint_dir= with keep_checkpoints=None."
+            )
+            raise FederationError(msg)
+        return self.finish()
 
     def _has(self, number: int) -> bool:
         return self._kept is not None and self._kept.round == number

@@ -66,6 +66,14 @@ class Monitored:
                 found = record
         return found
 
+    def judge(self, record: RoundRecord, history: History) -> None:
+        """Notes in the history which round is the best so far, once this one is over."""
+        if record.members_changed:
+            history.best = None
+        among = {record.round} | ({history.best} if history.best is not None else set())
+        best = self.best(history, among)
+        history.best = best.round if best is not None else history.best
+
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
@@ -108,6 +116,14 @@ def resolved(name: str, evaluator: Evaluator, found: Measurement | None) -> Moni
         )
         raise ConfigError(msg)
     return Monitored(name, metric.maximize)
+
+
+def decided(name: str | None, evaluator: Evaluator) -> Monitored | None:
+    """What an earlier fit monitored, by default the held-out loss; None where that is not measured any more."""
+    if name in (None, LOSS):
+        return Monitored()
+    metric = next((metric for metric in evaluator.metrics if metric.name == evaluator.owners.get(str(name))), None)
+    return Monitored(str(name), metric.maximize) if metric is not None and metric.maximize is not None else None
 
 
 def _nobody(name: str, known: Sequence[str], missing: Mapping[str, str]) -> str:

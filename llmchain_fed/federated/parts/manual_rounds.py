@@ -13,9 +13,11 @@ from typing import Any
 from llmchain_fed.data.examples import Examples
 from llmchain_fed.errors import ConfigError, FederationError, NothingTrainedError, QuorumError
 from llmchain_fed.federated import compatibility
+from llmchain_fed.federated.callbacks import Stop
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
 from llmchain_fed.federated.loop import close_round
+from llmchain_fed.federated.measures.monitor import decided
 from llmchain_fed.federated.participant import Participant
 from llmchain_fed.federated.protocol.tasks import TrainTask
 from llmchain_fed.federated.runtime import Runtime
@@ -42,7 +44,7 @@ class ManualRounds(ABC):
     def _check_directory(self) -> None: ...
 
     @abstractmethod
-    def _completed(self, record: RoundRecord) -> object: ...
+    def _completed(self, record: RoundRecord) -> Stop | None: ...
 
     def train(self, local_data: Examples, device_id: Any) -> ParticipantRecord:
         """Trains one participant, on its examples in any form, from the current global weights.
@@ -102,6 +104,9 @@ class ManualRounds(ABC):
     def step(self) -> RoundRecord:
         """Averages what has been trained since the last step and loads it: w = Σ n_k/n · w_k.
 
+        `best` counts it in. Where a callback returns `Stop`, `history.stopped_early` says its reason: the loop is yours
+        to end.
+
         Raises:
             NothingTrainedError: Nobody has trained in this round.
             QuorumError: Too few updates were usable. The round stays open, so that more can train; it is closed where
@@ -126,7 +131,13 @@ class ManualRounds(ABC):
                 self._open = None  # nothing in it is worth waiting for: fit() and train() may begin anew
             raise
         self._open = None
-        self._completed(record)
+        history = self._server.history
+        monitored = decided(history.monitor, self._server.evaluator)
+        if monitored is not None:
+            monitored.judge(record, history)
+            history.monitor = monitored.name if history.best is not None else history.monitor
+        stop = self._completed(record)
+        history.stopped_early = stop.reason if stop is not None else None
         return record
 
     def _check_closed(self) -> None:

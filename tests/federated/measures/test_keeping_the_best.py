@@ -12,6 +12,7 @@ from resumed_runs import SGD, SHARES, weights_of
 from tiny import PAIRS
 
 from llmchain_fed import Callback, ConfigError, Ditto, FedAdam, FederatedAveraging, History, Metric, Participant, Stop
+from llmchain_fed.errors import FederationError
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
 from llmchain_fed.federated.measures.monitor import Monitored, Patience
 
@@ -304,3 +305,56 @@ def test_a_stop_ends_with_the_best_too(make):
     fed = scripted.made(callbacks=[StopsAt(4, Stop("enough"))])
     history = fed.fit(rounds=6, monitor="score", keep="best")
     assert (len(history), history.kept, history.stopped_early) == (4, 2, "enough")
+
+
+def same(some, other):
+    return some.keys() == other.keys() and all(torch.equal(some[name], other[name]) for name in some)
+
+
+def test_the_best_rounds_weights_are_loaded_when_they_are_asked_for(make, tmp_path):
+    """After a fit that kept the last, from a checkpoint; where they are gone it says so, and nothing has changed."""
+    made = make()
+    fed = made.made(checkpoint_dir=tmp_path / "run", keep_checkpoints=None)
+    with pytest.raises(FederationError, match="no round has been measured"):
+        fed.load_best()
+    fed.fit(2, monitor="score")
+    best = weights_of(fed)
+    fed.fit(1, monitor="score")
+    assert (fed.best.round, fed.history.kept) == (2, None)
+    assert not same(best, weights_of(fed))
+    assert fed.load_best() is fed.history[1]
+    assert (fed.history.kept, fed.round, len(fed.history)) == (2, 3, 3)
+    assert same(best, weights_of(fed))
+    assert fed.load_best().round == 2
+    resumed = make().resumed(tmp_path / "run")
+    assert same(best, weights_of(resumed))
+    assert resumed.history.kept == 2
+    gone = make().made()
+    gone.fit(3, monitor="score")
+    before = weights_of(gone)
+    with pytest.raises(FederationError, match="keep='best'"):
+        gone.load_best()
+    assert same(before, weights_of(gone))
+    assert gone.history.kept is None
+
+
+def test_rounds_by_hand_count_for_the_best_and_a_callbacks_word_stands_in_the_history(make_chain):
+    """`step()` judges a round as `fit` does; to end the loop is the caller's."""
+
+    class After(Callback):
+        def on_round_end(self, record, history):
+            return Stop("two are enough") if record.round == 2 else None
+
+    fed = FederatedAveraging(make_chain(), evaluation=PAIRS[8:], training=SGD, progress=False, callbacks=After())
+    for number in (1, 2):
+        fed.train(PAIRS[:4], "a")
+        record = fed.step()
+        assert fed.history.stopped_early == ("two are enough" if number == 2 else None)
+        losses = [each.held_out_after for each in fed.history]
+        assert fed.best.held_out_after == min(losses)
+        assert record.round == number
+    assert fed.history.monitor == "held_out_loss"
+    plain = FederatedAveraging(make_chain(), training=SGD, progress=False)
+    plain.train(PAIRS[:4], "a")
+    plain.step()
+    assert (plain.best, plain.history.monitor) == (None, None)
