@@ -15,6 +15,7 @@ from llmchain_fed._config import read_options
 from llmchain_fed.cli.chains import check, load
 from llmchain_fed.cli.console import INCOMPLETE, error_line, say, stoppable
 from llmchain_fed.errors import ContractError, PolicyError, QuorumError, TransportError
+from llmchain_fed.federated.callbacks import Callback
 from llmchain_fed.federated.reporting.lines import show
 from llmchain_fed.federated.runtime import Runtime
 
@@ -56,7 +57,7 @@ def _federate(file: Path, members: str, done: list[int]) -> None:
     assert found.checkpoint_dir is not None  # read() gives it a default
     results = Results(found.out, found.checkpoint_dir)
     with results.locked():
-        if results.rounds >= found.rounds:
+        if results.rounds >= found.rounds or results.ended_early(found):
             results.check_finished(found, members)
             _finish(found, results)
             return
@@ -74,15 +75,51 @@ def _federate(file: Path, members: str, done: list[int]) -> None:
 
 def _finish(found: Any, results: Any) -> None:
     """Of a federation whose rounds are done: makes sure that its results are there. No site is asked."""
-    if not results.is_whole(results.rounds):
+    if not results.is_whole(results.rounds) or not _is_kept(found, results):
         results.check(start=found.chain)
         chain = load(found.chain)
-        results.save(_begun(found, chain, _Away(found.hub.sites), results, "changed"), chain)
-    missing = _missing(results.read_history(), found.hub.sites, {})
+        fed = _begun(found, chain, _Away(found.hub.sites), results, "changed")
+        if found.keep == "best" and fed.best is not None:
+            fed.load_best()
+        results.save(fed, chain)
+    history = results.read_history()
+    missing = _missing(history, found.hub.sites, {})
     _say_missing(missing)
-    say(f"done: all {found.rounds} rounds; {_where(results)}. For more, raise `rounds`.")
+    if len(history) < found.rounds:
+        more = "To go on, take what ended it (`patience`, `on_divergence`) out of the file"
+        say(f"done: {len(history)} of {found.rounds} rounds, {_endings(history)}; {_where(results)}. {more}.")
+    else:
+        say(f"done: all {found.rounds} rounds{_endings(history, ', ')}; {_where(results)}. For more, raise `rounds`.")
     if missing:
         raise typer.Exit(INCOMPLETE)
+
+
+class _Saving(Callback):
+    """Writes chain and history after each round, once its checkpoint is there."""
+
+    def __init__(self, results: Any, chain: Any, done: list[int]) -> None:
+        self.fed: Any = None
+        self._results, self._chain, self._done = results, chain, done
+
+    def on_round_end(self, record: Any, history: Any) -> None:  # noqa: ARG002
+        """Written before the next round begins; not where the checkpoint could not be: it would be behind them."""
+        if self._results.rounds < record.round:
+            return
+        self._results.save(self.fed, self._chain)
+        self._done.append(record.round)
+
+
+def _is_kept(found: Any, results: Any) -> bool:
+    """Whether the chain that is there has the weights that the file wants: the last round's, or the best's."""
+    if found.keep != "best":
+        return True
+    history = results.read_history()
+    return history.best is None or history.best == (history.kept or len(history))
+
+
+def _endings(history: Any, before: str = "") -> str:
+    lines = history.endings()
+    return before + "; ".join(lines) if lines else ""
 
 
 def _run(found: Any, results: Any, members: str, status: Any, done: list[int]) -> None:
@@ -97,17 +134,17 @@ def _run(found: Any, results: Any, members: str, status: Any, done: list[int]) -
     with NVFlare(found.hub.admin, sites=found.hub.sites, say=told, **hub) as runtime:
         runtime.check()
         chain = load(found.chain)
-        fed = _begun(found, chain, runtime, results, members, callbacks=[status])
+        saving = _Saving(results, chain, done)
+        fed = saving.fed = _begun(found, chain, runtime, results, members, callbacks=[status, saving])
         say(f"going on after round {fed.round} of {found.rounds}" if fed.round else f"beginning: {found.rounds} rounds")
         default = "" if "quorum" in found.model_fields_set else ", the default; `quorum:` sets another"
         say(f"a round counts with {found.quorum} of {len(found.hub.sites)} sites (quorum{default})")
         if fed.round and not results.is_whole(fed.round):
             results.save(fed, chain)
         with _lasting_causes(fed, found.rounds, _where(results)):
-            while fed.round < found.rounds:
-                fed.fit(rounds=1, of=found.rounds)
-                results.save(fed, chain)
-                done.append(fed.round)
+            fed.fit(rounds=found.rounds - fed.round, of=found.rounds, **found.fit_options())
+        if fed.history.endings():  # which the last round could not know
+            results.save(fed, chain)
         show(f"{fed.history}")
         missing = _missing(fed.history, found.hub.sites, fed.attendance.never)
         _say_missing(missing)

@@ -12,7 +12,10 @@ from pydantic import AfterValidator, Field
 
 from llmchain_fed._config import FrozenConfig, read_options
 from llmchain_fed.errors import ConfigError
+from llmchain_fed.federated.fit import Keep
+from llmchain_fed.federated.measures.monitor import LOSS
 from llmchain_fed.federated.options import FederationConfig, FederationOptions
+from llmchain_fed.federated.server.divergence import OnDivergence
 from llmchain_fed.federated.settings import check_counts, config_of, training_of
 from llmchain_fed.runtimes.names import check_name
 from llmchain_fed.untrusted import decoding, shown
@@ -58,6 +61,16 @@ class FederationFile(FederationConfig):
     """folder for the trained chain and the history, relative to the file"""
     rounds: int = Field(default=3, ge=1, le=10**9)
     """in all: those that a checkpoint contains already count"""
+    monitor: Name = LOSS
+    """the pooled value that rounds are judged by: "held_out_loss", or a value of `metrics`"""
+    keep: Keep = "last"
+    """with which round's weights it ends: "last", or "best" by `monitor`"""
+    patience: int | None = Field(default=None, ge=1, le=10**9)
+    """ends early once that has not improved for so many rounds"""
+    min_delta: float = Field(default=0.0, ge=0, le=1e9)
+    """what counts as an improvement there"""
+    on_divergence: OnDivergence = "warn"
+    """"stop" ends it after a round that diverges"""
     checkpoint_dir: Place | None = None
     """where a checkpoint is written after each round, relative to the file; by default `checkpoints` in `out`. Started
     again, the federation goes on"""
@@ -106,6 +119,15 @@ class FederationFile(FederationConfig):
         if self.server_optimizer is not None:
             given["server_optimizer"] = _server_optimizer(self.server_optimizer)
         return cast(FederationOptions, given)
+
+    def fit_options(self) -> dict[str, Any]:
+        """What `fit` is given beside its rounds."""
+        return {name: getattr(self, name) for name in ("monitor", "keep", "patience", "min_delta", "on_divergence")}
+
+    @property
+    def may_end_early(self) -> bool:
+        """Whether it may end before its last round."""
+        return self.patience is not None or self.on_divergence == "stop"
 
     def written(self) -> FederationConfig:
         """The same as a checkpoint of it contains them.

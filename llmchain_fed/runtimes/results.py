@@ -71,6 +71,17 @@ class Results:
         """After how many rounds a federation would go on: those of the newest checkpoint."""
         return max(files.rounds(self.checkpoints), default=0)
 
+    def ended_early(self, file: FederationFile) -> bool:
+        """Whether the rounds that are here are all that were wanted, since something that the file asks for ended it.
+
+        Raises:
+            ConfigError: The history is none of ours.
+        """
+        if not (file.may_end_early and self.rounds and self.history.is_file()):
+            return False
+        history = self.read_history()
+        return len(history) == self.rounds and history.stopped_early is not None
+
     def is_whole(self, rounds: int) -> bool:
         """Whether chain and history are there, of no fewer rounds."""
         try:

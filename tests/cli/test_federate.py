@@ -280,6 +280,58 @@ def test_more_rounds_go_on_from_those_that_are_there(done, place):
     assert chain_and_history(done.out) == chain_and_history(place.out)
 
 
+def read_history(place) -> History:
+    return History.from_dict(json.loads((place.out / "history.json").read_text()))
+
+
+def measured(place, rounds, more="") -> None:
+    """Over sites that hold out examples, and grow worse at them with every round."""
+    place.file.write_text(place.write(rounds, more).read_text().replace("[a, b]", "[c, d]"))
+
+
+def test_it_ends_with_the_best_rounds_weights_where_the_file_says_so(place, tmp_path, start_chain, nursery):
+    """At once, or once it is asked to, of a federation that is finished; and the best is a round's of that number."""
+    measured(place, 3, "keep: best")
+    status, said = place.run(sites="cd")
+    assert status == 0, said
+    history = read_history(place)
+    losses = [record.held_out_after for record in history]
+    assert (history.best, history.kept) == (losses.index(min(losses)) + 1,) * 2, losses
+    assert history.best < 3, losses
+    assert f"the chain has the weights of round {history.best}" in said
+    shorter, later = (Place(tmp_path / name, start_chain, nursery) for name in ("shorter", "later"))
+    measured(shorter, history.best)
+    measured(later, 3)
+    assert (shorter.run(sites="cd")[0], later.run(sites="cd")[0]) == (0, 0)
+    wanted = digest(shorter.out / "chain")
+    assert digest(place.out / "chain") == wanted != digest(later.out / "chain")
+    measured(later, 3, "keep: best")  # as if it had been killed before it ended with it
+    for _ in range(2):
+        status, said = later.run(sites="cd", engine=False)
+        assert status == 0, said
+        assert f"done: all 3 rounds, the chain has the weights of round {history.best}" in said
+        assert digest(later.out / "chain") == wanted
+
+
+def test_it_ends_early_and_stays_ended_until_the_file_asks_for_more(place):
+    measured(place, 5, "patience: 1")
+    status, said = place.run(sites="cd")
+    assert status == 0, said
+    history = read_history(place)
+    assert len(history) < 5
+    assert "did not improve" in history.stopped_early
+    before = digest(place.out)
+    status, said = place.run(sites="cd", engine=False)
+    assert status == 0, said
+    assert f"done: {len(history)} of 5 rounds, stopped early: held-out loss did not improve" in said
+    assert "out of the file" in said
+    assert digest(place.out) == before
+    measured(place, 4)
+    status, said = place.run(sites="cd")
+    assert status == 0, said
+    assert len(read_history(place)) == 4
+
+
 @pytest.mark.parametrize("left", ["both", "chain", "history.json", "an older checkpoint"])
 def test_results_without_their_checkpoints_are_not_replaced_by_less(done, left):
     done.write(rounds=4)

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tiny import PAIRS, TEMPLATE, lora_config, tiny_module, train_tokenizer, with_lora
 
-from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, stopping
+from llmchain_fed import FederatedAveraging, LLMChain, LocalLLM, LocalModel, Participant, TrainingConfig, stopping
 from llmchain_fed.cli import __main__ as cli
 from llmchain_fed.errors import ContractError, ParticipantError, PolicyError, TransportError
 from llmchain_fed.federated.runtime import InProcess
@@ -51,6 +51,7 @@ class Sites(InProcess):
 
     def __init__(self, do, out, sites) -> None:
         super().__init__({name: _PEERS[name] for name in sites})
+        self.sequential = not {"c", "d"} & set(sites)  # as of participants elsewhere, whose held-out examples are theirs
         self._do, self._out, self._trainings = do, out, 0
 
     def call(self, op, nodes, payload, timeout=None):
@@ -154,6 +155,11 @@ def warm(folder: Path) -> None:
     chain = LLMChain.load(folder / "start")
     FederatedAveraging(chain, participants=SHARES, checkpoint_dir=folder / "kept", progress=False).fit(1)
     _PEERS.update(FederatedAveraging(make_chain(), participants=SHARES)._peers)
+    # held out is something else than what is trained on: after the first round every further one makes it worse
+    held_out = [("x", "zz qq"), ("sign", "kk ww")]
+    measured = [Participant(name, SHARES[of], held_out=held_out) for name, of in (("c", "a"), ("d", "b"))]
+    worse = TrainingConfig(optimizer="sgd", learning_rate=10.0, max_steps=1)
+    _PEERS.update(FederatedAveraging(make_chain(), participants=measured, training=worse)._peers)
     for name in ("runtimes.federation_file", "runtimes.results", "runtimes.nvflare.runtime"):
         importlib.import_module(f"llmchain_fed.{name}")
 
