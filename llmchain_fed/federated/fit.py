@@ -155,12 +155,12 @@ class Fit:
             best = self.monitored.best(history)
             history.monitor, history.best = self.monitor, best.round if best is not None else None
         if self.patience is not None:
-            self.waiting = Patience(self.patience, self.min_delta, state, self.monitored)
+            self.waiting = Patience(self.patience, self.min_delta, state, self.monitored, history)
 
     def _judge(self, record: RoundRecord, *, last: bool) -> list[str]:
         """Notes which round is best so far; why this one is the last before its time."""
         server, history, waiting = self.server, self.server.history, self.waiting
-        over = waiting is not None and waiting.over(record, shared=server.evaluator.is_shared)
+        over = waiting is not None and waiting.over(record)
         diverged = server.diverged if self.stops else None
         why = [diverged] if diverged else [str(waiting)] if over else []
         server.patience = waiting.state() if waiting is not None and not why and not last else []

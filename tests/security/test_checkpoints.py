@@ -225,7 +225,9 @@ MEANINGS = {
     "a round too few": lambda content: content["about"]["history"]["rounds"].pop(),
     "patience of one": lambda content: content["about"].update(patience=[1.0]),
     "patience of words": lambda content: content["about"].update(patience=["a", "b"]),
-    "patience without end": lambda content: content["about"].update(patience=[0.0] * 200_000),
+    "patience without end": lambda content: content["about"].update(patience=[0] * 200_000),
+    "patience of no round": lambda content: content["about"].update(patience=[0, 0]),
+    "patience of a round to come": lambda content: content["about"].update(patience=[0, 99]),
     "a file of another name": lambda content: content["files"].update({"../../x.safetensors": "0" * 64}),
     "an optimizer's class": lambda content: content["about"]["config"].update(
         training={"optimizer": {"class": ["os.system"], "options": ""}}

@@ -51,7 +51,9 @@ class Sites(InProcess):
 
     def __init__(self, do, out, sites) -> None:
         super().__init__({name: _PEERS[name] for name in sites})
-        self.sequential = not {"c", "d"} & set(sites)  # as of participants elsewhere, whose held-out examples are theirs
+        self.sequential = not {"c", "d"} & set(
+            sites
+        )  # as of participants elsewhere, whose held-out examples are theirs
         self._do, self._out, self._trainings = do, out, 0
 
     def call(self, op, nodes, payload, timeout=None):

@@ -213,10 +213,15 @@ def read(directory: Path, number: int | None = None, limits: FileSizes | None = 
         raise _damaged(folder, "it does not fit into memory", others) from None
 
 
-def about(directory: Path) -> Mapping[str, Any]:
-    """All JSON of the newest checkpoint, of which there is one; `CheckpointError` if the manifest is damaged."""
-    newest, folder = max(_folders(directory).items())
-    return _manifest(folder, newest, tuple(n for n in rounds(directory) if n != newest)).about
+def about(directory: Path, number: int | None = None) -> Mapping[str, Any]:
+    """All JSON of a round's checkpoint, by default the newest's, which is there.
+
+    Raises:
+        CheckpointError: The manifest is damaged.
+    """
+    folders = _folders(directory)
+    number = max(folders) if number is None else number
+    return _manifest(folders[number], number, tuple(n for n in rounds(directory) if n != number)).about
 
 
 def _read(folder: Path, number: int, others: tuple[int, ...], limits: FileSizes) -> Checkpoint:

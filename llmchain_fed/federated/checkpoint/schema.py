@@ -56,7 +56,7 @@ class About(Strict):
     federation: FederationId
     declarations: Annotated[dict[Name, Any], Field(max_length=MOST_PARTICIPANTS)]
     history: Any
-    patience: Annotated[list[float], FailFast(), Field(max_length=2)]
+    patience: Annotated[list[int], FailFast(), Field(max_length=2)]
     round_notes: Texts
     members_changed: bool
     server_optimizer: _Numbers
@@ -173,13 +173,21 @@ def _check(found: Checkpoint, about: About, history: History) -> None:
         wrong = f"`about.history` is not one of rounds 1 to {found.round}"
     elif len(set(about.participants)) < len(about.participants):
         wrong = "`about.participants` names somebody twice"
-    elif len(about.patience) == 1 or any(type(count) is not int or count < 0 for count in found.about["patience"][1:]):
-        wrong = f"`about.patience` is no loss with a count of rounds: {shown(about.patience)}"
+    elif about.patience and not _is_patience(about.patience, found.round):
+        wrong = f"`about.patience` is no count of rounds with a round of these: {shown(about.patience)}"
     elif strangers := [*(about.declarations.keys() | found.participants.keys()) - set(about.participants)][:1]:
         wrong = f"{shown(strangers[0])}, of whom it says something, is not among `about.participants`"
     if wrong is not None:
         msg = f"{MANIFEST} makes no sense: {wrong}"
         raise found.unusable(msg)
+
+
+def _is_patience(state: list[int], rounds: int) -> bool:
+    """Whether it may be `Patience.state()` of so many rounds."""
+    if len(state) != 2:
+        return False
+    waited, where = state
+    return 0 <= waited <= rounds and 1 <= abs(where) <= rounds
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmchain_fed.errors import FederationError
+from llmchain_fed.errors import CheckpointError, FederationError
 from llmchain_fed.federated.checkpoint import files, fitting
 from llmchain_fed.federated.checkpoint.manager import CheckpointManager, read_for
 from llmchain_fed.federated.history import RoundRecord
@@ -18,6 +18,7 @@ from llmchain_fed.federated.protocol import messages
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import PersonalStateTask
 from llmchain_fed.federated.server.server import Server
+from llmchain_fed.untrusted import shown
 from llmchain_fed.updates import server_optimizers
 from llmchain_fed.updates.server_optimizers import ResumableServerOptimizer
 
@@ -100,9 +101,13 @@ class Keeper:
         assert found is not None
         found.restore(server)
         history.kept = best
+        ahead = sorted(server.client_manager.joined.keys() - found.states.keys())
         by = Monitored(history.monitor or LOSS)  # which way is better was decided when it became the best
-        value = by.pooled(next(record for record in history if record.round == best))[1]
+        value = by.measured(next(record for record in history if record.round == best)).pool
         server.round_notes.append(f"begins at the weights of round {best}, the best by {by} ({value:.4g})")
+        if ahead:
+            said = shown(", ".join(ahead), 300)
+            server.round_notes.append(f"{said} did not say where they stood in round {best}, and go on from the last")
         return True
 
     def load(self) -> bool:
@@ -128,9 +133,14 @@ class Keeper:
         return self._kept is not None and self._kept.round == number
 
     def _lies_there(self, number: int) -> bool:
-        """Whether the checkpoint of a round of a fit that was interrupted is there."""
+        """Whether the checkpoint of a round is there with its own weights, and not an earlier best's in their place."""
         folder = self._checkpoints.directory
-        return folder is not None and number in files.rounds(folder)
+        if folder is None or number not in files.rounds(folder):
+            return False
+        try:
+            return files.about(folder, number)["history"]["kept"] in (None, number)
+        except (CheckpointError, KeyError, TypeError):  # damaged: whoever goes back to it is told
+            return False
 
     def _of(self, number: int) -> KeptRound:
         server = self._server
@@ -151,15 +161,12 @@ class Keeper:
         return KeptRound(number, fitting.state_of(found, server.model), undo, dict(found.found.participants))
 
     def _asked(self) -> dict[str, bytes]:
-        """Where participants stand, of those who say it; those elsewhere are asked where they have something their own.
+        """Where participants stand, of those who say it.
 
-        Personal models, and what a rule lets them keep, belong to a round as its weights do.
+        Personal models, a kept optimizer, the place in the data and what a codec still owes belong to a round as its
+        weights do: without them further rounds would go on from two rounds at once.
         """
-        server, runtime = self._server, self._server.runtime
-        rule, last = server.settings.rule, server.round - 1
-        own = server.settings.config.personal is not None or rule.shares(last) != rule.trains(last)
-        if not (runtime.sequential or own):
-            return {}
+        server = self._server
         ask = messages.write(PersonalStateTask(round=server.round + 1))
-        answers = runtime.call(_ASK, list(server.client_manager.joined), ask, server.settings.config.deadline)
+        answers = server.runtime.call(_ASK, list(server.client_manager.joined), ask, server.settings.config.deadline)
         return {name: answer for name, answer in answers if isinstance(answer, bytes)}

@@ -6,8 +6,8 @@ Knows records and which way is better. Knows nothing about how a round is run or
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.federated.history import History, RoundRecord
@@ -19,29 +19,51 @@ LOSS = "held_out_loss"
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A value under one set of global weights: of all together, and each participant's own."""
+
+    pool: float | None
+    own: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Monitored:
-    """A value of records, and which way is better."""
+    """A value of records, and which way is better.
+
+    Values are compared over the same participants: where one was away, or could not measure, at one side only, the pool
+    without it would be better or worse for that alone. Then the means over those who are at both sides are compared,
+    each participant weighing alike, since records have values and not what they weigh.
+    """
 
     name: str = LOSS
     maximize: bool = False
+    shared: bool = False
+    """whether the pool is over one set that belongs to nobody, so that it does not matter who else has measured"""
 
     def __str__(self) -> str:
         return "held-out loss" if self.name == LOSS else self.name
 
-    def pooled(self, record: RoundRecord) -> tuple[float | None, float | None]:
-        """All participants' together, before and after a round; None where it was not measured, or is not finite."""
+    def measured(self, record: RoundRecord, *, before: bool = False) -> Measured:
+        """What a record has under the weights after its round, or before it; what is not finite is as not measured."""
         if self.name == LOSS:
-            return _finite(record.held_out_before), _finite(record.held_out_after)
-        return record.metrics_before.get(self.name), record.metrics.get(self.name)
-
-    def own(self, record: RoundRecord) -> dict[str, tuple[float, float]]:
-        """Each participant's, of those who were measured before and after it."""
-        people = record.participants.items()
-        if self.name == LOSS:
-            found = {n: (p.held_out_before, p.held_out_after) for n, p in people}
+            pool = record.held_out_before if before else record.held_out_after
+            own = {n: p.held_out_before if before else p.held_out_after for n, p in record.participants.items()}
         else:
-            found = {n: (p.metrics_before.get(self.name), p.metrics.get(self.name)) for n, p in people}
-        return {n: (old, new) for n, (old, new) in found.items() if old is not None and new is not None}
+            pool = (record.metrics_before if before else record.metrics).get(self.name)
+            sides = {n: p.metrics_before if before else p.metrics for n, p in record.participants.items()}
+            own = {n: values.get(self.name) for n, values in sides.items()}
+        return Measured(_finite(pool), {n: v for n, value in own.items() if (v := _finite(value)) is not None})
+
+    def apart(self, new: Measured, old: Measured) -> tuple[float, float] | None:
+        """Two values over the same examples; None where there are none."""
+        if new.pool is None or old.pool is None:
+            return None
+        if self.shared or new.own.keys() == old.own.keys():
+            return new.pool, old.pool
+        common = [name for name in new.own if name in old.own]
+        if not common:
+            return None
+        return tuple(math.fsum(side.own[n] for n in common) / len(common) for side in (new, old))  # type: ignore[return-value]
 
     def improves(self, new: float, old: float, by: float = 0.0) -> bool:
         """Whether one value is better than another by more than so much."""
@@ -58,11 +80,11 @@ class Monitored:
         for record in history:
             if record.members_changed:  # its values are over other examples
                 found = None
-            value = self.pooled(record)[1]
-            if value is None or (among is not None and record.round not in among):
+            value = self.measured(record)
+            if value.pool is None or (among is not None and record.round not in among):
                 continue
-            former = self.pooled(found)[1] if found is not None else None
-            if former is None or self.improves(value, former):
+            sides = self.apart(value, self.measured(found)) if found is not None else None
+            if found is None or (sides is not None and self.improves(*sides)):
                 found = record
         return found
 
@@ -102,7 +124,7 @@ def resolved(name: str, evaluator: Evaluator, found: Measurement | None) -> Moni
         ConfigError: No participant has it, or which way is better was not said.
     """
     if name == LOSS:
-        return Monitored()
+        return Monitored(shared=evaluator.is_shared)
     sides = [*found.own.values(), found.shared] if found is not None else []
     if not any(name in side.get("metrics", {}) for side in sides):
         there = dict.fromkeys(key for side in sides for key in side.get("metrics", {}))
@@ -115,15 +137,16 @@ def resolved(name: str, evaluator: Evaluator, found: Measurement | None) -> Moni
             f"for {metric.name!r} in metrics=[…]."
         )
         raise ConfigError(msg)
-    return Monitored(name, metric.maximize)
+    return Monitored(name, metric.maximize, evaluator.is_shared)
 
 
 def decided(name: str | None, evaluator: Evaluator) -> Monitored | None:
     """What an earlier fit monitored, by default the held-out loss; None where that is not measured any more."""
     if name in (None, LOSS):
-        return Monitored()
+        return Monitored(shared=evaluator.is_shared)
     metric = next((metric for metric in evaluator.metrics if metric.name == evaluator.owners.get(str(name))), None)
-    return Monitored(str(name), metric.maximize) if metric is not None and metric.maximize is not None else None
+    known = metric is not None and metric.maximize is not None
+    return Monitored(str(name), bool(metric.maximize), evaluator.is_shared) if metric is not None and known else None
 
 
 def _nobody(name: str, known: Sequence[str], missing: Mapping[str, str]) -> str:
@@ -131,18 +154,18 @@ def _nobody(name: str, known: Sequence[str], missing: Mapping[str, str]) -> str:
     return f"monitor: no participant computes it: {unknown_metric(name, known, 'value')}.{why} Name it in metrics=[…]."
 
 
-def stands_still(record: RoundRecord, min_delta: float, monitored: Monitored | None = None) -> bool:
-    """Whether enough participants' own values have not improved in a round to believe a pool that has not.
+def stands_still(new: Measured, old: Measured, min_delta: float, monitored: Monitored) -> bool:
+    """Whether enough participants' own values are no better to believe a pool that is not.
 
     Args:
-        record: With the values of those who were measured; of none, where the hub measured for itself.
+        new: With the values of those who were measured; of none, where the hub measured for itself.
+        old: What they are compared with.
         min_delta: What counts as an improvement, such as nats per token.
-        monitored: Which value; by default the held-out loss.
+        monitored: Which value.
     """
-    monitored = monitored or Monitored()
-    known = monitored.own(record)
-    still = [n for n, (old, new) in known.items() if not monitored.improves(new, old, min_delta)]
-    return not known or witnesses(known, still)
+    both = [name for name in new.own if name in old.own]
+    still = [name for name in both if not monitored.improves(new.own[name], old.own[name], min_delta)]
+    return not both or witnesses(both, still)
 
 
 class Patience:
@@ -153,36 +176,54 @@ class Patience:
         min_delta: What counts as an improvement, in the value's own unit.
         state: `state()` of a run that was interrupted, from which it counts on.
         monitored: Which value.
+        history: The rounds that the state speaks of.
     """
 
     def __init__(
-        self, rounds: int, min_delta: float, state: Sequence[float], monitored: Monitored | None = None
+        self,
+        rounds: int,
+        min_delta: float,
+        state: Sequence[int] = (),
+        monitored: Monitored | None = None,
+        history: Iterable[RoundRecord] = (),
     ) -> None:
         self._rounds, self._min_delta, self._monitored = rounds, min_delta, monitored or Monitored()
-        self._best: float | None = float(state[0]) if state else None
-        self._waited = int(state[1]) if state else 0
+        self._best: Measured | None = None
+        self._waited = self._where = 0
+        if state:
+            waited, where = state
+            record = next((record for record in history if record.round == abs(where)), None)
+            if record is not None:
+                self._waited, self._where = waited, where
+                self._best = self._monitored.measured(record, before=where < 0)
 
     def __str__(self) -> str:
         by = f" by {self._min_delta}" if self._min_delta else ""
         return f"{self._monitored} did not improve{by} for {self._waited} round{'s' if self._waited != 1 else ''}"
 
-    def state(self) -> list[float]:
-        """The best value so far and the rounds since, for a checkpoint."""
-        return [self._best, self._waited] if self._best is not None else []
+    def state(self) -> list[int]:
+        """The rounds since the best, and where that was, for a checkpoint: n after round n, -n before it."""
+        return [self._waited, self._where] if self._best is not None else []
 
-    def over(self, record: RoundRecord, *, shared: bool) -> bool:
+    def over(self, record: RoundRecord) -> bool:
         """Whether to stop after a round.
 
-        Where the value has not improved, a round counts if it was measured on one set that is shared by all, or on so
-        many participants' that no single one says so alone.
+        A value is compared with the best so far, at first with that before the first round, or after members changed.
+        Where it has not improved, a round counts if it was measured on one set that is shared by all, or on so many
+        participants' that no single one says so alone.
         """
-        before, after = self._monitored.pooled(record)
-        if after is None:
+        before, after = (self._monitored.measured(record, before=side) for side in (True, False))
+        if after.pool is None:
             return False
-        if self._best is None:
-            self._best = before
-        improved = self._best is None or self._monitored.improves(after, self._best, self._min_delta)
-        if not (improved or shared or stands_still(record, self._min_delta, self._monitored)):
+        if (self._best is None or record.members_changed) and before.pool is not None:
+            self._best, self._where = before, -record.round
+        sides = self._monitored.apart(after, self._best) if self._best is not None else None
+        if self._best is not None and sides is None:  # of nobody who was measured then
             return False
-        self._best, self._waited = (after, 0) if improved else (self._best, self._waited + 1)
+        if sides is None or self._monitored.improves(*sides, self._min_delta):
+            self._best, self._where, self._waited = after, record.round, 0
+            return False
+        assert self._best is not None
+        if self._monitored.shared or stands_still(after, self._best, self._min_delta, self._monitored):
+            self._waited += 1
         return self._waited >= self._rounds

@@ -74,7 +74,7 @@ class Server:
         self.data_reports: dict[str, DataReport] = {}
         self.planned: int | None = None
         """how many rounds the federation has, while a fit knows"""
-        self.patience: list[float] = []
+        self.patience: list[int] = []
         """of a fit that is under way, or was when it was interrupted"""
         self._declared: dict[str, tuple[int | None, int | None]] = {}
         """participant → examples and tokens that it joined with last"""

@@ -5,14 +5,29 @@ Belongs here: monitor, keep, patience over metrics, Stop. Does not: what is meas
 
 import json
 import math
+import threading
 
 import pytest
 import torch
 from resumed_runs import SGD, SHARES, weights_of
+from sites import SocketTransport, answering
 from tiny import PAIRS
 
-from llmchain_fed import Callback, ConfigError, Ditto, FedAdam, FederatedAveraging, History, Metric, Participant, Stop
-from llmchain_fed.errors import FederationError
+from llmchain_fed import (
+    Callback,
+    ConfigError,
+    Ditto,
+    FedAdam,
+    FederatedAveraging,
+    History,
+    Metric,
+    Participant,
+    Policy,
+    Site,
+    Stop,
+    TrainingConfig,
+)
+from llmchain_fed.errors import CheckpointError, FederationError
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord
 from llmchain_fed.federated.measures.monitor import Monitored, Patience
 
@@ -203,12 +218,50 @@ def test_patience_counts_towards_the_better_side():
 
     up, down = Monitored("m", maximize=True), Monitored("m")
     rising = [record(n, n, n + 1.0) for n in range(1, 4)]
-    assert not any(Patience(1, 0.0, [], up).over(each, shared=True) for each in rising)
-    waiting = Patience(2, 0.0, [], down)
-    assert [waiting.over(each, shared=True) for each in rising] == [False, True, True]
-    assert Patience(1, 2.0, [], up).over(rising[0], shared=True)  # by less than min_delta
+    assert not any(waiting.over(each) for waiting in [Patience(1, 0.0, monitored=up)] for each in rising)
+    waiting = Patience(2, 0.0, monitored=down)
+    assert [waiting.over(each) for each in rising] == [False, True, True]
+    assert Patience(1, 2.0, monitored=up).over(rising[0])  # by less than min_delta
     unknown = RoundRecord(4, {}, metrics={})
-    assert not Patience(1, 0.0, [], up).over(unknown, shared=True)
+    assert not Patience(1, 0.0, monitored=up).over(unknown)
+
+
+def lossy(number, before, after, pool=None):
+    """A round after which each participant has this held-out loss; the pool is their mean."""
+    people = {n: ParticipantRecord("trained") for n in before.keys() | after.keys()}
+    for name, person in people.items():
+        person.held_out_before, person.held_out_after = before.get(name), after.get(name)
+    means = [sum(side.values()) / len(side) for side in (before, after)]
+    return RoundRecord(number, people, held_out_before=means[0], held_out_after=means[1] if pool is None else pool)
+
+
+def test_a_round_that_is_worse_than_the_best_counts_though_it_is_better_than_the_one_before():
+    losses = [6.0, 5.797, 6.110, 5.362, 5.931, 5.766, 5.371]
+    rounds = [lossy(n, {"a": losses[n - 1]}, {"a": losses[n]}) for n in range(1, 7)]
+    waiting = Patience(2, 0.0)
+    assert [waiting.over(record) for record in rounds] == [False, False, False, False, True, True]
+    assert str(waiting) == "held-out loss did not improve for 3 rounds"
+    again = Patience(2, 0.0, state=(1, 3), history=rounds)  # interrupted after round 4, of which the third was best
+    assert again.state() == [1, 3]
+    assert again.over(rounds[4])
+
+
+def test_values_are_compared_over_the_same_participants():
+    """Who is away, or could not measure, makes a round neither better nor worse."""
+    first = lossy(1, {"easy": 2.0, "hard": 9.0}, {"easy": 1.0, "hard": 8.0})
+    alone = lossy(2, {"easy": 1.0, "hard": 8.0}, {"easy": 1.1})  # better than 4.5, by who is missing
+    third = lossy(3, {"easy": 1.1}, {"easy": 0.9, "hard": 7.0})
+    other = lossy(4, {"new": 1.0}, {"new": 0.1})
+    monitored = Monitored()
+    assert monitored.best(History([first, alone])) is first
+    assert monitored.best(History([first, alone, third])) is third
+    assert monitored.best(History([first, other])) is first
+    waiting = Patience(1, 0.0)
+    assert [waiting.over(record) for record in (first, alone)] == [False, True]
+    waiting = Patience(2, 0.0)
+    assert [waiting.over(record) for record in (first, alone, third, other)] == [False] * 4
+    assert waiting.state() == [0, 3]
+    assert Monitored(shared=True).best(History([first, alone])) is alone  # all on one set
 
 
 def test_the_best_is_sought_where_values_are_over_the_same_members():
@@ -305,6 +358,69 @@ def test_a_stop_ends_with_the_best_too(make):
     fed = scripted.made(callbacks=[StopsAt(4, Stop("enough"))])
     history = fed.fit(rounds=6, monitor="score", keep="best")
     assert (len(history), history.kept, history.stopped_early) == (4, 2, "enough")
+
+
+def test_a_checkpoint_that_has_the_bests_weights_is_not_taken_for_its_own_rounds(make, tmp_path):
+    """The last round of a fit that kept the best was as good by another value, and its weights are gone."""
+    made = make()
+    fed = made.made(checkpoint_dir=tmp_path, keep_checkpoints=None)
+    history = fed.fit(3, monitor="score", keep="best")
+    assert history.kept == 2
+    best, losses = weights_of(fed), [record.held_out_after for record in history]
+    assert losses[2] < losses[1], "what makes the test one"
+    fed.fit(1, keep="best")
+    assert history.best == 4
+    with pytest.raises(CheckpointError, match="the weights of round 2"):
+        fed.promote(3)
+    fed.roll_back(3)
+    assert (same(best, weights_of(fed)), fed.history.kept) == (True, 2)
+    fed.fit(1)
+    fed.history.best = 3  # as a value would have it by which round 3 was the best
+    now = weights_of(fed)
+    with pytest.raises(FederationError, match="the weights of round 3"):
+        fed.load_best()
+    assert same(now, weights_of(fed))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_participants_elsewhere_go_back_with_the_best_round_or_the_record_says_who_did_not(make_chain, tmp_path, told):
+    """A kept optimizer and the place in the data belong to a round as its weights do."""
+    parts = [Participant("a", PAIRS[:7], held_out=PAIRS[8:]), Participant("b", PAIRS[1:8], held_out=PAIRS[8:10])]
+    how = TrainingConfig(learning_rate=1e-2, batch_size=3, max_steps=1, keep_optimizer=True)
+    now = [0]
+
+    def score(predictions, references, inputs):
+        return {"score": [0.0, 0.9, 0.1, 0.1, 0.1][now[0]]}
+
+    def watched(fed):
+        measure = fed._server.measure
+        fed._server.measure = lambda completed: (now.__setitem__(0, completed), measure(completed))[1]
+        return fed
+
+    paths = {}
+    operations = [*Policy().operations, *(["personal_state"] if told else [])]
+    policy = Policy(metrics=["score"], operations=operations, min_examples_per_update=1, min_batch_size=1)
+    for part in parts:
+        site = Site(make_chain(lora=True), part, metrics={"score": score}, policy=policy)
+        threading.Thread(target=site.serve, args=(tmp_path / part.name,), daemon=True).start()
+        paths[part.name] = answering(tmp_path / part.name)
+    options = {"training": how, "progress": False, "samples": 0, "answer_tokens": 1}
+    metric = Metric(score, maximize=True)
+    here = watched(FederatedAveraging(make_chain(lora=True), participants=parts, metrics=[metric], **options))
+    named = Metric("score", maximize=True)
+    there = watched(
+        FederatedAveraging(make_chain(lora=True), runtime=SocketTransport(paths), metrics=[named], **options)
+    )
+    for fed in (here, there):
+        fed.fit(3, monitor="score", keep="best")
+        assert fed.history.kept == 1
+    said = "a, b did not say where they stood in round 1, and go on from the last"
+    assert (said in there._server.round_notes) == (not told)
+    here.fit(1)
+    there.fit(1)
+    ours, theirs = weights_of(here), weights_of(there)
+    apart = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+    assert (apart <= 1e-5) == told
 
 
 def same(some, other):
