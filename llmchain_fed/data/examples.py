@@ -179,8 +179,8 @@ def read_examples(
     but the last also as `.gz`; frames of pandas and polars, pyarrow tables, and data sets of `datasets`. Columns of a
     table that nobody reads are left aside.
 
-    A missing value (None, NaN, NaT, `pandas.NA` …) or a blank text makes an example `empty`, in every form alike; in a
-    CSV file so do the words that programs write for it, such as NaN, NA or NULL, unless they stand in quotes.
+    A missing value (None, NaN, NaT, `pandas.NA` …) or a blank text makes an example `empty`, in every form alike. In a
+    CSV file that is the empty cell alone: None, NA or NULL is that word, which may be a label.
 
     Without a prompt a string is the final prompt itself.
 

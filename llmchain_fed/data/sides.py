@@ -47,19 +47,21 @@ def divide(source: Examples, prompt: Prompt | None, split: Split, seed: int, who
     before = identity(Path(mapped.source)) if isinstance(mapped.source, (str, Path)) else None
     again = reads_again(mapped.source) and not isinstance(mapped.source, (list, tuple))
     kept: list[Example | RawText] = []
-    sides = (_ByTime if split.time is not None else _ByKey)(split, split.seed if split.seed is not None else seed)
+    rule = (_ByTime if split.time is not None else _ByKey)(
+        split, split.seed if split.seed is not None else seed, prompt
+    )
     for place, row, example in placed_examples(mapped, prompt, beside=split.columns):
         if not again:
             kept.append(example)
         try:
-            sides.add(row, example, prompt)
+            rule.add(row, example)
         except DataError as error:
             raise type(error)(f"{place}: {error}") from None  # noqa: EM102
-    marks = sides.marks(who)
+    marks = rule.marks(who)
     if not again:
         held_out = [example for example, mark in zip(kept, marks, strict=True) if mark]
         return [example for example, mark in zip(kept, marks, strict=True) if not mark], held_out
-    train, apart = (Side(mapped, marks, mark, split.columns, before) for mark in (0, 1))
+    train, apart = (Side(mapped, marks, mark, rule, before) for mark in (0, 1))
     return train, apart
 
 
@@ -67,10 +69,10 @@ class Side(Placed):
     """One side of a table that is divided: its examples, read from the table as often as they are asked for."""
 
     def __init__(
-        self, source: Mapped, marks: bytes, mark: int, beside: tuple[str, ...], before: tuple[int, ...] | None
+        self, source: Mapped, marks: bytes, mark: int, rule: _ByKey | _ByTime, before: tuple[int, ...] | None
     ) -> None:
         self.source, self.marks, self.mark = source, marks, mark
-        self._beside, self._before = beside, before
+        self._rule, self._before, self._beside = rule, before, rule.split.columns
 
     def __len__(self) -> int:
         return self.marks.count(self.mark)
@@ -87,16 +89,25 @@ class Side(Placed):
             DataError: The table is not the one that was divided any more.
         """
         table, read = self.source.source, 0
-        if isinstance(table, (str, Path)) and identity(Path(table)) != self._before:
+        is_file = isinstance(table, (str, Path))
+        if is_file and identity(Path(table)) != self._before:
             self._refuse()
         for item in placed_examples(self.source, prompt, beside=self._beside, ignored=ignored):
-            if read >= len(self.marks):
+            if read >= len(self.marks) or not (is_file or self._stays(item, self.marks[read])):
                 self._refuse()
             if self.marks[read] == self.mark:
                 yield item
             read += 1
         if read != len(self.marks):
             self._refuse()
+
+    def _stays(self, item: tuple[str, Any, Example | RawText], mark: int) -> bool:
+        """Whether a row in memory, which nothing tells from one that took its place, is still of its side."""
+        place, row, example = item
+        try:
+            return self._rule.side(row, example) == mark
+        except DataError as error:
+            raise type(error)(f"{place}: {error}") from None  # noqa: EM102
 
     def described(self) -> tuple[Mapped, str]:
         """The table, and which of its rows."""
@@ -113,16 +124,21 @@ class Side(Placed):
 class _ByKey:
     """Sides by a hash of each key."""
 
-    def __init__(self, split: Split, seed: int) -> None:
+    def __init__(self, split: Split, seed: int, prompt: Prompt | None) -> None:
         assert split.share is not None
-        self._split, self._share, self._seed = split, split.share, seed
+        self.split, self._share, self._seed, self._prompt = split, split.share, seed, prompt
         self._marks, self._count = bytearray(), 0
         self._keys: set[str] = set()
         self._range = (math.inf, -math.inf)
 
-    def add(self, row: Any, example: Example | RawText, prompt: Prompt | None) -> None:
+    def side(self, row: Any, example: Example | RawText) -> int:
+        """1 for an example that is held out, 0 for another."""
+        key = None if example.empty else _key(self.split.by, row, example, self._prompt)
+        return int(key is not None and position(key, self._seed) < self._share)
+
+    def add(self, row: Any, example: Example | RawText) -> None:
         """The side of one more example."""
-        key = None if example.empty else _key(self._split.by, row, example, prompt)
+        key = None if example.empty else _key(self.split.by, row, example, self._prompt)
         if key is None:
             self._marks.append(0)
             return
@@ -138,7 +154,7 @@ class _ByKey:
         lowest, highest = self._range
         if lowest < self._share <= highest:
             return bytes(self._marks)
-        what = "key" if self._split.by is not None else "example"
+        what = "key" if self.split.by is not None else "example"
         of = f"{self._count:,} usable examples with {len(self._keys)} different {what}s"
         if len(self._keys) < 2:
             msg = f"{who!r} has {of}, too few to hold out {self._share:.0%} and train on the rest. Give it more."
@@ -158,17 +174,25 @@ class _ByKey:
 class _ByTime:
     """Sides by a time in each row: the newest are held out."""
 
-    def __init__(self, split: Split, seed: int) -> None:  # noqa: ARG002
+    def __init__(self, split: Split, seed: int, prompt: Prompt | None) -> None:  # noqa: ARG002
         assert split.time is not None
-        self._split, self._column = split, split.time
+        self.split, self._column = split, split.time
+        self._start = math.inf
         self._times = array("d")
         self._kind = moment(split.after)[0] if split.after is not None else ""  # type: ignore[index]
 
-    def add(self, row: Any, example: Example | RawText, prompt: Prompt | None) -> None:  # noqa: ARG002
+    def side(self, row: Any, example: Example | RawText) -> int:
+        """1 for an example that is held out, 0 for another; known once `marks` has found where the newest begin."""
+        return int(self._time(row, example) >= self._start)  # a NaN is not
+
+    def add(self, row: Any, example: Example | RawText) -> None:
         """The time of one more example."""
+        self._times.append(self._time(row, example))
+
+    def _time(self, row: Any, example: Example | RawText) -> float:
+        """NaN of an empty example."""
         if example.empty:
-            self._times.append(math.nan)
-            return
+            return math.nan
         value = _cell(self._column, row, example, "time")
         found = moment(value)
         if found is None:
@@ -183,24 +207,25 @@ class _ByTime:
                 f"{self._column!r:.60} is the {found[0]} {value!r:.60}, and others are {self._kind}s. Write all alike."
             )
             raise DataError(msg)
-        self._times.append(found[1])
+        return found[1]
 
     def marks(self, who: str) -> bytes:
         """1 for each example that is held out, 0 for the others."""
         known = sorted(time for time in self._times if not math.isnan(time))
-        if self._split.after is not None:
-            start = moment(self._split.after)[1]  # type: ignore[index] # looked at when it was made
+        if self.split.after is not None:
+            start = moment(self.split.after)[1]  # type: ignore[index] # looked at when it was made
         else:
-            assert self._split.share is not None
-            start = known[-max(1, round(self._split.share * len(known)))] if known else math.inf
+            assert self.split.share is not None
+            start = known[-max(1, round(self.split.share * len(known)))] if known else math.inf
         if not known or not known[0] < start <= known[-1]:
-            what = "from " + str(self._split.after) if self._split.after is not None else "of the newest"
+            what = "from " + str(self.split.after) if self.split.after is not None else "of the newest"
             side = "train on" if known and known[0] >= start else "hold out"
             msg = (
                 f"{who!r} has {len(known):,} usable examples, and with those {what} held out by {self._column!r:.60} "
                 f"there is none to {side}. Choose another time or share, or say which by Participant(held_out=rows)."
             )
             raise EmptyParticipantError(msg)
+        self._start = start
         return bytes(time >= start for time in self._times)  # a NaN is not
 
 
