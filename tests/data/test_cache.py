@@ -202,6 +202,19 @@ def test_both_sides_of_a_split_are_kept_apart(tmp_path, folder, made, make_chain
     assert len(list(folder.iterdir())) == 4
 
 
+def test_both_sides_are_kept_where_columns_are_mapped(tmp_path, folder, made, make_chain):
+    """The held-out side as the training one: not read into a list of texts."""
+    path = tmp_path / "a.csv"
+    pd.DataFrame(PAIRS, columns=["english", "french"]).to_csv(path, index=False)
+    options = {"columns": {"text": "english", "completion": "french"}, "evaluation": 0.4, "progress": False}
+    for _ in range(2):
+        fed = FederatedAveraging(make_chain(), participants={"a": path}, lr=1e-3, samples=0, **options)
+        data = fed._peers["a"].data
+        assert len(data.train()) + len(data.held_out()) == len(PAIRS)
+        assert not isinstance(data._sampled, list)
+        assert len(made) == len(PAIRS)
+
+
 def test_what_nobody_has_used_for_long_is_removed(tmp_path, folder, make_chain):
     path, chain = table(tmp_path), make_chain()
     folder.mkdir(parents=True)
