@@ -6,12 +6,14 @@ Knows rows, examples and their prompts. Knows nothing about participants, rounds
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from llmchain_fed.data import cache
 from llmchain_fed.data.examples import Example, Examples, Placed, RawText, placed_examples, prompt_text
 from llmchain_fed.data.prompt import Prompt
 from llmchain_fed.data.sources.columns import Mapped
@@ -22,6 +24,8 @@ from llmchain_fed.data.split import Split, moment, position, text_of
 from llmchain_fed.errors import DataError, EmptyParticipantError, ExampleFailedError
 from llmchain_fed.untrusted import shown
 
+_LOOKED_AT = 8
+"""rows of what a cache has whose sides are found anew"""
 _TRIED = 100  # seeds, for one that would serve
 _KEPT = 64  # keys, to try them with
 
@@ -43,26 +47,43 @@ def divide(source: Examples, prompt: Prompt | None, split: Split, seed: int, who
         DataError: The source cannot be read, a row has no key or time, or the column is missing.
         EmptyParticipantError: One of the sides would be empty.
     """
-    mapped = Mapped.of(source)
+    mapped, seed = Mapped.of(source), split.seed if split.seed is not None else seed
     before = identity(Path(mapped.source)) if isinstance(mapped.source, (str, Path)) else None
-    again = reads_again(mapped.source) and not isinstance(mapped.source, (list, tuple))
-    kept: list[Example | RawText] = []
-    rule = (_ByTime if split.time is not None else _ByKey)(
-        split, split.seed if split.seed is not None else seed, prompt
-    )
-    for place, row, example in placed_examples(mapped, prompt, beside=split.columns):
-        if not again:
+    rule = (_ByTime if split.time is not None else _ByKey)(split, seed, prompt)
+    if not reads_again(mapped.source) or isinstance(mapped.source, (list, tuple)):
+        kept: list[Example | RawText] = []
+        marks = _marked(mapped, rule, prompt, who, kept)
+        apart = [example for example, mark in zip(kept, marks, strict=True) if mark]
+        return [example for example, mark in zip(kept, marks, strict=True) if not mark], apart
+    place = cache.place_of_marks(mapped, prompt, split, seed)
+    known = place.load() if place is not None else None
+    if known is None or not _begins_alike(mapped, rule, prompt, known):
+        known = _marked(mapped, rule, prompt, who), rule.start
+        if place is not None:
+            place.save(*known)
+    marks, rule.start = known
+    return Side(mapped, marks, 0, rule, before), Side(mapped, marks, 1, rule, before)
+
+
+def _marked(
+    mapped: Mapped, rule: _ByKey | _ByTime, prompt: Prompt | None, who: str, kept: list[Example | RawText] | None = None
+) -> bytes:
+    """1 for each example that is held out, 0 for the others; the examples go to `kept`."""
+    for place, row, example in placed_examples(mapped, prompt, beside=rule.split.columns):
+        if kept is not None:
             kept.append(example)
         try:
             rule.add(row, example)
         except DataError as error:
             raise type(error)(f"{place}: {error}") from None  # noqa: EM102
-    marks = rule.marks(who)
-    if not again:
-        held_out = [example for example, mark in zip(kept, marks, strict=True) if mark]
-        return [example for example, mark in zip(kept, marks, strict=True) if not mark], held_out
-    train, apart = (Side(mapped, marks, mark, rule, before) for mark in (0, 1))
-    return train, apart
+    return rule.marks(who)
+
+
+def _begins_alike(mapped: Mapped, rule: _ByKey | _ByTime, prompt: Prompt | None, known: tuple[bytes, float]) -> bool:
+    """Whether the first rows are on the sides that a cache has: else something has changed that it cannot see."""
+    marks, rule.start = known
+    first = itertools.islice(placed_examples(mapped, prompt, beside=rule.split.columns), _LOOKED_AT)
+    return all(at < len(marks) and rule.side(row, example) == marks[at] for at, (_, row, example) in enumerate(first))
 
 
 class Side(Placed):
@@ -128,6 +149,7 @@ class _ByKey:
         assert split.share is not None
         self.split, self._share, self._seed, self._prompt = split, split.share, seed, prompt
         self._marks, self._count = bytearray(), 0
+        self.start = math.inf  # of what is divided by time
         self._keys: set[str] = set()
         self._range = (math.inf, -math.inf)
 
@@ -177,13 +199,13 @@ class _ByTime:
     def __init__(self, split: Split, seed: int, prompt: Prompt | None) -> None:  # noqa: ARG002
         assert split.time is not None
         self.split, self._column = split, split.time
-        self._start = math.inf
+        self.start = math.inf
         self._times = array("d")
         self._kind = moment(split.after)[0] if split.after is not None else ""  # type: ignore[index]
 
     def side(self, row: Any, example: Example | RawText) -> int:
         """1 for an example that is held out, 0 for another; known once `marks` has found where the newest begin."""
-        return int(self._time(row, example) >= self._start)  # a NaN is not
+        return int(self._time(row, example) >= self.start)  # a NaN is not
 
     def add(self, row: Any, example: Example | RawText) -> None:
         """The time of one more example."""
@@ -225,7 +247,7 @@ class _ByTime:
                 f"there is none to {side}. Choose another time or share, or say which by Participant(held_out=rows)."
             )
             raise EmptyParticipantError(msg)
-        self._start = start
+        self.start = start
         return bytes(time >= start for time in self._times)  # a NaN is not
 
 
