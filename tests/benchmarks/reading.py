@@ -75,8 +75,8 @@ def measure(path: str, share: float | None) -> None:
     if share is not None:
         print(f"{divided:.2f} s of one core to divide, then", end=" ")
     print(
-        f"{sum(map(len, found)):,} examples, {ids / 1e6:.1f} MB of token ids: {seconds:.2f} s ({worked:.2f} s of one core), "
-        f"peak {peak / 1e6:.1f} MB ({peak / ids:.2f} × the ids; {held / 1e6:.1f} MB stay)"
+        f"{sum(map(len, found)):,} examples, {ids / 1e6:.1f} MB of token ids: {seconds:.2f} s "
+        f"({worked:.2f} s of one core), peak {peak / 1e6:.1f} MB ({peak / ids:.2f} × the ids; {held / 1e6:.1f} MB stay)"
     )
 
 
