@@ -303,6 +303,9 @@ def _parse_mapping(item: Mapping[Any, Any], prompt: Prompt | None) -> Example:
             )
         elif "conversations" in item:
             msg += " Write a conversation as {'messages': [{'role': 'user', 'content': …}, …]}."
+        else:
+            missing = ["completion", *sorted(set(variables or ["prompt"]) - set(item))]
+            msg += f" Say which columns they are: columns={{{', '.join(f'{name!r}: …' for name in missing[:3])}}}."
         raise DataError(msg)
     rest = {k: v for k, v in item.items() if k != "completion"}
     if prompt is not None and prompt.any_input:

@@ -260,6 +260,8 @@ def _key(by: Any, row: Any, example: Example | RawText, prompt: Prompt | None) -
             return None
     if isinstance(by, str):
         return text_of(_cell(by, row, example, "by"))
+    if isinstance(by, tuple):
+        return text_of([_cell(name, row, example, "by") for name in by])
     try:
         value = by(row)
     except Exception as error:  # whatever somebody's function makes of a row

@@ -13,7 +13,7 @@ import math
 import numbers
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, fields
 from decimal import Decimal
@@ -40,9 +40,10 @@ class Split:
 
     Args:
         share: The part that is held out, between 0 and 1.
-        by: What the key is: a column, which need be no variable of the prompt and is never part of one, or a function
-            of a row as it stands in the source. Rows of one key are never on both sides. By default it is the text of
-            the prompt, so that one question with two answers is one key.
+        by: What the key is: a column, which need be no variable of the prompt and is never part of one, several
+            columns together, or a function of a row as it stands in the source. Rows of one key are never on both
+            sides, however the key was written (`text_of`). By default it is the text of the prompt, so that one
+            question with two answers is one key.
         time: A column of dates (ISO 8601, or what frames have) or numbers. With `share` the newest part of each
             participant's rows is held out, rows of the same time together.
         after: With `time` instead of `share`: what is of this time or later is held out, at every participant alike.
@@ -54,7 +55,7 @@ class Split:
 
     share: float | None = None
     _: KW_ONLY
-    by: str | Callable[[Any], Any] | None = None
+    by: str | Sequence[str] | Callable[[Any], Any] | None = None
     time: str | None = None
     after: Any = None
     seed: int | None = None
@@ -77,8 +78,10 @@ class Split:
         if self.seed is not None and type(self.seed) is not int:
             msg = f"Split: seed is a whole number, got {self.seed!r:.40}."
             raise ConfigError(msg)
-        if not isinstance(self.by, (str, type(None))) and not callable(self.by):
-            msg = f"Split: by is a column or a function of a row, got {self.by!r:.60}."
+        if isinstance(self.by, (list, tuple)) and self.by and all(isinstance(name, str) for name in self.by):
+            object.__setattr__(self, "by", tuple(self.by))
+        elif not isinstance(self.by, (str, type(None))) and not callable(self.by):
+            msg = f"Split: by is a column, a list of columns or a function of a row, got {self.by!r:.60}."
             raise ConfigError(msg)
         if not isinstance(self.time, (str, type(None))):
             msg = f"Split: time is a column, got {self.time!r:.60}."
@@ -118,7 +121,8 @@ class Split:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of a row that it reads."""
-        return tuple(name for name in (self.by, self.time) if isinstance(name, str))
+        by = self.by if isinstance(self.by, tuple) else (self.by,)
+        return tuple(name for name in (*by, self.time) if isinstance(name, str))
 
 
 def position(key: str, seed: int) -> float:

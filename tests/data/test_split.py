@@ -133,6 +133,24 @@ def test_a_key_is_on_the_same_side_at_every_participant(make_chain):
     assert [p.notes for p in record.participants.values()] == [[], []]  # no word of held-out texts that others train on
 
 
+def test_several_columns_are_a_key_together(tmp_path, make_chain):
+    chain, split = make_chain(), Split(0.3, by=["patient_id", "date"])
+    frame = pd.DataFrame(PATIENTS)
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    held = [r["text"] for r in PATIENTS if hashed(json.dumps([str(r["patient_id"]), r["date"]])) < 0.3]
+    for source in (frame, tmp_path / "a.csv", frame.assign(date=pd.to_datetime(frame["date"]))):
+        assert sides_of(source, split, chain)[1] == held
+    config = FederationConfig(evaluation=split)
+    assert FederationConfig(**json.loads(config.model_dump_json())) == config
+
+
+def test_a_participant_may_give_a_share(make_chain):
+    options = {"progress": False, "lr": 1e-3, "samples": 0}
+    given = [0.3, Split(0.3), np.float32(0.3)]
+    found = [FederatedAveraging(make_chain(), participants=[Participant("a", PAIRS, s)], **options) for s in given]
+    assert len({len(fed._peers["a"].participant.held_out) for fed in found}) == 1
+
+
 def test_a_function_may_say_what_the_key_is(make_chain):
     chain = make_chain()
     found = sides_of(pd.DataFrame(PATIENTS), Split(0.3, by=lambda row: row["patient_id"]), chain)
@@ -287,7 +305,9 @@ def test_too_few_to_divide_is_said_with_what_would_divide_them(make_chain):
         ({"share": 0.2, "after": "2026-01-01", "time": "date"}, "give a share"),
         ({"after": "2026-01-01"}, "after= goes with the column"),
         ({"share": 0.2, "by": "a", "time": "b"}, "Give one"),
-        ({"share": 0.2, "by": 5}, "by is a column or a function"),
+        ({"share": 0.2, "by": 5}, "by is a column, a list of columns or a function"),
+        ({"share": 0.2, "by": []}, "by is a column"),
+        ({"share": 0.2, "by": ["a", 1]}, "by is a column"),
         ({"share": 0.2, "time": 5}, "time is a column"),
         ({"time": "date", "after": "soon"}, "after is a date"),
         ({"share": 0.2, "seed": 0.5}, "seed is a whole number"),

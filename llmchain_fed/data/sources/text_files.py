@@ -80,6 +80,7 @@ def read_csv(file: TextIO, name: str, separator: str | None = None) -> Iterator[
     line, header = next(records, (1, None))
     if header is None:
         refuse(name, 1, "is the end of an empty file: the first line names the columns, the last one `completion`")
+    header = [title.strip() for title in header]
     _check_header(header, name, line)
     found = 0
     for line, cells in records:
@@ -155,7 +156,7 @@ def _check_header(header: list[str], name: str, line: int) -> None:
         refuse(name, line, f"names {len(header):,} columns, and an example has at most {_MOST_COLUMNS:,}. Drop some")
     first: dict[str, int] = {}
     for column, title in enumerate(header, start=1):
-        if not title.strip():
+        if not title:
             why = "Name it, or drop it (pandas writes an index so: to_csv(index=False))"
             refuse(name, line, f"gives column {column} no name. {why}")
         if first.setdefault(title, column) != column:

@@ -9,6 +9,7 @@ import json
 import random
 import threading
 import time
+from pathlib import Path
 
 import datasets
 import pandas as pd
@@ -163,6 +164,26 @@ def test_a_word_is_a_word_with_quotes_and_without(tmp_path):
             writer = csv.writer(file, quoting=style, delimiter="\t" if suffix == ".tsv" else ",")
             writer.writerows([("text", "completion"), *((word, word) for word in words), ("x", "")])
         assert [row["completion"] for row in rows(path)] == [*words, ""]
+
+
+def test_spaces_around_a_columns_name_are_none_of_it(tmp_path):
+    assert rows(written(tmp_path, "a.csv", "text ; completion\na; b\n")) == [{"text": "a", "completion": " b"}]
+    with pytest.raises(DataError, match="'text' twice"):
+        rows(written(tmp_path, "a.csv", "text, text\na,b\n"))
+
+
+def test_a_path_that_is_no_files_says_what_it_is(tmp_path, monkeypatch):
+    for path, why in {
+        str(tmp_path): "it is a folder", f"{tmp_path}/*.csv": r"nothing is put in for \* and \?",
+        "https://x.org/a.csv": "it is an address", "s3://x/a.csv": "it is an address",
+        "nothing.csv": r"\. Give the path",
+    }.items():  # fmt: skip
+        with pytest.raises(DataError, match=f"^there is no file .*{why}"):
+            rows(path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path, "home.csv", "prompt,completion\na,b\n")
+    for path in ("~/home.csv", Path("~/home.csv")):
+        assert [e.completion for e in read_examples(path)] == ["b"]
 
 
 def test_blank_lines_and_line_endings(tmp_path):
