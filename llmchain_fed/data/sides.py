@@ -135,8 +135,10 @@ class Side(Placed):
         return self.source, f"{self.mark} of {hashlib.sha256(self.marks).hexdigest()}, beside {self._beside}"
 
     def _refuse(self) -> None:
+        table = self.source.source
+        what = f"{str(table)!r:.200}" if isinstance(table, (str, Path)) else f"the {type(table).__name__}"
         msg = (
-            f"{self.source.source!r:.80} has changed since it was divided, so nobody knows what of it was held out. "
+            f"{what} has changed since it was divided, so nobody knows what of it was held out. "
             "Make the federation anew, or read a copy."
         )
         raise DataError(msg)

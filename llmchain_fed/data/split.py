@@ -168,8 +168,8 @@ def _plain(value: Any) -> Any:
     """A value as Python has it where it is one of numpy's, torch's or pyarrow's."""
     if hasattr(value, "astype") and str(getattr(value, "dtype", "")).startswith("datetime64"):
         return value.astype("datetime64[us]").item()  # of nanoseconds .item() makes a number
-    if hasattr(value, "item") and not isinstance(value, str):
-        return value.item()
+    if hasattr(value, "tolist") and not isinstance(value, str):
+        return value.tolist()  # of several numbers, which .item() refuses, a list
     if hasattr(value, "as_py"):
         return value.as_py()
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
