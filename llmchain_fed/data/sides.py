@@ -93,7 +93,8 @@ class Side(Placed):
         self, source: Mapped, marks: bytes, mark: int, rule: _ByKey | _ByTime, before: tuple[int, ...] | None
     ) -> None:
         self.source, self.marks, self.mark = source, marks, mark
-        self._rule, self._before, self._beside = rule, before, rule.split.columns
+        self._before, self._beside = before, rule.split.columns
+        self._rule = rule if before is None else None  # a file is known by its identity
 
     def __len__(self) -> int:
         return self.marks.count(self.mark)
@@ -110,11 +111,10 @@ class Side(Placed):
             DataError: The table is not the one that was divided any more.
         """
         table, read = self.source.source, 0
-        is_file = isinstance(table, (str, Path))
-        if is_file and identity(Path(table)) != self._before:
+        if isinstance(table, (str, Path)) and identity(Path(table)) != self._before:
             self._refuse()
         for item in placed_examples(self.source, prompt, beside=self._beside, ignored=ignored):
-            if read >= len(self.marks) or not (is_file or self._stays(item, self.marks[read])):
+            if read >= len(self.marks) or not self._stays(item, self.marks[read]):
                 self._refuse()
             if self.marks[read] == self.mark:
                 yield item
@@ -126,7 +126,7 @@ class Side(Placed):
         """Whether a row in memory, which nothing tells from one that took its place, is still of its side."""
         place, row, example = item
         try:
-            return self._rule.side(row, example) == mark
+            return self._rule is None or self._rule.side(row, example) == mark
         except DataError as error:
             raise type(error)(f"{place}: {error}") from None  # noqa: EM102
 
@@ -149,7 +149,8 @@ class _ByKey:
 
     def __init__(self, split: Split, seed: int, prompt: Prompt | None) -> None:
         assert split.share is not None
-        self.split, self._share, self._seed, self._prompt = split, split.share, seed, prompt
+        self.split, self._share, self._seed = split, split.share, seed
+        self._prompt = prompt if split.by is None else None  # a copy of a side need not have a model with it
         self._marks, self._count = bytearray(), 0
         self.start = math.inf  # of what is divided by time
         self._keys: set[str] = set()
@@ -250,7 +251,8 @@ class _ByTime:
             )
             raise EmptyParticipantError(msg)
         self.start = start
-        return bytes(time >= start for time in self._times)  # a NaN is not
+        times, self._times = self._times, array("d")
+        return bytes(time >= start for time in times)  # a NaN is not
 
 
 def _key(by: Any, row: Any, example: Example | RawText, prompt: Prompt | None) -> str | None:
