@@ -85,17 +85,17 @@ class Encoder:
             UnsupportedModelError: The model's embedding has no row for some token.
         """
         asked = list(self._asked(examples))
-        texts = [call.text for calls, _ in asked for call in calls]
+        texts = [call.text for calls, *_ in asked for call in calls]
         prompt_ids = self._model.encode(texts, add_special_tokens=self._special)
-        completions = [call.completion for calls, _ in asked for call in calls]
+        completions = [call.completion for calls, *_ in asked for call in calls]
         completion_ids = self._model.encode_completions(completions, controls=self._controls)
         check_rows(self._model, prompt_ids, completion_ids)
         pairs = iter(zip(prompt_ids, completion_ids, strict=True))
-        for calls, kind in asked:
-            self._take([(call, *pair) for call, pair in zip(calls, pairs, strict=False)], kind)
+        for calls, kind, place in asked:
+            self._take([(call, *pair) for call, pair in zip(calls, pairs, strict=False)], kind, place)
 
-    def _asked(self, examples: Iterable[tuple[str, Example | RawText]]) -> Iterator[tuple[Sequence[Call], str]]:
-        """The calls of every example with its kind; those that make none are counted."""
+    def _asked(self, examples: Iterable[tuple[str, Example | RawText]]) -> Iterator[tuple[Sequence[Call], str, str]]:
+        """The calls of every example with its kind and place; those that make none are counted."""
         for place, example in examples:
             if example.empty:  # not rendered: a missing list of messages, for one, is nothing that a prompt takes
                 self._report.empty += 1
@@ -109,9 +109,9 @@ class Encoder:
             except DataError as error:
                 raise type(error)(f"{place}: {error}") from None  # noqa: EM102
             kind = "prompt_as_input" if isinstance(example, PromptRow) else ""
-            yield calls, "raw" if isinstance(example, RawText) else kind
+            yield calls, "raw" if isinstance(example, RawText) else kind, place
 
-    def _take(self, asked: list[tuple[Call, list[int], list[int]]], kind: str) -> None:
+    def _take(self, asked: list[tuple[Call, list[int], list[int]]], kind: str, place: str) -> None:
         """The rows of one example, or the reason why it has none."""
         report, causal = self._report, self._model.kind == "causal"
         if not all(call.completion.strip() and p for call, p, _ in asked):
@@ -127,7 +127,7 @@ class Encoder:
         if failing := next(unsaid, None):
             call, c, test, why = failing
             setattr(report, why, getattr(report, why) + 1)
-            self.first_left_out = self.first_left_out or test.explain(call.completion, c, why)
+            self.first_left_out = self.first_left_out or f"{place}: {test.explain(call.completion, c, why)}"
             return
         self._seen.append(hash(tuple((call.text, call.completion) for call, _, _ in asked)))
         report.used += len(rows)

@@ -131,11 +131,12 @@ def encoded(
     *,
     tolerance: float | None = None,
     progress: str | None = None,
+    whose: str = "the participant",
 ) -> EncodedExamples | Any:
     """Examples in the form the loop takes; a DataLoader stays as it is.
 
     Examples of more than `max_length` tokens are left out, and those that no answer could be, which may be the share
-    `tolerance` of all; None is any.
+    `tolerance` of all; None is any. An error that there are none says `whose`.
 
     Raises:
         EmptyParticipantError: Not a single example is usable.
@@ -161,13 +162,21 @@ def encoded(
         )
         raise (UnsayableError if unsayable else ExampleFailedError)(msg)
     if not len(data):
-        raise EmptyParticipantError(no_examples("the participant", repr(data.report)))
+        raise EmptyParticipantError(no_examples(whose, data.report))
     return data
 
 
-def no_examples(who: str, report: str) -> str:
-    """The sentence for `EmptyParticipantError`."""
-    return f"{who} has no usable example ({report}): there is nothing to learn. Check the data path and max_length."
+def no_examples(who: str, report: DataReport | str) -> str:
+    """The sentence for `EmptyParticipantError`, with the remedy of what has left the examples out."""
+    remedy = "Check the data path and max_length"
+    if isinstance(report, DataReport):
+        ways = {
+            "Fill the prompt, the variables and the completion of each": report.empty,
+            "Raise max_length, or write shorter ones": report.too_long,
+            "See why with preview(…)": report.left_out,
+        }
+        remedy = ". ".join(way for way, count in ways.items() if count) or "Give it some: the source has no row"
+    return f"{who} has no usable example ({report}): there is nothing to learn or to measure. {remedy}."
 
 
 def collate(rows: Sequence[Row], model: LocalModel) -> dict[str, Tensor]:

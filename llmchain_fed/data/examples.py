@@ -179,8 +179,8 @@ def read_examples(
     but the last also as `.gz`; frames of pandas and polars, pyarrow tables, and data sets of `datasets`. Columns of a
     table that nobody reads are left aside.
 
-    A missing value (None, NaN, NaT, `pandas.NA` …) or a blank text makes an example `empty`, in every form alike; in a
-    CSV file so do the words that programs write for it, such as NaN, NA or NULL, unless they stand in quotes.
+    A missing value (None, NaN, NaT, `pandas.NA` …) or a blank text makes an example `empty`, in every form alike. In a
+    CSV file that is the empty cell alone: None, NA or NULL is that word, which may be a label.
 
     Without a prompt a string is the final prompt itself.
 
@@ -303,6 +303,9 @@ def _parse_mapping(item: Mapping[Any, Any], prompt: Prompt | None) -> Example:
             )
         elif "conversations" in item:
             msg += " Write a conversation as {'messages': [{'role': 'user', 'content': …}, …]}."
+        else:
+            missing = ["completion", *sorted(set(variables or ["prompt"]) - set(item))]
+            msg += f" Say which columns they are: columns={{{', '.join(f'{name!r}: …' for name in missing[:3])}}}."
         raise DataError(msg)
     rest = {k: v for k, v in item.items() if k != "completion"}
     if prompt is not None and prompt.any_input:

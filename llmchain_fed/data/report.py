@@ -110,6 +110,16 @@ class DataReport:
         why = next(iter(left)) if len(left) == 1 else ", ".join(f"{count:,} {text}" for text, count in left.items())
         return f"{sum(left.values()):,} more left out ({why})" if left else ""
 
+    def notes(self, what: str) -> list[str]:
+        """What a record should say of it: how many examples of a kind are not used, and why; nothing where all are.
+
+        >>> DataReport(used=1, empty=1, too_long=1).notes("held-out examples")
+        ['2 of 3 held-out examples are left out: 1 empty, 1 too long']
+        """
+        left = {text: count for name, text in _LEFT_OUT.items() if (count := getattr(self, name))}
+        gone, why = sum(left.values()), ", ".join(f"{count:,} {text}" for text, count in left.items())
+        return [f"{gone:,} of {self.used + gone:,} {what} are left out: {why}"] if left else []
+
     @property
     def ignored_in_words(self) -> str:
         """How many columns of a table are not read, and their names."""

@@ -6,12 +6,14 @@ Knows rows, examples and their prompts. Knows nothing about participants, rounds
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from llmchain_fed.data import cache
 from llmchain_fed.data.examples import Example, Examples, Placed, RawText, placed_examples, prompt_text
 from llmchain_fed.data.prompt import Prompt
 from llmchain_fed.data.sources.columns import Mapped
@@ -22,6 +24,8 @@ from llmchain_fed.data.split import Split, moment, position, text_of
 from llmchain_fed.errors import DataError, EmptyParticipantError, ExampleFailedError
 from llmchain_fed.untrusted import shown
 
+_LOOKED_AT = 8
+"""rows of what a cache has whose sides are found anew"""
 _TRIED = 100  # seeds, for one that would serve
 _KEPT = 64  # keys, to try them with
 
@@ -43,34 +47,54 @@ def divide(source: Examples, prompt: Prompt | None, split: Split, seed: int, who
         DataError: The source cannot be read, a row has no key or time, or the column is missing.
         EmptyParticipantError: One of the sides would be empty.
     """
-    mapped = Mapped.of(source)
+    mapped, seed = Mapped.of(source), split.seed if split.seed is not None else seed
     before = identity(Path(mapped.source)) if isinstance(mapped.source, (str, Path)) else None
-    again = reads_again(mapped.source) and not isinstance(mapped.source, (list, tuple))
-    kept: list[Example | RawText] = []
-    sides = (_ByTime if split.time is not None else _ByKey)(split, split.seed if split.seed is not None else seed)
-    for place, row, example in placed_examples(mapped, prompt, beside=split.columns):
-        if not again:
+    rule = (_ByTime if split.time is not None else _ByKey)(split, seed, prompt)
+    if not reads_again(mapped.source) or isinstance(mapped.source, (list, tuple)):
+        kept: list[Example | RawText] = []
+        marks = _marked(mapped, rule, prompt, who, kept)
+        apart = [example for example, mark in zip(kept, marks, strict=True) if mark]
+        return [example for example, mark in zip(kept, marks, strict=True) if not mark], apart
+    place = cache.place_of_marks(mapped, prompt, split, seed)
+    known = place.load() if place is not None else None
+    if known is None or not _begins_alike(mapped, rule, prompt, known):
+        known = _marked(mapped, rule, prompt, who), rule.start
+        if place is not None:
+            place.save(*known)
+    marks, rule.start = known
+    return Side(mapped, marks, 0, rule, before), Side(mapped, marks, 1, rule, before)
+
+
+def _marked(
+    mapped: Mapped, rule: _ByKey | _ByTime, prompt: Prompt | None, who: str, kept: list[Example | RawText] | None = None
+) -> bytes:
+    """1 for each example that is held out, 0 for the others; the examples go to `kept`."""
+    for place, row, example in placed_examples(mapped, prompt, beside=rule.split.columns):
+        if kept is not None:
             kept.append(example)
         try:
-            sides.add(row, example, prompt)
+            rule.add(row, example)
         except DataError as error:
             raise type(error)(f"{place}: {error}") from None  # noqa: EM102
-    marks = sides.marks(who)
-    if not again:
-        held_out = [example for example, mark in zip(kept, marks, strict=True) if mark]
-        return [example for example, mark in zip(kept, marks, strict=True) if not mark], held_out
-    train, apart = (Side(mapped, marks, mark, split.columns, before) for mark in (0, 1))
-    return train, apart
+    return rule.marks(who)
+
+
+def _begins_alike(mapped: Mapped, rule: _ByKey | _ByTime, prompt: Prompt | None, known: tuple[bytes, float]) -> bool:
+    """Whether the first rows are on the sides that a cache has: else something has changed that it cannot see."""
+    marks, rule.start = known
+    first = itertools.islice(placed_examples(mapped, prompt, beside=rule.split.columns), _LOOKED_AT)
+    return all(at < len(marks) and rule.side(row, example) == marks[at] for at, (_, row, example) in enumerate(first))
 
 
 class Side(Placed):
     """One side of a table that is divided: its examples, read from the table as often as they are asked for."""
 
     def __init__(
-        self, source: Mapped, marks: bytes, mark: int, beside: tuple[str, ...], before: tuple[int, ...] | None
+        self, source: Mapped, marks: bytes, mark: int, rule: _ByKey | _ByTime, before: tuple[int, ...] | None
     ) -> None:
         self.source, self.marks, self.mark = source, marks, mark
-        self._beside, self._before = beside, before
+        self._before, self._beside = before, rule.split.columns
+        self._rule = rule if before is None else None  # a file is known by its identity
 
     def __len__(self) -> int:
         return self.marks.count(self.mark)
@@ -90,7 +114,7 @@ class Side(Placed):
         if isinstance(table, (str, Path)) and identity(Path(table)) != self._before:
             self._refuse()
         for item in placed_examples(self.source, prompt, beside=self._beside, ignored=ignored):
-            if read >= len(self.marks):
+            if read >= len(self.marks) or not self._stays(item, self.marks[read]):
                 self._refuse()
             if self.marks[read] == self.mark:
                 yield item
@@ -98,13 +122,23 @@ class Side(Placed):
         if read != len(self.marks):
             self._refuse()
 
+    def _stays(self, item: tuple[str, Any, Example | RawText], mark: int) -> bool:
+        """Whether a row in memory, which nothing tells from one that took its place, is still of its side."""
+        place, row, example = item
+        try:
+            return self._rule is None or self._rule.side(row, example) == mark
+        except DataError as error:
+            raise type(error)(f"{place}: {error}") from None  # noqa: EM102
+
     def described(self) -> tuple[Mapped, str]:
         """The table, and which of its rows."""
         return self.source, f"{self.mark} of {hashlib.sha256(self.marks).hexdigest()}, beside {self._beside}"
 
     def _refuse(self) -> None:
+        table = self.source.source
+        what = f"{str(table)!r:.200}" if isinstance(table, (str, Path)) else f"the {type(table).__name__}"
         msg = (
-            f"{self.source.source!r:.80} has changed since it was divided, so nobody knows what of it was held out. "
+            f"{what} has changed since it was divided, so nobody knows what of it was held out. "
             "Make the federation anew, or read a copy."
         )
         raise DataError(msg)
@@ -113,16 +147,23 @@ class Side(Placed):
 class _ByKey:
     """Sides by a hash of each key."""
 
-    def __init__(self, split: Split, seed: int) -> None:
+    def __init__(self, split: Split, seed: int, prompt: Prompt | None) -> None:
         assert split.share is not None
-        self._split, self._share, self._seed = split, split.share, seed
+        self.split, self._share, self._seed = split, split.share, seed
+        self._prompt = prompt if split.by is None else None  # a copy of a side need not have a model with it
         self._marks, self._count = bytearray(), 0
+        self.start = math.inf  # of what is divided by time
         self._keys: set[str] = set()
         self._range = (math.inf, -math.inf)
 
-    def add(self, row: Any, example: Example | RawText, prompt: Prompt | None) -> None:
+    def side(self, row: Any, example: Example | RawText) -> int:
+        """1 for an example that is held out, 0 for another."""
+        key = None if example.empty else _key(self.split.by, row, example, self._prompt)
+        return int(key is not None and position(key, self._seed) < self._share)
+
+    def add(self, row: Any, example: Example | RawText) -> None:
         """The side of one more example."""
-        key = None if example.empty else _key(self._split.by, row, example, prompt)
+        key = None if example.empty else _key(self.split.by, row, example, self._prompt)
         if key is None:
             self._marks.append(0)
             return
@@ -138,7 +179,7 @@ class _ByKey:
         lowest, highest = self._range
         if lowest < self._share <= highest:
             return bytes(self._marks)
-        what = "key" if self._split.by is not None else "example"
+        what = "key" if self.split.by is not None else "example"
         of = f"{self._count:,} usable examples with {len(self._keys)} different {what}s"
         if len(self._keys) < 2:
             msg = f"{who!r} has {of}, too few to hold out {self._share:.0%} and train on the rest. Give it more."
@@ -158,17 +199,25 @@ class _ByKey:
 class _ByTime:
     """Sides by a time in each row: the newest are held out."""
 
-    def __init__(self, split: Split, seed: int) -> None:  # noqa: ARG002
+    def __init__(self, split: Split, seed: int, prompt: Prompt | None) -> None:  # noqa: ARG002
         assert split.time is not None
-        self._split, self._column = split, split.time
+        self.split, self._column = split, split.time
+        self.start = math.inf
         self._times = array("d")
         self._kind = moment(split.after)[0] if split.after is not None else ""  # type: ignore[index]
 
-    def add(self, row: Any, example: Example | RawText, prompt: Prompt | None) -> None:  # noqa: ARG002
+    def side(self, row: Any, example: Example | RawText) -> int:
+        """1 for an example that is held out, 0 for another; known once `marks` has found where the newest begin."""
+        return int(self._time(row, example) >= self.start)  # a NaN is not
+
+    def add(self, row: Any, example: Example | RawText) -> None:
         """The time of one more example."""
+        self._times.append(self._time(row, example))
+
+    def _time(self, row: Any, example: Example | RawText) -> float:
+        """NaN of an empty example."""
         if example.empty:
-            self._times.append(math.nan)
-            return
+            return math.nan
         value = _cell(self._column, row, example, "time")
         found = moment(value)
         if found is None:
@@ -183,25 +232,27 @@ class _ByTime:
                 f"{self._column!r:.60} is the {found[0]} {value!r:.60}, and others are {self._kind}s. Write all alike."
             )
             raise DataError(msg)
-        self._times.append(found[1])
+        return found[1]
 
     def marks(self, who: str) -> bytes:
         """1 for each example that is held out, 0 for the others."""
         known = sorted(time for time in self._times if not math.isnan(time))
-        if self._split.after is not None:
-            start = moment(self._split.after)[1]  # type: ignore[index] # looked at when it was made
+        if self.split.after is not None:
+            start = moment(self.split.after)[1]  # type: ignore[index] # looked at when it was made
         else:
-            assert self._split.share is not None
-            start = known[-max(1, round(self._split.share * len(known)))] if known else math.inf
+            assert self.split.share is not None
+            start = known[-max(1, round(self.split.share * len(known)))] if known else math.inf
         if not known or not known[0] < start <= known[-1]:
-            what = "from " + str(self._split.after) if self._split.after is not None else "of the newest"
+            what = "from " + str(self.split.after) if self.split.after is not None else "of the newest"
             side = "train on" if known and known[0] >= start else "hold out"
             msg = (
                 f"{who!r} has {len(known):,} usable examples, and with those {what} held out by {self._column!r:.60} "
                 f"there is none to {side}. Choose another time or share, or say which by Participant(held_out=rows)."
             )
             raise EmptyParticipantError(msg)
-        return bytes(time >= start for time in self._times)  # a NaN is not
+        self.start = start
+        times, self._times = self._times, array("d")
+        return bytes(time >= start for time in times)  # a NaN is not
 
 
 def _key(by: Any, row: Any, example: Example | RawText, prompt: Prompt | None) -> str | None:
@@ -213,6 +264,8 @@ def _key(by: Any, row: Any, example: Example | RawText, prompt: Prompt | None) -
             return None
     if isinstance(by, str):
         return text_of(_cell(by, row, example, "by"))
+    if isinstance(by, tuple):
+        return text_of([_cell(name, row, example, "by") for name in by])
     try:
         value = by(row)
     except Exception as error:  # whatever somebody's function makes of a row

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+import json
 import math
-from collections.abc import Callable, Mapping
+import numbers
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, fields
+from decimal import Decimal
 from typing import Any
 
+from llmchain_fed._config import plain_number
 from llmchain_fed.errors import ConfigError
 from llmchain_fed.untrusted import shown
+
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
+_DIGITS_OF_A_DAY = 8  # of 20260102
 
 
 @dataclass(frozen=True)
@@ -30,9 +40,10 @@ class Split:
 
     Args:
         share: The part that is held out, between 0 and 1.
-        by: What the key is: a column, which need be no variable of the prompt and is never part of one, or a function
-            of a row as it stands in the source. Rows of one key are never on both sides. By default it is the text of
-            the prompt, so that one question with two answers is one key.
+        by: What the key is: a column, which need be no variable of the prompt and is never part of one, several
+            columns together, or a function of a row as it stands in the source. Rows of one key are never on both
+            sides, however the key was written (`text_of`). By default it is the text of the prompt, so that one
+            question with two answers is one key.
         time: A column of dates (ISO 8601, or what frames have) or numbers. With `share` the newest part of each
             participant's rows is held out, rows of the same time together.
         after: With `time` instead of `share`: what is of this time or later is held out, at every participant alike.
@@ -44,12 +55,14 @@ class Split:
 
     share: float | None = None
     _: KW_ONLY
-    by: str | Callable[[Any], Any] | None = None
+    by: str | Sequence[str] | Callable[[Any], Any] | None = None
     time: str | None = None
     after: Any = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "share", plain_number(self.share))
+        object.__setattr__(self, "seed", plain_number(self.seed))
         if self.share is not None and (type(self.share) is not float or not 0 < self.share < 1):
             msg = f"Split: as a share it lies between 0 and 1, got {self.share!r:.40}."
             raise ConfigError(msg)
@@ -65,8 +78,10 @@ class Split:
         if self.seed is not None and type(self.seed) is not int:
             msg = f"Split: seed is a whole number, got {self.seed!r:.40}."
             raise ConfigError(msg)
-        if not isinstance(self.by, (str, type(None))) and not callable(self.by):
-            msg = f"Split: by is a column or a function of a row, got {self.by!r:.60}."
+        if isinstance(self.by, (list, tuple)) and self.by and all(isinstance(name, str) for name in self.by):
+            object.__setattr__(self, "by", tuple(self.by))
+        elif not isinstance(self.by, (str, type(None))) and not callable(self.by):
+            msg = f"Split: by is a column, a list of columns or a function of a row, got {self.by!r:.60}."
             raise ConfigError(msg)
         if not isinstance(self.time, (str, type(None))):
             msg = f"Split: time is a column, got {self.time!r:.60}."
@@ -106,7 +121,8 @@ class Split:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of a row that it reads."""
-        return tuple(name for name in (self.by, self.time) if isinstance(name, str))
+        by = self.by if isinstance(self.by, tuple) else (self.by,)
+        return tuple(name for name in (*by, self.time) if isinstance(name, str))
 
 
 def position(key: str, seed: int) -> float:
@@ -120,18 +136,69 @@ def position(key: str, seed: int) -> float:
 
 
 def text_of(value: Any) -> str:
-    """A key as text, the same whatever library has read it: the 7 of a file, of a frame, and of one with gaps (7.0).
+    """A key as text, one normal form whatever it was written or read as.
 
-    >>> [text_of(v) for v in ("7", 7, 7.0, True, dt.date(2026, 1, 2))]
-    ['7', '7', '7', 'True', '2026-01-02']
+    Numbers are what they count (7, 7.0, "007", "7e0", and no more digits than a float has), dates and times what moment
+    they are, in UTC where they name no zone, and texts are without spaces around them. Two keys that become one are on
+    one side together, which harms nothing; one key that became two would be trained on and held out.
+
+    >>> [text_of(v) for v in (7, 7.0, " 7", "007", True, "true", dt.date(2026, 1, 2), "2026-01-02T00:00")]
+    ['7', '7', '7', '7', 'True', 'True', '2026-01-02', '2026-01-02']
     """
-    if hasattr(value, "item") and not isinstance(value, str):  # of numpy, torch and pyarrow
-        value = value.item()
+    value = _plain(value)
+    if isinstance(value, (list, tuple)):
+        return json.dumps([text_of(part) for part in value])
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, (numbers.Real, Decimal)):
+        return _text_of_number(value)
+    if isinstance(value, dt.date):
+        return _text_of_time(value)
+    text = unicodedata.normalize("NFKC", str(value)).strip()
+    if text.lower() in ("true", "false"):
+        return text.capitalize()
+    if _NUMBER.fullmatch(text):
+        return _text_of_number(Decimal(text))
+    with suppress(ValueError):
+        return _text_of_time(dt.datetime.fromisoformat(text))
+    return text
+
+
+def _plain(value: Any) -> Any:
+    """A value as Python has it where it is one of numpy's, torch's or pyarrow's."""
+    if hasattr(value, "astype") and str(getattr(value, "dtype", "")).startswith("datetime64"):
+        return value.astype("datetime64[us]").item()  # of nanoseconds .item() makes a number
+    if hasattr(value, "tolist") and not isinstance(value, str):
+        return value.tolist()  # of several numbers, which .item() refuses, a list
     if hasattr(value, "as_py"):
-        value = value.as_py()
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return value.isoformat() if isinstance(value, dt.date) else str(value)
+        return value.as_py()
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def _text_of_number(value: Any) -> str:
+    """As a float, since a column with gaps has made one of a whole number; of 20260102 the day that it may be."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if math.isinf(number) and not isinstance(value, float):
+        return f"{Decimal(value):f}"
+    text = str(int(number)) if number.is_integer() else repr(number)
+    if len(text) == _DIGITS_OF_A_DAY and text.isdigit():
+        with suppress(ValueError):
+            return dt.date.fromisoformat(text).isoformat()
+    return text
+
+
+def _text_of_time(value: dt.date) -> str:
+    if not isinstance(value, dt.datetime):
+        return value.isoformat()
+    # field by field, for pandas' own kind counts nanoseconds too
+    time = dt.datetime.combine(value.date(), dt.time(value.hour, value.minute, value.second, value.microsecond))
+    if (ahead := value.utcoffset()) is not None:
+        with suppress(OverflowError):
+            time -= ahead
+    return time.date().isoformat() if time.time() == dt.time() else time.isoformat()
 
 
 def moment(value: Any) -> tuple[str, float] | None:
@@ -140,10 +207,7 @@ def moment(value: Any) -> tuple[str, float] | None:
     >>> moment("1970-01-02"), moment("7"), moment("01/02/1970")
     (('date', 86400.0), ('number', 7.0), None)
     """
-    if hasattr(value, "astype") and str(getattr(value, "dtype", "")).startswith("datetime64"):
-        value = value.astype("datetime64[us]").item()
-    elif hasattr(value, "item") and not isinstance(value, str):
-        value = value.item()
+    value = _plain(value)
     if isinstance(value, str):
         try:
             value = dt.datetime.fromisoformat(value.strip())

@@ -17,6 +17,7 @@ from llmchain_fed.data.examples import Examples, is_ready_tensors, with_columns
 from llmchain_fed.data.prompt import Prompt
 from llmchain_fed.data.sides import divide
 from llmchain_fed.data.sources.columns import checked_columns
+from llmchain_fed.data.sources.readers import is_table
 from llmchain_fed.data.split import Split
 from llmchain_fed.errors import ConfigError, DataError, DuplicateParticipantError, EmptyParticipantError
 from llmchain_fed.untrusted import shown
@@ -40,7 +41,8 @@ class Participant:
     Args:
         name: Unique in its federation.
         examples: What it trains on, in any form of `read_examples`.
-        held_out: What it is evaluated on; never trained on: examples, or a `Split` that sets some of its own apart.
+        held_out: What it is evaluated on; never trained on: examples, or a `Split` that sets some of its own apart,
+            or the share of one.
         columns: Variable of the prompt, or "completion" → column of its examples and of what it holds out, where they
             are called otherwise; the federation's `columns` by default.
         training: Options of `TrainingConfig` that differ for it: a slow device takes `{"max_steps": 4}`.
@@ -52,7 +54,7 @@ class Participant:
 
     name: str
     examples: Examples = field(repr=False)
-    held_out: Examples | Split | None = field(default=None, repr=False)
+    held_out: Examples | Split | float | None = field(default=None, repr=False)
     training: Mapping[str, Any] = field(default_factory=dict)
     rank: int | None = None
     alpha: float | None = None
@@ -60,7 +62,12 @@ class Participant:
     columns: Mapping[str, str | int] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        if self.name is None or len(str(self.name).splitlines()) > 1:
+            msg = f"{self.name!r:.80} is no participant's name: it stands in tables and logs. Give it one line of text."
+            raise ConfigError(msg)
         object.__setattr__(self, "name", str(self.name))  # numbers are names too, and travel as text
+        if isinstance(plain_number(self.held_out), float):  # as evaluation= takes it
+            object.__setattr__(self, "held_out", Split(plain_number(self.held_out)))
         object.__setattr__(self, "rank", plain_number(self.rank))
         object.__setattr__(self, "alpha", plain_number(self.alpha))
         if not self.name:
@@ -108,21 +115,23 @@ def as_participants(given: Mapping[Any, Any] | Iterable[Participant] | None) -> 
     """
     if given is None:
         return {}
+    found: list[Any]
     if isinstance(given, Mapping):
         _refuse_splits(given)
-        found = [v if isinstance(v, Participant) else Participant(str(k), v) for k, v in given.items()]
+        found = [v if isinstance(v, Participant) else Participant(k, v) for k, v in given.items()]
         for key, item in zip(given, found, strict=True):
             if item.name != str(key):
                 msg = f"participant {item.name!r} stands under the name {key!r}. Make the two equal, or pass a list."
                 raise ConfigError(msg)
-    elif isinstance(given, Iterable):
+    elif isinstance(given, Iterable) and not isinstance(given, str) and not is_table(given):
         found = list(given)
     else:
         found = [given]
     for item in found:
         if not isinstance(item, Participant):
             msg = (
-                f"participants are a mapping of names to examples or a list of Participant, got {type(item).__name__}."
+                f"participants are a mapping of names to examples or a list of Participant, got {type(item).__name__}. "
+                'Give examples a name: participants={"a": examples}.'
             )
             raise ConfigError(msg)
     by_name = {item.name: item for item in found}

@@ -17,9 +17,11 @@ from langchain_core.runnables import RunnableLambda
 from tiny import PAIRS
 
 from llmchain_fed import FederatedAveraging, LLMChain, Split
-from llmchain_fed.data import cache, encode_examples, encoding
+from llmchain_fed.data import cache, encode_examples, encoding, read_examples, sides
 from llmchain_fed.data.encoder import Encoder
 from llmchain_fed.data.sides import divide
+from llmchain_fed.data.split import position
+from llmchain_fed.errors import UnsayableError
 from llmchain_fed.model.loading import cache_folder
 
 ARRAYS = ("tokens", "bounds", "starts")
@@ -199,7 +201,82 @@ def test_both_sides_of_a_split_are_kept_apart(tmp_path, folder, made, make_chain
     assert all(map(same, sides, again))
     other = [encode_examples(side, chain.model, chain) for side in divide(path, chain, Split(0.4), 1, "a")]
     assert not all(map(same, sides, other))
-    assert len(list(folder.iterdir())) == 4
+    assert len(list(folder.iterdir())) == 6  # two sides each, and which rows they have
+
+
+SPLITS = {
+    "share": Split(0.4), "key": Split(0.4, by="id"), "time": Split(0.4, time="id"), "after": Split(time="id", after=6),
+    "function": Split(0.4, by=lambda row: row["id"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_second_start_divides_without_reading(name, tmp_path, monkeypatch, make_chain):
+    """Which rows are held out is known; a look at the first is taken, and what is code is asked anew."""
+    rows_read = []
+    split, placed = SPLITS[name], sides.placed_examples
+
+    def counting(*args, **options):
+        for item in placed(*args, **options):
+            rows_read.append(item)
+            yield item
+
+    monkeypatch.setattr(sides, "placed_examples", counting)
+    monkeypatch.setattr(sides, "_LOOKED_AT", 2)
+    path, found = table(tmp_path), []
+    for count in (len(PAIRS), len(PAIRS) if name == "function" else 2):
+        rows_read.clear()
+        train, apart = divide(path, make_chain(), split, 0, "a")
+        assert len(rows_read) == count
+        found.append([(side.marks, [e.inputs for e in read_examples(side, make_chain())]) for side in (train, apart)])
+    assert found[0] == found[1]
+    assert [inputs for _, inputs in found[0]][1]
+
+
+def test_what_decides_sides_is_in_the_key(tmp_path, folder, made, make_chain):
+    path, chain = table(tmp_path), make_chain()
+    other = make_chain(prompt="Say in French: {text}\n")
+    cases = [(chain, Split(0.4), 0), (chain, Split(0.4), 1), (chain, Split(0.5), 0), (other, Split(0.4), 0)]
+    cases += [(chain, Split(0.4, by="id"), 0), (chain, Split(0.4, time="id"), 0), (chain, Split(0.4, seed=2), 0)]
+    for count, (prompt, split, seed) in enumerate(cases, start=1):
+        train, _ = divide(path, prompt, split, seed, "a")
+        assert len(list(folder.iterdir())) == count
+        assert train.marks == divide(pd.read_csv(path), prompt, split, seed, "a")[0].marks
+    divide(path, chain, Split(0.4, seed=2), 5, "a")
+    assert len(list(folder.iterdir())) == len(cases)
+
+
+def test_sides_that_begin_otherwise_are_found_anew(tmp_path, monkeypatch, make_chain):
+    path = table(tmp_path)
+    first = divide(path, make_chain(), Split(0.4), 0, "a")[0].marks
+    monkeypatch.setattr(sides, "position", lambda key, seed: position(key, seed + 1))
+    changed = divide(path, make_chain(), Split(0.4), 0, "a")[0].marks
+    assert changed == divide(pd.read_csv(path), make_chain(), Split(0.4), 0, "a")[0].marks != first
+
+
+def test_an_error_names_the_file_and_the_line_of_this_start(tmp_path, folder, make_chain):
+    """The same bytes under another name: out of the cache comes this file's, not the former's."""
+    rows = [*PAIRS, ("a", "x STOP y")]
+    for name in ("hospital.csv", "mine.csv"):
+        path, chain = table(tmp_path, rows, name), make_chain(stop=["STOP"])
+        place = rf"example {len(PAIRS)} \({name}, line {len(PAIRS) + 2}\): "
+        with pytest.raises(UnsayableError, match=f"The first: {place}") as error:
+            encoding.encoded(path, chain.model, chain, None, tolerance=0.01)
+        assert "hospital" not in str(error.value) or name == "hospital.csv"
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_both_sides_are_kept_where_columns_are_mapped(tmp_path, folder, made, make_chain):
+    """The held-out side as the training one: not read into a list of texts."""
+    path = tmp_path / "a.csv"
+    pd.DataFrame(PAIRS, columns=["english", "french"]).to_csv(path, index=False)
+    options = {"columns": {"text": "english", "completion": "french"}, "evaluation": 0.4, "progress": False}
+    for _ in range(2):
+        fed = FederatedAveraging(make_chain(), participants={"a": path}, lr=1e-3, samples=0, **options)
+        data = fed._peers["a"].data
+        assert len(data.train()) + len(data.held_out()) == len(PAIRS)
+        assert not isinstance(data._sampled, list)
+        assert len(made) == len(PAIRS)
 
 
 def test_what_nobody_has_used_for_long_is_removed(tmp_path, folder, make_chain):

@@ -231,6 +231,8 @@ REFUSED = {
     "completion is a list": ([{"text": "a", "completion": ["c"]}], DataError, "got list"),
     "completion is bytes": ([({"text": "a"}, b"c")], DataError, "got bytes"),
     "no completion": ([{"text": "a"}], DataError, "no 'completion'"),
+    "input and output": ([{"input": "a", "output": "b"}], DataError, r"columns=\{'completion': …, 'text': …\}"),
+    "response": ([{"text": "a", "response": "b"}], DataError, r"columns=\{'completion': …\}"),
     "a templated row": ([{"prompt": TEMPLATE.format(text="a"), "completion": "c"}], TemplatedTwiceError, "RawText"),
     "an integer": ([3], DataError, "cannot read 3"),
     "a bare string": (["ab"], DataError, "cannot read 'ab'"),

@@ -6,6 +6,8 @@ Belongs here: sides of one participant's examples. Does not: what is measured on
 import datetime as dt
 import hashlib
 import json
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pandas as pd
@@ -131,6 +133,24 @@ def test_a_key_is_on_the_same_side_at_every_participant(make_chain):
     assert [p.notes for p in record.participants.values()] == [[], []]  # no word of held-out texts that others train on
 
 
+def test_several_columns_are_a_key_together(tmp_path, make_chain):
+    chain, split = make_chain(), Split(0.3, by=["patient_id", "date"])
+    frame = pd.DataFrame(PATIENTS)
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    held = [r["text"] for r in PATIENTS if hashed(json.dumps([str(r["patient_id"]), r["date"]])) < 0.3]
+    for source in (frame, tmp_path / "a.csv", frame.assign(date=pd.to_datetime(frame["date"]))):
+        assert sides_of(source, split, chain)[1] == held
+    config = FederationConfig(evaluation=split)
+    assert FederationConfig(**json.loads(config.model_dump_json())) == config
+
+
+def test_a_participant_may_give_a_share(make_chain):
+    options = {"progress": False, "lr": 1e-3, "samples": 0}
+    given = [0.3, Split(0.3), np.float32(0.3)]
+    found = [FederatedAveraging(make_chain(), participants=[Participant("a", PAIRS, s)], **options) for s in given]
+    assert len({len(fed._peers["a"].participant.held_out) for fed in found}) == 1
+
+
 def test_a_function_may_say_what_the_key_is(make_chain):
     chain = make_chain()
     found = sides_of(pd.DataFrame(PATIENTS), Split(0.3, by=lambda row: row["patient_id"]), chain)
@@ -184,10 +204,44 @@ def test_moments_are_ordered_whatever_they_are_written_as():
         assert moment(nothing) is None
 
 
-def test_keys_are_one_whatever_library_has_read_them():
-    assert {text_of(v) for v in (7, 7.0, "7", np.int64(7), np.float32(7), pa.scalar(7), torch.tensor(7))} == {"7"}
-    assert text_of(0.5) == "0.5"
-    assert text_of(pd.Timestamp("2026-01-02")) == "2026-01-02T00:00:00"
+DAY = dt.datetime(2026, 1, 2)
+ONE_KEY = {
+    "7": [7, 7.0, "7", np.int64(7), np.float32(7), pa.scalar(7), torch.tensor(7), "7.0", "007", " 7\n", "7.",
+          "+7", b"7", Decimal("7.00"), "7e0", Fraction(7), "\uff17", "7\xa0"],
+    "0.5": [0.5, ".5", "0.50", Decimal("0.5"), np.float64(0.5)],
+    "100000": [10**5, "1e+05", "100000.0"],
+    str(2**60): [2**60, float(2**60), str(2**60 + 1), 2**60 + 1, "1152921504606846976.0"],
+    "True": [True, "true", "TRUE", np.bool_(True), pa.scalar(True)],
+    "2026-01-02": [DAY.date(), DAY, pd.Timestamp(DAY), "2026-01-02", "2026-01-02 00:00:00", np.datetime64(DAY, "ns"),
+                   "2026-01-02T01:00+01:00", pd.Timestamp(DAY, tz="UTC"), 20260102, "20260102", pa.scalar(DAY)],
+    "2026-01-02T03:04:00": ["2026-01-02 03:04", DAY.replace(hour=3, minute=4),
+                            pd.Timestamp("2026-01-02 03:04:00.000000001")],
+    "caf\u00e9": ["caf\u00e9", "cafe\u0301", "caf\u00e9 "],
+    '["7", "2026-01-02"]': [(7, DAY), ["7.0", "2026-01-02"]],
+    '["7", "8"]': [(7, 8), np.array([7.0, 8.0]), torch.tensor([7, 8]), pa.scalar([7, 8]), ["07", "8"]],
+    "9" * 400: ["9" * 400, int("9" * 400)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ONE_KEY)
+def test_a_key_is_one_however_it_was_written_or_read(text):
+    assert {text_of(value) for value in ONE_KEY[text]} == {text}
+
+
+def test_other_keys_stay_apart():
+    keys = [7, 70, -7, 0.7, "P7", "7a", "7 8", "2026-01", "NA", "true story", 20261332, (7,), float("inf")]
+    assert len({text_of(key) for key in keys}) == len(keys)
+
+
+def test_ids_that_a_frame_made_floats_of_or_took_zeros_from_are_on_the_side_of_the_files(tmp_path, make_chain):
+    """A file with padded ids, pandas' reading of it, and what pandas writes of a column with gaps."""
+    chain, frame = make_chain(), pd.DataFrame(PATIENTS)
+    padded, gaps = tmp_path / "padded.csv", tmp_path / "gaps.csv"
+    frame.assign(patient_id=[f"{at:04}" for at in frame["patient_id"]]).to_csv(padded, index=False)
+    frame.astype({"patient_id": float}).to_csv(gaps, index=False)
+    wanted = sides_of(frame, Split(0.3, by="patient_id"), chain)
+    for source in (padded, pd.read_csv(padded), gaps):
+        assert sides_of(source, Split(0.3, by="patient_id"), chain) == wanted
 
 
 # --- what cannot be divided -------------------------------------------------------------------------------------------
@@ -252,7 +306,9 @@ def test_too_few_to_divide_is_said_with_what_would_divide_them(make_chain):
         ({"share": 0.2, "after": "2026-01-01", "time": "date"}, "give a share"),
         ({"after": "2026-01-01"}, "after= goes with the column"),
         ({"share": 0.2, "by": "a", "time": "b"}, "Give one"),
-        ({"share": 0.2, "by": 5}, "by is a column or a function"),
+        ({"share": 0.2, "by": 5}, "by is a column, a list of columns or a function"),
+        ({"share": 0.2, "by": []}, "by is a column"),
+        ({"share": 0.2, "by": ["a", 1]}, "by is a column"),
         ({"share": 0.2, "time": 5}, "time is a column"),
         ({"time": "date", "after": "soon"}, "after is a date"),
         ({"share": 0.2, "seed": 0.5}, "seed is a whole number"),
@@ -261,6 +317,11 @@ def test_too_few_to_divide_is_said_with_what_would_divide_them(make_chain):
 def test_options_that_make_no_split_are_refused(options, reason):
     with pytest.raises(ConfigError, match=reason):
         Split(**options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert Split(np.float64(0.5), seed=np.int64(3)) == Split(0.5, seed=3)
+    assert repr(Split(np.float32(0.5), by="a")) == "Split(share=0.5, by='a')"
 
 
 def test_a_table_that_changes_after_it_was_divided_is_refused(tmp_path, make_chain):
@@ -277,6 +338,30 @@ def test_a_table_that_changes_after_it_was_divided_is_refused(tmp_path, make_cha
     by_index.indices.pop()
     with pytest.raises(DataError, match="has changed since it was divided"):
         texts(train, chain)
+
+
+FRAMES = {
+    "a frame": lambda rows: pd.DataFrame(rows),
+    "a data set by index": lambda rows: torch.utils.data.Subset(rows, list(range(len(rows)))),
+}
+
+
+@pytest.mark.parametrize("kind", FRAMES)
+@pytest.mark.parametrize("split", [Split(0.4), Split(0.4, by="patient_id"), Split(0.4, time="date")], ids=str)
+def test_a_table_in_memory_whose_rows_change_places_is_refused(kind, split, make_chain):
+    """Turned round in place, it has as many rows as before: held-out ones would be trained on."""
+    chain, dated = make_chain(), split.columns[0] if split.columns else "completion"
+    rows = [{name: row[name] for name in dict.fromkeys(("text", "completion", dated))} for row in PATIENTS]
+    source = FRAMES[kind](rows)
+    train, held_out = divide(source, chain, split, 0, "a")
+    assert not {*texts(train, chain)} & {*texts(held_out, chain)}
+    if kind == "a frame":
+        source[:] = source[::-1].to_numpy()
+    else:
+        source.indices.reverse()
+    for side in (train, held_out):
+        with pytest.raises(DataError, match=f"^the {type(source).__name__} has changed since it was divided"):
+            texts(side, chain)
 
 
 # --- where it is given ------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import math
 import re
 import weakref
 
+import pandas as pd
 import pytest
 import torch
 from langchain_core.runnables import RunnableLambda
@@ -322,6 +323,11 @@ def test_short_options_and_training_say_the_same(make_chain):
         ({"seed": True}, r"`seed`: .* valid integer \(got True\)"),
         ({"participants": ["a", "b"]}, "list of Participant, got str"),
         ({"participants": PAIRS}, "list of Participant, got tuple"),
+        ({"participants": pd.DataFrame(PAIRS)}, 'got DataFrame. Give examples a name: participants={"a": examples}'),
+        ({"participants": [pd.DataFrame(PAIRS)]}, 'got DataFrame. Give examples a name: participants={"a": examples}'),
+        ({"participants": "a.csv"}, "list of Participant, got str"),
+        ({"participants": {None: PAIRS}}, "None is no participant's name"),
+        ({"participants": {"a\nb": PAIRS}}, "is no participant's name"),
         ({"participants": 5}, "got int"),
         ({"participants": {"": PAIRS}}, "needs a name"),
         ({"runtime": object()}, "Runtime of your own, got <object"),

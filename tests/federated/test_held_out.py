@@ -6,6 +6,7 @@ Belongs here: notes in records about held-out data. Does not: what is measured, 
 import json
 import math
 
+import pandas as pd
 import pytest
 import torch
 from resumed_runs import Elsewhere
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from llmchain_fed import FederatedAveraging, Participant, TrainingConfig, evaluate_locally
 from llmchain_fed.data.encoding import collate, encode_examples
-from llmchain_fed.errors import ConfigError, ParticipantError, TransportError
+from llmchain_fed.errors import ConfigError, DataError, EmptyParticipantError, ParticipantError, TransportError
 from llmchain_fed.federated.client.data import Overlap, crossing, overlap
 from llmchain_fed.federated.history import History, ParticipantRecord, RoundRecord
 from llmchain_fed.federated.measures import reading
@@ -89,6 +90,51 @@ def test_what_another_participant_trains_on_is_noted(make_chain):
 def test_a_share_set_apart_overlaps_with_nothing(make_chain):
     fed = federation(make_chain(), {"a": [*A, *A], "b": [*B, B[0]]}, evaluation=0.25)
     assert notes(fed.fit(rounds=1)[0]) == {"a": [], "b": []}
+
+
+ODD = [A[1], ("", "x"), ("word " * 400, "y"), *REST]
+ODD_NOTE = "2 of 7 {} are left out: 1 empty, 1 too long"
+
+
+@pytest.mark.parametrize("how", ["own", "file", "shared"])
+def test_held_out_examples_that_are_left_out_are_noted_once(how, tmp_path, make_chain):
+    """A loss over one of a hundred held-out examples must not pass for one over all."""
+    odd = [*ODD[1:], B[0]]
+    if how == "file":
+        pd.DataFrame(odd, columns=["text", "completion"]).to_csv(tmp_path / "a.csv", index=False)
+        odd = tmp_path / "a.csv"
+    if how == "shared":
+        fed = federation(make_chain(), {"a": A}, evaluation=odd)
+    else:
+        fed = federation(make_chain(), [Participant("a", A, odd)])
+    fed.fit(rounds=2)
+    said = [[*record.notes, *record.participants["a"].notes] for record in fed.history]
+    what = "shared evaluation examples" if how == "shared" else "held-out examples"
+    assert said == [[ODD_NOTE.format(what)], []]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "why"),
+    [
+        ([], r"\(DataReport\(used=0\)\).*Give it some: the source has no row\.$"),
+        (
+            [("", "x"), ("y", None), ("z", " ")],
+            r"\(DataReport\(used=0, empty=3\)\).*Fill the prompt, the variables and",
+        ),
+        ([("word " * 400, "y")], r"\(DataReport\(used=0, too_long=1\)\).*Raise max_length"),
+    ],
+)
+def test_an_error_says_that_it_is_the_held_out_part_that_is_empty(held_out, why, make_chain):
+    with pytest.raises(EmptyParticipantError, match=f"participant 'a': its held-out part has no usable example {why}"):
+        federation(make_chain(), [Participant("a", A, held_out)]).fit(rounds=1)
+    with pytest.raises(EmptyParticipantError, match=f"evaluation: the set for all has no usable example {why}"):
+        federation(make_chain(), {"a": A}, evaluation=held_out).fit(rounds=1)
+
+
+def test_an_error_in_the_evaluations_rows_says_so(make_chain):
+    frame, other = (pd.DataFrame({name: ["x", "y"], "completion": ["a", "b"]}) for name in ("english", "german"))
+    with pytest.raises(DataError, match=r"^evaluation: example 0: there is no column 'english'"):
+        federation(make_chain(), {"a": frame}, evaluation=other, columns={"text": "english"}).fit(rounds=1)
 
 
 def test_the_two_low_level_calls_note_it_too(make_chain):

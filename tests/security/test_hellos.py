@@ -28,6 +28,7 @@ HONEST = {
     "options": "o" * 16, "num_examples": 5, "num_tokens": 40,
     "report": {"used": 5, "completion_tokens": 40, "empty": 1},
     "held_out_examples": 2, "held_out_tokens": 9, "overlap": [0, 1, 2],
+    "held_out_report": {"used": 2, "completion_tokens": 9, "too_long": 3},
 }  # fmt: skip
 
 
@@ -61,6 +62,7 @@ def test_an_honest_hello_is_read():
     assert found.model_dump() == HONEST
     assert found.data_report == DataReport(used=5, empty=1, completion_tokens=40)
     assert found.overlapping == Overlap(0, 1, 2)
+    assert found.held_out_notes == ["3 of 5 held-out examples are left out: 3 too long"]
 
 
 @pytest.mark.parametrize(
@@ -81,13 +83,18 @@ def test_an_honest_hello_is_read():
         ({"held_out": 1}, "`held_out`"),
         ({"report": {"used": 5, "completion_tokens": 40, "\x1b[2J": 1}}, "its report counts"),
         ({"report": {"used": -5}}, "`report.used`"),
+        (
+            {"held_out_report": {"used": 3, "completion_tokens": 9}},
+            "held_out_examples is 2, its data report",
+        ),
+        ({"held_out_report": {"text": 1}}, "its report counts 'text'"),
         ({"overlap": [3, 3, 3]}, "its overlap is [3, 3, 3]"),
         ({"participant": "\x1b[2J" * 50}, "calls itself"),
         ({"contract": {"base": "\x1b[2J" * 999}}, "another contract ("),
         ({"contract": "\ud800"}, "another contract ("),
         ({"contract": CONTRACT | {"more": "x"}, "weights_hash": 5}, "`weights_hash`"),
     ],
-    ids=range(20),
+    ids=range(22),
 )
 def test_what_a_participant_may_not_say(changes, why):
     with pytest.raises(ABSENCE) as error:

@@ -6,7 +6,9 @@ Knows rows as mappings and the names that a prompt takes. Knows nothing of files
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llmchain_fed.data.prompt import Prompt
@@ -45,9 +47,12 @@ class Mapped:
 
     @classmethod
     def of(cls, source: Any, columns: Any = None) -> Mapped:
-        """The source with these columns; one that has columns of its own keeps them."""
+        """The source with these columns; one that has columns of its own keeps them. A path may begin with ~."""
         if isinstance(source, Mapped):
             return source if source.columns is not None else cls(source.source, checked_columns(columns))
+        if isinstance(source, (str, Path)) and str(source).startswith("~"):
+            with suppress(RuntimeError):  # nobody knows where home is: there will be no such file
+                source = Path(source).expanduser()
         return cls(source, checked_columns(columns))
 
 

@@ -23,6 +23,7 @@ from llmchain_fed.untrusted import reason, shown
 
 FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 _ROWS = 1024
+_ADDRESS = re.compile("[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 _ESCAPED = re.compile("[\udc80-\udcff]")
 
 
@@ -65,7 +66,8 @@ def format_of(path: Path) -> str:
         is_file = False
     known = ", ".join(FORMATS)
     if not is_file:
-        msg = f"there is no file {str(path)[:200]!r}. Give the path of a file of one of these: {known}."
+        why = _why_none(path)
+        msg = f"there is no file {str(path)[:200]!r}{why}. Give the path of a file of one of these: {known}."
         raise DataError(msg)
     suffix = _plain(path).suffix.lower()
     if suffix not in FORMATS or (suffix == ".parquet" and _is_gzip(path)):
@@ -75,6 +77,19 @@ def format_of(path: Path) -> str:
         )
         raise DataError(msg)
     return suffix
+
+
+def _why_none(path: Path) -> str:
+    """What a path is instead of one of a file."""
+    text = str(path)
+    if _ADDRESS.match(text):
+        return ": it is an address, and nothing is fetched. Download it"
+    try:
+        if path.is_dir():
+            return ": it is a folder. Give each file to a participant, or join them with pandas.concat"
+    except (OSError, ValueError):
+        return ""
+    return ": nothing is put in for * and ?. Name one file" if any(c in text for c in "*?") else ""
 
 
 def identity(path: Path) -> tuple[int, ...] | None:

@@ -62,10 +62,25 @@ def frame_rows(source: Any) -> Iterable[Any] | None:
         msg = f"{what}, of which a row would keep one. Rename or drop the other."
         raise DataError(msg)
     if kind[0] == "pandas":
-        return (row for at in range(0, len(source), _ROWS) for row in source.iloc[at : at + _ROWS].to_dict("records"))
+        return _pandas_rows(source)
     if kind[0] == "polars":
         return source.iter_rows(named=True)  # type: ignore[no-any-return]
     return _arrow_rows(source) if kind[0] == "pyarrow" else source
+
+
+def _pandas_rows(source: Any) -> Iterator[Any]:
+    """Its rows; whole numbers that pandas has made floats of, because others are missing, are whole numbers."""
+    whole = [name for name in source.columns if _is_whole_with_gaps(source[name])]
+    for at in range(0, len(source), _ROWS):
+        for row in source.iloc[at : at + _ROWS].to_dict("records"):
+            yield row | {name: int(row[name]) for name in whole if row[name] == row[name]} if whole else row
+
+
+def _is_whole_with_gaps(column: Any) -> bool:
+    if str(column.dtype) not in ("float64", "float32"):
+        return False
+    there = column[column.notna()]
+    return 0 < len(there) < len(column) and bool((there % 1 == 0).all())
 
 
 def _arrow_rows(source: Any) -> Iterator[Any]:

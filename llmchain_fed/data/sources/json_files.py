@@ -139,7 +139,8 @@ def read_json(file: TextIO, name: str) -> Iterator[tuple[int, Any]]:
     if first == "{":
         while text.next() == ",":
             text.skip()
-            _key(text)
+            if _key(text) == _KEY:
+                _refuse_second(text)
             text.next()
             text.value()
         text.expect("}", "after the list")
@@ -162,19 +163,26 @@ def is_object(line: str) -> bool:
 def _go_to_list(text: _Text) -> None:
     """To the list of an object that has one."""
     keys: list[str] = []
+    before = False
     text.skip()
     while text.next() != "}":
         if keys:
             text.expect(",", "after a value")
         key = _key(text)
+        if key == _KEY and before:
+            _refuse_second(text)
         if text.next() == "[" and key == _KEY:
             return
-        keys = [*keys[-20:], key]
+        keys, before = [*keys[-20:], key], before or key == _KEY
         text.value()
     text.refuse(
         f"ends an object with the keys {shown(keys, 200)}, none of which is {_KEY!r} with a list of objects. Write "
         "[{…}, {…}], or an object a line in a .jsonl file"
     )
+
+
+def _refuse_second(text: _Text) -> NoReturn:
+    text.refuse(f"has the key {_KEY!r} a second time, and only one list can count. Join the two, or rename one")
 
 
 def _key(text: _Text) -> str:

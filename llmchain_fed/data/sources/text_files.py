@@ -1,7 +1,7 @@
 """The text of files, UTF-8 and in lines of a bounded size; and rows out of CSV, each with the line in which it begins.
 
-Knows line ends, separators, and which words programs write for a value that is missing. Knows nothing of what a row
-must have, or how a file is opened.
+Knows line ends and separators. Knows nothing of what a row must have, or how a file is opened. An empty cell is a value
+that is missing; a word such as None or NA is that word, which may be somebody's label.
 """
 
 from __future__ import annotations
@@ -24,11 +24,6 @@ _QUOTED = re.compile(r'"[^"]*"?')
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _MOST_COLUMNS = 4096
 _LIMIT = threading.Lock()
-CSV_MARKERS = frozenset(
-    {"nan", "NaN", "NAN", "-nan", "-NaN", "NaT", "<NA>", "NA", "N/A", "n/a", "NULL", "null", "None", "\\N"}
-    | {"#N/A", "#N/A N/A", "#NA", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"}
-)
-"""what pandas, R, SQL and spreadsheets write, without quotes, for a value that is missing"""
 
 
 def refuse(name: str, line: int, what: str) -> NoReturn:
@@ -82,20 +77,18 @@ def read_csv(file: TextIO, name: str, separator: str | None = None) -> Iterator[
         blank += 1
     separator = separator or separator_of(start)
     records = _records(itertools.chain([start], lines) if start.strip() else (), name, separator, blank)
-    line, header, _ = next(records, (1, None, ""))
+    line, header = next(records, (1, None))
     if header is None:
         refuse(name, 1, "is the end of an empty file: the first line names the columns, the last one `completion`")
+    header = [title.strip() for title in header]
     _check_header(header, name, line)
     found = 0
-    for line, cells, raw in records:
+    for line, cells in records:
         if len(cells) != len(header):
             cells_found = f"has {len(cells)} cells under {len(header)} columns ({_few(header)})"
             quoting = f"quote values that contain {_SEPARATORS[separator]}, quotes or line breaks"
             refuse(name, line, f"{cells_found}: {quoting}")
         found += 1
-        if not CSV_MARKERS.isdisjoint(cells):
-            bare = _bare(raw, separator)
-            cells = [None if c in CSV_MARKERS and bare[i] else c for i, c in enumerate(cells)]  # type: ignore[misc]
         yield line, dict(zip(header, cells, strict=True))
     if not found:
         refuse(name, line, f"names the columns ({_few(header)}), and no row follows")
@@ -111,8 +104,8 @@ def separator_of(header: str) -> str:
     return max(_SEPARATORS, key=bare.count)  # of several, the first
 
 
-def _records(text: Iterable[str], name: str, separator: str, blank: int) -> Iterator[tuple[int, list[str], str]]:
-    """(first physical line, cells, raw text) of every record; blank lines, as before the text, stand for none."""
+def _records(text: Iterable[str], name: str, separator: str, blank: int) -> Iterator[tuple[int, list[str]]]:
+    """(first physical line, cells) of every record; blank lines, as before the text, stand for none."""
     taken: list[str] = []
 
     def lines() -> Iterator[str]:
@@ -140,9 +133,8 @@ def _records(text: Iterable[str], name: str, separator: str, blank: int) -> Iter
             refuse(name, max(reached, start), why)
         if cells is None:
             return
-        raw = "".join(taken)
-        if raw.strip():
-            yield start, cells, raw
+        if any(line.strip() for line in taken):
+            yield start, cells
 
 
 @contextmanager
@@ -164,7 +156,7 @@ def _check_header(header: list[str], name: str, line: int) -> None:
         refuse(name, line, f"names {len(header):,} columns, and an example has at most {_MOST_COLUMNS:,}. Drop some")
     first: dict[str, int] = {}
     for column, title in enumerate(header, start=1):
-        if not title.strip():
+        if not title:
             why = "Name it, or drop it (pandas writes an index so: to_csv(index=False))"
             refuse(name, line, f"gives column {column} no name. {why}")
         if first.setdefault(title, column) != column:
@@ -174,22 +166,3 @@ def _check_header(header: list[str], name: str, line: int) -> None:
 
 def _few(header: list[str]) -> str:
     return ", ".join(shown(title, 40) for title in header[:6]) + (", …" if len(header) > 6 else "")
-
-
-def _bare(record: str, separator: str = ",") -> list[bool]:
-    """Whether each cell of a record stands without quotes: a word in quotes is meant as the word.
-
-    >>> _bare('NA,"NA",a"b,')
-    [True, False, True, True]
-    """
-    bare: list[bool] = []
-    at_start, inside = True, False
-    for c in record.rstrip("\r\n"):
-        if at_start:
-            bare.append(c != '"')
-            inside, at_start = c == '"', c == separator
-        elif c == '"':
-            inside = not inside and not bare[-1]
-        elif c == separator and not inside:
-            at_start = True
-    return [*bare, True] if at_start else bare

@@ -95,11 +95,12 @@ class LocalData:
         if self._held_out is None:
             held_out = with_columns(self.participant.held_out, self.participant.columns)
             if not is_ready_tensors(held_out):
-                if not isinstance(held_out, Placed) and not reads_again(Mapped.of(held_out).source):  # a generator …
+                source = Mapped.of(held_out).source
+                if not isinstance(source, Placed) and not reads_again(source):  # a generator …
                     given, prompt = held_out, self._target.prompt
                     held_out = self._named(lambda: list(read_examples(given, prompt)))
                 self._sampled, self._first = held_out, {}
-            self._held_out = self._ready(held_out)
+            self._held_out = self._ready(held_out, whose="its held-out part")
         return self._held_out
 
     def overlap(self) -> Overlap | None:
@@ -137,10 +138,12 @@ class LocalData:
             found += f", holds out {_report(self.held_out())}"
         return found
 
-    def _ready(self, examples: Any, tolerance: float | None = None) -> Any:
+    def _ready(self, examples: Any, tolerance: float | None = None, whose: str = "the participant") -> Any:
         target, longest, bar = self._target, self._max_length, self._progress
         return self._named(
-            lambda: encoded(examples, target.model, target.prompt, longest, tolerance=tolerance, progress=bar)
+            lambda: encoded(
+                examples, target.model, target.prompt, longest, tolerance=tolerance, progress=bar, whose=whose
+            )
         )
 
     def _named(self, read: Callable[[], _T]) -> _T:

@@ -87,6 +87,7 @@ def introduction(client: Client, config: TrainingConfig) -> Introduction:
     held_out = client.data.held_out() if client.data.holds_out else None
     if isinstance(held_out, EncodedExamples):  # by which its held-out loss counts
         said["held_out_examples"], said["held_out_tokens"] = len(held_out), held_out.report.completion_tokens
+        said["held_out_report"] = held_out.report.counts()
     if (found := client.data.overlap()) is not None:
         said["overlap"] = list(found)
     return Introduction(**said)

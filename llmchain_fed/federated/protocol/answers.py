@@ -19,6 +19,8 @@ from llmchain_fed.training.metrics import LARGEST, MAX_METRICS, MAX_VALUES
 from llmchain_fed.untrusted import Strict, shown
 from llmchain_fed.updates.update import MAX_EXAMPLES, MAX_SECONDS
 
+_Counts = Annotated[dict[str, Annotated[int, Field(ge=0, le=MAX_EXAMPLES)]], Field(max_length=64)]
+"""a `DataReport`"""
 _Count = Annotated[int, Field(ge=1, le=MAX_EXAMPLES)]
 _PER_SAMPLE = 2**18  # bytes of a held-out example with its answer
 _PER_METRIC = 2**15  # bytes of its values and of an error
@@ -43,10 +45,12 @@ class Introduction(TaskAnswer):
     """usable examples; None where only training will tell"""
     num_tokens: _Count | None = None
     """completion tokens"""
-    report: dict[str, Annotated[int, Field(ge=0, le=MAX_EXAMPLES)]] | None = Field(default=None, max_length=64)
+    report: _Counts | None = None
     held_out_examples: _Count | None = None
     held_out_tokens: _Count | None = None
     """completion tokens of what it holds out, by which its held-out loss counts; None where only evaluating tells"""
+    held_out_report: _Counts | None = None
+    """what became of what it holds out"""
     weights_hash: Digest | None = None
     """hash of the weights it has before it is sent any"""
     rank: Rank | None = None
@@ -62,6 +66,12 @@ class Introduction(TaskAnswer):
         return DataReport(**self.report) if self.report is not None else None
 
     @property
+    def held_out_notes(self) -> list[str]:
+        """What a record should say of what it holds out and is not measured on."""
+        counts = self.held_out_report
+        return DataReport(**counts).notes("held-out examples") if counts is not None else []
+
+    @property
     def overlapping(self) -> Overlap | None:
         """What of its held-out examples it trains on."""
         return Overlap.read(self.overlap, MAX_EXAMPLES) if self.overlap is not None else None
@@ -69,13 +79,8 @@ class Introduction(TaskAnswer):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         """What it counts must be where its counts come from."""
-        if self.report is not None:
-            if strange := sorted(self.report.keys() - DataReport().counts().keys()):
-                _refuse(f"its report counts {shown(strange[0])!r}")
-            report = DataReport(**self.report)
-            for name, supported in (("num_examples", report.used), ("num_tokens", report.completion_tokens)):
-                if (count := getattr(self, name)) != supported:
-                    _refuse(f"{name} is {count}, its data report supports {supported:,}")
+        self._is_supported(self.report, "num_examples", "num_tokens")
+        self._is_supported(self.held_out_report, "held_out_examples", "held_out_tokens")
         if self.alpha is not None and self.rank is None:
             _refuse("it has an alpha without a rank of its own: give it both")
         if not self.held_out and (self.held_out_examples or self.held_out_tokens):
@@ -87,6 +92,16 @@ class Introduction(TaskAnswer):
         except ValueError:
             _refuse(f"its overlap is {shown(self.overlap)}")
         return self
+
+    def _is_supported(self, counts: dict[str, int] | None, examples: str, tokens: str) -> None:
+        if counts is None:
+            return
+        if strange := sorted(counts.keys() - DataReport().counts().keys()):
+            _refuse(f"its report counts {shown(strange[0])!r}")
+        report = DataReport(**counts)
+        for name, supported in ((examples, report.used), (tokens, report.completion_tokens)):
+            if (count := getattr(self, name)) != supported:
+                _refuse(f"{name} is {count}, its data report supports {supported:,}")
 
 
 # --- held-out losses --------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 from llmchain_fed.data.encoding import encode_examples, encoded
 from llmchain_fed.data.examples import Example, Examples, RawText, is_ready_tensors, read_examples, with_columns
 from llmchain_fed.data.split import Split
-from llmchain_fed.errors import ConfigError
+from llmchain_fed.errors import ConfigError, DataError
 from llmchain_fed.federated.client.evaluation import ABSENT, Answers, values_of
 from llmchain_fed.federated.history import History, RoundRecord, Sample, told_of
 from llmchain_fed.federated.measures.pooling import pooled, pooled_metrics
@@ -119,12 +119,15 @@ class Evaluator:
         """
         if self._shared is None and self.is_shared:  # read once: it may be a generator
             given, longest, target = self._evaluation, self._training.max_length, self._target
-            given = with_columns(given, self._columns)
-            if self.metrics and not is_ready_tensors(given):
-                given = list(read_examples(given, target.prompt))
-                usable = (encode_examples([e], target.model, target.prompt, max_length=longest) for e in given)
-                self._shared_examples = [e for e, data in zip(given, usable, strict=True) if len(data)]
-            self._shared = encoded(given, target.model, target.prompt, longest)
+            try:
+                given = with_columns(given, self._columns)
+                if self.metrics and not is_ready_tensors(given):
+                    given = list(read_examples(given, target.prompt))
+                    usable = (encode_examples([e], target.model, target.prompt, max_length=longest) for e in given)
+                    self._shared_examples = [e for e, data in zip(given, usable, strict=True) if len(data)]
+                self._shared = encoded(given, target.model, target.prompt, longest, whose="the set for all")
+            except DataError as error:  # of whose rows it speaks, as those of participants say
+                raise type(error)(f"evaluation: {error}") from None  # noqa: EM102
         return self._shared
 
     def divide(self, participants: dict[str, Participant]) -> dict[str, Participant]:

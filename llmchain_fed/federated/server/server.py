@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor
 
+from llmchain_fed.data.encoding import EncodedExamples
 from llmchain_fed.data.report import DataReport
 from llmchain_fed.errors import FederationError, UpdateRefusedError
 from llmchain_fed.federated.client.client import Client
@@ -165,6 +166,8 @@ class Server:
         self._note_overlaps(record)
         record.aggregation_gap = opened.gap()
         record.notes, record.members_changed = [*self.round_notes, *opened.notes], self.members_changed
+        if not self.history.rounds and isinstance(shared := self.evaluator.shared(), EncodedExamples):
+            record.notes += shared.report.notes("shared evaluation examples")
         record.training_seconds = sum(r.seconds or 0.0 for r in opened.records.values())
         return record
 
@@ -198,6 +201,7 @@ class Server:
         there = {n for r in self.history.rounds for n, p in r.participants.items() if p.status != "absent"}
         new = [n for n in record.participants if n in self.client_manager.joined and n not in there]
         for name in new:
+            record.participants[name].notes += self.client_manager.joined[name].held_out_notes
             own = self.client_manager.joined[name].overlapping
             record.participants[name].notes += own.notes() if own is not None else []
         if not new or not self.runtime.local:

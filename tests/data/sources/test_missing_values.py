@@ -3,7 +3,6 @@
 Belongs here: what is missing or blank, and what follows for examples. Does not: files as such (test_readers).
 """
 
-import csv
 import io
 import json
 import subprocess
@@ -131,13 +130,11 @@ def test_the_word_nan_is_text(make_chain, tokenizer):
 
 
 def test_a_frame_a_list_a_file_and_a_dataset_are_treated_alike(make_chain, tmp_path):
-    """pandas' own reader says which cells of the file are missing; the same rows are left out everywhere."""
-    text = 'text,completion\nwelt,erde\n,mond\nsonne,\nNaN,a\nb,NA\n"NA",c\n"nan","null"\nd,\\N\n" ",e\nhell,dunkel\n'
+    """The empty cells of the file are missing; the same rows are left out everywhere."""
+    text = 'text,completion\nwelt,erde\n,mond\nsonne,\n"",a\nb,""\n"NA",c\nnan,null\n,\n" ",e\nhell,dunkel\n'
     path = tmp_path / "a.csv"
     path.write_text(text)
-    frame = pd.read_csv(io.StringIO(text), na_values=["\\N"])
-    # pandas cannot tell quotes: the words in quotes are put back, as a careful reader would
-    frame.loc[5:6, ["text", "completion"]] = [["NA", "c"], ["nan", "null"]]
+    frame = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""])
     rows = frame.to_dict("records")
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))  # Python's writer: NaN
     frame.to_json(tmp_path / "b.jsonl", orient="records", lines=True)  # pandas' writer: null
@@ -157,16 +154,36 @@ def test_a_frame_a_list_a_file_and_a_dataset_are_treated_alike(make_chain, tmp_p
         assert encoded.tokens.tolist() == expected.tokens.tolist(), name
 
 
-def test_a_written_frame_comes_back_with_the_same_missing_values(make_chain, tmp_path):
-    frame = pd.DataFrame([("a", "b"), (None, "c"), ("d", float("nan")), ("e", "f")], columns=["text", "completion"])
-    chain = make_chain()
-    for rep in ("", "NA", "nan", "NULL", "<NA>"):
-        frame.to_csv(tmp_path / "a.csv", index=False, na_rep=rep)
-        report = encode_examples(tmp_path / "a.csv", chain.model, chain).report
-        assert (report.used, report.empty) == (2, 2), rep
-    with (tmp_path / "b.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("text", "completion"), ("a", float("nan")), (None, "b"), ("c", "d")])
-    assert encode_examples(tmp_path / "b.csv", chain.model, chain).report.empty == 2
+def test_a_written_frame_comes_back_with_the_same_missing_values_and_the_same_words(make_chain, tmp_path):
+    """A class that is called None is learnt from the file that pandas writes as from the frame."""
+    labels = ["minor", "None", None, "NA", float("nan"), "n/a", "null"]
+    frame = pd.DataFrame(
+        {"text": [f"alarm {at}" for at in range(7)], "completion": labels, "age": [63, None, *range(5)]}
+    )
+    frame.loc[6, "text"] = None
+    chain = make_chain(prompt="{text}:")
+    for age in (False, True):
+        chain = make_chain(prompt="{age} {text}:" if age else "{text}:")
+        for name, separator in (("a.csv", ","), ("a.csv", ";"), ("a.tsv", "\t")):
+            frame.astype({"age": "Int64"}).to_csv(tmp_path / name, index=False, sep=separator)
+            found = encode_examples(tmp_path / name, chain.model, chain)
+            assert (found.report.used, found.report.empty) == ((3, 4) if age else (4, 3))
+            assert found.tokens.tolist() == encode_examples(frame, chain.model, chain).tokens.tolist()
+
+
+def test_whole_numbers_of_a_frame_are_whole_where_others_are_missing(make_chain):
+    """pandas makes floats of them; what is asked with is "Age 63", not "Age 63.0"."""
+    ages = [63, None, *range(3000)]
+    frame = pd.DataFrame({"age": ages, "size": [0.5, None, *range(3000)], "weight": 1.0, "completion": "a"})
+    found = [e.inputs for e in read_examples(frame, make_chain(prompt="Age {age}"))]
+    assert [inputs["age"] for inputs in found] == ["" if age is None else age for age in ages]
+    assert {type(inputs["age"]) for inputs in found} == {int, str}
+    found = [e.inputs for e in read_examples(frame, make_chain(prompt="{size} {weight}"))]
+    assert all(type(inputs["size"]) is float for inputs in found if inputs["size"] != "")
+    assert {type(inputs["weight"]) for inputs in found} == {float}
+    chain, asked = make_chain(prompt="Age {age}"), PromptTemplate.from_template("Age {age}")
+    one = encode_examples(frame[:2], chain.model, chain)
+    assert one[0][0] == chain.model.encode([asked.format(age=63)])[0]
 
 
 def test_a_missing_default_is_no_wish_for_the_default(make_chain):

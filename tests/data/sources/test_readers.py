@@ -9,6 +9,7 @@ import json
 import random
 import threading
 import time
+from pathlib import Path
 
 import datasets
 import pandas as pd
@@ -20,7 +21,6 @@ from llmchain_fed import DataReport
 from llmchain_fed.data.encoding import encode_examples
 from llmchain_fed.data.examples import read_examples
 from llmchain_fed.data.sources.readers import numbered
-from llmchain_fed.data.sources.text_files import _bare
 from llmchain_fed.errors import DataError
 
 
@@ -156,16 +156,34 @@ def test_csv_cells_are_those_of_the_csv_module(tmp_path):
             assert line.startswith(row["u"].replace('"', '""').splitlines()[0][:1])
 
 
-def test_quotes_tell_a_word_from_a_marker(tmp_path):
-    content = 'text,completion\nNA,"NA"\n"say ""NA""",NULL\na"b,nan\n"x,\ny",None\n'
-    assert rows(written(tmp_path, "a.csv", content)) == [
-        {"text": None, "completion": "NA"},
-        {"text": 'say "NA"', "completion": None},
-        {"text": 'a"b', "completion": None},
-        {"text": "x,\ny", "completion": None},
-    ]
-    assert _bare('"a,""b",NA\r\n') == [False, True]
-    assert _bare(",\n") == [True, True]
+def test_a_word_is_a_word_with_quotes_and_without(tmp_path):
+    words = ["None", "NA", "N/A", "n/a", "nan", "NaN", "NaT", "null", "NULL", "<NA>", "#N/A", "\\N", "-nan"]
+    for suffix, style in ((".csv", csv.QUOTE_MINIMAL), (".csv", csv.QUOTE_ALL), (".tsv", csv.QUOTE_MINIMAL)):
+        path = tmp_path / f"a{suffix}"
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, quoting=style, delimiter="\t" if suffix == ".tsv" else ",")
+            writer.writerows([("text", "completion"), *((word, word) for word in words), ("x", "")])
+        assert [row["completion"] for row in rows(path)] == [*words, ""]
+
+
+def test_spaces_around_a_columns_name_are_none_of_it(tmp_path):
+    assert rows(written(tmp_path, "a.csv", "text ; completion\na; b\n")) == [{"text": "a", "completion": " b"}]
+    with pytest.raises(DataError, match="'text' twice"):
+        rows(written(tmp_path, "a.csv", "text, text\na,b\n"))
+
+
+def test_a_path_that_is_no_files_says_what_it_is(tmp_path, monkeypatch):
+    for path, why in {
+        str(tmp_path): "it is a folder", f"{tmp_path}/*.csv": r"nothing is put in for \* and \?",
+        "https://x.org/a.csv": "it is an address", "s3://x/a.csv": "it is an address",
+        "nothing.csv": r"\. Give the path",
+    }.items():  # fmt: skip
+        with pytest.raises(DataError, match=f"^there is no file .*{why}"):
+            rows(path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path, "home.csv", "prompt,completion\na,b\n")
+    for path in ("~/home.csv", Path("~/home.csv")):
+        assert [e.completion for e in read_examples(path)] == ["b"]
 
 
 def test_blank_lines_and_line_endings(tmp_path):
