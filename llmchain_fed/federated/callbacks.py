@@ -135,7 +135,7 @@ class Callbacks:
         """
         found: list[tuple[Callback, Any]] = [(each, each.on_round_end(record, history)) for each in self._all]
         for callback, said in found:
-            if said is True or isinstance(said, str):
+            if said is True or said is Stop or isinstance(said, str):
                 msg = f"{callback!r:.80} returned {said!r:.80} from on_round_end. To end training return Stop(reason)."
                 raise ConfigError(msg)
         return next((said for _, said in found if isinstance(said, Stop)), None)

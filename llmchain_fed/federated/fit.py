@@ -82,6 +82,9 @@ class Fit:
         if (keep == "best" or monitor != LOSS) and not measured:
             msg = f"keep='best' and monitor={monitor!r} need evaluation=…, which says what is measured on."
             raise ConfigError(msg)
+        if server.evaluator.metrics and not measured:
+            msg = "metrics=… are measured on held-out examples: say which by evaluation=…, such as evaluation=0.2."
+            raise ConfigError(msg)
         stops = checked_on_divergence(on_divergence, measured=measured)
         return cls(server, rounds, monitor, keep, patience, min_delta, of, stops)
 

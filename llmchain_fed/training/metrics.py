@@ -6,6 +6,7 @@ are imported where a name needs them.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import re
@@ -25,8 +26,11 @@ MAX_VALUES = 16
 """of one metric"""
 MAX_NAME = 100
 """characters of a metric's name, and of what one of its values is called"""
+COLLAPSED = "collapsed"
+"""what policies call the number of the label that all held-out examples are taken for, where it is one for all"""
 LARGEST = 1e15
 """beyond which nothing is a value, in either direction"""
+_TAKEN = ("held_out_loss", COLLAPSED)
 Probabilities = Sequence[Mapping[str, float]]
 Function = Callable[..., Mapping[str, float] | float]
 
@@ -86,6 +90,9 @@ def checked_name(name: Any) -> str:
     Raises:
         ConfigError: It is no text, empty, too long, or contains a slash or what cannot be shown.
     """
+    if name in _TAKEN:
+        msg = f"{name!r} is measured anyway, so no metric can have that name. Choose another: Metric(fn, name=…)."
+        raise ConfigError(msg)
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or "/" in name or one_line(name) != name:
         msg = f"a metric's name has 1 to {MAX_NAME} characters in one line and no slash, got {name!r:.120}."
         raise ConfigError(msg)
@@ -114,7 +121,8 @@ def checked_metrics(given: Any, *, elsewhere: bool = False) -> tuple[Metric, ...
         if not metric.code and metric.fn not in BUILT_IN and not elsewhere:
             raise ConfigError(unknown_metric(metric.name, BUILT_IN))
         if metric.name in found:
-            msg = f"two metrics are called {metric.name!r}. Name one of them: Metric(fn, name=…)."
+            remedy = "Name one of them: Metric(fn, name=…)." if metric.code else "List it once."
+            msg = f"two metrics are called {metric.name!r}. {remedy}"
             raise ConfigError(msg)
         if not elsewhere and metric.name in BUILT_IN and not metric.code:
             _require(metric.name)
@@ -133,6 +141,9 @@ def _metric(item: Any) -> Metric:
         item = Metric(item["name"], item.get("maximize"))
     metric = item if isinstance(item, Metric) else Metric(item)
     if not metric.code and metric.fn in BUILT_IN:
+        if metric.name != metric.fn:
+            msg = f"{metric.fn!r} keeps its name, by which sites know it: {metric.name!r} cannot be another."
+            raise ConfigError(msg)
         return Metric(metric.fn, True if metric.maximize is None else metric.maximize)
     return metric
 
@@ -159,17 +170,20 @@ def computed(
     references: Sequence[str],
     inputs: Sequence[Any],
     probabilities: Probabilities | None = None,
+    *,
+    quote: bool = True,
 ) -> tuple[dict[str, float], str | None]:
     """What a metric says of answers, one finite number or several, by name; and what of it is none.
 
-    A function that returns a bare number has its own name for it. What libraries warn of is left unsaid: a number that
-    is none is said by itself.
+    A function that returns a bare number has its own name for it. It has inputs and probabilities as copies, so that
+    what it does to them changes no later measurement. What libraries warn of is left unsaid: a number that is none is
+    said by itself; unless `quote`, without what it is instead and what it is called, which may be an example's text.
 
     Raises:
         ConfigError: It returns no numbers by name, or needs probabilities of labels, and there are none.
         Exception: Whatever it raises itself.
     """
-    arguments: list[Any] = [list(predictions), list(references), list(inputs)]
+    arguments: list[Any] = [list(predictions), list(references), copy.deepcopy(list(inputs))]
     parameter = _fourth(fn)
     keyword = {}
     if parameter is not None and (probabilities is not None or parameter.default is inspect.Parameter.empty):
@@ -190,6 +204,8 @@ def computed(
         raise ConfigError(msg)
     numbers = {checked_name(key): _number(value) for key, value in values.items()}
     wrong = [f"{key!r} is no finite number ({shown(values[key], 60)})" for key, n in numbers.items() if n is None]
+    if wrong and not quote:
+        wrong = [f"{len(wrong)} of its values are no finite numbers"]
     return {key: number for key, number in numbers.items() if number is not None}, "; ".join(wrong) or None
 
 

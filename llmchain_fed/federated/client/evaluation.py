@@ -5,7 +5,7 @@ Knows a client's held-out examples, what of them may leave, and its personal mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmchain_fed.chain.labels import Classification
@@ -19,7 +19,7 @@ from llmchain_fed.federated.protocol.finiteness import told
 from llmchain_fed.federated.protocol.global_state import GlobalState
 from llmchain_fed.federated.protocol.tasks import EvaluateTask, SideBySideTask
 from llmchain_fed.federated.target import ChainAnswer, Target
-from llmchain_fed.training.metrics import BUILT_IN, Function, computed, unknown_metric
+from llmchain_fed.training.metrics import BUILT_IN, COLLAPSED, Function, computed, unknown_metric
 from llmchain_fed.updates.update import MAX_EXAMPLES
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def evaluate(client: Client, task: EvaluateTask, state: GlobalState) -> Evaluate
         measured = _measured(client, task, answers)
         samples = _samples(client, task, answers)
     labels = client.config.labels
-    collapsed = labels.index(result.collapsed) if labels and result.collapsed is not None else None
+    told_label = client.limits is None or COLLAPSED in client.limits.metrics
+    collapsed = labels.index(result.collapsed) if labels and told_label and result.collapsed is not None else None
     answer: dict[str, Any] = {**told(result.loss), **measured, **samples, "collapsed": collapsed}
     return EvaluateAnswer(tokens=result.tokens, examples=result.examples, **answer)
 
@@ -82,10 +83,12 @@ def values_of(
     prompt: Prompt | None,
     labels: Sequence[str] | None,
     told_of: Callable[[BaseException], str],
+    leaves: Collection[str] | None = None,
 ) -> list[MetricAnswer]:
     """Each metric's values over examples: name → its function, or why there is none.
 
-    What one raises is told of by `told_of`, and the others go on.
+    What one raises is told of by `told_of`, and the others go on. With `leaves`, values of other names stay here, and
+    nothing is quoted: what a function calls its values, and what it returns instead of a number, may be an example.
     """
     found = {name: MetricAnswer(name=name, error=fn) for name, fn in metrics.items() if isinstance(fn, str)}
     functions = {name: fn for name, fn in metrics.items() if not isinstance(fn, str)}
@@ -95,13 +98,23 @@ def values_of(
         raise
     except LLMChainFedError as error:
         return [found.get(name) or MetricAnswer(name=name, error=told_of(error)) for name in metrics]
+    strangers = _no_labels(material[1], labels) if material else None
     for name, fn in functions.items():
         try:
-            values, wrong = computed(fn, name, *material)
-            found[name] = MetricAnswer(name=name, values=values, error=wrong)
+            values, wrong = computed(fn, name, *material, quote=leaves is None)
+            stay = values.keys() - leaves if leaves is not None else set()
+            kept = f"{len(stay)} of its values are not among those that the site's policy lets leave" if stay else None
+            said = "; ".join(text for text in (wrong, kept, strangers) if text) or None
+            found[name] = MetricAnswer(name=name, values={k: v for k, v in values.items() if k not in stay}, error=said)
         except Exception as error:  # whatever somebody's function raises
             found[name] = MetricAnswer(name=name, error=told_of(error))
     return [found[name] for name in metrics]
+
+
+def _no_labels(references: Sequence[str], labels: Sequence[str] | None) -> str | None:
+    """What to say of held-out completions that no prediction can equal."""
+    count = sum(reference not in labels for reference in references) if labels else 0
+    return f"{count} of {len(references)} held-out completions are none of the labels" if count else None
 
 
 def _material(
@@ -124,7 +137,8 @@ def _measured(client: Client, task: EvaluateTask, answers: Answers) -> dict[str,
     own = {name: _function(client, name) for name in task.metrics}
     if not examples:
         own = dict.fromkeys(own, "the held-out examples are a DataLoader, whose texts nobody has")
-    found = values_of(own, answers, examples, client.target.prompt, task.labels, client.told_of)
+    leaves = client.limits.metrics if client.limits is not None else None
+    found = values_of(own, answers, examples, client.target.prompt, task.labels, client.told_of, leaves)
     return {"metrics": found, "measured": len(examples)} if examples else {"metrics": found}
 
 

@@ -19,7 +19,7 @@ from llmchain_fed.errors import PolicyError
 from llmchain_fed.federated.protocol.tasks import TrainTask
 from llmchain_fed.training.batch_sampler import BatchSampler, Place, length_buckets
 from llmchain_fed.training.config import DEFAULT_LEARNING_RATE, TrainingConfig
-from llmchain_fed.training.metrics import BUILT_IN, MAX_NAME
+from llmchain_fed.training.metrics import BUILT_IN, COLLAPSED, MAX_NAME
 from llmchain_fed.training.schedule import Schedule, batches_per_pass
 from llmchain_fed.untrusted import shown
 from llmchain_fed.updates.aggregation import AGGREGATIONS
@@ -71,10 +71,10 @@ class Limits(FrozenConfig):
     samples: int = Field(default=0, ge=0, le=_MOST)
     """held-out examples that may leave with the chain's answers, for the history and its report"""
     metrics: tuple[Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME)], ...] = Field(
-        default=tuple(BUILT_IN), strict=False
+        default=(*BUILT_IN, COLLAPSED), strict=False
     )
-    """metrics whose values over the held-out examples may leave, by name; one that this site registered itself must be
-    listed to leave"""
+    """values over the held-out examples that may leave, by name: of a metric that this site registered itself each that
+    it returns must be listed; "collapsed" is which label a model takes all of them for, where it is one for all"""
 
     # --- before anything is done ------------------------------------------------------------------------------------
 

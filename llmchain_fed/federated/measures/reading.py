@@ -76,4 +76,9 @@ def kept_metrics(answers: Iterable[MetricAnswer], names: Sequence[str], measured
 
 def metric_notes(*sides: Mapping[str, Any]) -> list[str]:
     """What a record says of metrics that are missing, before or after a round."""
-    return list(dict.fromkeys(f"no {name}: {why}" for side in sides for name, why in side.get("missing", {}).items()))
+    found: dict[str, None] = {}
+    for side in sides:
+        there = set(side.get("owners", {}).values())
+        for name, why in side.get("missing", {}).items():
+            found[f"{name}: {why}" if name in there else f"no {name}: {why}"] = None
+    return list(found)

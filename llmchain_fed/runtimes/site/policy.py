@@ -23,6 +23,7 @@ from llmchain_fed._config import parse_options, unknown_option
 from llmchain_fed.errors import ConfigError, ContractError, DeadlineError, PolicyError, TransportError
 from llmchain_fed.federated.client.limits import Limits, refuse
 from llmchain_fed.federated.client.operations import operations, task_type
+from llmchain_fed.training.metrics import COLLAPSED
 from llmchain_fed.untrusted import printable, shown
 
 # Their messages name options, digests and times, never a value of an example.
@@ -302,7 +303,8 @@ def _leaving(policy: Policy) -> dict[str, str]:
         "max_evaluations": f"{losses} at most, at weights of the hub's choice, are told until the operator starts the "
         "peer again; points of curves count.",
         "samples": f"{texts}." if policy.samples else "no text of an example leaves.",
-        "metrics": f"of its held-out examples the values of {_and(policy.metrics)} may leave, as numbers over all."
+        "metrics": f"of its held-out examples the values of {_and(policy.metrics)} may leave, as numbers over all"
+        f"{'; collapsed is which label all are taken for' if COLLAPSED in policy.metrics else ''}."
         if policy.metrics
         else "no metric of its held-out examples leaves.",
         "error_messages": f"of errors {told}.",

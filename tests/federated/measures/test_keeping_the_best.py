@@ -344,7 +344,7 @@ def test_a_stop_at_the_last_round_stops_nothing_early(make_chain):
     assert fed.fit(rounds=2).stopped_early is None
 
 
-@pytest.mark.parametrize("said", [True, "enough"])
+@pytest.mark.parametrize("said", [True, "enough", Stop])
 def test_what_looks_like_a_stop_and_is_none_is_said(make_chain, said):
     callback = StopsAt(1, said)
     fed = FederatedAveraging(make_chain(), participants=SHARES, training=SGD, progress=False, callbacks=[callback])

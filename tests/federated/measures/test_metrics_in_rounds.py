@@ -164,10 +164,60 @@ def test_a_metric_that_raises_or_is_no_number_at_one_participant_is_noted_there_
     assert record.participants["a"].metrics == {"whole": 1.0}
     notes = record.participants["a"].notes
     assert "no picky: ValueError: too few" in notes
-    assert "no half: 'half' is no finite number (nan)" in notes
+    assert "half: 'half' is no finite number (nan)" in notes
     assert not [note for note in record.participants["b"].notes if note.startswith("no ")]
     assert [p.status for p in record.participants.values()] == ["trained", "trained"]
     assert "too few" in repr(history)
+
+
+def test_a_metric_that_changes_its_inputs_changes_no_later_measurement(make_chain):
+    seen = []
+
+    def changing(predictions, references, inputs):
+        seen.append([dict(each) for each in inputs])
+        for each in inputs:
+            each["text"] += "!"
+        inputs.clear()
+        return {"changing": 1.0}
+
+    rows = [{"text": x, "completion": y} for x, y in PAIRS]
+    parts = [Participant("a", rows[:6], held_out=rows[6:])]
+    fed = FederatedAveraging(make_chain(), participants=parts, lr=1e-2, metrics=[changing], progress=False)
+    fed.fit(2)
+    assert len(seen) == 3
+    assert all(each == [{"text": x} for x, _ in PAIRS[6:]] for each in seen)
+
+
+def test_wanted_texts_that_are_no_labels_are_counted(make_chain):
+    held = {"a": [*DATA[:3], ("x", "Page")], "b": DATA[3:10]}
+    record = federation(make_chain(), held, DATA, metrics=["accuracy"], labels=LABELS).fit(1)[-1]
+    note = "accuracy: 1 of 4 held-out completions are none of the labels"
+    assert (note in record.participants["a"].notes, note in record.participants["b"].notes) == (True, False)
+    assert "accuracy" in record.participants["a"].metrics
+
+
+def test_metrics_without_anything_to_measure_on_are_refused(make_chain):
+    fed = FederatedAveraging(make_chain(), participants={"a": PAIRS}, metrics=["exact_match"], progress=False)
+    with pytest.raises(ConfigError, match=r"evaluation=0\.2"):
+        fed.fit(1)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ([Metric("exact_match", name="em")], "keeps its name"),
+        (["exact_match", "exact_match"], "List it once"),
+    ],
+)
+def test_a_built_in_metric_has_one_name(make_chain, metrics, said):
+    with pytest.raises(ConfigError, match=said):
+        federation(make_chain(), metrics=metrics)
+
+
+@pytest.mark.parametrize("name", ["held_out_loss", "collapsed"])
+def test_what_is_measured_anyway_is_no_metrics_name(name):
+    with pytest.raises(ConfigError, match="measured anyway"):
+        Metric(len, name=name)
 
 
 def test_two_metrics_with_one_value_of_a_name_are_said(make_chain):

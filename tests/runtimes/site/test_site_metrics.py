@@ -4,6 +4,7 @@ Belongs here: metrics at a site. Does not: the functions (training/test_metrics)
 (federated/measures), what any message may not be (security).
 """
 
+import json
 import threading
 
 import pytest
@@ -93,6 +94,46 @@ def test_of_an_error_at_a_site_its_type_leaves_and_no_text(far):
     assert "patient is" not in fed.history.to_json()
 
 
+def test_no_text_leaves_as_what_is_no_number_or_as_what_a_value_is_called(far):
+    """Values of names that the policy does not list stay, and what is returned instead of a number is not quoted."""
+
+    def worst(predictions, references, inputs):
+        return {"worst": references[0], "share": 0.5} | {f"recall of {text}": 1.0 for text in inputs}
+
+    def named(predictions, references, inputs):
+        return {f"{inputs[0]}/\n": 1.0}
+
+    texts = [text for example in PARTS["a"].held_out for text in example]
+    policy = Policy(metrics=["worst", "share", "named"])
+    own = {"metrics": {"worst": worst, "named": named}, "policy": policy}
+    _, fed = far(own, own, metrics=["worst", "named"])
+    record = fed.fit(1)[-1]
+    found = record.participants["a"]
+    assert found.metrics == {"share": 0.5}
+    assert any(
+        "1 of its values are no finite numbers; 4 of its values are not among those" in note for note in found.notes
+    )
+    assert any("no named: ConfigError" in note for note in found.notes)
+    said = json.dumps(json.loads(fed.history.to_json()), ensure_ascii=False)
+    assert not [text for text in texts if text in said and text not in LABELS]
+    assert not [label for label in LABELS if label in said]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_which_label_all_are_taken_for_leaves_where_the_policy_lists_it(far, told):
+    policy = {"policy": Policy(metrics=["collapsed"] if told else [])}
+    how = TrainingConfig(loss="labels", labels=["page", "no"], learning_rate=1e-2, epochs=10)
+    skewed = {
+        name: Participant(name, [(x, "page") for x, _ in PAIRS], held_out=[("a", "page"), ("b", "no")]) for name in "ab"
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PARTS, "a", skewed["a"])
+        patch.setitem(PARTS, "b", skewed["b"])
+        _, fed = far(policy, policy, training=how)
+        record = fed.fit(1)[-1]
+    assert any("taken for the label" in note for p in record.participants.values() for note in p.notes) == told
+
+
 def test_no_code_travels_and_a_direction_must_be_said(far, make_chain):
     with pytest.raises(ConfigError, match="no code travels"):
         far(metrics=[sens])
@@ -115,6 +156,7 @@ def test_a_policy_says_which_metrics_leave(tmp_path):
     assert policy.metrics == ("accuracy", "sens")
     (line,) = [line for line in explain(policy) if line.startswith("metrics:")]
     assert line == "metrics: of its held-out examples the values of accuracy and sens may leave, as numbers over all."
-    assert Policy().metrics == ("accuracy", "f1", "auc", "exact_match", "chrf", "rouge_l")
+    assert Policy().metrics == ("accuracy", "f1", "auc", "exact_match", "chrf", "rouge_l", "collapsed")
+    assert "collapsed is which label all are taken for" in "".join(explain(Policy()))
     (none,) = [line for line in explain(Policy(metrics=[])) if line.startswith("metrics:")]
     assert "no metric" in none
