@@ -98,23 +98,28 @@ def values_of(
         raise
     except LLMChainFedError as error:
         return [found.get(name) or MetricAnswer(name=name, error=told_of(error)) for name in metrics]
-    strangers = _no_labels(material[1], labels) if material else None
     for name, fn in functions.items():
         try:
             values, wrong = computed(fn, name, *material, quote=leaves is None)
             stay = values.keys() - leaves if leaves is not None else set()
             kept = f"{len(stay)} of its values are not among those that the site's policy lets leave" if stay else None
-            said = "; ".join(text for text in (wrong, kept, strangers) if text) or None
+            said = "; ".join(text for text in (wrong, kept) if text) or None
             found[name] = MetricAnswer(name=name, values={k: v for k, v in values.items() if k not in stay}, error=said)
         except Exception as error:  # whatever somebody's function raises
             found[name] = MetricAnswer(name=name, error=told_of(error))
     return [found[name] for name in metrics]
 
 
-def _no_labels(references: Sequence[str], labels: Sequence[str] | None) -> str | None:
-    """What to say of held-out completions that no prediction can equal."""
-    count = sum(reference not in labels for reference in references) if labels else 0
-    return f"{count} of {len(references)} held-out completions are none of the labels" if count else None
+def noting_strangers(
+    found: list[MetricAnswer], wanted: Sequence[str], labels: Sequence[str] | None
+) -> list[MetricAnswer]:
+    """The same, of which the first says how many wanted texts no prediction can equal, if there are any."""
+    count = sum(text not in labels for text in wanted) if labels else 0
+    if not count or not found:
+        return found
+    said = f"{count} of {len(wanted)} held-out completions are none of the labels"
+    first, *others = found
+    return [first.model_copy(update={"error": f"{first.error}; {said}" if first.error else said}), *others]
 
 
 def _material(
@@ -139,6 +144,8 @@ def _measured(client: Client, task: EvaluateTask, answers: Answers) -> dict[str,
         own = dict.fromkeys(own, "the held-out examples are a DataLoader, whose texts nobody has")
     leaves = client.limits.metrics if client.limits is not None else None
     found = values_of(own, answers, examples, client.target.prompt, task.labels, client.told_of, leaves)
+    wanted = [wanted_text(example, client.target.prompt) for example in examples]
+    found = noting_strangers(found, wanted, task.labels)
     return {"metrics": found, "measured": len(examples)} if examples else {"metrics": found}
 
 

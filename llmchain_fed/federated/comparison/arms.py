@@ -12,6 +12,7 @@ from typing import Any
 
 from llmchain_fed._config import plain_number
 from llmchain_fed.errors import ConfigError
+from llmchain_fed.federated.comparison.code_digest import code_digest
 
 BASE, ALONE, FEDERATED, CENTRALISED, PERSONAL = "base", "alone", "federated", "centralised", "personal"
 BUILT_IN = (BASE, ALONE, FEDERATED, CENTRALISED, PERSONAL)
@@ -27,7 +28,8 @@ class Arm:
 
     `fn(train, held_out, seed)` is given each participant's examples by name, as lists of `Example` (with `inputs` and
     `completion`), and gives back participant → name of a metric → value, on that participant's held-out examples.
-    What it returns for a seed is kept in `out=` under the arm's name: another function needs another name.
+    What it returns for a seed is kept in `out=`, by the arm's name and the function's own code (with defaults and plain
+    values that it closes over): where something else that it calls or reads has changed, give it another name.
 
     >>> Arm("majority", lambda train, held_out, seed: {name: {"accuracy": 0.5} for name in held_out})
     Arm('majority')
@@ -41,6 +43,8 @@ class Arm:
     name: str
     fn: Callable[[dict[str, list[Any]], dict[str, list[Any]], int], Found] = field(repr=False)
     minimize: Sequence[str] = field(default=(), repr=False)
+    code: str = field(init=False, default="", repr=False, compare=False)
+    """the digest of the function as it is when the arm is made: what it counts while it runs makes it no other"""
 
     def __post_init__(self) -> None:
         taken = isinstance(self.name, str) and self.name.startswith(CENTRALISED)
@@ -50,6 +54,7 @@ class Arm:
         if not callable(self.fn):
             msg = f"Arm({self.name!r:.80}, …): a function of (train, held_out, seed) is wanted, got {self.fn!r:.80}."
             raise ConfigError(msg)
+        object.__setattr__(self, "code", code_digest(self.fn))
 
     def __repr__(self) -> str:
         return f"Arm({self.name!r})"
@@ -61,8 +66,15 @@ class Arm:
 
         Raises:
             ConfigError: It is something else.
+            Exception: What the function raises, with a note of whose it is.
         """
-        found = self.fn(train, held_out, seed)
+        try:
+            found = self.fn(train, held_out, seed)
+        except Exception as error:
+            error.add_note(
+                f"raised by the function of the arm {self.name!r:.80}, which is given lists of Example by name"
+            )
+            raise
         people = dict(found) if isinstance(found, Mapping) else {}
         kept: dict[str, dict[str, float]] = {}
         for name in held_out:

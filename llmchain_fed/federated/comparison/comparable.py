@@ -33,7 +33,7 @@ def check_comparable(server: Server, clients: Mapping[str, Client]) -> None:
         who = "evaluation= is one set for all" if server.evaluator.is_shared else f"{without[:5]} hold out no examples"
         msg = (
             f"compare measures every participant on its own texts, and {who}. Pass evaluation=0.2, evaluation={{name: "
-            "examples}} or Participant(held_out=…)."
+            f"examples}} or Participant(held_out=…)."
         )
         raise ConfigError(msg)
     for name, client in clients.items():

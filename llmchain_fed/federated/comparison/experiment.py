@@ -84,6 +84,10 @@ class Experiment:
                 results.append(result)
                 scores[title] = score
         config, clients = self.bench.training, self.bench.clients
+        own = {arm.name for arm in self.arms if isinstance(arm, Arm)}
+        less = {m for arm in self.arms if isinstance(arm, Arm) for m in arm.minimize}
+        names = {m for each in results if each.name not in own for m in each.measures} - {LOSS}
+        directions = self.bench.directions(sorted(names)) | dict.fromkeys(less, False)
         if any(name_of(arm) == PERSONAL for arm in self.arms) and self.bench.rounds == 1:
             self.notes.append("personal: of one round, the last is each participant's own, so it is alone's training")
         for end, who in self._ends.items():
@@ -100,11 +104,8 @@ class Experiment:
             rounds=self.bench.rounds,
             unit="nats per example" if config.loss == "labels" else "nats per token",
             grid=self.grid,
-            minimize=(
-                LOSS,
-                *self.bench.minimized,
-                *(m for arm in self.arms if isinstance(arm, Arm) for m in arm.minimize),
-            ),
+            minimize=(LOSS, *(m for m, more in directions.items() if more is False)),
+            undirected=[m for m, more in directions.items() if more is None],
             centralised=_better({t: score for t, score in scores.items() if t.startswith(CENTRALISED)}),
             notes=self.notes,
         )
@@ -236,7 +237,7 @@ class Experiment:
         values: dict[int, dict[str, Values]] = {}
         seconds = 0.0
         for seed in self.seeds:
-            trial = Trial(arm.name, seed)
+            trial = Trial(arm.name, seed, code=arm.code)
             outcome = self.store.get(trial)
             if outcome is None:
                 began = time.perf_counter()
@@ -297,6 +298,7 @@ def about(
         "training": training,
         "participants' training": own,
         "metrics": bench.measured_by,
+        "chain": bench.identity(),
         "rounds": bench.rounds,
         "validation": share,
     }

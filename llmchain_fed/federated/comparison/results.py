@@ -43,6 +43,12 @@ class ArmResult:
     seconds: float = 0.0
     """of one seed's training and measuring, mean over the seeds; those for choosing are not in it"""
 
+    @property
+    def measures(self) -> set[str]:
+        """Names of all that was measured."""
+        models = [model for of in self.values.values() for model in of.values()]
+        return {name for model in models for metrics in model.values() for name in metrics}
+
 
 @dataclass(frozen=True)
 class ComparisonRow:
@@ -104,6 +110,7 @@ class Comparison:
         unit: str,
         grid: Sequence[float] = (),
         minimize: Sequence[str] = (LOSS,),
+        undirected: Sequence[str] = (),
         centralised: str | None = None,
         notes: Sequence[str] = (),
     ) -> None:
@@ -112,6 +119,8 @@ class Comparison:
         self.weights = {name: dict(found) for name, found in weights.items()}
         """participant → what its held-out texts count in the pool: "loss" (completion tokens), "examples" (all else)"""
         self.unit, self.grid, self.minimize = unit, tuple(grid), tuple(minimize)
+        self.undirected = tuple(undirected)
+        """metrics of which nobody said whether more or less is better: they have values and no gains"""
         self.notes = tuple(notes)
         self._centralised = centralised
 
@@ -123,8 +132,7 @@ class Comparison:
     @property
     def metrics(self) -> tuple[str, ...]:
         """What was measured, the loss first."""
-        models = [model for arm in self.arms.values() for of in arm.values.values() for model in of.values()]
-        found = {name for model in models for metrics in model.values() for name in metrics}
+        found = {name for arm in self.arms.values() for name in arm.measures}
         return tuple(sorted(found, key=lambda name: (name != LOSS, name)))
 
     @property
@@ -147,7 +155,8 @@ class Comparison:
             on: "own" texts of each participant, or those of all, "pooled".
 
         Raises:
-            ConfigError: There is no such arm or metric, or one of the arms does not have it.
+            ConfigError: There is no such arm or metric, one of the arms does not have it, or nobody said which way is
+                better by it.
         """
         if on not in get_args(On):
             msg = f"on is 'own' (each participant's texts) or 'pooled' (everybody's), got {on!r:.80}."
@@ -158,6 +167,11 @@ class Comparison:
             if not self._has(each, metric):
                 msg = f"the arm {each.name!r} was not measured by {metric!r:.80}. Metrics: {', '.join(self.metrics)}."
                 raise ConfigError(msg)
+        if metric in self.undirected:
+            msg = (
+                f"nobody said which way is better by {metric!r:.80}. Write Metric(…, maximize=True), or maximize=False."
+            )
+            raise ConfigError(msg)
         sign = -1.0 if metric in self.minimize else 1.0
         difference = sign * (self._matrix(first, metric) - self._matrix(second, metric))  # (S, P, P)
         if on == "own":
@@ -178,6 +192,7 @@ class Comparison:
         return [
             self.gain(first.name, second.name, metric=metric, on=on)
             for metric in self.metrics
+            if metric not in self.undirected
             for first, second in there
             if self._has(first, metric) and self._has(second, metric)
             for on in get_args(On)

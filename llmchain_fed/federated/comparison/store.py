@@ -147,6 +147,9 @@ class Store:
 
     def _read(self, file: Path) -> dict[str, Any]:
         what = f"the file {shown(str(file), 300)}"
-        return read_json(
-            read_file(file, most=_LARGEST, what=what, error=ConfigError), most=_LARGEST, what=what, error=ConfigError
-        )
+        data = read_file(file, most=_LARGEST, what=what, error=ConfigError)
+        try:
+            return read_json(data, most=_LARGEST, what=what, error=ConfigError)
+        except ConfigError as error:
+            msg = f"{error} Remove it to measure it again."
+            raise ConfigError(msg) from error

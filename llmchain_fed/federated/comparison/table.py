@@ -80,10 +80,11 @@ def gain_line(gain: Gain) -> str:
 
 def _title(comparison: Comparison, metric: str) -> str:
     unit = f", {comparison.unit}" if metric == "loss" else ""
-    better = "less" if metric in comparison.minimize else "more"
+    better = "less is better" if metric in comparison.minimize else "more is better"
+    better = "nobody said which way is better" if metric in comparison.undirected else better
     seeds = len(comparison.seeds)
     over = f"mean ± sd over {seeds} seeds" if seeds > 1 else "one seed"
-    return f"{one_line(metric)}{unit} ({better} is better), {over}, {comparison.rounds} rounds"
+    return f"{one_line(metric)}{unit} ({better}), {over}, {comparison.rounds} rounds"
 
 
 def _shown(comparison: Comparison) -> Sequence[str]:

@@ -6,8 +6,9 @@ examples, so that rounds, optimizers and schedules mean the same in each. Knows 
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from llmchain_fed.errors import NonFiniteLossError, ParticipantError, QuorumErro
 from llmchain_fed.federated.client.client import Client
 from llmchain_fed.federated.comparison import rows
 from llmchain_fed.federated.comparison.arms import ALONE, BASE, CENTRALISED, FEDERATED, PERSONAL
+from llmchain_fed.federated.comparison.code_digest import code_digest
 from llmchain_fed.federated.comparison.measuring import Values, values_of
 from llmchain_fed.federated.comparison.start import Start
 from llmchain_fed.federated.history import RoundRecord
@@ -52,6 +54,8 @@ class Trial:
     """of the centralised arm"""
     choosing: bool = False
     """whether it trains without the validation part, and is measured on that; else on what is held out"""
+    code: str = ""
+    """of an arm of one's own, the digest of its function"""
 
 
 @dataclass
@@ -130,12 +134,24 @@ class Bench:
     def measured_by(self) -> list[Any]:
         """What decides the values of the federation's metrics, as JSON."""
         evaluator = self._server.evaluator
-        return [[m.name for m in evaluator.metrics], list(evaluator.labels or ()), evaluator.answer_tokens]
+        metrics = [[m.name, code_digest(m.fn) if m.code else ""] for m in evaluator.metrics]
+        return [metrics, list(evaluator.labels or ()), evaluator.answer_tokens]
 
-    @property
-    def minimized(self) -> list[str]:
-        """The federation's metrics of which less is better."""
-        return [metric.name for metric in self._server.evaluator.metrics if metric.maximize is False]
+    def identity(self) -> str | None:
+        """What of the chain decides answers beside its weights, as a digest; None where much of it is code."""
+        known = getattr(self._server.target.prompt, "encoding_identity", lambda: None)()
+        return hashlib.sha256(known.encode()).hexdigest() if known is not None else None
+
+    def directions(self, values: Iterable[str]) -> dict[str, bool | None]:
+        """Whether more of a value is better, as the federation's metrics say; None where nobody said so.
+
+        Whose a value is that is called as no metric is known where there is one metric alone that it can be of.
+        """
+        metrics = self._server.evaluator.metrics
+        said = {metric.name: metric.maximize for metric in metrics}
+        others = {metric.maximize for metric in metrics if metric.code and metric.name not in set(values)}
+        unnamed = next(iter(others)) if len(others) == 1 else None
+        return {value: said.get(value, unnamed) for value in values if value in said or others}
 
     @property
     def base_lr(self) -> float:

@@ -12,10 +12,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmchain_fed.data.encoding import encode_examples, encoded
-from llmchain_fed.data.examples import Example, Examples, RawText, is_ready_tensors, read_examples, with_columns
+from llmchain_fed.data.examples import (
+    Example,
+    Examples,
+    RawText,
+    is_ready_tensors,
+    read_examples,
+    wanted_text,
+    with_columns,
+)
 from llmchain_fed.data.split import Split
 from llmchain_fed.errors import ConfigError, DataError
-from llmchain_fed.federated.client.evaluation import ABSENT, Answers, values_of
+from llmchain_fed.federated.client.evaluation import ABSENT, Answers, noting_strangers, values_of
 from llmchain_fed.federated.history import History, RoundRecord, Sample, told_of
 from llmchain_fed.federated.measures.pooling import pooled, pooled_metrics
 from llmchain_fed.federated.measures.reading import kept_metrics, metric_notes, read_evaluation
@@ -227,6 +235,8 @@ class Evaluator:
             }
             answers = Answers(target, self.answer_tokens)
             values = values_of(own, answers, self._shared_examples, target.prompt, self.labels, told_of)
+            wanted = [wanted_text(example, target.prompt) for example in self._shared_examples]
+            values = noting_strangers(values, wanted, self.labels)
             found |= kept_metrics(values, self._names, len(self._shared_examples))
         return found
 

@@ -19,6 +19,7 @@ from llmchain_fed import (
     FedAdam,
     FederatedAveraging,
     FederationError,
+    Metric,
     NonFiniteLossError,
     Participant,
     TrainingConfig,
@@ -335,8 +336,63 @@ def test_a_folder_of_another_comparison_is_refused(make_chain, tmp_path):
     with pytest.raises(ConfigError, match="Remove it to measure it again"):
         fed.compare(["base"], out=tmp_path, rounds=1)
     file.write_text("{")
-    with pytest.raises(ConfigError, match="no JSON"):
+    with pytest.raises(ConfigError, match=r"no JSON.*Remove it to measure it again"):
         fed.compare(["base"], out=tmp_path, rounds=1)
+
+
+def test_what_has_changed_since_is_not_served_from_the_folder(make_chain, tmp_path):
+    """An arm's function, a metric's, how long answers may be: each by what it was when the results were kept."""
+
+    def made(times=1.0, tokens=4):
+        def length(predictions, references, inputs):
+            return {"length": times * sum(map(len, predictions)) / len(predictions)}
+
+        options = {"metrics": [Metric(length, maximize=True)]}
+        return federation(make_chain(lora=True, max_new_tokens=tokens), **options)
+
+    def constant(value):
+        return Arm("mine", lambda train, held_out, seed: {name: {"length": value} for name in held_out})
+
+    def found(fed, arm, folder=tmp_path):
+        rows = fed.compare(["base", arm], seeds=1, rounds=1, out=folder).rows
+        return {row.arm: row.own for row in rows if row.metric == "length"}
+
+    first = found(made(), constant(1.0))
+    assert found(made(), constant(1.0)) == first
+    assert found(made(), constant(99.0)) == first | {"mine": 99.0}
+    with pytest.raises(ConfigError, match=r"another comparison \(another metrics\)"):
+        found(made(times=1000.0), constant(1.0))
+    with pytest.raises(ConfigError, match=r"another comparison \(another chain"):
+        found(made(tokens=16), constant(1.0))
+
+
+@pytest.mark.parametrize("maximize", [None, True, False])
+def test_a_metric_says_which_way_is_better_for_all_that_it_returns(make_chain, tmp_path, maximize):
+    def errors(predictions, references, inputs):
+        return {"wrong": float(len(predictions)), "share": 1.0}
+
+    fed = federation(make_chain(lora=True), metrics=[Metric(errors, maximize=maximize)])
+    arms = ["base", "federated"]
+    for _ in range(2):  # measured, and served from the folder
+        shown = fed.compare(arms, out=tmp_path, **ONE)
+        word = {None: "nobody said which way is better", True: "more is better", False: "less is better"}[maximize]
+        assert f"wrong ({word})" in f"{shown}"
+        assert f"share ({word})" in f"{shown}"
+        if maximize is None:
+            assert {gain.metric for gain in shown.gains()} == {"loss"}
+            with pytest.raises(ConfigError, match=r"Metric\(…, maximize=True\)"):
+                shown.gain("federated", "base", metric="wrong")
+        else:
+            assert shown.gain("federated", "base", metric="wrong").mean == 0.0
+
+
+def test_what_an_arms_function_raises_says_whose_it_is(make_chain):
+    def broken(train, held_out, seed):
+        raise KeyError("text")
+
+    with pytest.raises(KeyError) as caught:
+        federation(make_chain()).compare([Arm("nearest", broken)], seeds=1, rounds=1)
+    assert "the arm 'nearest'" in caught.value.__notes__[0]
 
 
 # --- arms of one's own -----------------------------------------------------------------------------------------------
