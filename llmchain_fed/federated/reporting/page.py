@@ -14,7 +14,7 @@ from llmchain_fed.federated.history_file import AboutData
 from llmchain_fed.federated.reporting import page_sections as sections
 from llmchain_fed.federated.reporting.outcomes import MARGIN, WORDS, Outcome, outcomes, settled
 from llmchain_fed.federated.reporting.page_charts import bell
-from llmchain_fed.federated.reporting.page_comparison import arms_table
+from llmchain_fed.federated.reporting.page_comparison import arms_table, check_of, other_rounds
 from llmchain_fed.federated.reporting.page_rounds import charts, every_round, metric_names, metrics
 from llmchain_fed.federated.reporting.page_style import SHEET
 from llmchain_fed.federated.reporting.page_text import NONE, digits_of, inline, number, sizes, spans, who
@@ -22,6 +22,7 @@ from llmchain_fed.untrusted import checked
 
 if TYPE_CHECKING:
     from llmchain_fed.federated.history import History
+_FLATTERS = "held-out loss flatters"  # as notes on what is both trained on and held out end
 
 
 def page(history: History, *, title: str | None, comparison: Any, samples: bool) -> str:
@@ -116,6 +117,7 @@ def _facts(history: History, people: int) -> str:
 
 def _helped(history: History, about: AboutData, comparison: Any) -> str:
     examples = {name: counts["held_out"] for name, counts in about.data.items() if "held_out" in counts}
+    check_of(comparison, {name for record in history for name in record.participants})
     found = outcomes(history, examples, comparison)
     own = [outcome for outcome in found if outcome.name is not None]
     measured = [outcome for outcome in found if outcome.verdict != "unknown"]
@@ -144,11 +146,23 @@ def _helped(history: History, about: AboutData, comparison: Any) -> str:
     criterion = (
         f'<p class="soft">Held-out loss says how badly the model foresees texts that it was not trained on. Better or '
         f"worse is a change of more than {100 * MARGIN:.0f} % of the loss before. It is one run: how far another would "
-        "differ is not known from it.</p>"
+        f"differ is not known from it.{_flattered(history)}</p>"
     )
     legend = "".join(f"<span>{each}</span>" for each in (*key, scale))
     listed = f'<div class="key">{legend}</div><ol class="outcomes">{items}</ol>'
-    return _section("Did it help?", f"<p>{lead}</p>{listed}{_kept(history)}{criterion}{note}{arms_table(comparison)}")
+    arms = other_rounds(comparison, len(history)) + arms_table(comparison)
+    return _section(
+        "Did it help?",
+        f"<p>{lead}</p>{listed}{_kept(history)}{criterion}{note}{arms}",
+    )
+
+
+def _flattered(history: History) -> str:
+    """What weakens the page's first sentence where it does not hold."""
+    notes = [note for record in history for p in record.participants.values() for note in p.notes]
+    if not any(note.endswith(_FLATTERS) for note in notes):
+        return ""
+    return " Here some of these texts are trained on all the same (see what was otherwise than planned): it flatters."
 
 
 def _kept(history: History) -> str:

@@ -5,7 +5,7 @@ Knows the rows of a comparison by their fields. Knows nothing of how arms are ru
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from llmchain_fed.errors import ConfigError
@@ -28,6 +28,32 @@ def losses_in(comparison: Any) -> list[Any]:
         msg = f"comparison= is what fed.compare(…) gives, got {type(comparison).__name__}. Leave it out or compare."
         raise ConfigError(msg)
     return [row for row in rows if row.metric == "loss"]
+
+
+def check_of(comparison: Any, names: Collection[str]) -> None:
+    """Makes sure that a comparison is one of these participants.
+
+    Raises:
+        ConfigError: It has others, or is none.
+    """
+    strangers = sorted({name for row in losses_in(comparison) for name in row.participants} - set(names))
+    if strangers:
+        msg = (
+            f"comparison= is of other participants than the history: it has {', '.join(strangers[:5])}. Leave it "
+            "out, or compare this federation."
+        )
+        raise ConfigError(msg)
+
+
+def other_rounds(comparison: Any, rounds: int) -> str:
+    """A sentence where the comparison is of another number of rounds than the history; else nothing."""
+    theirs = getattr(comparison, "rounds", None)
+    if not losses_in(comparison) or theirs in (None, rounds):
+        return ""
+    return (
+        f"<p>The comparison is of {theirs} round{'s' if theirs != 1 else ''}, this history of {rounds}: training "
+        "alone, and all in the table below, is as after those of the comparison.</p>"
+    )
 
 
 def alone_in(comparison: Any) -> dict[str, tuple[float | None, float | None]]:

@@ -17,6 +17,7 @@ import pytest
 
 from llmchain_fed import History
 from llmchain_fed.errors import ConfigError
+from llmchain_fed.federated.client.data import Overlap
 from llmchain_fed.federated.history import ParticipantRecord, RoundRecord, Sample
 from llmchain_fed.federated.reporting.page_rounds import held_out_picture
 
@@ -171,6 +172,30 @@ def test_what_is_no_comparison_is_refused_and_nothing_is_written(comparison, tmp
     with pytest.raises(ConfigError, match=r"fed\.compare"):
         made(THREE).report(tmp_path / "a.html", comparison=comparison)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comparison_of_others_is_refused_and_one_of_other_rounds_says_so(shown, tmp_path):
+    def arms(names, rounds):
+        rows = [
+            SimpleNamespace(arm=arm, metric="loss", own=2.0, participants=dict.fromkeys(names, 2.0))
+            for arm in ("alone", "federated")
+        ]
+        return SimpleNamespace(rows=rows, seeds=(0,), rounds=rounds)
+
+    history = made(THREE)
+    with pytest.raises(ConfigError, match="of other participants than the history: it has x"):
+        history.report(tmp_path / "a.html", comparison=arms(["x"], 1))
+    assert list(tmp_path.iterdir()) == []
+    page = shown(history, comparison=arms(THREE, 1))
+    assert f"The comparison is of 1 round, this history of {len(history)}" in page.text
+    assert "The comparison is of" not in shown(history, comparison=arms(THREE, len(history))).text
+
+
+def test_where_held_out_texts_are_trained_on_the_sentence_about_them_says_so(shown):
+    history = made(THREE)
+    assert "it flatters" not in shown(history).text
+    history[0].participants["django"].notes += Overlap(3, 0, 40).notes()
+    assert "Here some of these texts are trained on all the same" in shown(history).text
 
 
 def test_without_anything_held_out_it_says_that_nothing_is_known(shown):
