@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +27,14 @@ def peer(
     name: Annotated[str | None, typer.Option(help="this site's name, as in its certificate; by default DATA's")] = None,
     held_out: Annotated[Path | None, typer.Option(help="examples to evaluate on, never trained on")] = None,
     hold_out_share: Annotated[float | None, typer.Option(help="or a share of the examples, such as 0.1")] = None,
+    hold_out_by: Annotated[str | None, typer.Option(help="never across groups: the column of the group's key")] = None,
+    hold_out_time: Annotated[str | None, typer.Option(help="or the newest, by this column of times")] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=COLUMN, where the table calls it otherwise: text=english, completion=french; repeat it"
+        ),
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="a LoRA rank of its own, for the rules flora and flexlora")] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA alpha that goes with it; the chain's by default")] = None,
     policy: Annotated[Path | None, typer.Option(help="YAML: what may be asked; see docs/organisations.md")] = None,
@@ -39,6 +48,10 @@ def peer(
     if hold_out_share is not None and (held_out is not None or not 0 < hold_out_share < 1):
         msg = f"--hold-out-share lies between 0 and 1 and goes without --held-out, got {hold_out_share}."
         raise ConfigError(msg)
+    if hold_out_share is None and (hold_out_by is not None or hold_out_time is not None):
+        msg = "--hold-out-by and --hold-out-time say how --hold-out-share divides the examples: give it, too."
+        raise ConfigError(msg)
+    columns = _columns(column or ())
     if threads is not None and threads < 1:
         msg = f"--threads is a count of at least 1, got {threads}."
         raise ConfigError(msg)
@@ -52,7 +65,7 @@ def peer(
         from llmchain_fed.runtimes.site import warnings
         from llmchain_fed.runtimes.site.policy import Audit, Policy
 
-        participant = Participant(name or data.stem, data, held_out, rank=rank, alpha=alpha)
+        participant = Participant(name or data.stem, data, held_out, rank=rank, alpha=alpha, columns=columns)
         rules = Policy.from_file(policy) if policy is not None else Policy()
         written = Audit(log, say)
         open_to_others, may_leave = warnings.of_files(data, held_out, policy), warnings.of_policy(rules)
@@ -68,7 +81,8 @@ def peer(
             torch.set_num_threads(threads)
         target = Target.of(load(chain))
         if hold_out_share is not None:
-            participant = hold_out(participant, Split(hold_out_share), target.prompt, seed=0)
+            split = Split(hold_out_share, by=hold_out_by, time=hold_out_time)
+            participant = hold_out(participant, split, target.prompt, seed=0)
         site = Site(target, participant, policy=rules, audit=written, say=say)
         for warning in warnings.of_examples(data, held_out, site.client.data.overlap()):
             say(f"warning: {warning}")
@@ -78,6 +92,15 @@ def peer(
         say(f"audit: {log}")
         say(f"listening at {socket}")
         site.serve(socket)
+
+
+def _columns(given: Iterable[str]) -> dict[str, str] | None:
+    """Variable, or "completion" → column of the table."""
+    pairs = [text.partition("=") for text in given]
+    if wrong := next((f"{a}{sign}{b}" for a, sign, b in pairs if not (a and sign and b)), None):
+        msg = f"--column is NAME=COLUMN, such as completion=french, got {wrong!r:.80}."
+        raise ConfigError(msg)
+    return {name: column for name, _, column in pairs} or None
 
 
 def _look_first(chain: str, data: Path, held_out: Path | None, policy: Path | None, audit: Path, socket: Path) -> None:

@@ -20,9 +20,10 @@ from tiny import PAIRS
 from torchrun_script import tiny_chain
 from typer.testing import CliRunner
 
-from llmchain_fed import ConfigError, FederatedAveraging, Participant
+from llmchain_fed import ConfigError, FederatedAveraging, Participant, Site
 from llmchain_fed.cli import __main__ as cli
 from llmchain_fed.cli import site as commands
+from llmchain_fed.data.examples import read_examples
 from llmchain_fed.errors import DataError, ParticipantError, QuorumError, RecipeError, TransportError
 from llmchain_fed.federated.client.data import Overlap
 from llmchain_fed.runtimes.messaging import frames, heads
@@ -85,6 +86,44 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded_the_first_thing_first(
         raise begin(held_out=tmp_path)
     with pytest.raises(ConfigError, match=r"the policy file .* cannot be read \(Is a directory\)"):
         raise begin(policy=tmp_path)
+
+
+def test_columns_of_any_name_and_a_split_by_groups_are_options(tmp_path, monkeypatch, make_chain):
+    """As `Participant(columns=…)` and `Split(share, by=…)`: no group is on both sides."""
+    served = []
+    monkeypatch.setattr(commands, "load", lambda _: make_chain())
+    monkeypatch.setattr(Site, "serve", lambda site, _: served.append(site))
+    table = tmp_path / "visits.csv"
+    lines = [f"{x};{y};p{at % 6}" for at, (x, y) in enumerate(PAIRS)]
+    table.write_text("\n".join(["english;french;patient", *lines]))
+
+    def start(*words):
+        given = ["--chain", "translate", "--data", str(table), "--socket", str(tmp_path / "a.sock"), *words]
+        return CliRunner().invoke(cli.app, ["peer", *given]).exception
+
+    names = ["--column", "text=english", "--column", "completion=french"]
+    assert start(*names, "--hold-out-share", "0.4", "--hold-out-by", "patient") is None
+    (site,) = served
+    trained, held_out = (
+        {
+            PAIRS.index((each.inputs["text"], each.completion)) % 6
+            for each in read_examples(side, site.client.target.prompt)
+        }
+        for side in (site.client.participant.examples, site.client.participant.held_out)
+    )
+    assert trained
+    assert held_out
+    assert trained | held_out == set(range(6))
+    assert not trained & held_out
+    for words, said in (
+        (["--column", "text"], r"NAME=COLUMN.*got 'text'"),
+        (["--column", "=french"], "NAME=COLUMN"),
+        (["--hold-out-by", "patient"], "give it, too"),
+        ([*names, "--hold-out-share", "0.4", "--hold-out-by", "ward"], "no column 'ward'"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=said):
+            raise start(*words)
+    assert len(served) == 1
 
 
 def test_nothing_is_written_to_a_file_that_is_read(begin, tmp_path):
