@@ -14,6 +14,8 @@ from langchain_core.runnables import RunnableConfig, RunnableSequence, RunnableW
 from langchain_core.runnables.base import RunnableBindingBase
 from typing_extensions import override
 
+from llmchain_fed.chain.batching.inputs import listed
+
 ChainInput = dict[str, Any] | str
 
 
@@ -77,7 +79,7 @@ class RunnableWithCallKwargs(RunnableBindingBase[ChainInput, Any]):
         self, inputs: list[ChainInput], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
     ) -> list[Any]:
         return super(RunnableWithCallKwargs, self._with(kwargs)).batch(
-            inputs, config, return_exceptions=return_exceptions
+            listed(inputs, "batch"), config, return_exceptions=return_exceptions
         )
 
     @override
@@ -85,7 +87,7 @@ class RunnableWithCallKwargs(RunnableBindingBase[ChainInput, Any]):
         self, inputs: list[ChainInput], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
     ) -> list[Any]:
         return await super(RunnableWithCallKwargs, self._with(kwargs)).abatch(
-            inputs, config, return_exceptions=return_exceptions
+            listed(inputs, "abatch"), config, return_exceptions=return_exceptions
         )
 
     @override

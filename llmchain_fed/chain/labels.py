@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llmchain_fed.chain.batching.inputs import listed
 from llmchain_fed.data.labels import encode_labels
 from llmchain_fed.errors import ConfigError, DataError, LabelError
 from llmchain_fed.model.generation.answers import evaluating
@@ -62,12 +63,12 @@ class Classifies:
 
         Raises:
             LabelError: As `classify`.
-            DataError: As `classify`.
+            DataError: As `classify`; or `inputs` is no list of inputs.
             PromptTooLongError: As `classify`.
         """
         known = checked_labels(labels)
         _check_temperature(temperature)
-        inputs = list(inputs)
+        inputs = listed(inputs, "classify_batch")
         if not inputs:
             return []
         return _classifications(self._label_scores(inputs, known).double() / temperature, known)

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from llmchain_fed._config import unknown_option
 from llmchain_fed.chain.bare import shared_keywords
+from llmchain_fed.chain.batching.inputs import listed
 from llmchain_fed.chain.bindings import (
     ChainInput,
     RunnableWithCallKwargs,
@@ -312,7 +313,7 @@ class LLMChain(RunnableWithCallKwargs, Savable, Classifies, Previews):
 
     def apply(self, inputs: Sequence[ChainInput]) -> list[Any]:
         """The answers to a list of inputs, computed as one batch."""
-        return self.batch(list(inputs))
+        return self.batch(listed(inputs, "apply"))
 
 
 def _steps(

@@ -228,8 +228,7 @@ class CheckpointManager:
             found = read_for(model, self._there("promote"), number)
             contents.check_contract(self._server, found)
             if (kept := found.found.about["history"].get("kept")) not in (None, number):
-                msg = f"round {number}'s checkpoint has the weights of round {kept}, the best: its own are gone."
-                raise CheckpointError(msg)
+                raise found.unusable(f"it has the weights of round {kept}, the best, and not its own")
             state = fitting.state_of(found, model)
         with torch.no_grad():
             model.add_adapter(name, with_remainder(state.values, state.remainder, model.lora_scaling()))
