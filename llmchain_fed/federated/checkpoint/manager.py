@@ -62,9 +62,8 @@ class CheckpointManager:
         self.spare: int | None = None
         """a round that stays, however old its checkpoint"""
         self.states: dict[str, bytes] = {}
-        """participants' states as they were asked for last"""
+        """participants' states as they were asked for last, after so many rounds:"""
         self._asked: int | None = None
-        """after how many rounds that was"""
         self._resumption: Resumption | None = None
 
     def described(self) -> dict[str, Any]:
@@ -228,7 +227,8 @@ class CheckpointManager:
             found = read_for(model, self._there("promote"), number)
             contents.check_contract(self._server, found)
             if (kept := found.found.about["history"].get("kept")) not in (None, number):
-                raise found.unusable(f"it has the weights of round {kept}, the best, and not its own")
+                msg = f"it has the weights of round {kept}, the best, and not its own"
+                raise found.found.unusable(msg)
             state = fitting.state_of(found, model)
         with torch.no_grad():
             model.add_adapter(name, with_remainder(state.values, state.remainder, model.lora_scaling()))
