@@ -5,6 +5,7 @@ Knows the server's rounds and their records. Knows nothing about how one is run,
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,12 @@ from llmchain_fed.federated.server.server import Server
 
 Keep = Literal["last", "best"]
 _MOST_ROUNDS = 2**31
+_ALIKE = 1e-3
+"""how far two values of the same weights are apart by rounding, batches and precision"""
+_OTHER_EXAMPLES = (
+    "the weights that it begins with were worth something else before: held-out examples, or what measures them, are "
+    "others, and the best round and patience begin anew"
+)
 
 
 @dataclass
@@ -41,6 +48,8 @@ class Fit:
     """whether a round that diverges is the last"""
     monitored: Monitored = field(default_factory=Monitored)
     waiting: Patience | None = None
+    former: RoundRecord | None = None
+    """the round whose weights it begins with, until the first of its own rounds has measured them again"""
 
     @classmethod
     def asked(
@@ -153,6 +162,11 @@ class Fit:
         self._check_measured()
         found = server.peek() if self.monitor != LOSS else None
         self.monitored = resolved(self.monitor, server.evaluator, found)
+        number = history.kept or server.round
+        former = next((record for record in history if record.round == number), None)
+        # the version is a count of loads and a hash; weights that somebody else has changed are worth something else
+        if former is not None and former.weights_version.rpartition("-")[2] == server.model.weights_hash:
+            self.former = former
         state = server.patience if history.monitor in (None, self.monitor) else []
         if history.monitor != self.monitor:
             best = self.monitored.best(history)
@@ -162,13 +176,23 @@ class Fit:
 
     def _judge(self, record: RoundRecord, *, last: bool) -> list[str]:
         """Notes which round is best so far; why this one is the last before its time."""
-        server, history, waiting = self.server, self.server.history, self.waiting
+        server, history = self.server, self.server.history
+        if self.former is not None and not record.members_changed and not self._measures_as(self.former, record):
+            record.notes.append(_OTHER_EXAMPLES)
+            history.best = None
+            self.waiting = Patience(self.patience, self.min_delta, (), self.monitored) if self.patience else None
+        self.former, waiting = None, self.waiting
         over = waiting is not None and waiting.over(record)
         diverged = server.diverged if self.stops else None
         why = [diverged] if diverged else [str(waiting)] if over else []
         server.patience = waiting.state() if waiting is not None and not why and not last else []
         self.monitored.judge(record, history)
         return why
+
+    def _measures_as(self, former: RoundRecord, record: RoundRecord) -> bool:
+        """Whether weights that a round ended with are worth as much before the next: else what measures is another."""
+        sides = self.monitored.apart(self.monitored.measured(record, before=True), self.monitored.measured(former))
+        return sides is None or math.isclose(*sides, rel_tol=_ALIKE, abs_tol=_ALIKE)
 
     def _check_measured(self) -> None:
         """Makes sure that what is to end it early is measured; of participants elsewhere that shows once all are in."""

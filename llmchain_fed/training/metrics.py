@@ -205,7 +205,7 @@ def computed(
     numbers = {checked_name(key): _number(value) for key, value in values.items()}
     wrong = [f"{key!r} is no finite number ({shown(values[key], 60)})" for key, n in numbers.items() if n is None]
     if wrong and not quote:
-        wrong = [f"{len(wrong)} of its values are no finite numbers"]
+        wrong = ["a value is no finite number"]  # how many would be a number of the function's own choice
     return {key: number for key, number in numbers.items() if number is not None}, "; ".join(wrong) or None
 
 

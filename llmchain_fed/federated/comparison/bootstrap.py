@@ -9,7 +9,8 @@ arXiv 0712.1111; it errs towards intervals that are too wide; cells that count a
 Where everybody's texts count, a participant that is drawn twice stands for two like it. The model of the one on the
 texts of the other is then a model on texts that are not its own, which its own model's difference on its own texts does
 not tell: what stands there is the mean of that participant's differences with others, as model and as texts. So the
-resamples' mean is the difference that was measured, and not one in which own texts count too often.
+resamples' mean is the difference that was measured, and not one in which own texts count too often: exactly where all
+weigh alike, and but for the bias of a ratio of two sums where they do not.
 """
 
 from __future__ import annotations

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import secrets
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_DEPTH = 8
+import numpy as np
+from torch import Tensor
+
+_DEPTH = 16
+_UNKNOWN = secrets.token_hex(16)  # another in every process
 
 
 def code_digest(fn: Any) -> str:
-    """16 hex digits over a function's code, its defaults and what it closes over, of plain values.
+    """16 hex digits over a function's code, its defaults, what it closes over and what its object has.
 
-    Other functions of the same module that it calls, what it reads from files and values of other types do not count:
-    who changes those names the results anew. Another version of Python compiles otherwise, and so has other digests.
+    What cannot be looked into, such as an open file, is another in every process: its results are measured anew. Other
+    functions of a module that it calls, and what it reads from files, do not count: who changes those names the results
+    anew. Another version of Python compiles otherwise, and so has other digests.
 
     >>> code_digest(lambda: 1) == code_digest(lambda: 1), code_digest(lambda: 1) == code_digest(lambda: 2)
     (True, False)
@@ -27,9 +33,9 @@ def code_digest(fn: Any) -> str:
 
 
 def _parts(value: Any, depth: int) -> Iterator[str]:
-    """What of a value decides, as texts; of what is no code and no plain value the type alone."""
+    """What of a value decides, as texts; an object by its class and what it has."""
     if depth == 0:
-        yield "…"
+        yield _UNKNOWN
     elif isinstance(value, types.CodeType):
         yield value.co_code.hex()
         yield repr(value.co_names)
@@ -41,7 +47,8 @@ def _parts(value: Any, depth: int) -> Iterator[str]:
         for each in (value.__defaults__, value.__kwdefaults__, cells):
             yield from _parts(each, depth - 1)
     elif isinstance(value, types.MethodType):
-        yield from _parts(value.__func__, depth - 1)
+        for of in (value.__func__, value.__self__):
+            yield from _parts(of, depth - 1)
     elif isinstance(value, functools.partial):
         for part in (value.func, value.args, value.keywords):
             yield from _parts(part, depth - 1)
@@ -49,17 +56,38 @@ def _parts(value: Any, depth: int) -> Iterator[str]:
         yield f"{type(value).__name__} {len(value)}"
         for each in value:
             yield from _parts(each, depth - 1)
+    elif isinstance(value, (set, frozenset)):
+        yield f"{type(value).__name__} {len(value)}"
+        yield from sorted("\0".join(_parts(each, depth - 1)) for each in value)
     elif isinstance(value, Mapping):
         for key in sorted(value, key=repr):
             yield repr(key)
             yield from _parts(value[key], depth - 1)
-    elif value is None or isinstance(value, (bool, int, float, complex, str, bytes, frozenset)):
-        yield repr(value) if not isinstance(value, frozenset) else repr(sorted(map(repr, value)))
+    elif value is None or value is Ellipsis or isinstance(value, (bool, int, float, complex, str, bytes)):
+        yield repr(value)
     else:
-        yield f"{type(value).__module__}.{type(value).__qualname__}"
-        call = vars(type(value)).get("__call__")
+        yield from _parts_of_object(value, depth)
+
+
+def _parts_of_object(value: Any, depth: int) -> Iterator[str]:
+    """What decides of an object of any class."""
+    kind = type(value)
+    yield f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
+        yield f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
+    elif isinstance(value, Tensor):
+        yield f"{value.dtype} {tuple(value.shape)}"
+        yield repr(value.detach().cpu().flatten().tolist())
+    elif isinstance(value, np.ndarray):
+        yield f"{value.dtype} {value.shape}"
+        yield repr(value.tolist())
+    elif hasattr(value, "__dict__"):
+        call = vars(kind).get("__call__")
         if isinstance(call, types.FunctionType):
             yield from _parts(call, depth - 1)
+        yield from _parts(vars(value), depth - 1)
+    else:
+        yield _UNKNOWN
 
 
 def _is_filled(cell: Any) -> bool:

@@ -4,6 +4,8 @@ Belongs here: arms, learning rates, what is kept in `out=`, the table. Does not:
 rows (test_rows), or how a federation goes back to its start for good (test_reset).
 """
 
+import copy
+import functools
 import json
 import random
 
@@ -27,6 +29,7 @@ from llmchain_fed import (
     train_locally,
 )
 from llmchain_fed.federated.comparison import rows, trials
+from llmchain_fed.federated.comparison.code_digest import code_digest
 from llmchain_fed.federated.runtime import InProcess
 from llmchain_fed.training.batch_sampler import length_buckets
 
@@ -364,6 +367,34 @@ def test_what_has_changed_since_is_not_served_from_the_folder(make_chain, tmp_pa
         found(made(times=1000.0), constant(1.0))
     with pytest.raises(ConfigError, match=r"another comparison \(another chain"):
         found(made(tokens=16), constant(1.0))
+
+
+class Scaled:
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, train, held_out, seed):
+        return {name: {"length": self.by} for name in held_out}
+
+    def method(self, train, held_out, seed):
+        return self(train, held_out, seed)
+
+
+@pytest.mark.parametrize(
+    ("make", "some", "other"),
+    [
+        (Scaled, 1.0, 99.0),
+        (lambda by: Scaled(by).method, 1.0, 99.0),
+        (lambda words: lambda: words, {"a", "b"}, {"a", "c"}),
+        (lambda words: lambda: words, ["a"], ["b"]),
+        (lambda values: lambda: values, torch.ones(2), torch.zeros(2)),
+        (lambda values: lambda: values, np.ones(2), np.zeros(2)),
+        (lambda by: functools.partial(Scaled.method, Scaled(by)), 1.0, 2.0),
+        (lambda by: lambda x=by: x, 1, 2),
+    ],
+)
+def test_functions_with_other_values_have_other_digests(make, some, other):
+    assert code_digest(make(some)) == code_digest(make(copy.deepcopy(some))) != code_digest(make(other))
 
 
 @pytest.mark.parametrize("maximize", [None, True, False])

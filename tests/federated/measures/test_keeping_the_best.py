@@ -5,6 +5,7 @@ Belongs here: monitor, keep, patience over metrics, Stop. Does not: what is meas
 
 import json
 import math
+import shutil
 import threading
 
 import pytest
@@ -421,6 +422,33 @@ def test_participants_elsewhere_go_back_with_the_best_round_or_the_record_says_w
     ours, theirs = weights_of(here), weights_of(there)
     apart = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
     assert (apart <= 1e-5) == told
+
+
+def test_values_over_other_held_out_examples_than_before_begin_anew(make_chain, tmp_path):
+    """The weights that a resumed run begins with were measured before: another value of them is another measure."""
+    how = TrainingConfig(learning_rate=2e-2, batch_size=4)
+
+    def resumed(evaluation, folder):
+        shutil.copytree(tmp_path / "run", folder)
+        return FederatedAveraging.resume(
+            folder, make_chain(lora=True), participants=SHARES, evaluation=evaluation, progress=False
+        )
+
+    first = FederatedAveraging(
+        make_chain(lora=True), participants=SHARES, evaluation=PAIRS[:4], training=how, progress=False,
+        checkpoint_dir=tmp_path / "run",
+    )  # fmt: skip
+    history = first.fit(3, keep="best", patience=5)
+    assert history.best == 3
+    again = resumed(PAIRS[:4], tmp_path / "same")
+    again.fit(1, keep="best", patience=5)
+    assert not [note for record in again.history for note in record.notes if "begin anew" in note]
+    other = resumed([(x, "zz qq " + y) for x, y in PAIRS[8:]], tmp_path / "other")
+    found = other.fit(2, keep="best", patience=2)
+    assert [any("begin anew" in note for note in record.notes) for record in found] == [False] * 3 + [True, False]
+    losses = {record.round: record.held_out_after for record in found.rounds[3:]}
+    assert found.best == min(losses, key=losses.get)
+    assert found.stopped_early is None
 
 
 def same(some, other):

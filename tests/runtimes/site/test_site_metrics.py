@@ -110,13 +110,23 @@ def test_no_text_leaves_as_what_is_no_number_or_as_what_a_value_is_called(far):
     record = fed.fit(1)[-1]
     found = record.participants["a"]
     assert found.metrics == {"share": 0.5}
-    assert any(
-        "1 of its values are no finite numbers; 4 of its values are not among those" in note for note in found.notes
-    )
+    said = "worst: a value is no finite number; values that the site's policy does not list stay here"
+    assert said in found.notes
     assert any("no named: ConfigError" in note for note in found.notes)
     said = json.dumps(json.loads(fed.history.to_json()), ensure_ascii=False)
     assert not [text for text in texts if text in said and text not in LABELS]
     assert not [label for label in LABELS if label in said]
+
+
+def test_a_hub_does_not_learn_by_labels_which_texts_are_held_out(far):
+    """Labels are of its choice: how many wanted texts are none of them would say which ones there are."""
+    none = {"policy": Policy(metrics=[])}
+    notes = []
+    for labels in (["page", "guess"], ["another", "guess"]):
+        _, fed = far(none, none, metrics=["accuracy"], labels=labels)
+        notes.append([p.notes for p in fed.fit(1)[-1].participants.values()])
+    assert notes[0] == notes[1]
+    assert "none of the labels" not in f"{notes}"
 
 
 @pytest.mark.parametrize("told", [True, False])
