@@ -51,7 +51,7 @@ def test_an_overlong_held_out_example_costs_no_held_out_loss(make_chain):
     )
     record = fed.fit(rounds=1)[0]
     assert record.participants["a"].held_out_after is not None
-    assert record.participants["a"].notes == []
+    assert record.participants["a"].notes == ["1 of 4 held-out examples are left out: 1 too long"]
     assert [s.reference for s in record.samples] == [PAIRS[6][1], PAIRS[7][1]], "from a generator, too"
 
 

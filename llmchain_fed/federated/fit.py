@@ -23,7 +23,7 @@ from llmchain_fed.federated.server.server import Server
 
 Keep = Literal["last", "best"]
 _MOST_ROUNDS = 2**31
-_ALIKE = 1e-3
+_ALIKE = 1e-4
 """how far two values of the same weights are apart by rounding, batches and precision"""
 _OTHER_EXAMPLES = (
     "the weights that it begins with were worth something else before: held-out examples, or what measures them, are "

@@ -46,7 +46,10 @@ def test_the_constructor_takes_the_configs_fields_and_shows_their_defaults():
 
 def test_the_file_has_the_same_options_and_defaults():
     own = FederationFile.model_fields.keys() - FIELDS.keys()
-    assert own == {"chain", "hub", "out", "rounds", "checkpoint_dir"}
+    fit = inspect.signature(FederatedAveraging.fit).parameters
+    of_fit = fit.keys() - {"self", "rounds", "of"}
+    assert own == {"chain", "hub", "out", "rounds", "checkpoint_dir"} | of_fit
+    assert {name: FederationFile.model_fields[name].default for name in of_fit} == {n: fit[n].default for n in of_fit}
     assert {n: FederationFile.model_fields[n].default for n in FIELDS} == {n: f.default for n, f in FIELDS.items()}
 
 

@@ -52,7 +52,8 @@ class Scripted:
         self.fed = None
 
     def now(self):
-        return self.scores[self.fed.round + self.after]
+        at = self.fed.round + self.after
+        return self.scores[at if self.after else self.fed.history.kept or at]  # of a round's weights, whenever
 
     after = 0
 
