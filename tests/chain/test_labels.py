@@ -178,28 +178,3 @@ def test_a_saved_parser_is_checked(make_chain, tmp_path):
     path.write_text(path.read_text().replace("- b", "- a"))
     with pytest.raises(ChainFileError):
         LLMChain.load(tmp_path / "saved")
-
-
-@pytest.mark.parametrize("form", ["pandas", "polars", "text", "mapping", "none"])
-def test_what_only_looks_like_several_inputs_is_refused_with_the_way_to_write_it(make_chain, form):
-    """A frame would be asked its columns' names, a text its characters."""
-    import pandas as pd
-    import polars as pl
-
-    given = {
-        "pandas": pd.DataFrame({"text": ["page", "error"]}), "polars": pl.DataFrame({"text": ["page", "error"]}),
-        "text": "page", "mapping": {"text": "page"}, "none": None,
-    }[form]  # fmt: skip
-    said = {"pandas": "to_dict", "polars": "to_dicts", "none": "got None"}.get(form, "use invoke")
-    chain = make_chain()
-    for ask in (lambda: chain.classify_batch(given, LABELS), lambda: chain.apply(given), lambda: chain.batch(given)):
-        with pytest.raises(DataError, match=said):
-            ask()
-
-
-def test_a_series_is_several_inputs(make_chain):
-    import pandas as pd
-
-    chain, texts = make_chain(), ["page locked", "unknown error"]
-    assert chain.batch(pd.Series(texts)) == chain.batch(texts)
-    assert chain.classify_batch(pd.Series(texts), LABELS) == chain.classify_batch(texts, LABELS)

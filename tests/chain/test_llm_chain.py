@@ -18,7 +18,7 @@ from tiny import PAIRS, TEMPLATE
 
 from llmchain_fed import LLMChain, LocalChatModel, LocalLLM
 from llmchain_fed.chain.finding import find_prompt
-from llmchain_fed.errors import ConfigError, PromptVariablesError, UnsupportedModelError
+from llmchain_fed.errors import ConfigError, DataError, PromptVariablesError, UnsupportedModelError
 
 INPUT = {"text": "page locked"}
 INPUTS = [{"text": english} for english, _ in PAIRS]
@@ -437,3 +437,28 @@ def test_name_repr_and_dump(chain):
     assert len(repr(chain)) < 500
     assert "tensor" not in repr(chain).lower()
     assert dumpd(chain)["type"] == "not_implemented"
+
+
+@pytest.mark.parametrize("form", ["pandas", "polars", "text", "mapping", "none"])
+def test_what_only_looks_like_several_inputs_is_refused_with_the_way_to_write_it(make_chain, form):
+    """A frame would be asked its columns' names, a text its characters."""
+    import pandas as pd
+    import polars as pl
+
+    given = {
+        "pandas": pd.DataFrame({"text": ["page", "error"]}), "polars": pl.DataFrame({"text": ["page", "error"]}),
+        "text": "page", "mapping": {"text": "page"}, "none": None,
+    }[form]  # fmt: skip
+    said = {"pandas": "to_dict", "polars": "to_dicts", "none": "got None"}.get(form, "use invoke")
+    chain = make_chain()
+    for ask in (lambda x: chain.classify_batch(x, ["page", "erreur"]), chain.apply, chain.batch):
+        with pytest.raises(DataError, match=said):
+            ask(given)
+
+
+def test_a_series_is_several_inputs(make_chain):
+    import pandas as pd
+
+    chain, texts = make_chain(), ["page locked", "unknown error"]
+    assert chain.batch(pd.Series(texts)) == chain.batch(texts)
+    assert chain.classify_batch(pd.Series(texts), ["page", "erreur"]) == chain.classify_batch(texts, ["page", "erreur"])
