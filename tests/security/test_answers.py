@@ -155,7 +155,8 @@ def test_no_liar_decides_when_to_stop(says, make_chain, tmp_path):
     told = iter([0.0, *[says] * 20])
 
     def hello(honest):
-        return answers.said(json.loads(honest), held_out_examples=10**9, held_out_tokens=10**9)
+        many = {"used": 10**9, "completion_tokens": 10**9}  # a lie that contradicts itself is no answer
+        return answers.said(json.loads(honest), held_out_examples=10**9, held_out_tokens=10**9, held_out_report=many)
 
     lies = {
         "hello": hello,
