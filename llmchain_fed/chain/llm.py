@@ -18,6 +18,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from llmchain_fed.chain.base_llm import LocalLanguageModel
+from llmchain_fed.chain.batching.inputs import listed
 from llmchain_fed.chain.recording import asking, is_recording
 from llmchain_fed.data.dialogues import Dialogue
 from llmchain_fed.data.prompt import Call
@@ -122,6 +123,7 @@ class LocalLLM(LocalLanguageModel, BaseLLM):
         self, inputs: list[Any], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
     ) -> list[Any]:
         """One real batch; with `return_exceptions` one bad prompt does not cost the others their answers."""
+        inputs = listed(inputs, "batch")
         answers = super().batch(inputs, config, return_exceptions=return_exceptions, **kwargs)
         if len(inputs) < 2 or not any(isinstance(answer, Exception) for answer in answers):
             return answers
@@ -134,6 +136,7 @@ class LocalLLM(LocalLanguageModel, BaseLLM):
         self, inputs: list[Any], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
     ) -> list[Any]:
         """The async twin of `batch`."""
+        inputs = listed(inputs, "abatch")
         answers = await super().abatch(inputs, config, return_exceptions=return_exceptions, **kwargs)
         if len(inputs) < 2 or not any(isinstance(answer, Exception) for answer in answers):
             return answers

@@ -101,7 +101,7 @@ class _Saving(Callback):
         self.fed: Any = None
         self._results, self._chain, self._done = results, chain, done
 
-    def on_round_end(self, record: Any, history: Any) -> None:  # noqa: ARG002
+    def on_round_end(self, record: Any, history: Any) -> None:  # noqa: ARG002 (the hook's arguments)
         """Written before the next round begins; not where the checkpoint could not be: it would be behind them."""
         if self._results.rounds < record.round:
             return

@@ -199,7 +199,7 @@ class _ByKey:
 class _ByTime:
     """Sides by a time in each row: the newest are held out."""
 
-    def __init__(self, split: Split, seed: int, prompt: Prompt | None) -> None:  # noqa: ARG002
+    def __init__(self, split: Split, seed: int, prompt: Prompt | None) -> None:  # noqa: ARG002 (made as `_ByKey` is)
         assert split.time is not None
         self.split, self._column = split, split.time
         self.start = math.inf

@@ -451,7 +451,9 @@ def test_what_only_looks_like_several_inputs_is_refused_with_the_way_to_write_it
     }[form]  # fmt: skip
     said = {"pandas": "to_dict", "polars": "to_dicts", "none": "got None"}.get(form, "use invoke")
     chain = make_chain()
-    for ask in (lambda x: chain.classify_batch(x, ["page", "erreur"]), chain.apply, chain.batch):
+    chat = LocalChatModel(model=chain.model, max_new_tokens=4)
+    several = (chain.apply, chain.batch, chain.llm.batch, chat.batch)
+    for ask in (lambda x: chain.classify_batch(x, ["page", "erreur"]), *several):
         with pytest.raises(DataError, match=said):
             ask(given)
 

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from llmchain_fed.chain.base_llm import LocalLanguageModel
 from llmchain_fed.chain.batching import gathering
+from llmchain_fed.chain.batching.inputs import listed
 from llmchain_fed.chain.recording import is_recording
 from llmchain_fed.model.generation.answers import Completion
 
@@ -67,6 +68,7 @@ class ChatBatch(LocalLanguageModel):
 
         With `return_exceptions` one bad input does not cost the others their answers.
         """
+        inputs = listed(inputs, "batch")
         configs, answers, face = get_config_list(config, len(inputs)), [], cast(Any, self)
         for some in _in_parts(len(inputs), configs):
             with self._computing_ahead([inputs[i] for i in some], kwargs):
@@ -83,6 +85,7 @@ class ChatBatch(LocalLanguageModel):
         self, inputs: list[Any], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
     ) -> list[Any]:
         """The async twin of `batch`."""
+        inputs = listed(inputs, "abatch")
         configs, answers, face = get_config_list(config, len(inputs)), [], cast(Any, self)
         for some in _in_parts(len(inputs), configs):
             with self._computing_ahead([inputs[i] for i in some], kwargs):

@@ -28,8 +28,9 @@ class Arm:
 
     `fn(train, held_out, seed)` is given each participant's examples by name, as lists of `Example` (with `inputs` and
     `completion`), and gives back participant → name of a metric → value, on that participant's held-out examples.
-    What it returns for a seed is kept in `out=`, by the arm's name and the function's own code (with defaults and plain
-    values that it closes over): where something else that it calls or reads has changed, give it another name.
+    What it returns for a seed is kept in `out=`, by the arm's name and the function's own code, with its defaults and
+    what it closes over (`code_digest`): where another function that it calls, or a file that it reads, has changed,
+    give it another name.
 
     >>> Arm("majority", lambda train, held_out, seed: {name: {"accuracy": 0.5} for name in held_out})
     Arm('majority')
@@ -70,7 +71,7 @@ class Arm:
         """
         try:
             found = self.fn(train, held_out, seed)
-        except Exception as error:
+        except Exception as error:  # whatever somebody's function raises
             error.add_note(
                 f"raised by the function of the arm {self.name!r:.80}, which is given lists of Example by name"
             )

@@ -63,7 +63,8 @@ class Monitored:
         common = [name for name in new.own if name in old.own]
         if not common:
             return None
-        return tuple(math.fsum(side.own[n] for n in common) / len(common) for side in (new, old))  # type: ignore[return-value]
+        ours, theirs = (math.fsum(side.own[n] for n in common) / len(common) for side in (new, old))
+        return ours, theirs
 
     def improves(self, new: float, old: float, by: float = 0.0) -> bool:
         """Whether one value is better than another by more than so much."""
